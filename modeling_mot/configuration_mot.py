@@ -1,0 +1,347 @@
+"""Configuration of Mixture-of-Transformers models (arXiv 2411.04996).
+
+One class describes the dense baseline, MoE-4x, MoT with any number of modalities, the hybrid of
+both, the leave-one-out variants and the untying ablation: they differ in which modalities share a
+tower, which parts of a layer are untied between towers, and which towers carry experts.
+"""
+
+import difflib
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+from .presets_mot import PRESETS, VARIANTS, variant_fields
+
+
+SHARED = "shared"
+UNTIED_PARTS = ("attention", "feed_forward", "norm")
+NORM_POSITIONS = ("pre", "post")
+QK_NORMS = (None, "rms", "layer")
+SPECIAL_TOKENS = (
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "boi_token_id",
+    "eoi_token_id",
+    "begin_of_speech_token_id",
+    "end_of_speech_token_id",
+)
+
+
+@strict
+class MoTConfig(PreTrainedConfig):
+    r"""Configuration of `MoTModel` and `MoTForCausalLM`.
+
+    Every size of a `LlamaConfig` has its name here. What is added:
+
+    Args:
+        modalities (`list[str]`, defaults to `["text", "image"]`):
+            Ordered names, text first. `modality_ids` are indices into this list.
+        towers (`dict[str, str]`, *optional*):
+            Modality -> tower, a tower being one set of weights. Default: a tower of its own for
+            each modality (MoT). All the same: dense.
+        untied (`list[str]`, defaults to all of `"attention"`, `"feed_forward"`, `"norm"`):
+            The parts of a layer that each tower has for itself; the others are one module named
+            `shared` (the rows of the paper's ablation, section 3.5). QK-norms belong to
+            `"attention"`, the final norm to `"norm"`.
+        moe_towers (`list[str]`, defaults to none):
+            Towers whose feed-forward is an expert-choice mixture of `num_experts` (section 3.2.1);
+            `"shared"` where the feed-forward is shared.
+        num_experts (`int`, defaults to 4): Experts of each tower in `moe_towers`.
+        norm_position (`"pre"` or `"post"`, defaults to `"pre"`):
+            `"pre"` normalises the input of attention and feed-forward, as Llama does; `"post"`
+            their output, as Algorithm 1 is written.
+        qk_norm (`None`, `"rms"` or `"layer"`):
+            Normalisation of each head's queries and keys before RoPE: RMSNorm over the head
+            dimension, or Chameleon's LayerNorm with weights of each head.
+        modality_token_ranges (`dict[str, list[int]]`, *optional*):
+            Modality -> [first, last + 1] of the vocabulary, from which modality ids are derived
+            where they are not passed. Special tokens lie in the range of text.
+        boi_token_id, eoi_token_id, begin_of_speech_token_id, end_of_speech_token_id (`int`, *optional*):
+            Markers around an image and around speech.
+        image_grid (`list[int]`, *optional*):
+            Rows and columns of codes in a generated image; `generate()` draws exactly as many.
+        max_speech_tokens (`int`, *optional*): The longest span of speech that `generate()` makes.
+        z_loss_coefficient (`float`, defaults to 0.0): Weight of log(Z)^2 (Chameleon: 1e-5).
+        hidden_dropout (`float`, defaults to 0.0):
+            Dropout on the outputs of attention and feed-forward (Chameleon-7B: 0.1).
+
+    Raises:
+        ValueError: a contradiction between fields; the message names field, value and way out.
+    """
+
+    model_type = "mixture_of_transformers"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    default_theta = 10000.0
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj.*": "colwise",
+        "layers.*.self_attn.k_proj.*": "colwise",
+        "layers.*.self_attn.v_proj.*": "colwise",
+        "layers.*.self_attn.o_proj.*": "rowwise",
+        "layers.*.mlp.*.gate_proj": "colwise",
+        "layers.*.mlp.*.up_proj": "colwise",
+        "layers.*.mlp.*.down_proj": "rowwise",
+        "layers.*.mlp.*.experts.*.gate_proj": "colwise",
+        "layers.*.mlp.*.experts.*.up_proj": "colwise",
+        "layers.*.mlp.*.experts.*.down_proj": "rowwise",
+    }
+
+    vocab_size: int = 65536
+    hidden_size: int = 1024
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+
+    modalities: list[str] | tuple[str, ...] = ("text", "image")
+    towers: dict[str, str] | None = None
+    untied: list[str] | tuple[str, ...] = UNTIED_PARTS
+    moe_towers: list[str] | tuple[str, ...] = ()
+    num_experts: int = 4
+    norm_position: str = "pre"
+    qk_norm: str | None = None
+    modality_token_ranges: dict[str, list[int] | tuple[int, ...]] | None = None
+    boi_token_id: int | None = None
+    eoi_token_id: int | None = None
+    begin_of_speech_token_id: int | None = None
+    end_of_speech_token_id: int | None = None
+    image_grid: list[int] | tuple[int, ...] | None = None
+    max_speech_tokens: int | None = None
+    z_loss_coefficient: float | int = 0.0
+
+    def __post_init__(self, **kwargs):
+        self._refuse_misspelt(kwargs)
+        if self.intermediate_size is None:
+            # The rule that reproduces the active parameters of the paper's tables.
+            self.intermediate_size = -(-8 * self.hidden_size // 3 // 256) * 256
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        # Lists, so that a configuration read from JSON equals the one that was written.
+        self.modalities, self.untied, self.moe_towers = list(self.modalities), list(self.untied), list(self.moe_towers)
+        if self.image_grid is not None:
+            self.image_grid = list(self.image_grid)
+        if self.modality_token_ranges is not None:
+            self.modality_token_ranges = {name: list(span) for name, span in self.modality_token_ranges.items()}
+        if self.towers is None:
+            self.towers = {modality: modality for modality in self.modalities}
+        kwargs["auto_map"] = {
+            "AutoConfig": "configuration_mot.MoTConfig",
+            "AutoModel": "modeling_mot.MoTModel",
+            "AutoModelForCausalLM": "modeling_mot.MoTForCausalLM",
+            "AutoProcessor": "processing_mot.MoTProcessor",
+        } | kwargs.get("auto_map", {})
+        super().__post_init__(**kwargs)
+        self.validate_architecture()
+
+    @classmethod
+    def _refuse_misspelt(cls, kwargs):
+        # Other unknown keys pass, as everywhere in transformers: quantizers and hubs add their own.
+        names = list(cls.__dataclass_fields__)
+        for key in kwargs:
+            if key in names or hasattr(cls, key):
+                continue
+            if close := difflib.get_close_matches(key, names, n=1, cutoff=0.85):
+                raise ValueError(f"{cls.__name__} has no field {key!r}; did you mean {close[0]!r}?")
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # transformers only warns, and would go on with the defaults of every field the other lacks.
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"model_type={config_dict['model_type']!r} is the configuration of another model; {cls.__name__} reads "
+                f"{cls.model_type!r}. Load it with AutoConfig, or convert the checkpoint"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    # ------------------------------------------------------------------ what follows from the fields
+
+    @property
+    def tower_names(self) -> list[str]:
+        """The towers, in the order of the modalities that use them."""
+        return list(dict.fromkeys(self.towers[modality] for modality in self.modalities))
+
+    @property
+    def tower_of_modality(self) -> list[int]:
+        """For each modality the index of its tower in `tower_names`."""
+        names = self.tower_names
+        return [names.index(self.towers[modality]) for modality in self.modalities]
+
+    def part_names(self, part: str) -> list[str]:
+        """The modules of a layer's part: one per tower where it is untied, else one named `shared`."""
+        return self.tower_names if part in self.untied else [SHARED]
+
+    def num_parameters(self, active: bool = False) -> int:
+        """Parameters of the causal language model, embeddings and head included.
+
+        Args:
+            active: count only those that one token passes through (its tower, one expert). The
+                towers are equal in shape, so this is the same for every modality, but for the
+                router and the experts of towers in `moe_towers`; then the largest is returned.
+        """
+        d, heads = self.hidden_size, self.num_attention_heads
+        q, kv = heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        attention = 2 * d * q + 2 * d * kv + (q + 2 * kv + d if self.attention_bias else 0)
+        attention += {None: 0, "rms": 2 * self.head_dim, "layer": 2 * (q + kv)}[self.qk_norm]
+        expert = 3 * d * self.intermediate_size + (2 * self.intermediate_size + d if self.mlp_bias else 0)
+
+        def feed_forward(name):
+            if name not in self.moe_towers:
+                return expert
+            return (1 if active else self.num_experts) * expert + d * self.num_experts
+
+        total = max if active else sum
+        feed_forwards = total(feed_forward(name) for name in self.part_names("feed_forward"))
+        copies = {part: 1 if active else len(self.part_names(part)) for part in ("attention", "norm")}
+        layer = copies["attention"] * attention + feed_forwards + copies["norm"] * 2 * d
+        embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * layer + copies["norm"] * d + embeddings
+
+    # ------------------------------------------------------------------ presets
+
+    @classmethod
+    def from_variant(cls, variant: str = "mot", modalities=("text", "image"), **kwargs) -> "MoTConfig":
+        """A configuration of any size as one of the paper's variants.
+
+        Args:
+            variant: `dense`, `moe-4x`, `mot`, `hybrid` (MoT whose text tower is MoE-4x),
+                `loo-text`, `loo-image`, `loo-speech` (that modality alone, the others together),
+                `untied-feed-forward`, `untied-feed-forward-attention` (section 3.5).
+            modalities: ordered names, text first.
+            kwargs: any field.
+
+        Raises:
+            ValueError: an unknown variant, or one that these modalities do not have.
+        """
+        return cls(**({"modalities": list(modalities)} | variant_fields(variant, modalities) | kwargs))
+
+    @classmethod
+    def from_preset(cls, name: str, variant: str = "mot", **kwargs) -> "MoTConfig":
+        """A row of the paper's Tables 1, 3, 4 or 5, for instance `chameleon-443m`.
+
+        Args:
+            name: one of `MoTConfig.preset_names()`.
+            variant: as in `from_variant`.
+            kwargs: fields that differ from the row.
+        """
+        if name not in PRESETS:
+            close = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)
+            raise ValueError(f"preset {name!r} is unknown; did you mean {close[0]!r}? There are: {', '.join(PRESETS)}")
+        return cls.from_variant(variant, **(PRESETS[name] | kwargs))
+
+    @staticmethod
+    def preset_names() -> list[str]:
+        return list(PRESETS)
+
+    @staticmethod
+    def variant_names() -> list[str]:
+        return list(VARIANTS)
+
+    # ------------------------------------------------------------------ contradictions
+
+    def validate_architecture(self):
+        """Refuse contradictions by name; also run by `save_pretrained`."""
+        self._validate_sizes()
+        self._validate_towers()
+        self._validate_tokens()
+
+    def _validate_sizes(self):
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+        if self.hidden_size % self.num_attention_heads and self.head_dim * self.num_attention_heads != self.hidden_size:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
+            )
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns pairs of dimensions")
+        for field, allowed in (("norm_position", NORM_POSITIONS), ("qk_norm", QK_NORMS)):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field}={getattr(self, field)!r} is not one of {allowed}")
+        for field in ("attention_dropout", "hidden_dropout"):
+            if not 0.0 <= getattr(self, field) < 1.0:
+                raise ValueError(f"{field}={getattr(self, field)} must be in [0, 1)")
+        if self.z_loss_coefficient < 0:
+            raise ValueError(f"z_loss_coefficient={self.z_loss_coefficient} must not be negative")
+        if self.image_grid is not None and (len(self.image_grid) != 2 or min(self.image_grid) < 1):
+            raise ValueError(f"image_grid={self.image_grid} must be [rows, columns], both at least 1")
+        if self.max_speech_tokens is not None and self.max_speech_tokens < 1:
+            raise ValueError(f"max_speech_tokens={self.max_speech_tokens} must be at least 1, or None for no bound")
+
+    def _validate_towers(self):
+        if not self.modalities or self.modalities[0] != "text":
+            raise ValueError(f"modalities={self.modalities} must name 'text' first")
+        if len(set(self.modalities)) != len(self.modalities):
+            raise ValueError(f"modalities={self.modalities} names one twice")
+        if set(self.towers) != set(self.modalities):
+            raise ValueError(
+                f"towers={self.towers} must give a tower to each of modalities={self.modalities} and to nothing else"
+            )
+        for tower in self.tower_names:
+            if not tower or "." in tower:
+                raise ValueError(f"towers names {tower!r}: a tower is part of parameter names, so no dot and not empty")
+        if SHARED in self.tower_names and len(self.tower_names) > 1:
+            raise ValueError(f"towers={self.towers}: {SHARED!r} is the name of what all towers share; name the tower otherwise")
+        if unknown := [part for part in self.untied if part not in UNTIED_PARTS]:
+            raise ValueError(f"untied={self.untied} has {unknown[0]!r}, which is not one of {UNTIED_PARTS}")
+        if unknown := [name for name in self.moe_towers if name not in self.part_names("feed_forward")]:
+            raise ValueError(
+                f"moe_towers={self.moe_towers} names {unknown[0]!r}, an unknown tower; the feed-forwards are "
+                f"{self.part_names('feed_forward')}"
+            )
+        if self.moe_towers and self.num_experts < 2:
+            raise ValueError(f"num_experts={self.num_experts} must be at least 2 where moe_towers={self.moe_towers}")
+
+    def _validate_tokens(self):
+        ranges = self.modality_token_ranges
+        if ranges is not None:
+            if set(ranges) != set(self.modalities):
+                raise ValueError(
+                    f"modality_token_ranges={ranges} must give a range to each of modalities={self.modalities}"
+                )
+            spans = sorted((first, end, name) for name, (first, end) in ranges.items())
+            for first, end, name in spans:
+                if not 0 <= first < end <= self.vocab_size:
+                    raise ValueError(
+                        f"modality_token_ranges[{name!r}]=[{first}, {end}] must lie within the vocabulary: "
+                        f"0 <= first < end <= vocab_size={self.vocab_size}"
+                    )
+            for (_, end, name), (first, _, other) in zip(spans, spans[1:]):
+                if first < end:
+                    raise ValueError(f"modality_token_ranges: {name!r} ends at {end}, {other!r} begins at {first}: overlap")
+        text = ranges["text"] if ranges is not None else [0, self.vocab_size]
+        for field in SPECIAL_TOKENS:
+            value = getattr(self, field)
+            for token in value if isinstance(value, (list, tuple)) else [value]:
+                if token is not None and not text[0] <= token < text[1]:
+                    raise ValueError(f"{field}={token} must be a text token, in [{text[0]}, {text[1]})")
+        for begin, end in (("boi_token_id", "eoi_token_id"), ("begin_of_speech_token_id", "end_of_speech_token_id")):
+            if (getattr(self, begin) is None) != (getattr(self, end) is None):
+                raise ValueError(f"{begin}={getattr(self, begin)} and {end}={getattr(self, end)} go together: set both")
+
+
+MoTConfig.register_for_auto_class()
+
+__all__ = ["MoTConfig"]

@@ -1,0 +1,449 @@
+"""Mixture-of-Transformers (arXiv 2411.04996): every modality has its own feed-forward, attention
+projections and norms, joined by one global self-attention."""
+
+# B batch, L row length, T = B * L tokens, D hidden size, H heads, V vocabulary
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import (
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_masks import attention_mask_for, document_positions, flash_documents
+from .configuration_mot import MoTConfig
+from .expert_choice import ExpertChoiceFeedForward, FeedForward
+from .generation_mot import MoTGenerationMixin
+from .modality_routing import ModalityRouting, PerTower, join
+
+
+class MoTHeadLayerNorm(nn.Module):
+    """Chameleon's QK-norm: LayerNorm over each head with weights of that head.  (T, H, D/H) -> same"""
+
+    def __init__(self, num_heads: int, head_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_heads, head_dim))
+        self.bias = nn.Parameter(torch.zeros(num_heads, head_dim))
+
+    def forward(self, heads: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(heads, heads.shape[-1:], eps=1e-5) * self.weight + self.bias
+
+
+def qk_norm(config: MoTConfig, num_heads: int) -> nn.Module:
+    if config.qk_norm == "rms":
+        return LlamaRMSNorm(config.head_dim, eps=config.rms_norm_eps)
+    return MoTHeadLayerNorm(num_heads, config.head_dim)
+
+
+class MoTAttention(nn.Module):
+    """Projections of each tower around one attention over the whole sequence (paper, equation 3)."""
+
+    def __init__(self, config: MoTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+
+        names = config.part_names("attention")
+        hidden = config.hidden_size
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+
+        def projection(inputs, outputs):
+            return PerTower({name: nn.Linear(inputs, outputs, bias=config.attention_bias) for name in names})
+
+        self.q_proj = projection(hidden, queries)
+        self.k_proj = projection(hidden, keys)
+        self.v_proj = projection(hidden, keys)
+        self.o_proj = projection(queries, hidden)
+        if config.qk_norm is not None:
+            self.q_norm = PerTower({name: qk_norm(config, config.num_attention_heads) for name in names})
+            self.k_norm = PerTower({name: qk_norm(config, config.num_key_value_heads) for name in names})
+
+    def _heads(self, parts, norm, routing, batch_size):
+        """Each tower's rows to heads in the order of the sequence.  {tower: (T_tower, H * D/H)} -> (B, H, L, D/H)"""
+        if norm is not None:
+            parts = {tower: rows.unflatten(-1, (-1, self.head_dim)) for tower, rows in parts.items()}
+            parts = {tower: heads.flatten(-2) for tower, heads in norm(parts).items()}
+        return routing.restore(join(parts), batch_size).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(
+        self,
+        parts: dict[str, torch.Tensor],
+        routing: ModalityRouting,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """{tower: (T_tower, D)} -> {tower: (T_tower, D)} and the weights (B, H, L, past + L) if they exist."""
+        batch_size = position_embeddings[0].shape[0]
+        query = self._heads(self.q_proj(parts), getattr(self, "q_norm", None), routing, batch_size)
+        key = self._heads(self.k_proj(parts), getattr(self, "k_norm", None), routing, batch_size)
+        value = self._heads(self.v_proj(parts), None, routing, batch_size)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        output = routing.split(routing.sort(output.flatten(2)))
+        return self.o_proj(output), weights
+
+
+class MoTDecoderLayer(GradientCheckpointingLayer):
+    """One layer, equation 2 (`norm_position="post"`) or Llama's order of the same parts (`"pre"`)."""
+
+    def __init__(self, config: MoTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+
+        def feed_forward(name):
+            return ExpertChoiceFeedForward(config) if name in config.moe_towers else FeedForward(config)
+
+        def norm():
+            return PerTower(
+                {name: LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) for name in config.part_names("norm")}
+            )
+
+        self.self_attn = MoTAttention(config, layer_idx)
+        self.mlp = PerTower({name: feed_forward(name) for name in config.part_names("feed_forward")})
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def _residual(self, parts, norm, block):
+        # The paper normalises after the block; pre-norm is the default because a dense Llama then
+        # becomes a MoT with identical logits.
+        if self.config.norm_position == "pre":
+            update = block(norm(parts))
+        else:
+            update = norm(block(parts))
+        return {tower: rows + self.dropout(update[tower]) for tower, rows in parts.items()}
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        routing: ModalityRouting,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        token_choice: bool = False,
+        **kwargs,
+    ) -> torch.Tensor:
+        """(T, D) sorted by tower -> the same; or (B, L, D) in the order of the sequence -> the same."""
+        in_sequence_order = hidden_states.dim() == 3
+        rows = routing.sort(hidden_states) if in_sequence_order else hidden_states
+        parts = routing.split(rows)
+        parts = self._residual(
+            parts,
+            self.input_layernorm,
+            lambda parts: self.self_attn(
+                parts, routing, position_embeddings, attention_mask, past_key_values, **kwargs
+            )[0],
+        )
+        parts = self._residual(
+            parts, self.post_attention_layernorm, lambda parts: self.mlp(parts, token_choice=token_choice)
+        )
+        rows = join(parts)
+        return routing.restore(rows, hidden_states.shape[0]) if in_sequence_order else rows
+
+
+class MoTPreTrainedModel(PreTrainedModel):
+    config_class = MoTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MoTDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": MoTDecoderLayer, "attentions": MoTAttention}
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MoTHeadLayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+
+class MoTModel(MoTPreTrainedModel):
+    """The transformer without a head."""
+
+    def __init__(self, config: MoTConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(MoTDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = PerTower(
+            {name: LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) for name in config.part_names("norm")}
+        )
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def modality_ids_of(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The modality of each token, from the ranges of the vocabulary.  (B, L) -> (B, L)
+
+        Raises:
+            ValueError: the configuration has no ranges.
+        """
+        ranges = self.config.modality_token_ranges
+        if ranges is None:
+            raise ValueError(
+                "modality_ids were not passed and config.modality_token_ranges is None: pass modality_ids beside "
+                "input_ids, or set modality_token_ranges to derive them"
+            )
+        modality_ids = torch.zeros_like(input_ids)
+        for index, modality in enumerate(self.config.modalities[1:], start=1):
+            first, end = ranges[modality]
+            modality_ids = modality_ids.masked_fill((input_ids >= first) & (input_ids < end), index)
+        return modality_ids
+
+    def _embed(self, input_ids):
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError as error:
+            raise ValueError(
+                f"input_ids holds ids from {int(input_ids.min())} to {int(input_ids.max())}, outside the vocabulary of "
+                f"vocab_size={self.config.vocab_size}; was the text tokenised for another model?"
+            ) from error
+
+    def _routing(self, modality_ids, input_ids, inputs_embeds):
+        shape = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
+        if len(self.config.tower_names) == 1:
+            return ModalityRouting(tuple(self.config.tower_names), (shape[0] * shape[1],))
+        if modality_ids is None:
+            # Embeddings carry no modality; whoever passes them without ids means text.
+            if input_ids is None:
+                modality_ids = torch.zeros(shape, dtype=torch.long, device=inputs_embeds.device)
+            else:
+                modality_ids = self.modality_ids_of(input_ids)
+        if modality_ids.shape != shape:
+            raise ValueError(
+                f"modality_ids has shape {tuple(modality_ids.shape)} but the tokens have {tuple(shape)}; "
+                "pass one id per token"
+            )
+        return ModalityRouting.from_modality_ids(modality_ids, self.config)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        modality_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        routing: ModalityRouting | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: (B, L); or `inputs_embeds`: (B, L, D).
+            modality_ids: (B, L) indices into `config.modalities`; derived from
+                `config.modality_token_ranges` when absent.
+            attention_mask: (B, past + L) 1 for tokens, 0 for padding; or a 4-D mask.
+            position_ids: (B, L); consecutive by default, from 0 in each document when `document_ids` are given.
+            document_ids: (B, L); tokens whose ids differ never see each other.
+            routing: a `ModalityRouting` made ahead of the forward; `modality_ids` are then not read.
+            token_choice: route mixtures of experts by each token's choice, as generation does.
+                Default: when the forward continues a cache.
+
+        Raises:
+            ValueError: shapes or ids that do not fit; the message names them.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        continues_cache = past_key_values is not None
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if routing is None:
+            routing = self._routing(modality_ids, input_ids, inputs_embeds)
+        batch_size, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+        if routing.num_tokens != batch_size * length:
+            raise ValueError(f"routing was made for {routing.num_tokens} tokens, the rows hold {batch_size * length}")
+
+        # Ids are permuted rather than embeddings, unless hidden states are recorded: those are the
+        # layers' own inputs, in the order of the sequence.
+        record = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        if inputs_embeds is None:
+            hidden_states = self._embed(input_ids if record else routing.sort(input_ids))
+        else:
+            hidden_states = inputs_embeds if record else routing.sort(inputs_embeds)
+
+        rows = hidden_states.new_empty(0).expand(batch_size, length, 0)
+        mask = attention_mask_for(self.config, rows, attention_mask, past_key_values, position_ids, document_ids)
+        if document_ids is not None and self.config._attn_implementation.startswith("flash"):
+            kwargs |= flash_documents(document_ids)
+        if position_ids is None:
+            if document_ids is not None:
+                position_ids = document_positions(document_ids)
+            else:
+                past = past_key_values.get_seq_length() if past_key_values is not None else 0
+                position_ids = (torch.arange(length, device=hidden_states.device) + past).unsqueeze(0)
+        position_ids = position_ids.expand(batch_size, -1)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        kwargs.setdefault("token_choice", continues_cache)
+
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                routing,
+                position_embeddings,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+
+        if record:
+            hidden_states = routing.sort(hidden_states)
+        hidden_states = routing.restore(join(self.norm(routing.split(hidden_states))), batch_size)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+
+@dataclass
+class MoTCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """What a causal language model returns, with the parts of its loss.
+
+    Attributes:
+        loss_sums: modality of the target -> sum of its cross-entropies, in nats.
+        loss_counts: modality of the target -> number of its targets.
+        z_loss_sum: sum over all targets of `z_loss_coefficient` * log(Z)^2.
+            `loss` is (sum of `loss_sums` + `z_loss_sum`) / sum of `loss_counts`.
+    """
+
+    loss_sums: dict[str, torch.Tensor] | None = None
+    loss_counts: dict[str, torch.Tensor] | None = None
+    z_loss_sum: torch.Tensor | None = None
+
+
+class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
+    """Every modality as tokens of one vocabulary, each predicted from those before it (the Chameleon setting)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: MoTConfig):
+        super().__init__(config)
+        self.model = MoTModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        modality_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        routing: ModalityRouting | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> MoTCausalLMOutputWithPast:
+        """Arguments as `MoTModel.forward`, and:
+
+        Args:
+            labels: (B, L) token ids, shifted inside by one; -100 is not a target.
+            logits_to_keep: compute logits for the last so many positions only; 0 for all.
+            num_items_in_batch: divide the loss by this instead of by the number of targets here.
+
+        Returns:
+            `MoTCausalLMOutputWithPast`; `logits` are (B, L, V).
+        """
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            modality_ids=modality_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            document_ids=document_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            routing=routing,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+
+        losses = {}
+        if labels is not None:
+            if modality_ids is None and self.config.modality_token_ranges is None:
+                modality_ids = torch.zeros_like(labels)  # one tower and no ranges: all of it counts as text
+            elif modality_ids is None:
+                modality_ids = self.model.modality_ids_of(labels)
+            losses = self._losses(logits, labels, modality_ids, num_items_in_batch)
+        return MoTCausalLMOutputWithPast(
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **losses,
+        )
+
+    def _losses(self, logits, labels, modality_ids, num_items_in_batch):
+        """Next-token cross-entropy as sums and counts by the target's modality.  (B, L, V), (B, L), (B, L)"""
+        if logits.shape[1] != labels.shape[1]:
+            raise ValueError(
+                f"labels has {labels.shape[1]} positions but logits has {logits.shape[1]}: "
+                "a loss needs logits_to_keep=0 and one label per token"
+            )
+        logits = logits[:, :-1].flatten(0, 1).float()
+        targets, modality_ids = labels[:, 1:].flatten(), modality_ids[:, 1:].flatten()
+        is_target = targets != -100
+        cross_entropy = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
+        loss_sums, loss_counts = {}, {}
+        for index, modality in enumerate(self.config.modalities):
+            of_modality = is_target & (modality_ids == index)
+            loss_sums[modality] = torch.where(of_modality, cross_entropy, 0.0).sum()
+            loss_counts[modality] = of_modality.sum()
+        z_loss_sum = cross_entropy.new_zeros(())
+        if self.config.z_loss_coefficient:
+            squares = logits.logsumexp(dim=-1).square()
+            z_loss_sum = self.config.z_loss_coefficient * torch.where(is_target, squares, 0.0).sum()
+        count = is_target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss = (sum(loss_sums.values()) + z_loss_sum) / count
+        return {"loss": loss, "loss_sums": loss_sums, "loss_counts": loss_counts, "z_loss_sum": z_loss_sum}
+
+
+MoTModel.register_for_auto_class("AutoModel")
+MoTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["MoTCausalLMOutputWithPast", "MoTForCausalLM", "MoTModel", "MoTPreTrainedModel"]

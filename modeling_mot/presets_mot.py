@@ -1,0 +1,109 @@
+"""The rows of the paper's Tables 1, 3, 4 and 5 and its model variants, as data."""
+
+# Chameleon's vocabulary: 65,536 entries, 8,192 of them image codes; 500 speech units (section 3.3.1).
+_SPECIAL = {
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "boi_token_id": 3,
+    "eoi_token_id": 4,
+}
+_SPEECH = {"begin_of_speech_token_id": 5, "end_of_speech_token_id": 6}
+_CHAMELEON = _SPECIAL | {
+    "modalities": ["text", "image"],
+    "vocab_size": 65536,
+    "modality_token_ranges": {"text": [0, 57344], "image": [57344, 65536]},
+    "image_grid": [32, 32],
+    "max_position_embeddings": 4096,
+    "z_loss_coefficient": 1e-5,
+}
+_CHAMELEON_SPEECH = (
+    _CHAMELEON
+    | _SPEECH
+    | {
+        "modalities": ["text", "image", "speech"],
+        "modality_token_ranges": {"text": [0, 56844], "image": [56844, 65036], "speech": [65036, 65536]},
+    }
+)
+# Images are continuous in the Transfusion setting: the vocabulary is Llama 2's, all of it text.
+_TRANSFUSION = {
+    "modalities": ["text", "image"],
+    "vocab_size": 32000,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "max_position_embeddings": 4096,
+}
+
+
+def _sizes(hidden_size, num_hidden_layers, num_attention_heads, **fields):
+    return fields | {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads,
+    }
+
+
+PRESETS = {
+    # Table 1: Chameleon, text and image
+    "chameleon-37m": _CHAMELEON | _sizes(256, 4, 8),
+    "chameleon-94m": _CHAMELEON | _sizes(512, 8, 8),
+    "chameleon-443m": _CHAMELEON | _sizes(1024, 24, 16),
+    "chameleon-1.5b": _CHAMELEON | _sizes(2048, 24, 16),
+    "chameleon-7b": _CHAMELEON | _sizes(4096, 32, 32, hidden_dropout=0.1),
+    # Table 3: text, image and speech
+    "chameleon-speech-443m": _CHAMELEON_SPEECH | _sizes(1024, 24, 16),
+    "chameleon-speech-880m": _CHAMELEON_SPEECH | _sizes(1536, 24, 24),
+    "chameleon-speech-1.5b": _CHAMELEON_SPEECH | _sizes(2048, 24, 16),
+    "chameleon-speech-7b": _CHAMELEON_SPEECH | _sizes(4096, 32, 32, hidden_dropout=0.1),
+    # Table 4: the transformer of the Transfusion models
+    "transfusion-163m": _TRANSFUSION | _sizes(768, 16, 12),
+    "transfusion-760m": _TRANSFUSION | _sizes(1536, 24, 24),
+    "transfusion-1.4b": _TRANSFUSION | _sizes(2048, 24, 16),
+    "transfusion-7b": _TRANSFUSION | _sizes(4096, 32, 32),
+    # Table 5: the untying ablation
+    "ablation-880m": _CHAMELEON | _sizes(1536, 24, 24),
+}
+
+VARIANTS = (
+    "dense",
+    "moe-4x",
+    "mot",
+    "hybrid",
+    "loo-text",
+    "loo-image",
+    "loo-speech",
+    "untied-feed-forward",
+    "untied-feed-forward-attention",
+)
+
+
+def variant_fields(variant, modalities):
+    """The fields of `MoTConfig` that make it one of the paper's variants.
+
+    Args:
+        variant (str): one of `VARIANTS`.
+        modalities (sequence of str): ordered names, text first.
+
+    Raises:
+        ValueError: an unknown variant, or a leave-one-out of a modality that is not there.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r} is not one of {', '.join(VARIANTS)}")
+    if variant.startswith("loo-"):
+        alone = variant.removeprefix("loo-")
+        together = [modality for modality in modalities if modality != alone]
+        if alone not in modalities or len(together) < 2:
+            raise ValueError(
+                f"variant={variant!r} leaves {alone!r} alone and joins the others: it needs three modalities, "
+                f"{alone!r} among them, but modalities={list(modalities)}"
+            )
+        return {"towers": {modality: alone if modality == alone else "_".join(together) for modality in modalities}}
+    if variant in ("dense", "moe-4x"):
+        moe = {"moe_towers": ["shared"], "num_experts": 4} if variant == "moe-4x" else {}
+        return {"towers": dict.fromkeys(modalities, "shared")} | moe
+    return {
+        "mot": {},
+        "hybrid": {"moe_towers": ["text"], "num_experts": 4},
+        "untied-feed-forward": {"untied": ["feed_forward"]},
+        "untied-feed-forward-attention": {"untied": ["feed_forward", "attention"]},
+    }[variant]
