@@ -74,18 +74,6 @@ class MoTConfig(PreTrainedConfig):
     model_type = "mixture_of_transformers"
     keys_to_ignore_at_inference = ["past_key_values"]
     default_theta = 10000.0
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj.*": "colwise",
-        "layers.*.self_attn.k_proj.*": "colwise",
-        "layers.*.self_attn.v_proj.*": "colwise",
-        "layers.*.self_attn.o_proj.*": "rowwise",
-        "layers.*.mlp.*.gate_proj": "colwise",
-        "layers.*.mlp.*.up_proj": "colwise",
-        "layers.*.mlp.*.down_proj": "rowwise",
-        "layers.*.mlp.*.experts.*.gate_proj": "colwise",
-        "layers.*.mlp.*.experts.*.up_proj": "colwise",
-        "layers.*.mlp.*.experts.*.down_proj": "rowwise",
-    }
 
     vocab_size: int = 65536
     hidden_size: int = 1024
@@ -187,6 +175,23 @@ class MoTConfig(PreTrainedConfig):
     def part_names(self, part: str) -> list[str]:
         """The modules of a layer's part: one per tower where it is untied, else one named `shared`."""
         return self.tower_names if part in self.untied else [SHARED]
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How tensor parallelism shards each module; `*` stands for numbers only, so towers are named."""
+        plan = {}
+        # Chameleon's QK-norm has weights of each head, which no style shards along with the heads.
+        for tower in self.part_names("attention") if self.qk_norm != "layer" else []:
+            for projection, style in (("q", "colwise"), ("k", "colwise"), ("v", "colwise"), ("o", "rowwise")):
+                plan[f"layers.*.self_attn.{projection}_proj.{tower}"] = style
+            if self.qk_norm == "rms":
+                for projection in "qk":
+                    plan[f"layers.*.self_attn.{projection}_norm.{tower}"] = "replicated_with_grad_allreduce"
+        for tower in self.part_names("feed_forward"):
+            mlp = f"layers.*.mlp.{tower}" + (".experts.*" if tower in self.moe_towers else "")
+            for projection, style in (("gate", "colwise"), ("up", "colwise"), ("down", "rowwise")):
+                plan[f"{mlp}.{projection}_proj"] = style
+        return plan
 
     def num_parameters(self, active: bool = False) -> int:
         """Parameters of the causal language model, embeddings and head included.
@@ -303,7 +308,9 @@ class MoTConfig(PreTrainedConfig):
             if not tower or "." in tower:
                 raise ValueError(f"towers names {tower!r}: a tower is part of parameter names, so no dot and not empty")
         if SHARED in self.tower_names and len(self.tower_names) > 1:
-            raise ValueError(f"towers={self.towers}: {SHARED!r} is the name of what all towers share; name the tower otherwise")
+            raise ValueError(
+                f"towers={self.towers}: {SHARED!r} is the name of what all towers share; name the tower otherwise"
+            )
         if unknown := [part for part in self.untied if part not in UNTIED_PARTS]:
             raise ValueError(f"untied={self.untied} has {unknown[0]!r}, which is not one of {UNTIED_PARTS}")
         if unknown := [name for name in self.moe_towers if name not in self.part_names("feed_forward")]:
@@ -330,7 +337,9 @@ class MoTConfig(PreTrainedConfig):
                     )
             for (_, end, name), (first, _, other) in zip(spans, spans[1:]):
                 if first < end:
-                    raise ValueError(f"modality_token_ranges: {name!r} ends at {end}, {other!r} begins at {first}: overlap")
+                    raise ValueError(
+                        f"modality_token_ranges: {name!r} ends at {end}, {other!r} begins at {first}: overlap"
+                    )
         text = ranges["text"] if ranges is not None else [0, self.vocab_size]
         for field in SPECIAL_TOKENS:
             value = getattr(self, field)

@@ -2,8 +2,15 @@
 
 # R sequences, L tokens so far, V vocabulary
 
+from functools import partial
+
 import torch
-from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.generation import (
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from .modality_routing import ModalityRouting
 
@@ -30,8 +37,10 @@ class ModalitySpanLogitsProcessor(LogitsProcessor):
             "speech": (config.begin_of_speech_token_id, config.end_of_speech_token_id, 1, max_speech_tokens),
         }
         self.spans = []
-        text = torch.zeros(config.vocab_size, dtype=torch.bool, device=device)
-        text[slice(*ranges["text"])] = True
+        # Tokens outside of all ranges are text, as they are for routing: a resized vocabulary has them.
+        text = torch.ones(config.vocab_size, dtype=torch.bool, device=device)
+        for modality in config.modalities[1:]:
+            text[slice(*ranges[modality])] = False
         for modality, (opening, closing, fewest, most) in markers.items():
             if opening is None:
                 continue
@@ -104,10 +113,21 @@ class MoTGenerationMixin(GenerationMixin):
                     self.config, generation_config.image_grid, generation_config.max_speech_tokens, kwargs.get("device")
                 )
             )
-        return super()._get_logits_processor(generation_config, *args, logits_processor=logits_processor, **kwargs)
+        processors = super()._get_logits_processor(
+            generation_config, *args, logits_processor=logits_processor, **kwargs
+        )
+        for processor in processors:
+            if self.config.moe_towers and isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                # Its forwards do not go through prepare_inputs_for_generation.
+                processor.model = partial(self, token_choice=True)
+        return processors
 
-    def prepare_inputs_for_generation(self, input_ids, modality_ids=None, is_first_iteration=False, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids, modality_ids=None, inputs_embeds=None, is_first_iteration=False, **kwargs
+    ):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         if len(self.config.tower_names) > 1:
             # Outside of the forward, so that a compiled forward has no data-dependent step.
             modality_ids = self._modality_ids_of_step(input_ids, inputs, modality_ids)

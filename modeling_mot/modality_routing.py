@@ -54,10 +54,10 @@ class ModalityRouting(NamedTuple):
             ValueError: an id that is not the index of a modality.
         """
         towers = tuple(config.tower_names)
-        if len(towers) == 1:
-            return cls(towers, (modality_ids.numel(),))
         num_modalities = len(config.modalities)
         flat = modality_ids.flatten()
+        if len(towers) == 1 and torch.compiler.is_compiling():
+            return cls(towers, (flat.numel(),))  # a read of the ids would break the graph
         # One wait for the device: the number of tokens of each modality, and of ids that are none.
         outside = ((flat < 0) | (flat >= num_modalities)).sum().unsqueeze(0)
         histogram = torch.bincount(flat.clamp(0, num_modalities - 1), minlength=num_modalities)
@@ -70,7 +70,7 @@ class ModalityRouting(NamedTuple):
         counts = [0] * len(towers)
         for tower, count in zip(config.tower_of_modality, per_modality):
             counts[tower] += count
-        if max(counts) == flat.numel():
+        if max(counts) == flat.numel():  # always so where there is one tower
             return cls(towers, tuple(counts))
         tower_of = torch.tensor(config.tower_of_modality, device=flat.device)
         order = torch.argsort(tower_of[flat], stable=True)

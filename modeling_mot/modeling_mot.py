@@ -142,10 +142,7 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
     def _residual(self, parts, norm, block):
         # The paper normalises after the block; pre-norm is the default because a dense Llama then
         # becomes a MoT with identical logits.
-        if self.config.norm_position == "pre":
-            update = block(norm(parts))
-        else:
-            update = norm(block(parts))
+        update = block(norm(parts)) if self.config.norm_position == "pre" else norm(block(parts))
         return {tower: rows + self.dropout(update[tower]) for tower, rows in parts.items()}
 
     def forward(
@@ -188,6 +185,29 @@ class MoTPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": MoTDecoderLayer, "attentions": MoTAttention}
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, but a checkpoint that lacks tensors is refused.
+
+        Transformers goes on with random ones and a warning. Whoever asks for `output_loading_info` gets the list of
+        missing tensors instead of the error; a head may be missing from a checkpoint of the bare transformer.
+
+        Raises:
+            ValueError: tensors are missing.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if output_loading_info:
+            return model, info
+        missing = info["missing_keys"]
+        if "MoTModel" in (model.config.architectures or []):
+            missing = [name for name in missing if not name.startswith("lm_head.")]
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} tensors of {cls.__name__}, {min(missing)!r} among them: is it "
+                f"complete, and was it saved with these towers={model.config.towers}?"
+            )
+        return model
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -239,7 +259,7 @@ class MoTModel(MoTPreTrainedModel):
 
     def _routing(self, modality_ids, input_ids, inputs_embeds):
         shape = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
-        if len(self.config.tower_names) == 1:
+        if modality_ids is None and len(self.config.tower_names) == 1:
             return ModalityRouting(tuple(self.config.tower_names), (shape[0] * shape[1],))
         if modality_ids is None:
             # Embeddings carry no modality; whoever passes them without ids means text.
@@ -385,11 +405,14 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
             labels: (B, L) token ids, shifted inside by one; -100 is not a target.
             logits_to_keep: compute logits for the last so many positions only; 0 for all.
             num_items_in_batch: divide the loss by this instead of by the number of targets here.
+            shift_labels: (B, L) targets aligned with the logits already, instead of `labels`, as sequence parallelism
+                passes them; their modalities follow from `config.modality_token_ranges`.
 
         Returns:
             `MoTCausalLMOutputWithPast`; `logits` are (B, L, V).
         """
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             modality_ids=modality_ids,
@@ -404,12 +427,14 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
 
         losses = {}
-        if labels is not None:
-            if modality_ids is None and self.config.modality_token_ranges is None:
-                modality_ids = torch.zeros_like(labels)  # one tower and no ranges: all of it counts as text
-            elif modality_ids is None:
-                modality_ids = self.model.modality_ids_of(labels)
-            losses = self._losses(logits, labels, modality_ids, num_items_in_batch)
+        if shift_labels is not None:
+            losses = self._losses(logits, shift_labels, self._label_modalities(shift_labels), num_items_in_batch)
+        elif labels is not None:
+            if modality_ids is None:
+                modality_ids = self._label_modalities(labels)
+            # The labels move, not the logits: the last position of a row has no target.
+            targets, modality_ids = (F.pad(ids[:, 1:], (0, 1), value=-100) for ids in (labels, modality_ids))
+            losses = self._losses(logits, targets, modality_ids, num_items_in_batch)
         return MoTCausalLMOutputWithPast(
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -418,15 +443,19 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
             **losses,
         )
 
-    def _losses(self, logits, labels, modality_ids, num_items_in_batch):
-        """Next-token cross-entropy as sums and counts by the target's modality.  (B, L, V), (B, L), (B, L)"""
-        if logits.shape[1] != labels.shape[1]:
+    def _label_modalities(self, labels):
+        if self.config.modality_token_ranges is None and len(self.config.tower_names) == 1:
+            return torch.zeros_like(labels)  # one tower and no ranges: all of it counts as text
+        return self.model.modality_ids_of(labels)
+
+    def _losses(self, logits, targets, modality_ids, num_items_in_batch):
+        """Cross-entropy as sums and counts by the target's modality.  (B, L, V), (B, L), (B, L)"""
+        if logits.shape[1] != targets.shape[1]:
             raise ValueError(
-                f"labels has {labels.shape[1]} positions but logits has {logits.shape[1]}: "
+                f"labels has {targets.shape[1]} positions but logits has {logits.shape[1]}: "
                 "a loss needs logits_to_keep=0 and one label per token"
             )
-        logits = logits[:, :-1].flatten(0, 1).float()
-        targets, modality_ids = labels[:, 1:].flatten(), modality_ids[:, 1:].flatten()
+        logits, targets, modality_ids = logits.flatten(0, 1).float(), targets.flatten(), modality_ids.flatten()
         is_target = targets != -100
         cross_entropy = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
         loss_sums, loss_counts = {}, {}

@@ -1,0 +1,336 @@
+"""Pictures to grids of discrete codes and back: a VQ image tokenizer on diffusers' `VQModel`.
+
+Shapes: N pictures, (H, W) pixels, (h, w) codes with h = H / downsampling, C latent channels, K codes.
+Transformers' Chameleon VQ-VAE can take the place of `VQModel` when its weights are given.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from .picture_loading_mot import RESAMPLING, describe_source, fit_picture, load_picture
+
+
+IMAGE_TOKENIZER_CONFIG_NAME = "image_tokenizer_config.json"
+FITS = ("crop", "pad", "keep")
+BACKENDS = ("diffusers", "chameleon")
+
+# The arguments of diffusers' VQModel. "chameleon-512" is the layout of Chameleon's tokenizer: 512 pixels,
+# 16-fold down-sampling, 32 x 32 = 1,024 tokens out of 8,192 codes.
+PRESETS: dict[str, dict[str, Any]] = {
+    "small-64": {
+        "image_size": [64, 64],
+        "patch_size": 2,
+        "model": {
+            "block_out_channels": [32, 64, 104],
+            "layers_per_block": 1,
+            "latent_channels": 32,
+            "vq_embed_dim": 16,
+            "num_vq_embeddings": 2048,
+            "norm_num_groups": 8,
+            "mid_block_add_attention": False,
+        },
+    },
+    "chameleon-512": {
+        "image_size": [512, 512],
+        "patch_size": 1,
+        "model": {
+            "block_out_channels": [128, 128, 256, 256, 512],
+            "layers_per_block": 2,
+            "latent_channels": 256,
+            "vq_embed_dim": 256,
+            "num_vq_embeddings": 8192,
+            "norm_num_groups": 32,
+            "mid_block_add_attention": True,
+        },
+    },
+}
+
+
+@dataclass
+class ImageTokenizerConfig:
+    """How a picture becomes pixels (`image_size`, `fit`, `resample`, `background`) and pixels become codes.
+
+    `image_size` is [height, width] in pixels. `fit`: "crop" scales the shorter side and cuts the middle out, "pad"
+    scales the longer side and fills with the background, "keep" takes pictures as they are (sides must be multiples
+    of the down-sampling). `patch_size` p folds p x p pixels into channels before the first convolution. `model` holds
+    the arguments of diffusers' `VQModel`. `storage_dtype` is that of the saved weights; they compute in float32.
+    """
+
+    image_size: list[int] = field(default_factory=lambda: [64, 64])
+    fit: str = "crop"
+    resample: str = "bicubic"
+    background: list[int] = field(default_factory=lambda: [255, 255, 255])
+    max_pixels: int = 89_478_485
+    patch_size: int = 1
+    backend: str = "diffusers"
+    batch_size: int = 32
+    storage_dtype: str = "float32"
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if isinstance(self.image_size, int):
+            self.image_size = [self.image_size, self.image_size]
+        self.image_size = [int(side) for side in self.image_size]
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            raise ValueError(f"image_size={self.image_size}: give one side or [height, width], in pixels")
+        for name, value, valid in (
+            ("fit", self.fit, FITS),
+            ("resample", self.resample, tuple(RESAMPLING)),
+            ("backend", self.backend, BACKENDS),
+            ("storage_dtype", self.storage_dtype, ("float32", "float16", "bfloat16")),
+        ):
+            if value not in valid:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(valid)}")
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "ImageTokenizerConfig":
+        """`small-64` (64 pixels, 8 x 8 codes) or `chameleon-512` (512 pixels, 32 x 32 codes); `model` is merged."""
+        if name not in PRESETS:
+            raise ValueError(f"no image tokenizer preset {name!r}; there are {', '.join(PRESETS)}")
+        values = {**PRESETS[name], **overrides}
+        values["model"] = {**PRESETS[name]["model"], **overrides.get("model", {})}
+        return cls(**values)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ImageTokenizerConfig":
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"unknown image tokenizer setting {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+            )
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def model_arguments(self) -> dict[str, Any]:
+        """Arguments of `VQModel`, with the channels that patch folding needs and one block per scale filled in."""
+        arguments = dict(self.model)
+        scales = len(arguments["block_out_channels"])
+        channels = 3 * self.patch_size**2
+        arguments |= {"in_channels": channels, "out_channels": channels, "sample_size": self.image_size[0]}
+        arguments["down_block_types"] = ("DownEncoderBlock2D",) * scales
+        arguments["up_block_types"] = ("UpDecoderBlock2D",) * scales
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+
+
+class MoTImageTokenizer:
+    """Pictures to grids of codes in [0, num_codes) and back.
+
+    `model` is diffusers' `VQModel` or transformers' `ChameleonVQVAE`; it stays in float32 and evaluation mode, so
+    that codes do not depend on the dtype in which the weights were stored.
+    """
+
+    def __init__(self, config: ImageTokenizerConfig, model: nn.Module | None = None):
+        self.config = config
+        self.model = (model if model is not None else build_model(config)).float().eval().requires_grad_(False)
+        for side in config.image_size:
+            if config.fit != "keep" and side % self.downsampling:
+                raise ValueError(
+                    f"image_size={config.image_size} is not divisible by the down-sampling, {self.downsampling}"
+                )
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "MoTImageTokenizer":
+        """Untrained tokenizer of a named size; see `PRESETS`."""
+        return cls(ImageTokenizerConfig.from_preset(name, **overrides))
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """(K, C)"""
+        return self.model.quantize.embedding.weight
+
+    @property
+    def num_codes(self) -> int:
+        return self.codebook.shape[0]
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per code along one side."""
+        if self.config.backend == "chameleon":
+            return 2 ** (len(self.model.config.channel_multiplier) - 1)
+        return self.config.patch_size * 2 ** (len(self.model.config.block_out_channels) - 1)
+
+    @property
+    def image_grid(self) -> list[int] | None:
+        """[h, w] of every encoded picture, or None when pictures keep their size."""
+        if self.config.fit == "keep":
+            return None
+        return [side // self.downsampling for side in self.config.image_size]
+
+    @property
+    def device(self) -> torch.device:
+        return self.codebook.device
+
+    def to(self, device) -> "MoTImageTokenizer":
+        self.model.to(device)
+        return self
+
+    def preprocess(self, image: Any, size: tuple[int, int] | None = None) -> torch.Tensor:
+        """One picture in any form `load_picture` takes -> (3, H, W), float32 in [-1, 1]."""
+        pixels = fit_picture(load_picture(image, self.config.max_pixels), self.config, size)
+        for side in pixels.shape[:2]:
+            if side % self.downsampling:
+                raise ValueError(
+                    f"{describe_source(image)} makes {pixels.shape[0]} x {pixels.shape[1]} pixels, not divisible by "
+                    f"the down-sampling, {self.downsampling}; use fit='crop' or 'pad', or give another size"
+                )
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+    @torch.no_grad()
+    def encode(self, images: list[Any], size: tuple[int, int] | None = None) -> list[torch.Tensor]:
+        """Codes of each picture, row-major grids (h, w) of int64. `size` (height, width) overrides `image_size`."""
+        if not isinstance(images, (list, tuple)):
+            raise ValueError(f"encode takes a list of pictures, not {type(images).__name__}")
+        grids: list[torch.Tensor] = []
+        for start in range(0, len(images), self.config.batch_size):
+            batch = [self.preprocess(image, size) for image in images[start : start + self.config.batch_size]]
+            if len({pixels.shape for pixels in batch}) == 1:
+                grids += list(self.encode_pixels(torch.stack(batch)))
+            else:
+                grids += [self.encode_pixels(pixels[None])[0] for pixels in batch]
+        return grids
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) in [-1, 1] -> (N, h, w)"""
+        latents = self.latents(pixels.to(self.device))
+        count, channels, h, w = latents.shape
+        flat = latents.permute(0, 2, 3, 1).reshape(-1, channels)
+        return nearest_code(flat, self.codebook).view(count, h, w).cpu()
+
+    def latents(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encoder output before quantisation.  (N, 3, H, W) -> (N, C, h, w)"""
+        if self.config.backend == "chameleon":
+            return self.model.quant_conv(self.model.encoder(pixels))
+        return self.model.encode(fold(pixels, self.config.patch_size)).latents
+
+    @torch.no_grad()
+    def decode(self, grids: list[torch.Tensor]) -> list[Image.Image]:
+        """Pictures of the given grids of codes, each (h, w); grids may differ in size."""
+        pictures = []
+        for grid in grids:
+            grid = torch.as_tensor(grid, dtype=torch.long)
+            if grid.ndim != 2 or grid.numel() == 0:
+                raise ValueError(f"a grid of codes must have shape (h, w), not {tuple(grid.shape)}")
+            if int(grid.min()) < 0 or int(grid.max()) >= self.num_codes:
+                raise ValueError(
+                    f"image codes lie in [0, {self.num_codes}), not [{int(grid.min())}, {int(grid.max())}]"
+                )
+            pixels = self.decode_codes(grid[None].to(self.device))[0].clamp(-1, 1)
+            array = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+            pictures.append(Image.fromarray(array))
+        return pictures
+
+    def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """(N, h, w) -> (N, 3, H, W), not clamped"""
+        if self.config.backend == "chameleon":
+            raise NotImplementedError(
+                "transformers' ChameleonVQVAE holds no decoder, so its codes cannot be turned back into pictures; "
+                "use a tokenizer with backend='diffusers' where pictures are generated"
+            )
+        quantised = self.codebook[codes].permute(0, 3, 1, 2)
+        return unfold(self.model.decode(quantised, force_not_quantize=True).sample, self.config.patch_size)
+
+    def blank_codes(self, grid: tuple[int, int]) -> list[int]:
+        """Codes of a picture of nothing but background, row by row, for a grid of (h, w) codes."""
+        height, width = (side * self.downsampling for side in grid)
+        blank = np.broadcast_to(np.array(self.config.background, np.uint8), (height, width, 3))
+        return self.encode([blank], size=(height, width))[0].flatten().tolist()
+
+    def fingerprint(self) -> str:
+        """sha256 over the configuration and the weights."""
+        return fingerprint(self.config.to_dict(), self.model.state_dict())
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """The model library's own layout plus `image_tokenizer_config.json`."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        # Weights in memory are rounded too: the saved and the loaded tokenizer give the same codes.
+        nn.Module.to(self.model, getattr(torch, self.config.storage_dtype))
+        self.model.save_pretrained(directory)
+        self.model.float()
+        text = json.dumps(self.config.to_dict(), indent=2) + "\n"
+        (directory / IMAGE_TOKENIZER_CONFIG_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike, subfolder: str = "", **hub_kwargs) -> "MoTImageTokenizer":
+        """From a folder or Hub repository that `save_pretrained` wrote."""
+        text = read_hub_file(name_or_path, IMAGE_TOKENIZER_CONFIG_NAME, subfolder, **hub_kwargs)
+        config = ImageTokenizerConfig.from_dict(json.loads(text))
+        return cls(config, load_model(config.backend, name_or_path, subfolder=subfolder, **hub_kwargs))
+
+    @classmethod
+    def from_backend(
+        cls, name_or_path: str, backend: str, config: ImageTokenizerConfig, **kwargs
+    ) -> "MoTImageTokenizer":
+        """A tokenizer around existing weights: `backend` "diffusers" (a VQModel) or "chameleon" (a ChameleonVQVAE)."""
+        values = {**config.to_dict(), "backend": backend}
+        return cls(ImageTokenizerConfig.from_dict(values), load_model(backend, name_or_path, **kwargs))
+
+
+def nearest_code(latents: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Index of the nearest codebook row in Euclidean distance; the lowest index wins ties.  (M, C), (K, C) -> (M,)"""
+    codebook = codebook.float()
+    offsets = codebook.square().sum(1)
+    chunks = latents.float().split(65_536)
+    return torch.cat([torch.addmm(offsets, chunk, codebook.T, alpha=-2).argmin(1) for chunk in chunks])
+
+
+def fold(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(N, 3, H, W) -> (N, 3 p^2, H / p, W / p)"""
+    return nn.functional.pixel_unshuffle(pixels, patch_size) if patch_size > 1 else pixels
+
+
+def unfold(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(N, 3 p^2, H / p, W / p) -> (N, 3, H, W)"""
+    return nn.functional.pixel_shuffle(pixels, patch_size) if patch_size > 1 else pixels
+
+
+def build_model(config: ImageTokenizerConfig) -> nn.Module:
+    """An untrained model of the configured size."""
+    if config.backend == "chameleon":
+        from transformers import ChameleonVQVAE, ChameleonVQVAEConfig
+
+        return ChameleonVQVAE(ChameleonVQVAEConfig(**config.model))
+    from diffusers import VQModel
+
+    return VQModel(**config.model_arguments())
+
+
+def load_model(backend: str, name_or_path: str | os.PathLike, subfolder: str = "", **hub_kwargs) -> nn.Module:
+    """The model in float32, from a folder or Hub repository."""
+    if backend == "chameleon":
+        from transformers import ChameleonVQVAE
+
+        return ChameleonVQVAE.from_pretrained(name_or_path, subfolder=subfolder, dtype=torch.float32, **hub_kwargs)
+    from diffusers import VQModel
+
+    kwargs = {"low_cpu_mem_usage": False, "torch_dtype": torch.float32, **hub_kwargs}
+    return VQModel.from_pretrained(str(name_or_path), subfolder=subfolder or None, **kwargs)
+
+
+def fingerprint(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 of a configuration and named tensors."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_hub_file(name_or_path: str | os.PathLike, filename: str, subfolder: str = "", **hub_kwargs) -> str:
+    """Text of a file of a local folder or Hub repository; OSError names what is missing."""
+    from transformers.utils import cached_file
+
+    return Path(cached_file(str(name_or_path), filename, subfolder=subfolder, **hub_kwargs)).read_text(encoding="utf-8")

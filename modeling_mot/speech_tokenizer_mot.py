@@ -1,0 +1,246 @@
+"""Sound to speech units and back: k-means over frame features, 25 units a second, as in the paper's third setting.
+
+The default features are MFCC with their differences, HuBERT's own first iteration, which need no weights; any speech
+encoder of transformers (HuBERT, wav2vec 2.0, WavLM, Whisper) can take their place. The way back is a simple, stated
+one: every unit keeps the mean log-mel spectrogram of the 40 ms it stands for, and Griffin-Lim finds a waveform.
+
+Shapes: S samples, T frames of 10 ms, U units, C features, K centroids, F mel bands.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .image_tokenizer_mot import fingerprint, nearest_code, read_hub_file
+from .speech_features_mot import HOP_SECONDS, SpeechFrontEnd, load_audio_source
+
+
+SPEECH_TOKENIZER_CONFIG_NAME = "speech_tokenizer_config.json"
+SPEECH_TOKENIZER_WEIGHTS_NAME = "model.safetensors"
+
+
+@dataclass
+class SpeechTokenizerConfig:
+    """What a unit is: `num_units` clusters of features at `units_per_second`.
+
+    `features`: "mfcc", or "encoder" for a transformers speech encoder named by `encoder` (Hub name or folder), whose
+    hidden state number `encoder_layer` is used (-1: the last). Features of 10 or 20 ms are averaged within a unit.
+    `loudness`: samples are scaled to this root mean square first (0: left alone). `deduplicate`: runs of one unit
+    become a single one; durations are then lost.
+    """
+
+    num_units: int = 500
+    units_per_second: int = 25
+    sampling_rate: int = 16_000
+    features: str = "mfcc"
+    num_mel_bands: int = 40
+    num_coefficients: int = 13
+    loudness: float = 0.1
+    deduplicate: bool = False
+    encoder: str | None = None
+    encoder_layer: int = -1
+    griffin_lim_iterations: int = 60
+
+    def __post_init__(self):
+        if self.features not in ("mfcc", "encoder"):
+            raise ValueError(f"features={self.features!r} is not one of mfcc, encoder")
+        if (self.features == "encoder") != bool(self.encoder):
+            raise ValueError(
+                f"features={self.features!r} with encoder={self.encoder!r}: name an encoder exactly when it is used"
+            )
+        if round(1 / HOP_SECONDS) % self.units_per_second or self.sampling_rate % round(1 / HOP_SECONDS):
+            raise ValueError(
+                f"units_per_second={self.units_per_second} must divide 100 and sampling_rate={self.sampling_rate} be a "
+                "multiple of 100: frames are 10 ms"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "SpeechTokenizerConfig":
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"unknown speech tokenizer setting {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+            )
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class MoTSpeechTokenizer:
+    """Sound to units in [0, num_units) and back. `fit` it (training/tokenizers) or load it before use.
+
+    `centroids` (K, C) live in the space of features scaled by `mean` and `scale` (C,); `templates`
+    (K, frames of a unit, F) are the log-mel spectrograms that decoding strings together.
+    """
+
+    def __init__(
+        self,
+        config: SpeechTokenizerConfig,
+        tensors: dict[str, torch.Tensor] | None = None,
+        encoder: nn.Module | None = None,
+    ):
+        self.config = config
+        self.front_end = SpeechFrontEnd(config.sampling_rate, config.num_mel_bands, config.num_coefficients)
+        self.encoder = encoder
+        tensors = tensors or {}
+        self.mean = tensors.get("mean")
+        self.scale = tensors.get("scale")
+        self.centroids = tensors.get("centroids")
+        self.templates = tensors.get("templates")
+        if self.centroids is not None and len(self.centroids) != config.num_units:
+            raise ValueError(f"num_units={config.num_units} but there are {len(self.centroids)} centroids")
+
+    @property
+    def num_units(self) -> int:
+        return self.config.num_units
+
+    @property
+    def sampling_rate(self) -> int:
+        return self.config.sampling_rate
+
+    @property
+    def units_per_second(self) -> int:
+        return self.config.units_per_second
+
+    @property
+    def frames_per_unit(self) -> int:
+        return round(1 / HOP_SECONDS) // self.config.units_per_second
+
+    @property
+    def samples_per_unit(self) -> int:
+        return self.config.sampling_rate // self.config.units_per_second
+
+    def preprocess(self, audio: Any, sampling_rate: int | None = None) -> torch.Tensor:
+        """Mono samples at our rate, scaled to the configured loudness, padded with silence to whole units.  -> (S,)"""
+        samples = load_audio_source(audio, sampling_rate, self.config.sampling_rate)
+        level = samples.square().mean().sqrt()
+        if self.config.loudness and level > 1e-5:
+            samples = samples * (self.config.loudness / level)
+        units = math.ceil(len(samples) / self.samples_per_unit)
+        return nn.functional.pad(samples, (0, units * self.samples_per_unit - len(samples)))
+
+    @torch.no_grad()
+    def features(self, samples: torch.Tensor) -> torch.Tensor:
+        """One feature vector per unit, not scaled yet.  (S,) -> (U, C)"""
+        units = len(samples) // self.samples_per_unit
+        if self.config.features == "mfcc":
+            frames = self.front_end.mfcc(self.front_end.log_mel(samples))
+        else:
+            frames = self.encoder_frames(samples, units)
+        return frames.view(units, -1, frames.shape[-1]).mean(1)
+
+    def encoder_frames(self, samples: torch.Tensor, units: int) -> torch.Tensor:
+        """Hidden states of the speech encoder, brought to a whole number of frames per unit.  (S,) -> (T, C)"""
+        encoder = self.load_encoder()
+        if hasattr(encoder.config, "num_mel_bins"):
+            hidden, rate = self.whisper_frames(encoder, samples)
+        else:
+            rate = self.config.sampling_rate / math.prod(encoder.config.conv_stride)
+            # Without padding, the convolutions lose frames at the edges.
+            edge = int(self.config.sampling_rate / rate)
+            padded = nn.functional.pad(samples, (edge // 2, edge))
+            padded = (padded - padded.mean()) / (padded.var() + 1e-7).sqrt()
+            hidden = encoder(padded[None], output_hidden_states=True).hidden_states[self.config.encoder_layer][0]
+        per_unit = max(1, round(rate / self.config.units_per_second))
+        wanted = units * per_unit
+        if len(hidden) < wanted:
+            hidden = torch.cat([hidden, hidden[-1:].expand(wanted - len(hidden), -1)])
+        return hidden[:wanted]
+
+    def whisper_frames(self, encoder: nn.Module, samples: torch.Tensor) -> tuple[torch.Tensor, float]:
+        from transformers import WhisperFeatureExtractor
+
+        seconds = encoder.config.max_source_positions // 50
+        extractor = WhisperFeatureExtractor(
+            feature_size=encoder.config.num_mel_bins, sampling_rate=self.config.sampling_rate, chunk_length=seconds
+        )
+        parts = []
+        for chunk in samples.split(seconds * self.config.sampling_rate):
+            inputs = extractor(chunk.numpy(), sampling_rate=self.config.sampling_rate, return_tensors="pt")
+            hidden = encoder(inputs.input_features, output_hidden_states=True).hidden_states[self.config.encoder_layer][
+                0
+            ]
+            parts.append(hidden[: math.ceil(len(chunk) * 50 / self.config.sampling_rate)])
+        return torch.cat(parts), 50.0
+
+    def load_encoder(self) -> nn.Module:
+        if self.encoder is None:
+            from transformers import AutoModel
+
+            self.encoder = AutoModel.from_pretrained(self.config.encoder, dtype=torch.float32)
+        # Whisper and other encoder-decoders: the encoder alone hears.
+        encoder = self.encoder.get_encoder() if self.encoder.config.is_encoder_decoder else self.encoder
+        return encoder.eval().requires_grad_(False)
+
+    def encode(self, audio: list[Any], sampling_rate: int | None = None) -> list[torch.Tensor]:
+        """Units of each sound, (U,) int64. `sampling_rate` is that of arrays; files and bytes say their own."""
+        if not isinstance(audio, (list, tuple)):
+            raise ValueError(f"encode takes a list of sounds, not {type(audio).__name__}")
+        return [self.encode_one(source, sampling_rate) for source in audio]
+
+    def encode_one(self, source: Any, sampling_rate: int | None = None) -> torch.Tensor:
+        if self.centroids is None:
+            raise ValueError(
+                "this speech tokenizer has no centroids yet; train it with training.tokenizers.speech or load it"
+            )
+        scaled = (self.features(self.preprocess(source, sampling_rate)) - self.mean) / self.scale
+        units = nearest_code(scaled, self.centroids)
+        return torch.unique_consecutive(units) if self.config.deduplicate else units
+
+    def decode(self, units: list[torch.Tensor]) -> list[np.ndarray]:
+        """A waveform for each sequence of units, float32 at `sampling_rate`, U * samples_per_unit samples.
+
+        Buzzy but recognisable: units carry no pitch, so Griffin-Lim finds a noisy voice.
+        """
+        return [self.decode_one(torch.as_tensor(sequence, dtype=torch.long)) for sequence in units]
+
+    @torch.no_grad()
+    def decode_one(self, units: torch.Tensor) -> np.ndarray:
+        if units.ndim != 1 or len(units) == 0:
+            raise ValueError(f"speech units must have shape (units,) with at least one unit, not {tuple(units.shape)}")
+        if int(units.min()) < 0 or int(units.max()) >= self.num_units:
+            raise ValueError(f"speech units lie in [0, {self.num_units}), not [{int(units.min())}, {int(units.max())}]")
+        log_mel = self.templates[units].flatten(0, 1)
+        return self.front_end.griffin_lim(log_mel, self.config.griffin_lim_iterations).numpy().astype(np.float32)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"mean": self.mean, "scale": self.scale, "centroids": self.centroids, "templates": self.templates}
+
+    def fingerprint(self) -> str:
+        """sha256 over the configuration and the tensors."""
+        return fingerprint(self.config.to_dict(), self.tensors())
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """`model.safetensors` and `speech_tokenizer_config.json`; an encoder stays where it is and is kept by name."""
+        if self.centroids is None:
+            raise ValueError("a speech tokenizer without centroids cannot be saved; train it first")
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        # Half precision is plenty for log-mel templates; rounded in memory too, so that loading changes nothing.
+        self.templates = self.templates.half().float()
+        stored = {**self.tensors(), "templates": self.templates.half()}
+        save_file({k: v.contiguous() for k, v in stored.items()}, directory / SPEECH_TOKENIZER_WEIGHTS_NAME)
+        text = json.dumps(self.config.to_dict(), indent=2) + "\n"
+        (directory / SPEECH_TOKENIZER_CONFIG_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike, subfolder: str = "", **hub_kwargs
+    ) -> "MoTSpeechTokenizer":
+        """From a folder or Hub repository that `save_pretrained` wrote."""
+        from transformers.utils import cached_file
+
+        values = json.loads(read_hub_file(name_or_path, SPEECH_TOKENIZER_CONFIG_NAME, subfolder, **hub_kwargs))
+        weights = cached_file(str(name_or_path), SPEECH_TOKENIZER_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
+        tensors = {name: tensor.float() for name, tensor in load_file(weights).items()}
+        return cls(SpeechTokenizerConfig.from_dict(values), tensors)

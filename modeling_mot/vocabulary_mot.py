@@ -1,0 +1,127 @@
+"""The one vocabulary: text with its specials, then image codes, then speech units; and the chat template."""
+
+from tokenizers import AddedToken, processors
+from transformers import PreTrainedTokenizerBase
+
+
+# name of the tokenizer attribute -> token
+SPECIAL_TOKENS = {
+    "pad_token": "<|pad|>",
+    "bos_token": "<|bos|>",
+    "eos_token": "<|eos|>",
+    "boi_token": "<|boi|>",
+    "eoi_token": "<|eoi|>",
+    "begin_of_speech_token": "<|bos_speech|>",
+    "end_of_speech_token": "<|eos_speech|>",
+    "image_token": "<|image|>",
+    "audio_token": "<|audio|>",
+    "begin_of_turn_token": "<|turn|>",
+    "end_of_turn_token": "<|end_turn|>",
+}
+COMMON_SPECIAL_TOKENS = ("pad_token", "bos_token", "eos_token")
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|turn|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ render(message) }}{% endgeneration %}"
+    "{% else %}{{ render(message) }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|turn|>assistant\\n' }}{% endif %}"
+)
+# Jinja macros must stand before their use; a macro cannot hold the generation block.
+CHAT_TEMPLATE = (
+    "{% macro render(message) %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] or [] %}"
+    "{% if part['type'] == 'image' %}{{ '<|image|>' }}"
+    "{% elif part['type'] == 'audio' %}{{ '<|audio|>' }}"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|end_turn|>' }}"
+    "{% endmacro %}" + CHAT_TEMPLATE
+)
+
+
+def code_token(modality: str, index: int) -> str:
+    """Token of an image code or speech unit: `<|image_17|>`, `<|speech_3|>`."""
+    return f"<|{modality}_{index}|>"
+
+
+def extend_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, num_image_codes: int = 0, num_speech_units: int = 0
+) -> PreTrainedTokenizerBase:
+    """Add what is missing of our special tokens, then image codes, then speech units, to a fast tokenizer, in place.
+
+    An existing padding, begin or end token is kept, so a checkpoint of another family keeps its own. Raises ValueError
+    for a slow tokenizer, for ids with holes, and when other codes are already there.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer; ours needs the `tokenizers` backend")
+    if min(num_image_codes, num_speech_units) < 0:
+        raise ValueError(f"num_image_codes={num_image_codes}, num_speech_units={num_speech_units} must not be negative")
+    if code_token("image", 0) in tokenizer.get_vocab() or code_token("speech", 0) in tokenizer.get_vocab():
+        raise ValueError("this tokenizer already holds image or speech tokens; start from the one it was made of")
+    existing = {name: getattr(tokenizer, name, None) for name in COMMON_SPECIAL_TOKENS}
+    chosen = {name: existing.get(name) or token for name, token in SPECIAL_TOKENS.items()}
+    tokenizer.add_special_tokens({name: chosen[name] for name in COMMON_SPECIAL_TOKENS})
+    ours = {name: token for name, token in chosen.items() if name not in COMMON_SPECIAL_TOKENS}
+    tokenizer.add_tokens([special(token) for token in ours.values()], special_tokens=True)
+    set_special_attributes(tokenizer, ours)
+    for modality, count in (("image", num_image_codes), ("speech", num_speech_units)):
+        # Special, so that text which spells such a token is not taken for it when documents are encoded.
+        tokenizer.add_tokens([special(code_token(modality, i)) for i in range(count)], special_tokens=True)
+    if (
+        tokenizer.backend_tokenizer.post_processor is None
+        or not tokenizer.backend_tokenizer.post_processor.num_special_tokens_to_add(False)
+    ):
+        add_bos(tokenizer)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    modality_ranges(tokenizer)
+    return tokenizer
+
+
+def special(token: str) -> AddedToken:
+    return AddedToken(token, special=True, normalized=False)
+
+
+def set_special_attributes(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, str]) -> None:
+    """Make `tokenizer.boi_token`, `tokenizer.boi_token_id` and so on work, also after saving and loading."""
+    tokenizer._set_model_specific_special_tokens(special_tokens=tokens)
+
+
+def add_bos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """`tokenizer(text)` starts with bos, as the documents do."""
+    bos = tokenizer.bos_token
+    template = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    tokenizer.backend_tokenizer.post_processor = template
+
+
+def modality_ranges(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """modality -> [first, last + 1] of its token ids. Raises ValueError when the vocabulary is not laid out as ours.
+
+    Tokens that someone added after the codes stand outside all ranges.
+    """
+    vocabulary = tokenizer.get_vocab()
+    missing = [name for name in SPECIAL_TOKENS if getattr(tokenizer, name, None) is None]
+    if missing:
+        raise ValueError(f"the tokenizer has no {', '.join(missing)}; extend_tokenizer adds them")
+    if len(vocabulary) != max(vocabulary.values()) + 1:
+        raise ValueError(
+            f"the vocabulary has {len(vocabulary)} tokens but its highest id is {max(vocabulary.values())}: ids with "
+            "holes cannot be laid out in ranges"
+        )
+    ranges: dict[str, list[int]] = {}
+    for modality in ("image", "speech"):
+        ids = []
+        while (token_id := vocabulary.get(code_token(modality, len(ids)))) is not None:
+            ids.append(token_id)
+        if ids and ids != list(range(ids[0], ids[0] + len(ids))):
+            raise ValueError(f"the {modality} tokens are not one range of ids in their order; use extend_tokenizer")
+        if ids:
+            ranges[modality] = [ids[0], ids[-1] + 1]
+    if len(ranges) == 2 and ranges["image"][1] != ranges["speech"][0]:
+        raise ValueError(f"speech tokens must follow image tokens, but the ranges are {ranges}; use extend_tokenizer")
+    first = min((start for start, _ in ranges.values()), default=len(vocabulary))
+    return {"text": [0, first], **ranges}

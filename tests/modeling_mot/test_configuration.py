@@ -1,0 +1,128 @@
+"""What a MoTConfig accepts, refuses, and keeps when it is written and read."""
+
+import pytest
+from transformers import AutoConfig, LlamaConfig
+
+from modeling_mot import MoTConfig, MoTForCausalLM
+
+
+CONTRADICTIONS = {
+    "vocab_size": ({"vocab_size": 0}, "vocab_size=0"),
+    "hidden_size": ({"hidden_size": 30}, "hidden_size=30 is not a multiple of num_attention_heads=4"),
+    "key_value_heads": ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple"),
+    "odd_head_dim": ({"head_dim": 7}, "head_dim=7 must be even"),
+    "norm_position": ({"norm_position": "sandwich"}, "norm_position='sandwich'"),
+    "qk_norm": ({"qk_norm": "batch"}, "qk_norm='batch'"),
+    "hidden_dropout": ({"hidden_dropout": 1.0}, "hidden_dropout=1.0"),
+    "attention_dropout": ({"attention_dropout": -0.1}, "attention_dropout=-0.1"),
+    "z_loss": ({"z_loss_coefficient": -1.0}, "z_loss_coefficient=-1.0"),
+    "image_grid": ({"image_grid": [4]}, "image_grid=\\[4\\]"),
+    "max_speech_tokens": ({"max_speech_tokens": 0}, "max_speech_tokens=0"),
+    "text_first": ({"modalities": ["image", "text", "speech"]}, "must name 'text' first"),
+    "modality_twice": ({"modalities": ["text", "image", "image"]}, "names one twice"),
+    "tower_missing": ({"towers": {"text": "a", "image": "b"}}, "must give a tower to each"),
+    "tower_of_nothing": (
+        {"towers": {"text": "a", "image": "b", "speech": "c", "video": "d"}},
+        "must give a tower to each",
+    ),
+    "dotted_tower": ({"towers": {"text": "a.b", "image": "c", "speech": "d"}}, "'a.b'"),
+    "shared_and_own": ({"towers": {"text": "shared", "image": "a", "speech": "a"}}, "'shared' is the name"),
+    "untied": ({"untied": ["attention", "embeddings"]}, "'embeddings'"),
+    "moe_tower": ({"moe_towers": ["video"]}, "names 'video', an unknown tower"),
+    "one_expert": ({"moe_towers": ["text"], "num_experts": 1}, "num_experts=1"),
+    "range_missing": ({"modality_token_ranges": {"text": [0, 30]}}, "must give a range to each"),
+    "range_outside": (
+        {"modality_token_ranges": {"text": [0, 30], "image": [30, 45], "speech": [45, 61]}},
+        "modality_token_ranges\\['speech'\\]=\\[45, 61\\]",
+    ),
+    "ranges_overlap": (
+        {"modality_token_ranges": {"text": [0, 31], "image": [30, 45], "speech": [45, 60]}},
+        "'text' ends at 31, 'image' begins at 30",
+    ),
+    "special_is_an_image_code": ({"boi_token_id": 31}, "boi_token_id=31 must be a text token"),
+    "boi_without_eoi": ({"eoi_token_id": None}, "boi_token_id=3 and eoi_token_id=None go together"),
+    "begin_without_end": ({"end_of_speech_token_id": None}, "go together"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_contradiction_is_refused_by_name(tiny_config, case):
+    fields, message = CONTRADICTIONS[case]
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", "32"),
+        ("num_hidden_layers", 2.5),
+        ("modalities", "text"),
+        ("towers", ["text"]),
+        ("tie_word_embeddings", "yes"),
+        ("image_grid", 4),
+        ("z_loss_coefficient", "1e-5"),
+    ],
+)
+def test_mistyped_value_is_refused(field, value):
+    with pytest.raises(Exception, match=field):
+        MoTConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "right"),
+    [("modalites", "modalities"), ("hidden_sise", "hidden_size"), ("norm_positon", "norm_position")],
+)
+def test_misspelt_field_is_refused_with_the_nearest_name(misspelt, right):
+    with pytest.raises(ValueError, match=f"did you mean '{right}'"):
+        MoTConfig(**{misspelt: None})
+
+
+def test_fields_of_transformers_and_quantizers_pass():
+    assert MoTConfig(quantization_config={"bits": 4}).quantization_config == {"bits": 4}
+
+
+@pytest.mark.parametrize("variant", MoTConfig.variant_names())
+def test_written_and_read_it_is_the_same(tiny_config, variant, tmp_path):
+    config = tiny_config(variant, qk_norm="rms")
+    config.save_pretrained(tmp_path)
+    assert MoTConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert AutoConfig.from_pretrained(tmp_path).tower_names == config.tower_names
+
+
+def test_contradiction_made_later_is_not_saved(tiny_config, tmp_path):
+    config = tiny_config()
+    config.norm_position = "middle"
+    with pytest.raises(Exception, match="norm_position"):
+        config.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model" / "config.json").exists()
+
+
+@pytest.mark.parametrize("loader", [MoTConfig, MoTForCausalLM])
+def test_config_of_another_model_type_is_refused(loader, tmp_path):
+    LlamaConfig(hidden_size=32).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model_type='llama'"):
+        loader.from_pretrained(tmp_path)
+
+
+def test_every_modality_has_a_tower_by_default(tiny_config):
+    assert tiny_config().tower_names == ["text", "image", "speech"]
+
+
+@pytest.mark.parametrize("alone", ["text", "image", "speech"])
+def test_leave_one_out_joins_the_other_two(tiny_config, alone):
+    towers = tiny_config(f"loo-{alone}").towers
+    others = {tower for name, tower in towers.items() if name != alone}
+    assert len(others) == 1 and towers[alone] not in others
+
+
+def test_unknown_variant_and_preset_are_refused_with_the_choices():
+    with pytest.raises(ValueError, match="variant='mott'"):
+        MoTConfig.from_variant("mott")
+    with pytest.raises(ValueError, match="did you mean 'chameleon-443m'"):
+        MoTConfig.from_preset("chameleon-443")
+
+
+def test_leave_one_out_of_an_absent_modality_is_refused():
+    with pytest.raises(ValueError, match="loo-speech"):
+        MoTConfig.from_variant("loo-speech", modalities=["text", "image"])

@@ -1,0 +1,238 @@
+"""generate() against an uncached recompute of every step."""
+
+import pytest
+import torch
+from transformers import MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from modeling_mot import MoTConfig, MoTForCausalLM
+
+from . import naive_generation as naive
+
+
+PROMPTS = {
+    "text": [1, 9, 12, 7],
+    "open-image": [1, 9, 3],
+    "in-image": [1, 9, 3, 31, 40],
+    "open-speech": [1, 8, 5],
+    "after-image": [1, 3, 30, 31, 32, 33, 34, 35, 4],
+}
+
+
+def row(tokens):
+    return torch.tensor([tokens])
+
+
+def left_padded(prompts):
+    length = max(map(len, prompts))
+    ids = torch.tensor([[0] * (length - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
+    return ids, mask
+
+
+def unpadded(outputs, prompts):
+    length = max(map(len, prompts))
+    return [out.tolist()[length - len(p) :] for out, p in zip(outputs, prompts)]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("variant", MoTConfig.variant_names())
+def test_greedy_equals_recompute(tiny_model, variant, prompt):
+    model = tiny_model(variant)
+    out = model.generate(row(PROMPTS[prompt]), max_new_tokens=12, do_sample=False)
+    assert out[0].tolist() == naive.greedy(model, PROMPTS[prompt], 12)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("variant", ["dense", "mot", "hybrid", "loo-text"])
+def test_left_padded_batch_equals_recompute_of_each_row(tiny_model, variant, cache):
+    model = tiny_model(variant)
+    prompts = list(PROMPTS.values())
+    ids, mask = left_padded(prompts)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False, cache_implementation=cache)
+    assert unpadded(out, prompts) == [naive.greedy(model, p, 10) for p in prompts]
+
+
+@pytest.mark.parametrize("variant", ["mot", "hybrid"])
+def test_without_cache_equals_recompute(tiny_model, variant):
+    model = tiny_model(variant)
+    out = model.generate(row(PROMPTS["open-image"]), max_new_tokens=9, do_sample=False, use_cache=False)
+    assert out[0].tolist() == naive.greedy(model, PROMPTS["open-image"], 9)
+
+
+@pytest.mark.parametrize("variant", ["dense", "mot", "hybrid"])
+def test_seeded_sampling_equals_recompute(tiny_model, variant):
+    model = tiny_model(variant)
+    prompts = [PROMPTS["text"], PROMPTS["in-image"], PROMPTS["open-speech"]]
+    ids, mask = left_padded(prompts)
+    torch.manual_seed(7)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=True, temperature=2.0, top_k=0)
+    torch.manual_seed(7)
+    assert unpadded(out, prompts) == naive.sample(model, prompts, 12, temperature=2.0)
+
+
+@pytest.mark.parametrize("prompt", ["text", "open-image", "open-speech"])
+@pytest.mark.parametrize("variant", ["mot", "hybrid"])
+def test_beams_equal_recompute(tiny_model, variant, prompt):
+    model = tiny_model(variant)
+    kwargs = {"max_new_tokens": 8, "do_sample": False, "num_beams": 3, "num_return_sequences": 3}
+    out = model.generate(row(PROMPTS[prompt]), **kwargs)
+    assert out.tolist() == naive.beam_search(model, PROMPTS[prompt], 8, num_beams=3)
+
+
+def test_num_return_sequences_samples_each_as_its_own_row(tiny_model):
+    model = tiny_model()
+    torch.manual_seed(3)
+    out = model.generate(
+        row(PROMPTS["text"]), max_new_tokens=8, do_sample=True, temperature=3.0, top_k=0, num_return_sequences=4
+    )
+    torch.manual_seed(3)
+    assert out.tolist() == naive.sample(model, [PROMPTS["text"]] * 4, 8, temperature=3.0)
+
+
+@pytest.mark.parametrize("prompt", ["text", "open-image"])
+def test_assisted_decoding_equals_recompute(tiny_model, prompt):
+    model, assistant = tiny_model(), tiny_model(num_hidden_layers=1)
+    out = model.generate(row(PROMPTS[prompt]), max_new_tokens=12, do_sample=False, assistant_model=assistant)
+    assert out[0].tolist() == naive.greedy(model, PROMPTS[prompt], 12)
+
+
+def test_prompt_lookup_decoding_equals_recompute(tiny_model):
+    model = tiny_model()
+    out = model.generate(row(PROMPTS["after-image"]), max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3)
+    assert out[0].tolist() == naive.greedy(model, PROMPTS["after-image"], 12)
+
+
+class Collect(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+def test_streamer_gets_the_recomputed_tokens_in_order(tiny_model):
+    model, streamer = tiny_model(), Collect()
+    model.generate(row(PROMPTS["open-image"]), max_new_tokens=9, do_sample=False, streamer=streamer)
+    assert streamer.tokens == naive.greedy(model, PROMPTS["open-image"], 9) and streamer.ended
+
+
+def test_stopping_criteria_hold(tiny_model):
+    criteria = StoppingCriteriaList([MaxLengthCriteria(7)])
+    out = tiny_model().generate(row(PROMPTS["text"]), max_new_tokens=20, do_sample=False, stopping_criteria=criteria)
+    assert out.shape == (1, 7)
+
+
+# ---------------------------------------------------------------------- spans
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (1, 1), (3, 4)])
+def test_an_image_has_exactly_the_grids_codes_then_eoi(tiny_model, grid):
+    out = tiny_model().generate(row([1, 9, 3]), max_new_tokens=20, do_sample=True, image_grid=grid)[0].tolist()
+    codes = out[3 : 3 + grid[0] * grid[1]]
+    assert all(30 <= code < 45 for code in codes) and out[3 + len(codes)] == 4
+
+
+def test_image_grid_of_the_call_wins_over_the_configurations(tiny_model):
+    model = tiny_model()
+    out = model.generate(row([1, 9, 3]), max_new_tokens=9, do_sample=False, image_grid=(2, 2))
+    assert out[0].tolist() == naive.greedy(model, [1, 9, 3], 9, grid=(2, 2))
+
+
+def test_speech_holds_units_and_ends_in_time(tiny_model):
+    out = tiny_model().generate(row([1, 9, 5]), max_new_tokens=12, do_sample=True, top_k=0)[0].tolist()
+    end = out.index(6)
+    assert 1 <= end - 3 <= 4 and all(45 <= unit < 60 for unit in out[3:end])
+
+
+def test_text_holds_neither_codes_nor_closing_markers(tiny_model):
+    out = tiny_model(boi_token_id=None, eoi_token_id=None, begin_of_speech_token_id=None, end_of_speech_token_id=None)
+    tokens = out.generate(row([1, 9]), max_new_tokens=3, do_sample=True, top_k=0)
+    assert tokens.shape == (1, 5)
+    model = tiny_model()
+    for _ in range(20):
+        first = model.generate(row([1, 9]), max_new_tokens=1, do_sample=True, temperature=9.0, top_k=0)[0, -1]
+        assert first < 30 and first not in (4, 6)
+
+
+def test_text_may_hold_tokens_appended_to_the_vocabulary(tiny_model):
+    model = tiny_model()
+    model.resize_token_embeddings(62)
+    with torch.no_grad():
+        model.lm_head.weight[61] = 100 * model(row([1, 9]), output_hidden_states=True).hidden_states[-1][0, -1]
+    assert model.generate(row([1, 9]), max_new_tokens=1, do_sample=False)[0, -1] == 61
+
+
+def test_rows_may_be_in_different_spans(tiny_model):
+    prompts = [[1, 9, 3], [1, 9, 5], [1, 9, 10]]
+    out = tiny_model().generate(torch.tensor(prompts), max_new_tokens=1, do_sample=False)[:, -1]
+    assert 30 <= out[0] < 45 and 45 <= out[1] < 60 and out[2] < 30
+
+
+def test_constraints_can_be_switched_off(tiny_model):
+    model = tiny_model()
+    out = model.generate(row([1, 9, 12]), max_new_tokens=8, do_sample=False, constrain_spans=False)[0].tolist()
+    tokens = [1, 9, 12]
+    for _ in range(8):
+        tokens.append(int(naive.next_logits(model, tokens).argmax()))
+    assert out == tokens
+
+
+# ---------------------------------------------------------------------- guidance
+
+
+@pytest.mark.parametrize("variant", ["dense", "mot", "hybrid"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_guidance_equals_two_forwards(tiny_model, variant, use_cache):
+    model = tiny_model(variant)
+    prompt, negative = [1, 9, 12, 3], [1, 7, 3]
+
+    def guided(tokens):
+        conditional = naive.next_logits(model, tokens).log_softmax(-1)
+        without = naive.next_logits(model, negative + tokens[len(prompt) :]).log_softmax(-1)
+        return without + 2.5 * (conditional - without)
+
+    out = model.generate(
+        row(prompt),
+        max_new_tokens=8,
+        do_sample=False,
+        guidance_scale=2.5,
+        negative_prompt_ids=row(negative),
+        use_cache=use_cache,
+    )
+    assert out[0].tolist() == naive.greedy(model, prompt, 8, rule=guided)
+
+
+# ---------------------------------------------------------------------- modality ids
+
+
+def test_given_modality_ids_route_the_prompt(tiny_model):
+    model, prompt = tiny_model(), row(PROMPTS["text"])
+    given = torch.tensor([[0, 1, 1, 0]])
+    with torch.no_grad():
+        first = model(prompt, modality_ids=given).logits[0, -1]
+        out = model.generate(prompt, modality_ids=given, max_new_tokens=2, do_sample=False)
+        second = model(out[:, :5], modality_ids=torch.cat([given, torch.tensor([[0]])], 1)).logits[0, -1]
+    expected = [int(naive.constrain(s, t, model.config).argmax()) for s, t in ((first, [1]), (second, [1]))]
+    assert out[0, 4:].tolist() == expected
+
+
+def test_prompt_of_embeddings_equals_prompt_of_text_tokens(tiny_model):
+    model, prompt = tiny_model(), PROMPTS["text"]
+    embeddings = model.get_input_embeddings()(row(prompt))
+    out = model.generate(inputs_embeds=embeddings, max_new_tokens=6, do_sample=False)
+    assert out[0].tolist() == naive.greedy(model, prompt, 6)[len(prompt) :]
+
+
+def test_packed_rows_are_refused(tiny_model):
+    with pytest.raises(ValueError, match="document_ids"):
+        tiny_model().generate(row([1, 9]), document_ids=row([0, 0]), max_new_tokens=1)
+
+
+def test_without_ranges_generation_is_refused():
+    config = MoTConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    with pytest.raises(ValueError, match="modality_token_ranges"):
+        MoTForCausalLM(config).generate(row([1, 9]), max_new_tokens=1)

@@ -1,0 +1,241 @@
+"""The VQ image tokenizer: pixels, codes, grids, storage, bad input."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig, MoTImageTokenizer, nearest_code
+from modeling_mot.picture_loading_mot import fit_picture, load_picture
+
+
+TINY = {
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "vq_embed_dim": 4,
+    "num_vq_embeddings": 32,
+    "norm_num_groups": 4,
+    "mid_block_add_attention": False,
+}
+
+
+def tiny_tokenizer(**overrides) -> MoTImageTokenizer:
+    torch.manual_seed(0)
+    tokenizer = MoTImageTokenizer(ImageTokenizerConfig(image_size=[16, 16], patch_size=2, model=TINY, **overrides))
+    tokenizer.codebook.data.normal_()
+    return tokenizer
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_codes_are_the_nearest_codebook_rows():
+    tokenizer = tiny_tokenizer()
+    pixels = tokenizer.preprocess(noise(16, 16))[None]
+    latents = tokenizer.latents(pixels)[0].double()
+    codebook = tokenizer.codebook.double()
+    expected = torch.empty(4, 4, dtype=torch.long)
+    for row in range(4):
+        for column in range(4):
+            expected[row, column] = (codebook - latents[:, row, column]).square().sum(1).argmin()
+    assert torch.equal(tokenizer.encode([noise(16, 16)])[0], expected)
+
+
+def test_nearest_code_prefers_the_lowest_index():
+    codebook = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    assert nearest_code(torch.tensor([[1.0, 0.1]]), codebook).tolist() == [0]
+
+
+def test_encoding_equals_diffusers_quantizer():
+    tokenizer = tiny_tokenizer()
+    pixels = torch.stack([tokenizer.preprocess(noise(16, 16, seed)) for seed in range(3)])
+    _, _, (_, _, indices) = tokenizer.model.quantize(tokenizer.latents(pixels))
+    assert torch.equal(torch.stack(tokenizer.encode([noise(16, 16, seed) for seed in range(3)])).flatten(), indices)
+
+
+def test_a_picture_alone_equals_the_picture_in_a_batch():
+    tokenizer = tiny_tokenizer()
+    pictures = [noise(16, 16, seed) for seed in range(5)]
+    alone = [tokenizer.encode([picture])[0] for picture in pictures]
+    assert all(torch.equal(a, b) for a, b in zip(alone, tokenizer.encode(pictures), strict=True))
+
+
+def test_rectangles_make_rectangular_grids():
+    tokenizer = tiny_tokenizer(fit="keep")
+    grids = tokenizer.encode([noise(32, 16), noise(8, 24)])
+    assert [tuple(grid.shape) for grid in grids] == [(8, 4), (2, 6)]
+    assert [picture.size for picture in tokenizer.decode(grids)] == [(16, 32), (24, 8)]
+    assert tokenizer.image_grid is None
+
+
+def test_chameleon_preset_makes_1024_tokens():
+    with torch.device("meta"):
+        tokenizer = MoTImageTokenizer.from_preset("chameleon-512")
+    assert tokenizer.image_grid == [32, 32] and tokenizer.num_codes == 8192
+
+
+def test_alpha_is_flattened_on_the_background():
+    rgba = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    assert (fit_picture(rgba, ImageTokenizerConfig(image_size=16)) == 255).all()
+    half = Image.new("RGBA", (16, 16), (255, 0, 0, 128))
+    assert abs(int(fit_picture(half, ImageTokenizerConfig(image_size=16))[0, 0, 1]) - 127) <= 1
+
+
+def test_crop_keeps_the_middle_and_pad_keeps_everything():
+    picture = np.zeros((10, 30, 3), np.uint8)
+    picture[:, 10:20] = 200
+    assert (fit_picture(Image.fromarray(picture), ImageTokenizerConfig(image_size=10)) == 200).all()
+    padded = fit_picture(Image.fromarray(picture), ImageTokenizerConfig(image_size=30, fit="pad"))
+    assert (padded[10:20] == picture).all() and (padded[:10] == 255).all()
+
+
+def test_all_forms_of_a_picture_give_the_same_codes(tmp_path):
+    tokenizer, array = tiny_tokenizer(), noise(16, 16)
+    path = tmp_path / "a.png"
+    Image.fromarray(array).save(path)
+    forms = [
+        array,
+        Image.fromarray(array),
+        path,
+        str(path),
+        path.read_bytes(),
+        {"bytes": path.read_bytes(), "path": None},
+        np.moveaxis(array, -1, 0),
+        torch.from_numpy(array),
+        array / 255.0,
+    ]
+    codes = tokenizer.encode(forms)
+    assert all(torch.equal(grid, codes[0]) for grid in codes)
+
+
+@pytest.mark.parametrize("storage_dtype", ["float32", "float16", "bfloat16"])
+def test_saved_and_loaded_tokenizers_agree(tmp_path, storage_dtype):
+    tokenizer = tiny_tokenizer(storage_dtype=storage_dtype)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = MoTImageTokenizer.from_pretrained(tmp_path)
+    assert next(loaded.model.parameters()).dtype == torch.float32
+    assert loaded.fingerprint() == tokenizer.fingerprint()
+    grids = [torch.stack(t.encode([noise(16, 16, s) for s in range(4)])) for t in (tokenizer, loaded)]
+    assert torch.equal(*grids)
+
+
+def test_saved_folder_is_in_diffusers_layout(tmp_path):
+    from diffusers import VQModel
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    model = VQModel.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    assert torch.equal(model.quantize.embedding.weight, tokenizer.codebook)
+
+
+def test_existing_vq_model_can_be_wrapped(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = ImageTokenizerConfig(image_size=16, patch_size=2)
+    wrapped = MoTImageTokenizer.from_backend(str(tmp_path), "diffusers", config)
+    assert torch.equal(wrapped.encode([noise(16, 16)])[0], tiny_tokenizer().encode([noise(16, 16)])[0])
+
+
+@pytest.fixture(scope="module")
+def chameleon_folder(tmp_path_factory):
+    from transformers import ChameleonVQVAE, ChameleonVQVAEConfig
+
+    torch.manual_seed(0)
+    config = ChameleonVQVAEConfig(
+        embed_dim=8,
+        num_embeddings=32,
+        latent_channels=8,
+        resolution=16,
+        base_channels=32,
+        channel_multiplier=[1, 1],
+        num_res_blocks=1,
+        attn_resolutions=None,
+    )
+    folder = tmp_path_factory.mktemp("chameleon")
+    model = ChameleonVQVAE(config)
+    torch.nn.init.normal_(model.quantize.embedding.weight)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_chameleon_codes_equal_transformers(chameleon_folder, tmp_path):
+    from transformers import ChameleonVQVAE
+
+    tokenizer = MoTImageTokenizer.from_backend(str(chameleon_folder), "chameleon", ImageTokenizerConfig(image_size=16))
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = MoTImageTokenizer.from_pretrained(tmp_path)
+    reference = ChameleonVQVAE.from_pretrained(chameleon_folder)
+    with torch.no_grad():
+        expected = reference.encode(tokenizer.preprocess(noise(16, 16))[None]).image_tokens
+    assert torch.equal(tokenizer.encode([noise(16, 16)])[0].flatten(), expected.flatten())
+
+
+def test_chameleon_without_decoder_says_so(chameleon_folder):
+    tokenizer = MoTImageTokenizer.from_backend(str(chameleon_folder), "chameleon", ImageTokenizerConfig(image_size=16))
+    with pytest.raises(NotImplementedError, match="no decoder"):
+        tokenizer.decode([torch.zeros(8, 8, dtype=torch.long)])
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.png"):
+        tiny_tokenizer().encode([tmp_path / "nowhere.png"])
+
+
+def test_broken_picture_is_named(tmp_path):
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="broken.png does not decode"):
+        tiny_tokenizer().encode([str(path)])
+
+
+def test_truncated_picture_is_refused():
+    stream = io.BytesIO()
+    Image.fromarray(noise(64, 64)).save(stream, "PNG")
+    with pytest.raises(ValueError, match="does not decode"):
+        load_picture(stream.getvalue()[:2000])
+
+
+def test_huge_picture_is_refused_before_decoding(tmp_path):
+    path = tmp_path / "huge.png"
+    Image.new("1", (3000, 2000)).save(path)
+    with pytest.raises(ValueError, match="max_pixels=1000000"):
+        load_picture(path, max_pixels=1_000_000)
+
+
+def test_pillow_decompression_bomb_becomes_a_named_error(monkeypatch, tmp_path):
+    path = tmp_path / "bomb.png"
+    Image.new("1", (3000, 2000)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="bomb.png is too large"):
+        load_picture(path)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((5, 5, 7)), np.full((4, 4, 3), 3.0), np.zeros((0, 4, 3), np.uint8), 7, None])
+def test_what_is_no_picture_is_refused(bad):
+    with pytest.raises(ValueError):
+        load_picture(bad)
+
+
+def test_size_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="not divisible by the down-sampling, 4"):
+        tiny_tokenizer(fit="keep").encode([noise(18, 16)])
+
+
+@pytest.mark.parametrize("grid", [torch.full((4, 4), 32), torch.full((4, 4), -1), torch.zeros(16)])
+def test_bad_grids_are_refused(grid):
+    with pytest.raises(ValueError):
+        tiny_tokenizer().decode([grid])
+
+
+def test_unknown_setting_is_refused():
+    with pytest.raises(ValueError, match="colour"):
+        ImageTokenizerConfig.from_dict({"colour": 1})
+
+
+def test_blank_codes_decode_like_a_blank_picture():
+    tokenizer = tiny_tokenizer()
+    expected = tokenizer.encode([np.full((16, 16, 3), 255, np.uint8)])[0].flatten().tolist()
+    assert tokenizer.blank_codes((4, 4)) == expected

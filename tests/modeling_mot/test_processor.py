@@ -1,0 +1,468 @@
+"""MoTProcessor: documents to tokens and back, prompts with placeholders, padding, saving, bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig, MoTImageTokenizer
+from modeling_mot.processing_mot import MoTProcessor
+from modeling_mot.vocabulary_mot import SPECIAL_TOKENS, code_token, extend_tokenizer
+from tests.modeling_mot.test_image_tokenizer import TINY
+from tests.modeling_mot.test_speech_tokenizer import tokenizer_with_random_units
+from training.tokenizers.text import train_text_tokenizer
+
+
+TEXTS = ["a red apple on a green table", "the cat sat on the mat", "what is this? a picture of a cat."] * 4
+PICTURE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+SOUND = np.sin(np.arange(8000) * 0.1).astype(np.float32)
+
+
+def text(value: str) -> dict:
+    return {"type": "text", "text": value}
+
+
+IMAGE = {"type": "image", "image": PICTURE}
+AUDIO = {"type": "audio", "audio": SOUND, "sampling_rate": 16_000}
+
+
+def build_processor(**image_settings) -> MoTProcessor:
+    torch.manual_seed(0)
+    image = MoTImageTokenizer(ImageTokenizerConfig(image_size=[16, 16], patch_size=2, model=TINY, **image_settings))
+    image.codebook.data.normal_()
+    speech = tokenizer_with_random_units()
+    tokenizer = extend_tokenizer(train_text_tokenizer(TEXTS, 320), image.num_codes, speech.num_units)
+    return MoTProcessor(tokenizer, image, speech)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return build_processor()
+
+
+def tokens(processor, ids) -> list[str]:
+    return processor.tokenizer.convert_ids_to_tokens(list(ids))
+
+
+# -- the vocabulary ---------------------------------------------------------------------------------------------------
+
+
+def test_ranges_are_contiguous_and_named(processor):
+    ranges = processor.modality_token_ranges
+    text_size = ranges["text"][1]
+    assert ranges == {
+        "text": [0, text_size],
+        "image": [text_size, text_size + 32],
+        "speech": [text_size + 32, text_size + 48],
+    }
+    vocabulary = processor.tokenizer.get_vocab()
+    assert vocabulary[code_token("image", 5)] == text_size + 5
+    assert vocabulary[code_token("speech", 5)] == text_size + 37
+    assert all(vocabulary[token] < text_size for token in SPECIAL_TOKENS.values())
+
+
+def test_config_kwargs_make_a_config(processor):
+    from modeling_mot import MoTConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    kwargs = processor.config_kwargs()
+    modalities = kwargs.pop("modalities")
+    config = MoTConfig.from_variant("mot", modalities=modalities, **sizes, **kwargs)
+    assert config.vocab_size == len(processor.tokenizer) and config.image_grid == [4, 4]
+    assert config.modality_token_ranges == processor.modality_token_ranges
+
+
+def test_an_extended_tokenizer_keeps_its_own_tokens():
+    from transformers import PreTrainedTokenizerFast
+
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=train_text_tokenizer(TEXTS, 320).backend_tokenizer, bos_token="<|turn|>", eos_token="<|eoi|>"
+    )
+    before = len(other)
+    extend_tokenizer(other, 4, 3)
+    assert (other.bos_token, other.eos_token, other.pad_token) == ("<|turn|>", "<|eoi|>", "<|pad|>")
+    assert MoTProcessor(other).modality_token_ranges == {
+        "text": [0, before],
+        "image": [before, before + 4],
+        "speech": [before + 4, before + 7],
+    }
+
+
+def test_extending_twice_is_refused(processor):
+    with pytest.raises(ValueError, match="already holds"):
+        extend_tokenizer(processor.tokenizer, 4, 3)
+
+
+def test_a_tokenizer_that_was_not_extended_is_refused():
+    from transformers import PreTrainedTokenizerFast
+
+    plain = PreTrainedTokenizerFast(tokenizer_object=train_text_tokenizer(TEXTS, 320).backend_tokenizer)
+    with pytest.raises(ValueError, match="extend_tokenizer"):
+        MoTProcessor(plain)
+
+
+def test_sub_tokenizers_of_another_size_are_refused(processor):
+    with pytest.raises(ValueError, match="holds 16 speech tokens"):
+        MoTProcessor(processor.tokenizer, processor.image_tokenizer, tokenizer_with_random_units(8))
+
+
+# -- documents --------------------------------------------------------------------------------------------------------
+
+
+def test_document_is_bos_segments_eos(processor):
+    ids = processor([text("a cat"), IMAGE, AUDIO])["input_ids"]
+    codes = processor.image_tokenizer.encode([PICTURE])[0].flatten().tolist()
+    units = processor.speech_tokenizer.encode([SOUND])[0].tolist()
+    expected = ["<|bos|>", *processor.tokenizer.tokenize("a cat"), "<|boi|>", *(code_token("image", c) for c in codes)]
+    expected += ["<|eoi|>", "<|bos_speech|>", *(code_token("speech", u) for u in units), "<|eos_speech|>", "<|eos|>"]
+    assert tokens(processor, ids) == expected
+
+
+def test_modality_ids_follow_the_tokens(processor):
+    batch = processor([text("a"), IMAGE, AUDIO])
+    expected = [1 if "|image_" in t else 2 if "|speech_" in t else 0 for t in tokens(processor, batch["input_ids"])]
+    assert batch["modality_ids"] == expected and set(expected) == {0, 1, 2}
+
+
+def test_decoding_gives_the_segments_back(processor):
+    document = [text("one. "), IMAGE, text(" two"), AUDIO, text("three")]
+    segments = processor.decode_document(processor(document)["input_ids"])
+    assert [s["type"] for s in segments] == ["text", "image", "text", "audio", "text"]
+    assert [s["text"] for s in segments if s["type"] == "text"] == ["one. ", " two", "three"]
+    expected = processor.image_tokenizer.decode(processor.image_tokenizer.encode([PICTURE]))[0]
+    assert np.array_equal(np.asarray(segments[1]["image"]), np.asarray(expected))
+    assert segments[3]["audio"].shape == (13 * 640,) and segments[3]["sampling_rate"] == 16_000
+
+
+@pytest.mark.parametrize("value", ["ünïcödé 漢字 🍎", "a\n\tb  c ", " leading", "x" * 300, "\x00\x7f"])
+def test_any_text_survives(processor, value):
+    assert processor.decode_document(processor([text(value)])["input_ids"]) == [text(value)]
+
+
+@pytest.mark.parametrize(
+    "value", [*SPECIAL_TOKENS.values(), "<|image_3|>", "<|speech_3|>", "a<|eos|>b<|boi|><|image_0|>"]
+)
+def test_special_tokens_in_text_stay_text(processor, value):
+    ids = processor([text(value)])["input_ids"]
+    assert not set(ids[1:-1]) & set(processor.tokenizer.all_special_ids)
+    assert max(processor([text(value)])["modality_ids"]) == 0
+    assert processor.decode_document(ids) == [text(value)]
+
+
+@pytest.mark.parametrize("modality, opening", [("image", ["<|boi|>"]), ("audio", ["<|bos_speech|>"]), ("text", [])])
+def test_continuation_opens_the_next_segment(processor, modality, opening):
+    ids = processor([text("a cat")], continue_with=modality)["input_ids"]
+    assert tokens(processor, ids) == ["<|bos|>", *processor.tokenizer.tokenize("a cat"), *opening]
+
+
+def test_continuation_of_nothing_is_unconditional(processor):
+    assert tokens(processor, processor([[]], continue_with="image")["input_ids"][0]) == ["<|bos|>", "<|boi|>"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_stands_on_the_asked_side(processor, side):
+    short, long = [text("a")], [text("a"), IMAGE]
+    batch = processor([short, long], padding=True, padding_side=side, return_tensors="pt")
+    alone = torch.tensor(processor(short)["input_ids"])
+    width = batch["input_ids"].shape[1]
+    place = slice(width - len(alone), width) if side == "left" else slice(0, len(alone))
+    assert torch.equal(batch["input_ids"][0, place], alone)
+    assert batch["attention_mask"][0].sum() == len(alone) and batch["attention_mask"][0, place].all()
+    padding = batch["input_ids"][0][batch["attention_mask"][0] == 0]
+    assert (padding == processor.tokenizer.pad_token_id).all() and len(padding) == width - len(alone)
+
+
+@pytest.mark.parametrize("kind, expected", [("pt", torch.Tensor), ("np", np.ndarray), (None, list)])
+def test_return_tensors(processor, kind, expected):
+    batch = processor([[text("a")], [text("a")]], return_tensors=kind)
+    assert set(batch) == {"input_ids", "attention_mask", "modality_ids"}
+    assert all(isinstance(value, expected) for value in batch.values())
+
+
+def test_segments_equal_batches_of_the_data_cache(processor):
+    assert processor.encode_segment(IMAGE) == processor.encode_images([PICTURE])[0]
+    assert processor.encode_segment(AUDIO) == processor.encode_audio([SOUND], 16_000)[0]
+    assert processor.encode_segment(text("a cat")) == processor([text("a cat")])["input_ids"][1:-1]
+
+
+def test_pictures_of_other_sizes_decode_with_their_grids():
+    processor = build_processor(fit="keep")
+    wide = np.concatenate([PICTURE, PICTURE], axis=1)
+    ids = processor([IMAGE, {"type": "image", "image": wide}])["input_ids"]
+    segments = processor.decode_document(ids, image_grids=[(4, 4), (4, 8)])
+    assert [s["image"].size for s in segments] == [(16, 16), (32, 16)]
+
+
+def test_text_alone_needs_no_other_tokenizer():
+    processor = MoTProcessor(extend_tokenizer(train_text_tokenizer(TEXTS, 320)))
+    assert processor.modalities == ["text"]
+    assert processor.decode_document(processor([text("a cat")])["input_ids"]) == [text("a cat")]
+    with pytest.raises(ValueError, match="no image tokenizer"):
+        processor([IMAGE])
+
+
+# -- bad documents ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "document, message",
+    [
+        ([{"type": "imgae", "image": PICTURE}], "did you mean 'image'"),
+        ([{"type": "speech", "audio": SOUND}], "did you mean 'audio'"),
+        ([text("")], "segment 0 is an empty text"),
+        ([text("a"), text(" \n")], "segment 1 is an empty text"),
+        ([{"type": "image"}], "has no 'image' entry"),
+        ([{"type": "text", "image": PICTURE}], "has no 'text' entry"),
+        ([[]], "non-empty list"),
+        ([], "non-empty list"),
+    ],
+)
+def test_malformed_documents_are_refused(processor, document, message):
+    with pytest.raises(ValueError, match=message):
+        processor(document)
+
+
+def test_missing_and_broken_files_are_named(processor, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.png"):
+        processor([{"type": "image", "image": str(tmp_path / "nowhere.png")}])
+    (tmp_path / "broken.png").write_bytes(b"x")
+    with pytest.raises(ValueError, match="broken.png"):
+        processor([{"type": "image", "image": tmp_path / "broken.png"}])
+
+
+def test_contradictory_endings_are_refused(processor):
+    with pytest.raises(ValueError, match="cannot continue"):
+        processor([text("a")], add_eos=True, continue_with="image")
+    with pytest.raises(ValueError, match="not one of"):
+        processor([text("a")], continue_with="video")
+
+
+def test_documents_are_not_truncated(processor):
+    with pytest.raises(ValueError, match="more than max_length=5"):
+        processor([text("a"), IMAGE], max_length=5)
+
+
+def test_documents_of_different_lengths_need_padding(processor):
+    with pytest.raises(ValueError, match="padding=True"):
+        processor([[text("a")], [IMAGE]], return_tensors="pt")
+
+
+def test_ids_outside_the_vocabulary_are_refused(processor):
+    size = len(processor.tokenizer)
+    for bad in (size, -1):
+        with pytest.raises(ValueError, match=f"token id {bad} at position 1"):
+            processor.decode_document([1, bad])
+
+
+def test_truncated_image_is_refused_or_filled_up(processor):
+    ids = processor([text("a"), IMAGE])["input_ids"][:-8]
+    with pytest.raises(ValueError, match="an image has 10 codes.*needs 16"):
+        processor.decode_document(ids)
+    segments = processor.decode_document(ids, allow_incomplete=True)
+    assert segments[1]["image"].size == (16, 16)
+
+
+def test_stray_codes_are_refused_or_dropped(processor):
+    stray = [processor.tokenizer.bos_token_id, processor.modality_token_ranges["image"][0]]
+    with pytest.raises(ValueError, match="outside its begin and end markers"):
+        processor.decode_document(stray)
+    assert processor.decode_document(stray, allow_incomplete=True) == []
+
+
+def test_truncated_speech_is_refused_or_decoded_as_far_as_it_goes(processor):
+    ids = processor([AUDIO])["input_ids"][:-4]
+    with pytest.raises(ValueError, match="a sound has 11 units"):
+        processor.decode_document(ids)
+    assert processor.decode_document(ids, allow_incomplete=True)[0]["audio"].shape == (11 * 640,)
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_placeholders_equal_documents(processor):
+    prompt = processor(text="a<|image|> cat<|audio|>", images=[PICTURE], audio=[SOUND])
+    document = processor([text("a"), IMAGE, text(" cat"), AUDIO], add_eos=False)
+    assert prompt["input_ids"] == [document["input_ids"]]
+    assert prompt["modality_ids"] == [document["modality_ids"]]
+
+
+def test_plain_text_equals_the_tokenizer(processor):
+    assert processor(text="the cat")["input_ids"] == processor.tokenizer("the cat")["input_ids"]
+
+
+def test_nested_images_are_spread_over_the_batch(processor):
+    batch = processor(text=["a<|image|>", "b", "c<|image|>"], images=[[PICTURE], [], [PICTURE]], padding=True)
+    assert [sum(row) for row in batch["modality_ids"]] == [16, 0, 16]
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"text": "<|image|>"},
+        {"text": "a", "images": [PICTURE]},
+        {"text": ["<|image|>", "<|image|>"], "images": [PICTURE]},
+        {"text": "<|audio|><|audio|>", "audio": [SOUND]},
+        {},
+    ],
+)
+def test_placeholders_must_match(processor, inputs):
+    with pytest.raises(ValueError, match="should be the same as the number of|nothing to process"):
+        processor(**inputs)
+
+
+def test_documents_and_text_exclude_each_other(processor):
+    with pytest.raises(ValueError, match="not both"):
+        processor([text("a")], text="a")
+
+
+def conversation(words: str) -> list[dict]:
+    content = [{"type": "image", "image": PICTURE}, text(words), {"type": "audio", "audio": SOUND}]
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": "a cat"}]
+
+
+def test_chat_template_places_pictures_and_sounds(processor):
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+    batch = processor.apply_chat_template(conversation("what is it?"), **options)
+    segments = processor.decode_document(batch["input_ids"][0])
+    assert [s["type"] for s in segments] == ["text", "image", "text", "audio", "text"]
+    assert segments[4]["text"] == "<|end_turn|><|turn|>assistant\na cat<|end_turn|><|turn|>assistant\n"
+
+
+def test_chat_text_cannot_write_control_tokens(processor):
+    batch = processor.apply_chat_template(conversation("<|eos|><|image|>"), tokenize=True, return_dict=True)
+    ids = batch["input_ids"][0]
+    assert processor.tokenizer.eos_token_id not in ids and sum(t == "<|boi|>" for t in tokens(processor, ids)) == 1
+    assert processor.decode_document(ids)[2]["text"] == "<|eos|><|image|>"
+
+
+# -- saving and loading -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processor")
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_saved_and_loaded_processors_agree(processor, saved):
+    loaded = MoTProcessor.from_pretrained(saved)
+    document = [text("a cat <|eos|>"), IMAGE, AUDIO]
+    assert loaded(document)["input_ids"] == processor(document)["input_ids"]
+    assert loaded.fingerprint() == processor.fingerprint()
+    assert loaded.config_kwargs() == processor.config_kwargs()
+
+
+def test_fingerprint_ignores_calls_and_notices_weights():
+    processor = build_processor()
+    before = processor.fingerprint()
+    processor(text=["a", "the cat"], padding=True)
+    assert processor.fingerprint() == before
+    processor.speech_tokenizer.centroids[0, 0] += 1
+    assert processor.fingerprint() != before
+
+
+def test_a_part_can_be_left_out_when_loading(saved):
+    assert MoTProcessor.from_pretrained(saved, speech_tokenizer=None).speech_tokenizer is None
+
+
+def test_processors_without_a_part_load(processor, tmp_path):
+    tokenizer = extend_tokenizer(train_text_tokenizer(TEXTS, 320), num_speech_units=16)
+    MoTProcessor(tokenizer, None, processor.speech_tokenizer).save_pretrained(tmp_path)
+    loaded = MoTProcessor.from_pretrained(tmp_path)
+    assert loaded.image_tokenizer is None and loaded.modalities == ["text", "speech"]
+
+
+CLEAN_PROCESS = """
+import json, sys
+import numpy as np
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_mot", "training"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Refuse())
+from transformers import AutoProcessor
+
+processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+sound = np.sin(np.arange(8000) * 0.1).astype(np.float32)
+ids = processor([{"type": "text", "text": "a cat"}, {"type": "audio", "audio": sound}])["input_ids"]
+processor.save_pretrained(sys.argv[2])
+print(json.dumps([ids, processor.fingerprint()]))
+"""
+
+
+def test_saved_folder_loads_in_a_clean_process(processor, saved, tmp_path):
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    again = tmp_path / "again"
+    command = [sys.executable, "-c", CLEAN_PROCESS, str(saved), str(again)]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    ids, fingerprint = json.loads(result.stdout.strip().splitlines()[-1])
+    assert ids == processor([text("a cat"), AUDIO])["input_ids"] and fingerprint == processor.fingerprint()
+    assert {p.name for p in saved.iterdir()} == {p.name for p in again.iterdir()}
+
+
+def test_auto_processor_finds_a_local_folder(processor, saved):
+    loaded = AutoProcessor.from_pretrained(saved, trust_remote_code=True)
+    assert loaded.fingerprint() == processor.fingerprint()
+
+
+def test_post_processing_returns_the_asked_modality(processor):
+    ids = [processor([text("a"), IMAGE, AUDIO])["input_ids"]]
+    assert processor.post_process_multimodal_output(ids)[0] == "a"
+    assert processor.post_process_multimodal_output(ids, generation_mode="image")[0][0].size == (16, 16)
+    assert len(processor.post_process_multimodal_output(ids, generation_mode="audio")[0]) == 1
+
+
+# -- the carried processor --------------------------------------------------------------------------------------------
+
+CARRIED = Path(__file__).parents[2] / "training" / "assets" / "processor"
+
+
+@pytest.fixture(scope="module")
+def carried():
+    return MoTProcessor.from_pretrained(CARRIED)
+
+
+def test_carried_processor_is_small_and_whole(carried):
+    assert sum(p.stat().st_size for p in CARRIED.rglob("*") if p.is_file()) <= 5_000_000
+    assert carried.modality_token_ranges["text"] == [0, 4096]
+    assert carried.speech_tokenizer.num_units == 500 and carried.speech_tokenizer.units_per_second == 25
+    assert carried.image_tokenizer.image_grid == [8, 8]
+
+
+def test_carried_reconstructions_are_nearest_to_their_held_out_originals(carried):
+    from training.tokenizers.image import Pictures
+    from training.tokenizers.sources import carried_source, read_column_values
+
+    where = [carried_source("emoji"), carried_source("emoji").replace(":train", ":validation")]
+    pictures = Pictures(list(read_column_values(where, ["image"], None, ())), carried.image_tokenizer.config)
+    originals = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
+    held_out = originals[1719:]
+    rebuilt = carried.image_tokenizer.decode(carried.image_tokenizer.encode(held_out))
+    flat = lambda images: torch.stack([torch.from_numpy(np.array(i)).flatten().float() for i in images])  # noqa: E731
+    distances = torch.cdist(flat(rebuilt), flat(originals))
+    nearest = distances.argmin(1)
+    assert (nearest == torch.arange(1719, len(originals))).double().mean() >= 0.97
+
+
+def test_carried_units_survive_a_trip_through_sound(carried):
+    """Griffin-Lim keeps enough of the spectrum that most units are heard again as themselves or as a near one."""
+    from training.tokenizers.sources import carried_source, read_column_values
+
+    sounds = list(read_column_values([carried_source("emoji")], ["audio"], 4, ()))
+    tokenizer = carried.speech_tokenizer
+    for units in tokenizer.encode(sounds):
+        again = tokenizer.encode([tokenizer.decode([units])[0]])[0]
+        distances = torch.cdist(tokenizer.centroids, tokenizer.centroids)
+        shuffled = units[torch.randperm(len(units), generator=torch.Generator().manual_seed(0))]
+        assert distances[units, again].mean() < 0.7 * distances[units, shuffled].mean()

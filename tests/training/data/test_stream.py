@@ -1,0 +1,202 @@
+"""The order of documents and what rows hold, against naive recomputation and whole-epoch counts."""
+
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from training.data import RowStream, TemplateConfig
+
+from .conftest import ToyProcessor
+
+
+BOS, EOS, BOI = ToyProcessor.BOS, ToyProcessor.EOS, ToyProcessor.BOI
+
+
+def documents_of(rows):
+    """The documents of packed rows, as tuples of ids, read off document_ids."""
+    found = []
+    for row in rows:
+        for number in range(row["document_ids"].max() + 1):
+            found.append(tuple(row["input_ids"][row["document_ids"] == number].tolist()))
+    return found
+
+
+def expected_pair(source, record, text_first):
+    parts = source[record]
+    text, picture = parts["text:name"][0], parts["image:picture"][0]
+    return (BOS, *(text + picture if text_first else picture + text), EOS)
+
+
+def test_an_epoch_holds_every_document_exactly_once(prepare, pair_source, data_config):
+    source = prepare(pair_source(caption_first=1.0))
+    stream = RowStream(data_config(block_documents=20), [source])
+    rows = [row for block in range(2) for row in stream.block(block)]
+    assert Counter(documents_of(rows)) == Counter(expected_pair(source, record, True) for record in range(40))
+
+
+def test_each_epoch_has_another_order(prepare, pair_source, data_config):
+    stream = RowStream(data_config(block_documents=40), [prepare(pair_source())])
+    first, second = stream.draws(0).record, stream.draws(1).record
+    assert sorted(first) == sorted(second) == list(range(40))
+    assert not np.array_equal(first, second)
+
+
+def test_caption_stands_first_with_the_given_probability_and_is_not_inverted(prepare, pair_source, data_config):
+    source = prepare(pair_source(caption_first=0.8))
+    stream = RowStream(data_config(block_documents=4000), [source])
+    documents = documents_of(stream.block(0))
+    first = sum(document[1] != BOI for document in documents)
+    # 4,000 draws: five standard deviations are 0.032.
+    assert abs(first / len(documents) - 0.8) < 0.032
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_caption_order_is_certain_at_the_ends(prepare, pair_source, data_config, probability):
+    stream = RowStream(data_config(), [prepare(pair_source(caption_first=probability))])
+    assert {document[1] != BOI for document in documents_of(stream.block(0))} == {probability == 1.0}
+
+
+def test_written_order_is_kept_without_caption_first(prepare, pair_source, data_config):
+    source = prepare(pair_source(("image:picture", "text:name"), caption_first=None))
+    assert all(document[1] == BOI for document in documents_of(RowStream(data_config(), [source]).block(0)))
+
+
+def test_dropout_is_the_probability_of_dropping(prepare, pair_source, data_config):
+    source = prepare(pair_source(caption_first=1.0, caption_dropout=0.1))
+    stream = RowStream(data_config(block_documents=4000), [source])
+    dropped = sum(document[1] == BOI for document in documents_of(stream.block(0)))
+    # Five standard deviations are 0.024.
+    assert abs(dropped / 4000 - 0.1) < 0.024
+
+
+def test_a_text_that_comes_after_is_never_dropped(prepare, pair_source, data_config):
+    source = prepare(pair_source(caption_first=0.0, caption_dropout=1.0))
+    documents = documents_of(RowStream(data_config(block_documents=40), [source]).block(0))
+    assert Counter(documents) == Counter(expected_pair(source, record, False) for record in range(40))
+
+
+def test_a_dropped_caption_leaves_the_picture_alone(prepare, pair_source, data_config):
+    source = prepare(pair_source(caption_first=1.0, caption_dropout=1.0))
+    documents = documents_of(RowStream(data_config(block_documents=40), [source]).block(0))
+    pictures = Counter((BOS, *source[record]["image:picture"][0], EOS) for record in range(40))
+    assert Counter(documents) == pictures
+
+
+def test_sources_have_their_exact_share_after_every_block(prepare, pair_source, text_source, data_config):
+    weights = [5.0, 2.0, 0.3]
+    sources = [
+        prepare(pair_source(name="a", source={"weight": weights[0]})),
+        prepare(text_source(name="b", weight=weights[1])),
+        prepare(text_source(name="c", weight=weights[2])),
+    ]
+    stream = RowStream(data_config(block_documents=7), sources)
+    counts = np.zeros(3)
+    for block in range(200):
+        draws = stream.draws(block)
+        assert len(draws) == 7
+        counts += np.bincount(draws.source, minlength=3)
+        assert np.abs(counts - 7 * (block + 1) * np.array(weights) / 7.3).max() <= 1
+
+
+def test_weights_by_tokens_give_shares_of_tokens(prepare, pair_source, text_source, data_config):
+    sources = [prepare(pair_source(source={"weight": 1.0})), prepare(text_source(weight=3.0))]
+    stream = RowStream(data_config(weights_by="tokens", block_documents=600), sources)
+    report = stream.report(blocks=4)
+    assert report["sources"]["texts"]["share_of_tokens"] == pytest.approx(0.75, abs=0.01)
+
+
+def test_templates_come_by_weight(prepare, trimodal_folder, data_config, pair_source):
+    config = pair_source()
+    config.templates = [TemplateConfig(["text:name"], weight=1.0), TemplateConfig(["audio:sound"], weight=3.0)]
+    draws = RowStream(data_config(block_documents=4000), [prepare(config)]).draws(0)
+    assert abs((draws.template == 1).mean() - 0.75) < 0.035
+
+
+def test_a_row_depends_on_seed_and_index_alone(prepare, pair_source, text_source, data_config):
+    sources = [prepare(pair_source()), prepare(text_source())]
+    walked = list(islice(RowStream(data_config(), sources).rows(), 60))
+    for start in (0, 1, 17, 42, 59):
+        fresh = RowStream(data_config(), sources)
+        for name, value in fresh.row(start).items():
+            assert np.array_equal(value, walked[start][name])
+
+
+def test_another_seed_is_another_order(prepare, pair_source, data_config):
+    source = prepare(pair_source())
+    one, other = (RowStream(data_config(seed=seed), [source]).row(0)["input_ids"] for seed in (0, 1))
+    assert not np.array_equal(one, other)
+
+
+def test_rows_carry_positions_labels_and_modalities_of_their_documents(prepare, pair_source, text_source, data_config):
+    stream = RowStream(data_config(), [prepare(pair_source()), prepare(text_source())])
+    for row in islice(stream.rows(), 30):
+        previous, position = None, 0
+        for place in range(128):
+            document, token = row["document_ids"][place], row["input_ids"][place]
+            position = position + 1 if document == previous else 0
+            if document == -1:
+                assert (token, row["labels"][place], row["position_ids"][place]) == (ToyProcessor.PAD, -100, 0)
+            else:
+                assert row["position_ids"][place] == position
+                assert row["labels"][place] == (-100 if position == 0 else token)
+            assert row["modality_ids"][place] == (0 if token < 263 else 1 if token < 279 else 2)
+            previous = document
+
+
+def test_a_long_text_is_split_over_consecutive_rows_and_nothing_is_lost(prepare, text_source, data_config):
+    source = prepare(text_source())
+    stream = RowStream(data_config(row_length=16, block_documents=30), [source])
+    rows, draws = list(stream.block(0)), stream.draws(0)
+    tokens = Counter(token for row in rows for token in row["input_ids"][row["document_ids"] >= 0].tolist())
+    expected = Counter()
+    for record in range(30):
+        expected.update([BOS, *source[record]["text:text"][0], EOS])
+    assert tokens == expected
+    packed = [row["input_ids"].tolist() for row in rows]
+    for number in np.flatnonzero(draws.length > 16):
+        whole = stream.document(draws, int(number)).tolist()
+        parts = [whole[start : start + 16] for start in range(0, len(whole), 16)]
+        follow = [
+            all(row[: len(part)] == part for row, part in zip(packed[first:], parts, strict=False))
+            for first in range(len(packed) - len(parts) + 1)
+        ]
+        assert any(follow)
+
+
+def test_a_row_shorter_than_a_picture_is_refused_with_a_way_out(prepare, pair_source, data_config):
+    source = prepare(pair_source())
+    longest = max(len(expected_pair(source, record, True)) for record in range(40))
+    with pytest.raises(ValueError, match=rf"row_length=12 .* of source 'pairs'.* set row_length to {longest}"):
+        RowStream(data_config(row_length=12), [source])
+    RowStream(data_config(row_length=longest), [source])
+
+
+def test_rows_are_nearly_full(prepare, pair_source, text_source, data_config):
+    stream = RowStream(
+        data_config(row_length=256, block_documents=512), [prepare(pair_source()), prepare(text_source())]
+    )
+    assert stream.report(blocks=4)["fill_rate"] > 0.98
+
+
+def test_every_variant_of_a_record_comes_before_any_comes_again(prepare, pair_source, data_config):
+    from training.data import AugmentationConfig
+
+    source = prepare(pair_source(), augmentation=AugmentationConfig(variants=3))
+    stream = RowStream(data_config(block_documents=40), [source])
+    seen = Counter()
+    for block in range(3):
+        draws = stream.draws(block)
+        seen.update(zip(draws.record.tolist(), draws.variant.tolist(), strict=True))
+    assert set(seen.values()) == {1} and len(seen) == 120
+
+
+def test_sources_of_different_processors_do_not_mix(prepare, pair_source, text_source, data_config, tmp_path):
+    from training.data import TokenizedSource
+
+    other = ToyProcessor("other")
+    other.modality_token_ranges = {"text": [0, 300], "image": [300, 320]}
+    foreign = TokenizedSource.prepare(text_source(), other, tmp_path / "cache")
+    with pytest.raises(ValueError, match="different"):
+        RowStream(data_config(), [prepare(pair_source()), foreign])

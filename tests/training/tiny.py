@@ -1,0 +1,105 @@
+"""A model, rows and a processor small enough for tests of the trainer; rows are made up, not read."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from modeling_mot import MoTConfig, MoTForCausalLM
+from training.data import collate
+from training.optimization import OptimizerConfig, build_optimizer
+from training.run_folder import RunFolder
+from training.trainer import StepBatches, TrainConfig, Trainer
+
+
+RANGES = {"text": [0, 40], "image": [40, 60], "speech": [60, 70]}
+
+
+def tiny_config(variant: str = "mot", **fields) -> MoTConfig:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokens = {"vocab_size": 70, "modality_token_ranges": RANGES}
+    markers = dict(
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        boi_token_id=3,
+        eoi_token_id=4,
+        begin_of_speech_token_id=5,
+        end_of_speech_token_id=6,
+    )
+    values = sizes | tokens | markers | {"max_position_embeddings": 64, "image_grid": [2, 2]} | fields
+    return MoTConfig.from_variant(variant, modalities=["text", "image", "speech"], **values)
+
+
+def tiny_model(variant: str = "mot", seed: int = 0, **fields) -> MoTForCausalLM:
+    torch.manual_seed(seed)
+    return MoTForCausalLM(tiny_config(variant, **fields)).train()
+
+
+class MadeUpStream:
+    """Endless rows, each a function of (seed, index): two documents of one or more modalities, and a padded tail."""
+
+    def __init__(self, row_length: int = 24, seed: int = 0, modalities: tuple[str, ...] = ("text", "image", "speech")):
+        self.row_length, self.seed, self.modalities = row_length, seed, modalities
+
+    def rows(self, start: int = 0):
+        while True:
+            yield self.row(start)
+            start += 1
+
+    def row(self, index: int) -> dict[str, np.ndarray]:
+        random = np.random.default_rng([self.seed, index])
+        length, cut = self.row_length - int(random.integers(0, 6)), int(random.integers(4, 12))
+        ids = np.zeros(self.row_length, dtype=np.int64)
+        names = random.choice(self.modalities, length)
+        # Six different tokens of a modality, so that there is something to learn.
+        ids[:length] = [max(7, RANGES[name][0]) + random.integers(6) for name in names]
+        places = np.arange(self.row_length)
+        documents = np.where(places < length, (places >= cut).astype(np.int64), -1)
+        labels = np.where((places < length) & (places != 0) & (places != cut), ids, -100)
+        modality_ids = np.searchsorted([40, 60], ids, side="right")
+        positions = np.where(places < cut, places, places - cut) * (documents >= 0)
+        return {
+            "input_ids": ids,
+            "modality_ids": modality_ids,
+            "position_ids": positions,
+            "document_ids": documents,
+            "labels": labels,
+        }
+
+
+class NoProcessor:
+    """What the trainer asks of a processor: to be saved beside the model."""
+
+    def save_pretrained(self, folder) -> None:
+        (Path(folder) / "processor_config.json").write_text("{}", encoding="utf-8")
+
+
+def tiny_trainer(folder, model=None, stream=None, precision="no", optimizer=None, **train) -> Trainer:
+    """A trainer in one process on the CPU; `train` are fields of TrainConfig."""
+    config = TrainConfig(**({"steps": 4, "rows": 2, "progress_bar": False, "output_dir": str(folder)} | train))
+    optimizer_config = optimizer or OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    model = model or tiny_model()
+    run = RunFolder(folder)
+    run.claim(config.resume, config.overwrite)
+
+    def batch(rows):
+        return collate(rows, model.config)
+
+    batches = StepBatches(stream or MadeUpStream(), batch, config.rows, config.accumulation)
+    return Trainer(
+        accelerator,
+        model,
+        NoProcessor(),
+        build_optimizer(model, optimizer_config),
+        batches,
+        config,
+        optimizer_config,
+        run,
+        peak_flops=1e9,
+        state={"rows_in_a_step": config.rows * config.accumulation},
+    )

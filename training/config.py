@@ -1,0 +1,301 @@
+"""Strict configuration: dataclasses in, one YAML file and dotted overrides on top.
+
+A section is a plain dataclass that stands next to the code that uses it; `option(default, "what it does")` gives a
+field its documentation. `load` composes a recipe from a YAML file and `key=value` words, refuses what it does not know
+with the full dotted path and the nearest valid name, checks every type, and returns the dataclass. `describe` lists
+every key.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, the value and the way out."""
+
+
+def option(default: Any = dataclasses.MISSING, doc: str = "", *, factory: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field with its documentation, which `--help` prints."""
+    return dataclasses.field(default=default, default_factory=factory, metadata={"doc": doc})
+
+
+# ---------------------------------------------------------------------------------------------------------------- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader (no Python tags) that reads 3e-4 as a number, as YAML 1.2 does, and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, typing.Hashable) and key in seen:
+                raise ConfigError(f"key {key!r} is given twice, again on line {key_node.start_mark.line + 1}; keep one")
+            seen.add(key if isinstance(key, typing.Hashable) else None)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
+
+
+def parse_value(text: str) -> Any:
+    """One YAML value from the command line: `3e-4`, `true`, `null`, `[1, 2]`, `{a: 1}`, `text`."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{text!r} is not a YAML value: {error}") from error
+
+
+def read_yaml(path: str | Path) -> dict:
+    """The mapping in a YAML file."""
+    path = Path(path)
+    if not path.is_file():
+        near = [str(p) for folder in (path.parent, Path(__file__).parent / "configs") for p in folder.glob("*.y*ml")]
+        match = difflib.get_close_matches(path.name, [Path(p).name for p in near], n=1, cutoff=0.5)
+        hint = "; did you mean " + next(p for p in near if Path(p).name == match[0]) + "?" if match else ""
+        raise ConfigError(f"configuration file {path} does not exist{hint}")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds a {type(tree).__name__}; a configuration is a mapping of sections")
+    return tree
+
+
+# ----------------------------------------------------------------------------------------------------------- overrides
+
+
+def override(tree: dict, words: Sequence[str]) -> dict:
+    """Lay `a.b.0.c=value` words over a tree of mappings and lists, in order; the tree is not changed."""
+    tree = _copy(tree)
+    for word in words:
+        key, separator, text = word.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"{word!r} is not key=value; give a dotted key and a YAML value, such as seed=1")
+        _assign(tree, key.strip(), parse_value(text))
+    return tree
+
+
+def _assign(tree: dict, key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    node: Any = tree
+    for depth, part in enumerate(parents):
+        here = ".".join(parents[: depth + 1])
+        if isinstance(node, list):
+            node = node[_index(node, part, here)]
+        else:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        if not isinstance(node, (dict, list)):
+            raise ConfigError(f"{key}: {here} is {node!r}, which has no keys of its own")
+    if isinstance(node, list):
+        node[_index(node, last, key)] = value
+    else:
+        node[last] = value
+
+
+def _index(items: list, part: str, path: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise ConfigError(f"{path}: the list holds {len(items)} entries; use a number from 0 to {len(items) - 1}")
+    return int(part)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return [_copy(item) for item in value] if isinstance(value, list) else value
+
+
+# ------------------------------------------------------------------------------------------------------------ building
+
+
+def build(cls: type, tree: Any, path: str = "") -> Any:
+    """`cls` from plain mappings, lists and scalars, refusing unknown keys and wrong types by their dotted path."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path or 'the configuration'} must be a mapping of keys, not {tree!r}")
+    hints = typing.get_type_hints(cls)
+    known = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    for key in tree:
+        if key not in known:
+            raise ConfigError(_unknown(key, list(known), path))
+    values = {name: _convert(hints[name], value, _join(path, name)) for name, value in tree.items()}
+    for name, field in known.items():
+        if name not in values and _default(field) is dataclasses.MISSING:
+            raise ConfigError(f"{_join(path, name)} is required and missing{_doc_suffix(field)}")
+    try:
+        return cls(**values)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path or 'the configuration'}: {error}") from error
+
+
+def _unknown(key: Any, known: list[str], path: str) -> str:
+    match = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+    hint = f"; did you mean {_join(path, match[0])}?" if match else f"; the keys are {', '.join(known)}"
+    return f"unknown key {_join(path, str(key))}{hint}"
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(arguments, value, path)
+    if origin is typing.Literal:
+        if value in arguments and type(value) in {type(argument) for argument in arguments}:
+            return value
+        match = difflib.get_close_matches(str(value), [str(argument) for argument in arguments], n=1)
+        near = f"; did you mean {match[0]}?" if match else ""
+        raise ConfigError(f"{path}={value!r} is not one of {', '.join(map(str, arguments))}{near}")
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, path)
+    if origin in (list, tuple, Sequence):
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path} must be a list, not {value!r}")
+        if origin is tuple and arguments and arguments[-1] is not Ellipsis:
+            if len(value) != len(arguments):
+                raise ConfigError(f"{path} must hold {len(arguments)} values, not {value!r}")
+            return tuple(
+                _convert(hint, v, f"{path}.{i}") for i, (hint, v) in enumerate(zip(arguments, value, strict=True))
+            )
+        items = [_convert(arguments[0] if arguments else Any, item, f"{path}.{i}") for i, item in enumerate(value)]
+        return tuple(items) if origin is tuple else items
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{path} must be a mapping, not {value!r}")
+        of_key, of_value = arguments
+        return {_convert(of_key, k, path): _convert(of_value, v, _join(path, str(k))) for k, v in value.items()}
+    return _convert_plain(hint, value, path)
+
+
+def _convert_union(options: tuple, value: Any, path: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    options = tuple(option for option in options if option is not type(None))
+    if len(options) == 1:
+        return _convert(options[0], value, path)
+    exact = [option for option in options if type(value) is option]
+    for candidate in exact or options:
+        try:
+            return _convert(candidate, value, path)
+        except ConfigError:
+            continue
+    raise ConfigError(f"{path}={value!r} must be one of {', '.join(type_name(option) for option in options)}")
+
+
+def _convert_plain(hint: Any, value: Any, path: str) -> Any:
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if isinstance(hint, type):
+        base = typing.get_origin(hint) or hint
+        if isinstance(value, base) and not (isinstance(value, bool) and base is not bool):
+            return value
+        raise ConfigError(f"{path}={value!r} is a {type(value).__name__}; it must be a {type_name(hint)}")
+    raise ConfigError(f"{path}: type {hint!r} is not supported in a configuration")
+
+
+# ------------------------------------------------------------------------------------------------- in, out and listing
+
+
+def load(cls: type, path: str | Path | None = None, words: Sequence[str] = ()) -> Any:
+    """`cls` from an optional YAML file and `key=value` words."""
+    tree = read_yaml(path) if path is not None else {}
+    try:
+        return build(cls, override(tree, words))
+    except ConfigError as error:
+        raise ConfigError(f"{error} (in {path}{' and the command line' if words else ''})") from error
+
+
+def to_tree(config: Any) -> Any:
+    """Plain mappings, lists and scalars of a configuration, as YAML and JSON hold them."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_tree(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init}
+    if isinstance(config, dict):
+        return {str(key): to_tree(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_tree(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def dump(config: Any) -> str:
+    """A configuration as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(dotted key, type, default, documentation) of every key; entries of a list are written `key[i].field`."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if not field.init:
+            continue
+        key, hint, default = _join(prefix, field.name), hints[field.name], _default(field)
+        doc = field.metadata.get("doc") or field.metadata.get("help") or ""
+        nested, is_list = _nested(hint)
+        if nested is None or is_list or default is None:
+            yield key, type_name(hint), "required" if default is dataclasses.MISSING else _short(default), doc
+        if nested is not None:
+            yield from describe(nested, f"{key}[i]" if is_list else key)
+
+
+def _nested(hint: Any) -> tuple[type | None, bool]:
+    """The dataclass inside a hint (also inside Optional, list and dict), and whether it is an entry of a container."""
+    if dataclasses.is_dataclass(hint):
+        return hint, False
+    is_container = typing.get_origin(hint) in (list, tuple, dict, Sequence)
+    for argument in typing.get_args(hint):
+        nested, inner = _nested(argument)
+        if nested is not None:
+            return nested, is_container or inner
+    return None, False
+
+
+def type_name(hint: Any) -> str:
+    """A type as a reader writes it: `int`, `float or null`, `list of str`, `"a" or "b"`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_name(argument) for argument in arguments)
+    if origin is typing.Literal:
+        return " or ".join(str(argument) for argument in arguments)
+    if origin in (list, tuple, Sequence):
+        return "list of " + type_name(arguments[0]) if arguments else "list"
+    if origin is dict:
+        return "mapping of " + type_name(arguments[1])
+    if hint is type(None):
+        return "null"
+    if dataclasses.is_dataclass(hint):
+        return "section"
+    return getattr(hint, "__name__", str(hint))
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def _doc_suffix(field: dataclasses.Field) -> str:
+    return f": {field.metadata['doc']}" if field.metadata.get("doc") else ""
+
+
+def _short(value: Any) -> str:
+    text = yaml.safe_dump(to_tree(value), default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

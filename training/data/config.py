@@ -1,0 +1,207 @@
+"""What a data section of a recipe says: sources, how their columns become documents, augmentation, rows."""
+
+import math
+import os
+import string
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..config import option
+
+
+SEGMENT_TYPES = ("text", "image", "audio", "document")
+MODALITY_OF_TYPE = {"text": "text", "image": "image", "audio": "speech"}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`type:column`. A text may also be a format over columns: `text:{word}: {definition}`."""
+
+    type: str
+    column: str
+
+    @classmethod
+    def parse(cls, written: str) -> "Segment":
+        kind, separator, column = written.partition(":")
+        if kind not in SEGMENT_TYPES or not separator or not column.strip():
+            raise ValueError(
+                f"segments has {written!r}; write type:column with a type of {', '.join(SEGMENT_TYPES)}, "
+                "such as image:picture or text:{word}: {definition}"
+            )
+        if "{" in column and kind != "text":
+            raise ValueError(f"segments has {written!r}; only a text can be a format, write {kind}:column")
+        return cls(kind, column if "{" in column else column.strip())
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns it reads."""
+        if "{" not in self.column:
+            return [self.column]
+        return [name for _, name, _, _ in string.Formatter().parse(self.column) if name]
+
+    def __str__(self) -> str:
+        return f"{self.type}:{self.column}"
+
+
+@dataclass
+class TemplateConfig:
+    """How the columns of a record become a document; a source draws one of its templates for each document."""
+
+    segments: list[str] = option(doc="type:column for each segment; type is text, image, audio or document")
+    weight: float = option(1.0, "share among the templates of the source")
+    caption_first: float | None = option(
+        0.8, "probability that the text stands before the pictures and sounds, else after; null: always as written"
+    )
+    caption_dropout: float = option(
+        0.0, "probability of dropping the text that stands before the first picture or sound (for guidance)"
+    )
+
+    def __post_init__(self):
+        self.validate()
+
+    @property
+    def parsed(self) -> list[Segment]:
+        return [Segment.parse(written) for written in self.segments]
+
+    @property
+    def has_both(self) -> bool:
+        """Whether there are texts as well as pictures or sounds, so that their order is a question."""
+        kinds = {segment.type for segment in self.parsed}
+        return "text" in kinds and bool(kinds & {"image", "audio"})
+
+    def validate(self) -> None:
+        """Raises ValueError naming the field, the value and the way out."""
+        if not self.segments:
+            raise ValueError("segments is empty; name at least one, such as [text:caption, image:image]")
+        kinds = [segment.type for segment in self.parsed]
+        if "document" in kinds and len(kinds) > 1:
+            raise ValueError(f"segments={self.segments}: a document column is a whole document; give it alone")
+        for name in ("caption_first", "caption_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name}={value} is not a probability; give a value from 0 to 1")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(f"weight={self.weight} of template {self.segments} must be positive")
+        turns = sum((a == "text") != (b == "text") for a, b in zip(kinds, kinds[1:], strict=False))
+        if self.has_both and self.caption_first is not None and turns > 1:
+            raise ValueError(
+                f"segments={self.segments} interleaves text with pictures or sounds, so caption_first="
+                f"{self.caption_first} has no meaning; set caption_first: null to keep the order as written"
+            )
+
+
+@dataclass
+class SourceConfig:
+    """One data set. `path` is `carried`, a local folder or file, or a data set's name on the Hub."""
+
+    name: str = option(doc="name of the source, used in reports and in the order; unique")
+    path: str = option(doc="carried, a local folder or .jsonl file, or a name on the Hub")
+    templates: list[TemplateConfig] = option(doc="how its columns become documents")
+    format: str = option("auto", "auto, dataset, pictures (a folder of pictures with captions) or jsonl")
+    config: str | None = option(None, "configuration of the data set")
+    split: str = option("train", "split of the data set")
+    revision: str | None = option(None, "revision of a data set on the Hub")
+    weight: float = option(1.0, "share in the mixture, in the unit of data.weights_by")
+    streaming: bool = option(False, "read over the network without a local copy of the raw data set")
+    limit: int | None = option(None, "only the first N records; null: all")
+    on_error: str = option("raise", "what to do with a record that cannot be used: raise, or skip and count")
+
+    def __post_init__(self):
+        self.validate()
+
+    @property
+    def segments(self) -> list[Segment]:
+        """All different segments of all templates, in order."""
+        return list(dict.fromkeys(segment for template in self.templates for segment in template.parsed))
+
+    def validate(self) -> None:
+        """Raises ValueError naming the field, the value and the way out."""
+        if not self.name or not self.path:
+            raise ValueError(f"name={self.name!r} and path={self.path!r} of a source must not be empty")
+        if not self.templates:
+            raise ValueError(f"source {self.name!r} has no templates; give at least one with its segments")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit} of source {self.name!r} must be at least 1, or null for all records")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(
+                f"weight={self.weight} of source {self.name!r} must be positive; remove the source instead"
+            )
+        for name, allowed in (("on_error", ("raise", "skip")), ("format", ("auto", "dataset", "pictures", "jsonl"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} of source {self.name!r} must be one of {', '.join(allowed)}"
+                )
+
+
+@dataclass
+class AugmentationConfig:
+    """Changed copies of pictures and sounds, made before they become tokens.
+
+    Variant 0 of a record is always the record as it is; the other `variants - 1` are changed.
+    """
+
+    variants: int = option(4, "tokenised variants of each record, the unchanged one among them")
+    seed: int = option(0, "of the changes")
+    shift: float = option(0.06, "pictures: largest shift in each direction, as a share of the side, on white")
+    flip: bool = option(True, "pictures: mirror half of them, where the caption allows (see augmentation.may_flip)")
+    brightness: float = option(0.1, "pictures: largest relative change of brightness")
+    contrast: float = option(0.1, "pictures: largest relative change of contrast")
+    saturation: float = option(0.2, "pictures: largest relative change of saturation")
+    gain: float = option(6.0, "sound: largest change of level, in dB")
+    speed: float = option(0.08, "sound: largest relative change of speed and pitch together, by resampling")
+    noise: float = option(0.003, "sound: largest level of added white noise, as a share of full scale")
+
+    def __post_init__(self):
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises ValueError naming the field, the value and the way out."""
+        if self.variants < 1:
+            raise ValueError(f"variants={self.variants} must be at least 1 (1: every record as it is)")
+        for name in ("shift", "brightness", "contrast", "saturation", "speed"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        for name in ("gain", "noise"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass
+class DataConfig:
+    """Sources, their mixture, and the rows they are packed into."""
+
+    row_length: int = option(512, "tokens of a row")
+    seed: int = option(0, "of the order of records, templates and variants")
+    sources: list[SourceConfig] = field(default_factory=list, metadata={"doc": "training sources"})
+    validation_sources: list[SourceConfig] = field(default_factory=list, metadata={"doc": "held-out sources"})
+    weights_by: str = option("documents", "what the sources' weights are shares of: documents or tokens")
+    block_documents: int = option(1024, "documents that are mixed and packed together; more: fuller rows")
+    cache_dir: str | None = option(
+        None, "folder of tokenised data; null: MOT_CACHE or ~/.cache/mixture_of_transformers"
+    )
+    augmentation: AugmentationConfig | None = option(None, "changed copies of training pictures and sounds; null: none")
+
+    @property
+    def cache_path(self) -> Path:
+        folder = self.cache_dir or os.environ.get("MOT_CACHE") or "~/.cache/mixture_of_transformers"
+        return Path(folder).expanduser()
+
+    def validate(self) -> None:
+        """Raises ValueError naming the field, the value and the way out."""
+        if not self.sources:
+            raise ValueError("sources is empty; name at least one, such as {name: emoji, path: carried, config: emoji}")
+        for field_name in ("sources", "validation_sources"):
+            names = [source.name for source in getattr(self, field_name)]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{field_name} has two sources named {twice[0]!r}; give each a name of its own")
+        for field_name, least in (("row_length", 8), ("block_documents", 1), ("seed", 0)):
+            if getattr(self, field_name) < least:
+                raise ValueError(f"{field_name}={getattr(self, field_name)} must be at least {least}")
+        if self.weights_by not in ("documents", "tokens"):
+            raise ValueError(f"weights_by={self.weights_by!r} must be documents or tokens")
+        for source in (*self.sources, *self.validation_sources):
+            source.validate()
+            for template in source.templates:
+                template.validate()
+        if self.augmentation is not None:
+            self.augmentation.validate()

@@ -1,0 +1,289 @@
+"""The training stream: which documents come when, and the rows they are packed into.
+
+Everything is a function of (seed, index). Documents come in blocks of `block_documents`; within each block every source
+has its share of documents, all of them are packed together, and block b needs nothing but (seed, b). Each source goes
+through all its records, in a new order each time, before any comes again.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from .config import DataConfig, Segment, TemplateConfig
+from .packing import pack
+from .tokenized import TokenizedSource, Vocabulary
+
+
+# What random numbers are for: each purpose has a sequence of its own.
+_ORDER, _DRAW, _VARIANT, _MIX = range(4)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The documents of one block, all arrays of the same length.
+
+    Attributes:
+        source, record, template: indices.
+        text_first: whether the texts stand before the pictures and sounds; what is written, where the template says so.
+        dropped: whether the texts that stand first are dropped.
+        variant: which changed copy of pictures and sounds.
+        length: tokens of the document.
+    """
+
+    source: np.ndarray
+    record: np.ndarray
+    template: np.ndarray
+    text_first: np.ndarray
+    dropped: np.ndarray
+    variant: np.ndarray
+    length: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.record)
+
+
+def arrange(template: TemplateConfig, text_first: bool, dropped: bool) -> list[Segment]:
+    """The segments of a document of this template, in order."""
+    segments = template.parsed
+    if not template.has_both:
+        return segments
+    if template.caption_first is not None:
+        texts = [segment for segment in segments if segment.type == "text"]
+        others = [segment for segment in segments if segment.type != "text"]
+        if not text_first:
+            return others + texts
+        segments = texts + others
+    first_other = next(place for place, segment in enumerate(segments) if segment.type != "text")
+    return segments[first_other:] if dropped else segments
+
+
+def build_row(documents: list[np.ndarray], row_length: int, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
+    """One packed row: documents one after another, then padding.  Each value (row_length,) int64
+
+    `labels` are `input_ids` but -100 at the first token of each document, which nothing before it predicts, and in the
+    padding; `document_ids` are -1 in the padding.
+    """
+    input_ids = np.full(row_length, vocabulary.pad, dtype=np.int64)
+    position_ids = np.zeros(row_length, dtype=np.int64)
+    document_ids = np.full(row_length, -1, dtype=np.int64)
+    labels = np.full(row_length, -100, dtype=np.int64)
+    start = 0
+    for number, ids in enumerate(documents):
+        stop = start + len(ids)
+        input_ids[start:stop] = ids
+        position_ids[start:stop] = np.arange(len(ids))
+        document_ids[start:stop] = number
+        labels[start + 1 : stop] = ids[1:]
+        start = stop
+    return {
+        "input_ids": input_ids,
+        "modality_ids": vocabulary.modality_ids(input_ids),
+        "position_ids": position_ids,
+        "document_ids": document_ids,
+        "labels": labels,
+    }
+
+
+class RowStream:
+    """An endless sequence of packed rows over tokenised sources.
+
+    Args:
+        config: its `row_length`, `seed`, `weights_by` and `block_documents` are used; templates and weights are
+            those of `sources[i].config`.
+        sources: tokenised by one processor.
+
+    Raises:
+        ValueError: no sources, sources of different processors, or a document with a picture or a sound that is longer
+            than a row. Documents of text alone are split where a row ends, and nothing of them is lost.
+    """
+
+    def __init__(self, config: DataConfig, sources: list[TokenizedSource]):
+        if not sources:
+            raise ValueError("sources is empty; prepare at least one TokenizedSource")
+        for source in sources[1:]:
+            if source.vocabulary != sources[0].vocabulary:
+                raise ValueError(
+                    f"sources {sources[0].config.name!r} and {source.config.name!r} were tokenised by processors of "
+                    "different vocabularies; prepare both with the same one"
+                )
+        self.config, self.sources, self.vocabulary = config, sources, sources[0].vocabulary
+        for source in sources:
+            check_row_length(source, config.row_length)
+        weights = np.array([source.config.weight for source in sources], dtype=np.float64)
+        if config.weights_by == "tokens":
+            weights /= [mean_document_length(source) for source in sources]
+        self.document_shares = weights / weights.sum()
+        self._quotas = [np.zeros(len(sources), dtype=np.int64)]
+        self._row_ends = [0]
+        self._keys = [int.from_bytes(hashlib.sha256(s.config.name.encode()).digest()[:4], "big") for s in sources]
+        self._epoch_order = lru_cache(maxsize=2 * len(sources) + 2)(self._shuffle)
+
+    # ------------------------------------------------------------------------------------------------------ documents
+
+    def draws_before(self, block: int) -> np.ndarray:
+        """Documents each source has given before a block.  (sources,)
+
+        Every block pays what is owed by then: the whole part first, then the largest remainders, so that after any
+        number of blocks a source is less than one document off its share (two for more than two sources).
+        """
+        while len(self._quotas) <= block:
+            size = self.config.block_documents
+            owed = self.document_shares * size * len(self._quotas) - self._quotas[-1]
+            quota = np.maximum(np.floor(owed), 0).astype(np.int64)
+            left = size - int(quota.sum())
+            quota[np.argsort(quota - owed, kind="stable")[: max(left, 0)]] += 1
+            while quota.sum() > size:
+                quota[np.argmax(quota - owed)] -= 1
+            self._quotas.append(self._quotas[-1] + quota)
+        return self._quotas[block]
+
+    def draws(self, block: int) -> Draws:
+        """The documents of a block, mixed."""
+        first, last = self.draws_before(block), self.draws_before(block + 1)
+        parts = [self._draw(index, block, int(first[index]), int(last[index])) for index in range(len(self.sources))]
+        mixed = self._random(_MIX, block).permutation(self.config.block_documents)
+        names = Draws.__dataclass_fields__
+        return Draws(**{name: np.concatenate([getattr(part, name) for part in parts])[mixed] for name in names})
+
+    def _draw(self, index: int, block: int, first: int, last: int) -> Draws:
+        source, key = self.sources[index], self._keys[index]
+        epochs, places = np.divmod(np.arange(first, last), len(source))
+        record = np.empty(last - first, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            record[epochs == epoch] = self._epoch_order(index, int(epoch))[places[epochs == epoch]]
+        # Each time a record comes it is another variant, until all have been.
+        offset = self._random(_VARIANT, key).integers(source.variants, size=len(source))
+        variant = (offset[record] + epochs) % source.variants
+        uniform = self._random(_DRAW, key, block).random((last - first, 3))
+        templates = source.config.templates
+        bounds = np.cumsum([template.weight for template in templates])
+        template = np.searchsorted(bounds / bounds[-1], uniform[:, 0], side="right").clip(max=len(templates) - 1)
+        text_first, dropped = np.ones(len(record), dtype=bool), np.zeros(len(record), dtype=bool)
+        length = np.zeros(len(record), dtype=np.int64)
+        for number, settings in enumerate(templates):
+            mine = template == number
+            if settings.has_both:
+                if settings.caption_first is not None:
+                    text_first[mine] = uniform[mine, 1] < settings.caption_first
+                dropped[mine] = text_first[mine] & (uniform[mine, 2] < settings.caption_dropout)
+            for drop in (False, True):
+                chosen = mine & (dropped == drop)
+                for segment in arrange(settings, True, drop):
+                    lengths = source.columns[segment].lengths
+                    length[chosen] += lengths[record[chosen], variant[chosen] % lengths.shape[1]]
+        return Draws(np.full(len(record), index), record, template, text_first, dropped, variant, length + 2)
+
+    def _shuffle(self, index: int, epoch: int) -> np.ndarray:
+        return self._random(_ORDER, self._keys[index], epoch).permutation(len(self.sources[index]))
+
+    def _random(self, *purpose: int) -> np.random.Generator:
+        return np.random.default_rng([self.config.seed, *purpose])
+
+    def document(self, draws: Draws, number: int) -> np.ndarray:
+        """The ids of one drawn document: bos, its segments, eos.  (length,) int32"""
+        source = self.sources[draws.source[number]]
+        template = source.config.templates[draws.template[number]]
+        segments = arrange(template, bool(draws.text_first[number]), bool(draws.dropped[number]))
+        record, variant = int(draws.record[number]), int(draws.variant[number])
+        ends = (np.array([self.vocabulary.bos], np.int32), np.array([self.vocabulary.eos], np.int32))
+        return np.concatenate(
+            [ends[0], *(source.columns[segment].ids(record, variant) for segment in segments), ends[1]]
+        )
+
+    # ----------------------------------------------------------------------------------------------------------- rows
+
+    def block(self, block: int) -> Iterator[dict[str, np.ndarray]]:
+        """The rows of one block, in order."""
+        draws = self.draws(block)
+        for pieces in pack(draws.length, self.config.row_length):
+            documents = [self.document(draws, piece.document)[piece.start : piece.stop] for piece in pieces]
+            yield build_row(documents, self.config.row_length, self.vocabulary)
+
+    def rows(self, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """All rows from row `start` on, without end. To find `start`, earlier blocks are packed by length alone."""
+        block, skip = self.locate(start)
+        while True:
+            for number, row in enumerate(self.block(block)):
+                if number >= skip:
+                    yield row
+            block, skip = block + 1, 0
+
+    def row(self, index: int) -> dict[str, np.ndarray]:
+        """Row `index` of the stream."""
+        return next(self.rows(index))
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The block that row `index` is in, and its number there."""
+        if index < 0:
+            raise ValueError(f"start={index} is not the index of a row; it must be at least 0")
+        while self._row_ends[-1] <= index:
+            rows = pack(self.draws(len(self._row_ends) - 1).length, self.config.row_length)
+            self._row_ends.append(self._row_ends[-1] + len(rows))
+        block = int(np.searchsorted(self._row_ends, index, side="right")) - 1
+        return block, index - self._row_ends[block]
+
+    def report(self, blocks: int = 8) -> dict:
+        """What the first blocks hold: fill rate, rows per block, and per source records, shares and mean length."""
+        draws = [self.draws(block) for block in range(blocks)]
+        rows = sum(len(pack(block.length, self.config.row_length)) for block in draws)
+        source = np.concatenate([block.source for block in draws])
+        length = np.concatenate([block.length for block in draws])
+        return {
+            "row_length": self.config.row_length,
+            "fill_rate": float(length.sum() / (rows * self.config.row_length)),
+            "rows_per_block": rows / blocks,
+            "fingerprints": {s.config.name: s.fingerprint for s in self.sources},
+            "sources": {
+                s.config.name: {
+                    "records": len(s),
+                    "skipped": s.skipped,
+                    "share_of_documents": float((source == index).mean()),
+                    "share_of_tokens": float(length[source == index].sum() / length.sum()),
+                    "mean_tokens": float(length[source == index].mean()) if (source == index).any() else 0.0,
+                }
+                for index, s in enumerate(self.sources)
+            },
+        }
+
+
+def check_row_length(source: TokenizedSource, row_length: int) -> None:
+    """Refuse a source in which a document with a picture or a sound is longer than a row."""
+    for template in source.config.templates:
+        segments = template.parsed
+        if all(segment.type == "text" for segment in segments):
+            continue
+        lengths = sum(source.columns[segment].lengths.max(axis=1) for segment in segments) + 2
+        for record in np.flatnonzero(lengths > row_length):
+            if segments[0].type == "document" and _is_text_alone(source, segments[0], int(record)):
+                continue
+            longest = int(lengths.max())
+            raise ValueError(
+                f"row_length={row_length} is shorter than the document of record {int(source.records[record])} of "
+                f"source {source.config.name!r}: {template.segments} make {int(lengths[record])} tokens, and a picture "
+                f"or a sound is never cut; set row_length to {longest} or more, or tokenise into fewer tokens"
+            )
+
+
+def _is_text_alone(source: TokenizedSource, segment: Segment, record: int) -> bool:
+    column = source.columns[segment]
+    return all(
+        (source.vocabulary.modality_ids(column.ids(record, variant)) == 0).all() for variant in range(column.variants)
+    )
+
+
+def mean_document_length(source: TokenizedSource) -> float:
+    """Expected tokens of a document of a source, over its templates, records, variants and dropped captions."""
+    weights = np.array([template.weight for template in source.config.templates])
+    means = []
+    for template in source.config.templates:
+        whole, short = (
+            sum(source.columns[segment].lengths.mean() for segment in arrange(template, True, dropped)) + 2
+            for dropped in (False, True)
+        )
+        first = 1.0 if template.caption_first is None else template.caption_first
+        drop = template.caption_dropout * first if template.has_both else 0.0
+        means.append(whole * (1 - drop) + short * drop)
+    return float(np.average(means, weights=weights))

@@ -1,0 +1,162 @@
+"""Prompts in, pictures, names and spoken words out: batches of `model.generate` with the processor on both sides."""
+
+import wave
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from modeling_mot import MoTForCausalLM, MoTProcessor
+from training.config import option
+
+
+@dataclass
+class SamplesConfig:
+    """What is drawn, read and spoken at the end of a run, and how."""
+
+    enabled: bool = option(True, "make samples, the sheet and the nearest-neighbour measure at the end")
+    measured: int | None = option(None, "held-in names that are drawn and measured; null: all the run trained on")
+    held_out: int = option(48, "held-out names that are drawn and read")
+    shown: int = option(24, "pictures of each kind on the sheet")
+    spoken: int = option(6, "names spoken into WAV files")
+    texts: int = option(4, "running texts continued")
+    gallery: int = option(5000, "most pictures of a split among which a drawn one must find its own")
+    temperature: float = option(0.0, "of picture codes and speech units; 0: the likeliest one each time")
+    top_k: int = option(0, "sample among the likeliest so many; 0: all")
+    guidance_scale: float = option(
+        1.0, "classifier-free guidance of pictures; 1: none; needs caption dropout in training"
+    )
+    batch: int = option(64, "prompts generated together")
+    max_text_tokens: int = option(24, "longest text that is read off or continued")
+    max_speech_tokens: int = option(100, "longest span of speech")
+    seed: int = option(0, "of sampling")
+
+    def __post_init__(self):
+        for name in ("held_out", "shown", "spoken", "texts", "top_k"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("batch", "gallery", "max_text_tokens", "max_speech_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.temperature < 0 or self.guidance_scale < 1:
+            raise ValueError(f"temperature={self.temperature} must be >= 0, guidance_scale={self.guidance_scale} >= 1")
+        if self.measured is not None and self.measured < 1:
+            raise ValueError(f"measured={self.measured} must be at least 1, or null for all")
+
+
+class Sampler:
+    """Generates from a trained model; the model must be in evaluation mode.
+
+    Args:
+        check_stop: called between batches; it may raise to end sampling.
+    """
+
+    def __init__(
+        self,
+        model: MoTForCausalLM,
+        processor: MoTProcessor,
+        config: SamplesConfig,
+        check_stop: Callable[[], None] = lambda: None,
+    ):
+        self.model, self.processor, self.config, self.check_stop = model, processor, config, check_stop
+        self.mot = model.config
+
+    def draw(self, names: Sequence[str]) -> list[Image.Image]:
+        """A picture of each name, on the grid of the model's configuration."""
+        rows, columns = self.mot.image_grid
+        prompts = self._prompts([[{"type": "text", "text": name}] for name in names], "image")
+        guidance = {}
+        if self.config.guidance_scale > 1:
+            # What the model saw where caption dropout took the name away.
+            nothing = self._prompts([[]], "image")[0]
+            guidance = {"guidance_scale": self.config.guidance_scale, "negative": nothing}
+        codes = self._generate(prompts, rows * columns, self.config.temperature, **guidance)
+        return [self.picture(drawn) for drawn in codes]
+
+    def picture(self, codes: Sequence[int]) -> Image.Image:
+        """The picture of a grid of image tokens, without markers."""
+        ids = [self.mot.boi_token_id, *codes, self.mot.eoi_token_id]
+        return next(s["image"] for s in self.processor.decode_document(ids) if s["type"] == "image")
+
+    def reconstruct(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+        """Through the image tokenizer and back: the best that a drawn picture could be."""
+        return [self.picture(ids[1:-1]) for ids in self.processor.encode_images(list(images))]
+
+    def read(self, images: Sequence[Image.Image]) -> list[str]:
+        """The name of each picture."""
+        prompts = self._prompts([[{"type": "image", "image": image}] for image in images], "text")
+        return [self._text(ids).strip() for ids in self._generate(prompts, self.config.max_text_tokens, 0.0)]
+
+    def speak(self, names: Sequence[str]) -> list[tuple[np.ndarray, int]]:
+        """(waveform in [-1, 1], samples a second) of each name."""
+        prompts = self._prompts([[{"type": "text", "text": name}] for name in names], "audio")
+        limit = self.mot.max_speech_tokens or self.config.max_speech_tokens
+        begin, end = self.mot.begin_of_speech_token_id, self.mot.end_of_speech_token_id
+        clips = []
+        for units in self._generate(prompts, limit + 1, self.config.temperature, max_speech_tokens=limit):
+            units = units[: units.index(end)] if end in units else units
+            segments = self.processor.decode_document([begin, *units, end])
+            clips.append(next((s["audio"], s["sampling_rate"]) for s in segments if s["type"] == "audio"))
+        return clips
+
+    def continue_text(self, prompts: Sequence[str]) -> list[str]:
+        """What the model writes after each prompt."""
+        ids = self._prompts([[{"type": "text", "text": prompt}] for prompt in prompts], "text")
+        return [self._text(new) for new in self._generate(ids, self.config.max_text_tokens, 0.0)]
+
+    # ----------------------------------------------------------------------------------------------- generating
+
+    def _prompts(self, documents: list, continue_with: str) -> list[list[int]]:
+        batch = self.processor(documents=documents, continue_with=continue_with, add_eos=False)
+        return [[int(token) for token in ids] for ids in batch["input_ids"]]
+
+    def _generate(
+        self, prompts: list[list[int]], new_tokens: int, temperature: float, negative: list[int] | None = None, **kwargs
+    ) -> list[list[int]]:
+        """The new tokens of each prompt, in batches padded on the left."""
+        sampling = {"do_sample": False}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_k": self.config.top_k}
+        results = []
+        torch.manual_seed(self.config.seed)
+        for start in range(0, len(prompts), self.config.batch):
+            self.check_stop()
+            input_ids, attention_mask = self._pad(prompts[start : start + self.config.batch])
+            if negative is not None:
+                kwargs["negative_prompt_ids"] = torch.tensor([negative] * len(input_ids), device=self.model.device)
+            output = self.model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                max_new_tokens=new_tokens,
+                pad_token_id=self.mot.pad_token_id,
+                **sampling,
+                **kwargs,
+            )
+            results.extend(output[:, input_ids.shape[1] :].tolist())
+        return results
+
+    def _pad(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        length = max(map(len, prompts))
+        ids = [[self.mot.pad_token_id] * (length - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
+
+    def _text(self, ids: list[int]) -> str:
+        """The text up to the first token that ends it or opens another modality."""
+        ends = (self.mot.eos_token_id, self.mot.pad_token_id, self.mot.boi_token_id, self.mot.begin_of_speech_token_id)
+        stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+        segments = self.processor.decode_document(ids[:stop]) if stop else []
+        return "".join(segment["text"] for segment in segments if segment["type"] == "text")
+
+
+def write_wav(path: Path, audio: np.ndarray, sampling_rate: int) -> None:
+    """16-bit mono WAV of a waveform in [-1, 1]."""
+    samples = (np.clip(np.asarray(audio, dtype=np.float64), -1, 1) * 32767).astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(int(sampling_rate))
+        file.writeframes(samples.tobytes())

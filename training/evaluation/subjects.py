@@ -1,0 +1,90 @@
+"""From the data section of a recipe to the names, pictures and texts that a run is asked for at its end."""
+
+import dataclasses
+from collections.abc import Iterator
+from itertools import islice
+
+from PIL import Image
+
+from training.config import ConfigError
+from training.data.config import DataConfig, Segment, SourceConfig
+from training.data.media import decode_picture
+from training.data.sources import open_source
+from training.data.tokenized import text_of
+from training.evaluation.end_of_run import NamedPicture, SampleSubjects
+from training.evaluation.sampling import SamplesConfig
+
+
+_TEXT_PROMPT_WORDS = 4
+
+
+def pair_of(sources: list[SourceConfig], kind: str) -> tuple[SourceConfig, Segment, Segment] | None:
+    """The first source with a template of one text and one segment of `kind`: (source, text, the other)."""
+    for source in sources:
+        for template in source.templates:
+            segments = template.parsed
+            if sorted(segment.type for segment in segments) == sorted(["text", kind]):
+                text, other = sorted(segments, key=lambda segment: segment.type != "text")
+                return source, text, other
+    return None
+
+
+def text_of_sources(sources: list[SourceConfig]) -> tuple[SourceConfig, Segment] | None:
+    """The first source with a template of text alone."""
+    for source in sources:
+        for template in source.templates:
+            if [segment.type for segment in template.parsed] == ["text"]:
+                return source, template.parsed[0]
+    return None
+
+
+def check_subjects(data: DataConfig, config: SamplesConfig) -> None:
+    """Refuse to start a run whose samples could not be made."""
+    found = (pair_of(data.sources, "image"), pair_of(data.sources, "audio"), text_of_sources(data.sources))
+    if config.enabled and not any(found):
+        raise ConfigError(
+            "samples.enabled=true, but no source has a template of a text and an image, a text and a sound, or a "
+            "text alone to ask for; set samples.enabled=false"
+        )
+
+
+def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
+    """Names and pictures of the training source and its held-out counterpart, names to speak, texts to continue."""
+    subjects = SampleSubjects()
+    if (pair := pair_of(data.sources, "image")) is not None:
+        subjects.held_in, rest = _named_pictures(*pair, config.gallery)
+        subjects.distractors.extend(rest)
+    if (pair := pair_of(data.validation_sources, "image")) is not None:
+        subjects.held_out, rest = _named_pictures(*pair, config.gallery)
+        subjects.distractors.extend(rest)
+    if (pair := pair_of(data.sources, "audio")) is not None and config.spoken:
+        source, text, _ = pair
+        subjects.spoken = [text_of(text, record) for record in islice(_records(source), config.spoken)]
+    if (found := text_of_sources(data.validation_sources or data.sources)) is not None and config.texts:
+        source, text = found
+        lines = (text_of(text, record) for record in islice(_records(source), config.texts))
+        subjects.texts = [" ".join(line.split(" ")[:_TEXT_PROMPT_WORDS]) for line in lines]
+    return subjects
+
+
+def _named_pictures(
+    source: SourceConfig, text: Segment, image: Segment, gallery: int
+) -> tuple[list[NamedPicture], list[Image.Image]]:
+    """The pictures a source's limit lets through, with names, and those beyond it up to `gallery` in all."""
+    unlimited = dataclasses.replace(source, limit=None)
+    named, rest = [], []
+    for index, record in enumerate(islice(_records(unlimited), gallery)):
+        try:
+            picture = decode_picture(record[image.column])
+            if source.limit is None or index < source.limit:
+                named.append(NamedPicture(text_of(text, record), picture))
+            else:
+                rest.append(picture)
+        except ValueError:
+            # The source was tokenised before, so only `on_error: skip` lets such a record come here.
+            continue
+    return named, rest
+
+
+def _records(source: SourceConfig) -> Iterator[dict]:
+    return iter(open_source(source))

@@ -1,0 +1,91 @@
+"""Exact FLOPs of a MoT forward, in closed form, and the peak they are measured against.
+
+A matrix product of (m, k) by (k, n) counts 2mkn. Norms, activations, rotary embeddings and softmax are not counted, as
+in torch's own counter, with which these figures agree exactly. Attention is counted in full (every query against every
+key of its row, masked or not), as that counter and the usual definition of MFU do; a kernel that skips what is masked
+is not credited with less work.
+"""
+
+import time
+from collections.abc import Mapping
+
+import torch
+
+from modeling_mot import MoTConfig
+
+
+# D hidden size, F feed-forward width, L row length, E experts
+
+# Dense bf16 / float16 FLOP/s from the vendors' data sheets; a device that is not here is measured.
+_DEVICE_PEAKS = {
+    "V100": 125e12, "A100": 312e12, "A10G": 70e12, "L4": 121e12, "L40S": 362e12, "H100 PCIe": 756e12, "H100": 989e12,
+    "H200": 989e12, "B200": 2250e12, "RTX 3090": 71e12, "RTX 4090": 165e12,
+}  # fmt: skip
+
+
+def _projection(config: MoTConfig) -> int:
+    """Q, K, V and O of one token in one layer."""
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    return 2 * config.hidden_size * (2 * queries + 2 * keys)
+
+
+def _is_mixture(config: MoTConfig, modality: str) -> bool:
+    return _feed_forward_of(config, modality) in config.moe_towers
+
+
+def _feed_forward_of(config: MoTConfig, modality: str) -> str:
+    names = config.part_names("feed_forward")
+    return names[0] if len(names) == 1 else config.towers[modality]
+
+
+def forward_flops_per_token(config: MoTConfig, row_length: int) -> dict[str, int]:
+    """FLOPs of one token's forward by modality, in a row of `row_length`, the output layer included.
+
+    Experts choose exactly as many tokens as there are, so a mixture costs one expert a token plus its router; the
+    router's product is the only difference between the variants.
+    """
+    attention = 4 * row_length * config.num_attention_heads * config.head_dim
+    feed_forward = 6 * config.hidden_size * config.intermediate_size
+    router = 2 * config.hidden_size * config.num_experts
+    head = 2 * config.hidden_size * config.vocab_size
+    return {
+        modality: config.num_hidden_layers
+        * (_projection(config) + attention + feed_forward + (router if _is_mixture(config, modality) else 0))
+        + head
+        for modality in config.modalities
+    }
+
+
+def forward_flops(config: MoTConfig, tokens: Mapping[str, int], row_length: int) -> int:
+    """FLOPs of a forward over `tokens` (modality -> number) in rows of `row_length`."""
+    per_token = forward_flops_per_token(config, row_length)
+    return sum(per_token[modality] * count for modality, count in tokens.items())
+
+
+def training_flops(config: MoTConfig, tokens: Mapping[str, int], row_length: int) -> int:
+    """FLOPs of a forward and backward: the backward makes two products for each of the forward's."""
+    return 3 * forward_flops(config, tokens, row_length)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> tuple[float, str]:
+    """(FLOP/s, where the figure comes from) that MFU is a share of.
+
+    A known accelerator has its data sheet's figure for 16-bit products; anything else, every CPU among it, is measured
+    once by square matrix products of 1,024 in `dtype`, of which the fastest counts.
+    """
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        name = torch.cuda.get_device_name(device)
+        for known in sorted(_DEVICE_PEAKS, key=len, reverse=True):
+            if known in name:
+                return _DEVICE_PEAKS[known], f"data sheet of {known}"
+    size = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best, begin = float("inf"), time.perf_counter()
+    while best == float("inf") or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best, f"measured by {size}x{size} products in {str(dtype).removeprefix('torch.')}"

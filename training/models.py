@@ -1,0 +1,162 @@
+"""From the `model` section of a recipe to a processor and a model that fit each other."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from modeling_mot import MoTConfig, MoTForCausalLM, MoTProcessor
+from training.config import ConfigError, option
+
+
+CARRIED_PROCESSOR = Path(__file__).parent / "assets" / "processor"
+_VARIANT = Literal[
+    "dense",
+    "moe-4x",
+    "mot",
+    "hybrid",
+    "loo-text",
+    "loo-image",
+    "loo-speech",
+    "untied-feed-forward",
+    "untied-feed-forward-attention",
+]
+
+
+@dataclass
+class ModelConfig:
+    """Which model is trained. Sizes left at null come from the preset, or are MoTConfig's own defaults."""
+
+    variant: _VARIANT = option("mot", "which modalities share weights and which towers hold experts")
+    preset: str | None = option(None, "a row of the paper's tables, such as chameleon-37m; null: the sizes below")
+    init_from: str | None = option(None, "folder or Hub name of a checkpoint to start from; its sizes are kept")
+    processor: str | None = option(None, "folder or Hub name of a processor; null: the one carried with the project")
+    hidden_size: int | None = option(None, "width of the residual stream")
+    intermediate_size: int | None = option(None, "width of the feed-forward; null: 8/3 of hidden_size, up to 256s")
+    num_hidden_layers: int | None = option(None, "number of layers")
+    num_attention_heads: int | None = option(None, "number of query heads")
+    num_key_value_heads: int | None = option(None, "number of key and value heads; null: as many as query heads")
+    head_dim: int | None = option(None, "width of a head; null: hidden_size / num_attention_heads")
+    max_position_embeddings: int | None = option(None, "longest row; null: the preset's, at least data.row_length")
+    norm_position: Literal["pre", "post"] | None = option(None, "pre: as Llama; post: as the paper's Algorithm 1")
+    qk_norm: Literal["rms", "layer"] | None = option(None, "norm of queries and keys; null: none")
+    tie_word_embeddings: bool | None = option(None, "one matrix for input and output embeddings")
+    hidden_dropout: float | None = option(None, "dropout on the outputs of attention and feed-forward")
+    attention_dropout: float | None = option(None, "dropout on attention probabilities")
+    z_loss_coefficient: float | None = option(None, "weight of log(Z)^2 (Chameleon: 1e-5)")
+    rope_theta: float | None = option(None, "base of the rotary embedding")
+    num_experts: int | None = option(None, "experts of a tower that is a mixture (moe-4x and hybrid: 4)")
+    attn_implementation: str | None = option(None, "eager, sdpa, flex_attention, ...; null: transformers' choice")
+    gradient_checkpointing: bool = option(False, "recompute each layer in the backward: less memory, a third more time")
+
+    def __post_init__(self):
+        if self.preset is not None and self.preset not in MoTConfig.preset_names():
+            names = ", ".join(MoTConfig.preset_names())
+            raise ConfigError(f"model.preset={self.preset!r} is unknown; the presets are {names}")
+        if self.preset is not None and self.init_from is not None:
+            raise ConfigError(f"model.preset={self.preset!r} and model.init_from={self.init_from!r} exclude each other")
+
+
+_NOT_FIELDS_OF_MOT = {
+    "variant", "preset", "init_from", "processor", "rope_theta", "attn_implementation", "gradient_checkpointing"
+}  # fmt: skip
+
+
+def size_overrides(config: ModelConfig) -> dict[str, Any]:
+    """The fields of MoTConfig that the recipe sets."""
+    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _NOT_FIELDS_OF_MOT}
+    values = {name: value for name, value in values.items() if value is not None}
+    if config.rope_theta is not None:
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    return values
+
+
+def load_processor(config: ModelConfig) -> MoTProcessor:
+    """The processor a recipe names, else the one beside the checkpoint it starts from, else the carried one."""
+    source = config.processor or config.init_from or str(CARRIED_PROCESSOR)
+    try:
+        return MoTProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        key = "model.processor" if config.processor else "model.init_from"
+        raise ConfigError(f"{key}: no processor could be loaded from {source!r}: {error}") from error
+
+
+def model_config(config: ModelConfig, processor: MoTProcessor, row_length: int) -> MoTConfig:
+    """The MoTConfig of a new model: the recipe's sizes, the processor's vocabulary and modalities.
+
+    A preset keeps its own vocabulary size where the processor's fits in: the rows beyond are never used.
+    """
+    tokens = processor.config_kwargs()
+    overrides = size_overrides(config)
+    try:
+        if config.preset is None:
+            overrides.setdefault("max_position_embeddings", row_length)
+            return MoTConfig.from_variant(config.variant, **tokens, **overrides)
+        preset = MoTConfig.from_preset(config.preset, config.variant)
+        tokens["vocab_size"] = max(tokens["vocab_size"], preset.vocab_size)
+        overrides.setdefault("max_position_embeddings", max(row_length, preset.max_position_embeddings))
+        return MoTConfig.from_preset(config.preset, config.variant, **tokens, **overrides)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+
+
+def build_model(config: ModelConfig, processor: MoTProcessor, row_length: int, seed: int) -> MoTForCausalLM:
+    """A new model, initialised from `seed` alone, or a loaded one; in float32 and in training mode."""
+    if config.init_from is not None:
+        model = load_model(config.init_from, config.attn_implementation)
+        check_fits(model.config, processor, config.init_from)
+    else:
+        mot_config = model_config(config, processor, row_length)
+        attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+        torch.manual_seed(seed)
+        model = MoTForCausalLM._from_config(mot_config, dtype=torch.float32, **attention)
+    if model.config.max_position_embeddings < row_length:
+        raise ConfigError(
+            f"data.row_length={row_length} is longer than the model's max_position_embeddings="
+            f"{model.config.max_position_embeddings}; shorten the rows or set model.max_position_embeddings"
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.train()
+
+
+def load_model(source: str, attn_implementation: str | None = None) -> MoTForCausalLM:
+    """A checkpoint of ours in float32; another model type and missing or misshapen tensors are refused by name."""
+    check_model_type(source)
+    attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    try:
+        model, info = MoTForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **attention)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"no model could be loaded from {source!r}: {error}") from error
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if names := sorted(str(name) for name in info.get(kind) or ()):
+            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            raise ConfigError(f"the checkpoint {source!r} has {kind.replace('_', ' ')}: {shown}; is it whole?")
+    return model
+
+
+def check_model_type(source: str) -> None:
+    """Refuse a folder whose config.json is of another model type, before anything is built from it."""
+    path = Path(source) / "config.json"
+    if not path.is_file():
+        return
+    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    if model_type != MoTConfig.model_type:
+        raise ConfigError(f"{path} has model_type={model_type!r}; this trainer loads {MoTConfig.model_type!r}")
+
+
+def check_fits(config: MoTConfig, processor: MoTProcessor, source: str) -> None:
+    """Refuse a processor whose tokens are not those of the model."""
+    for name, expected in processor.config_kwargs().items():
+        found = getattr(config, name)
+        fits = found >= expected if name == "vocab_size" else _plain(found) == _plain(expected)
+        if not fits and name != "image_grid":
+            raise ConfigError(f"{source!r} was made with {name}={found}, the processor has {expected}; use its own")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,69 @@
+"""AdamW, its parameter groups, and the learning rate as a function of the step."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from training.config import option
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with cosine decay after linear warm-up; the defaults are the paper's."""
+
+    lr: float = option(3e-4, "peak learning rate, reached after warmup_steps")
+    min_lr: float = option(1.5e-5, "learning rate at the last step")
+    warmup_steps: int = option(4000, "steps of linear warm-up from 0")
+    betas: tuple[float, float] = option((0.9, 0.95), "AdamW's two decay rates")
+    eps: float = option(1e-8, "AdamW's epsilon")
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices")
+    decay_norms_and_biases: bool = option(False, "apply weight decay to norms and biases too")
+    decay_embeddings: bool = option(False, "apply weight decay to embeddings (and to a tied output layer) too")
+    clip_norm: float | None = option(1.0, "global gradient norm above which gradients are scaled down; null: never")
+
+    def __post_init__(self):
+        if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"lr={self.lr} must be positive and min_lr={self.min_lr} between 0 and lr")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} must lie in [0, 1)")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm={self.clip_norm} must be positive, or null for no clipping")
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The learning rate of update `step` (0-based) of `steps`: linear warm-up, then a half cosine down to min_lr.
+
+    A pure function of the step, so that a resumed run needs no scheduler state and no rank can step it twice.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
+    """Two AdamW groups, with and without weight decay, each in the order of `named_parameters`."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    decayed, undecayed = [], []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in embeddings:
+            decay = config.decay_embeddings
+        else:
+            decay = parameter.ndim >= 2 or config.decay_norms_and_biases
+        (decayed if decay else undecayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW in its fused form where the device has one (CPU, CUDA), else the foreach form."""
+    fused = {parameter.device.type for parameter in model.parameters()} <= {"cpu", "cuda"}
+    return torch.optim.AdamW(
+        parameter_groups(model, config), lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=fused
+    )

@@ -1,0 +1,43 @@
+"""A recipe: the sections of one YAML file, and how they are listed."""
+
+import textwrap
+from dataclasses import dataclass, field
+
+from training.config import ConfigError, describe
+from training.data.config import DataConfig
+from training.evaluation.losses import EvaluationConfig
+from training.evaluation.sampling import SamplesConfig
+from training.models import ModelConfig
+from training.optimization import OptimizerConfig
+from training.trainer import TrainConfig
+
+
+@dataclass
+class Recipe:
+    """Everything that a run depends on."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+
+    def __post_init__(self):
+        try:
+            self.data.validate()
+        except ValueError as error:
+            raise ConfigError(f"data: {error}") from error
+
+
+def list_keys() -> str:
+    """Every key of a recipe with its type, default and documentation, for `--help`."""
+    lines = []
+    section = ""
+    for key, kind, default, doc in describe(Recipe):
+        if key.partition(".")[0] != section:
+            section = key.partition(".")[0]
+            lines.append(f"\n{section}:")
+        lines.append(f"  {key} ({kind}; {default})")
+        lines.extend(textwrap.wrap(doc, 112, initial_indent="      ", subsequent_indent="      "))
+    return "\n".join(lines).lstrip("\n")

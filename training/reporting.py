@@ -1,0 +1,145 @@
+"""Pictures of a run: losses over steps, and a sheet of samples as PNG and as one self-contained HTML file."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from training.metrics import read_metrics, series, smooth
+
+
+def plot_losses(metrics: Path, output: Path, modalities: Sequence[str], title: str = "") -> None:
+    """One panel per modality: the training loss, its running mean, and the held-out loss.  JSONL -> PNG"""
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    training, evaluation = read_metrics(metrics)
+    figure = Figure(figsize=(4.2 * len(modalities), 3.4), layout="constrained")
+    for axes, modality in zip(figure.subplots(1, len(modalities), squeeze=False)[0], modalities, strict=True):
+        steps, values = series(training, f"loss_{modality}")
+        if len(steps):
+            window = max(1, len(steps) // 40)
+            axes.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
+            axes.plot(steps, smooth(values, window), color="tab:blue", label=f"training (mean of {window} steps)")
+            # The first steps fall from log(vocabulary); the rest should fill the panel.
+            low, high = values.min(), np.quantile(values, 0.98)
+        held_steps, held = series(evaluation, f"eval/loss_{modality}")
+        if len(held_steps):
+            axes.plot(held_steps, held, "o-", color="tab:orange", markersize=4, label="held out")
+            low, high = (min(low, held.min()), max(high, held.max())) if len(steps) else (held.min(), held.max())
+        if len(steps) or len(held_steps):
+            axes.set_ylim(low - 0.05 * (high - low + 0.1), high + 0.05 * (high - low + 0.1))
+            axes.legend(fontsize=8)
+        axes.set(title=modality, xlabel="step", ylabel="nats per target")
+        axes.grid(alpha=0.3)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    figure.savefig(output, dpi=120)
+
+
+@dataclass
+class SampleSheet:
+    """What a run made at its end, for looking at.
+
+    Attributes:
+        title: the first line.
+        figures: (what, value) shown above the samples.
+        pictures: of each name (name, original, its tokenizer's reconstruction, drawn, name read off the original).
+        held_out: the same for concepts the run has not seen.
+        spoken: (name, path of a WAV file).
+        texts: (prompt, continuation).
+    """
+
+    title: str
+    figures: list[tuple[str, str]] = field(default_factory=list)
+    pictures: list[tuple[str, Image.Image, Image.Image, Image.Image, str]] = field(default_factory=list)
+    held_out: list[tuple[str, Image.Image, Image.Image, Image.Image, str]] = field(default_factory=list)
+    spoken: list[tuple[str, Path]] = field(default_factory=list)
+    texts: list[tuple[str, str]] = field(default_factory=list)
+
+    def write_html(self, output: Path) -> None:
+        """One file with pictures and sound inside; it needs no network and no other file."""
+        sections = [f"<h1>{html.escape(self.title)}</h1>"]
+        rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in self.figures)
+        sections.append(f"<table>{rows}</table>")
+        for heading, pictures in (("Names seen in training", self.pictures), ("Names held out", self.held_out)):
+            if pictures:
+                cards = "".join(_card(*picture) for picture in pictures)
+                sections.append(f"<h2>{heading}</h2><p>original, reconstruction by the tokenizer, drawn from the name")
+                sections.append(f"; below, the name and what is read off the original</p><div class=grid>{cards}</div>")
+        if self.spoken:
+            clips = "".join(
+                f"<figure><audio controls src='data:audio/wav;base64,{_base64(path.read_bytes())}'></audio>"
+                f"<figcaption>{html.escape(name)}</figcaption></figure>"
+                for name, path in self.spoken
+            )
+            sections.append(f"<h2>Names spoken</h2><div class=grid>{clips}</div>")
+        if self.texts:
+            lines = "".join(f"<p><b>{html.escape(a)}</b>{html.escape(b)}</p>" for a, b in self.texts)
+            sections.append(f"<h2>Text continued</h2>{lines}")
+        page = f"<!doctype html><meta charset=utf-8><title>{html.escape(self.title)}</title>{_STYLE}{''.join(sections)}"
+        output.write_text(page, encoding="utf-8")
+
+    def write_png(self, output: Path, columns: int = 6) -> None:
+        """The pictures alone, three to a name, with names below."""
+        font = ImageFont.load_default(12)
+        side, gap, line = 72, 4, 16
+        width, height = 3 * side + 4 * gap, side + 2 * line + 3 * gap
+        groups = [("Names seen in training", self.pictures), ("Names held out", self.held_out)]
+        groups = [(heading, pictures) for heading, pictures in groups if pictures]
+        count = sum(2 * line + -(-len(pictures) // columns) * height for _, pictures in groups)
+        sheet = Image.new("RGB", (columns * width + gap, max(count, line) + gap), "white")
+        draw, top = ImageDraw.Draw(sheet), gap
+        for heading, pictures in groups:
+            caption = f"{heading}: original | reconstruction | drawn from the name; name, then what is read off"
+            draw.text((gap, top), caption, "black", font=font)
+            top += 2 * line
+            for index, (name, *images, read) in enumerate(pictures):
+                left, upper = gap + index % columns * width, top + index // columns * height
+                for place, image in enumerate(images):
+                    sheet.paste(image.convert("RGB").resize((side, side)), (left + place * (side + gap), upper))
+                lines = ((name, "black"), (read, "green" if read == name else "firebrick"))
+                for row, (text, colour) in enumerate(lines):
+                    text = _fit(text, width - 2 * gap, font)
+                    draw.text((left, upper + side + 2 + row * line), text, colour, font=font)
+            top += -(-len(pictures) // columns) * height
+        sheet.save(output)
+
+
+_STYLE = (
+    "<style>body{font:15px system-ui,sans-serif;margin:2em;max-width:80em}th{text-align:left;padding-right:2em;"
+    "font-weight:normal}.grid{display:flex;flex-wrap:wrap;gap:1em}figure{margin:0}img{width:72px;height:72px;"
+    "margin-right:3px}figcaption{font-size:13px}.right{color:green}.wrong{color:firebrick}</style>"
+)
+
+
+def _card(name: str, original: Image.Image, reconstruction: Image.Image, drawn: Image.Image, read: str) -> str:
+    pictures = (original, reconstruction, drawn)
+    images = "".join(f"<img alt='' src='data:image/png;base64,{_base64(_png(p))}'>" for p in pictures)
+    mark = "right" if read == name else "wrong"
+    caption = f"{html.escape(name)}<br><span class={mark}>{html.escape(read)}</span>"
+    return f"<figure>{images}<figcaption>{caption}</figcaption></figure>"
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
+
+
+def _fit(text: str, width: int, font: ImageFont.ImageFont) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."

@@ -1,0 +1,64 @@
+"""The rows of a run: the training stream, and held-out rows in one direction each."""
+
+import hashlib
+import json
+from dataclasses import asdict
+
+from modeling_mot import MoTProcessor
+from training.config import ConfigError
+from training.data import DataConfig, RowStream, SourceConfig, TokenizedSource, prepare_sources, single_direction_rows
+from training.data.config import MODALITY_OF_TYPE
+
+
+def prepare_rows(
+    data: DataConfig, processor: MoTProcessor, held_out_rows: int
+) -> tuple[RowStream, dict[str, list[dict]], str]:
+    """Tokenise what a recipe names, or find it in the cache.
+
+    Returns:
+        The stream; direction -> at most `held_out_rows` packed held-out rows; a fingerprint of the training data and of
+        how it is mixed, which a resumed run must share.
+
+    Raises:
+        ConfigError: a source that cannot be used, with the source, the record and the way out.
+    """
+    try:
+        sources = prepare_sources(data, processor)
+        stream = RowStream(data, sources)
+        held_out: dict[str, list[dict]] = {}
+        for source in prepare_sources(data, processor, validation=True) if held_out_rows else []:
+            for direction, segments in directions_of(source.config).items():
+                if direction not in held_out:
+                    rows = single_direction_rows(source, direction, data.row_length, segments)
+                    held_out[direction] = rows[:held_out_rows]
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from error
+    return stream, held_out, _fingerprint(data, sources)
+
+
+def directions_of(source: SourceConfig) -> dict[str, tuple[str, str] | tuple[str]]:
+    """What can be asked of a source: `text` of a template of text alone, both ways of one of a text and another."""
+    directions = {}
+    for template in source.templates:
+        segments = template.parsed
+        kinds = [segment.type for segment in segments]
+        if kinds == ["text"]:
+            directions.setdefault("text", (str(segments[0]),))
+        if len(kinds) == 2 and kinds.count("text") == 1:
+            text, other = sorted(segments, key=lambda segment: segment.type != "text")
+            modality = MODALITY_OF_TYPE[other.type]
+            directions.setdefault(f"text-to-{modality}", (str(text), str(other)))
+            directions.setdefault(f"{modality}-to-text", (str(other), str(text)))
+    return directions
+
+
+def _fingerprint(data: DataConfig, sources: list[TokenizedSource]) -> str:
+    made_of = {
+        "sources": [source.fingerprint for source in sources],
+        "mixture": [
+            [source.config.name, source.config.weight, [asdict(template) for template in source.config.templates]]
+            for source in sources
+        ],
+        "rows": [data.row_length, data.seed, data.weights_by, data.block_documents],
+    }
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()

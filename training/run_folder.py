@@ -1,0 +1,142 @@
+"""The folder of a run: what is in it, and who may write there.
+
+config.yaml        the resolved configuration        metrics.jsonl   one object a step
+environment.json   versions, command, data           checkpoints/    step-00000100/, ...: to resume from
+final/             the model as a Hub repository     samples/, samples.html, samples.png, losses.png
+summary.json       the figures of the end of the run
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.config import ConfigError
+
+
+_MARK = "config.yaml"
+_OWN_ENTRIES = (
+    _MARK, "environment.json", "metrics.jsonl", "checkpoints", "final", "samples", "samples.html", "samples.png",
+    "losses.png", "summary.json", "trackers",
+)  # fmt: skip
+_PACKAGES = ("torch", "transformers", "accelerate", "diffusers", "datasets", "tokenizers", "safetensors", "numpy")
+
+
+class RunFolder:
+    """Paths of one run. `check` refuses a folder that holds anything else; `claim` makes it this run's."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / _MARK
+        self.environment = self.path / "environment.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.final = self.path / "final"
+        self.samples = self.path / "samples"
+        self.summary = self.path / "summary.json"
+
+    def check(self, resume: bool, overwrite: bool) -> None:
+        """Refuse a folder that this run may not or cannot use; nothing is changed.
+
+        Raises:
+            ConfigError: it cannot be written, or holds another run and neither `resume` nor `overwrite` is set, or
+                holds files that no run made (these are never removed).
+        """
+        if resume and overwrite:
+            raise ConfigError("train.resume and train.overwrite exclude each other")
+        try:
+            existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+            entries = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
+        except OSError as error:
+            raise ConfigError(f"train.output_dir={str(self.path)!r} cannot be written: {error}") from error
+        if resume or not entries:
+            return
+        if not entries & {_MARK, "checkpoints", "metrics.jsonl"}:
+            raise ConfigError(
+                f"train.output_dir={str(self.path)!r} is not empty and holds no run; choose another folder"
+            )
+        if not overwrite:
+            raise ConfigError(
+                f"train.output_dir={str(self.path)!r} holds another run; set train.resume=true to go on with it, "
+                "train.overwrite=true to replace it, or choose another folder"
+            )
+        if foreign := sorted(entries - set(_OWN_ENTRIES)):
+            raise ConfigError(
+                f"train.overwrite=true, but {str(self.path)!r} also holds {', '.join(foreign[:5])}, which no run "
+                "writes; move it away or choose another folder"
+            )
+
+    def claim(self, resume: bool, overwrite: bool) -> None:
+        """Make the folder ready for this run, after `check`; `overwrite` removes what the earlier run wrote."""
+        self.check(resume, overwrite)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"train.output_dir={str(self.path)!r} cannot be made: {error}") from error
+        for name in _OWN_ENTRIES if overwrite else ():
+            entry = self.path / name
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink(missing_ok=True)
+
+    # ---------------------------------------------------------------------------------------------- checkpoints
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}"
+
+    def saved_steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending."""
+        if not self.checkpoints.is_dir():
+            return []
+        matches = (re.fullmatch(r"step-(\d{8,})", entry.name) for entry in self.checkpoints.iterdir())
+        steps = sorted(int(match[1]) for match in matches if match)
+        return [step for step in steps if (self.checkpoint(step) / "trainer.json").is_file()]
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Write JSON so that the file is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def environment(**more: Any) -> dict[str, Any]:
+    """What a run was made with: versions, command, commit and machine, and `more`; no environment variables."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": [sys.executable, *sys.argv],
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "cpu_threads": torch.get_num_threads(),
+        **more,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this file is in, with `-dirty` when files differ from it."""
+    try:
+        root = Path(__file__).resolve().parent
+        run = lambda *words: subprocess.run(  # noqa: E731
+            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        return run("rev-parse", "HEAD") + ("-dirty" if run("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,1 @@
+"""Commands that train tokenizers: `python -m training.tokenizers.{text,image,speech,processor}`."""

@@ -1,0 +1,188 @@
+"""Train a VQ image tokenizer: `python -m training.tokenizers.image --output DIR`."""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from modeling_mot.image_tokenizer_mot import PRESETS, ImageTokenizerConfig, MoTImageTokenizer
+from modeling_mot.picture_loading_mot import describe_source, fit_picture, load_picture
+from training.tokenizers.sources import (
+    PICTURE_SUFFIXES,
+    add_output_arguments,
+    add_source_arguments,
+    carried_source,
+    check_output,
+    publish,
+    read_column_values,
+)
+from training.tokenizers.vq_training import VQTrainingConfig, train_vq
+
+
+class Pictures(Sequence):
+    """uint8 pictures (3, H, W), prepared as the tokenizer prepares them; kept in memory up to `memory` bytes."""
+
+    def __init__(self, sources: Sequence, config: ImageTokenizerConfig, memory: int = 2 << 30):
+        self.sources, self.config = sources, config
+        height, width = config.image_size
+        self.cache = {} if 3 * height * width * len(sources) <= memory else None
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if self.cache is not None and index in self.cache:
+            return self.cache[index]
+        pixels = fit_picture(load_picture(self.sources[index], self.config.max_pixels), self.config)
+        picture = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+        if self.cache is not None:
+            self.cache[index] = picture
+        return picture
+
+
+def reconstruction_figures(tokenizer: MoTImageTokenizer, pictures: Sequence[torch.Tensor], limit: int = 2048) -> dict:
+    """Error, code usage and how often a reconstruction's nearest picture, in pixel space, is its original."""
+    chosen = [pictures[i] for i in range(min(len(pictures), limit))]
+    originals = torch.stack(chosen)
+    codes, rebuilt = [], []
+    for batch in originals.split(32):
+        codes.append(tokenizer.encode_pixels(batch.float() / 127.5 - 1))
+        with torch.no_grad():
+            rebuilt.append(((tokenizer.decode_codes(codes[-1]).clamp(-1, 1) + 1) * 127.5).round())
+    found, wanted = torch.cat(rebuilt).flatten(1), originals.flatten(1).float()
+    distances = torch.cdist(found, wanted, compute_mode="donot_use_mm_for_euclid_dist")
+    counts = torch.bincount(torch.cat(codes).flatten(), minlength=tokenizer.num_codes).double()
+    shares = counts / counts.sum()
+    return {
+        "pictures": len(chosen),
+        "mean_absolute_error": round(float((found - wanted).abs().mean()), 3),
+        "nearest_is_original": round(float((distances.diagonal() <= distances.min(1).values).double().mean()), 4),
+        "codes_used": int((counts > 0).sum()),
+        "code_perplexity": round(float(torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum())), 1),
+        "parameters": sum(p.numel() for p in tokenizer.model.parameters()),
+    }
+
+
+def save_sheet(tokenizer: MoTImageTokenizer, pictures: Sequence[torch.Tensor], path: Path, count: int = 64) -> None:
+    """Originals above their reconstructions, 16 to a row."""
+    from PIL import Image
+
+    step = max(1, len(pictures) // count)
+    chosen = [pictures[i].permute(1, 2, 0).numpy() for i in range(0, len(pictures), step)][:count]
+    rebuilt = [np.asarray(p) for p in tokenizer.decode(tokenizer.encode(chosen))]
+    rows = []
+    for start in range(0, len(chosen) // 16 * 16, 16):
+        rows += [np.concatenate(chosen[start : start + 16], 1), np.concatenate(rebuilt[start : start + 16], 1)]
+    Image.fromarray(np.concatenate(rows or [np.concatenate([chosen[0], rebuilt[0]], 1)])).save(path)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    defaults = VQTrainingConfig()
+    parser = argparse.ArgumentParser(prog="python -m training.tokenizers.image", description=__doc__)
+    add_output_arguments(parser)
+    add_source_arguments(parser, "pictures", "default: image, picture or img")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--preset", default="small-64", choices=sorted(PRESETS), help="sizes to start from (default: small-64)"
+    )
+    model.add_argument("--image-size", type=int, nargs="+", metavar="PX", help="side, or height and width, in pixels")
+    model.add_argument("--codes", type=int, metavar="K", help="entries of the codebook")
+    model.add_argument(
+        "--channels", type=int, nargs="+", metavar="C", help="channels per scale; n scales down-sample 2^(n-1) times"
+    )
+    model.add_argument("--latent-channels", type=int, metavar="C", help="channels of the latent")
+    model.add_argument("--code-dim", type=int, metavar="C", help="length of a code vector")
+    model.add_argument("--patch-size", type=int, metavar="P", help="fold P x P pixels into channels first")
+    model.add_argument(
+        "--fit", choices=("crop", "pad"), default="crop", help="how other shapes are fitted (default: crop)"
+    )
+    model.add_argument(
+        "--storage-dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float16",
+        help="of saved weights (default: float16)",
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", type=int, default=defaults.steps, help=f"default: {defaults.steps}")
+    training.add_argument(
+        "--minutes", type=float, help="end after this time at the latest, the schedule squeezed into it"
+    )
+    training.add_argument("--batch-size", type=int, default=defaults.batch_size, help=f"default: {defaults.batch_size}")
+    training.add_argument("--lr", type=float, default=defaults.lr, help=f"peak learning rate (default: {defaults.lr})")
+    training.add_argument("--no-flip", action="store_true", help="do not train on mirror images")
+    training.add_argument("--no-bf16", action="store_true", help="train in float32")
+    training.add_argument(
+        "--sheet", type=Path, metavar="PNG", help="also write originals and reconstructions as a picture"
+    )
+    return parser
+
+
+def tokenizer_config(arguments: argparse.Namespace) -> ImageTokenizerConfig:
+    model = {
+        "num_vq_embeddings": arguments.codes,
+        "block_out_channels": arguments.channels,
+        "latent_channels": arguments.latent_channels,
+        "vq_embed_dim": arguments.code_dim,
+    }
+    overrides = {"model": {k: v for k, v in model.items() if v is not None}, "fit": arguments.fit}
+    if arguments.image_size is not None:
+        overrides["image_size"] = arguments.image_size * 2 if len(arguments.image_size) == 1 else arguments.image_size
+    if arguments.patch_size is not None:
+        overrides["patch_size"] = arguments.patch_size
+    return ImageTokenizerConfig.from_preset(arguments.preset, storage_dtype=arguments.storage_dtype, **overrides)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    arguments = build_parser().parse_args(argv)
+    check_output(arguments.output, arguments.overwrite)
+    torch.manual_seed(arguments.seed)
+    columns = arguments.column or ["image", "picture", "img"]
+    where = arguments.source or [carried_source("emoji")]
+    sources = list(read_column_values(where, columns, arguments.limit, PICTURE_SUFFIXES))
+    if not sources:
+        raise SystemExit(f"error: no pictures in {', '.join(where)}")
+    try:
+        tokenizer = MoTImageTokenizer(tokenizer_config(arguments))
+        pictures = Pictures(sources, tokenizer.config)
+        pictures[0]
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
+    print(
+        f"{len(pictures)} pictures, the first: {describe_source(sources[0])}; grid {tokenizer.image_grid}", flush=True
+    )
+    training = VQTrainingConfig(
+        steps=arguments.steps,
+        minutes=arguments.minutes,
+        batch_size=arguments.batch_size,
+        lr=arguments.lr,
+        flip=0.0 if arguments.no_flip else VQTrainingConfig.flip,
+        bf16=not arguments.no_bf16,
+        seed=arguments.seed,
+    )
+    try:
+        figures = train_vq(tokenizer, pictures, training, log=lambda line: print(line, flush=True))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=arguments.output.parent) as folder:
+        tokenizer.save_pretrained(folder)
+        figures |= reconstruction_figures(tokenizer, pictures)
+        finished = Path(folder) / "image_tokenizer"
+        finished.mkdir()
+        for path in Path(folder).iterdir():
+            if path != finished:
+                path.rename(finished / path.name)
+        publish(finished, arguments.output)
+    if arguments.sheet:
+        save_sheet(tokenizer, pictures, arguments.sheet)
+    print(json.dumps(figures))
+    return figures
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,109 @@
+"""What the tokenizer commands read: `datasets` data sets, parquet folders, text files, folders of pictures or sound."""
+
+import argparse
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+TEXT_SUFFIXES = (".txt", ".md", ".rst")
+
+
+def add_source_arguments(parser: argparse.ArgumentParser, what: str, columns: str) -> None:
+    """Arguments shared by the training commands."""
+    group = parser.add_argument_group("source")
+    group.add_argument(
+        "--source",
+        action="append",
+        metavar="WHERE",
+        help=f"where {what} come from: a file, a folder of files, a folder or Hub name that `datasets` loads, with the "
+        "configuration and split behind colons (path:config:split). May be given several times. "
+        "Default: the train split of the carried data",
+    )
+    group.add_argument("--column", action="append", metavar="NAME", help=f"column to read; may be repeated ({columns})")
+    group.add_argument("--limit", type=int, metavar="N", help="read at most N records of every source")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse, before any work, to write over something that is there."""
+    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
+        raise SystemExit(f"error: {output} exists; choose another --output or pass --overwrite to replace it")
+
+
+def publish(temporary: Path, output: Path) -> None:
+    """Put a finished folder in its place: nothing half-written is ever seen there."""
+    if output.exists():
+        shutil.rmtree(output) if output.is_dir() else output.unlink()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(str(temporary), str(output))
+
+
+def read_column_values(
+    sources: list[str], columns: list[str], limit: int | None, suffixes: tuple[str, ...]
+) -> Iterator[Any]:
+    """Values of `columns` from every source in order; for plain files their paths. Nested lists are flattened."""
+    for source in sources:
+        files = matching_files(source, suffixes)
+        if files:
+            yield from map(str, files[:limit])
+            continue
+        records = load_records(source)
+        present = [name for name in columns if name in records.column_names]
+        if not present:
+            raise SystemExit(
+                f"error: {source} has no column {' or '.join(columns)}; it has {', '.join(records.column_names)} "
+                "(choose with --column)"
+            )
+        records = records.select_columns(present)
+        for index in range(min(len(records), limit or len(records))):
+            record = records[index]
+            for name in present:
+                value = record[name]
+                yield from value if isinstance(value, list) and value and isinstance(value[0], str) else [value]
+
+
+def matching_files(source: str, suffixes: tuple[str, ...]) -> list[Path]:
+    """The file itself, or the files with one of `suffixes` under a folder, sorted; none for a data set."""
+    path = Path(source)
+    if path.is_file():
+        return [path] if path.suffix.lower() in suffixes else []
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.name != "README.md")
+    return []
+
+
+def load_records(source: str):
+    """A `datasets.Dataset` with pictures and sound left undecoded."""
+    from datasets import Audio, Image, load_dataset
+
+    parts = source.split(":")
+    path, config = parts[0], parts[1] if len(parts) > 1 and parts[1] else None
+    split = parts[2] if len(parts) > 2 else "train"
+    try:
+        if path.endswith((".parquet", ".jsonl", ".json", ".csv")) and Path(path).is_file():
+            kind = {"jsonl": "json"}.get(path.rsplit(".", 1)[1], path.rsplit(".", 1)[1])
+            records = load_dataset(kind, data_files=path, split="train")
+        else:
+            records = load_dataset(path, config, split=split)
+    except (FileNotFoundError, ValueError, ConnectionError) as error:
+        raise SystemExit(f"error: cannot read {source}: {error}") from None
+    for name, feature in records.features.items():
+        if isinstance(feature, (Image, Audio)):
+            records = records.cast_column(name, type(feature)(decode=False))
+    return records
+
+
+def carried_source(config: str) -> str:
+    """The train split of a configuration of the carried data."""
+    from training.data import carried_path
+
+    return f"{carried_path()}:{config}:train"

@@ -1,0 +1,221 @@
+"""Training of the VQ image tokenizer: autoencoder, k-means codebook, moving averages, then the decoder alone.
+
+A codebook that starts at random leaves most codes dead. Ours starts as k-means of what the encoder, trained without
+quantisation, puts out; it follows by exponential moving averages, and codes that fall out of use are restarted from
+latents. In the last phase codes are final, and only the decoder learns. No pretrained network takes part.
+
+Shapes: B batch, (H, W) pixels, C latent channels, K codes, M = B h w latents.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from modeling_mot.image_tokenizer_mot import MoTImageTokenizer, fold, nearest_code, unfold
+from training.tokenizers.kmeans import assign, kmeans
+
+
+@dataclass
+class VQTrainingConfig:
+    """Steps, optimiser and loss weights; `minutes` ends a run early, with the same schedule squeezed into the time."""
+
+    steps: int = 6000
+    minutes: float | None = None
+    batch_size: int = 32
+    lr: float = 2e-3
+    warmup: float = 0.02
+    autoencoder_share: float = 0.12
+    decoder_share: float = 0.3
+    commitment: float = 0.25
+    ema_decay: float = 0.98
+    restart_every: int = 100
+    l1: float = 1.0
+    gradient: float = 1.0
+    coarse: float = 0.5
+    flip: float = 0.5
+    shift: int = 2
+    bf16: bool = True
+    log_every: int = 200
+    seed: int = 0
+
+
+class Codebook:
+    """The codebook as moving averages of the latents that were assigned to each code."""
+
+    def __init__(self, weight: torch.Tensor, decay: float):
+        self.weight, self.decay = weight, decay
+        self.counts = torch.ones(len(weight))
+        self.sums = weight.clone()
+
+    @torch.no_grad()
+    def update(self, latents: torch.Tensor, codes: torch.Tensor) -> None:
+        """(M, C), (M,)"""
+        counts = torch.bincount(codes, minlength=len(self.weight)).float()
+        sums = torch.zeros_like(self.sums).index_add_(0, codes, latents)
+        self.counts.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        alive = self.counts > 1e-2
+        self.weight[alive] = self.sums[alive] / self.counts[alive, None]
+
+    @torch.no_grad()
+    def restart_unused(self, latents: torch.Tensor, generator: torch.Generator) -> int:
+        """Codes used less than 3 % as often as the average one move onto latents that are served badly."""
+        unused = (self.counts < 0.03 * len(latents) / len(self.weight)).nonzero().flatten()
+        if len(unused):
+            distances = assign(latents, self.weight)[1]
+            picks = torch.multinomial(distances + 1e-12, len(unused), generator=generator, replacement=True)
+            self.weight[unused] = latents[picks]
+            self.sums[unused] = latents[picks]
+            self.counts[unused] = 1.0
+        return len(unused)
+
+
+def reconstruction_loss(predicted: torch.Tensor, pixels: torch.Tensor, config: VQTrainingConfig) -> torch.Tensor:
+    """L1 on pixels, their differences (sharp edges) and two coarser scales (right colours).  (B, 3, H, W) twice"""
+    error = predicted - pixels
+    loss = config.l1 * error.abs().mean()
+    horizontal, vertical = error.diff(dim=-1), error.diff(dim=-2)
+    loss = loss + config.gradient * (horizontal.abs().mean() + vertical.abs().mean())
+    for _ in range(2):
+        error = nn.functional.avg_pool2d(error, 2)
+        loss = loss + config.coarse * error.abs().mean()
+    return loss
+
+
+def augment(pixels: torch.Tensor, config: VQTrainingConfig, generator: torch.Generator) -> torch.Tensor:
+    """Random mirror images and small shifts (edges repeated).  (B, 3, H, W)"""
+    if config.flip:
+        flipped = torch.rand(len(pixels), generator=generator) < config.flip
+        pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
+    if config.shift:
+        height, width = pixels.shape[-2:]
+        padded = nn.functional.pad(pixels, (config.shift,) * 4, mode="replicate")
+        top, left = torch.randint(2 * config.shift + 1, (2,), generator=generator).tolist()
+        # Half of the batches stay in place: that is where pictures are when they are tokenised.
+        if torch.rand((), generator=generator) < 0.5:
+            pixels = padded[..., top : top + height, left : left + width]
+    return pixels
+
+
+def train_vq(
+    tokenizer: MoTImageTokenizer,
+    pictures: Sequence[torch.Tensor],
+    config: VQTrainingConfig,
+    log: Callable[[str], None] = print,
+) -> dict[str, float]:
+    """Train `tokenizer` in place on uint8 pictures (3, H, W); returns figures of the last steps."""
+    generator = torch.Generator().manual_seed(config.seed)
+    model, patch = tokenizer.model, tokenizer.config.patch_size
+    model.train().requires_grad_(True).to(memory_format=torch.channels_last)
+    model.quantize.requires_grad_(False)
+    decoder_parameters = [*model.post_quant_conv.parameters(), *model.decoder.parameters()]
+    encoder_parameters = [*model.encoder.parameters(), *model.quant_conv.parameters()]
+    groups = [{"params": encoder_parameters}, {"params": decoder_parameters}]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), weight_decay=1e-4)
+    codebook: Codebook | None = None
+    started, progress, step = time.monotonic(), 0.0, 0
+    averages: dict[str, float] = {}
+
+    while progress < 1:
+        quantising = progress >= config.autoencoder_share
+        encoder_frozen = progress >= 1 - config.decoder_share
+        if quantising and codebook is None:
+            codebook = start_codebook(tokenizer, pictures, config, generator, log)
+        if encoder_frozen and groups[0]["params"][0].requires_grad:
+            finish_codebook(tokenizer, pictures, config, generator, log)
+            for parameter in encoder_parameters:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+        rate = config.lr * learning_rate_factor(progress, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+        batch = draw_batch(pictures, config.batch_size, generator)
+        pixels = augment(batch, config, generator).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+            latents = model.encode(fold(pixels, patch)).latents
+        latents = latents.float()
+        commitment = latents.new_zeros(())
+        if quantising:
+            flat = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
+            codes = nearest_code(flat.detach(), codebook.weight)
+            if not encoder_frozen:
+                codebook.update(flat.detach(), codes)
+                if step % config.restart_every == 0:
+                    codebook.restart_unused(flat.detach(), generator)
+            quantised = codebook.weight[codes].view(len(latents), *latents.shape[2:], -1).permute(0, 3, 1, 2)
+            commitment = (latents - quantised).square().mean()
+            latents = latents + (quantised - latents).detach()
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
+            predicted = unfold(model.decode(latents, force_not_quantize=True).sample, patch)
+        loss = reconstruction_loss(predicted.float(), pixels, config)
+        optimizer.zero_grad(set_to_none=True)
+        (loss + config.commitment * commitment).backward()
+        nn.utils.clip_grad_norm_(decoder_parameters + encoder_parameters, 1.0)
+        optimizer.step()
+
+        step += 1
+        elapsed = (time.monotonic() - started) / 60
+        progress = max(step / config.steps, elapsed / config.minutes if config.minutes else 0.0)
+        figures = {"loss": loss.item(), "commitment": commitment.item()}
+        averages = {k: 0.99 * averages.get(k, v) + 0.01 * v for k, v in figures.items()}
+        if step % config.log_every == 0:
+            phase = "decoder" if encoder_frozen else "codebook" if quantising else "autoencoder"
+            numbers = "  ".join(f"{k} {v:.4f}" for k, v in averages.items())
+            log(f"step {step}  {100 * progress:.0f} %  {phase}  {numbers}  {elapsed:.1f} min")
+    model.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
+    return {**averages, "steps": step, "minutes": (time.monotonic() - started) / 60}
+
+
+def learning_rate_factor(progress: float, config: VQTrainingConfig) -> float:
+    """Linear warm-up, then a half cosine down to 2 %."""
+    if progress < config.warmup:
+        return progress / config.warmup + 0.01
+    return 0.02 + 0.98 * 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
+
+
+def draw_batch(pictures: Sequence[torch.Tensor], size: int, generator: torch.Generator) -> torch.Tensor:
+    """(B, 3, H, W), float32 in [-1, 1]"""
+    indices = torch.randint(len(pictures), (size,), generator=generator).tolist()
+    return torch.stack([pictures[i] for i in indices]).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def sample_latents(tokenizer, pictures, config, generator, limit: int = 2048) -> torch.Tensor:
+    """Encoder outputs of up to `limit` pictures.  -> (M, C)"""
+    order = torch.randperm(len(pictures), generator=generator)[:limit].tolist()
+    tokenizer.model.eval()
+    parts = []
+    for start in range(0, len(order), config.batch_size):
+        chunk = torch.stack([pictures[i] for i in order[start : start + config.batch_size]]).float() / 127.5 - 1
+        latents = tokenizer.latents(chunk)
+        parts.append(latents.permute(0, 2, 3, 1).flatten(0, 2).float())
+    tokenizer.model.train()
+    return torch.cat(parts)
+
+
+def start_codebook(tokenizer, pictures, config, generator, log) -> Codebook:
+    latents = sample_latents(tokenizer, pictures, config, generator)
+    weight = tokenizer.codebook.data
+    weight.copy_(kmeans(latents, len(weight), iterations=8, seed=config.seed))
+    error = assign(latents, weight)[1].mean() / latents.var(0).sum()
+    log(f"codebook: k-means over {len(latents)} latents leaves {100 * error:.1f} % of their variance")
+    return Codebook(weight, config.ema_decay)
+
+
+def finish_codebook(tokenizer, pictures, config, generator, log) -> None:
+    """A few exact Lloyd steps from the moving averages; unused codes take badly served latents."""
+    latents = sample_latents(tokenizer, pictures, config, generator)
+    weight = tokenizer.codebook.data
+    for _ in range(4):
+        codes, distances = assign(latents, weight)
+        counts = torch.bincount(codes, minlength=len(weight))
+        sums = torch.zeros_like(weight).index_add_(0, codes, latents)
+        used = counts > 0
+        weight[used] = sums[used] / counts[used, None]
+        weight[~used] = latents[distances.topk(int((~used).sum())).indices]
+    used = len(assign(latents, weight)[0].unique())
+    log(f"codebook final: {used} of {len(weight)} codes in use")
