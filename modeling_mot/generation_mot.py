@@ -3,6 +3,7 @@
 # R sequences, L tokens so far, V vocabulary
 
 from functools import partial
+from inspect import signature
 
 import torch
 from transformers.generation import (
@@ -20,15 +21,26 @@ class ModalitySpanLogitsProcessor(LogitsProcessor):
     units until end of speech in speech, text elsewhere.
 
     The span is read off the tokens of each sequence, so beams and assistants may reorder and
-    discard them freely.
+    discard them freely. Continuous batching has no such sequences and leaves this processor out.
 
     Args:
         config: a `MoTConfig` with `modality_token_ranges`.
         image_grid: rows and columns of an image's codes; None leaves the number to the model.
         max_speech_tokens: the longest span of speech; None for no bound.
+
+    Raises:
+        ValueError: a grid that is not two positive numbers, or no room for speech.
     """
 
+    supports_continuous_batching = False
+
     def __init__(self, config, image_grid=None, max_speech_tokens=None, device=None):
+        if image_grid is not None and (
+            not isinstance(image_grid, (list, tuple)) or len(image_grid) != 2 or min(image_grid) < 1
+        ):
+            raise ValueError(f"image_grid={image_grid!r} must be (rows, columns), both at least 1")
+        if max_speech_tokens is not None and max_speech_tokens < 1:
+            raise ValueError(f"max_speech_tokens={max_speech_tokens} must be at least 1, or None for no bound")
         ranges = config.modality_token_ranges
         codes = None if image_grid is None else image_grid[0] * image_grid[1]
         # modality -> (opening token, closing token, fewest and most tokens between them)
@@ -68,7 +80,13 @@ class ModalitySpanLogitsProcessor(LogitsProcessor):
             may_close = (length >= fewest) & is_closing
             may_go_on = inside.expand_as(scores) if most is None else (length < most) & inside
             allowed = torch.where(is_open.unsqueeze(-1), may_close | may_go_on, allowed)
-        return scores.masked_fill(~allowed, -float("inf"))
+        constrained = scores.masked_fill(~allowed, -float("inf"))
+        # Where other processors, `forced_eos_token_id` for one, left nothing of what may follow, theirs is the choice.
+        nothing_left = constrained.amax(dim=-1, keepdim=True) <= torch.finfo(scores.dtype).min
+        return torch.where(nothing_left, scores, constrained)
+
+
+OWN_SETTINGS = ("image_grid", "max_speech_tokens", "constrain_spans")
 
 
 class MoTGenerationMixin(GenerationMixin):
@@ -94,23 +112,28 @@ class MoTGenerationMixin(GenerationMixin):
         return super().generate(inputs, *args, **kwargs)
 
     def _prepare_generation_config(self, generation_config, **kwargs):
-        own = {name: kwargs.pop(name, None) for name in ("image_grid", "max_speech_tokens", "constrain_spans")}
+        own = {name: kwargs.pop(name) for name in OWN_SETTINGS if kwargs.get(name) is not None}
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         for name, value in own.items():
-            if value is None:
-                value = getattr(generation_config, name, None)
-            setattr(generation_config, name, getattr(self.config, name, None) if value is None else value)
+            setattr(generation_config, name, value)
         return generation_config, model_kwargs
+
+    def _own_setting(self, generation_config, name):
+        value = getattr(generation_config, name, None)
+        return getattr(self.config, name, None) if value is None else value
 
     def _get_logits_processor(self, generation_config, *args, logits_processor=None, **kwargs):
         logits_processor = LogitsProcessorList(logits_processor or [])
         has_spans = self.config.boi_token_id is not None or self.config.begin_of_speech_token_id is not None
-        constrain = generation_config.constrain_spans is not False
+        constrain = self._own_setting(generation_config, "constrain_spans") is not False
         if constrain and has_spans and self.config.modality_token_ranges is not None:
             # Custom processors run before temperature and top-k, which so choose among what may follow.
             logits_processor.append(
                 ModalitySpanLogitsProcessor(
-                    self.config, generation_config.image_grid, generation_config.max_speech_tokens, kwargs.get("device")
+                    self.config,
+                    self._own_setting(generation_config, "image_grid"),
+                    self._own_setting(generation_config, "max_speech_tokens"),
+                    kwargs.get("device"),
                 )
             )
         processors = super()._get_logits_processor(
@@ -122,28 +145,40 @@ class MoTGenerationMixin(GenerationMixin):
                 processor.model = partial(self, token_choice=True)
         return processors
 
-    def prepare_inputs_for_generation(
-        self, input_ids, modality_ids=None, inputs_embeds=None, is_first_iteration=False, **kwargs
-    ):
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+    def _get_candidate_generator(self, *args, model_kwargs, assistant_model=None, **kwargs):
+        if assistant_model is not None and "modality_ids" not in signature(assistant_model.forward).parameters:
+            # A draft model of text alone has no use for them and would refuse them.
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name != "modality_ids"}
+        return super()._get_candidate_generator(
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
         )
+
+    def prepare_inputs_for_generation(self, input_ids, *args, modality_ids=None, inputs_embeds=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         if len(self.config.tower_names) > 1:
             # Outside of the forward, so that a compiled forward has no data-dependent step.
-            modality_ids = self._modality_ids_of_step(input_ids, inputs, modality_ids)
+            modality_ids = self._modality_ids_of_step(input_ids, inputs, modality_ids, inputs_embeds)
             inputs["routing"] = ModalityRouting.from_modality_ids(modality_ids, self.config)
         if self.config.moe_towers:
             # Expert choice looks at later tokens; generation takes each token's own choice.
             inputs["token_choice"] = True
         return inputs
 
-    def _modality_ids_of_step(self, input_ids, inputs, modality_ids):
-        new_ids = inputs.get("input_ids")
-        if new_ids is None:  # a prompt of embeddings, which are text unless modality_ids say otherwise
-            shape = inputs["inputs_embeds"].shape[:2]
-            return input_ids.new_zeros(shape) if modality_ids is None else modality_ids
-        if modality_ids is None or modality_ids.shape[1] > input_ids.shape[1]:
-            return self.model.modality_ids_of(new_ids)
-        # Those of the prompt were given; what came after it follows from the vocabulary.
-        later = self.model.modality_ids_of(input_ids[:, modality_ids.shape[1] :])
-        return torch.cat([modality_ids, later], dim=1)[:, -new_ids.shape[1] :]
+    def _modality_ids_of_step(self, input_ids, inputs, modality_ids, inputs_embeds):
+        """Those given for the prompt; what came after it follows from the vocabulary.  -> (B, tokens of this step)"""
+        step_ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        length = (inputs["inputs_embeds"] if step_ids is None else step_ids).shape[1]
+        if step_ids is None and input_ids.shape[1] >= length:
+            step_ids = input_ids[:, -length:]  # the embeddings are those of these tokens
+        if step_ids is None:
+            derived = input_ids.new_zeros(input_ids.shape[0], length)  # embeddings alone are text by default
+        else:
+            derived = self.model.modality_ids_of(step_ids)
+        if modality_ids is None:
+            return derived
+        if inputs_embeds is None and modality_ids.shape[1] <= input_ids.shape[1]:
+            first = input_ids.shape[1] - length  # they begin at the same token, which may follow cached ones
+        else:  # embeddings, or one chunk of a long prompt
+            first = 0 if cache is None else int(cache.get_seq_length())
+        given = modality_ids[:, first : first + length]
+        return torch.cat([given, derived[:, given.shape[1] :]], dim=1)

@@ -30,11 +30,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "image_size": [64, 64],
         "patch_size": 2,
         "model": {
-            "block_out_channels": [32, 64, 104],
+            "block_out_channels": [48, 96],
             "layers_per_block": 1,
             "latent_channels": 32,
             "vq_embed_dim": 16,
-            "num_vq_embeddings": 2048,
+            "num_vq_embeddings": 1024,
             "norm_num_groups": 8,
             "mid_block_add_attention": False,
         },
@@ -93,7 +93,7 @@ class ImageTokenizerConfig:
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "ImageTokenizerConfig":
-        """`small-64` (64 pixels, 8 x 8 codes) or `chameleon-512` (512 pixels, 32 x 32 codes); `model` is merged."""
+        """`small-64` (64 pixels, 16 x 16 codes) or `chameleon-512` (512 pixels, 32 x 32 codes); `model` is merged."""
         if name not in PRESETS:
             raise ValueError(f"no image tokenizer preset {name!r}; there are {', '.join(PRESETS)}")
         values = {**PRESETS[name], **overrides}
@@ -258,6 +258,8 @@ class MoTImageTokenizer:
         directory.mkdir(parents=True, exist_ok=True)
         # Weights in memory are rounded too: the saved and the loaded tokenizer give the same codes.
         nn.Module.to(self.model, getattr(torch, self.config.storage_dtype))
+        if self.config.backend == "diffusers":
+            self.model.register_to_config(_name_or_path=None)  # the folder it came from is nobody's business
         self.model.save_pretrained(directory)
         self.model.float()
         text = json.dumps(self.config.to_dict(), indent=2) + "\n"

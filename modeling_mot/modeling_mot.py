@@ -3,7 +3,6 @@ projections and norms, joined by one global self-attention."""
 
 # B batch, L row length, T = B * L tokens, D hidden size, H heads, V vocabulary
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,109 +12,18 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
-from transformers.models.llama.modeling_llama import (
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_masks import attention_mask_for, document_positions, flash_documents
+from .attention_mot import MoTAttention, MoTHeadLayerNorm
 from .configuration_mot import MoTConfig
 from .expert_choice import ExpertChoiceFeedForward, FeedForward
 from .generation_mot import MoTGenerationMixin
 from .modality_routing import ModalityRouting, PerTower, join
-
-
-class MoTHeadLayerNorm(nn.Module):
-    """Chameleon's QK-norm: LayerNorm over each head with weights of that head.  (T, H, D/H) -> same"""
-
-    def __init__(self, num_heads: int, head_dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(num_heads, head_dim))
-        self.bias = nn.Parameter(torch.zeros(num_heads, head_dim))
-
-    def forward(self, heads: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(heads, heads.shape[-1:], eps=1e-5) * self.weight + self.bias
-
-
-def qk_norm(config: MoTConfig, num_heads: int) -> nn.Module:
-    if config.qk_norm == "rms":
-        return LlamaRMSNorm(config.head_dim, eps=config.rms_norm_eps)
-    return MoTHeadLayerNorm(num_heads, config.head_dim)
-
-
-class MoTAttention(nn.Module):
-    """Projections of each tower around one attention over the whole sequence (paper, equation 3)."""
-
-    def __init__(self, config: MoTConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = True
-
-        names = config.part_names("attention")
-        hidden = config.hidden_size
-        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-
-        def projection(inputs, outputs):
-            return PerTower({name: nn.Linear(inputs, outputs, bias=config.attention_bias) for name in names})
-
-        self.q_proj = projection(hidden, queries)
-        self.k_proj = projection(hidden, keys)
-        self.v_proj = projection(hidden, keys)
-        self.o_proj = projection(queries, hidden)
-        if config.qk_norm is not None:
-            self.q_norm = PerTower({name: qk_norm(config, config.num_attention_heads) for name in names})
-            self.k_norm = PerTower({name: qk_norm(config, config.num_key_value_heads) for name in names})
-
-    def _heads(self, parts, norm, routing, batch_size):
-        """Each tower's rows to heads in the order of the sequence.  {tower: (T_tower, H * D/H)} -> (B, H, L, D/H)"""
-        if norm is not None:
-            parts = {tower: rows.unflatten(-1, (-1, self.head_dim)) for tower, rows in parts.items()}
-            parts = {tower: heads.flatten(-2) for tower, heads in norm(parts).items()}
-        return routing.restore(join(parts), batch_size).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def forward(
-        self,
-        parts: dict[str, torch.Tensor],
-        routing: ModalityRouting,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """{tower: (T_tower, D)} -> {tower: (T_tower, D)} and the weights (B, H, L, past + L) if they exist."""
-        batch_size = position_embeddings[0].shape[0]
-        query = self._heads(self.q_proj(parts), getattr(self, "q_norm", None), routing, batch_size)
-        key = self._heads(self.k_proj(parts), getattr(self, "k_norm", None), routing, batch_size)
-        value = self._heads(self.v_proj(parts), None, routing, batch_size)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        output = routing.split(routing.sort(output.flatten(2)))
-        return self.o_proj(output), weights
 
 
 class MoTDecoderLayer(GradientCheckpointingLayer):
@@ -337,7 +245,7 @@ class MoTModel(MoTPreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         kwargs.setdefault("token_choice", continues_cache)
 
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer in drafts with an early exit
             hidden_states = layer(
                 hidden_states,
                 routing,
@@ -383,6 +291,11 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def save_pretrained(self, *args, **kwargs):
+        # Whoever reads a generation configuration that is marked as derived loses `image_grid` and the like.
+        self.generation_config._from_model_config = None
+        return super().save_pretrained(*args, **kwargs)
 
     @can_return_tuple
     def forward(

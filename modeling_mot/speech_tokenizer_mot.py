@@ -226,10 +226,7 @@ class MoTSpeechTokenizer:
             raise ValueError("a speech tokenizer without centroids cannot be saved; train it first")
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        # Half precision is plenty for log-mel templates; rounded in memory too, so that loading changes nothing.
-        self.templates = self.templates.half().float()
-        stored = {**self.tensors(), "templates": self.templates.half()}
-        save_file({k: v.contiguous() for k, v in stored.items()}, directory / SPEECH_TOKENIZER_WEIGHTS_NAME)
+        save_file({k: v.contiguous() for k, v in self.tensors().items()}, directory / SPEECH_TOKENIZER_WEIGHTS_NAME)
         text = json.dumps(self.config.to_dict(), indent=2) + "\n"
         (directory / SPEECH_TOKENIZER_CONFIG_NAME).write_text(text, encoding="utf-8")
 
@@ -242,5 +239,4 @@ class MoTSpeechTokenizer:
 
         values = json.loads(read_hub_file(name_or_path, SPEECH_TOKENIZER_CONFIG_NAME, subfolder, **hub_kwargs))
         weights = cached_file(str(name_or_path), SPEECH_TOKENIZER_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
-        tensors = {name: tensor.float() for name, tensor in load_file(weights).items()}
-        return cls(SpeechTokenizerConfig.from_dict(values), tensors)
+        return cls(SpeechTokenizerConfig.from_dict(values), load_file(weights))
