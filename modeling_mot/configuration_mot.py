@@ -72,7 +72,7 @@ class MoTConfig(PreTrainedConfig):
     """
 
     model_type = "mixture_of_transformers"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "loss_sums", "loss_counts", "z_loss_sum"]
     default_theta = 10000.0
 
     vocab_size: int = 65536

@@ -30,7 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "image_size": [64, 64],
         "patch_size": 2,
         "model": {
-            "block_out_channels": [48, 96],
+            "block_out_channels": [32, 64, 112],
             "layers_per_block": 1,
             "latent_channels": 32,
             "vq_embed_dim": 16,
@@ -93,7 +93,7 @@ class ImageTokenizerConfig:
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "ImageTokenizerConfig":
-        """`small-64` (64 pixels, 16 x 16 codes) or `chameleon-512` (512 pixels, 32 x 32 codes); `model` is merged."""
+        """`small-64` (64 pixels, 8 x 8 codes) or `chameleon-512` (512 pixels, 32 x 32 codes); `model` is merged."""
         if name not in PRESETS:
             raise ValueError(f"no image tokenizer preset {name!r}; there are {', '.join(PRESETS)}")
         values = {**PRESETS[name], **overrides}

@@ -13,18 +13,39 @@ import torch
 from torch import nn
 
 
-class _Permute(torch.autograd.Function):
-    """Rows in another order. The gradient of a permutation is its inverse, a copy and not a sum."""
+class _Sort(torch.autograd.Function):
+    """Rows sorted by tower, zero where a slice is padded.  (T, ...) -> (T', ...), the adjoint of `_Restore`"""
 
     @staticmethod
-    def forward(ctx, rows, order, inverse):
-        ctx.save_for_backward(order, inverse)
-        return rows.index_select(0, order)
+    def forward(ctx, rows, routing):
+        ctx.routing = routing
+        out = rows.index_select(0, routing.order)
+        end = 0
+        for count, padding in zip(routing.counts, routing.padding):
+            end += count
+            if padding:
+                out[end - padding : end] = 0
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        order, inverse = ctx.saved_tensors
-        return _Permute.apply(grad, inverse, order), None, None
+        return _Restore.apply(grad, ctx.routing), None
+
+
+class _Restore(torch.autograd.Function):
+    """Rows in the order of the sequence.  (T', ...) -> (T, ...)
+
+    The gradient of a permutation is its inverse, a copy and not the sum that indexing would make of it.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, routing):
+        ctx.routing = routing
+        return rows.index_select(0, routing.inverse)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Sort.apply(grad, ctx.routing), None
 
 
 class ModalityRouting(NamedTuple):
@@ -32,23 +53,28 @@ class ModalityRouting(NamedTuple):
 
     Attributes:
         towers: names of the towers, in the order of `counts`.
-        counts: tokens of each tower, Python integers that sum to T.
-        order: (T,) positions in the flattened rows, sorted by tower; None where one tower has all tokens.
-        inverse: (T,) the permutation back.
+        counts: rows of each tower, Python integers that sum to T' (T without padding).
+        order: (T',) positions in the flattened rows, sorted by tower; None where one tower has all tokens.
+        inverse: (T,) where each token stands among the sorted rows.
+        padding: how many rows at the end of each tower's slice belong to no token.
     """
 
     towers: tuple[str, ...]
     counts: tuple[int, ...]
     order: torch.Tensor | None = None
     inverse: torch.Tensor | None = None
+    padding: tuple[int, ...] = ()
 
     @classmethod
-    def from_modality_ids(cls, modality_ids: torch.Tensor, config) -> "ModalityRouting":
+    def from_modality_ids(cls, modality_ids: torch.Tensor, config, multiple_of: int = 1) -> "ModalityRouting":
         """Sort tokens by tower, in a stable way.
 
         Args:
             modality_ids: (B, L) indices into `config.modalities`.
             config: a `MoTConfig`.
+            multiple_of: pad each tower's slice with zero rows up to a multiple of this, so that the sizes of
+                products repeat from batch to batch, and kernels made for a size serve again. Outputs and gradients
+                stay as they are. Mixtures of experts are not padded: padding would compete with tokens.
 
         Raises:
             ValueError: an id that is not the index of a modality.
@@ -73,14 +99,24 @@ class ModalityRouting(NamedTuple):
         if max(counts) == flat.numel():  # always so where there is one tower
             return cls(towers, tuple(counts))
         tower_of = torch.tensor(config.tower_of_modality, device=flat.device)
-        order = torch.argsort(tower_of[flat], stable=True)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(order.numel(), device=order.device)
-        return cls(towers, tuple(counts), order, inverse)
+        tokens = torch.argsort(tower_of[flat], stable=True)
+        mixtures = towers if "shared" in config.moe_towers else config.moe_towers
+        padding = [0 if tower in mixtures else -count % multiple_of for tower, count in zip(towers, counts)]
+        places = torch.cat(
+            [
+                torch.arange(count, device=flat.device) + sum(counts[:tower]) + sum(padding[:tower])
+                for tower, count in enumerate(counts)
+            ]
+        )
+        order = tokens.new_zeros(flat.numel() + sum(padding))
+        order[places] = tokens
+        inverse = torch.empty_like(tokens)
+        inverse[tokens] = places
+        return cls(towers, tuple(map(sum, zip(counts, padding))), order, inverse, tuple(padding))
 
     @property
     def num_tokens(self) -> int:
-        return sum(self.counts)
+        return sum(self.counts) - sum(self.padding)
 
     def to(self, device) -> "ModalityRouting":
         if self.order is None:
@@ -90,12 +126,12 @@ class ModalityRouting(NamedTuple):
     def sort(self, rows: torch.Tensor) -> torch.Tensor:
         """Make each tower's tokens contiguous.  (B, L, ...) -> (T, ...)"""
         flat = rows.flatten(0, 1)
-        return flat if self.order is None else _Permute.apply(flat, self.order, self.inverse)
+        return flat if self.order is None else _Sort.apply(flat, self)
 
     def restore(self, rows: torch.Tensor, batch_size: int) -> torch.Tensor:
         """Back to the order of the sequence.  (T, ...) -> (B, L, ...)"""
         if self.order is not None:
-            rows = _Permute.apply(rows, self.inverse, self.order)
+            rows = _Restore.apply(rows, self)
         return rows.unflatten(0, (batch_size, -1))
 
     def split(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -59,6 +59,6 @@ def _fingerprint(data: DataConfig, sources: list[TokenizedSource]) -> str:
             [source.config.name, source.config.weight, [asdict(template) for template in source.config.templates]]
             for source in sources
         ],
-        "rows": [data.row_length, data.seed, data.weights_by, data.block_documents],
+        "rows": [data.row_length, data.seed, data.weights_by, data.block_documents, data.replaced_codes],
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()

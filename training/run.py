@@ -86,7 +86,8 @@ class Session:
                 model.gradient_checkpointing_enable()
         else:
             model = build_model(recipe.model, self.processor, recipe.data.row_length, recipe.train.seed)
-        self.collate = partial(collate, config=model.config)
+        # Padded, or every step would have products of other sizes, for which kernels are made anew.
+        self.collate = partial(collate, config=model.config, multiple_of=64)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.peak, self.peak_source = peak_flops(accelerator.device, dtype)
         model.to(accelerator.device)

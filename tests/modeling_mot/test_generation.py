@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import MaxLengthCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_mot import MoTConfig, MoTForCausalLM
@@ -103,6 +103,23 @@ def test_prompt_lookup_decoding_equals_recompute(tiny_model):
     assert out[0].tolist() == naive.greedy(model, PROMPTS["after-image"], 12)
 
 
+def test_early_exit_decoding_equals_recompute(tiny_model):
+    model = tiny_model()
+    out = model.generate(row(PROMPTS["open-image"]), max_new_tokens=9, do_sample=False, assistant_early_exit=1)
+    assert out[0].tolist() == naive.greedy(model, PROMPTS["open-image"], 9)
+
+
+def test_an_assistant_of_text_alone_equals_recompute(tiny_model):
+    model = tiny_model()
+    assistant = LlamaForCausalLM(
+        LlamaConfig(vocab_size=60, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ).eval()
+    prompt = row(PROMPTS["after-image"])
+    inputs = {"input_ids": prompt, "modality_ids": model.model.modality_ids_of(prompt)}
+    out = model.generate(**inputs, max_new_tokens=9, do_sample=False, assistant_model=assistant)
+    assert out[0].tolist() == naive.greedy(model, PROMPTS["after-image"], 9)
+
+
 class Collect(BaseStreamer):
     def __init__(self):
         self.tokens, self.ended = [], False
@@ -181,6 +198,43 @@ def test_constraints_can_be_switched_off(tiny_model):
     assert out == tokens
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("remove_invalid_values", [False, True])
+def test_a_forced_end_wins_over_an_open_image(tiny_model, do_sample, remove_invalid_values):
+    kwargs = {"do_sample": do_sample, "remove_invalid_values": remove_invalid_values}
+    out = tiny_model().generate(row(PROMPTS["in-image"]), max_new_tokens=2, forced_eos_token_id=2, **kwargs)[0]
+    assert 30 <= out[-2] < 45 and out[-1] == 2
+
+
+def test_the_end_of_an_image_may_stop_each_row(tiny_model):
+    model, prompts = tiny_model(), [[1, 9, 3], [1, 3, 31]]
+    out = model.generate(torch.tensor(prompts), max_new_tokens=12, do_sample=False, eos_token_id=4).tolist()
+    first, second = (naive.greedy(model, prompt, 7) for prompt in prompts)
+    assert out == [first, second[:9] + [0]]
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"image_grid": 6}, {"image_grid": (6,)}, {"image_grid": (0, 3)}, {"max_speech_tokens": 0}]
+)
+def test_impossible_spans_are_refused(tiny_model, kwargs):
+    with pytest.raises(ValueError, match=next(iter(kwargs))):
+        tiny_model().generate(row([1, 9]), max_new_tokens=1, **kwargs)
+
+
+def test_settings_in_the_generation_config_survive_saving(tiny_model, tmp_path):
+    model = tiny_model()
+    model.generation_config.image_grid = [1, 2]
+    model.generation_config.max_speech_tokens = 2
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        model = MoTForCausalLM.from_pretrained(tmp_path)
+    assert model.generation_config.max_speech_tokens == 2
+    expected = naive.greedy(model, [1, 9, 3], 5, grid=(1, 2))
+    assert model.generate(row([1, 9, 3]), max_new_tokens=5, do_sample=False)[0].tolist() == expected
+    own = GenerationConfig(max_new_tokens=5, do_sample=False)
+    assert model.generate(row([1, 9, 3]), generation_config=own)[0].tolist() == expected
+
+
 # ---------------------------------------------------------------------- guidance
 
 
@@ -218,6 +272,56 @@ def test_given_modality_ids_route_the_prompt(tiny_model):
         second = model(out[:, :5], modality_ids=torch.cat([given, torch.tensor([[0]])], 1)).logits[0, -1]
     expected = [int(naive.constrain(s, t, model.config).argmax()) for s, t in ((first, [1]), (second, [1]))]
     assert out[0, 4:].tolist() == expected
+
+
+ROUTED = torch.tensor([[0, 1, 2, 0, 1]])  # unlike the vocabulary's
+
+
+def routed_greedy(model, prompt, steps):
+    """Greedy without a cache, the prompt routed as `ROUTED` and what follows as text."""
+    tokens = list(prompt)
+    for _ in range(steps):
+        modality_ids = torch.cat([ROUTED, ROUTED.new_zeros(1, len(tokens) - 5)], dim=1)
+        with torch.no_grad():
+            scores = model(row(tokens), modality_ids=modality_ids, token_choice=True, use_cache=False).logits[0, -1]
+        tokens.append(int(scores[:30].argmax()))
+    return tokens
+
+
+@pytest.mark.parametrize("variant", ["mot", "hybrid"])
+@pytest.mark.parametrize(
+    "way", ["ids", "ids in chunks", "ids and embeddings", "embeddings", "cached", "cached embeddings"]
+)
+def test_given_modality_ids_hold_however_the_prompt_comes(tiny_model, variant, way):
+    # Without span markers and with codes and units suppressed, text alone follows.
+    markers = ("boi_token_id", "eoi_token_id", "begin_of_speech_token_id", "end_of_speech_token_id")
+    model, prompt = tiny_model(variant, **dict.fromkeys(markers)), [1, 9, 12, 7, 20]
+    expected = routed_greedy(model, prompt, 9)
+    ids, embeddings = row(prompt), model.get_input_embeddings()(row(prompt))
+    kwargs = {"modality_ids": ROUTED, "max_new_tokens": 9, "do_sample": False}
+    kwargs["suppress_tokens"] = list(range(30, 60))
+    if "cached" in way:
+        with torch.no_grad():
+            first = model(ids[:, :3], modality_ids=ROUTED[:, :3], token_choice=True, use_cache=True)
+        kwargs["past_key_values"] = first.past_key_values
+    if way == "cached":
+        # The rest of the prompt alone, as the next turn of a conversation passes it.
+        kwargs |= {"modality_ids": ROUTED[:, 3:], "attention_mask": torch.ones_like(ids)}
+        assert model.generate(ids[:, 3:], **kwargs)[0].tolist() == expected[3:]
+    elif "ids" in way:
+        kwargs |= {"ids in chunks": {"prefill_chunk_size": 2}, "ids and embeddings": {"inputs_embeds": embeddings}}.get(
+            way, {}
+        )
+        assert model.generate(ids, **kwargs)[0].tolist() == expected
+    else:
+        assert model.generate(inputs_embeds=embeddings, **kwargs)[0].tolist() == expected[5:]
+
+
+def test_embeddings_beside_their_ids_are_routed_as_these(tiny_model):
+    model, prompt = tiny_model(), PROMPTS["in-image"]
+    embeddings = model.get_input_embeddings()(row(prompt))
+    out = model.generate(row(prompt), inputs_embeds=embeddings, max_new_tokens=9, do_sample=False)
+    assert out[0].tolist() == naive.greedy(model, prompt, 9)
 
 
 def test_prompt_of_embeddings_equals_prompt_of_text_tokens(tiny_model):

@@ -434,10 +434,10 @@ def carried():
 
 
 def test_carried_processor_is_small_and_whole(carried):
-    assert sum(p.stat().st_size for p in CARRIED.rglob("*") if p.is_file()) <= 4_500_000
+    assert sum(p.stat().st_size for p in CARRIED.rglob("*") if p.is_file()) <= 5_500_000
     assert carried.modality_token_ranges["text"] == [0, 4096]
     assert carried.speech_tokenizer.num_units == 500 and carried.speech_tokenizer.units_per_second == 25
-    assert carried.image_tokenizer.image_grid == [16, 16]
+    assert carried.image_tokenizer.image_grid == [8, 8]
 
 
 def test_carried_reconstructions_are_nearest_to_their_held_out_originals(carried):

@@ -153,3 +153,23 @@ def test_forward_with_routing_made_ahead_compiles_without_a_graph_break(tiny_con
     torch.testing.assert_close(out.loss, expected.loss)
     out.loss.backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("variant", ["mot", "hybrid", "loo-image", "untied-feed-forward"])
+def test_padded_slices_change_neither_outputs_nor_gradients(tiny_model, variant):
+    model = tiny_model(variant).train()
+    modality_ids = torch.tensor([[0, 1, 1, 2, 0, 1, 0], [0, 0, 0, 0, 1, 1, 1]])
+    input_ids = torch.randint(7, 30, (2, 7), generator=torch.Generator().manual_seed(0))
+    results = []
+    for multiple_of in (1, 4):
+        routing = ModalityRouting.from_modality_ids(modality_ids, model.config, multiple_of)
+        assert routing.num_tokens == 14
+        padded = [t for t, tower in enumerate(routing.towers) if tower not in model.config.moe_towers]
+        assert all(routing.counts[t] % multiple_of == 0 for t in padded)
+        model.zero_grad()
+        output = model(input_ids, modality_ids, labels=input_ids, routing=routing, use_cache=False)
+        output.loss.backward()
+        results.append([output.logits, *(parameter.grad.clone() for parameter in model.parameters())])
+    for plain, padded in zip(*results, strict=True):
+        # Products of other sizes round differently in float32.
+        torch.testing.assert_close(padded, plain, rtol=1e-4, atol=1e-5)

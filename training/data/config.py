@@ -176,6 +176,9 @@ class DataConfig:
     validation_sources: list[SourceConfig] = field(default_factory=list, metadata={"doc": "held-out sources"})
     weights_by: str = option("documents", "what the sources' weights are shares of: documents or tokens")
     block_documents: int = option(1024, "documents that are mixed and packed together; more: fuller rows")
+    replaced_codes: float = option(
+        0.0, "most of a document's picture codes and speech units that the input has random ones for; targets stay"
+    )
     cache_dir: str | None = option(
         None, "folder of tokenised data; null: MOT_CACHE or ~/.cache/mixture_of_transformers"
     )
@@ -197,6 +200,8 @@ class DataConfig:
         for field_name, least in (("row_length", 8), ("block_documents", 1), ("seed", 0)):
             if getattr(self, field_name) < least:
                 raise ValueError(f"{field_name}={getattr(self, field_name)} must be at least {least}")
+        if not 0 <= self.replaced_codes <= 1:
+            raise ValueError(f"replaced_codes={self.replaced_codes} is a share, from 0 to 1")
         if self.weights_by not in ("documents", "tokens"):
             raise ValueError(f"weights_by={self.weights_by!r} must be documents or tokens")
         for source in (*self.sources, *self.validation_sources):

@@ -18,7 +18,7 @@ from .tokenized import TokenizedSource, Vocabulary
 
 
 # What random numbers are for: each purpose has a sequence of its own.
-_ORDER, _DRAW, _VARIANT, _MIX = range(4)
+_ORDER, _DRAW, _VARIANT, _MIX, _REPLACE = range(5)
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,26 @@ def build_row(documents: list[np.ndarray], row_length: int, vocabulary: Vocabula
     }
 
 
+def replace_codes(row: dict[str, np.ndarray], most: float, vocabulary: Vocabulary, random: np.random.Generator) -> None:
+    """Put random codes of the same modality in the place of some picture codes and speech units of the input.
+
+    Each document draws the share of its codes that is replaced between 0 and `most`. Labels stay, so the model learns
+    to go on from codes that are not quite right, as its own will be, and to rely on the text (arXiv 2012.09841's
+    implementation has the same with one fixed share).
+    """
+    share = random.uniform(0, most, size=row["document_ids"].max() + 2)
+    hit = random.random(len(row["input_ids"])) < share[row["document_ids"]]
+    for modality, (first, end) in enumerate(zip(vocabulary.bounds, vocabulary.bounds[1:])):
+        places = np.flatnonzero(hit & (row["modality_ids"] == modality))
+        if modality > 0:
+            row["input_ids"][places] = random.integers(first, end, size=len(places))
+
+
 class RowStream:
     """An endless sequence of packed rows over tokenised sources.
 
     Args:
-        config: its `row_length`, `seed`, `weights_by` and `block_documents` are used; templates and weights are
+        config: its `row_length`, `seed`, `weights_by`, `block_documents` and `replaced_codes` are used; templates and weights are
             those of `sources[i].config`.
         sources: tokenised by one processor.
 
@@ -198,9 +213,12 @@ class RowStream:
     def block(self, block: int) -> Iterator[dict[str, np.ndarray]]:
         """The rows of one block, in order."""
         draws = self.draws(block)
-        for pieces in pack(draws.length, self.config.row_length):
+        for number, pieces in enumerate(pack(draws.length, self.config.row_length)):
             documents = [self.document(draws, piece.document)[piece.start : piece.stop] for piece in pieces]
-            yield build_row(documents, self.config.row_length, self.vocabulary)
+            row = build_row(documents, self.config.row_length, self.vocabulary)
+            if self.config.replaced_codes:
+                replace_codes(row, self.config.replaced_codes, self.vocabulary, self._random(_REPLACE, block, number))
+            yield row
 
     def rows(self, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """All rows from row `start` on, without end. To find `start`, earlier blocks are packed by length alone."""

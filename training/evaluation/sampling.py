@@ -88,7 +88,9 @@ class Sampler:
     def read(self, images: Sequence[Image.Image]) -> list[str]:
         """The name of each picture."""
         prompts = self._prompts([[{"type": "image", "image": image}] for image in images], "text")
-        return [self._text(ids).strip() for ids in self._generate(prompts, self.config.max_text_tokens, 0.0)]
+        # A document may well end after a picture; asked for its name, it does not.
+        read = self._generate(prompts, self.config.max_text_tokens, 0.0, min_new_tokens=1)
+        return [self._text(ids).strip() for ids in read]
 
     def speak(self, names: Sequence[str]) -> list[tuple[np.ndarray, int]]:
         """(waveform in [-1, 1], samples a second) of each name."""

@@ -24,7 +24,7 @@ class VQTrainingConfig:
 
     steps: int = 6000
     minutes: float | None = None
-    batch_size: int = 12
+    batch_size: int = 32
     lr: float = 2e-3
     warmup: float = 0.02
     autoencoder_share: float = 0.12

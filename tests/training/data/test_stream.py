@@ -200,3 +200,30 @@ def test_sources_of_different_processors_do_not_mix(prepare, pair_source, text_s
     foreign = TokenizedSource.prepare(text_source(), other, tmp_path / "cache")
     with pytest.raises(ValueError, match="different"):
         RowStream(data_config(), [prepare(pair_source()), foreign])
+
+
+def test_replaced_codes_change_only_codes_of_the_input_and_stay_in_their_modality(prepare, pair_source, data_config):
+    source = prepare(pair_source())
+    clean = list(RowStream(data_config(block_documents=400), [source]).block(0))
+    noisy = list(RowStream(data_config(block_documents=400, replaced_codes=1.0), [source]).block(0))
+    shares = []
+    for before, after in zip(clean, noisy, strict=True):
+        for key in ("labels", "modality_ids", "document_ids", "position_ids"):
+            assert np.array_equal(before[key], after[key])
+        changed = before["input_ids"] != after["input_ids"]
+        assert not changed[before["modality_ids"] == 0].any()
+        assert np.array_equal(source.vocabulary.modality_ids(after["input_ids"]), before["modality_ids"])
+        codes = before["modality_ids"] > 0
+        shares += [
+            changed[codes & (before["document_ids"] == number)].mean()
+            for number in np.unique(before["document_ids"][codes])
+        ]
+    # Shares are uniform in [0, 1], some replacements being the code that stood there: a little under a half on average.
+    assert 0.35 < np.mean(shares) < 0.5 and np.min(shares) < 0.1 and np.max(shares) > 0.7
+
+
+def test_replaced_codes_are_a_function_of_the_row(prepare, pair_source, data_config):
+    source = prepare(pair_source())
+    streams = [RowStream(data_config(replaced_codes=0.5), [source]) for _ in range(2)]
+    third = list(islice(streams[0].rows(), 4))[3]
+    assert all(np.array_equal(value, streams[1].row(3)[key]) for key, value in third.items())
