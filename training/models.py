@@ -8,21 +8,12 @@ from typing import Any, Literal
 import torch
 
 from modeling_mot import MoTConfig, MoTForCausalLM, MoTProcessor
+from modeling_mot.presets_mot import VARIANTS
 from training.config import ConfigError, option
 
 
 CARRIED_PROCESSOR = Path(__file__).parent / "assets" / "processor"
-_VARIANT = Literal[
-    "dense",
-    "moe-4x",
-    "mot",
-    "hybrid",
-    "loo-text",
-    "loo-image",
-    "loo-speech",
-    "untied-feed-forward",
-    "untied-feed-forward-attention",
-]
+_VARIANT = Literal[VARIANTS]
 
 
 @dataclass
