@@ -6,6 +6,9 @@ import torch
 from modeling_mot import MoTConfig, MoTForCausalLM
 
 
+# Tests run side by side, one core each; sums over threads would also differ in their last bits between processes.
+torch.set_num_threads(1)
+
 MODALITIES = ["text", "image", "speech"]
 TINY = {
     "vocab_size": 60,
