@@ -11,6 +11,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_mot import MoTConfig, MoTForCausalLM
+from training.devices import keep_freed_memory
 
 
 SIZES = {
@@ -103,6 +104,7 @@ def main(arguments=None):
     if options.towers < 1 or options.rounds < 2:
         parser.error("--towers must be at least 1 and --rounds at least 2")
 
+    keep_freed_memory()  # as the trainer does, for all contestants alike
     figures = time_train(options.size, getattr(torch, options.dtype), options.towers, options.rounds)
     figures |= {
         "command": vars(options),
