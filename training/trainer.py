@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from tqdm.auto import tqdm
 
 from modeling_mot import MoTForCausalLM, MoTProcessor
@@ -176,7 +177,7 @@ class Trainer:
             self.seed_forward(index)
             is_last = index == len(micro_batches) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                output = self.model(**self.to_device(batch))
+                output = self.model(**send_to_device(batch, self.accelerator.device, non_blocking=True))
                 loss = combine(output.loss_sums, output.z_loss_sum, scales, z_scale)
                 self.accelerator.backward(loss * self.accelerator.num_processes)  # undo the gradient mean over ranks
             sums += torch.stack([output.loss_sums[name].detach().float() for name in self.modalities] + [loss.detach()])
@@ -224,10 +225,6 @@ class Trainer:
         """Dropout is a function of (seed, step, micro-batch, rank), so that a resumed run draws the same."""
         words = f"{self.config.seed}/{self.step}/{micro_batch}/{self.accelerator.process_index}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big"))
-
-    def to_device(self, batch: dict) -> dict:
-        device = self.accelerator.device
-        return batch if device.type == "cpu" else _to_device(batch, device)
 
     # ---------------------------------------------------------------------------------------------------- the run
 
@@ -318,16 +315,6 @@ class Trainer:
                 )
         load_optimizer(folder, self.raw_model, self.raw_optimizer)
         self.step = stored["step"]
-
-
-def _to_device(value, device: torch.device):
-    if torch.is_tensor(value):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_to_device(item, device) for item in value))
-    return value
 
 
 def _postfix(row: dict, modalities: list[str]) -> str:

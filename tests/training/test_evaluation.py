@@ -1,6 +1,8 @@
 import base64
 import re
 import wave
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -305,3 +307,27 @@ def test_losses_are_plotted(tmp_path):
 def test_generation_stays_within_torch_no_grad(sampler):
     sampler.draw(["cat"])
     assert all(parameter.grad is None for parameter in sampler.model.parameters()) and torch.is_grad_enabled()
+
+
+def test_held_out_batches_arrive_on_the_device_whole():
+    """Routing among them: an index left behind on the host would stop the forward on an accelerator."""
+    model, seen = tiny_model(), {}
+
+    class Arrived(Exception):
+        pass
+
+    class Probe:
+        config = model.config
+
+        def __call__(self, **batch):
+            seen.update(batch)
+            raise Arrived
+
+    class OnMeta:
+        device, process_index, num_processes, autocast = torch.device("meta"), 0, 1, nullcontext
+
+    rows = {"text-to-image": [MadeUpStream().row(0)]}
+    with pytest.raises(Arrived):
+        evaluate_losses(Probe(), rows, partial(collate, config=model.config), EvaluationConfig(), OnMeta())
+    routing = seen.pop("routing")
+    assert {tensor.device.type for tensor in (routing.order, routing.inverse, *seen.values())} == {"meta"}

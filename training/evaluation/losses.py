@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 
 from modeling_mot import MoTConfig, MoTForCausalLM
 from training.config import option
@@ -60,8 +61,7 @@ def evaluate_losses(
     for index, direction_rows in enumerate(rows.values()):
         starts = range(0, len(direction_rows), config.batch_rows)
         for start in starts[accelerator.process_index :: accelerator.num_processes]:
-            batch = collate(direction_rows[start : start + config.batch_rows])
-            batch = {k: v.to(accelerator.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+            batch = send_to_device(collate(direction_rows[start : start + config.batch_rows]), accelerator.device)
             with accelerator.autocast():
                 output = model(**batch)
             for column, modality in enumerate(modalities):
