@@ -29,6 +29,16 @@ SPECIAL_TOKENS = (
 )
 
 
+def check_spans(image_grid, max_speech_tokens):
+    """Refuse a grid that is not two positive numbers, and no room for speech; None is no bound."""
+    if image_grid is not None and (
+        not isinstance(image_grid, (list, tuple)) or len(image_grid) != 2 or min(image_grid) < 1
+    ):
+        raise ValueError(f"image_grid={image_grid!r} must be [rows, columns], both at least 1")
+    if max_speech_tokens is not None and max_speech_tokens < 1:
+        raise ValueError(f"max_speech_tokens={max_speech_tokens} must be at least 1, or None for no bound")
+
+
 @strict
 class MoTConfig(PreTrainedConfig):
     r"""Configuration of `MoTModel` and `MoTForCausalLM`.
@@ -290,10 +300,7 @@ class MoTConfig(PreTrainedConfig):
                 raise ValueError(f"{field}={getattr(self, field)} must be in [0, 1)")
         if self.z_loss_coefficient < 0:
             raise ValueError(f"z_loss_coefficient={self.z_loss_coefficient} must not be negative")
-        if self.image_grid is not None and (len(self.image_grid) != 2 or min(self.image_grid) < 1):
-            raise ValueError(f"image_grid={self.image_grid} must be [rows, columns], both at least 1")
-        if self.max_speech_tokens is not None and self.max_speech_tokens < 1:
-            raise ValueError(f"max_speech_tokens={self.max_speech_tokens} must be at least 1, or None for no bound")
+        check_spans(self.image_grid, self.max_speech_tokens)
 
     def _validate_towers(self):
         if not self.modalities or self.modalities[0] != "text":

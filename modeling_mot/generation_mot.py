@@ -13,6 +13,7 @@ from transformers.generation import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from .configuration_mot import check_spans
 from .modality_routing import ModalityRouting
 
 
@@ -35,12 +36,7 @@ class ModalitySpanLogitsProcessor(LogitsProcessor):
     supports_continuous_batching = False
 
     def __init__(self, config, image_grid=None, max_speech_tokens=None, device=None):
-        if image_grid is not None and (
-            not isinstance(image_grid, (list, tuple)) or len(image_grid) != 2 or min(image_grid) < 1
-        ):
-            raise ValueError(f"image_grid={image_grid!r} must be (rows, columns), both at least 1")
-        if max_speech_tokens is not None and max_speech_tokens < 1:
-            raise ValueError(f"max_speech_tokens={max_speech_tokens} must be at least 1, or None for no bound")
+        check_spans(image_grid, max_speech_tokens)
         ranges = config.modality_token_ranges
         codes = None if image_grid is None else image_grid[0] * image_grid[1]
         # modality -> (opening token, closing token, fewest and most tokens between them)
@@ -62,7 +58,9 @@ class ModalitySpanLogitsProcessor(LogitsProcessor):
             inside = torch.zeros_like(text)
             inside[slice(*ranges[modality])] = True
             text[closing] = False
-            self.spans.append((opening, closing, fewest, most, inside))
+            end = torch.zeros_like(text)
+            end[closing] = True
+            self.spans.append((opening, closing, fewest, most, inside, end))
         self.text = text
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -71,13 +69,11 @@ class ModalitySpanLogitsProcessor(LogitsProcessor):
             return scores.masked_fill(~self.text, -float("inf"))
         places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
         allowed = self.text.expand_as(scores)
-        for opening, closing, fewest, most, inside in self.spans:
+        for opening, closing, fewest, most, inside, end in self.spans:
             opened = (places * (input_ids == opening)).amax(dim=1)
             is_open = opened > (places * (input_ids == closing)).amax(dim=1)
             length = (input_ids.shape[1] - opened).unsqueeze(-1)  # (R, 1) tokens since the opening one
-            is_closing = torch.zeros_like(inside)
-            is_closing[closing] = True
-            may_close = (length >= fewest) & is_closing
+            may_close = (length >= fewest) & end
             may_go_on = inside.expand_as(scores) if most is None else (length < most) & inside
             allowed = torch.where(is_open.unsqueeze(-1), may_close | may_go_on, allowed)
         constrained = scores.masked_fill(~allowed, -float("inf"))

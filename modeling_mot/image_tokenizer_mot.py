@@ -102,13 +102,7 @@ class ImageTokenizerConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ImageTokenizerConfig":
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(
-                f"unknown image tokenizer setting {', '.join(unknown)}; known are {', '.join(sorted(known))}"
-            )
-        return cls(**values)
+        return from_known_fields(cls, values, "image tokenizer")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -320,6 +314,14 @@ def load_model(backend: str, name_or_path: str | os.PathLike, subfolder: str = "
 
     kwargs = {"low_cpu_mem_usage": False, "torch_dtype": torch.float32, **hub_kwargs}
     return VQModel.from_pretrained(str(name_or_path), subfolder=subfolder or None, **kwargs)
+
+
+def from_known_fields(cls: type, values: dict[str, Any], what: str) -> Any:
+    """A dataclass from a mapping; keys that are not fields are refused by name."""
+    known = {f.name for f in fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"unknown {what} setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return cls(**values)
 
 
 def fingerprint(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:

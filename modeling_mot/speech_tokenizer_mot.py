@@ -10,7 +10,7 @@ Shapes: S samples, T frames of 10 ms, U units, C features, K centroids, F mel ba
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .image_tokenizer_mot import fingerprint, nearest_code, read_hub_file
+from .image_tokenizer_mot import fingerprint, from_known_fields, nearest_code, read_hub_file
 from .speech_features_mot import HOP_SECONDS, SpeechFrontEnd, load_audio_source
 
 
@@ -64,13 +64,7 @@ class SpeechTokenizerConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SpeechTokenizerConfig":
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(
-                f"unknown speech tokenizer setting {', '.join(unknown)}; known are {', '.join(sorted(known))}"
-            )
-        return cls(**values)
+        return from_known_fields(cls, values, "speech tokenizer")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

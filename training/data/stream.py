@@ -96,10 +96,10 @@ def replace_codes(row: dict[str, np.ndarray], most: float, vocabulary: Vocabular
     """
     share = random.uniform(0, most, size=row["document_ids"].max() + 2)
     hit = random.random(len(row["input_ids"])) < share[row["document_ids"]]
-    for modality, (first, end) in enumerate(zip(vocabulary.bounds, vocabulary.bounds[1:])):
+    for modality in range(1, len(vocabulary.modalities)):
         places = np.flatnonzero(hit & (row["modality_ids"] == modality))
-        if modality > 0:
-            row["input_ids"][places] = random.integers(first, end, size=len(places))
+        first, end = vocabulary.bounds[modality : modality + 2]
+        row["input_ids"][places] = random.integers(first, end, size=len(places))
 
 
 class RowStream:
