@@ -1,7 +1,70 @@
-"""Who may attend to whom: causal in a document, and never across the documents of a packed row."""
+"""Who may attend to whom: causal in a document, both ways inside an image that is diffused, and never across the
+documents of a packed row."""
+
+from typing import NamedTuple
 
 import torch
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import and_masks, create_causal_mask
+
+
+class ImageBlocks(NamedTuple):
+    """The images of the Transfusion setting, in rows of L tokens.
+
+    Attributes:
+        ids: (B, L) the number of the image in its row, -1 outside of images. Tokens of one image see each other.
+        hidden: (B, L) bool, tokens that no token outside of their image sees; None where there are none.
+    """
+
+    ids: torch.Tensor
+    hidden: torch.Tensor | None = None
+
+    def visible(self, batch, head, query, key):
+        """Whether the images allow `query` to see `key`, beside causality."""
+        return ~self.hidden[batch, key] | self.same(batch, head, query, key)
+
+    def same(self, batch, head, query, key):
+        return (self.ids[batch, query] == self.ids[batch, key]) & (self.ids[batch, key] >= 0)
+
+
+def find_image_blocks(is_patch: torch.Tensor, document_ids: torch.Tensor | None, with_markers: bool) -> torch.Tensor:
+    """Number the images of each row: each run of patches within a document is one.  (B, L) bool -> (B, L), -1 elsewhere
+
+    Args:
+        document_ids: (B, L) or None.
+        with_markers: whether the token before and the token after a run (BOI and EOI) belong to it.
+    """
+    breaks = torch.ones_like(is_patch)
+    breaks[:, 1:] = ~is_patch[:, :-1]
+    if document_ids is not None:
+        breaks[:, 1:] |= document_ids[:, 1:] != document_ids[:, :-1]
+    starts = is_patch & breaks
+    numbers = starts.cumsum(dim=1) - 1
+    ids = torch.where(is_patch, numbers, -1)
+    if with_markers:
+        before, after = torch.full_like(ids, -1), torch.full_like(ids, -1)
+        before[:, :-1] = torch.where(starts[:, 1:], numbers[:, 1:], -1)
+        after[:, 1:] = torch.where(is_patch[:, 1:], -1, ids[:, :-1])
+        ids = torch.maximum(ids, torch.maximum(before, after))
+    return ids
+
+
+def image_positions(
+    block_ids: torch.Tensor, document_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Positions at which all tokens of an image share one, from 0 in each document.  (B, L) -> (B, L)
+
+    Args:
+        attention_mask: (B, L); padding on the left does not count.
+    """
+    moves = torch.ones_like(block_ids)
+    moves[:, 1:] = ((block_ids[:, 1:] < 0) | (block_ids[:, 1:] != block_ids[:, :-1])).long()
+    if attention_mask is not None:
+        moves = moves * attention_mask
+    counted = moves.cumsum(dim=1) - 1
+    if document_ids is None:
+        return counted.clamp(min=0)
+    starts = document_positions(document_ids) == 0
+    return counted - torch.where(starts, counted, 0).cummax(dim=1).values
 
 
 def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
@@ -12,7 +75,9 @@ def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
     return steps - torch.where(starts, steps, 0).cummax(dim=1).values
 
 
-def attention_mask_for(config, inputs_embeds, attention_mask, past_key_values, position_ids, document_ids):
+def attention_mask_for(
+    config, inputs_embeds, attention_mask, past_key_values, position_ids, document_ids, image_blocks=None
+):
     """The mask in the form that the configured attention implementation takes.
 
     Args:
@@ -21,12 +86,19 @@ def attention_mask_for(config, inputs_embeds, attention_mask, past_key_values, p
         document_ids: (B, L); tokens whose ids differ do not see each other.
         position_ids: (B, L) as the caller passed them, or None. Without `document_ids` and
             `attention_mask`, positions that begin anew begin a new document, as in transformers.
+        image_blocks: `ImageBlocks` of the keys, (B, past + L), or None.
 
     Raises:
         ValueError: `document_ids` together with keys of an earlier forward, whose documents are unknown.
     """
+    functions = {}
+    if image_blocks is not None:
+        functions["or_mask_function"] = image_blocks.same
+        if image_blocks.hidden is not None:
+            functions["and_mask_function"] = image_blocks.visible
+        position_ids = None  # shared positions are no new documents
     if document_ids is None:
-        return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+        return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, **functions)
     if document_ids.shape != inputs_embeds.shape[:2]:
         raise ValueError(
             f"document_ids has shape {tuple(document_ids.shape)} but the rows are {tuple(inputs_embeds.shape[:2])}"
@@ -42,7 +114,9 @@ def attention_mask_for(config, inputs_embeds, attention_mask, past_key_values, p
     def same_document(batch, head, query, key):
         return document_ids[batch, query] == document_ids[batch, key]
 
-    return create_causal_mask(config, inputs_embeds, attention_mask, None, and_mask_function=same_document)
+    both = functions.pop("and_mask_function", None)
+    allowed = same_document if both is None else and_masks(same_document, both)
+    return create_causal_mask(config, inputs_embeds, attention_mask, None, and_mask_function=allowed, **functions)
 
 
 def flash_documents(document_ids: torch.Tensor) -> dict:

@@ -84,6 +84,12 @@ class MoTConfig(PreTrainedConfig):
     model_type = "mixture_of_transformers"
     keys_to_ignore_at_inference = ["past_key_values", "loss_sums", "loss_counts", "z_loss_sum"]
     default_theta = 10000.0
+    auto_classes = {
+        "AutoConfig": "configuration_mot.MoTConfig",
+        "AutoModel": "modeling_mot.MoTModel",
+        "AutoModelForCausalLM": "modeling_mot.MoTForCausalLM",
+        "AutoProcessor": "processing_mot.MoTProcessor",
+    }
 
     vocab_size: int = 65536
     hidden_size: int = 1024
@@ -140,12 +146,7 @@ class MoTConfig(PreTrainedConfig):
             self.modality_token_ranges = {name: list(span) for name, span in self.modality_token_ranges.items()}
         if self.towers is None:
             self.towers = {modality: modality for modality in self.modalities}
-        kwargs["auto_map"] = {
-            "AutoConfig": "configuration_mot.MoTConfig",
-            "AutoModel": "modeling_mot.MoTModel",
-            "AutoModelForCausalLM": "modeling_mot.MoTForCausalLM",
-            "AutoProcessor": "processing_mot.MoTProcessor",
-        } | kwargs.get("auto_map", {})
+        kwargs["auto_map"] = self.auto_classes | kwargs.get("auto_map", {})
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
@@ -175,6 +176,11 @@ class MoTConfig(PreTrainedConfig):
     def tower_names(self) -> list[str]:
         """The towers, in the order of the modalities that use them."""
         return list(dict.fromkeys(self.towers[modality] for modality in self.modalities))
+
+    @property
+    def token_modalities(self) -> list[str]:
+        """The modalities whose tokens are entries of the vocabulary."""
+        return self.modalities
 
     @property
     def tower_of_modality(self) -> list[int]:
@@ -256,10 +262,16 @@ class MoTConfig(PreTrainedConfig):
             variant: as in `from_variant`.
             kwargs: fields that differ from the row.
         """
-        if name not in PRESETS:
-            close = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)
-            raise ValueError(f"preset {name!r} is unknown; did you mean {close[0]!r}? There are: {', '.join(PRESETS)}")
-        return cls.from_variant(variant, **(PRESETS[name] | kwargs))
+        if name not in cls.preset_names():
+            names = cls.preset_names()
+            close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+            raise ValueError(f"preset {name!r} is unknown; did you mean {close[0]!r}? There are: {', '.join(names)}")
+        return cls.from_variant(variant, **(cls.preset_fields(name) | kwargs))
+
+    @staticmethod
+    def preset_fields(name: str) -> dict:
+        """The fields that a row of the paper's tables sets."""
+        return PRESETS[name]
 
     @staticmethod
     def preset_names() -> list[str]:
@@ -331,9 +343,9 @@ class MoTConfig(PreTrainedConfig):
     def _validate_tokens(self):
         ranges = self.modality_token_ranges
         if ranges is not None:
-            if set(ranges) != set(self.modalities):
+            if set(ranges) != set(self.token_modalities):
                 raise ValueError(
-                    f"modality_token_ranges={ranges} must give a range to each of modalities={self.modalities}"
+                    f"modality_token_ranges={ranges} must give a range to each of {self.token_modalities} and nothing else"
                 )
             spans = sorted((first, end, name) for name, (first, end) in ranges.items())
             for first, end, name in spans:

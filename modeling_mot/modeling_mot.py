@@ -18,12 +18,13 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_masks import attention_mask_for, document_positions, flash_documents
+from .attention_masks import ImageBlocks, attention_mask_for, document_positions, flash_documents
 from .attention_mot import MoTAttention, MoTHeadLayerNorm
 from .configuration_mot import MoTConfig
 from .expert_choice import ExpertChoiceFeedForward, FeedForward
 from .generation_mot import MoTGenerationMixin
 from .modality_routing import ModalityRouting, PerTower, join
+from .token_losses import token_losses
 
 
 class MoTDecoderLayer(GradientCheckpointingLayer):
@@ -145,15 +146,19 @@ class MoTModel(MoTPreTrainedModel):
             ValueError: the configuration has no ranges.
         """
         ranges = self.config.modality_token_ranges
-        if ranges is None:
+        image_token_id = getattr(self.config, "image_token_id", None)  # of a Transfusion model
+        if ranges is None and (image_token_id is None or len(self.config.token_modalities) > 1):
             raise ValueError(
                 "modality_ids were not passed and config.modality_token_ranges is None: pass modality_ids beside "
                 "input_ids, or set modality_token_ranges to derive them"
             )
         modality_ids = torch.zeros_like(input_ids)
         for index, modality in enumerate(self.config.modalities[1:], start=1):
-            first, end = ranges[modality]
-            modality_ids = modality_ids.masked_fill((input_ids >= first) & (input_ids < end), index)
+            if modality not in self.config.token_modalities:
+                modality_ids = modality_ids.masked_fill(input_ids == image_token_id, index)
+            else:
+                first, end = ranges[modality]
+                modality_ids = modality_ids.masked_fill((input_ids >= first) & (input_ids < end), index)
         return modality_ids
 
     def _embed(self, input_ids):
@@ -194,6 +199,7 @@ class MoTModel(MoTPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         routing: ModalityRouting | None = None,
+        image_blocks: ImageBlocks | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
@@ -206,6 +212,7 @@ class MoTModel(MoTPreTrainedModel):
             position_ids: (B, L); consecutive by default, from 0 in each document when `document_ids` are given.
             document_ids: (B, L); tokens whose ids differ never see each other.
             routing: a `ModalityRouting` made ahead of the forward; `modality_ids` are then not read.
+            image_blocks: `ImageBlocks` of all keys, (B, past + L): images whose tokens see each other in both directions.
             token_choice: route mixtures of experts by each token's choice, as generation does.
                 Default: when the forward continues a cache.
 
@@ -232,7 +239,9 @@ class MoTModel(MoTPreTrainedModel):
             hidden_states = inputs_embeds if record else routing.sort(inputs_embeds)
 
         rows = hidden_states.new_empty(0).expand(batch_size, length, 0)
-        mask = attention_mask_for(self.config, rows, attention_mask, past_key_values, position_ids, document_ids)
+        mask = attention_mask_for(
+            self.config, rows, attention_mask, past_key_values, position_ids, document_ids, image_blocks
+        )
         if document_ids is not None and self.config._attn_implementation.startswith("flash"):
             kwargs |= flash_documents(document_ids)
         if position_ids is None:
@@ -341,13 +350,15 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
 
         losses = {}
         if shift_labels is not None:
-            losses = self._losses(logits, shift_labels, self._label_modalities(shift_labels), num_items_in_batch)
+            losses = token_losses(
+                self.config, logits, shift_labels, self._label_modalities(shift_labels), num_items_in_batch
+            )
         elif labels is not None:
             if modality_ids is None:
                 modality_ids = self._label_modalities(labels)
             # The labels move, not the logits: the last position of a row has no target.
             targets, modality_ids = (F.pad(ids[:, 1:], (0, 1), value=-100) for ids in (labels, modality_ids))
-            losses = self._losses(logits, targets, modality_ids, num_items_in_batch)
+            losses = token_losses(self.config, logits, targets, modality_ids, num_items_in_batch)
         return MoTCausalLMOutputWithPast(
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -360,29 +371,6 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
         if self.config.modality_token_ranges is None and len(self.config.tower_names) == 1:
             return torch.zeros_like(labels)  # one tower and no ranges: all of it counts as text
         return self.model.modality_ids_of(labels)
-
-    def _losses(self, logits, targets, modality_ids, num_items_in_batch):
-        """Cross-entropy as sums and counts by the target's modality.  (B, L, V), (B, L), (B, L)"""
-        if logits.shape[1] != targets.shape[1]:
-            raise ValueError(
-                f"labels has {targets.shape[1]} positions but logits has {logits.shape[1]}: "
-                "a loss needs logits_to_keep=0 and one label per token"
-            )
-        logits, targets, modality_ids = logits.flatten(0, 1).float(), targets.flatten(), modality_ids.flatten()
-        is_target = targets != -100
-        cross_entropy = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
-        loss_sums, loss_counts = {}, {}
-        for index, modality in enumerate(self.config.modalities):
-            of_modality = is_target & (modality_ids == index)
-            loss_sums[modality] = torch.where(of_modality, cross_entropy, 0.0).sum()
-            loss_counts[modality] = of_modality.sum()
-        z_loss_sum = cross_entropy.new_zeros(())
-        if self.config.z_loss_coefficient:
-            squares = logits.logsumexp(dim=-1).square()
-            z_loss_sum = self.config.z_loss_coefficient * torch.where(is_target, squares, 0.0).sum()
-        count = is_target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        loss = (sum(loss_sums.values()) + z_loss_sum) / count
-        return {"loss": loss, "loss_sums": loss_sums, "loss_counts": loss_counts, "z_loss_sum": z_loss_sum}
 
 
 MoTModel.register_for_auto_class("AutoModel")

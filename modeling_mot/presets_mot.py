@@ -33,6 +33,13 @@ _TRANSFUSION = {
     "eos_token_id": 2,
     "max_position_embeddings": 4096,
 }
+# What a Transfusion model adds to that row: three tokens, in a vocabulary of a multiple of 16, and the U-Net of 0.27 B.
+TRANSFUSION_FIELDS = {
+    "vocab_size": 32016,
+    "boi_token_id": 32000,
+    "eoi_token_id": 32001,
+    "image_token_id": 32002,
+}
 
 
 def _sizes(hidden_size, num_hidden_layers, num_attention_heads, **fields):
@@ -63,6 +70,8 @@ PRESETS = {
     # Table 5: the untying ablation
     "ablation-880m": _CHAMELEON | _sizes(1536, 24, 24),
 }
+
+TRANSFUSION_PRESETS = {name: fields for name, fields in PRESETS.items() if name.startswith("transfusion-")}
 
 VARIANTS = (
     "dense",

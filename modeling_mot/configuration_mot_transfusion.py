@@ -1,0 +1,244 @@
+"""Configuration of the Transfusion setting: text by next token, images by diffusion (paper, section 3.4, appendix A)."""
+
+from huggingface_hub.dataclasses import strict
+
+from .configuration_mot import MoTConfig
+from .presets_mot import TRANSFUSION_FIELDS, TRANSFUSION_PRESETS
+
+
+PATCHIFIERS = ("unet", "linear")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
+NOISE_SCHEDULES = ("squaredcos_cap_v2", "linear", "scaled_linear")
+TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
+TIMESTEP_FORMATS = ("index", "fraction")
+IMAGE_POSITIONS = ("consecutive", "shared")
+LATENT_POSITION_TABLES = (None, "sincos")
+
+
+@strict
+class MoTTransfusionConfig(MoTConfig):
+    r"""Configuration of `MoTTransfusionModel`.
+
+    All fields of a `MoTConfig`; images are continuous, so `modality_token_ranges`, where given, has no range for them
+    and there is no `image_grid`. What is added:
+
+    Args:
+        image_token_id (`int`): Placeholder in `input_ids`, one for each patch of an image.
+        latent_channels (`int`, defaults to 8): Channels of the latents (paper: 8).
+        latent_size (`list[int]`, defaults to `[32, 32]`):
+            Rows and columns of the latents of an image that `generate()` makes when no size is asked for. Any size that
+            `patch_size` divides can be trained on and asked for: resolution is part of the input.
+        patch_size (`int`, defaults to 2): A token stands for patch_size x patch_size latents (paper: 2).
+        patchifier (`"unet"` or `"linear"`, defaults to `"unet"`): From latents to hidden states and back.
+        unet_channels (`list[int]`, defaults to `[544, 1024]`):
+            Channels of the U-Net's down blocks, log2(patch_size) + 1 of them, each but the last halving the sides; its up
+            blocks mirror them. The default is the paper's 0.27 B.
+        unet_layers (`int`, defaults to 3): Residual layers of a down block; an up block has one more.
+        unet_norm_groups (`int`, defaults to 32): Groups of the U-Net's group norms.
+        prediction_type (`"epsilon"`, `"v_prediction"` or `"flow"`, defaults to `"epsilon"`):
+            What the model predicts: the noise, the velocity of arXiv 2202.00512, or noise - clean (rectified flow).
+        noise_schedule (`str`, defaults to `"squaredcos_cap_v2"`):
+            Diffusers' name of a beta schedule; the default is the cosine schedule of Nichol & Dhariwal. Not used by flow.
+        num_train_timesteps (`int`, defaults to 1000): Noise levels.
+        timestep_sampling (`"uniform"` or `"logit_normal"`, defaults to `"uniform"`): How training draws noise levels.
+        timestep_shift (`float`, defaults to 1.0):
+            With flow, fractions t become s t / (1 + (s - 1) t), in training and in sampling.
+        timestep_format (`"index"` or `"fraction"`, defaults to `"index"`):
+            Whether the timestep embedding sees t in [0, num_train_timesteps] or in [0, 1].
+        diffusion_loss_weight (`float`, defaults to 5.0): Lambda of equation 4.
+        image_first_max_timestep (`int`, *optional*):
+            Largest noise level of an image before which its document has no text (Transfusion's ablation: 500).
+        caption_dropout (`float`, defaults to 0.0):
+            How often training dropped the captions; guidance needs more than none.
+        image_positions (`"consecutive"` or `"shared"`, defaults to `"consecutive"`):
+            Whether each patch has a position of its own, in raster order, or all of an image share one.
+        markers_in_image_block (`bool`, defaults to `False`):
+            Whether BOI and EOI belong to the block that sees itself in both directions (and shares a position).
+        noised_images_visible (`bool`, defaults to `True`):
+            Whether later tokens see an image that has noise (Transfusion). If not (BAGEL), a clean copy of it is their
+            context.
+        latent_position_table (`None` or `"sincos"`): A fixed 2-D sine-cosine table added to the patches.
+        vae_config (`dict`, *optional*):
+            Configuration of diffusers' `AutoencoderKL` or `AutoencoderTiny` inside the model, with its `_class_name`;
+            None for a model that is fed latents.
+    """
+
+    model_type = "mixture_of_transformers_transfusion"
+    keys_to_ignore_at_inference = [*MoTConfig.keys_to_ignore_at_inference, "prediction"]
+    auto_classes = {
+        "AutoConfig": "configuration_mot_transfusion.MoTTransfusionConfig",
+        "AutoModel": "modeling_mot_transfusion.MoTTransfusionModel",
+        "AutoModelForCausalLM": "modeling_mot_transfusion.MoTTransfusionModel",
+        "AutoModelForImageTextToText": "modeling_mot_transfusion.MoTTransfusionModel",
+        "AutoModelForMultimodalLM": "modeling_mot_transfusion.MoTTransfusionModel",
+        "AutoProcessor": "processing_mot.MoTProcessor",
+    }
+
+    image_token_id: int | None = None
+    latent_channels: int = 8
+    latent_size: list[int] | tuple[int, ...] = (32, 32)
+    patch_size: int = 2
+    patchifier: str = "unet"
+    unet_channels: list[int] | tuple[int, ...] = (544, 1024)
+    unet_layers: int = 3
+    unet_norm_groups: int = 32
+    prediction_type: str = "epsilon"
+    noise_schedule: str = "squaredcos_cap_v2"
+    num_train_timesteps: int = 1000
+    timestep_sampling: str = "uniform"
+    timestep_shift: float | int = 1.0
+    timestep_format: str = "index"
+    diffusion_loss_weight: float | int = 5.0
+    image_first_max_timestep: int | None = None
+    caption_dropout: float | int = 0.0
+    image_positions: str = "consecutive"
+    markers_in_image_block: bool = False
+    noised_images_visible: bool = True
+    latent_position_table: str | None = None
+    vae_config: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        self.latent_size, self.unet_channels = list(self.latent_size), list(self.unet_channels)
+        super().__post_init__(**kwargs)
+
+    @property
+    def token_modalities(self) -> list[str]:
+        return [modality for modality in self.modalities if modality != "image"]
+
+    @property
+    def image_modality(self) -> int:
+        """The index of "image" in `modalities`."""
+        return self.modalities.index("image")
+
+    @property
+    def vae_downsampling(self) -> int:
+        """Pixels of one latent's side; 1 without a VAE, whose latents are then the pixels."""
+        if self.vae_config is None:
+            return 1
+        return 2 ** (
+            len(self.vae_config.get("block_out_channels") or self.vae_config["encoder_block_out_channels"]) - 1
+        )
+
+    def image_length(self, height: int, width: int) -> int:
+        """Tokens of an image of height x width latents.
+
+        Raises:
+            ValueError: `patch_size` does not divide a side.
+        """
+        if height % self.patch_size or width % self.patch_size or min(height, width) < 1:
+            pixels = self.patch_size * self.vae_downsampling
+            raise ValueError(
+                f"an image of {height} x {width} latents cannot be cut into patches of patch_size={self.patch_size}; "
+                f"its sides must be multiples of {self.patch_size} latents ({pixels} pixels)"
+            )
+        return (height // self.patch_size) * (width // self.patch_size)
+
+    def patchifier_parameters(self) -> int:
+        """Parameters of the patchifier, beside `num_parameters()` of the transformer."""
+        import torch
+
+        from .latent_patchifier import build_patchifier
+
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in build_patchifier(self).parameters())
+
+    def num_parameters(self, active: bool = False) -> int:
+        """As `MoTConfig.num_parameters`, the patchifier included; the frozen VAE is not counted."""
+        return super().num_parameters(active) + self.patchifier_parameters()
+
+    @staticmethod
+    def preset_fields(name: str) -> dict:
+        return TRANSFUSION_PRESETS[name] | TRANSFUSION_FIELDS
+
+    @staticmethod
+    def preset_names() -> list[str]:
+        return list(TRANSFUSION_PRESETS)
+
+    # ------------------------------------------------------------------ contradictions
+
+    def validate_architecture(self):
+        self._validate_images()
+        super().validate_architecture()
+        self._validate_diffusion()
+
+    def _validate_images(self):
+        if "image" not in self.modalities:
+            raise ValueError(f"modalities={self.modalities} has no 'image', which a Transfusion model diffuses")
+        for field in ("image_token_id", "boi_token_id", "eoi_token_id"):
+            value = getattr(self, field)
+            if value is None or not 0 <= value < self.vocab_size:
+                raise ValueError(
+                    f"{field}={value} must be a token of the vocabulary, in [0, vocab_size={self.vocab_size}): images "
+                    "stand between boi_token_id and eoi_token_id, each patch an image_token_id"
+                )
+        if self.image_grid is not None:
+            raise ValueError(f"image_grid={self.image_grid} is of discrete images; set latent_size instead")
+        if len(self.latent_size) != 2:
+            raise ValueError(f"latent_size={self.latent_size} must be [rows, columns]")
+        if self.patch_size < 1 or self.latent_channels < 1:
+            raise ValueError(
+                f"patch_size={self.patch_size} and latent_channels={self.latent_channels} must be positive"
+            )
+        self.image_length(*self.latent_size)
+        if self.vae_config is not None and self.vae_config.get("latent_channels") != self.latent_channels:
+            raise ValueError(
+                f"latent_channels={self.latent_channels} but the VAE has {self.vae_config.get('latent_channels')}; "
+                "set them alike"
+            )
+
+    def _validate_diffusion(self):
+        for field, allowed in (
+            ("patchifier", PATCHIFIERS),
+            ("prediction_type", PREDICTION_TYPES),
+            ("noise_schedule", NOISE_SCHEDULES),
+            ("timestep_sampling", TIMESTEP_SAMPLINGS),
+            ("timestep_format", TIMESTEP_FORMATS),
+            ("image_positions", IMAGE_POSITIONS),
+            ("latent_position_table", LATENT_POSITION_TABLES),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field}={getattr(self, field)!r} is not one of {allowed}")
+        if self.patchifier == "unet":
+            if 2 ** (len(self.unet_channels) - 1) != self.patch_size:
+                raise ValueError(
+                    f"patch_size={self.patch_size} with unet_channels={self.unet_channels}: every block of the U-Net but "
+                    "the last halves the sides, so patch_size must be a power of 2 and have log2(patch_size) + 1 channels"
+                )
+            if wrong := [width for width in self.unet_channels if width % self.unet_norm_groups]:
+                raise ValueError(
+                    f"unet_channels={self.unet_channels}: {wrong[0]} is not a multiple of "
+                    f"unet_norm_groups={self.unet_norm_groups}"
+                )
+            if self.unet_layers < 1:
+                raise ValueError(f"unet_layers={self.unet_layers} must be at least 1")
+        if self.num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps={self.num_train_timesteps} must be at least 1")
+        if self.image_first_max_timestep is not None and not (
+            0 <= self.image_first_max_timestep < self.num_train_timesteps
+        ):
+            raise ValueError(
+                f"image_first_max_timestep={self.image_first_max_timestep} must lie in "
+                f"[0, num_train_timesteps={self.num_train_timesteps})"
+            )
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout={self.caption_dropout} is a probability, from 0 to 1")
+        if self.diffusion_loss_weight < 0 or self.timestep_shift <= 0:
+            raise ValueError(
+                f"diffusion_loss_weight={self.diffusion_loss_weight} must not be negative and "
+                f"timestep_shift={self.timestep_shift} must be positive"
+            )
+        if self.timestep_shift != 1 and self.prediction_type != "flow":
+            raise ValueError(
+                f"timestep_shift={self.timestep_shift} shifts the fractions of flow matching; "
+                f"prediction_type={self.prediction_type!r} needs 1.0"
+            )
+        if self.latent_position_table is not None and self.hidden_size % 4:
+            raise ValueError(
+                f"latent_position_table={self.latent_position_table!r} splits hidden_size={self.hidden_size} into sine "
+                "and cosine of rows and columns: it must be a multiple of 4"
+            )
+
+
+MoTTransfusionConfig.register_for_auto_class()
+
+__all__ = ["MoTTransfusionConfig"]
