@@ -9,14 +9,18 @@ class DocumentDecoder:
     """Reads one sequence of tokens with the tokenizers of a processor.
 
     Padding, begin and end tokens are dropped. An image is boi, codes, eoi; its grid is the next of `image_grids`, or
-    the tokenizer's own, or the square of as many codes. Raises ValueError for ids outside the vocabulary, codes outside
-    their markers, and images or sounds that are cut off, with the counts. With `allow_incomplete`, a cut image is
-    filled up with codes of a blank picture, a cut sound is decoded as far as it goes, and stray codes are dropped.
+    the tokenizer's own, or the square of as many codes. With an image processor an image is boi, placeholders, eoi, and
+    stands for the next of `images`. Raises ValueError for ids outside the vocabulary, codes outside their markers,
+    images or sounds that are cut off, and more or fewer `images` than the document has, with the counts. With
+    `allow_incomplete`, a cut image is filled up with codes of a blank picture, a cut sound is decoded as far as it goes,
+    and stray codes, placeholders and images without a picture are dropped.
     """
 
     def __init__(self, processor: Any):
         self.processor, self.tokenizer = processor, processor.tokenizer
-        self.ranges = processor.modality_token_ranges
+        self.ranges = dict(processor.modality_token_ranges)
+        self.size = max(last for _, last in self.ranges.values())
+        self.continuous = processor.image_processor is not None
         tokenizer = self.tokenizer
         self.spans = {
             tokenizer.boi_token_id: ("image", tokenizer.eoi_token_id),
@@ -24,10 +28,13 @@ class DocumentDecoder:
         }
         self.dropped = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
         self.dropped |= {tokenizer.eoi_token_id, tokenizer.end_of_speech_token_id}
+        if self.continuous:
+            self.ranges["image"] = [tokenizer.image_token_id, tokenizer.image_token_id + 1]
 
-    def decode(self, ids: Any, image_grids: list | None, allow_incomplete: bool) -> list[dict]:
+    def decode(self, ids: Any, images: list | None, image_grids: list | None, allow_incomplete: bool) -> list[dict]:
         ids = self.checked(ids)
-        grids = iter(image_grids or [])
+        self.check_given(ids, images, image_grids, allow_incomplete)
+        grids, pictures = iter(image_grids or []), iter(images or [])
         segments, text, position = [], [], 0
         while position < len(ids):
             token = ids[position]
@@ -35,13 +42,17 @@ class DocumentDecoder:
                 self.flush(text, segments)
                 modality, end = self.spans[token]
                 codes, position, complete = self.span(ids, position + 1, modality, end)
-                if modality == "image":
+                if modality == "image" and self.continuous:
+                    segment = self.given_image(
+                        len(codes), next(pictures, None) if codes else None, complete, allow_incomplete
+                    )
+                elif modality == "image":
                     segment = self.image(codes, next(grids, None), complete, allow_incomplete)
                 else:
                     segment = self.sound(codes, complete, allow_incomplete)
                 segments += [segment] if segment else []
                 continue
-            if not self.ranges["text"][0] <= token < self.ranges["text"][1]:
+            if not self.is_text(token):
                 if not allow_incomplete:
                     name = self.tokenizer.convert_ids_to_tokens(token)
                     raise ValueError(f"{name} at position {position} stands outside its begin and end markers")
@@ -66,14 +77,42 @@ class DocumentDecoder:
             raise ValueError(
                 f"decode_document takes one sequence of token ids, not {ids.dtype} of shape {tuple(ids.shape)}"
             )
-        size = max(last for _, last in self.ranges.values())
-        outside = ((ids < 0) | (ids >= size)).nonzero().flatten()
+        outside = ((ids < 0) | (ids >= self.size)).nonzero().flatten()
         if len(outside):
             position = int(outside[0])
             raise ValueError(
-                f"token id {int(ids[position])} at position {position} is outside the vocabulary, [0, {size})"
+                f"token id {int(ids[position])} at position {position} is outside the vocabulary, [0, {self.size})"
             )
         return ids.tolist()
+
+    def check_given(
+        self, ids: list[int], images: list | None, image_grids: list | None, allow_incomplete: bool
+    ) -> None:
+        """Pictures go with placeholders, grids with codes, and there are as many pictures as images of placeholders."""
+        if not self.continuous:
+            if images is not None:
+                raise ValueError("images= go with an image processor; this processor decodes pictures from their codes")
+            return
+        if image_grids is not None:
+            raise ValueError("image_grids= go with an image tokenizer; this processor takes its pictures from images=")
+        begin, image = self.tokenizer.boi_token_id, self.tokenizer.image_token_id
+        count = sum(one == begin and other == image for one, other in zip(ids, ids[1:]))
+        given = len(images or [])
+        if given > count or (given < count and not allow_incomplete):
+            raise ValueError(
+                f"the document has {count} images of placeholders but images= gives {given}; pass the pictures of this "
+                "sequence in order, those of the prompt and those that generate() returned"
+            )
+
+    def is_text(self, token: int) -> bool:
+        first, last = self.ranges["text"]
+        return first <= token < last and not (self.continuous and token == self.tokenizer.image_token_id)
+
+    def given_image(self, length: int, picture: Any, complete: bool, allow_incomplete: bool) -> dict | None:
+        if not allow_incomplete and not (length and complete):
+            missing = "" if complete else f" and no {self.tokenizer.eoi_token}"
+            raise ValueError(f"an image has {length} placeholders{missing}; generate on, or pass allow_incomplete=True")
+        return None if picture is None else {"type": "image", "image": picture}
 
     def span(self, ids: list[int], start: int, modality: str, end: int) -> tuple[list[int], int, bool]:
         """Codes from `start`, the position behind the span, and whether its end marker was there."""

@@ -1,7 +1,8 @@
 """MoTProcessor: documents of text, pictures and sound to one sequence of tokens, and back.
 
-The vocabulary is text (specials included), then image codes, then speech units, each a contiguous range.
-Shapes: B sequences, L tokens.
+The vocabulary is text (specials included), then image codes, then speech units, each a contiguous range. With an
+image processor in the place of the image tokenizer pictures stay pixels, and a placeholder stands for each patch.
+Shapes: B sequences, L tokens, N pictures of (H, W) pixels.
 """
 
 import copy
@@ -12,20 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import BatchFeature
-from transformers.processing_utils import _MARKED_RE, ProcessorMixin
+from transformers.processing_utils import ProcessorMixin
 
 from .document_decoding_mot import DocumentDecoder
+from .image_processor_mot import IMAGE_PROCESSOR_CONFIG_NAME, MoTImageProcessor
 from .image_tokenizer_mot import IMAGE_TOKENIZER_CONFIG_NAME, MoTImageTokenizer
-from .processor_inputs_mot import check_document, flatten, flatten_audio, load_if_present
+from .processor_inputs_mot import (
+    check_document,
+    check_placeholders,
+    flatten,
+    flatten_audio,
+    load_if_present,
+    media_of,
+)
 from .speech_tokenizer_mot import SPEECH_TOKENIZER_CONFIG_NAME, MoTSpeechTokenizer
-from .vocabulary_mot import CHAT_TEMPLATE, extend_tokenizer, modality_ranges
+from .vocabulary_mot import CHAT_TEMPLATE, extend_tokenizer, modality_ids_of, modality_ranges
 
 
-SUB_TOKENIZERS = {
+# In the order of the constructor's arguments; each is saved in a folder of its own name.
+PARTS = {
     "image_tokenizer": (MoTImageTokenizer, IMAGE_TOKENIZER_CONFIG_NAME),
     "speech_tokenizer": (MoTSpeechTokenizer, SPEECH_TOKENIZER_CONFIG_NAME),
+    "image_processor": (MoTImageProcessor, IMAGE_PROCESSOR_CONFIG_NAME),
 }
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
 
@@ -33,17 +43,31 @@ __all__ = ["MoTProcessor", "extend_tokenizer"]
 
 
 class MoTProcessor(ProcessorMixin):
-    """Text tokenizer, VQ image tokenizer and speech-unit tokenizer behind one call.
+    """Text tokenizer, speech-unit tokenizer, and VQ image tokenizer or image processor behind one call.
 
     `tokenizer` must hold the special, image and speech tokens: `extend_tokenizer` adds them to any fast tokenizer.
-    Either sub-tokenizer may be None. Everything is saved in one folder: text files at the top, the others in
-    `image_tokenizer/` and `speech_tokenizer/`.
+    Any other part may be None. With an `image_tokenizer` pictures are codes of the vocabulary; with an
+    `image_processor` they are pixels for a model that diffuses them, and the vocabulary holds no image tokens. Everything
+    is saved in one folder: text files at the top, the others in folders of their names.
+
+    Attributes:
+        modalities: names in the order of `modality_ids`.
+        modality_token_ranges: [first, last + 1] of the token ids of each modality that has tokens of its own.
     """
 
-    def __init__(self, tokenizer, image_tokenizer=None, speech_tokenizer=None, chat_template=None):
+    def __init__(
+        self, tokenizer, image_tokenizer=None, speech_tokenizer=None, image_processor=None, chat_template=None
+    ):
         self.image_tokenizer = image_tokenizer
         self.speech_tokenizer = speech_tokenizer
+        self.image_processor = image_processor
         self.modality_token_ranges = modality_ranges(tokenizer)
+        if image_processor is not None and (image_tokenizer is not None or "image" in self.modality_token_ranges):
+            raise ValueError(
+                "pictures are either codes (image_tokenizer=) or pixels (image_processor=); for pixels leave the image "
+                "tokenizer out and build the tokenizer with extend_tokenizer(tokenizer, num_image_codes=0), or take "
+                "vocabulary_mot.without_codes(tokenizer)"
+            )
         for modality, sub_tokenizer, size in (
             ("image", image_tokenizer, getattr(image_tokenizer, "num_codes", 0)),
             ("speech", speech_tokenizer, getattr(speech_tokenizer, "num_units", 0)),
@@ -56,7 +80,12 @@ class MoTProcessor(ProcessorMixin):
                 )
         self.image_token, self.image_token_id = tokenizer.image_token, tokenizer.image_token_id
         self.audio_token, self.audio_token_id = tokenizer.audio_token, tokenizer.audio_token_id
-        self.image_token_ids = list(range(*self.modality_token_ranges.get("image", [0, 0])))
+        if image_processor is not None:
+            self.modalities = ["text", "image", *list(self.modality_token_ranges)[1:]]
+            self.image_token_ids = [self.image_token_id]
+        else:
+            self.modalities = list(self.modality_token_ranges)
+            self.image_token_ids = list(range(*self.modality_token_ranges.get("image", [0, 0])))
         self.audio_token_ids = list(range(*self.modality_token_ranges.get("speech", [0, 0])))
         super().__init__(tokenizer, chat_template=CHAT_TEMPLATE if chat_template is None else chat_template)
 
@@ -64,19 +93,19 @@ class MoTProcessor(ProcessorMixin):
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        # The two discrete tokenizers are models, not transformers tokenizers; they are saved by us, in subfolders.
+        # The other parts are no classes of transformers; they are saved by us, in subfolders.
         return ["tokenizer"]
 
     @property
-    def modalities(self) -> list[str]:
-        return list(self.modality_token_ranges)
-
-    @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "modality_ids"]
+        names = ["input_ids", "attention_mask", "modality_ids"]
+        return names if self.image_processor is None else [*names, "pixel_values", "image_sizes"]
 
     def config_kwargs(self) -> dict[str, Any]:
-        """Arguments of `MoTConfig` that follow from this processor."""
+        """Arguments of `MoTConfig`, or with an image processor of `MoTTransfusionConfig`, that follow from this one.
+
+        With an image processor `modality_token_ranges` are those of text and speech, or None where text is alone.
+        """
         tokenizer = self.tokenizer
         size = max(last for _, last in self.modality_token_ranges.values())
         if len(tokenizer) > size:
@@ -98,18 +127,18 @@ class MoTProcessor(ProcessorMixin):
         }
         if self.image_tokenizer is not None:
             kwargs["image_grid"] = self.image_tokenizer.image_grid
+        if self.image_processor is not None:
+            kwargs["image_token_id"] = self.image_token_id
+            if len(self.modality_token_ranges) == 1:
+                kwargs["modality_token_ranges"] = None
         return kwargs
 
     def modality_ids_of(self, input_ids: Any) -> Any:
         """Index of each token's modality, in the form (list, array, tensor) of `input_ids`."""
-        bounds = [first for first, _ in self.modality_token_ranges.values()][1:]
-        if isinstance(input_ids, torch.Tensor):
-            return torch.bucketize(input_ids, torch.tensor(bounds, device=input_ids.device), right=True)
-        if isinstance(input_ids, np.ndarray):
-            return np.digitize(input_ids, bounds)
-        if input_ids and isinstance(input_ids[0], (list, tuple, np.ndarray, torch.Tensor)):
-            return [self.modality_ids_of(row) for row in input_ids]
-        return np.digitize(np.asarray(input_ids, dtype=np.int64), bounds).tolist()
+        firsts = [first for first, _ in self.modality_token_ranges.values()]
+        indices = [self.modalities.index(name) for name in self.modality_token_ranges]
+        placeholder = None if self.image_processor is None else (self.image_token_id, self.modalities.index("image"))
+        return modality_ids_of(input_ids, firsts, indices, placeholder)
 
     def fingerprint(self) -> str:
         """sha256 over everything that changes tokens: tokenizer, configurations and weights."""
@@ -120,6 +149,8 @@ class MoTProcessor(ProcessorMixin):
         digest.update(json.dumps(self.config_kwargs(), sort_keys=True).encode())
         for sub_tokenizer in (self.image_tokenizer, self.speech_tokenizer):
             digest.update(b"none" if sub_tokenizer is None else sub_tokenizer.fingerprint().encode())
+        if self.image_processor is not None:
+            digest.update(self.image_processor.fingerprint().encode())
         return digest.hexdigest()
 
     # -- encoding -----------------------------------------------------------------------------------------------------
@@ -135,6 +166,10 @@ class MoTProcessor(ProcessorMixin):
         **kwargs,
     ) -> BatchFeature:
         """`input_ids`, `modality_ids`, `attention_mask` of documents, or of text with placeholders.
+
+        With an image processor also the pictures in order of appearance, where there are any: `pixel_values`
+        (N, 3, H, W) float32 in [-1, 1] and, where they differ in size, `image_sizes` (N, 2), see
+        `MoTImageProcessor.stack`.
 
         A document is a list of segments, `{"type": "text" | "image" | "audio", ...}`; one document or a list of them.
         It starts with bos and ends with eos unless `add_eos` is False or `continue_with` ("text", "image", "audio")
@@ -155,13 +190,13 @@ class MoTProcessor(ProcessorMixin):
         if text is not None or images is not None or audio is not None:
             raise ValueError("give either documents= or text= with images= and audio=, not both")
         is_single = len(documents) > 0 and isinstance(documents[0], dict)
-        rows = self.encode_documents([documents] if is_single else documents, add_eos, continue_with)
-        return self.pad_rows(rows, merged["text_kwargs"], is_single)
+        rows, pixels = self.encode_documents([documents] if is_single else documents, add_eos, continue_with)
+        return self.pad_rows(rows, pixels, merged["text_kwargs"], is_single)
 
     def encode_documents(
         self, documents: list[list[dict]], add_eos: bool | None = None, continue_with: str | None = None
-    ) -> list[list[int]]:
-        """Token ids of each document, pictures of all documents encoded in batches."""
+    ) -> tuple[list[list[int]], list[np.ndarray]]:
+        """Token ids of each document, and with an image processor the pixels of all pictures; see `encode_pictures`."""
         if not isinstance(documents, (list, tuple)) or not documents:
             raise ValueError("documents= must be a document (a list of segments) or a non-empty list of documents")
         openings = {None: [], "text": [], "image": ["boi"], "audio": ["begin_of_speech"]}
@@ -176,7 +211,8 @@ class MoTProcessor(ProcessorMixin):
         for document in documents:
             check_document(document, may_be_empty=continue_with is not None)
         flat = [segment for document in documents for segment in document]
-        pictures = iter(self.encode_images([s["image"] for s in flat if s["type"] == "image"]))
+        spans, pixels = self.encode_pictures([s["image"] for s in flat if s["type"] == "image"])
+        pictures = iter(spans)
         encode = {"text": self.encode_segment, "audio": self.encode_segment, "image": lambda _: next(pictures)}
         rows = []
         for document in documents:
@@ -184,7 +220,7 @@ class MoTProcessor(ProcessorMixin):
             for segment in document:
                 ids += encode[segment["type"]](segment)
             rows.append(ids + ending)
-        return rows
+        return rows, pixels
 
     def encode_segment(self, segment: dict) -> list[int]:
         """Token ids of one segment, begin and end markers included."""
@@ -199,8 +235,22 @@ class MoTProcessor(ProcessorMixin):
         """Plain text: whatever looks like a special token is spelled out instead."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
+    def encode_pictures(self, images: list[Any]) -> tuple[list[list[int]], list[np.ndarray]]:
+        """Token ids of every picture and, with an image processor, its pixels (3, H, W) uint8."""
+        if self.image_processor is None:
+            return self.encode_images(images), []
+        pixels = self.image_processor.fit_pictures(images)
+        return [self.placeholder_ids(*picture.shape[1:]) for picture in pixels], pixels
+
+    def placeholder_ids(self, height: int, width: int) -> list[int]:
+        """boi, a placeholder for each patch, eoi of a picture of height x width pixels."""
+        rows, columns = self.image_processor.grid(height, width)
+        return [self.token_id("boi"), *[self.image_token_id] * (rows * columns), self.token_id("eoi")]
+
     def encode_images(self, images: list[Any]) -> list[list[int]]:
-        """boi, the codes row by row, eoi for every picture."""
+        """boi, the codes (or, with an image processor, placeholders) row by row, eoi for every picture."""
+        if self.image_processor is not None:
+            return self.encode_pictures(images)[0]
         if not images:
             return []
         first = self.first_code("image", self.image_tokenizer)
@@ -217,8 +267,10 @@ class MoTProcessor(ProcessorMixin):
 
     def first_code(self, modality: str, sub_tokenizer: Any) -> int:
         if sub_tokenizer is None:
+            or_pixels = " or MoTProcessor(..., image_processor=...)" if modality == "image" else ""
             raise ValueError(
                 f"this processor has no {modality} tokenizer; build MoTProcessor(..., {modality}_tokenizer=...)"
+                f"{or_pixels}"
             )
         return self.modality_token_ranges[modality][0]
 
@@ -233,14 +285,15 @@ class MoTProcessor(ProcessorMixin):
         if text is None:
             text = self.image_token * len(pictures) + self.audio_token * len(sounds)
         prompts = [text] if isinstance(text, str) else text
-        self.check_placeholders(prompts, pictures, sounds)
+        check_placeholders(prompts, self.image_token, pictures, self.audio_token, sounds)
         text_kwargs = dict(merged["text_kwargs"])
         with_offsets = text_kwargs.pop("return_text_replacement_offsets", merged.get("return_text_replacement_offsets"))
         with_types = text_kwargs.pop("return_mm_token_type_ids", merged.get("return_mm_token_type_ids"))
         sampling_rate = merged["audio_kwargs"].get("sampling_rate")
+        spans, pixels = self.encode_pictures(pictures)
         prompts, offsets = self.get_text_with_replacements(
             list(prompts),
-            images_replacements=[self.spelled(ids) for ids in self.encode_images(pictures)],
+            images_replacements=[self.spelled(ids) for ids in spans],
             audio_replacements=[self.spelled(ids) for ids in self.encode_audio(sounds, sampling_rate)],
         )
         return_tensors = text_kwargs.pop("return_tensors", None)
@@ -255,26 +308,16 @@ class MoTProcessor(ProcessorMixin):
             encoded["text_replacement_offsets"] = offsets
         if is_single:
             encoded = {name: values[0] for name, values in encoded.items()}
+        encoded |= MoTImageProcessor.stack(pixels)
         return BatchFeature(encoded, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
-
-    def check_placeholders(self, prompts: Any, pictures: list, sounds: list) -> None:
-        if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
-            raise ValueError(f"text= must be a string or a non-empty list of strings, not {prompts!r}")
-        # A placeholder that a chat's author wrote (marked as such by apply_chat_template) is text.
-        own = [_MARKED_RE.sub("", prompt) for prompt in prompts]
-        for name, token, given in (("images", self.image_token, pictures), ("audio inputs", self.audio_token, sounds)):
-            count = sum(prompt.count(token) for prompt in own)
-            if count != len(given):
-                raise ValueError(
-                    f"the number of {token} tokens in the prompts should be the same as the number of {name} passed; "
-                    f"there are {count} and {len(given)}"
-                )
 
     def spelled(self, ids: list[int]) -> str:
         """Tokens as the text that the tokenizer reads them back from."""
         return "".join(self.tokenizer.convert_ids_to_tokens(ids))
 
-    def pad_rows(self, rows: list[list[int]], text_kwargs: dict, is_single: bool) -> BatchFeature:
+    def pad_rows(
+        self, rows: list[list[int]], pixels: list[np.ndarray], text_kwargs: dict, is_single: bool
+    ) -> BatchFeature:
         return_tensors, max_length = text_kwargs.get("return_tensors"), text_kwargs.get("max_length")
         if max_length is not None and max(map(len, rows)) > max_length:
             raise ValueError(
@@ -288,6 +331,7 @@ class MoTProcessor(ProcessorMixin):
         batch["modality_ids"] = self.modality_ids_of(batch["input_ids"])
         if is_single and return_tensors is None:
             batch = {name: values[0] for name, values in batch.items()}
+        batch |= MoTImageProcessor.stack(pixels)
         try:
             return BatchFeature(batch, tensor_type=return_tensors)
         except ValueError as error:
@@ -303,34 +347,37 @@ class MoTProcessor(ProcessorMixin):
 
     def _multimodal_inputs_from_conversations(self, conversations, audio_loading_params, load_audio_from_video=False):
         """Pictures and sounds of conversations, in order; decoding is left to the sub-tokenizers."""
-        images, sounds = [], []
-        for conversation in conversations:
-            blocks = [b for m in conversation if isinstance(m.get("content"), (list, tuple)) for b in m["content"]]
-            found = {"image": [], "audio": []}
-            for block in blocks:
-                if block["type"] in found:
-                    keys = (block["type"], "url", "path", "base64")
-                    found[block["type"]] += [block[key] for key in keys if block.get(key) is not None][:1]
-            images.append(found["image"])
-            sounds += found["audio"]
+        images, sounds = media_of(conversations)
         return images, [], sounds, {}
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 
-    def decode_document(self, ids: Any, image_grids: list | None = None, allow_incomplete: bool = False) -> list[dict]:
-        """Segments of a sequence of token ids: text, PIL pictures, float32 waveforms; see `DocumentDecoder`."""
-        return DocumentDecoder(self).decode(ids, image_grids, allow_incomplete)
+    def decode_document(
+        self, ids: Any, images: list | None = None, image_grids: list | None = None, allow_incomplete: bool = False
+    ) -> list[dict]:
+        """Segments of a sequence of token ids: text, PIL pictures, float32 waveforms; see `DocumentDecoder`.
+
+        With an image processor the pictures are `images`, in order, such as `generate()` returns for this sequence.
+        """
+        return DocumentDecoder(self).decode(ids, images, image_grids, allow_incomplete)
 
     def post_process_multimodal_output(
         self, generated_outputs, skip_special_tokens=True, generation_mode=None, **kwargs
     ):
-        """Generated ids -> text ("text" or None), pictures ("image"), waveforms ("audio"), or segments ("document")."""
+        """Generated ids -> text ("text" or None), pictures ("image"), waveforms ("audio"), or segments ("document").
+
+        `generated_outputs` are ids (B, L) or, where pictures are no tokens, what `generate()` returned: an output with
+        `sequences` and with `images`, a list of pictures for each sequence.
+        """
+        images = getattr(generated_outputs, "images", None)
+        generated_outputs = getattr(generated_outputs, "sequences", generated_outputs)
         rows = generated_outputs.tolist() if hasattr(generated_outputs, "tolist") else generated_outputs
         if generation_mode in (None, "text"):
             return self.post_process_image_text_to_text(rows, skip_special_tokens=skip_special_tokens, **kwargs)
         if generation_mode not in ("image", "audio", "document"):
             raise ValueError(f"generation_mode={generation_mode!r} is not one of text, image, audio, document")
-        documents = [self.decode_document(row, allow_incomplete=True) for row in rows]
+        images = images if images is not None and self.image_processor is not None else [None] * len(rows)
+        documents = [self.decode_document(row, own, allow_incomplete=True) for row, own in zip(rows, images)]
         if generation_mode == "document":
             return documents
         return [[s[generation_mode] for s in document if s["type"] == generation_mode] for document in documents]
@@ -338,7 +385,7 @@ class MoTProcessor(ProcessorMixin):
     # -- saving and loading -------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        # Sub-tokenizers have their own folders, the template its own file: what is left is how to find this class.
+        # The other parts have their own folders, the template its own file: what is left is how to find this class.
         output = {"processor_class": type(self).__name__}
         if self._auto_class is not None:
             module = type(self).__module__.rsplit(".", 1)[-1]
@@ -352,7 +399,7 @@ class MoTProcessor(ProcessorMixin):
             self.save_pretrained(save_directory)
             return self.push_to_hub(repo_id, **kwargs)
         files = super().save_pretrained(save_directory, **kwargs)
-        for name in SUB_TOKENIZERS:
+        for name in PARTS:
             if getattr(self, name) is not None:
                 getattr(self, name).save_pretrained(os.path.join(save_directory, name))
         return files
@@ -361,12 +408,14 @@ class MoTProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
         hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
-        for name, (sub_class, config_name) in SUB_TOKENIZERS.items():
+        for name, (part_class, config_name) in PARTS.items():
             if name in kwargs:
                 arguments.append(kwargs[name])
                 continue
             folder = "/".join(part for part in (kwargs.get("subfolder"), name) if part)
-            arguments.append(load_if_present(sub_class, config_name, pretrained_model_name_or_path, folder, hub_kwargs))
+            arguments.append(
+                load_if_present(part_class, config_name, pretrained_model_name_or_path, folder, hub_kwargs)
+            )
         return arguments
 
 

@@ -4,6 +4,7 @@ import difflib
 from typing import Any
 
 import numpy as np
+from transformers.processing_utils import _MARKED_RE
 from transformers.utils import cached_file
 
 
@@ -51,3 +52,33 @@ def flatten_audio(audio: Any) -> list[Any]:
     if isinstance(audio, (list, tuple)):
         return [sound for part in audio for sound in flatten_audio(part)]
     return flatten(audio)
+
+
+def check_placeholders(prompts: Any, image_token: str, pictures: list, audio_token: str, sounds: list) -> None:
+    """Raise ValueError for prompts that are no strings, and for placeholders that do not match what is given."""
+    if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"text= must be a string or a non-empty list of strings, not {prompts!r}")
+    # A placeholder that a chat's author wrote (marked as such by apply_chat_template) is text.
+    own = [_MARKED_RE.sub("", prompt) for prompt in prompts]
+    for name, token, given in (("images", image_token, pictures), ("audio inputs", audio_token, sounds)):
+        count = sum(prompt.count(token) for prompt in own)
+        if count != len(given):
+            raise ValueError(
+                f"the number of {token} tokens in the prompts should be the same as the number of {name} passed; "
+                f"there are {count} and {len(given)}"
+            )
+
+
+def media_of(conversations: list[list[dict]]) -> tuple[list[list[Any]], list[Any]]:
+    """The pictures of each conversation, and the sounds of all, in order."""
+    images, sounds = [], []
+    for conversation in conversations:
+        blocks = [b for m in conversation if isinstance(m.get("content"), (list, tuple)) for b in m["content"]]
+        found = {"image": [], "audio": []}
+        for block in blocks:
+            if block["type"] in found:
+                keys = (block["type"], "url", "path", "base64")
+                found[block["type"]] += [block[key] for key in keys if block.get(key) is not None][:1]
+        images.append(found["image"])
+        sounds += found["audio"]
+    return images, sounds

@@ -1,7 +1,13 @@
 """The one vocabulary: text with its specials, then image codes, then speech units; and the chat template."""
 
-from tokenizers import AddedToken, processors
-from transformers import PreTrainedTokenizerBase
+import json
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 # name of the tokenizer attribute -> token
@@ -125,3 +131,46 @@ def modality_ranges(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
         raise ValueError(f"speech tokens must follow image tokens, but the ranges are {ranges}; use extend_tokenizer")
     first = min((start for start, _ in ranges.values()), default=len(vocabulary))
     return {"text": [0, first], **ranges}
+
+
+def modality_ids_of(input_ids: Any, firsts: list[int], indices: list[int], placeholder: tuple[int, int] | None) -> Any:
+    """Index of each token's modality, in the form (list, array, tensor) of `input_ids`.
+
+    Args:
+        firsts: first id of each range of tokens, ascending.
+        indices: for each range the index of its modality.
+        placeholder: (token id, index of its modality) of a token that stands for what is not in the vocabulary.
+    """
+    if isinstance(input_ids, torch.Tensor):
+        places = torch.bucketize(input_ids, torch.tensor(firsts[1:], device=input_ids.device), right=True)
+        ids = torch.tensor(indices, device=input_ids.device)[places]
+        return ids if placeholder is None else ids.masked_fill(input_ids == placeholder[0], placeholder[1])
+    if isinstance(input_ids, np.ndarray):
+        ids = np.asarray(indices)[np.digitize(input_ids, firsts[1:])]
+        return ids if placeholder is None else np.where(input_ids == placeholder[0], placeholder[1], ids)
+    if input_ids and isinstance(input_ids[0], (list, tuple, np.ndarray, torch.Tensor)):
+        return [modality_ids_of(row, firsts, indices, placeholder) for row in input_ids]
+    return modality_ids_of(np.asarray(input_ids, dtype=np.int64), firsts, indices, placeholder).tolist()
+
+
+def without_codes(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A new tokenizer of the text part of an extended one: the special tokens stay, image and speech tokens go.
+
+    `extend_tokenizer` can then add other codes. Raises ValueError where tokens follow the codes, whose ids would change.
+    """
+    text_size = modality_ranges(tokenizer)["text"][1]
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    code = re.compile(r"<\|(image|speech)_\d+\|>")
+    backend["added_tokens"] = [token for token in backend["added_tokens"] if not code.fullmatch(token["content"])]
+    backend["padding"] = backend["truncation"] = None
+    kept = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
+    settings = {name: getattr(tokenizer, name) for name in (*COMMON_SPECIAL_TOKENS, *kept)}
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), **settings)
+    if len(made) != text_size:
+        raise ValueError(
+            f"{len(made) - text_size} tokens follow the image and speech tokens; start from the tokenizer before "
+            "extend_tokenizer"
+        )
+    set_special_attributes(made, {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS if name not in settings})
+    made.model_input_names = list(tokenizer.model_input_names)
+    return made

@@ -1,0 +1,129 @@
+"""Pictures as pixels for a model that diffuses them: one size or their own, and how many tokens they take.
+
+Shapes: N pictures, (H, W) pixels, (H / d, W / d) tokens with d the pixels of a token's side.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .image_tokenizer_mot import FITS, from_known_fields, read_hub_file
+from .picture_loading_mot import RESAMPLING, describe_source, fit_picture, load_picture
+
+
+IMAGE_PROCESSOR_CONFIG_NAME = "image_processor_config.json"
+
+
+@dataclass
+class MoTImageProcessor:
+    """How a picture becomes pixels, and how many placeholder tokens stand for them.
+
+    `image_size` is [height, width] in pixels. `fit`: "crop" scales the shorter side and cuts the middle out, "pad"
+    scales the longer side and fills with `background`, "keep" takes pictures as they are. `downsampling` is the number
+    of pixels along the side of one token: the VAE's factor times the patch size; it must divide both sides.
+    """
+
+    image_size: list[int] = field(default_factory=lambda: [64, 64])
+    downsampling: int = 16
+    fit: str = "crop"
+    resample: str = "bicubic"
+    background: list[int] = field(default_factory=lambda: [255, 255, 255])
+    max_pixels: int = 89_478_485
+
+    def __post_init__(self):
+        if isinstance(self.image_size, int):
+            self.image_size = [self.image_size, self.image_size]
+        self.image_size, self.background = [int(side) for side in self.image_size], list(self.background)
+        if len(self.image_size) != 2 or min(self.image_size) < 1:
+            raise ValueError(f"image_size={self.image_size}: give one side or [height, width], in pixels")
+        if self.downsampling < 1:
+            raise ValueError(
+                f"downsampling={self.downsampling} is the number of pixels along a token's side, at least 1"
+            )
+        for name, valid in (("fit", FITS), ("resample", tuple(RESAMPLING))):
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(valid)}")
+        if self.fit != "keep":
+            self.grid(*self.image_size, name=f"image_size={self.image_size}")
+
+    def grid(self, height: int, width: int, name: str = "a picture") -> tuple[int, int]:
+        """(rows, columns) of tokens of a picture of height x width pixels.
+
+        Raises:
+            ValueError: a side that `downsampling` does not divide.
+        """
+        if height % self.downsampling or width % self.downsampling or min(height, width) < 1:
+            raise ValueError(
+                f"{name} of {height} x {width} pixels does not divide into tokens of downsampling={self.downsampling} "
+                f"pixels a side; use fit='crop' or 'pad', or sides that are multiples of {self.downsampling}"
+            )
+        return height // self.downsampling, width // self.downsampling
+
+    def fit_pictures(self, images: list[Any]) -> list[np.ndarray]:
+        """Pictures in any form `load_picture` takes -> RGB pixels (3, H, W), uint8, each."""
+        if not isinstance(images, (list, tuple)):
+            raise ValueError(f"images is a {type(images).__name__}; give a list of pictures")
+        fitted = []
+        for image in images:
+            pixels = fit_picture(load_picture(image, self.max_pixels), self)
+            self.grid(*pixels.shape[:2], name=describe_source(image))
+            fitted.append(np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
+        return fitted
+
+    def __call__(self, images: list[Any]) -> dict[str, np.ndarray]:
+        """`pixel_values`, and `image_sizes` where pictures differ in size; see `stack`."""
+        return self.stack(self.fit_pictures(images))
+
+    @staticmethod
+    def stack(fitted: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """Arguments of the model from fitted pictures; none without any.
+
+        Returns:
+            `pixel_values` (N, 3, H, W) float32 in [-1, 1]; where sizes differ, padded at bottom and right with zeros,
+            and `image_sizes` (N, 2) int64, height and width in pixels.
+        """
+        if not fitted:
+            return {}
+        sizes = np.array([pixels.shape[1:] for pixels in fitted], dtype=np.int64)
+        values = np.zeros((len(fitted), 3, *sizes.max(axis=0)), dtype=np.float32)
+        for target, pixels in zip(values, fitted):
+            target[:, : pixels.shape[1], : pixels.shape[2]] = pixels.astype(np.float32) / 127.5 - 1
+        same = (sizes == sizes[0]).all()
+        return {"pixel_values": values} | ({} if same else {"image_sizes": sizes})
+
+    @staticmethod
+    def to_pictures(pixel_values: Any, image_sizes: Any = None) -> list[Image.Image]:
+        """(N, 3, H, W) in [-1, 1] -> PIL pictures, cut to `image_sizes` (N, 2) where given."""
+        values = torch.as_tensor(pixel_values).detach().float().cpu()
+        pixels = ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        sizes = [value.shape[:2] for value in pixels] if image_sizes is None else torch.as_tensor(image_sizes).tolist()
+        return [Image.fromarray(value[:height, :width]) for value, (height, width) in zip(pixels, sizes)]
+
+    # -- saving and loading -------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def fingerprint(self) -> str:
+        """sha256 of all settings."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def save_pretrained(self, directory: str | os.PathLike, **kwargs) -> None:
+        """Write `image_processor_config.json` to a folder, which is made."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        (directory / IMAGE_PROCESSOR_CONFIG_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike, subfolder: str = "", **hub_kwargs) -> "MoTImageProcessor":
+        """From a folder or Hub repository that `save_pretrained` wrote."""
+        text = read_hub_file(name_or_path, IMAGE_PROCESSOR_CONFIG_NAME, subfolder, **hub_kwargs)
+        return from_known_fields(cls, json.loads(text), "image processor")
