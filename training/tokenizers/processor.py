@@ -1,18 +1,60 @@
-"""Assemble a MoTProcessor of tokenizers: `python -m training.tokenizers.processor --text DIR --output DIR`."""
+"""Assemble a MoTProcessor of tokenizers: `python -m training.tokenizers.processor --text DIR --output DIR`.
+
+With `--downsampling` pictures stay pixels, for a model that diffuses them; --text may then be a processor's folder, of
+which the vocabulary is taken without its image and speech tokens.
+"""
 
 import argparse
+import copy
 import json
 import sys
 import tempfile
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from modeling_mot.image_processor_mot import MoTImageProcessor
 from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig, MoTImageTokenizer
 from modeling_mot.processing_mot import MoTProcessor
 from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
-from modeling_mot.vocabulary_mot import extend_tokenizer
+from modeling_mot.vocabulary_mot import SPECIAL_TOKENS, extend_tokenizer, without_codes
 from training.tokenizers.sources import add_output_arguments, check_output, publish
+
+
+def continuous_processor(
+    source: MoTProcessor | PreTrainedTokenizerBase,
+    image_size: int | list[int],
+    downsampling: int,
+    *,
+    keep_speech: bool = False,
+    **image_settings,
+) -> MoTProcessor:
+    """A processor of the same text whose pictures are pixels, for a model that diffuses them.
+
+    Args:
+        source: a processor, or a fast tokenizer; its image tokens are left out, and it is not changed.
+        image_size: side, or [height, width], of the pictures in pixels.
+        downsampling: pixels along the side of a token: the VAE's factor times the patch size.
+        keep_speech: keep the speech units of a processor.
+        image_settings: `fit`, `resample`, `background` and `max_pixels` of `MoTImageProcessor`.
+
+    Raises:
+        ValueError: a size that `downsampling` does not divide, or no speech where it is to be kept.
+    """
+    tokenizer, speech, template = source, None, None
+    if isinstance(source, MoTProcessor):
+        tokenizer, template = source.tokenizer, source.chat_template
+        speech = source.speech_tokenizer if keep_speech else None
+    if keep_speech and speech is None:
+        raise ValueError("keep_speech=True needs a MoTProcessor with a speech tokenizer; pass one, or leave it out")
+    if all(getattr(tokenizer, name, None) is not None for name in SPECIAL_TOKENS):
+        tokenizer = without_codes(tokenizer)
+    else:
+        tokenizer = copy.deepcopy(tokenizer)
+    if speech is not None or getattr(tokenizer, "image_token", None) is None:
+        extend_tokenizer(tokenizer, 0, speech.num_units if speech else 0)
+    pictures = MoTImageProcessor(image_size, downsampling, **image_settings)
+    return MoTProcessor(tokenizer, None, speech, pictures, chat_template=template)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,7 +76,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--image-size",
         type=int,
         metavar="PX",
-        help="side in pixels for a bare VQModel or ChameleonVQVAE (default: 512)",
+        help="side in pixels for a bare VQModel or ChameleonVQVAE (default: 512), or with --downsampling (default: 64)",
+    )
+    parser.add_argument(
+        "--downsampling",
+        type=int,
+        metavar="PX",
+        help="pictures stay pixels, a token of so many pixels a side: the VAE's factor times the model's patch size",
     )
     parser.add_argument(
         "--speech", metavar="NAME", help="a speech tokenizer of training.tokenizers.speech, folder or Hub name"
@@ -66,8 +114,16 @@ def main(argv: list[str] | None = None) -> dict:
             tokenizer.init_kwargs.pop(name, None)
         image = load_image_tokenizer(arguments)
         speech = MoTSpeechTokenizer.from_pretrained(arguments.speech) if arguments.speech else None
-        extend_tokenizer(tokenizer, image.num_codes if image else 0, speech.num_units if speech else 0)
-        processor = MoTProcessor(tokenizer, image, speech)
+        if arguments.downsampling is not None:
+            if image or speech:
+                raise ValueError(
+                    "--downsampling keeps pictures as pixels and makes a processor without speech: "
+                    "leave --image and --speech out"
+                )
+            processor = continuous_processor(tokenizer, arguments.image_size or 64, arguments.downsampling)
+        else:
+            extend_tokenizer(tokenizer, image.num_codes if image else 0, speech.num_units if speech else 0)
+            processor = MoTProcessor(tokenizer, image, speech)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
