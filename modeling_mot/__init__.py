@@ -1,10 +1,19 @@
 """Mixture-of-Transformers for Hugging Face transformers."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from .configuration_mot import MoTConfig
+from .configuration_mot_transfusion import MoTTransfusionConfig
 from .modality_routing import ModalityRouting
 from .modeling_mot import MoTForCausalLM, MoTModel, MoTPreTrainedModel
+from .modeling_mot_transfusion import MoTTransfusionModel
 from .processing_mot import MoTProcessor
 
 
@@ -13,4 +22,18 @@ AutoModel.register(MoTConfig, MoTModel)
 AutoModelForCausalLM.register(MoTConfig, MoTForCausalLM)
 AutoProcessor.register(MoTConfig, MoTProcessor)
 
-__all__ = ["ModalityRouting", "MoTConfig", "MoTForCausalLM", "MoTModel", "MoTPreTrainedModel", "MoTProcessor"]
+AutoConfig.register(MoTTransfusionConfig.model_type, MoTTransfusionConfig)
+for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    _auto_class.register(MoTTransfusionConfig, MoTTransfusionModel)
+AutoProcessor.register(MoTTransfusionConfig, MoTProcessor)
+
+__all__ = [
+    "ModalityRouting",
+    "MoTConfig",
+    "MoTForCausalLM",
+    "MoTModel",
+    "MoTPreTrainedModel",
+    "MoTProcessor",
+    "MoTTransfusionConfig",
+    "MoTTransfusionModel",
+]

@@ -39,6 +39,13 @@ class NoiseSchedule(nn.Module):
         with torch.no_grad():
             self.alphas_cumprod.copy_(cumulative_alphas(config).to(self.alphas_cumprod.device))
 
+    def _apply(self, *args, **kwargs):
+        super()._apply(*args, **kwargs)
+        if self.alphas_cumprod.dtype != torch.float32 and not self.alphas_cumprod.is_meta:
+            # A model that is cast to another precision keeps the schedule, which has none to spare.
+            self.alphas_cumprod = cumulative_alphas(self.config).to(self.alphas_cumprod.device)
+        return self
+
     def weights(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The shares of clean latents and of noise.  (N,) -> (N, 1, 1, 1) twice"""
         if self.config.prediction_type == "flow":

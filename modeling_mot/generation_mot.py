@@ -47,11 +47,11 @@ class ModalitySpanLogitsProcessor(LogitsProcessor):
         self.spans = []
         # Tokens outside of all ranges are text, as they are for routing: a resized vocabulary has them.
         text = torch.ones(config.vocab_size, dtype=torch.bool, device=device)
-        for modality in config.modalities[1:]:
+        for modality in config.token_modalities[1:]:
             text[slice(*ranges[modality])] = False
         for modality, (opening, closing, fewest, most) in markers.items():
-            if opening is None:
-                continue
+            if opening is None or modality not in config.token_modalities and modality in config.modalities:
+                continue  # images that are diffused are no span of tokens
             if modality not in ranges:
                 text[opening] = False  # nothing could stand in such a span
                 continue
