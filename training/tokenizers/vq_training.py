@@ -15,31 +15,25 @@ import torch
 from torch import nn
 
 from modeling_mot.image_tokenizer_mot import MoTImageTokenizer, fold, nearest_code, unfold
+from training.tokenizers.autoencoder_training import (
+    AutoencoderTrainingConfig,
+    augment,
+    draw_batch,
+    learning_rate_factor,
+    reconstruction_loss,
+)
 from training.tokenizers.kmeans import assign, kmeans
 
 
 @dataclass
-class VQTrainingConfig:
-    """Steps, optimiser and loss weights; `minutes` ends a run early, with the same schedule squeezed into the time."""
+class VQTrainingConfig(AutoencoderTrainingConfig):
+    """Shares of the run for its first and last phase, and how the codebook follows."""
 
-    steps: int = 6000
-    minutes: float | None = None
-    batch_size: int = 32
-    lr: float = 2e-3
-    warmup: float = 0.02
     autoencoder_share: float = 0.12
     decoder_share: float = 0.3
     commitment: float = 0.25
     ema_decay: float = 0.98
     restart_every: int = 100
-    l1: float = 1.0
-    gradient: float = 1.0
-    coarse: float = 0.5
-    flip: float = 0.5
-    shift: int = 2
-    bf16: bool = True
-    log_every: int = 200
-    seed: int = 0
 
 
 class Codebook:
@@ -71,33 +65,6 @@ class Codebook:
             self.sums[unused] = latents[picks]
             self.counts[unused] = 1.0
         return len(unused)
-
-
-def reconstruction_loss(predicted: torch.Tensor, pixels: torch.Tensor, config: VQTrainingConfig) -> torch.Tensor:
-    """L1 on pixels, their differences (sharp edges) and two coarser scales (right colours).  (B, 3, H, W) twice"""
-    error = predicted - pixels
-    loss = config.l1 * error.abs().mean()
-    horizontal, vertical = error.diff(dim=-1), error.diff(dim=-2)
-    loss = loss + config.gradient * (horizontal.abs().mean() + vertical.abs().mean())
-    for _ in range(2):
-        error = nn.functional.avg_pool2d(error, 2)
-        loss = loss + config.coarse * error.abs().mean()
-    return loss
-
-
-def augment(pixels: torch.Tensor, config: VQTrainingConfig, generator: torch.Generator) -> torch.Tensor:
-    """Random mirror images and small shifts (edges repeated).  (B, 3, H, W)"""
-    if config.flip:
-        flipped = torch.rand(len(pixels), generator=generator) < config.flip
-        pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
-    if config.shift:
-        height, width = pixels.shape[-2:]
-        padded = nn.functional.pad(pixels, (config.shift,) * 4, mode="replicate")
-        top, left = torch.randint(2 * config.shift + 1, (2,), generator=generator).tolist()
-        # Half of the batches stay in place: that is where pictures are when they are tokenised.
-        if torch.rand((), generator=generator) < 0.5:
-            pixels = padded[..., top : top + height, left : left + width]
-    return pixels
 
 
 def train_vq(
@@ -168,19 +135,6 @@ def train_vq(
             log(f"step {step}  {100 * progress:.0f} %  {phase}  {numbers}  {elapsed:.1f} min")
     model.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
     return {**averages, "steps": step, "minutes": (time.monotonic() - started) / 60}
-
-
-def learning_rate_factor(progress: float, config: VQTrainingConfig) -> float:
-    """Linear warm-up, then a half cosine down to 2 %."""
-    if progress < config.warmup:
-        return progress / config.warmup + 0.01
-    return 0.02 + 0.98 * 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
-
-
-def draw_batch(pictures: Sequence[torch.Tensor], size: int, generator: torch.Generator) -> torch.Tensor:
-    """(B, 3, H, W), float32 in [-1, 1]"""
-    indices = torch.randint(len(pictures), (size,), generator=generator).tolist()
-    return torch.stack([pictures[i] for i in indices]).float() / 127.5 - 1
 
 
 @torch.no_grad()

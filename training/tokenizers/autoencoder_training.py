@@ -1,0 +1,71 @@
+"""What the training of the VQ tokenizer and of the VAE share: loss, augmentation, batches, learning rate.
+
+Shapes: B batch, (H, W) pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass
+class AutoencoderTrainingConfig:
+    """Steps, optimiser and loss weights; `minutes` ends a run early, with the same schedule squeezed into the time."""
+
+    steps: int = 6000
+    minutes: float | None = None
+    batch_size: int = 32
+    lr: float = 2e-3
+    warmup: float = 0.02
+    l1: float = 1.0
+    gradient: float = 1.0
+    coarse: float = 0.5
+    flip: float = 0.5
+    shift: int = 2
+    bf16: bool = True
+    log_every: int = 200
+    seed: int = 0
+
+
+def reconstruction_loss(
+    predicted: torch.Tensor, pixels: torch.Tensor, config: AutoencoderTrainingConfig
+) -> torch.Tensor:
+    """L1 on pixels, their differences (sharp edges) and two coarser scales (right colours).  (B, 3, H, W) twice"""
+    error = predicted - pixels
+    loss = config.l1 * error.abs().mean()
+    horizontal, vertical = error.diff(dim=-1), error.diff(dim=-2)
+    loss = loss + config.gradient * (horizontal.abs().mean() + vertical.abs().mean())
+    for _ in range(2):
+        error = nn.functional.avg_pool2d(error, 2)
+        loss = loss + config.coarse * error.abs().mean()
+    return loss
+
+
+def augment(pixels: torch.Tensor, config: AutoencoderTrainingConfig, generator: torch.Generator) -> torch.Tensor:
+    """Random mirror images and small shifts (edges repeated).  (B, 3, H, W)"""
+    if config.flip:
+        flipped = torch.rand(len(pixels), generator=generator) < config.flip
+        pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
+    if config.shift:
+        height, width = pixels.shape[-2:]
+        padded = nn.functional.pad(pixels, (config.shift,) * 4, mode="replicate")
+        top, left = torch.randint(2 * config.shift + 1, (2,), generator=generator).tolist()
+        # Half of the batches stay in place: that is where pictures are when they are tokenised.
+        if torch.rand((), generator=generator) < 0.5:
+            pixels = padded[..., top : top + height, left : left + width]
+    return pixels
+
+
+def learning_rate_factor(progress: float, config: AutoencoderTrainingConfig) -> float:
+    """Linear warm-up, then a half cosine down to 2 %."""
+    if progress < config.warmup:
+        return progress / config.warmup + 0.01
+    return 0.02 + 0.98 * 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
+
+
+def draw_batch(pictures: Sequence[torch.Tensor], size: int, generator: torch.Generator) -> torch.Tensor:
+    """(B, 3, H, W), float32 in [-1, 1]"""
+    indices = torch.randint(len(pictures), (size,), generator=generator).tolist()
+    return torch.stack([pictures[i] for i in indices]).float() / 127.5 - 1
