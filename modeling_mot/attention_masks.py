@@ -33,17 +33,15 @@ def find_image_blocks(is_patch: torch.Tensor, document_ids: torch.Tensor | None,
         document_ids: (B, L) or None.
         with_markers: whether the token before and the token after a run (BOI and EOI) belong to it.
     """
-    breaks = torch.ones_like(is_patch)
-    breaks[:, 1:] = ~is_patch[:, :-1]
-    if document_ids is not None:
-        breaks[:, 1:] |= document_ids[:, 1:] != document_ids[:, :-1]
-    starts = is_patch & breaks
+    begins_document = document_starts(torch.zeros_like(is_patch) if document_ids is None else document_ids)
+    starts = is_patch.clone()
+    starts[:, 1:] &= ~is_patch[:, :-1] | begins_document[:, 1:]
     numbers = starts.cumsum(dim=1) - 1
     ids = torch.where(is_patch, numbers, -1)
     if with_markers:
         before, after = torch.full_like(ids, -1), torch.full_like(ids, -1)
-        before[:, :-1] = torch.where(starts[:, 1:], numbers[:, 1:], -1)
-        after[:, 1:] = torch.where(is_patch[:, 1:], -1, ids[:, :-1])
+        before[:, :-1] = torch.where(starts[:, 1:] & ~begins_document[:, 1:], numbers[:, 1:], -1)
+        after[:, 1:] = torch.where(is_patch[:, 1:] | begins_document[:, 1:], -1, ids[:, :-1])
         ids = torch.maximum(ids, torch.maximum(before, after))
     return ids
 
@@ -60,19 +58,33 @@ def image_positions(
     moves[:, 1:] = ((block_ids[:, 1:] < 0) | (block_ids[:, 1:] != block_ids[:, :-1])).long()
     if attention_mask is not None:
         moves = moves * attention_mask
-    counted = moves.cumsum(dim=1) - 1
+    counted = (moves.cumsum(dim=1) - 1).clamp(min=0)
     if document_ids is None:
-        return counted.clamp(min=0)
-    starts = document_positions(document_ids) == 0
-    return counted - torch.where(starts, counted, 0).cummax(dim=1).values
+        return counted
+    return counted - torch.where(document_starts(document_ids), counted, 0).cummax(dim=1).values
+
+
+def document_starts(document_ids: torch.Tensor) -> torch.Tensor:
+    """Whether a document begins at a token.  (B, L) -> (B, L) bool"""
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return starts
 
 
 def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
     """Positions that begin at 0 in every document.  (B, L) -> (B, L)"""
     steps = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
-    starts = torch.ones_like(document_ids, dtype=torch.bool)
-    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return steps - torch.where(starts, steps, 0).cummax(dim=1).values
+    return steps - torch.where(document_starts(document_ids), steps, 0).cummax(dim=1).values
+
+
+def documents_of(position_ids: torch.Tensor) -> torch.Tensor:
+    """Number the documents of rows whose positions return to 0 where the next one begins.  (B, L) -> (B, L)
+
+    Transformers begins one wherever positions are not consecutive, but those of an image may be shared.
+    """
+    starts = torch.zeros_like(position_ids)
+    starts[:, 1:] = ((position_ids[:, 1:] == 0) & (position_ids[:, :-1] != 0)).long()
+    return starts.cumsum(dim=1)
 
 
 def attention_mask_for(

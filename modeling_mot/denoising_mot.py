@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
+import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.utils import logging
 
 from .attention_masks import ImageBlocks, attention_mask_for
 from .diffusion_mot import build_scheduler
@@ -26,7 +27,7 @@ class DiffusionSettings:
     scheduler_kwargs: dict = field(default_factory=dict)
     generator: torch.Generator | list[torch.Generator] | None = None
     image_size: tuple[int, int] | None = None
-    negative_prompt_ids: torch.Tensor | None = None
+    unconditional_prompt: tuple | None = None  # ids and mask
     callback_on_step_end: Callable | None = None
     intermediate_every: int | None = None
     output_type: str = "pil"
@@ -48,8 +49,9 @@ class DiffusionSettings:
             raise ValueError(f"guidance_scale={self.guidance_scale} must not be negative; 1 is no guidance")
         if self.intermediate_every is not None and self.intermediate_every < 1:
             raise ValueError(f"intermediate_every={self.intermediate_every} must be at least 1, or None")
-        if self.output_type not in ("pil", "pt", "latent"):
-            raise ValueError(f"output_type={self.output_type!r} is not one of 'pil', 'pt', 'latent'")
+        for name, allowed in (("output_type", ("pil", "pt", "latent")), ("generation_mode", (None, "text", "image"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
         build_scheduler(config, self.scheduler, **self.scheduler_kwargs)
         self.latent_size(config)
 
@@ -65,6 +67,25 @@ class DiffusionSettings:
                 f"(VAE {config.vae_downsampling} x patch_size {config.patch_size})"
             )
         return size[0] // config.vae_downsampling, size[1] // config.vae_downsampling
+
+    def unconditional_prompts(self, config, count: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask of what guidance leads `count` sequences away from, with BOI at the end.  -> (R, L) twice
+
+        Raises:
+            ValueError: negative prompts of another number than the sequences.
+        """
+        ids, mask = self.unconditional_prompt or ([[] if config.bos_token_id is None else [config.bos_token_id]], None)
+        ids = torch.as_tensor(ids, dtype=torch.long, device=device)
+        ids = ids.view(-1, ids.shape[-1])
+        mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask, device=device).view_as(ids)
+        if count % len(ids):
+            raise ValueError(
+                f"negative_prompt_ids has {len(ids)} rows for {count} sequences; give one for all or one for each prompt"
+            )
+        if not ids.shape[1] or (ids[:, -1] != config.boi_token_id).any():
+            ids = F.pad(ids, (0, 1), value=config.boi_token_id)
+            mask = F.pad(mask, (0, 1), value=1)
+        return ids, mask
 
 
 class Prefix:
@@ -243,7 +264,7 @@ def denoise(
     step_kwargs = {"generator": own} if takes_generator else {}
     scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
     intermediates = []
-    for step, timestep in enumerate(tqdm(scheduler.timesteps, disable=not settings.progress_bar, desc="denoising")):
+    for step, timestep in enumerate(logging.tqdm(scheduler.timesteps, disable=not settings.progress_bar, desc="denoising")):
         noisy = scale(latents, timestep)
         if unconditional is None:
             prediction = forward.predict(noisy, timestep)

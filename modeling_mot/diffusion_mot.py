@@ -6,6 +6,9 @@ t / num_train_timesteps. A clean image is no noise level: it is marked as such, 
 
 # N images, C latent channels, (h, w) latents
 
+import difflib
+import inspect
+
 import diffusers
 import torch
 from torch import nn
@@ -95,11 +98,13 @@ def draw_timesteps(
     if config.prediction_type == "flow":
         shift = config.timestep_shift
         fractions = shift * fractions / (1 + (shift - 1) * fractions)
-    limit = levels if config.image_first_max_timestep is None else config.image_first_max_timestep + 1
-    limits = torch.where(image_first.to(device), limit, levels)
+    highest = config.image_first_max_timestep
+    is_limited = image_first.to(device) & (highest is not None)
     if config.prediction_type == "flow":
-        return fractions * limits
-    return (fractions * limits).long().clamp(max=levels - 1)
+        return fractions * torch.where(is_limited, highest or 0, levels)
+    limits = torch.where(is_limited, (highest or 0) + 1, levels)
+    # A sigmoid, or its product, may round up to 1.
+    return torch.minimum((fractions * limits).long(), limits - 1)
 
 
 def build_scheduler(config, name: str = "ddpm", **kwargs):
@@ -111,7 +116,7 @@ def build_scheduler(config, name: str = "ddpm", **kwargs):
         kwargs: further arguments of that class.
 
     Raises:
-        ValueError: an unknown name, or a scheduler that does not fit `prediction_type`.
+        ValueError: an unknown name or argument, or a scheduler that does not fit `prediction_type`.
     """
     is_flow = config.prediction_type == "flow"
     full_name = SHORT_NAMES["flow"] if is_flow and name == "ddpm" else SHORT_NAMES.get(name, name)
@@ -126,14 +131,21 @@ def build_scheduler(config, name: str = "ddpm", **kwargs):
         raise ValueError(
             f"scheduler={name!r} cannot sample a model of prediction_type={config.prediction_type!r}; take {fitting}"
         )
+    settings = {"num_train_timesteps": config.num_train_timesteps}
     if is_flow:
-        settings = {"num_train_timesteps": config.num_train_timesteps, "shift": config.timestep_shift}
-        return scheduler_class.from_config(settings | kwargs)
-    settings = {
-        "num_train_timesteps": config.num_train_timesteps,
-        "beta_schedule": config.noise_schedule,
-        "prediction_type": config.prediction_type,
-        "clip_sample": False,  # latents have no bounds
-        "timestep_spacing": "trailing",  # sampling begins where training ends, in pure noise
-    }
-    return scheduler_class.from_config(settings | kwargs)
+        settings["shift"] = config.timestep_shift
+    else:
+        settings |= {
+            "beta_schedule": config.noise_schedule,
+            "prediction_type": config.prediction_type,
+            "clip_sample": False,  # latents have no bounds
+            "timestep_spacing": "trailing",  # sampling begins where training ends, in pure noise
+        }
+    known = inspect.signature(scheduler_class).parameters
+    for name in kwargs:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise ValueError(
+                f"scheduler_kwargs has {name!r}, which {full_name} does not know; did you mean {close[0]!r}?"
+            )
+    return scheduler_class(**({name: value for name, value in settings.items() if name in known} | kwargs))

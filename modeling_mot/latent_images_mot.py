@@ -1,0 +1,253 @@
+"""The continuous images of a forward: their sizes and places in the rows, their noise, and the patchifier around them."""
+
+# B batch, L row length, D hidden size, N images in order of appearance over the flattened rows, C latent channels,
+# (h, w) latents, n tokens of an image, P patches of all images
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .attention_masks import document_positions
+from .diffusion_mot import draw_timesteps
+from .latent_patchifier import position_table
+from .latents_mot import encode_pixels
+
+
+class NoisyImages(NamedTuple):
+    """The images of a forward as the patchifier takes them.
+
+    Attributes:
+        latents: (N, C, h, w) with noise, padded at the bottom and the right where sizes differ.
+        target: (N, C, h, w) what is to be predicted of them.
+        timesteps: (N,) their noise levels, 0 where clean.
+        clean: (N,) bool.
+        sizes: (h, w) of each image.
+    """
+
+    latents: torch.Tensor
+    target: torch.Tensor
+    timesteps: torch.Tensor
+    clean: torch.Tensor
+    sizes: list[tuple[int, int]]
+
+    def by_size(self) -> dict[tuple[int, int], list[int]]:
+        """size -> the images that have it; without an image one size that none has"""
+        return group_by_size(self.sizes) or {tuple(self.latents.shape[2:]): []}
+
+    def inside(self) -> torch.Tensor:
+        """(N, 1, h, w) bool, false in the padding of images that are smaller than the tensor."""
+        heights, widths = (torch.tensor(sides, device=self.latents.device) for sides in zip(*self.sizes))
+        rows = torch.arange(self.latents.shape[2], device=self.latents.device)[None] < heights[:, None]
+        columns = torch.arange(self.latents.shape[3], device=self.latents.device)[None] < widths[:, None]
+        return (rows[:, :, None] & columns[:, None, :]).unsqueeze(1)
+
+
+def sizes_of(images: torch.Tensor, image_sizes: torch.Tensor | list | None) -> list[tuple[int, int]]:
+    """Height and width of each image of a padded tensor, in its unit.  (N, C, h, w), (N, 2) -> N pairs
+
+    Raises:
+        ValueError: sizes of another number of images, or larger than the tensor.
+    """
+    height, width = images.shape[2:]
+    if image_sizes is None:
+        return [(height, width)] * len(images)
+    sizes = [(int(h), int(w)) for h, w in (image_sizes.tolist() if torch.is_tensor(image_sizes) else image_sizes)]
+    if len(sizes) != len(images) or any(not (1 <= h <= height and 1 <= w <= width) for h, w in sizes):
+        raise ValueError(
+            f"image_sizes={sizes} must give the height and width of each of {len(images)} images, within the "
+            f"{height} x {width} of the tensor that holds them"
+        )
+    return sizes
+
+
+def group_by_size(sizes: list[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
+    """size -> the images that have it"""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, size in enumerate(sizes):
+        groups.setdefault(size, []).append(index)
+    return groups
+
+
+def image_starts(is_patch: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """The first patch of each image.  (B, L) bool and `find_image_blocks` of it -> (B, L) bool"""
+    starts = is_patch.clone()
+    starts[:, 1:] &= ~is_patch[:, :-1] | (blocks[:, 1:] != blocks[:, :-1])
+    return starts
+
+
+def images_first(config, input_ids, is_patch, blocks, document_ids, attention_mask) -> torch.Tensor:
+    """Which images have text of their document after them and none before.  -> (N,) bool"""
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    is_text = ~is_patch
+    for token in (config.bos_token_id, config.pad_token_id, config.boi_token_id, config.eoi_token_id, *ends):
+        if token is not None:
+            is_text &= input_ids != token
+    if attention_mask is not None:
+        is_text &= attention_mask.bool()
+    length = input_ids.shape[1]
+    places = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+    start = torch.zeros_like(places) if document_ids is None else places - document_positions(document_ids)
+    before = is_text.cumsum(dim=1) - is_text.long()
+    before = before - before.gather(1, start)
+    total = torch.zeros_like(places).scatter_add(1, start, is_text.long()).gather(1, start)
+    return ((before == 0) & (total > 0))[image_starts(is_patch, blocks)]
+
+
+def check_placeholders(config, is_patch: torch.Tensor, blocks: torch.Tensor, sizes: list[tuple[int, int]]) -> None:
+    """Whether each image has its own run of as many placeholders as it has patches.
+
+    Raises:
+        ValueError: images without placeholders or the reverse, or another number of them.
+    """
+    starts = image_starts(is_patch, blocks)
+    runs = torch.bincount(starts.flatten().cumsum(0)[is_patch.flatten()] - 1).tolist()
+    token = f"placeholders (image_token_id={config.image_token_id})"
+    if runs and not sizes:
+        raise ValueError(f"input_ids holds {sum(runs)} {token} but neither latents nor pixel_values came")
+    if len(runs) != len(sizes):
+        raise ValueError(
+            f"{len(sizes)} images came, but the {token} in input_ids stand in {len(runs)} places; put each image "
+            "between boi_token_id and eoi_token_id"
+        )
+    for index, (found, (height, width)) in enumerate(zip(runs, sizes)):
+        if found != config.image_length(height, width):
+            raise ValueError(
+                f"image {index} of {height} x {width} latents makes {config.image_length(height, width)} patches, but "
+                f"input_ids holds {found} {token} for it; was the processor built for patches of "
+                f"{config.patch_size * config.vae_downsampling} pixels?"
+            )
+
+
+def check_timesteps(config, timesteps: torch.Tensor, may_wait: bool) -> None:
+    """Whether these are noise levels; those on a device are only looked at if the forward `may_wait` for it.
+
+    Raises:
+        ValueError: timesteps out of range, or fractions of what is counted.
+    """
+    is_flow, levels = config.prediction_type == "flow", config.num_train_timesteps
+    if timesteps.is_floating_point() and not is_flow:
+        raise ValueError(
+            f"timesteps are {timesteps.dtype}, but the noise levels of prediction_type={config.prediction_type!r} are "
+            "counted: pass integers"
+        )
+    if not may_wait or not len(timesteps):
+        return
+    low, high = timesteps.min().item(), timesteps.max().item()
+    if not (low >= 0 and (high < levels or is_flow and high == levels)):
+        raise ValueError(
+            f"timesteps run from {low} to {high}; they must be at least 0 and {'at most' if is_flow else 'less than'} "
+            f"num_train_timesteps={levels}; a clean image is marked by clean_images"
+        )
+
+
+class LatentImagesMixin:
+    """Images in and out of a Transfusion model: VAE, noise, patchifier."""
+
+    def encode_images(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | list | None = None
+    ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+        """Scaled latents by the frozen VAE, each image as if it were alone.
+
+        Args:
+            pixel_values: (N, 3, H, W) in [-1, 1], padded at the bottom and the right where sizes differ.
+            image_sizes: (N, 2) height and width of each image in pixels.
+
+        Returns:
+            (N, C, h, w) in float32 with zeros in the padding, and height and width of each image in latents.
+
+        Raises:
+            ValueError: there is no VAE, or a side that it cannot divide.
+        """
+        if self.vae is None:
+            raise ValueError("pixel_values came, but this model has no VAE (config.vae_config is None): pass latents")
+        factor = self.config.vae_downsampling
+        sizes = sizes_of(pixel_values, image_sizes)
+        if set(sizes) == {tuple(pixel_values.shape[2:])}:
+            return encode_pixels(self.vae, pixel_values), [(h // factor, w // factor) for h, w in sizes]
+        height, width = (-(-side // factor) for side in pixel_values.shape[2:])
+        latents = pixel_values.new_zeros(len(sizes), self.config.latent_channels, height, width, dtype=torch.float32)
+        for (h, w), members in group_by_size(sizes).items():
+            # The VAE looks at the whole picture, so padding would change the latents.
+            latents[members, :, : h // factor, : w // factor] = encode_pixels(
+                self.vae, pixel_values[members, :, :h, :w]
+            )
+        return latents, [(h // factor, w // factor) for h, w in sizes]
+
+    def _noisy_images(
+        self, latents, sizes, timesteps, noise, clean_images, image_first, generator, planned
+    ) -> NoisyImages:
+        """Check, draw what was not given, add the noise."""
+        count, device = len(latents), latents.device
+        given = {"timesteps": timesteps, "noise": noise, "clean_images": clean_images, "image_first": image_first}
+        for name, value in given.items():
+            expected = tuple(latents.shape) if name == "noise" else (count,)
+            if value is not None and tuple(value.shape) != expected:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, but the images need {expected}")
+        if timesteps is not None:
+            check_timesteps(self.config, timesteps, may_wait=not planned)
+        latents = latents.float()
+        if clean_images is None:
+            clean_images = torch.zeros(count, dtype=torch.bool, device=device)
+        if image_first is None:
+            image_first = torch.zeros(count, dtype=torch.bool)
+        drawing = {"generator": generator, "device": device if generator is None else generator.device}
+        if timesteps is None:
+            timesteps = draw_timesteps(self.config, image_first, **drawing)
+        if noise is None:
+            noise = torch.randn(latents.shape, **drawing)
+        timesteps, noise, clean_images = timesteps.to(device), noise.to(device), clean_images.to(device)
+        noised = self.noise_schedule.noised(latents, noise, timesteps)
+        return NoisyImages(
+            torch.where(clean_images.view(-1, 1, 1, 1), latents, noised),
+            self.noise_schedule.target(latents, noise, timesteps),
+            torch.where(clean_images, torch.zeros_like(timesteps), timesteps),
+            clean_images,
+            sizes,
+        )
+
+    def _no_images(self, like: torch.Tensor) -> NoisyImages:
+        """The patchifier and its tower run on no image at all, so that their gradients are zero and not missing."""
+        side, nothing = self.config.patch_size, like.new_zeros(0, dtype=torch.long)
+        latents = like.new_zeros(0, self.config.latent_channels, side, side, dtype=torch.float32)
+        return NoisyImages(latents, latents, nothing, nothing.bool(), [])
+
+    def patchifier_tokens(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, tuple | None]:
+        """Images of one size to what the transformer sees of them.  (N, C, h, w), (N,) -> (N, n, D) and features"""
+        latents = latents.to(self.patchifier.proj_in.weight.dtype)
+        tokens, features = self.patchifier.embed(latents, timesteps)
+        if self.config.latent_position_table is not None:
+            rows, columns = (side // self.config.patch_size for side in latents.shape[2:])
+            tokens = tokens + position_table(rows, columns, tokens.shape[-1], tokens.device).to(tokens.dtype)
+        return tokens, features
+
+    def embed_latents(self, images: NoisyImages) -> tuple[torch.Tensor, list]:
+        """All patches in order of appearance (P, D), and for each size what `predict_latents` needs of the way in."""
+        tokens, features = {}, []
+        for size, members in images.by_size().items():
+            latents, timesteps = images.latents[:, :, : size[0], : size[1]], images.timesteps
+            if len(members) < len(images.sizes):
+                latents, timesteps = latents[members], timesteps[members]
+            embedded, kept = self.patchifier_tokens(latents, timesteps)
+            features.append((size, members, kept))
+            tokens |= zip(members, embedded)
+        if len(features) == 1:
+            return embedded.flatten(0, 1), features
+        return torch.cat([tokens[index] for index in range(len(tokens))]), features
+
+    def predict_latents(self, hidden_states: torch.Tensor, features: list, images: NoisyImages) -> torch.Tensor:
+        """The patches' hidden states (P, D) -> the prediction (N, C, h, w) in float32, zero in the padding."""
+        prediction = {}
+        for (height, width), members, kept in features:
+            if len(features) == 1:
+                length = self.config.image_length(height, width)
+                patches = hidden_states.view(len(members), length, hidden_states.shape[-1])
+            else:
+                rows = hidden_states.split([self.config.image_length(*size) for size in images.sizes])
+                patches = torch.stack([rows[index] for index in members])
+            part = self.patchifier.predict(patches, kept, height, width).float()
+            part = F.pad(part, (0, images.latents.shape[3] - width, 0, images.latents.shape[2] - height))
+            prediction |= zip(members, part)
+        if len(features) == 1:
+            return part
+        return torch.stack([prediction[index] for index in range(len(prediction))])
