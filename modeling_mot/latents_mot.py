@@ -95,7 +95,7 @@ def decode_latents(vae: AutoencoderKL | AutoencoderTiny, latents: torch.Tensor) 
     multiple = downsampling({**vae.config, "_class_name": type(vae).__name__})
     shift, scale = latent_scaling(vae)
     latents = latents.to(vae.device).float() / scale + shift
-    pixels = in_parts(lambda z: vae.decode(z).sample, vae, latents, latents[0:1, 0].numel() * multiple**2)
+    pixels = in_parts(lambda z: vae.decode(z).sample, vae, latents, latents.shape[2] * latents.shape[3] * multiple**2)
     return pixels.clamp(-1, 1)
 
 
@@ -124,6 +124,8 @@ def in_parts(
     inputs = inputs.to(device=vae.device, dtype=vae.dtype)
     size = max(1, PIXELS_AT_ONCE // max(1, pixels_each))
     with torch.autocast(inputs.device.type, enabled=False):
+        if not len(inputs):  # attention in diffusers takes no empty batch
+            return function(inputs.new_zeros(1, *inputs.shape[1:]))[:0].float()
         return torch.cat([function(part).float() for part in inputs.split(size)])
 
 

@@ -11,7 +11,16 @@ import numpy as np
 import torch
 
 from modeling_mot.image_tokenizer_mot import PRESETS, ImageTokenizerConfig, MoTImageTokenizer
-from modeling_mot.picture_loading_mot import describe_source, fit_picture, load_picture
+from modeling_mot.picture_loading_mot import describe_source
+from training.tokenizers.pictures import (
+    PICTURE_COLUMNS,
+    Pictures,
+    compare_pictures,
+    first_pictures,
+    save_sheet,
+    spread,
+    to_bytes,
+)
 from training.tokenizers.sources import (
     PICTURE_SUFFIXES,
     add_output_arguments,
@@ -24,61 +33,22 @@ from training.tokenizers.sources import (
 from training.tokenizers.vq_training import VQTrainingConfig, train_vq
 
 
-class Pictures(Sequence):
-    """uint8 pictures (3, H, W), prepared as the tokenizer prepares them; kept in memory up to `memory` bytes."""
-
-    def __init__(self, sources: Sequence, config: ImageTokenizerConfig, memory: int = 2 << 30):
-        self.sources, self.config = sources, config
-        height, width = config.image_size
-        self.cache = {} if 3 * height * width * len(sources) <= memory else None
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        if self.cache is not None and index in self.cache:
-            return self.cache[index]
-        pixels = fit_picture(load_picture(self.sources[index], self.config.max_pixels), self.config)
-        picture = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-        if self.cache is not None:
-            self.cache[index] = picture
-        return picture
-
-
 def reconstruction_figures(tokenizer: MoTImageTokenizer, pictures: Sequence[torch.Tensor], limit: int = 2048) -> dict:
     """Error, code usage and how often a reconstruction's nearest picture, in pixel space, is its original."""
-    chosen = [pictures[i] for i in range(min(len(pictures), limit))]
-    originals = torch.stack(chosen)
+    originals = first_pictures(pictures, limit)
     codes, rebuilt = [], []
     for batch in originals.split(32):
         codes.append(tokenizer.encode_pixels(batch.float() / 127.5 - 1))
         with torch.no_grad():
-            rebuilt.append(((tokenizer.decode_codes(codes[-1]).clamp(-1, 1) + 1) * 127.5).round())
-    found, wanted = torch.cat(rebuilt).flatten(1), originals.flatten(1).float()
-    distances = torch.cdist(found, wanted, compute_mode="donot_use_mm_for_euclid_dist")
+            rebuilt.append(to_bytes(tokenizer.decode_codes(codes[-1])))
     counts = torch.bincount(torch.cat(codes).flatten(), minlength=tokenizer.num_codes).double()
     shares = counts / counts.sum()
     return {
-        "pictures": len(chosen),
-        "mean_absolute_error": round(float((found - wanted).abs().mean()), 3),
-        "nearest_is_original": round(float((distances.diagonal() <= distances.min(1).values).double().mean()), 4),
+        **compare_pictures(torch.cat(rebuilt), originals),
         "codes_used": int((counts > 0).sum()),
         "code_perplexity": round(float(torch.exp(-(shares * shares.clamp(min=1e-12).log()).sum())), 1),
         "parameters": sum(p.numel() for p in tokenizer.model.parameters()),
     }
-
-
-def save_sheet(tokenizer: MoTImageTokenizer, pictures: Sequence[torch.Tensor], path: Path, count: int = 64) -> None:
-    """Originals above their reconstructions, 16 to a row."""
-    from PIL import Image
-
-    step = max(1, len(pictures) // count)
-    chosen = [pictures[i].permute(1, 2, 0).numpy() for i in range(0, len(pictures), step)][:count]
-    rebuilt = [np.asarray(p) for p in tokenizer.decode(tokenizer.encode(chosen))]
-    rows = []
-    for start in range(0, len(chosen) // 16 * 16, 16):
-        rows += [np.concatenate(chosen[start : start + 16], 1), np.concatenate(rebuilt[start : start + 16], 1)]
-    Image.fromarray(np.concatenate(rows or [np.concatenate([chosen[0], rebuilt[0]], 1)])).save(path)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -141,7 +111,7 @@ def main(argv: list[str] | None = None) -> dict:
     arguments = build_parser().parse_args(argv)
     check_output(arguments.output, arguments.overwrite)
     torch.manual_seed(arguments.seed)
-    columns = arguments.column or ["image", "picture", "img"]
+    columns = arguments.column or PICTURE_COLUMNS
     where = arguments.source or [carried_source("emoji")]
     sources = list(read_column_values(where, columns, arguments.limit, PICTURE_SUFFIXES))
     if not sources:
@@ -179,7 +149,8 @@ def main(argv: list[str] | None = None) -> dict:
                 path.rename(finished / path.name)
         publish(finished, arguments.output)
     if arguments.sheet:
-        save_sheet(tokenizer, pictures, arguments.sheet)
+        chosen = [picture.permute(1, 2, 0).numpy() for picture in spread(pictures)]
+        save_sheet(chosen, [np.asarray(p) for p in tokenizer.decode(tokenizer.encode(chosen))], arguments.sheet)
     print(json.dumps(figures))
     return figures
 

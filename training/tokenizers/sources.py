@@ -102,8 +102,8 @@ def load_records(source: str):
     return records
 
 
-def carried_source(config: str) -> str:
-    """The train split of a configuration of the carried data."""
+def carried_source(config: str, split: str = "train") -> str:
+    """A split of a configuration of the carried data."""
     from training.data import carried_path
 
-    return f"{carried_path()}:{config}:train"
+    return f"{carried_path()}:{config}:{split}"
