@@ -30,18 +30,23 @@ def carried_path() -> Path:
 
 
 def prepare_sources(
-    config: DataConfig, processor, num_proc: int = 1, validation: bool = False
+    config: DataConfig, processor, num_proc: int = 1, validation: bool = False, vae=None
 ) -> list[TokenizedSource]:
-    """Tokenise all training sources, or all validation sources (never augmented), or find them in the cache."""
+    """Tokenise all training sources, or all validation sources (never augmented), or find them in the cache.
+
+    Args:
+        vae: a diffusers autoencoder that makes the latents of continuous images, where `config.latents` is "cached".
+            Without it their pixels are kept.
+    """
+    vae = vae if config.latents == "cached" else None
     sources = config.validation_sources if validation else config.sources
     augmentation = None if validation else config.augmentation
     return [
-        TokenizedSource.prepare(source, processor, config.cache_path, num_proc=num_proc, augmentation=augmentation)
-        for source in sources
+        TokenizedSource.prepare(source, processor, config.cache_path, num_proc, augmentation, vae) for source in sources
     ]
 
 
-def build_stream(config: DataConfig, processor, num_proc: int = 1) -> RowStream:
+def build_stream(config: DataConfig, processor, num_proc: int = 1, vae=None) -> RowStream:
     """The training stream of a data section."""
     config.validate()
-    return RowStream(config, prepare_sources(config, processor, num_proc))
+    return RowStream(config, prepare_sources(config, processor, num_proc, vae=vae))

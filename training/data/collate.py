@@ -1,23 +1,44 @@
 """Rows to a batch of tensors."""
 
+import hashlib
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 
+# N rows of L tokens; M images of C channels, (h, w) latents or pixels
+
 ROW_FIELDS = ("input_ids", "modality_ids", "position_ids", "document_ids", "labels")
 
 
-def collate(rows: list[dict[str, np.ndarray]], config=None, multiple_of: int = 1) -> dict:
+def collate(
+    rows: list[dict],
+    config=None,
+    multiple_of: int = 1,
+    noise_seed: int | str | None = None,
+    row_numbers: Sequence[int] | None = None,
+) -> dict:
     """Stack rows.  N x (L,) -> (N, L) int64 tensors
+
+    Rows with continuous images add, in order of appearance over the rows, `latents` (M, C, h, w) or `pixel_values`
+    (M, 3, H, W) in [-1, 1], both float32; `image_sizes` (M, 2) where sizes differ, the images then being padded at
+    bottom and right with zeros; `clean_images` and `image_first` (M,) bool. A batch without an image has none of these.
 
     Args:
         rows: rows of a `RowStream` or of `single_direction_rows`.
-        config: a `MoTConfig`; when given, the batch carries the forward's `routing`, so that the forward itself has no
-            step that depends on the data.
+        config: the model's configuration; when given, the batch carries the forward's `routing`, so that the forward
+            itself has no step that depends on the data. With one whose images share a position, `position_ids` are left
+            to the model, but for rows with clean copies, which have the positions of what they repeat.
         multiple_of: pads each tower's slice, see `ModalityRouting.from_modality_ids`.
+        noise_seed: with a Transfusion configuration, adds the `timesteps` (M,) and the `noise` (M, C, h, w) of the
+            latents. Those of a row depend on nothing but this seed and the row's number: not on the other rows of the
+            batch, nor on the number of processes. Clean images have zeros.
+        row_numbers: the number of each row in the stream or the held-out set; needed with `noise_seed`.
 
     Raises:
-        ValueError: no rows, or rows of different lengths.
+        ValueError: no rows, rows of different lengths, a noise seed without numbers, or pixels that do not divide into
+            latents.
     """
     if not rows:
         raise ValueError("collate got no rows; is the stream's range empty?")
@@ -28,8 +49,136 @@ def collate(rows: list[dict[str, np.ndarray]], config=None, multiple_of: int = 1
         name: torch.from_numpy(np.stack([row[name] for row in rows]).astype(np.int64, copy=False))
         for name in ROW_FIELDS
     }
+    images = [image for row in rows for image in row.get("images", ())]
+    if images:
+        batch |= stack_images(images, config)
     if config is not None:
         from modeling_mot.modality_routing import ModalityRouting
 
         batch["routing"] = ModalityRouting.from_modality_ids(batch["modality_ids"], config, multiple_of)
+        if getattr(config, "image_positions", None) == "shared":
+            share_positions(batch, config)
+    if images and noise_seed is not None and is_transfusion(config):
+        if row_numbers is None or len(row_numbers) != len(rows):
+            raise ValueError(
+                f"row_numbers={row_numbers} must give the number of each of {len(rows)} rows, which noise_seed="
+                f"{noise_seed!r} is joined with; pass the places of the rows in their stream"
+            )
+        batch |= draw_noise(rows, batch, config, noise_seed, row_numbers)
     return batch
+
+
+def is_transfusion(config) -> bool:
+    """Whether a configuration is of a model that diffuses images."""
+    return getattr(config, "latent_channels", None) is not None
+
+
+def stack_images(images: list[dict], config=None) -> dict[str, torch.Tensor]:
+    """The images of a batch as the model takes them; pixels are latents to a model without a VAE."""
+    values = [image["values"] for image in images]
+    sizes = np.array([value.shape[1:] for value in values], dtype=np.int64)
+    same = bool((sizes == sizes[0]).all())
+    if same:
+        stacked = np.stack(values)
+    else:
+        stacked = np.zeros((len(values), values[0].shape[0], *sizes.max(axis=0)), dtype=values[0].dtype)
+        for target, value in zip(stacked, values, strict=True):
+            target[:, : value.shape[1], : value.shape[2]] = value
+    tensor = torch.from_numpy(stacked).float()
+    name = "latents"
+    if stacked.dtype == np.uint8:
+        tensor = tensor / 127.5 - 1
+        if not same:  # padding is zero after scaling
+            rows, columns = (
+                torch.arange(side)[None] < torch.from_numpy(sizes[:, axis, None])
+                for axis, side in enumerate(stacked.shape[2:])
+            )
+            tensor *= (rows[:, :, None] & columns[:, None, :])[:, None]
+        name = "latents" if is_transfusion(config) and config.vae_config is None else "pixel_values"
+    batch = {name: tensor}
+    if not same:
+        batch["image_sizes"] = torch.from_numpy(sizes)
+    for key, field in (("clean_images", "clean"), ("image_first", "first")):
+        batch[key] = torch.tensor([image[field] for image in images])
+    return batch
+
+
+def latent_sizes(batch: dict, config) -> list[tuple[int, int]]:
+    """(h, w) of the latents of each image of a batch.
+
+    Raises:
+        ValueError: pixels that the VAE's factor does not divide.
+    """
+    values = batch.get("latents", batch.get("pixel_values"))
+    if values is None:
+        return []
+    sizes = batch["image_sizes"].tolist() if "image_sizes" in batch else [values.shape[2:]] * len(values)
+    factor = 1 if "latents" in batch else config.vae_downsampling
+    if wrong := [size for size in sizes if size[0] % factor or size[1] % factor]:
+        raise ValueError(
+            f"a picture of {wrong[0][0]} x {wrong[0][1]} pixels is not divisible by the VAE's down-sampling, {factor}; "
+            "prepare the data with a processor whose downsampling is that of the model"
+        )
+    return [(height // factor, width // factor) for height, width in sizes]
+
+
+def count_noised(batch: dict, config) -> int:
+    """Elements of the latents of all images with noise: the targets of the diffusion loss, from the batch alone."""
+    sizes = latent_sizes(batch, config)
+    clean = batch["clean_images"].tolist() if sizes else []
+    return sum(
+        config.latent_channels * height * width for (height, width), is_clean in zip(sizes, clean) if not is_clean
+    )
+
+
+def draw_noise(
+    rows: list[dict], batch: dict, config, seed: int | str, numbers: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """`timesteps` and `noise` of a batch, each row's from a generator of its own; see `collate`."""
+    from modeling_mot.diffusion_mot import draw_timesteps
+
+    sizes = latent_sizes(batch, config)
+    shape = (len(sizes), config.latent_channels, *np.max(sizes, axis=0).tolist())
+    noise, timesteps, start = torch.zeros(shape), [], 0
+    for row, number in zip(rows, numbers, strict=True):
+        images = row.get("images", ())
+        stop = start + len(images)
+        generator = row_generator(seed, number)
+        if images:
+            timesteps.append(draw_timesteps(config, batch["image_first"][start:stop], generator))
+        for place in range(start, stop):
+            if not batch["clean_images"][place]:
+                height, width = sizes[place]
+                drawn = torch.randn(config.latent_channels, height, width, generator=generator)
+                noise[place, :, :height, :width] = drawn
+        start = stop
+    timesteps = torch.cat(timesteps)
+    return {"timesteps": timesteps.masked_fill(batch["clean_images"], 0), "noise": noise}
+
+
+def row_generator(seed: int | str, number: int) -> torch.Generator:
+    """Random numbers that follow from a seed and a row's number alone."""
+    digest = hashlib.sha256(f"{seed}/{int(number)}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def share_positions(batch: dict, config) -> None:
+    """Leave positions to the model, which lets all tokens of an image share one; with clean copies give them here."""
+    positions, documents = batch.pop("position_ids"), batch["document_ids"]
+    # Documents follow one another and their positions grow, but for the copies: those fall back to where the image
+    # they repeat stands, so the first place whose key is reached is that of a token itself or of what it repeats.
+    keys = positions + documents * positions.shape[1]
+    reached = keys.cummax(dim=1).values
+    is_copy = torch.zeros_like(documents, dtype=torch.bool)
+    is_copy[:, 1:] = (keys[:, 1:] <= reached[:, :-1]) & (documents[:, 1:] >= 0)
+    if not is_copy.any():
+        return
+    from modeling_mot.attention_masks import find_image_blocks
+
+    blocks = find_image_blocks(batch["input_ids"] == config.image_token_id, documents, config.markers_in_image_block)
+    moves = (~is_copy).long()
+    moves[:, 1:] *= (blocks[:, 1:] < 0) | (blocks[:, 1:] != blocks[:, :-1])
+    counted = moves.cumsum(dim=1)
+    own = torch.searchsorted(reached, keys.contiguous())
+    start = torch.searchsorted(reached, keys - positions)
+    batch["position_ids"] = counted.gather(1, own) - counted.gather(1, start)

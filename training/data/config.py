@@ -10,6 +10,8 @@ from ..config import option
 
 
 SEGMENT_TYPES = ("text", "image", "audio", "document")
+TARGETS = ("all", "last")
+LATENTS = ("cached", "on_the_fly")
 MODALITY_OF_TYPE = {"text": "text", "image": "image", "audio": "speech"}
 
 
@@ -53,7 +55,14 @@ class TemplateConfig:
         0.8, "probability that the text stands before the pictures and sounds, else after; null: always as written"
     )
     caption_dropout: float = option(
-        0.0, "probability of dropping the text that stands before the first picture or sound (for guidance)"
+        0.0,
+        "probability of dropping the text that stands before the first picture or sound (for guidance); with targets: "
+        "last and caption_first: null, of dropping all texts before the last segment, such as an instruction",
+    )
+    targets: str = option(
+        "all",
+        "all, or last: only the last segment is learnt. Labels before it are left out and earlier continuous images are "
+        "clean; the BOI before a picture is a target, and so is the end of the document",
     )
 
     def __post_init__(self):
@@ -80,6 +89,10 @@ class TemplateConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name}={value} is not a probability; give a value from 0 to 1")
+        if self.targets not in TARGETS:
+            raise ValueError(
+                f"targets={self.targets!r} of template {self.segments} must be one of {', '.join(TARGETS)}"
+            )
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise ValueError(f"weight={self.weight} of template {self.segments} must be positive")
         turns = sum((a == "text") != (b == "text") for a, b in zip(kinds, kinds[1:], strict=False))
@@ -179,6 +192,15 @@ class DataConfig:
     replaced_codes: float = option(
         0.0, "most of a document's picture codes and speech units that the input has random ones for; targets stay"
     )
+    latents: str = option(
+        "cached",
+        "latents of images that stay continuous: cached (encoded once, kept on disk) or on_the_fly (pixels are kept)",
+    )
+    clean_copies: bool = option(
+        False,
+        "after each learnt continuous image that something follows stands a clean copy, at the same positions, for a "
+        "model whose noised images are seen by no other token",
+    )
     cache_dir: str | None = option(
         None, "folder of tokenised data; null: MOT_CACHE or ~/.cache/mixture_of_transformers"
     )
@@ -202,6 +224,8 @@ class DataConfig:
                 raise ValueError(f"{field_name}={getattr(self, field_name)} must be at least {least}")
         if not 0 <= self.replaced_codes <= 1:
             raise ValueError(f"replaced_codes={self.replaced_codes} is a share, from 0 to 1")
+        if self.latents not in LATENTS:
+            raise ValueError(f"latents={self.latents!r} must be one of {', '.join(LATENTS)}")
         if self.weights_by not in ("documents", "tokens"):
             raise ValueError(f"weights_by={self.weights_by!r} must be documents or tokens")
         for source in (*self.sources, *self.validation_sources):

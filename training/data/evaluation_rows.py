@@ -3,8 +3,8 @@
 import numpy as np
 
 from .config import MODALITY_OF_TYPE, Segment
+from .documents import IGNORED, build_row, compose, images_of
 from .packing import pack
-from .stream import build_row
 from .tokenized import TokenizedSource
 
 
@@ -18,12 +18,13 @@ def single_direction_rows(
     segments: tuple[str, ...] | None = None,
     limit: int | None = None,
     start: int = 0,
-) -> list[dict[str, np.ndarray]]:
+) -> list[dict]:
     """Pack the records of a source as documents of one direction.
 
     Args:
         source: a tokenised source; variant 0, the unchanged one, is used.
-        direction: `text-to-image`, `image-to-text`, `text-to-speech` and so on, or one modality alone: `text`.
+        direction: `text-to-image`, `image-to-text`, `text-to-speech` and so on, one modality alone: `text`, or several
+            that are given: `image+text-to-image`.
         row_length: tokens of a row.
         segments: which segments to take, such as `("text:name", "image:image")`, in the order of the direction; by
             default the first segment of each modality.
@@ -33,6 +34,7 @@ def single_direction_rows(
     Returns:
         Rows as of a `RowStream`. Labels are -100 except on the target: the codes of a picture or the units of a sound
         without the markers around them, the tokens of a text and, where it ends the document, the end of document.
+        A continuous image that is the target has no labels at all, it is diffused; one that is given is clean.
 
     Raises:
         ValueError: a direction the source has no segments for, or a document that is longer than a row.
@@ -54,30 +56,26 @@ def single_direction_rows(
     vocabulary = source.vocabulary
     rows = []
     for pieces in pack(lengths, row_length):
-        documents, targets = [], []
+        documents = []
         for piece in pieces:
-            spans = [column.ids(start + piece.document, 0) for column in columns]
-            ids = np.concatenate([[vocabulary.bos], *spans, [vocabulary.eos]])
-            is_target = np.zeros(len(ids), dtype=bool)
-            first = len(ids) - 1 - len(spans[-1])
-            if chosen[-1].type == "text":
-                is_target[first:] = True
-            else:
-                is_target[first:-1] = vocabulary.modality_ids(ids[first:-1]) != 0
-            documents.append(ids[piece.start : piece.stop])
-            targets.append(is_target[piece.start : piece.stop])
-        row = build_row(documents, row_length, vocabulary)
-        marked = np.concatenate(targets)
-        row["labels"][: len(marked)][~marked] = -100
-        rows.append(row)
+            record = start + piece.document
+            spans = [column.ids(record, 0) for column in columns]
+            images = images_of(source.image_columns, chosen, record, 0)
+            document = compose(spans, images, vocabulary, targets="last")
+            if chosen[-1].type != "text":
+                document.labels[vocabulary.modality_ids(document.ids) == 0] = IGNORED
+            documents.append(document.cut(piece.start, piece.stop))
+        rows.append(build_row(documents, row_length, vocabulary))
     return rows
 
 
 def _choose(source: TokenizedSource, direction: str, segments: tuple[str, ...] | None) -> list[Segment]:
-    wanted = direction.split("-to-")
-    if not 1 <= len(wanted) <= 2 or any(name not in MODALITIES for name in wanted):
+    given, _, target = direction.rpartition("-to-")
+    wanted = [*(given.split("+") if given else []), target]
+    if any(name not in MODALITIES for name in wanted):
         raise ValueError(
-            f"direction={direction!r} is not a modality or two joined by -to-; the modalities are {MODALITIES}"
+            f"direction={direction!r} is not a modality or two joined by -to-, of which the first may be several joined "
+            f"by +; the modalities are {MODALITIES}"
         )
     if segments is not None:
         chosen = [Segment.parse(written) for written in segments]
@@ -96,5 +94,6 @@ def _choose(source: TokenizedSource, direction: str, segments: tuple[str, ...] |
                 f"direction={direction!r} needs {name}, but source {source.config.name!r} has "
                 f"{[str(segment) for segment in source.columns]}; add a template with such a segment"
             )
-        chosen.append(fitting[0])
+        # The first that is not taken yet, so that an image may be made of another.
+        chosen.append(next((segment for segment in fitting if segment not in chosen), fitting[0]))
     return chosen

@@ -12,9 +12,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from .config import DataConfig, Segment, TemplateConfig
+from .columns import Vocabulary
+from .config import DataConfig, Segment
+from .documents import Document, arrange, build_row, compose, document_lengths, images_of, orders
 from .packing import pack
-from .tokenized import TokenizedSource, Vocabulary
+from .tokenized import TokenizedSource
 
 
 # What random numbers are for: each purpose has a sequence of its own.
@@ -28,7 +30,7 @@ class Draws:
     Attributes:
         source, record, template: indices.
         text_first: whether the texts stand before the pictures and sounds; what is written, where the template says so.
-        dropped: whether the texts that stand first are dropped.
+        dropped: whether texts are dropped, see `arrange`.
         variant: which changed copy of pictures and sounds.
         length: tokens of the document.
     """
@@ -45,49 +47,7 @@ class Draws:
         return len(self.record)
 
 
-def arrange(template: TemplateConfig, text_first: bool, dropped: bool) -> list[Segment]:
-    """The segments of a document of this template, in order."""
-    segments = template.parsed
-    if not template.has_both:
-        return segments
-    if template.caption_first is not None:
-        texts = [segment for segment in segments if segment.type == "text"]
-        others = [segment for segment in segments if segment.type != "text"]
-        if not text_first:
-            return others + texts
-        segments = texts + others
-    first_other = next(place for place, segment in enumerate(segments) if segment.type != "text")
-    return segments[first_other:] if dropped else segments
-
-
-def build_row(documents: list[np.ndarray], row_length: int, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
-    """One packed row: documents one after another, then padding.  Each value (row_length,) int64
-
-    `labels` are `input_ids` but -100 at the first token of each document, which nothing before it predicts, and in the
-    padding; `document_ids` are -1 in the padding.
-    """
-    input_ids = np.full(row_length, vocabulary.pad, dtype=np.int64)
-    position_ids = np.zeros(row_length, dtype=np.int64)
-    document_ids = np.full(row_length, -1, dtype=np.int64)
-    labels = np.full(row_length, -100, dtype=np.int64)
-    start = 0
-    for number, ids in enumerate(documents):
-        stop = start + len(ids)
-        input_ids[start:stop] = ids
-        position_ids[start:stop] = np.arange(len(ids))
-        document_ids[start:stop] = number
-        labels[start + 1 : stop] = ids[1:]
-        start = stop
-    return {
-        "input_ids": input_ids,
-        "modality_ids": vocabulary.modality_ids(input_ids),
-        "position_ids": position_ids,
-        "document_ids": document_ids,
-        "labels": labels,
-    }
-
-
-def replace_codes(row: dict[str, np.ndarray], most: float, vocabulary: Vocabulary, random: np.random.Generator) -> None:
+def replace_codes(row: dict, most: float, vocabulary: Vocabulary, random: np.random.Generator) -> None:
     """Put random codes of the same modality in the place of some picture codes and speech units of the input.
 
     Each document draws the share of its codes that is replaced between 0 and `most`. Labels stay, so the model learns
@@ -96,9 +56,9 @@ def replace_codes(row: dict[str, np.ndarray], most: float, vocabulary: Vocabular
     """
     share = random.uniform(0, most, size=row["document_ids"].max() + 2)
     hit = random.random(len(row["input_ids"])) < share[row["document_ids"]]
-    for modality in range(1, len(vocabulary.modalities)):
+    for number, modality in enumerate(vocabulary.token_modalities[1:], start=1):
         places = np.flatnonzero(hit & (row["modality_ids"] == modality))
-        first, end = vocabulary.bounds[modality : modality + 2]
+        first, end = vocabulary.bounds[number : number + 2]
         row["input_ids"][places] = random.integers(first, end, size=len(places))
 
 
@@ -106,13 +66,13 @@ class RowStream:
     """An endless sequence of packed rows over tokenised sources.
 
     Args:
-        config: its `row_length`, `seed`, `weights_by`, `block_documents` and `replaced_codes` are used; templates and weights are
-            those of `sources[i].config`.
-        sources: tokenised by one processor.
+        config: its `row_length`, `seed`, `weights_by`, `block_documents`, `replaced_codes` and `clean_copies` are used;
+            templates and weights are those of `sources[i].config`.
+        sources: tokenised by one processor, their images all kept in one way.
 
     Raises:
-        ValueError: no sources, sources of different processors, or a document with a picture or a sound that is longer
-            than a row. Documents of text alone are split where a row ends, and nothing of them is lost.
+        ValueError: no sources, sources of different processors or with images kept in different ways, or a document with
+            a picture or a sound that is longer than a row. Documents of text alone are split where a row ends, and nothing of them is lost.
     """
 
     def __init__(self, config: DataConfig, sources: list[TokenizedSource]):
@@ -124,17 +84,25 @@ class RowStream:
                     f"sources {sources[0].config.name!r} and {source.config.name!r} were tokenised by processors of "
                     "different vocabularies; prepare both with the same one"
                 )
+        kinds = {(s.images, c.channels): s.config.name for s in sources for c in s.image_columns.values()}
+        if len(kinds) > 1:
+            ((one, channels), name), ((other, others), other_name) = list(kinds.items())[:2]
+            raise ValueError(
+                f"source {name!r} has images as {one} of {channels} channels, source {other_name!r} as {other} of {others}; "
+                "prepare all with one vae, or all without"
+            )
         self.config, self.sources, self.vocabulary = config, sources, sources[0].vocabulary
         for source in sources:
-            check_row_length(source, config.row_length)
+            check_row_length(source, config.row_length, config.clean_copies)
         weights = np.array([source.config.weight for source in sources], dtype=np.float64)
         if config.weights_by == "tokens":
-            weights /= [mean_document_length(source) for source in sources]
+            weights /= [mean_document_length(source, config.clean_copies) for source in sources]
         self.document_shares = weights / weights.sum()
         self._quotas = [np.zeros(len(sources), dtype=np.int64)]
         self._row_ends = [0]
         self._keys = [int.from_bytes(hashlib.sha256(s.config.name.encode()).digest()[:4], "big") for s in sources]
         self._epoch_order = lru_cache(maxsize=2 * len(sources) + 2)(self._shuffle)
+        self._lengths = lru_cache(maxsize=None)(self._document_lengths)
 
     # ------------------------------------------------------------------------------------------------------ documents
 
@@ -184,12 +152,19 @@ class RowStream:
                 if settings.caption_first is not None:
                     text_first[mine] = uniform[mine, 1] < settings.caption_first
                 dropped[mine] = text_first[mine] & (uniform[mine, 2] < settings.caption_dropout)
-            for drop in (False, True):
-                chosen = mine & (dropped == drop)
-                for segment in arrange(settings, True, drop):
-                    lengths = source.columns[segment].lengths
-                    length[chosen] += lengths[record[chosen], variant[chosen] % lengths.shape[1]]
-        return Draws(np.full(len(record), index), record, template, text_first, dropped, variant, length + 2)
+            for first, drop, _ in orders(settings):
+                chosen = mine & (text_first == first) & (dropped == drop)
+                lengths = self._lengths(index, number, first, drop)
+                length[chosen] = lengths[record[chosen], variant[chosen] % lengths.shape[1]]
+        return Draws(np.full(len(record), index), record, template, text_first, dropped, variant, length)
+
+    def _document_lengths(self, index: int, template: int, text_first: bool, dropped: bool) -> np.ndarray:
+        source = self.sources[index]
+        settings = source.config.templates[template]
+        lengths = document_lengths(
+            source.columns, self.vocabulary, settings, text_first, dropped, self.config.clean_copies
+        )
+        return lengths.astype(np.int32)
 
     def _shuffle(self, index: int, epoch: int) -> np.ndarray:
         return self._random(_ORDER, self._keys[index], epoch).permutation(len(self.sources[index]))
@@ -197,30 +172,29 @@ class RowStream:
     def _random(self, *purpose: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, *purpose])
 
-    def document(self, draws: Draws, number: int) -> np.ndarray:
-        """The ids of one drawn document: bos, its segments, eos.  (length,) int32"""
+    def document(self, draws: Draws, number: int) -> Document:
+        """One drawn document: bos, its segments, eos."""
         source = self.sources[draws.source[number]]
         template = source.config.templates[draws.template[number]]
         segments = arrange(template, bool(draws.text_first[number]), bool(draws.dropped[number]))
         record, variant = int(draws.record[number]), int(draws.variant[number])
-        ends = (np.array([self.vocabulary.bos], np.int32), np.array([self.vocabulary.eos], np.int32))
-        return np.concatenate(
-            [ends[0], *(source.columns[segment].ids(record, variant) for segment in segments), ends[1]]
-        )
+        spans = [source.columns[segment].ids(record, variant) for segment in segments]
+        images = images_of(source.image_columns, segments, record, variant)
+        return compose(spans, images, self.vocabulary, template.targets, self.config.clean_copies)
 
     # ----------------------------------------------------------------------------------------------------------- rows
 
-    def block(self, block: int) -> Iterator[dict[str, np.ndarray]]:
+    def block(self, block: int) -> Iterator[dict]:
         """The rows of one block, in order."""
         draws = self.draws(block)
         for number, pieces in enumerate(pack(draws.length, self.config.row_length)):
-            documents = [self.document(draws, piece.document)[piece.start : piece.stop] for piece in pieces]
+            documents = [self.document(draws, piece.document).cut(piece.start, piece.stop) for piece in pieces]
             row = build_row(documents, self.config.row_length, self.vocabulary)
             if self.config.replaced_codes:
                 replace_codes(row, self.config.replaced_codes, self.vocabulary, self._random(_REPLACE, block, number))
             yield row
 
-    def rows(self, start: int = 0) -> Iterator[dict[str, np.ndarray]]:
+    def rows(self, start: int = 0) -> Iterator[dict]:
         """All rows from row `start` on, without end. To find `start`, earlier blocks are packed by length alone."""
         block, skip = self.locate(start)
         while True:
@@ -229,7 +203,7 @@ class RowStream:
                     yield row
             block, skip = block + 1, 0
 
-    def row(self, index: int) -> dict[str, np.ndarray]:
+    def row(self, index: int) -> dict:
         """Row `index` of the stream."""
         return next(self.rows(index))
 
@@ -267,22 +241,24 @@ class RowStream:
         }
 
 
-def check_row_length(source: TokenizedSource, row_length: int) -> None:
+def check_row_length(source: TokenizedSource, row_length: int, clean_copies: bool = False) -> None:
     """Refuse a source in which a document with a picture or a sound is longer than a row."""
     for template in source.config.templates:
         segments = template.parsed
         if all(segment.type == "text" for segment in segments):
             continue
-        lengths = sum(source.columns[segment].lengths.max(axis=1) for segment in segments) + 2
-        for record in np.flatnonzero(lengths > row_length):
-            if segments[0].type == "document" and _is_text_alone(source, segments[0], int(record)):
-                continue
-            longest = int(lengths.max())
-            raise ValueError(
-                f"row_length={row_length} is shorter than the document of record {int(source.records[record])} of "
-                f"source {source.config.name!r}: {template.segments} make {int(lengths[record])} tokens, and a picture "
-                f"or a sound is never cut; set row_length to {longest} or more, or tokenise into fewer tokens"
-            )
+        for text_first, dropped, _ in orders(template):
+            table = document_lengths(source.columns, source.vocabulary, template, text_first, dropped, clean_copies)
+            lengths = table.max(axis=1)
+            for record in np.flatnonzero(lengths > row_length):
+                if segments[0].type == "document" and _is_text_alone(source, segments[0], int(record)):
+                    continue
+                longest = int(lengths.max())
+                raise ValueError(
+                    f"row_length={row_length} is shorter than the document of record {int(source.records[record])} of "
+                    f"source {source.config.name!r}: {template.segments} make {int(lengths[record])} tokens, and a "
+                    f"picture or a sound is never cut; set row_length to {longest} or more, or tokenise into fewer tokens"
+                )
 
 
 def _is_text_alone(source: TokenizedSource, segment: Segment, record: int) -> bool:
@@ -292,16 +268,14 @@ def _is_text_alone(source: TokenizedSource, segment: Segment, record: int) -> bo
     )
 
 
-def mean_document_length(source: TokenizedSource) -> float:
-    """Expected tokens of a document of a source, over its templates, records, variants and dropped captions."""
+def mean_document_length(source: TokenizedSource, clean_copies: bool = False) -> float:
+    """Expected tokens of a document of a source, over its templates, records, variants, orders and dropped captions."""
     weights = np.array([template.weight for template in source.config.templates])
-    means = []
-    for template in source.config.templates:
-        whole, short = (
-            sum(source.columns[segment].lengths.mean() for segment in arrange(template, True, dropped)) + 2
-            for dropped in (False, True)
+    means = [
+        sum(
+            share * document_lengths(source.columns, source.vocabulary, template, first, dropped, clean_copies).mean()
+            for first, dropped, share in orders(template)
         )
-        first = 1.0 if template.caption_first is None else template.caption_first
-        drop = template.caption_dropout * first if template.has_both else 0.0
-        means.append(whole * (1 - drop) + short * drop)
+        for template in source.config.templates
+    ]
     return float(np.average(means, weights=weights))

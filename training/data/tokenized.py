@@ -1,4 +1,5 @@
-"""A source as tokens: prepared once, kept on disk as Arrow, memory-mapped.
+"""A source as tokens and, where images stay continuous, pixels or latents: prepared once, kept on disk as Arrow,
+memory-mapped.
 
 A prepared source is a folder `<name>-<fingerprint>/` with `data.arrow` and `meta.json`. It is written beside its place
 and moved there whole, so what is in place is complete. The fingerprint covers everything the tokens were made from; a
@@ -10,87 +11,31 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from datasets.arrow_writer import ArrowWriter
 
-from .augmentation import change_picture, change_sound, generator, may_flip
+from .batch_tokenizer import BatchTokenizer, text_of
+from .columns import ImageColumn, TokenColumn, Vocabulary
 from .config import AugmentationConfig, Segment, SourceConfig
-from .media import decode_picture, decode_sound
 from .sources import Source, open_source
+
+
+__all__ = ["TokenizedSource", "Vocabulary", "text_of"]
 
 
 logger = logging.getLogger(__name__)
 
 # Part of every fingerprint: raise it when the same records must give other tokens than before.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BATCH_SIZE = 64
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What packing needs to know of the processor.
-
-    Attributes:
-        modalities: names in the order of `modality_ids`, text first.
-        bounds: (M + 1,) first ids of the modalities' contiguous ranges, and the size of the vocabulary.
-    """
-
-    modalities: tuple[str, ...]
-    bounds: tuple[int, ...]
-    pad: int
-    bos: int
-    eos: int
-
-    @classmethod
-    def of(cls, processor) -> "Vocabulary":
-        ranges = processor.modality_token_ranges
-        bounds = [ranges[name][0] for name in ranges] + [list(ranges.values())[-1][1]]
-        if any(ranges[name][1] != bounds[i + 1] for i, name in enumerate(ranges)) or bounds[0] != 0:
-            raise ValueError(
-                f"modality_token_ranges={ranges} must be contiguous and start at 0, in the order of the names"
-            )
-        tokenizer = processor.tokenizer
-        pad, bos, eos = (getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos"))
-        return cls(tuple(ranges), tuple(bounds), pad, bos, eos)
-
-    def modality_ids(self, input_ids: np.ndarray) -> np.ndarray:
-        """The index of each token's modality."""
-        return np.searchsorted(self.bounds, input_ids, side="right") - 1
-
-
-class TokenColumn:
-    """The ids of one segment of every record, in `variants` versions, read from the memory-mapped file.
-
-    Attributes:
-        lengths: (records, variants) number of tokens.
-    """
-
-    def __init__(self, chunks: Iterable):
-        self._starts, self._bounds, self._values, lengths = [0], [], [], []
-        for chunk in chunks:
-            outer = np.asarray(chunk.offsets)
-            inner = np.asarray(chunk.values.offsets)
-            counts = np.diff(outer)
-            self.variants = int(counts[0])
-            assert (counts == self.variants).all()
-            bounds = inner[outer[0] : outer[-1] + 1]
-            self._bounds.append(bounds)
-            self._values.append(np.asarray(chunk.values.values))
-            self._starts.append(self._starts[-1] + len(counts))
-            lengths.append(np.diff(bounds).reshape(-1, self.variants))
-        self.lengths = np.concatenate(lengths)
-
-    def ids(self, record: int, variant: int) -> np.ndarray:
-        """Token ids of one version of one record.  (n,) int32"""
-        chunk = int(np.searchsorted(self._starts, record, side="right")) - 1
-        place = (record - self._starts[chunk]) * self.variants + variant % self.variants
-        bounds = self._bounds[chunk]
-        return self._values[chunk][bounds[place] : bounds[place + 1]]
+# What follows a segment in the names of the columns of its images.
+_VALUES, _SIZES = "|values", "|sizes"
 
 
 class TokenizedSource:
@@ -102,20 +47,27 @@ class TokenizedSource:
         fingerprint: over everything the tokens were made from.
         skipped: reasons and numbers of records left out (`on_error: skip`).
         columns: `Segment` -> `TokenColumn`; texts have one variant, pictures and sounds one or more.
+        images: what images are kept as, "pixels" or "latents"; None where they are codes.
+        image_columns: `Segment` -> `ImageColumn` of the segments that may hold images; none where images are codes.
     """
 
     def __init__(self, config: SourceConfig, folder: Path):
         self.config, self.folder = config, Path(folder)
         meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
         self.fingerprint, self.skipped = meta["fingerprint"], meta["skipped"]
-        fields = meta["vocabulary"]
-        self.vocabulary = Vocabulary(
-            tuple(fields["modalities"]), tuple(fields["bounds"]), fields["pad"], fields["bos"], fields["eos"]
-        )
+        self.vocabulary = Vocabulary.from_dict(meta["vocabulary"])
         self.dataset = datasets.Dataset.from_file(str(self.folder / "data.arrow"))
         table = self.dataset.data.table
         self.columns = {segment: TokenColumn(table.column(str(segment)).chunks) for segment in config.segments}
         self.records = np.asarray(table.column("record"))
+        self.images = meta["images"]
+        self.image_columns = {
+            segment: ImageColumn(
+                *(TokenColumn(table.column(f"{segment}{part}").chunks) for part in (_VALUES, _SIZES)), meta["channels"]
+            )
+            for segment in config.segments
+            if f"{segment}{_VALUES}" in table.column_names
+        }
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -138,6 +90,7 @@ class TokenizedSource:
         cache_dir: str | Path,
         num_proc: int = 1,
         augmentation: AugmentationConfig | None = None,
+        vae=None,
     ) -> "TokenizedSource":
         """Tokenise a source, or find it tokenised in `cache_dir`.
 
@@ -145,6 +98,8 @@ class TokenizedSource:
             processor: a `MoTProcessor`.
             num_proc: processes that tokenise; 1: this one.
             augmentation: changed copies of pictures and sounds; None: each record as it is.
+            vae: for a processor that keeps pictures as pixels: an autoencoder of diffusers, whose latents are kept as
+                float16 in their place; None: the pixels are kept, as uint8.
 
         Raises:
             ValueError: a record that cannot be used, by source, record number and column (`on_error: raise`), or
@@ -152,14 +107,16 @@ class TokenizedSource:
         """
         config.validate()
         source = open_source(config)
-        fingerprint = _fingerprint(source, processor, augmentation)
+        if getattr(processor, "image_processor", None) is None:
+            vae = None
+        fingerprint = _fingerprint(source, processor, augmentation, vae)
         folder = Path(cache_dir) / f"{_file_name(config.name)}-{fingerprint[:16]}"
         if not (folder / "meta.json").is_file():
-            _prepare(folder, fingerprint, source, processor, augmentation, num_proc)
+            _prepare(folder, fingerprint, source, processor, augmentation, num_proc, vae)
         return cls(config, folder)
 
 
-def _fingerprint(source: Source, processor, augmentation: AugmentationConfig | None) -> str:
+def _fingerprint(source: Source, processor, augmentation: AugmentationConfig | None, vae) -> str:
     made_from = {
         "format": FORMAT_VERSION,
         "source": source.fingerprint,
@@ -168,6 +125,10 @@ def _fingerprint(source: Source, processor, augmentation: AugmentationConfig | N
         "on_error": source.config.on_error,
         "augmentation": asdict(augmentation) if augmentation else None,
     }
+    if vae is not None:
+        from modeling_mot.latents_mot import vae_fingerprint
+
+        made_from["vae"] = vae_fingerprint(vae)
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
@@ -175,22 +136,22 @@ def _file_name(name: str) -> str:
     return "".join(character if character.isalnum() or character in "-_" else "_" for character in name)
 
 
-def _prepare(folder: Path, fingerprint: str, source: Source, processor, augmentation, num_proc: int) -> None:
+def _prepare(folder: Path, fingerprint: str, source: Source, processor, augmentation, num_proc: int, vae) -> None:
     segments = source.config.segments
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    ids = datasets.List(datasets.List(datasets.Value("int32")))
-    features = datasets.Features({"record": datasets.Value("int64")} | {str(segment): ids for segment in segments})
+    tokenizer = BatchTokenizer(source.config, processor, augmentation)
+    images = None if not tokenizer.continuous else "pixels" if vae is None else "latents"
+    features = _features(segments, images)
     skipped, written = dict(source.skipped), 0
     try:
-        tokenizer = BatchTokenizer(source.config, processor, augmentation)
         with ArrowWriter(features=features, path=str(partial / "data.arrow")) as writer:
-            for rows, reasons in _tokenised_batches(tokenizer, source, num_proc):
+            for rows, pixels, reasons in _tokenised_batches(tokenizer, source, num_proc):
                 for reason, count in reasons.items():
                     skipped[reason] = skipped.get(reason, 0) + count
                 if rows["record"]:
-                    writer.write_batch(rows)
+                    writer.write_table(_table(rows, pixels, features, vae))
                     written += len(rows["record"])
             if not written:
                 raise ValueError(
@@ -202,6 +163,8 @@ def _prepare(folder: Path, fingerprint: str, source: Source, processor, augmenta
             "records": written,
             "skipped": skipped,
             "vocabulary": asdict(Vocabulary.of(processor)),
+            "images": images,
+            "channels": vae.config.latent_channels if images == "latents" else 3,
         }
         (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         try:
@@ -216,6 +179,59 @@ def _prepare(folder: Path, fingerprint: str, source: Source, processor, augmenta
         logger.warning("source %r: left out %s", source.config.name, skipped)
 
 
+def _features(segments: list[Segment], images: str | None) -> datasets.Features:
+    def lists(of: str) -> datasets.List:
+        return datasets.List(datasets.List(datasets.Value(of)))
+
+    features = {"record": datasets.Value("int64")} | {str(segment): lists("int32") for segment in segments}
+    for segment in segments if images else []:
+        if segment.type in ("image", "document"):
+            features[f"{segment}{_VALUES}"] = lists("uint8" if images == "pixels" else "float16")
+            features[f"{segment}{_SIZES}"] = lists("int32")
+    return datasets.Features(features)
+
+
+def _table(rows: dict[str, list], pixels: dict[str, list], features: datasets.Features, vae) -> pa.Table:
+    """A batch as written; images are laid out flat, without a Python object for each of their values."""
+    schema = features.arrow_schema
+    columns = {name: pa.array(values, type=schema.field(name).type) for name, values in rows.items()}
+    for name, records in pixels.items():
+        versions = [images for variants in records for images in variants]
+        flat = [image for images in versions for image in images]
+        if vae is not None:
+            flat = encode_latents(vae, flat)
+        dtype = np.uint8 if vae is None else np.float16
+        values = np.concatenate([image.ravel() for image in flat]) if flat else np.empty(0, dtype)
+        sizes = np.array([image.shape[1:] for image in flat], dtype=np.int32).ravel()
+        lengths = np.array([image.size for image in flat], dtype=np.int64)
+        # Where the images of each version end, then where the versions of each record end.
+        ends = np.concatenate([[0], np.cumsum([len(images) for images in versions], dtype=np.int64)])
+        of_records = np.concatenate([[0], np.cumsum([len(variants) for variants in records], dtype=np.int64)])
+        value_ends = np.concatenate([[0], np.cumsum(lengths)])[ends]
+        for part, flat_values, offsets in ((_VALUES, values, value_ends), (_SIZES, sizes, 2 * ends)):
+            inner = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat_values))
+            columns[name + part] = pa.ListArray.from_arrays(pa.array(of_records, pa.int32()), inner)
+    return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
+
+
+def encode_latents(vae, pictures: list[np.ndarray]) -> list[np.ndarray]:
+    """Latents of pictures, those of one size encoded together.  (3, H, W) uint8 -> (C, h, w) float16, each"""
+    import torch
+
+    from modeling_mot.latents_mot import encode_pixels
+
+    latents: list[np.ndarray] = [None] * len(pictures)
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for place, picture in enumerate(pictures):
+        by_size.setdefault(picture.shape, []).append(place)
+    for places in by_size.values():
+        pixels = torch.from_numpy(np.stack([pictures[place] for place in places])).float() / 127.5 - 1
+        encoded = encode_pixels(vae, pixels).cpu().numpy().astype(np.float16)
+        for place, values in zip(places, encoded, strict=True):
+            latents[place] = values
+    return latents
+
+
 def _batches(source: Source) -> Iterator[list[tuple[int, dict]]]:
     batch = []
     for number, record in enumerate(source):
@@ -227,7 +243,7 @@ def _batches(source: Source) -> Iterator[list[tuple[int, dict]]]:
         yield batch
 
 
-def _tokenised_batches(tokenizer: "BatchTokenizer", source: Source, num_proc: int):
+def _tokenised_batches(tokenizer: BatchTokenizer, source: Source, num_proc: int):
     if num_proc <= 1:
         yield from map(tokenizer, _batches(source))
         return
@@ -236,128 +252,3 @@ def _tokenised_batches(tokenizer: "BatchTokenizer", source: Source, num_proc: in
     # Fresh processes: a forked one inherits torch's threads in an unusable state.
     with multiprocessing.get_context("spawn").Pool(num_proc) as pool:
         yield from pool.imap(tokenizer, _batches(source))
-
-
-class BatchTokenizer:
-    """Batches of numbered records to columns of ids, and counts of what was left out. Can go to other processes."""
-
-    def __init__(self, config: SourceConfig, processor, augmentation: AugmentationConfig | None):
-        self.config, self.processor, self.augmentation = config, processor, augmentation
-        self.variants = augmentation.variants if augmentation else 1
-
-    def __call__(self, batch: list[tuple[int, dict]]) -> tuple[dict[str, list], dict[str, int]]:
-        usable, skipped = [], {}
-        for number, record in batch:
-            try:
-                usable.append((number, self._inputs(number, record)))
-            except ValueError as error:
-                if self.config.on_error == "raise":
-                    raise ValueError(
-                        f"source {self.config.name!r}, record {number}: {error}; "
-                        "mend or remove it, or set on_error: skip to leave such records out"
-                    ) from error
-                reason = str(error).split(":")[0][:80]
-                skipped[reason] = skipped.get(reason, 0) + 1
-        rows = {"record": [number for number, _ in usable]}
-        for segment in self.config.segments:
-            rows[str(segment)] = self._encode(segment, [inputs[segment] for _, inputs in usable])
-        return rows, skipped
-
-    def _inputs(self, number: int, record: dict) -> dict[Segment, list]:
-        """What the processor is to encode for each segment of a record: a list over variants."""
-        texts = {s: text_of(s, record) for s in self.config.segments if s.type == "text"}
-        caption = "; ".join(texts.values())
-        inputs: dict[Segment, list] = {segment: [text] for segment, text in texts.items()}
-        for place, segment in enumerate(self.config.segments):
-            if segment.type in ("image", "audio"):
-                try:
-                    inputs[segment] = self._media(segment.type, record.get(segment.column), caption, number, place)
-                except ValueError as error:
-                    raise ValueError(f"column {segment.column!r}: {error}") from error
-            elif segment.type == "document":
-                inputs[segment] = self._document(segment, record, number)
-        return inputs
-
-    def _media(self, kind: str, value, caption: str, number: int, place: int) -> list:
-        """One picture or sound in all its variants, the first one unchanged."""
-        config, changed = self.augmentation, range(1, self.variants)
-        if kind == "image":
-            picture = decode_picture(value)
-            flip = may_flip(caption)
-            return [picture] + [
-                change_picture(picture, config, generator(config, number, v, place), flip) for v in changed
-            ]
-        wave, rate = decode_sound(value)
-        waves = [wave] + [change_sound(wave, config, generator(config, number, v, place)) for v in changed]
-        return [{"array": wave, "sampling_rate": rate} for wave in waves]
-
-    def _document(self, segment: Segment, record: dict, number: int) -> list[list[dict]]:
-        """An interleaved document in all its variants: lists of segments with decoded values."""
-        parts = record.get(segment.column)
-        if not isinstance(parts, list) or not parts:
-            raise ValueError(f"column {segment.column!r} is {parts!r}, not a list of segments")
-        caption = " ".join(part["text"] for part in parts if part.get("type") == "text" and part.get("text"))
-        documents: list[list[dict]] = [[] for _ in range(self.variants)]
-        for place, part in enumerate(parts):
-            kind = part.get("type")
-            if kind == "text":
-                if not str(part.get("text") or "").strip():
-                    raise ValueError(f"column {segment.column!r}, segment {place}: the text is empty")
-                values = [part["text"]] * self.variants
-            elif kind in ("image", "audio"):
-                try:
-                    values = self._media(kind, part.get(kind), caption, number, place)
-                except ValueError as error:
-                    raise ValueError(f"column {segment.column!r}, segment {place}: {error}") from error
-            else:
-                raise ValueError(
-                    f"column {segment.column!r}, segment {place}: type {kind!r} is not text, image or audio"
-                )
-            for document, value in zip(documents, values, strict=True):
-                document.append({"type": kind, kind: value})
-        return documents
-
-    def _encode(self, segment: Segment, inputs: list[list]) -> list[list[list[int]]]:
-        """(records, variants) inputs -> the same nesting of lists of ids."""
-        if segment.type == "text":
-            return [[self._text_ids(text) for text in texts] for texts in inputs]
-        if segment.type == "document":
-            return [[self._document_ids(document) for document in documents] for documents in inputs]
-        flat = [value for values in inputs for value in values]
-        encode = self.processor.encode_images if segment.type == "image" else self.processor.encode_audio
-        ids = iter(encode(flat) if flat else [])
-        return [[list(next(ids)) for _ in values] for values in inputs]
-
-    def _text_ids(self, text: str) -> list[int]:
-        return list(self.processor.encode_segment({"type": "text", "text": text}))
-
-    def _document_ids(self, document: list[dict]) -> list[int]:
-        encoded: dict[int, list[int]] = {}
-        for kind, encode in (("image", self.processor.encode_images), ("audio", self.processor.encode_audio)):
-            places = [place for place, part in enumerate(document) if part["type"] == kind]
-            if places:
-                encoded |= zip(places, encode([document[place][kind] for place in places]), strict=True)
-        return [
-            token
-            for place, part in enumerate(document)
-            for token in (encoded[place] if place in encoded else self._text_ids(part["text"]))
-        ]
-
-
-def text_of(segment: Segment, record: dict) -> str:
-    """The text of a segment: a column (a list is joined by commas), or a format over columns.
-
-    Raises:
-        ValueError: nothing is left of it.
-    """
-    values = {name: _plain(record.get(name)) for name in segment.columns}
-    text = (segment.column.format(**values) if "{" in segment.column else values[segment.column]).strip()
-    if not text:
-        raise ValueError(f"the text of {segment} is empty")
-    return text
-
-
-def _plain(value) -> str:
-    if value is None:
-        return ""
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -156,7 +156,7 @@ def test_a_long_text_is_split_over_consecutive_rows_and_nothing_is_lost(prepare,
     assert tokens == expected
     packed = [row["input_ids"].tolist() for row in rows]
     for number in np.flatnonzero(draws.length > 16):
-        whole = stream.document(draws, int(number)).tolist()
+        whole = stream.document(draws, int(number)).ids.tolist()
         parts = [whole[start : start + 16] for start in range(0, len(whole), 16)]
         follow = [
             all(row[: len(part)] == part for row, part in zip(packed[first:], parts, strict=False))
