@@ -61,8 +61,8 @@ class MoTImageProcessor:
         """
         if height % self.downsampling or width % self.downsampling or min(height, width) < 1:
             raise ValueError(
-                f"{name} of {height} x {width} pixels does not divide into tokens of downsampling={self.downsampling} "
-                f"pixels a side; use fit='crop' or 'pad', or sides that are multiples of {self.downsampling}"
+                f"{name}: {height} x {width} pixels do not divide into tokens of downsampling={self.downsampling} pixels "
+                f"a side; use fit='crop' or 'pad', or sides that are multiples of {self.downsampling}"
             )
         return height // self.downsampling, width // self.downsampling
 

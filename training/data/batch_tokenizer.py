@@ -62,9 +62,11 @@ class BatchTokenizer:
         if kind == "image":
             picture = decode_picture(value)
             flip = may_flip(caption)
-            return [picture] + [
+            pictures = [picture] + [
                 change_picture(picture, config, generator(config, number, v, place), flip) for v in changed
             ]
+            # Here, where a picture that does not fit is an error of its record.
+            return self.processor.image_processor.fit_pictures(pictures) if self.continuous else pictures
         wave, rate = decode_sound(value)
         waves = [wave] + [change_sound(wave, config, generator(config, number, v, place)) for v in changed]
         return [{"array": wave, "sampling_rate": rate} for wave in waves]
@@ -115,12 +117,10 @@ class BatchTokenizer:
 
     def _image_ids(self, pictures: list) -> tuple[list[list[int]], list[list[np.ndarray]]]:
         """The ids of each picture, and a list of its pixels, empty where the ids say it all."""
-        if not pictures:
-            return [], []
-        if not self.continuous:
-            return [list(ids) for ids in self.processor.encode_images(pictures)], [[] for _ in pictures]
-        ids, pixels = self.processor.encode_pictures(pictures)
-        return ids, [[values] for values in pixels]
+        if self.continuous:
+            return [self.processor.placeholder_ids(*pixels.shape[1:]) for pixels in pictures], [[p] for p in pictures]
+        ids = self.processor.encode_images(pictures) if pictures else []
+        return [list(of_picture) for of_picture in ids], [[] for _ in pictures]
 
     def _document_ids(self, document: list[dict]) -> tuple[list[int], list[np.ndarray]]:
         encoded: dict[int, list[int]] = {}

@@ -64,6 +64,44 @@ def processor():
     return ToyProcessor()
 
 
+TEXTS = ["thing abcdefghij", "flip it", "so it is"]
+
+
+def continuous(image_size=(8, 8), downsampling=4, fit="crop", with_speech=False):
+    """A small MoTProcessor that keeps pictures as pixels; 4 tokens a picture unless told otherwise."""
+    from modeling_mot.image_processor_mot import MoTImageProcessor
+    from modeling_mot.processing_mot import MoTProcessor
+    from modeling_mot.vocabulary_mot import extend_tokenizer
+    from tests.modeling_mot.test_speech_tokenizer import tokenizer_with_random_units
+    from training.tokenizers.text import train_text_tokenizer
+
+    speech = tokenizer_with_random_units() if with_speech else None
+    tokenizer = extend_tokenizer(train_text_tokenizer(TEXTS, 300), 0, speech.num_units if speech else 0)
+    return MoTProcessor(tokenizer, None, speech, MoTImageProcessor(list(image_size), downsampling, fit=fit))
+
+
+def small_vae(seed: int = 0):
+    """An untrained autoencoder: 2 pixels to a latent, 4 channels."""
+    import torch
+
+    from modeling_mot.latents_mot import build_vae
+
+    torch.manual_seed(seed)
+    sizes = {"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    return build_vae({"_class_name": "AutoencoderKL", "scaling_factor": 0.7, "shift_factor": 0.1} | sizes | blocks)
+
+
+def small_transfusion(processor, **fields):
+    """A MoTTransfusionConfig for `continuous()` and `small_vae()`."""
+    from modeling_mot.configuration_mot_transfusion import MoTTransfusionConfig
+
+    vae_config = {"_class_name": "AutoencoderKL", "block_out_channels": [8, 8], "latent_channels": 4}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    images = {"latent_channels": 4, "latent_size": [4, 4], "patchifier": "linear", "vae_config": vae_config}
+    return MoTTransfusionConfig(**(processor.config_kwargs() | sizes | images | fields))
+
+
 @pytest.fixture
 def trimodal_folder(tmp_path):
     """A parquet data set of 40 records with names, pictures and sounds of different lengths."""
