@@ -13,6 +13,7 @@ TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
 TIMESTEP_FORMATS = ("index", "fraction")
 IMAGE_POSITIONS = ("consecutive", "shared")
 LATENT_POSITION_TABLES = (None, "sincos")
+VAE_CLASS_NAMES = ("AutoencoderKL", "AutoencoderTiny")
 
 
 @strict
@@ -115,9 +116,12 @@ class MoTTransfusionConfig(MoTConfig):
         """Pixels of one latent's side; 1 without a VAE, whose latents are then the pixels."""
         if self.vae_config is None:
             return 1
-        return 2 ** (
-            len(self.vae_config.get("block_out_channels") or self.vae_config["encoder_block_out_channels"]) - 1
-        )
+        # Every block but one halves the sides; the defaults are diffusers'.
+        if self.vae_config["_class_name"] == "AutoencoderTiny":
+            blocks = self.vae_config.get("encoder_block_out_channels", (64, 64, 64, 64))
+        else:
+            blocks = self.vae_config.get("block_out_channels", (64,))
+        return 2 ** (len(blocks) - 1)
 
     def image_length(self, height: int, width: int) -> int:
         """Tokens of an image of height x width latents.
@@ -171,6 +175,11 @@ class MoTTransfusionConfig(MoTConfig):
                     f"{field}={value} must be a token of the vocabulary, in [0, vocab_size={self.vocab_size}): images "
                     "stand between boi_token_id and eoi_token_id, each patch an image_token_id"
                 )
+        if len({self.boi_token_id, self.eoi_token_id, self.image_token_id}) < 3:
+            raise ValueError(
+                f"boi_token_id={self.boi_token_id}, eoi_token_id={self.eoi_token_id} and image_token_id="
+                f"{self.image_token_id} must differ"
+            )
         if self.image_grid is not None:
             raise ValueError(f"image_grid={self.image_grid} is of discrete images; set latent_size instead")
         if len(self.latent_size) != 2:
@@ -179,12 +188,16 @@ class MoTTransfusionConfig(MoTConfig):
             raise ValueError(
                 f"patch_size={self.patch_size} and latent_channels={self.latent_channels} must be positive"
             )
+        if self.vae_config is not None:
+            if self.vae_config.get("_class_name") not in VAE_CLASS_NAMES:
+                raise ValueError(
+                    f"vae_config has _class_name={self.vae_config.get('_class_name')!r}, which is not one of "
+                    f"{VAE_CLASS_NAMES}; with another autoencoder leave vae_config out and pass latents"
+                )
+            channels = self.vae_config.get("latent_channels", 4)
+            if channels != self.latent_channels:
+                raise ValueError(f"latent_channels={self.latent_channels} but the VAE has {channels}; set them alike")
         self.image_length(*self.latent_size)
-        if self.vae_config is not None and self.vae_config.get("latent_channels") != self.latent_channels:
-            raise ValueError(
-                f"latent_channels={self.latent_channels} but the VAE has {self.vae_config.get('latent_channels')}; "
-                "set them alike"
-            )
 
     def _validate_diffusion(self):
         for field, allowed in (
