@@ -1,7 +1,7 @@
 """Checkpoints to resume from, and the folder that others load: safetensors and JSON, nothing pickled.
 
-A checkpoint folder is the final folder (model, code, processor, generation config) with two more files,
-`optimizer.safetensors` and `trainer.json`; so every checkpoint can be loaded with `AutoModelForCausalLM`. It is written
+A checkpoint folder is the final folder (model, code, processor, generation config) with `optimizer.safetensors`,
+`trainer.json` and, where a moving average of the weights is kept, `ema.safetensors`; so every checkpoint can be loaded with `AutoModelForCausalLM`. It is written
 under another name and renamed, so a folder with its final name is whole.
 """
 
@@ -12,23 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.training_utils import EMAModel
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import logging
 
-from modeling_mot import MoTForCausalLM, MoTProcessor
+from modeling_mot import MoTPreTrainedModel, MoTProcessor
 from training.config import ConfigError
 from training.run_folder import RunFolder, write_json
 
 
-def save_pretrained(folder: Path, model: MoTForCausalLM, processor: MoTProcessor) -> None:
+def save_pretrained(folder: Path, model: MoTPreTrainedModel, processor: MoTProcessor) -> None:
     """Model, code, processor and generation config in one folder, which appears whole or not at all."""
     with _replacing(folder) as temporary:
         _write_pretrained(temporary, model, processor)
 
 
-def _write_pretrained(folder: Path, model: MoTForCausalLM, processor: MoTProcessor) -> None:
+def _write_pretrained(folder: Path, model: MoTPreTrainedModel, processor: MoTProcessor) -> None:
     # transformers' own bar for writing files would cut through ours.
     was_on = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -42,10 +43,11 @@ def _write_pretrained(folder: Path, model: MoTForCausalLM, processor: MoTProcess
 
 def save_checkpoint(
     folder: Path,
-    model: MoTForCausalLM,
+    model: MoTPreTrainedModel,
     processor: MoTProcessor,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
+    ema: EMAModel | None = None,
 ) -> None:
     """All that `load_checkpoint` needs to go on after `state["step"]` updates."""
     with _replacing(folder) as temporary:
@@ -55,7 +57,30 @@ def save_checkpoint(
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}.{name}"] = value.detach().cpu().contiguous().clone()
         save_file(tensors, temporary / "optimizer.safetensors")
+        if ema is not None:
+            averages = zip(_trained(model), ema.shadow_params, strict=True)
+            save_file({name: value.cpu().contiguous() for name, value in averages}, temporary / "ema.safetensors")
         write_json(temporary / "trainer.json", state)
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def load_averages(folder: Path, model: nn.Module, ema: EMAModel) -> None:
+    """Fill the moving averages of the trained parameters.
+
+    Raises:
+        ConfigError: the file is missing or holds other parameters.
+    """
+    path = folder / "ema.safetensors"
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing: that run kept no average; set train.ema_decay=null to resume it")
+    stored, names = load_file(path), list(_trained(model))
+    if set(stored) != set(names):
+        raise ConfigError(f"{path} holds averages of other parameters; it belongs to another model or is not whole")
+    for name, average in zip(names, ema.shadow_params, strict=True):
+        average.copy_(stored[name])
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

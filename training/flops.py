@@ -6,12 +6,16 @@ key of its row, masked or not), as that counter and the usual definition of MFU 
 is not credited with less work.
 """
 
+import json
 import time
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_mot import MoTConfig
+from modeling_mot import MoTConfig, MoTTransfusionConfig
+from modeling_mot.latent_patchifier import build_patchifier
 
 
 # D hidden size, F feed-forward width, L row length, E experts
@@ -39,8 +43,28 @@ def _feed_forward_of(config: MoTConfig, modality: str) -> str:
     return names[0] if len(names) == 1 else config.towers[modality]
 
 
+def patchifier_flops(config: MoTTransfusionConfig, size: tuple[int, int] | None = None) -> int:
+    """FLOPs of the patchifier's way in and out for an image of `size` latents (default: `latent_size`), as torch counts
+    them on tensors without data. The frozen VAE's are not counted: latents are encoded once."""
+    height, width = size or config.latent_size
+    return _patchifier_flops(config.to_json_string(use_diff=False), height, width)
+
+
+@lru_cache(maxsize=16)
+def _patchifier_flops(config_json: str, height: int, width: int) -> int:
+    config = MoTTransfusionConfig.from_dict(json.loads(config_json))
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"), torch.no_grad(), counter:
+        patchifier = build_patchifier(config)
+        latents = torch.empty(1, config.latent_channels, height, width)
+        tokens, features = patchifier.embed(latents, torch.zeros(1))
+        patchifier.predict(tokens, features, height, width)
+    return counter.get_total_flops()
+
+
 def forward_flops_per_token(config: MoTConfig, row_length: int) -> dict[str, int]:
-    """FLOPs of one token's forward by modality, in a row of `row_length`, the output layer included.
+    """FLOPs of one token's forward by modality, in a row of `row_length`, the output layer included, and for images that
+    are diffused a token's share of the patchifier's at `latent_size`.
 
     Experts choose exactly as many tokens as there are, so a mixture costs one expert a token plus its router; the
     router's product is the only difference between the variants.
@@ -49,10 +73,13 @@ def forward_flops_per_token(config: MoTConfig, row_length: int) -> dict[str, int
     feed_forward = 6 * config.hidden_size * config.intermediate_size
     router = 2 * config.hidden_size * config.num_experts
     head = 2 * config.hidden_size * config.vocab_size
+    beside = dict.fromkeys(config.modalities, head)
+    if isinstance(config, MoTTransfusionConfig):
+        beside["image"] += patchifier_flops(config) // config.image_length(*config.latent_size)
     return {
         modality: config.num_hidden_layers
         * (_projection(config) + attention + feed_forward + (router if _is_mixture(config, modality) else 0))
-        + head
+        + beside[modality]
         for modality in config.modalities
     }
 

@@ -2,9 +2,11 @@
 
 Training rows hold
 - `step`: updates made so far (the first row is 1),
-- `loss`: mean over all targets of the step in nats, plus the z-loss; `loss_text`, `loss_image`, ...: means over that
-  modality's targets (null in a step without any),
-- `tokens_text`, `tokens_image`, ...: targets by modality, over all ranks and micro-batches,
+- `loss`: mean over all targets of the step in nats, plus the z-loss, plus what diffusion adds; `loss_text`,
+  `loss_image`, ...: means over that modality's targets (null in a step without any); `loss_image_diffusion`: mean
+  squared error of the elements of noised latents,
+- `tokens_text`, `tokens_image`, ...: targets by modality, over all ranks and micro-batches; `elements_image_diffusion`:
+  those elements,
 - `grad_norm`: before clipping; `lr`: the learning rate of the update,
 - `tokens_per_second`: positions that are not padding, over the whole step, waiting for data included,
 - `mfu`: 3 x forward FLOPs of all positions (training/flops.py), over `step_seconds` x the peak in `environment.json`,
@@ -20,6 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+
+def count_key(objective: str) -> str:
+    """The key of an objective's number of targets: `tokens_text`, `elements_image_diffusion`."""
+    return f"{'elements' if objective == 'image_diffusion' else 'tokens'}_{objective}"
 
 
 class MetricsLog:

@@ -6,13 +6,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers.utils import cached_file
 
-from modeling_mot import MoTConfig, MoTForCausalLM, MoTProcessor
+from modeling_mot import (
+    MoTConfig,
+    MoTForCausalLM,
+    MoTPreTrainedModel,
+    MoTProcessor,
+    MoTTransfusionConfig,
+    MoTTransfusionModel,
+)
 from modeling_mot.presets_mot import VARIANTS
 from training.config import ConfigError, option
+from training.transfusion import Autoencoder, TransfusionModelConfig, load_vae, transfusion_processor, vae_factor
 
 
 CARRIED_PROCESSOR = Path(__file__).parent / "assets" / "processor"
+MODEL_CLASSES = {MoTConfig.model_type: MoTForCausalLM, MoTTransfusionConfig.model_type: MoTTransfusionModel}
 _VARIANT = Literal[VARIANTS]
 
 
@@ -40,6 +50,7 @@ class ModelConfig:
     rope_theta: float | None = option(None, "base of the rotary embedding")
     num_experts: int | None = option(None, "experts of a tower that is a mixture (moe-4x and hybrid: 4)")
     attn_implementation: str | None = option(None, "eager, sdpa, flex_attention, ...; null: transformers' choice")
+    transfusion: TransfusionModelConfig | None = option(None, "images are continuous and diffused; null: all is tokens")
     gradient_checkpointing: bool = option(False, "recompute each layer in the backward: less memory, a third more time")
 
     def __post_init__(self):
@@ -51,7 +62,8 @@ class ModelConfig:
 
 
 _NOT_FIELDS_OF_MOT = {
-    "variant", "preset", "init_from", "processor", "rope_theta", "attn_implementation", "gradient_checkpointing"
+    "variant", "preset", "init_from", "processor", "rope_theta", "attn_implementation", "transfusion",
+    "gradient_checkpointing",
 }  # fmt: skip
 
 
@@ -64,45 +76,83 @@ def size_overrides(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def load_processor(config: ModelConfig) -> MoTProcessor:
-    """The processor a recipe names, else the one beside the checkpoint it starts from, else the carried one."""
+def load_processor(config: ModelConfig, vae: Autoencoder | None = None) -> MoTProcessor:
+    """The processor a recipe names, else the one beside the checkpoint it starts from, else the carried one.
+
+    With a `vae`, the pictures of a processor of discrete codes become continuous.
+    """
     source = config.processor or config.init_from or str(CARRIED_PROCESSOR)
     try:
-        return MoTProcessor.from_pretrained(source)
+        processor = MoTProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
         key = "model.processor" if config.processor else "model.init_from"
         raise ConfigError(f"{key}: no processor could be loaded from {source!r}: {error}") from error
+    if vae is None or config.transfusion is None:
+        return processor
+    return transfusion_processor(processor, config.transfusion, vae)
 
 
-def model_config(config: ModelConfig, processor: MoTProcessor, row_length: int) -> MoTConfig:
-    """The MoTConfig of a new model: the recipe's sizes, the processor's vocabulary and modalities.
+def find_vae(config: ModelConfig, initial: MoTPreTrainedModel | None) -> Autoencoder | None:
+    """The autoencoder of a Transfusion recipe, or of the checkpoint it starts from; None where all is tokens."""
+    if initial is None:
+        return None if config.transfusion is None else load_vae(config.transfusion.vae)
+    is_transfusion = isinstance(initial, MoTTransfusionModel)
+    if config.transfusion is not None and not is_transfusion:
+        raise ConfigError(
+            f"model.transfusion is set, but model.init_from={config.init_from!r} is a model of tokens alone"
+        )
+    if is_transfusion and initial.vae is None:
+        raise ConfigError(f"model.init_from={config.init_from!r} holds no VAE, so no picture can be encoded for it")
+    return initial.vae if is_transfusion else None
+
+
+def model_config(
+    config: ModelConfig, processor: MoTProcessor, row_length: int, vae: Autoencoder | None = None
+) -> MoTConfig:
+    """The configuration of a new model: the recipe's sizes, the processor's vocabulary and modalities, the VAE's latents.
 
     A preset keeps its own vocabulary size where the processor's fits in: the rows beyond are never used.
     """
     tokens = processor.config_kwargs()
     overrides = size_overrides(config)
+    config_class = MoTConfig
+    if vae is not None:
+        config_class, factor = MoTTransfusionConfig, vae_factor(vae)
+        overrides |= config.transfusion.model_fields()
+        overrides["latent_size"] = [side // factor for side in config.transfusion.image_size]
+        overrides["latent_channels"] = vae.config.latent_channels
+        overrides["vae_config"] = {**vae.config, "_class_name": type(vae).__name__}
     try:
         if config.preset is None:
             overrides.setdefault("max_position_embeddings", row_length)
-            return MoTConfig.from_variant(config.variant, **tokens, **overrides)
-        preset = MoTConfig.from_preset(config.preset, config.variant)
+            return config_class.from_variant(config.variant, **tokens, **overrides)
+        preset = config_class.from_preset(config.preset, config.variant)
         tokens["vocab_size"] = max(tokens["vocab_size"], preset.vocab_size)
         overrides.setdefault("max_position_embeddings", max(row_length, preset.max_position_embeddings))
-        return MoTConfig.from_preset(config.preset, config.variant, **tokens, **overrides)
+        return config_class.from_preset(config.preset, config.variant, **tokens, **overrides)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
 
 
-def build_model(config: ModelConfig, processor: MoTProcessor, row_length: int, seed: int) -> MoTForCausalLM:
-    """A new model, initialised from `seed` alone, or a loaded one; in float32 and in training mode."""
-    if config.init_from is not None:
-        model = load_model(config.init_from, config.attn_implementation)
+def build_model(
+    config: ModelConfig,
+    processor: MoTProcessor,
+    row_length: int,
+    seed: int,
+    vae: Autoencoder | None = None,
+    initial: MoTPreTrainedModel | None = None,
+) -> MoTPreTrainedModel:
+    """A new model, initialised from `seed` alone, or `initial`; in float32 and in training mode."""
+    if initial is not None:
+        model = initial
         check_fits(model.config, processor, config.init_from)
     else:
-        mot_config = model_config(config, processor, row_length)
+        mot_config = model_config(config, processor, row_length, vae)
         attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
         torch.manual_seed(seed)
-        model = MoTForCausalLM._from_config(mot_config, dtype=torch.float32, **attention)
+        parts = {} if vae is None else {"vae": vae}
+        model_class = MODEL_CLASSES[mot_config.model_type]
+        model = model_class._from_config(mot_config, dtype=torch.float32, **parts, **attention)
     if model.config.max_position_embeddings < row_length:
         raise ConfigError(
             f"data.row_length={row_length} is longer than the model's max_position_embeddings="
@@ -113,12 +163,12 @@ def build_model(config: ModelConfig, processor: MoTProcessor, row_length: int, s
     return model.train()
 
 
-def load_model(source: str, attn_implementation: str | None = None) -> MoTForCausalLM:
+def load_model(source: str, attn_implementation: str | None = None) -> MoTPreTrainedModel:
     """A checkpoint of ours in float32; another model type and missing or misshapen tensors are refused by name."""
-    check_model_type(source)
     attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
-        model, info = MoTForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **attention)
+        model_class = MODEL_CLASSES[model_type(source)]
+        model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **attention)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"no model could be loaded from {source!r}: {error}") from error
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -128,14 +178,19 @@ def load_model(source: str, attn_implementation: str | None = None) -> MoTForCau
     return model
 
 
-def check_model_type(source: str) -> None:
-    """Refuse a folder whose config.json is of another model type, before anything is built from it."""
-    path = Path(source) / "config.json"
-    if not path.is_file():
-        return
-    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    if model_type != MoTConfig.model_type:
-        raise ConfigError(f"{path} has model_type={model_type!r}; this trainer loads {MoTConfig.model_type!r}")
+def model_type(source: str) -> str:
+    """The model type of a folder or a repository on the Hub, read before anything is built from it.
+
+    Raises:
+        ConfigError: it is none of ours.
+    """
+    path = cached_file(source, "config.json")
+    found = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
+    if found not in MODEL_CLASSES:
+        raise ConfigError(
+            f"{path} has model_type={found!r}; this trainer loads {' and '.join(map(repr, MODEL_CLASSES))}"
+        )
+    return found
 
 
 def check_fits(config: MoTConfig, processor: MoTProcessor, source: str) -> None:

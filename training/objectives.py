@@ -9,33 +9,52 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from modeling_mot import MoTConfig
 from training.config import ConfigError
+from training.data.collate import count_noised, is_transfusion
 
 
 # B batch, L row length
 
+DIFFUSION = "image_diffusion"
 
-def count_targets(batch: Mapping[str, torch.Tensor], num_modalities: int) -> torch.Tensor:
-    """How many targets of each modality a batch has: (B, L) labels and modality_ids -> (num_modalities,) long.
 
-    Labels are not shifted, so the first position of a row is never a target.
+def objective_names(config: MoTConfig) -> list[str]:
+    """What a model's `loss_sums` are of: its modalities of tokens, then the diffusion of images where it has one."""
+    return [*config.token_modalities, *([DIFFUSION] if is_transfusion(config) else [])]
+
+
+def count_targets(batch: Mapping[str, torch.Tensor], config: MoTConfig) -> torch.Tensor:
+    """How many targets of each objective a batch has, from the batch alone.  -> (objectives,) long
+
+    Targets of tokens are labels, (B, L), by their modality; they are not shifted, so the first position of a row is
+    never one. Targets of diffusion are the elements of the latents of images that are not clean.
     """
     is_target = batch["labels"][:, 1:] != -100
-    return torch.bincount(batch["modality_ids"][:, 1:][is_target].flatten(), minlength=num_modalities)
+    modality_ids = batch["modality_ids"][:, 1:][is_target].flatten()
+    of_modality = torch.bincount(modality_ids, minlength=len(config.modalities)).tolist()
+    counts = [of_modality[config.modalities.index(modality)] for modality in config.token_modalities]
+    if is_transfusion(config):
+        counts.append(count_noised(batch, config))
+    return torch.tensor(counts)
 
 
 def loss_scales(
-    totals: Mapping[str, int], modality_weights: Mapping[str, float] | None = None
+    totals: Mapping[str, int], modality_weights: Mapping[str, float] | None = None, diffusion_weight: float = 1.0
 ) -> tuple[dict[str, float], float]:
-    """(the factor of each modality's loss sum, the factor of the z-loss sum) for the global `totals` of one step.
+    """(the factor of each objective's loss sum, the factor of the z-loss sum) for the global `totals` of one step.
 
-    Without weights the loss is the mean over all targets, as in Chameleon; with them a weighted mean, in which a
-    modality's targets count `weight` times (1 when not named). A step without any target has factors of zero.
+    Without weights the loss of tokens is the mean over all their targets, as in Chameleon; with them a weighted mean,
+    in which a modality's targets count `weight` times (1 when not named). The mean over the elements of noised latents
+    is added `diffusion_weight` times (equation 4). An objective without any target has a factor of zero.
     """
-    weights = {name: (modality_weights or {}).get(name, 1.0) for name in totals}
-    weighted_total = sum(weights[name] * count for name, count in totals.items())
-    total = sum(totals.values())
+    tokens = {name: count for name, count in totals.items() if name != DIFFUSION}
+    weights = {name: (modality_weights or {}).get(name, 1.0) for name in tokens}
+    weighted_total = sum(weights[name] * count for name, count in tokens.items())
+    total = sum(tokens.values())
     scales = {name: weight / weighted_total if weighted_total else 0.0 for name, weight in weights.items()}
+    if DIFFUSION in totals:
+        scales[DIFFUSION] = diffusion_weight / totals[DIFFUSION] if totals[DIFFUSION] else 0.0
     return scales, 1 / total if total else 0.0
 
 
@@ -43,7 +62,7 @@ def check_modality_weights(weights: Mapping[str, float] | None, modalities: Sequ
     """Refuse weights of modalities that the model does not have, and negative ones."""
     for name, weight in (weights or {}).items():
         if name not in modalities:
-            raise ConfigError(f"train.modality_weights names {name!r}; the model's modalities are {list(modalities)}")
+            raise ConfigError(f"train.modality_weights names {name!r}; modalities of tokens are {list(modalities)}")
         if weight < 0:
             raise ConfigError(f"train.modality_weights.{name}={weight} must not be negative")
 

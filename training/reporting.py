@@ -14,29 +14,30 @@ from PIL import Image, ImageDraw, ImageFont
 from training.metrics import read_metrics, series, smooth
 
 
-def plot_losses(metrics: Path, output: Path, modalities: Sequence[str], title: str = "") -> None:
-    """One panel per modality: the training loss, its running mean, and the held-out loss.  JSONL -> PNG"""
+def plot_losses(metrics: Path, output: Path, objectives: Sequence[str], title: str = "") -> None:
+    """One panel per objective: the training loss, its running mean, and the held-out loss.  JSONL -> PNG"""
     matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
     training, evaluation = read_metrics(metrics)
-    figure = Figure(figsize=(4.2 * len(modalities), 3.4), layout="constrained")
-    for axes, modality in zip(figure.subplots(1, len(modalities), squeeze=False)[0], modalities, strict=True):
-        steps, values = series(training, f"loss_{modality}")
+    figure = Figure(figsize=(4.2 * len(objectives), 3.4), layout="constrained")
+    for axes, objective in zip(figure.subplots(1, len(objectives), squeeze=False)[0], objectives, strict=True):
+        steps, values = series(training, f"loss_{objective}")
         if len(steps):
             window = max(1, len(steps) // 40)
             axes.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
             axes.plot(steps, smooth(values, window), color="tab:blue", label=f"training (mean of {window} steps)")
             # The first steps fall from log(vocabulary); the rest should fill the panel.
             low, high = values.min(), np.quantile(values, 0.98)
-        held_steps, held = series(evaluation, f"eval/loss_{modality}")
+        held_steps, held = series(evaluation, f"eval/loss_{objective}")
         if len(held_steps):
             axes.plot(held_steps, held, "o-", color="tab:orange", markersize=4, label="held out")
             low, high = (min(low, held.min()), max(high, held.max())) if len(steps) else (held.min(), held.max())
         if len(steps) or len(held_steps):
             axes.set_ylim(low - 0.05 * (high - low + 0.1), high + 0.05 * (high - low + 0.1))
             axes.legend(fontsize=8)
-        axes.set(title=modality, xlabel="step", ylabel="nats per target")
+        unit = "mean squared error" if objective == "image_diffusion" else "nats per target"
+        axes.set(title=objective, xlabel="step", ylabel=unit)
         axes.grid(alpha=0.3)
     if title:
         figure.suptitle(title, fontsize=10)

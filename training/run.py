@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from modeling_mot import MoTPreTrainedModel
 from training.checkpoints import save_pretrained
 from training.config import dump, to_tree
 from training.data import collate
@@ -16,14 +17,16 @@ from training.evaluation.end_of_run import describe_measures, make_samples
 from training.evaluation.losses import evaluate_losses, evaluation_note
 from training.evaluation.subjects import check_subjects, find_subjects
 from training.flops import forward_flops_per_token, peak_flops
-from training.metrics import read_metrics
-from training.models import build_model, load_model, load_processor
+from training.metrics import count_key, read_metrics
+from training.models import build_model, find_vae, load_model, load_processor
+from training.objectives import objective_names
 from training.optimization import build_optimizer
 from training.recipe import Recipe
 from training.reporting import plot_losses
 from training.rows import prepare_rows
 from training.run_folder import RunFolder, environment, write_json
 from training.trainer import Interrupted, StepBatches, StopSignal, Trainer
+from training.transfusion import caption_dropout
 
 
 def run(recipe: Recipe) -> int:
@@ -56,13 +59,17 @@ class Session:
         self.run = RunFolder(train.output_dir)
         self.run.check(train.resume, train.overwrite)
         check_subjects(recipe.data, recipe.samples)
-        self.processor = load_processor(recipe.model)
+        initial = recipe.model.init_from and load_model(recipe.model.init_from, recipe.model.attn_implementation)
+        self.vae = find_vae(recipe.model, initial or None)
+        self.processor = load_processor(recipe.model, self.vae)
+        if recipe.model.transfusion is not None and recipe.model.transfusion.noised_images_visible is False:
+            recipe.data.clean_copies = True
         self.say(f"tokenising the data (kept in {recipe.data.cache_path}) ...")
         with self.accelerator.main_process_first():
             self.stream, self.held_out_rows, self.data_fingerprint = prepare_rows(
-                recipe.data, self.processor, recipe.evaluation.rows
+                recipe.data, self.processor, recipe.evaluation.rows, self.vae
             )
-        self.trainer = self._trainer()
+        self.trainer = self._trainer(initial or None)
         self._write_down()
 
     def _accelerator(self) -> Accelerator:
@@ -76,7 +83,7 @@ class Session:
             project_dir=f"{train.output_dir}/trackers",
         )
 
-    def _trainer(self) -> Trainer:
+    def _trainer(self, initial: MoTPreTrainedModel | None) -> Trainer:
         recipe, accelerator = self.recipe, self.accelerator
         saved = self.run.saved_steps() if recipe.train.resume else []
         if saved:
@@ -85,9 +92,13 @@ class Session:
             if recipe.model.gradient_checkpointing:
                 model.gradient_checkpointing_enable()
         else:
-            model = build_model(recipe.model, self.processor, recipe.data.row_length, recipe.train.seed)
+            seed, row_length = recipe.train.seed, recipe.data.row_length
+            model = build_model(recipe.model, self.processor, row_length, seed, self.vae, initial)
+        if self.vae is not None:
+            model.config.caption_dropout = max(model.config.caption_dropout, caption_dropout(recipe.data))
         # Padded, or every step would have products of other sizes, for which kernels are made anew.
-        self.collate = partial(collate, config=model.config, multiple_of=64)
+        batch = partial(collate, config=model.config, multiple_of=64)
+        self.collate_held_out = partial(batch, noise_seed="held out")
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.peak, self.peak_source = peak_flops(accelerator.device, dtype)
         model.to(accelerator.device)
@@ -98,7 +109,7 @@ class Session:
             build_optimizer(model, recipe.optimizer),
             StepBatches(
                 self.stream,
-                self.collate,
+                partial(batch, noise_seed=recipe.train.seed),
                 recipe.train.rows,
                 recipe.train.accumulation,
                 accelerator.process_index,
@@ -160,17 +171,22 @@ class Session:
         self.trainer.fit()
 
     def evaluate(self, model) -> dict[str, float]:
-        return evaluate_losses(model, self.held_out_rows, self.collate, self.recipe.evaluation, self.accelerator)
+        collate_rows = self.collate_held_out
+        return evaluate_losses(model, self.held_out_rows, collate_rows, self.recipe.evaluation, self.accelerator)
 
     def finish(self) -> None:
         """The final folder, then plots and samples; the figures on the screen and in summary.json."""
+        with self.trainer.averaged():
+            self._finish()
+
+    def _finish(self) -> None:
         if self.is_main:
             model = self.trainer.raw_model
             training_seconds = time.perf_counter() - self.begin
             save_pretrained(self.run.final, model, self.processor)
             self.say(f"saved {self.run.final} (load it with trust_remote_code=True)")
             title = f"{self.recipe.model.variant}, step {self.trainer.step}"
-            plot_losses(self.run.metrics, self.run.path / "losses.png", model.config.modalities, title)
+            plot_losses(self.run.metrics, self.run.path / "losses.png", objective_names(model.config), title)
             summary = self._summary()
             if self.recipe.samples.enabled:
                 summary["samples"] = self._samples(title)
@@ -195,8 +211,9 @@ class Session:
         training, evaluation = read_metrics(self.run.metrics)
         recent = training[-max(1, len(training) // 40) :]
         losses = {}
-        for name in self.trainer.modalities:
-            pairs = [(row[f"loss_{name}"], row[f"tokens_{name}"]) for row in recent if row[f"tokens_{name}"]]
+        for name in self.trainer.objectives:
+            key = count_key(name)
+            pairs = [(row[f"loss_{name}"], row[key]) for row in recent if row[key]]
             if pairs:
                 losses[f"loss_{name}"] = sum(a * b for a, b in pairs) / sum(b for _, b in pairs)
         seconds = sum(row["step_seconds"] for row in training)

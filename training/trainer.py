@@ -5,21 +5,22 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
+from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from modeling_mot import MoTForCausalLM, MoTProcessor
-from training.checkpoints import load_optimizer, read_state, remove_old_checkpoints, save_checkpoint
+from modeling_mot import MoTPreTrainedModel, MoTProcessor
+from training.checkpoints import load_averages, load_optimizer, read_state, remove_old_checkpoints, save_checkpoint
 from training.config import ConfigError, option
 from training.flops import training_flops
-from training.metrics import MetricsLog
-from training.objectives import check_modality_weights, combine, count_targets, loss_scales
+from training.metrics import MetricsLog, count_key
+from training.objectives import check_modality_weights, combine, count_targets, loss_scales, objective_names
 from training.optimization import OptimizerConfig, learning_rate
 from training.run_folder import RunFolder
 
@@ -41,6 +42,10 @@ class TrainConfig:
     modality_weights: dict[str, float] | None = option(
         None, "modality -> weight of its targets in the loss; null: the plain mean over all targets"
     )
+    ema_decay: float | None = option(
+        None,
+        "decay of the moving average of the weights, which then is evaluated, sampled and saved as final; null: none",
+    )
     output_dir: str = option("runs/default", "folder of everything the run writes")
     resume: bool = option(False, "go on from the newest checkpoint in output_dir, if there is one")
     overwrite: bool = option(False, "replace the run that output_dir holds")
@@ -55,6 +60,8 @@ class TrainConfig:
         for name in ("steps", "rows", "accumulation", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must lie between 0 and 1, or be null for no average")
         if self.save_every < 0:
             raise ValueError(f"save_every={self.save_every} must not be negative")
         if self.cpu_threads is not None and self.cpu_threads < 1:
@@ -98,7 +105,9 @@ class StepBatches:
     """This rank's micro-batches of every step; which rows they hold depends on nothing but the step.
 
     Step s takes rows [s * G, (s + 1) * G) of the stream, G = rows x accumulation x processes; any split of G into these
-    three therefore sees the same rows in a step. The next step's batches are made while this one computes.
+    three therefore sees the same rows in a step. `collate(rows, row_numbers=...)` is given their numbers in the stream,
+    so what it draws for a row (the noise of diffusion) is the same after a resume too. The next step's batches are made
+    while this one computes.
     """
 
     def __init__(self, stream, collate: Callable, rows: int, accumulation: int, rank: int = 0, processes: int = 1):
@@ -107,7 +116,8 @@ class StepBatches:
 
     def from_step(self, step: int, steps: int) -> Iterator[list[dict]]:
         """Lists of `accumulation` batches for steps `step`, ..., `steps - 1`."""
-        rows = self.stream.rows(start=step * self.rows * self.accumulation * self.processes)
+        start = step * self.rows * self.accumulation * self.processes
+        rows = enumerate(self.stream.rows(start=start), start)
         with ThreadPoolExecutor(max_workers=1) as executor:
             ahead = executor.submit(self._take, rows) if step < steps else None
             for later in range(step + 1, steps + 1):
@@ -115,11 +125,12 @@ class StepBatches:
                 ahead = executor.submit(self._take, rows) if later < steps else None
                 yield batches
 
-    def _take(self, rows: Iterator[dict]) -> list[dict]:
+    def _take(self, rows: Iterator[tuple[int, dict]]) -> list[dict]:
         batches = []
         for _ in range(self.accumulation):
             everyones = [next(rows) for _ in range(self.rows * self.processes)]
-            batches.append(self.collate(everyones[self.rank * self.rows : (self.rank + 1) * self.rows]))
+            numbers, mine = zip(*everyones[self.rank * self.rows : (self.rank + 1) * self.rows], strict=True)
+            batches.append(self.collate(list(mine), row_numbers=numbers))
         return batches
 
 
@@ -140,7 +151,7 @@ class Trainer:
     def __init__(
         self,
         accelerator: Accelerator,
-        model: MoTForCausalLM,
+        model: MoTPreTrainedModel,
         processor: MoTProcessor,
         optimizer: torch.optim.Optimizer,
         batches: StepBatches,
@@ -149,19 +160,24 @@ class Trainer:
         run: RunFolder,
         *,
         peak_flops: float,
-        evaluate: Callable[[MoTForCausalLM], dict[str, float]] | None = None,
+        evaluate: Callable[[MoTPreTrainedModel], dict[str, float]] | None = None,
         evaluate_every: int = 0,
         stop_signal: StopSignal | None = None,
         state: dict | None = None,
     ):
-        check_modality_weights(config.modality_weights, model.config.modalities)
+        check_modality_weights(config.modality_weights, model.config.token_modalities)
         self.accelerator, self.processor, self.batches = accelerator, processor, batches
         self.config, self.optimizer_config, self.run = config, optimizer_config, run
         self.peak_flops, self.evaluate, self.evaluate_every = peak_flops, evaluate, evaluate_every
         self.stop_signal, self.state = stop_signal or StopSignal(), state or {}
         self.raw_model, self.raw_optimizer = model, optimizer
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.modalities = list(model.config.modalities)
+        self.modalities, self.objectives = list(model.config.modalities), objective_names(model.config)
+        self.diffusion_weight = getattr(model.config, "diffusion_loss_weight", 1.0)
+        self.averaged_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.ema = None
+        if config.ema_decay is not None:
+            self.ema = EMAModel(self.averaged_parameters, decay=config.ema_decay, foreach=True)
         self.step = 0
         self.log = MetricsLog(run.metrics) if accelerator.is_main_process else None
 
@@ -170,9 +186,9 @@ class Trainer:
     def train_step(self, micro_batches: list[dict]) -> dict:
         """One update from this rank's micro-batches; returns the step's figures over all ranks."""
         counts = self.count(micro_batches)  # over all ranks and micro-batches, before any backward
-        targets = dict(zip(self.modalities, counts["targets"], strict=True))
-        scales, z_scale = loss_scales(targets, self.config.modality_weights)
-        sums = torch.zeros(len(self.modalities) + 1, device=self.accelerator.device)
+        targets = dict(zip(self.objectives, counts["targets"], strict=True))
+        scales, z_scale = loss_scales(targets, self.config.modality_weights, self.diffusion_weight)
+        sums = torch.zeros(len(self.objectives) + 1, device=self.accelerator.device)
         for index, batch in enumerate(micro_batches):
             self.seed_forward(index)
             is_last = index == len(micro_batches) - 1
@@ -180,7 +196,7 @@ class Trainer:
                 output = self.model(**send_to_device(batch, self.accelerator.device, non_blocking=True))
                 loss = combine(output.loss_sums, output.z_loss_sum, scales, z_scale)
                 self.accelerator.backward(loss * self.accelerator.num_processes)  # undo the gradient mean over ranks
-            sums += torch.stack([output.loss_sums[name].detach().float() for name in self.modalities] + [loss.detach()])
+            sums += torch.stack([output.loss_sums[name].detach().float() for name in self.objectives] + [loss.detach()])
         grad_norm = self.clip()
         lr = learning_rate(self.optimizer_config, self.step, self.config.steps)
         for group in self.optimizer.param_groups:
@@ -188,25 +204,27 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        *modality_sums, loss = self.accelerator.reduce(sums).tolist()
-        means = {m: s / n if n else None for (m, n), s in zip(targets.items(), modality_sums, strict=True)}
+        if self.ema is not None:
+            self.ema.step(self.averaged_parameters)
+        *objective_sums, loss = self.accelerator.reduce(sums).tolist()
+        means = {o: s / n if n else None for (o, n), s in zip(targets.items(), objective_sums, strict=True)}
         return {**counts, "loss": loss, "means": means, "targets": targets, "grad_norm": grad_norm, "lr": lr}
 
     def count(self, micro_batches: list[dict]) -> dict:
-        """Targets and positions by modality, positions that are not padding, and the signal seen by any rank."""
-        number = len(self.modalities)
-        local = torch.zeros(2 * number + 2, dtype=torch.long)
+        """Targets by objective, positions by modality and those that are not padding, and the signal seen by any rank."""
+        first, number = len(self.objectives), len(self.modalities)
+        local = torch.zeros(first + number + 2, dtype=torch.long)
         for batch in micro_batches:
-            local[:number] += count_targets(batch, number)
-            local[number : 2 * number] += torch.bincount(batch["modality_ids"].flatten(), minlength=number)
+            local[:first] += count_targets(batch, self.raw_model.config)
+            local[first:-2] += torch.bincount(batch["modality_ids"].flatten(), minlength=number)
             local[-2] += (batch["document_ids"] >= 0).sum()
         local[-1] = self.stop_signal.number
         # Signals are 2 and 15: their sum over ranks is not a signal, so only its being zero or not is used of others.
         total = self.accelerator.reduce(local.to(self.accelerator.device)).tolist()
         stop = self.stop_signal.number or (signal.SIGTERM if total[-1] else 0)
-        positions = dict(zip(self.modalities, total[number : 2 * number], strict=True))
+        positions = dict(zip(self.modalities, total[first:-2], strict=True))
         row_length = micro_batches[0]["input_ids"].shape[1]
-        counts = {"targets": total[:number], "positions": positions, "tokens": total[-2]}
+        counts = {"targets": total[:first], "positions": positions, "tokens": total[-2]}
         return {**counts, "row_length": row_length, "stop": stop}
 
     def clip(self) -> float:
@@ -246,7 +264,7 @@ class Trainer:
                 if main:
                     self.log.append(row)
                     self.accelerator.log({k: v for k, v in row.items() if v is not None}, step=self.step)
-                    bar.set_postfix_str(_postfix(row, self.modalities), refresh=False)
+                    bar.set_postfix_str(_postfix(row, self.objectives), refresh=False)
                     bar.update()
                 alone = self.accelerator.num_processes == 1
                 self.after_step(self.stop_signal.number if alone else figures["stop"])
@@ -267,7 +285,7 @@ class Trainer:
     def run_evaluation(self) -> dict[str, float]:
         """Evaluate, log `eval/...` and return it. A signal that comes meanwhile is acted on after the next step."""
         self.raw_model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.averaged():
             figures = self.evaluate(self.raw_model)
         self.raw_model.train()
         if self.accelerator.is_main_process:
@@ -283,7 +301,7 @@ class Trainer:
             "step": self.step,
             "loss": figures["loss"],
             **{f"loss_{name}": mean for name, mean in figures["means"].items()},
-            **{f"tokens_{name}": count for name, count in figures["targets"].items()},
+            **{count_key(name): count for name, count in figures["targets"].items()},
             "grad_norm": figures["grad_norm"],
             "lr": figures["lr"],
             "tokens_per_second": figures["tokens"] / seconds,
@@ -299,7 +317,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             state = {"step": self.step, **self.state}
             folder = self.run.checkpoint(self.step)
-            save_checkpoint(folder, self.raw_model, self.processor, self.raw_optimizer, state)
+            save_checkpoint(folder, self.raw_model, self.processor, self.raw_optimizer, state, self.ema)
             remove_old_checkpoints(self.run, self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
@@ -314,9 +332,25 @@ class Trainer:
                     "would not go on as it began. Restore the value, or start anew with model.init_from in a new folder"
                 )
         load_optimizer(folder, self.raw_model, self.raw_optimizer)
+        if self.ema is not None:
+            load_averages(folder, self.raw_model, self.ema)
+            self.ema.optimization_step = stored["step"]
         self.step = stored["step"]
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model has the average of its weights, where one is kept, until the block ends."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.averaged_parameters)
+        self.ema.copy_to(self.averaged_parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.averaged_parameters)
 
-def _postfix(row: dict, modalities: list[str]) -> str:
-    losses = (f"{name} {row[f'loss_{name}']:.3f}" for name in modalities if row[f"loss_{name}"] is not None)
+
+def _postfix(row: dict, objectives: list[str]) -> str:
+    losses = (f"{name} {row[f'loss_{name}']:.3f}" for name in objectives if row[f"loss_{name}"] is not None)
     return ", ".join([*losses, f"{row['tokens_per_second']:.0f} tok/s"])

@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter
 from training.data import DataConfig, SourceConfig, TemplateConfig, carried_path, collate
 from training.data.sources import open_source
 from training.evaluation.end_of_run import NamedPicture, SampleSubjects, describe_measures, make_samples
-from training.evaluation.losses import EvaluationConfig, evaluate_losses, evaluation_note, target_modality
+from training.evaluation.losses import EvaluationConfig, evaluate_losses, evaluation_note, target_objective
 from training.evaluation.retrieval import PictureGallery, descriptor, retrieval_share, rgb_to_lab
 from training.evaluation.sampling import Sampler, SamplesConfig, write_wav
 from training.evaluation.subjects import find_subjects
@@ -134,7 +134,11 @@ def test_held_out_loss_does_not_depend_on_the_batch():
 
 
 def test_each_direction_has_the_loss_of_its_target():
-    assert [target_modality(name) for name in ("text-to-image", "image-to-text", "text")] == ["image", "text", "text"]
+    assert [target_objective(name, tiny_config()) for name in ("text-to-image", "image-to-text", "text")] == [
+        "image",
+        "text",
+        "text",
+    ]
     _, figures = held_out(tiny_model())
     assert {"eval/text-to-image/loss", "eval/text/loss"} <= set(figures)
 

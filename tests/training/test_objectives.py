@@ -4,7 +4,7 @@ import torch
 from training.data import collate
 from training.objectives import check_modality_weights, combine, count_targets, loss_scales
 
-from .tiny import MadeUpStream, tiny_model
+from .tiny import MadeUpStream, tiny_config, tiny_model
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def batch():
 
 def test_counts_from_the_batch_are_those_the_model_finds(batch):
     counts = tiny_model()(**batch).loss_counts
-    assert count_targets(batch, 3).tolist() == [int(count) for count in counts.values()]
+    assert count_targets(batch, tiny_config()).tolist() == [int(count) for count in counts.values()]
 
 
 def test_loss_is_the_mean_over_all_targets(batch):

@@ -87,7 +87,7 @@ def tiny_trainer(folder, model=None, stream=None, precision="no", optimizer=None
     run = RunFolder(folder)
     run.claim(config.resume, config.overwrite)
 
-    def batch(rows):
+    def batch(rows, row_numbers=None):
         return collate(rows, model.config)
 
     batches = StepBatches(stream or MadeUpStream(), batch, config.rows, config.accumulation)

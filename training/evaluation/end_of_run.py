@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from modeling_mot import MoTForCausalLM, MoTProcessor
+from modeling_mot import MoTPreTrainedModel, MoTProcessor
 from training.evaluation.retrieval import PictureGallery, retrieval_share
 from training.evaluation.sampling import Sampler, SamplesConfig, write_wav
 from training.reporting import SampleSheet
@@ -40,7 +40,7 @@ class SampleSubjects:
 
 
 def make_samples(
-    model: MoTForCausalLM,
+    model: MoTPreTrainedModel,
     processor: MoTProcessor,
     subjects: SampleSubjects,
     config: SamplesConfig,
@@ -52,7 +52,7 @@ def make_samples(
 
     The measures are shares between 0 and 1: `drawn_right` (the nearest neighbour of the drawn picture, among
     `gallery_size` pictures, is the named one), `reconstructed_right` (the same for the original through the image
-    tokenizer and back, the ceiling of the former), `read_right` (the name read off is the name, letter by letter);
+    tokenizer or the VAE and back, the ceiling of the former), `read_right` (the name read off is the name, letter by letter);
     each also as `held_out_...`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def make_samples(
     sheet, measures = SampleSheet(title), {}
     held_in = subjects.held_in[: config.measured]
     held_out = subjects.held_out[: config.held_out]
-    if held_in and model.config.image_grid is not None:
+    if held_in and sampler.can_draw:
         pictures = [*subjects.held_in, *subjects.held_out]
         gallery = PictureGallery([p.image for p in pictures] + subjects.distractors)
         measures["gallery_size"] = len(gallery.descriptors)
@@ -120,7 +120,7 @@ def describe_measures(measures: dict[str, float | int]) -> list[tuple[str, str]]
         count, size = measures[prefix + "drawn"], measures["gallery_size"]
         lines.append((
             f"pictures drawn from {count} {what} names whose nearest of {size} pictures is the named one",
-            f"{measures[prefix + 'drawn_right']:.1%} (through the image tokenizer and back, the ceiling: "
+            f"{measures[prefix + 'drawn_right']:.1%} (encoded and decoded originals, the ceiling: "
             f"{measures[prefix + 'reconstructed_right']:.1%})",
         ))  # fmt: skip
         lines.append(

@@ -7,6 +7,7 @@ A mixture of experts is evaluated with expert choice, as the paper does (section
 when they choose, so its figures flatter it; `evaluation_note` says so wherever the figures are shown.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
-from modeling_mot import MoTConfig, MoTForCausalLM
+from modeling_mot import MoTConfig, MoTPreTrainedModel
 from training.config import option
+from training.objectives import DIFFUSION, objective_names
 
 
 @dataclass
@@ -33,49 +35,58 @@ class EvaluationConfig:
             )
 
 
-def target_modality(direction: str) -> str:
-    """`image` of "text-to-image", `text` of "text"."""
-    return direction.rpartition("-to-")[2]
+def target_objective(direction: str, config: MoTConfig) -> str:
+    """`image` of "text-to-image" (or `image_diffusion`, where images are diffused), `text` of "text"."""
+    modality = direction.rpartition("-to-")[2]
+    return modality if modality in config.token_modalities else DIFFUSION
 
 
 @torch.no_grad()
 def evaluate_losses(
-    model: MoTForCausalLM,
+    model: MoTPreTrainedModel,
     rows: Mapping[str, Sequence[dict]],
-    collate: Callable[[Sequence[dict]], dict],
+    collate: Callable[..., dict],
     config: EvaluationConfig,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Mean loss in nats per target: `eval/loss_<modality>` over all directions, and `eval/<direction>/loss`.
+    """Mean loss in nats per target: `eval/loss_<modality>` over all directions, and `eval/<direction>/loss`; of text also
+    `eval/perplexity_text`; of images that are diffused the mean squared error per element, `eval/loss_image_diffusion`.
 
     Args:
         model: in evaluation mode.
         rows: direction -> packed rows, the same on every rank; the batches are shared out between ranks.
-        collate: rows -> a batch of tensors.
+        collate: (rows, row_numbers=) -> a batch of tensors. Noise levels and noise follow from the numbers, so that the
+            figures of two evaluations, or of two runs on the same rows, are of the same noisy images.
 
     A direction's loss is that of its target modality; the end marker of an image is text and counts there. A key
     without any target is left out.
     """
-    modalities = list(model.config.modalities)
-    sums = torch.zeros(len(rows), len(modalities), 2, dtype=torch.float64)
+    objectives = objective_names(model.config)
+    sums = torch.zeros(len(rows), len(objectives), 2, dtype=torch.float64)
+    first_number = 0
     for index, direction_rows in enumerate(rows.values()):
         starts = range(0, len(direction_rows), config.batch_rows)
         for start in starts[accelerator.process_index :: accelerator.num_processes]:
-            batch = send_to_device(collate(direction_rows[start : start + config.batch_rows]), accelerator.device)
+            some = direction_rows[start : start + config.batch_rows]
+            numbers = range(first_number + start, first_number + start + len(some))
+            batch = send_to_device(collate(some, row_numbers=numbers), accelerator.device)
             with accelerator.autocast():
                 output = model(**batch)
-            for column, modality in enumerate(modalities):
-                sums[index, column, 0] += output.loss_sums[modality].double().cpu()
-                sums[index, column, 1] += output.loss_counts[modality].cpu()
+            for column, objective in enumerate(objectives):
+                sums[index, column, 0] += output.loss_sums[objective].double().cpu()
+                sums[index, column, 1] += output.loss_counts[objective].cpu()
+        first_number += len(direction_rows)
     # MPS has no float64; the figures are sums of few thousand losses, float32 holds them.
     sums = accelerator.reduce(sums.to(accelerator.device, torch.float32)).cpu()
     figures = {}
-    for column, modality in enumerate(modalities):
+    for column, objective in enumerate(objectives):
         total, count = sums[:, column].sum(dim=0).tolist()
         if count:
-            figures[f"eval/loss_{modality}"] = total / count
+            figures[f"eval/loss_{objective}"] = total / count
+    if "eval/loss_text" in figures:
+        figures["eval/perplexity_text"] = math.exp(min(figures["eval/loss_text"], 700.0))
     for index, direction in enumerate(rows):
-        total, count = sums[index, modalities.index(target_modality(direction))].tolist()
+        total, count = sums[index, objectives.index(target_objective(direction, model.config))].tolist()
         if count:
             figures[f"eval/{direction}/loss"] = total / count
     return figures

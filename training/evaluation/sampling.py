@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from modeling_mot import MoTForCausalLM, MoTProcessor
+from modeling_mot import MoTPreTrainedModel, MoTProcessor
+from modeling_mot.latents_mot import decode_latents, encode_pixels
 from training.config import option
+from training.data.collate import is_transfusion
 
 
 @dataclass
@@ -29,6 +31,8 @@ class SamplesConfig:
     guidance_scale: float = option(
         1.0, "classifier-free guidance of pictures; 1: none; needs caption dropout in training"
     )
+    num_inference_steps: int = option(250, "denoising steps of a picture that is diffused")
+    scheduler: str = option("ddpm", "ddpm, ddim, dpm, ... or the name of one of diffusers' schedulers")
     batch: int = option(64, "prompts generated together")
     max_text_tokens: int = option(24, "longest text that is read off or continued")
     max_speech_tokens: int = option(100, "longest span of speech")
@@ -38,7 +42,7 @@ class SamplesConfig:
         for name in ("held_out", "shown", "spoken", "texts", "top_k"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("batch", "gallery", "max_text_tokens", "max_speech_tokens"):
+        for name in ("batch", "gallery", "max_text_tokens", "max_speech_tokens", "num_inference_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.temperature < 0 or self.guidance_scale < 1:
@@ -56,7 +60,7 @@ class Sampler:
 
     def __init__(
         self,
-        model: MoTForCausalLM,
+        model: MoTPreTrainedModel,
         processor: MoTProcessor,
         config: SamplesConfig,
         check_stop: Callable[[], None] = lambda: None,
@@ -64,8 +68,14 @@ class Sampler:
         self.model, self.processor, self.config, self.check_stop = model, processor, config, check_stop
         self.mot = model.config
 
+    @property
+    def can_draw(self) -> bool:
+        return is_transfusion(self.mot) or self.mot.image_grid is not None
+
     def draw(self, names: Sequence[str]) -> list[Image.Image]:
-        """A picture of each name, on the grid of the model's configuration."""
+        """A picture of each name, of the size that the model's configuration has."""
+        if is_transfusion(self.mot):
+            return self._diffuse([[{"type": "text", "text": name}] for name in names])
         rows, columns = self.mot.image_grid
         prompts = self._prompts([[{"type": "text", "text": name}] for name in names], "image")
         guidance = {}
@@ -76,21 +86,71 @@ class Sampler:
         codes = self._generate(prompts, rows * columns, self.config.temperature, **guidance)
         return [self.picture(drawn) for drawn in codes]
 
+    def _diffuse(self, documents: list) -> list[Image.Image]:
+        """The picture that follows each document; its noise depends on its place in the list alone."""
+        pictures = []
+        length = self.mot.image_length(*self.mot.latent_size)
+        for start in range(0, len(documents), self.config.batch):
+            self.check_stop()
+            some = documents[start : start + self.config.batch]
+            seeds = range(self.config.seed + start, self.config.seed + start + len(some))
+            output = self.model.generate(
+                documents=some,
+                processor=self.processor,
+                generation_mode="image",
+                max_new_tokens=length + 1,
+                guidance_scale=self.config.guidance_scale,
+                num_inference_steps=self.config.num_inference_steps,
+                scheduler=self.config.scheduler,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                do_sample=False,
+                pad_token_id=self.mot.pad_token_id,
+            )
+            pictures.extend(drawn[0] for drawn in output.images)
+        return pictures
+
     def picture(self, codes: Sequence[int]) -> Image.Image:
         """The picture of a grid of image tokens, without markers."""
         ids = [self.mot.boi_token_id, *codes, self.mot.eoi_token_id]
         return next(s["image"] for s in self.processor.decode_document(ids) if s["type"] == "image")
 
     def reconstruct(self, images: Sequence[Image.Image]) -> list[Image.Image]:
-        """Through the image tokenizer and back: the best that a drawn picture could be."""
+        """Through the image tokenizer or the VAE and back: the best that a drawn picture could be."""
+        if is_transfusion(self.mot):
+            encoded = self.processor(documents=[[{"type": "image", "image": i}] for i in images], return_tensors="pt")
+            latents = encode_pixels(self.model.vae, encoded["pixel_values"])
+            pixels = (decode_latents(self.model.vae, latents) * 127.5 + 127.5).round().to(torch.uint8)
+            return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
         return [self.picture(ids[1:-1]) for ids in self.processor.encode_images(list(images))]
 
     def read(self, images: Sequence[Image.Image]) -> list[str]:
         """The name of each picture."""
-        prompts = self._prompts([[{"type": "image", "image": image}] for image in images], "text")
+        documents = [[{"type": "image", "image": image}] for image in images]
+        if is_transfusion(self.mot):
+            return self._read_continuous(documents)
+        prompts = self._prompts(documents, "text")
         # A document may well end after a picture; asked for its name, it does not.
         read = self._generate(prompts, self.config.max_text_tokens, 0.0, min_new_tokens=1)
         return [self._text(ids).strip() for ids in read]
+
+    def _read_continuous(self, documents: list) -> list[str]:
+        texts = []
+        for start in range(0, len(documents), self.config.batch):
+            self.check_stop()
+            some = documents[start : start + self.config.batch]
+            output = self.model.generate(
+                documents=some,
+                processor=self.processor,
+                max_new_tokens=self.config.max_text_tokens,
+                min_new_tokens=1,
+                do_sample=False,
+                pad_token_id=self.mot.pad_token_id,
+                suppress_tokens=[self.mot.boi_token_id],
+            )
+            # Prompts are a picture alone, so the text begins behind its end.
+            eoi = self.mot.eoi_token_id
+            texts.extend(self._text(ids[ids.index(eoi) + 1 :]).strip() for ids in output.sequences.tolist())
+        return texts
 
     def speak(self, names: Sequence[str]) -> list[tuple[np.ndarray, int]]:
         """(waveform in [-1, 1], samples a second) of each name."""
@@ -107,7 +167,8 @@ class Sampler:
     def continue_text(self, prompts: Sequence[str]) -> list[str]:
         """What the model writes after each prompt."""
         ids = self._prompts([[{"type": "text", "text": prompt}] for prompt in prompts], "text")
-        return [self._text(new) for new in self._generate(ids, self.config.max_text_tokens, 0.0)]
+        no_pictures = {"suppress_tokens": [self.mot.boi_token_id]} if is_transfusion(self.mot) else {}
+        return [self._text(new) for new in self._generate(ids, self.config.max_text_tokens, 0.0, **no_pictures)]
 
     # ----------------------------------------------------------------------------------------------- generating
 
@@ -137,7 +198,8 @@ class Sampler:
                 **sampling,
                 **kwargs,
             )
-            results.extend(output[:, input_ids.shape[1] :].tolist())
+            sequences = getattr(output, "sequences", output)
+            results.extend(sequences[:, input_ids.shape[1] :].tolist())
         return results
 
     def _pad(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

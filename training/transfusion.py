@@ -1,0 +1,93 @@
+"""The `model.transfusion` section of a recipe: images that stay continuous and are diffused (paper, section 3.4)."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+
+from modeling_mot import MoTProcessor
+from modeling_mot.latents_mot import VAE_CLASSES, downsampling
+from training.config import ConfigError, option
+from training.data.config import DataConfig
+from training.tokenizers.processor import continuous_processor
+
+
+CARRIED_VAE = Path(__file__).parent / "assets" / "vae"
+Autoencoder = AutoencoderKL | AutoencoderTiny
+
+
+@dataclass
+class TransfusionModelConfig:
+    """What a Transfusion model adds. Fields left at null are MoTTransfusionConfig's own defaults."""
+
+    vae: str = option("carried", "frozen autoencoder of images: carried, a diffusers folder or a name on the Hub")
+    image_size: list[int] = option(factory=lambda: [64, 64], doc="height and width of pictures, in pixels")
+    patch_size: int | None = option(None, "a token stands for patch_size x patch_size latents")
+    patchifier: Literal["unet", "linear"] | None = option(None, "from latents to hidden states and back")
+    unet_channels: list[int] | None = option(None, "channels of the U-Net's down blocks, log2(patch_size) + 1 of them")
+    unet_layers: int | None = option(None, "residual layers of a down block")
+    unet_norm_groups: int | None = option(None, "groups of the U-Net's group norms")
+    prediction_type: Literal["epsilon", "v_prediction", "flow"] | None = option(None, "what is predicted of the noise")
+    noise_schedule: str | None = option(None, "diffusers' name of a beta schedule; null: the cosine schedule")
+    num_train_timesteps: int | None = option(None, "noise levels")
+    timestep_sampling: Literal["uniform", "logit_normal"] | None = option(None, "how noise levels are drawn")
+    timestep_shift: float | None = option(None, "shift of flow matching's fractions")
+    timestep_format: Literal["index", "fraction"] | None = option(None, "what the timestep embedding sees")
+    diffusion_loss_weight: float | None = option(None, "lambda of equation 4")
+    image_first_max_timestep: int | None = option(
+        None, "largest noise level of an image that its caption follows (Transfusion's ablation: 500); null: no limit"
+    )
+    image_positions: Literal["consecutive", "shared"] | None = option(None, "positions of an image's patches")
+    markers_in_image_block: bool | None = option(None, "BOI and EOI see their image in both directions")
+    noised_images_visible: bool | None = option(
+        None, "whether later tokens see noised images; false: they see a clean copy that the data repeats (BAGEL)"
+    )
+    latent_position_table: Literal["sincos"] | None = option(None, "a fixed 2-D table added to the patches; null: none")
+
+    def model_fields(self) -> dict[str, Any]:
+        """The fields of MoTTransfusionConfig that the recipe sets."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: v for name, v in values.items() if v is not None and name not in ("vae", "image_size")}
+
+
+def load_vae(source: str) -> Autoencoder:
+    """A diffusers autoencoder in float32, frozen.
+
+    Raises:
+        ConfigError: there is none, or it is of another class.
+    """
+    folder = str(CARRIED_VAE) if source == "carried" else source
+    try:
+        name = AutoencoderKL.load_config(folder).get("_class_name", "AutoencoderKL")
+        if name not in VAE_CLASSES:
+            raise ValueError(f"its class is {name}; there are {', '.join(VAE_CLASSES)}")
+        vae = VAE_CLASSES[name].from_pretrained(folder, torch_dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.transfusion.vae={source!r}: no autoencoder could be loaded: {error}") from error
+    return vae.eval().requires_grad_(False)
+
+
+def vae_factor(vae: Autoencoder) -> int:
+    """Pixels of one latent's side."""
+    return downsampling({**vae.config, "_class_name": type(vae).__name__})
+
+
+def transfusion_processor(processor: MoTProcessor, config: TransfusionModelConfig, vae: Autoencoder) -> MoTProcessor:
+    """The same text with pictures that stay pixels, in tokens of the VAE's factor times the patch size.
+
+    Raises:
+        ConfigError: an image size that the tokens do not divide.
+    """
+    if processor.image_processor is not None:
+        return processor
+    try:
+        return continuous_processor(processor, config.image_size, vae_factor(vae) * (config.patch_size or 2))
+    except ValueError as error:
+        raise ConfigError(f"model.transfusion.image_size={config.image_size}: {error}") from error
+
+
+def caption_dropout(data: DataConfig) -> float:
+    """How often captions are dropped, which decides whether guidance makes sense; the most of any template."""
+    return max((template.caption_dropout for source in data.sources for template in source.templates), default=0.0)
