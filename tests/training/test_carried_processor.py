@@ -51,3 +51,43 @@ def test_carried_units_survive_a_trip_through_sound(carried):
         distances = torch.cdist(tokenizer.centroids, tokenizer.centroids)
         shuffled = units[torch.randperm(len(units), generator=torch.Generator().manual_seed(0))]
         assert distances[units, again].mean() < 0.7 * distances[units, shuffled].mean()
+
+
+def test_a_continuous_processor_reads_text_as_the_carried_one(carried):
+    from training.tokenizers.processor import continuous_processor
+
+    made = continuous_processor(carried, 64, 16)
+    assert made.modalities == ["text", "image"] and made.modality_token_ranges == {"text": [0, 4096]}
+    document = [
+        {"type": "text", "text": "a red apple <|image_3|>"},
+        {"type": "image", "image": Image.new("RGB", (64, 64))},
+    ]
+    ids, before = (processor(document[:1])["input_ids"] for processor in (made, carried))
+    assert ids == before
+    assert made(document)["pixel_values"].shape == (1, 3, 64, 64)
+    assert made(document)["input_ids"].count(made.image_token_id) == 16
+    assert carried.modality_token_ranges["image"] == [4096, 5120]
+    assert continuous_processor(made, 64, 16).fingerprint() == made.fingerprint()
+
+
+def test_a_continuous_processor_keeps_speech_where_asked(carried):
+    from training.tokenizers.processor import continuous_processor
+
+    made = continuous_processor(carried, [32, 64], 8, keep_speech=True, fit="pad")
+    assert made.modality_token_ranges == {"text": [0, 4096], "speech": [4096, 4596]}
+    assert made.image_processor.image_size == [32, 64] and made.image_processor.fit == "pad"
+    with pytest.raises(ValueError, match="keep_speech=True needs"):
+        continuous_processor(continuous_processor(carried, 64, 16), 64, 16, keep_speech=True)
+    with pytest.raises(ValueError, match=r"image_size=\[60, 60\]"):
+        continuous_processor(carried, 60, 16)
+
+
+def test_the_command_makes_a_continuous_processor(tmp_path):
+    from training.tokenizers.processor import continuous_processor, main
+
+    main(["--text", str(CARRIED), "--downsampling", "16", "--output", str(tmp_path / "made"), "--no-code"])
+    made = MoTProcessor.from_pretrained(tmp_path / "made")
+    carried = MoTProcessor.from_pretrained(CARRIED)
+    assert made.fingerprint() == continuous_processor(carried, 64, 16).fingerprint()
+    with pytest.raises(SystemExit, match="--downsampling keeps pictures as pixels"):
+        main(["--text", str(CARRIED), "--downsampling", "16", "--image", "x", "--output", str(tmp_path / "other")])

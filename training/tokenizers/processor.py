@@ -107,6 +107,10 @@ def load_image_tokenizer(arguments: argparse.Namespace) -> MoTImageTokenizer | N
 def main(argv: list[str] | None = None) -> dict:
     arguments = build_parser().parse_args(argv)
     check_output(arguments.output, arguments.overwrite)
+    if arguments.downsampling is not None and (arguments.image or arguments.speech):
+        raise SystemExit(
+            "error: --downsampling keeps pictures as pixels, without speech: leave --image and --speech out"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(arguments.text)
         # Where it was loaded from is no property of the tokenizer.
@@ -115,11 +119,6 @@ def main(argv: list[str] | None = None) -> dict:
         image = load_image_tokenizer(arguments)
         speech = MoTSpeechTokenizer.from_pretrained(arguments.speech) if arguments.speech else None
         if arguments.downsampling is not None:
-            if image or speech:
-                raise ValueError(
-                    "--downsampling keeps pictures as pixels and makes a processor without speech: "
-                    "leave --image and --speech out"
-                )
             processor = continuous_processor(tokenizer, arguments.image_size or 64, arguments.downsampling)
         else:
             extend_tokenizer(tokenizer, image.num_codes if image else 0, speech.num_units if speech else 0)

@@ -227,3 +227,18 @@ def test_replaced_codes_are_a_function_of_the_row(prepare, pair_source, data_con
     streams = [RowStream(data_config(replaced_codes=0.5), [source]) for _ in range(2)]
     third = list(islice(streams[0].rows(), 4))[3]
     assert all(np.array_equal(value, streams[1].row(3)[key]) for key, value in third.items())
+
+
+@pytest.mark.parametrize("caption_first", [0.0, 1.0])
+def test_targets_last_learns_the_last_segment_and_the_end(prepare, pair_source, data_config, caption_first):
+    source = prepare(pair_source(caption_first=caption_first, targets="last"))
+    stream = RowStream(data_config(block_documents=40), [source])
+    lengths = {}
+    for record in range(40):
+        text, picture = (source[record][name][0] for name in ("text:name", "image:picture"))
+        lengths[expected_pair(source, record, caption_first == 1.0)] = 1 + len(picture if caption_first else text)
+    for row in stream.block(0):
+        for number in range(row["document_ids"].max() + 1):
+            ids, labels = (row[name][row["document_ids"] == number].tolist() for name in ("input_ids", "labels"))
+            learnt = lengths[tuple(ids)]
+            assert labels == [-100] * (len(ids) - learnt) + ids[-learnt:]
