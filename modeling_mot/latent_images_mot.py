@@ -18,7 +18,7 @@ class NoisyImages(NamedTuple):
     """The images of a forward as the patchifier takes them.
 
     Attributes:
-        latents: (N, C, h, w) with noise, padded at the bottom and the right where sizes differ.
+        latents: (N, C, h, w) with noise, padded at the bottom and the right where sizes differ; a blank one if N = 0.
         target: (N, C, h, w) what is to be predicted of them.
         timesteps: (N,) their noise levels, 0 where clean.
         clean: (N,) bool.
@@ -32,7 +32,7 @@ class NoisyImages(NamedTuple):
     sizes: list[tuple[int, int]]
 
     def by_size(self) -> dict[tuple[int, int], list[int]]:
-        """size -> the images that have it; without an image one size that none has"""
+        """size -> the images that have it; of the blank one, none"""
         return group_by_size(self.sizes) or {tuple(self.latents.shape[2:]): []}
 
     def inside(self) -> torch.Tensor:
@@ -207,10 +207,14 @@ class LatentImagesMixin:
         )
 
     def _no_images(self, like: torch.Tensor) -> NoisyImages:
-        """The patchifier and its tower run on no image at all, so that their gradients are zero and not missing."""
-        side, nothing = self.config.patch_size, like.new_zeros(0, dtype=torch.long)
-        latents = like.new_zeros(0, self.config.latent_channels, side, side, dtype=torch.float32)
-        return NoisyImages(latents, latents, nothing, nothing.bool(), [])
+        """The patchifier runs on a blank image that nothing sees, so that its gradients are zero and not missing.
+
+        On no image at all it would do as well, but for kernels and tracers that know no empty batch.
+        """
+        side = self.config.patch_size
+        latents = like.new_zeros(1, self.config.latent_channels, side, side, dtype=torch.float32)
+        timesteps = like.new_zeros(1, dtype=torch.long)
+        return NoisyImages(latents, latents[:0], timesteps, timesteps[:0].bool(), [])
 
     def patchifier_tokens(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, tuple | None]:
         """Images of one size to what the transformer sees of them.  (N, C, h, w), (N,) -> (N, n, D) and features"""
@@ -232,16 +236,19 @@ class LatentImagesMixin:
             features.append((size, members, kept))
             tokens |= zip(members, embedded)
         if len(features) == 1:
-            return embedded.flatten(0, 1), features
+            tokens = embedded.flatten(0, 1)
+            return tokens if images.sizes else tokens[:0], features
         return torch.cat([tokens[index] for index in range(len(tokens))]), features
 
     def predict_latents(self, hidden_states: torch.Tensor, features: list, images: NoisyImages) -> torch.Tensor:
         """The patches' hidden states (P, D) -> the prediction (N, C, h, w) in float32, zero in the padding."""
+        if not images.sizes:
+            hidden_states = hidden_states.new_zeros(1, hidden_states.shape[-1])
         prediction = {}
         for (height, width), members, kept in features:
+            length = self.config.image_length(height, width)
             if len(features) == 1:
-                length = self.config.image_length(height, width)
-                patches = hidden_states.view(len(members), length, hidden_states.shape[-1])
+                patches = hidden_states.unflatten(0, (-1, length))
             else:
                 rows = hidden_states.split([self.config.image_length(*size) for size in images.sizes])
                 patches = torch.stack([rows[index] for index in members])
@@ -249,5 +256,5 @@ class LatentImagesMixin:
             part = F.pad(part, (0, images.latents.shape[3] - width, 0, images.latents.shape[2] - height))
             prediction |= zip(members, part)
         if len(features) == 1:
-            return part
+            return part if images.sizes else part[:0]
         return torch.stack([prediction[index] for index in range(len(prediction))])

@@ -69,20 +69,21 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.patchifier = build_patchifier(config)
-        for part in self.patchifier.modules():
-            part.keeps_own_initialization = True  # that of diffusers; the transformer's would be far too small
         self.noise_schedule = NoiseSchedule(config)
         self.vae = vae
         if vae is None and config.vae_config is not None:
             self.vae = build_vae(config.vae_config)
+        for own in (self.patchifier, self.vae):
+            for module in own.modules() if own is not None else ():
+                module.keeps_own_initialization = True  # that of diffusers; the transformer's would be far too small
+        for tensor in vae.state_dict(keep_vars=True).values() if vae is not None else ():
+            tensor._is_hf_initialized = True
         self._freeze_vae()
         self.post_init()
 
     def _freeze_vae(self):
         if self.vae is not None:
             self.vae.float().requires_grad_(False).eval()
-            for tensor in (*self.vae.parameters(), *self.vae.buffers()):
-                tensor._is_hf_initialized = True  # its weights are diffusers' or a checkpoint's, never ours
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):

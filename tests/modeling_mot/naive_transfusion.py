@@ -41,6 +41,19 @@ SPEECH = {
     "max_speech_tokens": 4,
 }
 BOS, EOS, BOI, EOI, PATCH = 1, 2, 3, 4, 5
+# Two pixels to a latent's side.
+VAE = {
+    "_class_name": "AutoencoderKL",
+    "latent_channels": 2,
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 8,
+    "scaling_factor": 0.5,
+    "shift_factor": 0.1,
+}
 
 
 def tiny_config(variant="mot", modalities=("text", "image"), **fields):
@@ -138,10 +151,7 @@ class NaiveTransfusion:
         """(C, h, w) with noise -> one hidden state for each patch, and what a U-Net keeps for the way back"""
         config, w, size = self.config, self.w, self.config.patch_size
         features = None
-        if config.timestep_format == "fraction":
-            embedded_timestep = timestep / config.num_train_timesteps
-        else:
-            embedded_timestep = timestep
+        scale = 1 / config.num_train_timesteps if config.timestep_format == "fraction" else 1
         places = [
             (row, column) for row in range(latents.shape[1] // size) for column in range(latents.shape[2] // size)
         ]
@@ -149,7 +159,7 @@ class NaiveTransfusion:
             tokens, features = self.patchifier.embed(latents[None].float(), torch.as_tensor(timestep)[None])
             tokens = list(tokens[0].to(self.dtype))
         else:
-            time = time_embedding(w, "patchifier.time_encoder", embedded_timestep, 256)
+            time = time_embedding(w, "patchifier.time_encoder", timestep * scale, 256)
             tokens = []
             for row, column in places:
                 values = [
