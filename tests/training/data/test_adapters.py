@@ -3,10 +3,11 @@
 import struct
 
 import datasets
+import numpy as np
 import pytest
 
 from training.data import carried_path
-from training.data.adapters import amazon_queen, emoji_styles, tuxpaint
+from training.data.adapters import amazon_queen, emoji_edits, emoji_styles, tuxpaint
 from training.data.parquet_folder import by_group, write_folder
 
 from .conftest import png, wav
@@ -123,6 +124,74 @@ def test_styles_take_name_and_split_of_the_carried_concept(tmp_path, load):
         row["id"]: (split, row["name"]) for split, rows in load(tmp_path / "out", "default").items() for row in rows
     }
     assert found == split_of
+
+
+@pytest.fixture(scope="module")
+def edits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("edits")
+    emoji_edits.main(["--out", str(folder / "out"), "--limit", "12"])
+    return datasets.load_dataset(str(folder / "out"), cache_dir=str(folder / "cache"))
+
+
+def test_every_edit_is_what_it_says(edits):
+    seen = set()
+    for row in edits["train"]:
+        source, target = (np.asarray(row[name]).astype(float) for name in ("source", "target"))
+        assert np.abs(source - target).mean() >= emoji_edits.NOTICEABLE
+        exact = {
+            "mirror": source[:, ::-1],
+            "upside-down": source[::-1, ::-1],
+            "quarter-turn": np.rot90(source, -1),
+            "darker": 255 * (source / 255) ** 2,
+            "lighter": 255 * (source / 255) ** 0.5,
+            "grey": np.repeat(source @ [[0.299], [0.587], [0.114]], 3, axis=2),
+        }
+        if row["edit"] in exact:
+            assert np.abs(target - exact[row["edit"]]).max() <= 1
+        elif row["edit"] == "smaller":
+            halved = source.reshape(32, 2, 32, 2, 3).mean(axis=(1, 3))
+            assert np.abs(target[16:48, 16:48] - halved).max() <= 1
+            assert (np.delete(target, range(16, 48), axis=0) == 255).all()
+        else:
+            hue, saturation, value = np.moveaxis(np.asarray(row["target"].convert("HSV")).astype(int), -1, 0)
+            away = (hue - emoji_edits.COLOURS[row["edit"]] * 256 / 360 + 128) % 256 - 128
+            weights = saturation * value
+            assert weights[np.abs(away) <= 10].sum() > 0.2 * weights.sum()
+            assert np.array_equal(np.asarray(row["source"].convert("HSV"))[..., 2], value)
+        assert row["instruction"] == emoji_edits.EDITS[row["edit"]][0]
+        seen.add(row["edit"])
+    assert seen == set(emoji_edits.EDITS)
+
+
+def test_edits_keep_the_carried_splits(edits, carried):
+    for split in ("train", "validation"):
+        names = datasets.load_dataset(carried, "emoji", split=split)["name"][:12]
+        assert set(edits[split]["name"]) <= set(names) and len(set(edits[split]["name"])) == 12
+
+
+def test_edits_of_symmetric_and_grey_pictures_are_left_out():
+    every = list(emoji_edits.EDITS)
+
+    def made(picture):
+        return {row["edit"] for row in emoji_edits.edited({"id": "x", "name": "x", "image": picture}, every)}
+
+    disc = np.full((64, 64, 3), 255, np.uint8)
+    disc[16:48, 16:48] = (60, 160, 60)
+    turned = {"mirror", "upside-down", "quarter-turn"}
+    assert made(disc) == set(every) - turned - {"green"}
+    disc[16:48, 16:48] = 120
+    assert made(disc) == {"darker", "lighter", "smaller"}
+
+
+def test_edits_are_the_same_each_time(tmp_path):
+    files = []
+    for number in range(2):
+        emoji_edits.main(["--out", str(tmp_path / str(number)), "--limit", "3", "--edits", "mirror", "blue"])
+        folder = tmp_path / str(number)
+        files.append({path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()})
+    assert files[0] == files[1]
+    assert {str(path) for path in files[0]} >= {"README.md", "licenses/emoji-data.txt", "default/train.parquet"}
+    assert "license: apache-2.0" in files[0][next(path for path in files[0] if path.name == "README.md")].decode()
 
 
 @pytest.mark.parametrize(
