@@ -178,7 +178,7 @@ def test_edits_of_symmetric_and_grey_pictures_are_left_out():
     disc = np.full((64, 64, 3), 255, np.uint8)
     disc[16:48, 16:48] = (60, 160, 60)
     turned = {"mirror", "upside-down", "quarter-turn"}
-    assert made(disc) == set(every) - turned - {"green"}
+    assert made(disc) == set(every) - turned - {"green", "yellow"}  # olive is too near
     disc[16:48, 16:48] = 120
     assert made(disc) == {"darker", "lighter", "smaller"}
 

@@ -60,8 +60,8 @@ def turn_hue(picture: Image.Image, degrees: int) -> Image.Image:
     hue, saturation, value = (np.asarray(band) for band in picture.convert("HSV").split())
     weights = saturation.astype(np.int64) * value
     counts = np.bincount(hue.ravel(), weights.ravel(), minlength=256)
-    # Neighbouring hues count together, round the circle.
-    smooth = sum(np.roll(counts, shift) for shift in range(-8, 9))
+    # Neighbouring hues count together, round the circle, the nearer the more.
+    smooth = sum((9 - abs(shift)) * np.roll(counts, shift) for shift in range(-8, 9))
     shift = round(degrees * 256 / 360) - int(smooth.argmax())
     turned = ((hue.astype(np.int64) + shift) % 256).astype(np.uint8)
     bands = [Image.fromarray(band) for band in (turned, saturation, value)]
