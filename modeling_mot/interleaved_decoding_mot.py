@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers.cache_utils import DynamicCache
-from transformers.generation import LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
 from .denoising_mot import ImageForward, Prefix, denoise
 from .latents_mot import decode_latents
@@ -30,8 +29,8 @@ class InterleavedDecoding:
     """One call of `generate()`.
 
     While some sequences draw a picture the others wait, so at any time sequences may differ in length: the cache is
-    padded on the left. Logits processors and stopping criteria see each sequence by itself, as the prompt it was given
-    with what followed, so that nothing depends on the others.
+    padded on the left. Logits processors and stopping criteria see each sequence as the prompt it was given with what
+    followed, so that nothing depends on the others.
 
     Attributes:
         running: the sequences that go on.
@@ -128,14 +127,20 @@ class InterleavedDecoding:
     def _last_token(self, row: int) -> int:
         return self.new_tokens[row][-1] if self.new_tokens[row] else int(self.prompt[row, -1])
 
-    def _ids(self, row: int) -> torch.Tensor:
-        return torch.cat([self.prompt[row], self.prompt.new_tensor(self.new_tokens[row])])[None]
+    def _by_length(self, rows: list[int]):
+        """Sequences of one length, and a batch (B, L) of it in which only they are right.
+
+        The others, cut or padded to that length, keep the places that processors and criteria may count by.
+        """
+        for length in sorted({len(self.new_tokens[row]) for row in rows}):
+            tokens = [(tokens + [self.pad] * length)[:length] for tokens in self.new_tokens]
+            group = [row for row in rows if len(self.new_tokens[row]) == length]
+            yield group, torch.cat([self.prompt, self.prompt.new_tensor(tokens)], dim=1)
 
     def _stop(self, rows: list[int]) -> None:
-        for row in rows:
-            scores = tuple(step[row : row + 1] for step in self.scores) or None
-            if self.stopping_criteria(self._ids(row), scores)[0]:
-                self.running.remove(row)
+        for group, ids in self._by_length(rows):
+            done = self.stopping_criteria(ids, self.scores or None).tolist()
+            self.running = [row for row in self.running if not (row in group and done[row])]
 
     # ---------------------------------------------------------------------------------------------------- text mode
 
@@ -151,30 +156,21 @@ class InterleavedDecoding:
             self.new_tokens[row].append(tokens[row])
         if self.streamer is not None:
             self.streamer.put(torch.tensor(tokens))
-        self._stop(list(self.running))
+        self._stop(self.running)
         if self.running:
             self._step([token if row in self.running else self.pad for row, token in enumerate(tokens)])
 
     def _processed(self, logits: torch.Tensor) -> torch.Tensor:
         """(B, V) -> (B, V)"""
-        config, scores = self.config, logits.clone()
-        scores[:, [config.image_token_id, config.eoi_token_id]] = -float("inf")  # only ever appended
-        for row in self.running:
-            has_room = self.budget - len(self.new_tokens[row]) >= self.length + 2
-            if not has_room or self.settings.generation_mode == "text":
-                scores[row, config.boi_token_id] = -float("inf")
-            scores[row] = self._processors_of(row)(self._ids(row), scores[row : row + 1])[0]
+        config, logits = self.config, logits.clone()
+        logits[:, [config.image_token_id, config.eoi_token_id]] = -float("inf")  # only ever appended
+        for row, tokens in enumerate(self.new_tokens):
+            if self.budget - len(tokens) < self.length + 2 or self.settings.generation_mode == "text":
+                logits[row, config.boi_token_id] = -float("inf")
+        scores = logits.clone()
+        for group, ids in self._by_length(self.running):
+            scores[group] = self.logits_processor(ids, logits.clone())[group]
         return scores
-
-    def _processors_of(self, row: int) -> LogitsProcessorList:
-        def of_row(processor):
-            if not isinstance(processor, PrefixConstrainedLogitsProcessor):
-                return processor
-            # The one processor that asks for the number of the sequence.
-            allowed = processor._prefix_allowed_tokens_fn
-            return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(row, ids), num_beams=1)
-
-        return LogitsProcessorList([of_row(processor) for processor in self.logits_processor])
 
     def _chosen(self, scores: torch.Tensor) -> torch.Tensor:
         """(B, V) -> (B,)"""
