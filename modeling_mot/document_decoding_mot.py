@@ -13,7 +13,8 @@ class DocumentDecoder:
     stands for the next of `images`. Raises ValueError for ids outside the vocabulary, codes outside their markers,
     images or sounds that are cut off, and more or fewer `images` than the document has, with the counts. With
     `allow_incomplete`, a cut image is filled up with codes of a blank picture, a cut sound is decoded as far as it goes,
-    and stray codes, placeholders and images without a picture are dropped.
+    and stray codes, placeholders and images without a picture are dropped; fewer `images` than the document has are
+    then its last ones, as `generate()` returns those it drew.
     """
 
     def __init__(self, processor: Any):
@@ -33,8 +34,7 @@ class DocumentDecoder:
 
     def decode(self, ids: Any, images: list | None, image_grids: list | None, allow_incomplete: bool) -> list[dict]:
         ids = self.checked(ids)
-        self.check_given(ids, images, image_grids, allow_incomplete)
-        grids, pictures = iter(image_grids or []), iter(images or [])
+        grids, pictures = iter(image_grids or []), iter(self.pictures(ids, images, image_grids, allow_incomplete))
         segments, text, position = [], [], 0
         while position < len(ids):
             token = ids[position]
@@ -44,7 +44,7 @@ class DocumentDecoder:
                 codes, position, complete = self.span(ids, position + 1, modality, end)
                 if modality == "image" and self.continuous:
                     segment = self.given_image(
-                        len(codes), next(pictures, None) if codes else None, complete, allow_incomplete
+                        len(codes), next(pictures) if codes else None, complete, allow_incomplete
                     )
                 elif modality == "image":
                     segment = self.image(codes, next(grids, None), complete, allow_incomplete)
@@ -85,14 +85,14 @@ class DocumentDecoder:
             )
         return ids.tolist()
 
-    def check_given(
+    def pictures(
         self, ids: list[int], images: list | None, image_grids: list | None, allow_incomplete: bool
-    ) -> None:
-        """Pictures go with placeholders, grids with codes, and there are as many pictures as images of placeholders."""
+    ) -> list[Any]:
+        """The given picture of each image of placeholders, None where there are fewer."""
         if not self.continuous:
             if images is not None:
                 raise ValueError("images= go with an image processor; this processor decodes pictures from their codes")
-            return
+            return []
         if image_grids is not None:
             raise ValueError("image_grids= go with an image tokenizer; this processor takes its pictures from images=")
         begin, image = self.tokenizer.boi_token_id, self.tokenizer.image_token_id
@@ -103,6 +103,7 @@ class DocumentDecoder:
                 f"the document has {count} images of placeholders but images= gives {given}; pass the pictures of this "
                 "sequence in order, those of the prompt and those that generate() returned"
             )
+        return [None] * (count - given) + list(images or [])
 
     def is_text(self, token: int) -> bool:
         first, last = self.ranges["text"]

@@ -284,6 +284,14 @@ def test_post_processing_reads_what_generate_returns(processor):
     assert processor.post_process_multimodal_output(ids) == ["a", "a cat"]
 
 
+def test_pictures_that_generate_drew_are_the_last_of_a_document(processor):
+    ids = processor([image(0), text("flip it"), image(1)], return_tensors="pt")["input_ids"]
+    output = SimpleNamespace(sequences=ids, images=[[PICTURES[1]]])
+    expected = [text("flip it"), image(1)]
+    assert processor.post_process_multimodal_output(output, generation_mode="document") == [expected]
+    assert processor.post_process_multimodal_output(output, generation_mode="image") == [[PICTURES[1]]]
+
+
 def test_pixels_to_pictures_and_back(processor):
     batch = processor([image(0), image(1)])
     pictures = MoTImageProcessor.to_pictures(batch["pixel_values"])

@@ -87,7 +87,7 @@ def stack_images(images: list[dict], config=None) -> dict[str, torch.Tensor]:
     tensor = torch.from_numpy(stacked).float()
     name = "latents"
     if stacked.dtype == np.uint8:
-        tensor = tensor / 127.5 - 1
+        tensor = tensor.div_(127.5).sub_(1)
         if not same:  # padding is zero after scaling
             rows, columns = (
                 torch.arange(side)[None] < torch.from_numpy(sizes[:, axis, None])
