@@ -14,6 +14,7 @@ from .configuration_mot_transfusion import MoTTransfusionConfig
 from .modality_routing import ModalityRouting
 from .modeling_mot import MoTForCausalLM, MoTModel, MoTPreTrainedModel
 from .modeling_mot_transfusion import MoTTransfusionModel
+from .pipeline_mot_transfusion import MoTTransfusionPipeline
 from .processing_mot import MoTProcessor
 
 
@@ -36,4 +37,5 @@ __all__ = [
     "MoTProcessor",
     "MoTTransfusionConfig",
     "MoTTransfusionModel",
+    "MoTTransfusionPipeline",
 ]
