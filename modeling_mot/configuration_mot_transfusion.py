@@ -48,7 +48,8 @@ class MoTTransfusionConfig(MoTConfig):
             Whether the timestep embedding sees t in [0, num_train_timesteps] or in [0, 1].
         diffusion_loss_weight (`float`, defaults to 5.0): Lambda of equation 4.
         image_first_max_timestep (`int`, *optional*):
-            Largest noise level of an image before which its document has no text (Transfusion's ablation: 500).
+            Largest noise level of an image that has text of its document after and none before it (Transfusion's
+            ablation: 500).
         caption_dropout (`float`, defaults to 0.0):
             How often training dropped the captions; guidance needs more than none.
         image_positions (`"consecutive"` or `"shared"`, defaults to `"consecutive"`):

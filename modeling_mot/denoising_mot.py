@@ -194,26 +194,27 @@ class ImageForward:
         if self.after:
             ids[:, -1] = config.eoi_token_id
         self.input_ids = ids
-        modality_ids = torch.where(ids == config.image_token_id, config.image_modality, 0)
-        self.routing = ModalityRouting.from_modality_ids(modality_ids, config)
+        embeds = model.model.embed_tokens(ids)
+        self.begin, self.end = embeds[:, : self.before], embeds[:, self.before + self.length :]
+        is_patch = ids == config.image_token_id
+        self.routing = ModalityRouting.from_modality_ids(torch.where(is_patch, config.image_modality, 0), config)
         steps = torch.arange(total, device=device)
         if config.image_positions == "shared":
             steps = torch.zeros_like(steps) if inside else (steps >= self.length).long()
         self.position_ids = prefix.position[:, None] + steps
-        blocks = torch.full((count, prefix.mask.shape[1] + total), -1, device=device)
-        blocks[:, prefix.mask.shape[1] :] = torch.where(torch.tensor(inside) | (ids == config.image_token_id), 0, -1)
+        of_image = torch.zeros_like(ids) if inside else torch.where(is_patch, 0, -1)
+        blocks = F.pad(of_image, (prefix.mask.shape[1], 0), value=-1)
         self.mask = torch.cat([prefix.mask, torch.ones_like(ids)], dim=1)
-        rows = torch.empty(0, device=device, dtype=model.dtype).expand(count, total, 0)
-        self.attention = attention_mask_for(config, rows, self.mask, cache, None, None, ImageBlocks(blocks))
+        self.attention = attention_mask_for(config, embeds, self.mask, cache, None, None, ImageBlocks(blocks))
 
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor | float) -> tuple[torch.Tensor, Any]:
-        """(R, C, h, w) -> hidden states (R, total, D) and the patchifier's features"""
+        """(R, C, h, w), or fewer that are repeated -> hidden states (R, total, D) and the patchifier's features"""
         timesteps = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
         tokens, features = self.model.patchifier_tokens(latents, timesteps)
-        embeds = self.model.model.embed_tokens(self.input_ids)
-        embeds[:, self.before : self.before + self.length] = tokens.to(embeds.dtype)
+        times = len(self.input_ids) // len(latents)
+        tokens, features = repeated(tokens, times), repeated(features, times)
         outputs = self.model.model(
-            inputs_embeds=embeds,
+            inputs_embeds=torch.cat([self.begin, tokens.to(self.begin.dtype), self.end], dim=1),
             routing=self.routing,
             attention_mask=self.attention,
             position_ids=self.position_ids,
@@ -222,10 +223,19 @@ class ImageForward:
         return outputs.last_hidden_state, features
 
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
-        """What the model says is in noisy latents.  (R, C, h, w) -> (R, C, h, w) float32"""
+        """What the model says is in noisy latents.  (R, C, h, w), or fewer that are repeated -> (R, C, h, w) float32"""
         hidden_states, features = self(latents, timestep)
         image = hidden_states[:, self.before : self.before + self.length]
         return self.model.patchifier.predict(image, features, *self.size).float()
+
+
+def repeated(features, times: int):
+    """What a patchifier keeps of N images, for N * times of them."""
+    if features is None or times == 1:
+        return features
+    if isinstance(features, tuple):
+        return tuple(repeated(part, times) for part in features)
+    return torch.cat([features] * times)
 
 
 @torch.no_grad()
@@ -264,12 +274,14 @@ def denoise(
     step_kwargs = {"generator": own} if takes_generator else {}
     scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
     intermediates = []
-    for step, timestep in enumerate(logging.tqdm(scheduler.timesteps, disable=not settings.progress_bar, desc="denoising")):
+    for step, timestep in enumerate(
+        logging.tqdm(scheduler.timesteps, disable=not settings.progress_bar, desc="denoising")
+    ):
         noisy = scale(latents, timestep)
         if unconditional is None:
             prediction = forward.predict(noisy, timestep)
         else:
-            guided, free = forward.predict(torch.cat([noisy, noisy]), timestep).chunk(2)
+            guided, free = forward.predict(noisy, timestep).chunk(2)
             prediction = free + settings.guidance_scale * (guided - free)
         stepped = scheduler.step(prediction, timestep, latents, **step_kwargs)
         latents = stepped.prev_sample

@@ -83,7 +83,7 @@ def draw_timesteps(
     """Noise levels for training.
 
     Args:
-        image_first: (N,) whether an image has no text before it; its level is then at most
+        image_first: (N,) whether an image has text after and none before it; its level is then at most
             `config.image_first_max_timestep`, where that is set.
 
     Returns:

@@ -159,13 +159,13 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
             latents: (N, C, h, w) clean and scaled, images in order of appearance over the flattened rows.
             pixel_values: (N, 3, H, W) in [-1, 1], instead of `latents`; the VAE encodes them.
             image_sizes: (N, 2) height and width of each image in the unit of the tensor that holds them, which is padded
-                at the bottom and the right; needed when sizes differ.
+                at the bottom and the right; needed when sizes differ. A tensor on a device is waited for, a list not.
             timesteps: (N,) noise levels, 0 <= t < num_train_timesteps (flow: floats, up to num_train_timesteps); drawn
                 when absent.
             noise: of the latents' shape; drawn when absent.
             clean_images: (N,) bool, images that are context: they get no noise, t = 0, and have no loss.
-            image_first: (N,) bool, images that no text of their document precedes, whose drawn timesteps keep to
-                `image_first_max_timestep`; found from `input_ids` when absent.
+            image_first: (N,) bool, images with text of their document after and none before them, whose drawn timesteps
+                keep to `image_first_max_timestep`; found from `input_ids` when absent.
             labels: (B, L) token ids, shifted inside by one; -100, placeholders and EOI are no targets.
             generator: of the timesteps and the noise that are drawn.
             num_items_in_batch: divide the token loss by this instead of by the number of token targets here.

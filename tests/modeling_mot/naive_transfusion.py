@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from modeling_mot import MoTTransfusionConfig, MoTTransfusionModel
 
@@ -65,6 +66,17 @@ def tiny_model(variant="mot", **fields):
     """In eval mode, with weights large enough to tell apart. An `attn_implementation` goes to the model."""
     attention = {"attn_implementation": fields.pop("attn_implementation")} if "attn_implementation" in fields else {}
     return MoTTransfusionModel._from_config(tiny_config(variant, **fields), **attention).eval()
+
+
+def uncompiled_flex(monkeypatch):
+    """Flex attention's kernel and mask take half a minute to compile; the functions as they are give the same."""
+    monkeypatch.setattr(
+        "transformers.integrations.flex_attention.WrappedFlexAttention", lambda training: lambda: flex_attention
+    )
+    monkeypatch.setattr(
+        "transformers.masking_utils.create_block_mask",
+        lambda *args, **kwargs: create_block_mask(*args, **(kwargs | {"_compile": False})),
+    )
 
 
 def image(height=4, width=4, patch_size=2):

@@ -162,6 +162,15 @@ def test_pictures_of_a_prompt_may_be_pixels(painter):
     assert torch.equal(ours.latents[0][0], generate(painter, prompt, latents=latents, max_new_tokens=5).latents[0][0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_in_half_precision_draw(dtype):
+    for fields in ({"patchifier": "unet"}, {"latent_position_table": "sincos", "markers_in_image_block": True}):
+        painter = model_of(vae_config=VAE, initializer_range=0.02, **fields).to(dtype)
+        output = generate(painter, DRAW, max_new_tokens=8, output_type="pt", guidance_scale=2.0)
+        assert output.latents[0][0].dtype == output.images[0][0].dtype == torch.float32
+        assert torch.isfinite(output.images[0][0]).all()
+
+
 def test_the_prefill_uses_up_no_randomness(model):
     """Pictures in a prompt are clean: whoever seeds globally gets the same text with and without them."""
     torch.manual_seed(5)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .naive_transfusion import BOI, BOS, EOI, EOS, PATCH, image, tiny_model
+from .naive_transfusion import BOI, BOS, EOI, EOS, PATCH, image, tiny_model, uncompiled_flex
 from .naive_transfusion_generation import NaiveGeneration, penalised, sampler
 
 
@@ -290,8 +290,9 @@ def test_one_generator_gives_each_sequence_one_of_its_own():
     assert torch.equal(first[0][0], again[0][0]) and not torch.equal(first[0][0], first[1][0])
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_attention_implementations_draw_the_same(attention):
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+def test_attention_implementations_draw_the_same(attention, monkeypatch):
+    uncompiled_flex(monkeypatch)
     check(model_of(attn_implementation=attention, **BAGEL), *PROMPTS["edit"], guidance_scale=2.0)
 
 

@@ -5,11 +5,10 @@ from itertools import product
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from modeling_mot.attention_masks import documents_of, find_image_blocks, image_positions
 
-from .naive_transfusion import BOS, EOS, PATCH, image, positions, tiny_config, tiny_model, visible
+from .naive_transfusion import BOS, EOS, PATCH, image, positions, tiny_config, tiny_model, uncompiled_flex, visible
 
 
 SIZES = [(4, 4), (2, 2), (2, 6), (4, 2)]
@@ -17,14 +16,7 @@ SIZES = [(4, 4), (2, 2), (2, 6), (4, 2)]
 
 @pytest.fixture(autouse=True)
 def flex_is_not_compiled(monkeypatch):
-    """Kernel and mask take half a minute to compile; the same functions without compilation give the same."""
-    monkeypatch.setattr(
-        "transformers.integrations.flex_attention.WrappedFlexAttention", lambda training: lambda: flex_attention
-    )
-    monkeypatch.setattr(
-        "transformers.masking_utils.create_block_mask",
-        lambda *args, **kwargs: create_block_mask(*args, **(kwargs | {"_compile": False})),
-    )
+    uncompiled_flex(monkeypatch)
 
 
 def random_document(rng, fewest_images=0):

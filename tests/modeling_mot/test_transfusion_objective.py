@@ -359,6 +359,17 @@ def test_speech_has_a_loss_of_its_own():
     }
 
 
+def test_hidden_states_and_attentions_are_those_of_the_sequence():
+    model, inputs = tiny_model(attn_implementation="eager"), batch(rows=(0, 1))
+    output = model(**inputs, output_hidden_states=True, output_attentions=True)
+    assert len(output.hidden_states) == 3 and output.hidden_states[0].shape == (2, 19, 32)
+    assert torch.equal(output.hidden_states[0][0, 0], model.model.embed_tokens.weight[BOS])
+    for row, documents in enumerate(inputs["document_ids"].tolist()):
+        seen = visible(model.config, inputs["input_ids"][row].tolist(), documents, clean=CLEAN)
+        assert torch.equal(output.attentions[0][row].amax(0) > 0, seen)
+    torch.testing.assert_close(output.logits, model(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_bfloat16_autocast_and_checkpointing_change_little():
     inputs, outputs = batch(), []
     for kind in ("plain", "checkpointing", "bfloat16"):
