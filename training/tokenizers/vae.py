@@ -92,7 +92,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--minutes", type=float, help="end after this time at the latest, the schedule squeezed into it"
     )
     training.add_argument("--batch-size", type=int, default=defaults.batch_size, help=f"default: {defaults.batch_size}")
-    training.add_argument("--lr", type=float, default=defaults.lr, help=f"peak learning rate (default: {defaults.lr})")
+    training.add_argument("--lr", type=float, default=defaults.lr, help=f"peak rate of AdamW (default: {defaults.lr})")
+    training.add_argument(
+        "--matrix-lr",
+        type=float,
+        default=defaults.matrix_lr,
+        help=f"peak rate of Muon, for kernels of convolutions (default: {defaults.matrix_lr})",
+    )
     training.add_argument(
         "--kl",
         type=float,
@@ -178,6 +184,7 @@ def main(argv: list[str] | None = None) -> dict:
         minutes=arguments.minutes,
         batch_size=arguments.batch_size,
         lr=arguments.lr,
+        matrix_lr=arguments.matrix_lr,
         kl=arguments.kl,
         flip=0.0 if arguments.no_flip else VAETrainingConfig.flip,
         bf16=not arguments.no_bf16,

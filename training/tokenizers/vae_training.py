@@ -23,9 +23,52 @@ from training.tokenizers.autoencoder_training import (
 
 @dataclass
 class VAETrainingConfig(AutoencoderTrainingConfig):
-    """`kl` weighs the divergence from a standard normal, in nats per latent element."""
+    """`kl` weighs the divergence from a standard normal, in nats per latent element; it grows to that over
+    `kl_warmup`, a share of the run. `lr` is AdamW's, for norms and biases, `matrix_lr` Muon's, for convolutions.
+    """
 
+    steps: int = 2400
+    batch_size: int = 16
+    lr: float = 3e-3
+    matrix_lr: float = 0.04
     kl: float = 1e-3
+    kl_warmup: float = 0.3
+
+
+class MuonAdamW:
+    """Muon for the kernels of convolutions, as matrices of (out, height * width * in); AdamW for all else.
+
+    AdamW alone needs several times the steps: for long, a few directions of the latents carry all (light and dark),
+    and those for rare colours stay empty. Kernels must be in channels_last, so that a matrix is a view of its kernel.
+    Muon: https://kellerjordan.github.io/posts/muon
+    """
+
+    def __init__(self, model: nn.Module, lr: float, matrix_lr: float):
+        self.kernels = [p for p in model.parameters() if p.ndim == 4 and min(len(p), p[0].numel()) > 8]
+        self.matrices = [nn.Parameter(self.as_matrix(kernel.data)) for kernel in self.kernels]
+        if any(m.data_ptr() != k.data_ptr() for m, k in zip(self.matrices, self.kernels)):
+            raise ValueError("MuonAdamW takes a model in channels_last: call model.to(memory_format=...) first")
+        taken = set(map(id, self.kernels))
+        self.others = [p for p in model.parameters() if id(p) not in taken]
+        self.muon = torch.optim.Muon(self.matrices, lr=matrix_lr, weight_decay=0.0, adjust_lr_fn="original")
+        self.adamw = torch.optim.AdamW(self.others, lr=lr, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
+        self.rates = {self.muon: matrix_lr, self.adamw: lr}
+
+    @staticmethod
+    def as_matrix(kernel: torch.Tensor) -> torch.Tensor:
+        """(O, I, kh, kw) -> (O, kh * kw * I)"""
+        return kernel.permute(0, 2, 3, 1).flatten(1)
+
+    def step(self, factor: float) -> None:
+        """One step at `factor` times the peak rates; gradients are cleared."""
+        for kernel, matrix in zip(self.kernels, self.matrices):
+            matrix.grad = self.as_matrix(kernel.grad)
+            kernel.grad = None
+        nn.utils.clip_grad_norm_(self.others, 1.0)  # Muon's steps have a size of their own
+        for optimizer, rate in self.rates.items():
+            optimizer.param_groups[0]["lr"] = factor * rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
 
 def train_vae(
@@ -37,13 +80,11 @@ def train_vae(
     """Train `vae` in place on uint8 pictures (3, H, W); returns figures of the last steps."""
     generator = torch.Generator().manual_seed(config.seed)
     vae.train().requires_grad_(True).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
+    optimizer = MuonAdamW(vae, config.lr, config.matrix_lr)
     started, progress, step = time.monotonic(), 0.0, 0
     averages: dict[str, float] = {}
 
     while progress < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * learning_rate_factor(progress, config)
         batch = draw_batch(pictures, config.batch_size, generator)
         pixels = augment(batch, config, generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
@@ -53,10 +94,8 @@ def train_vae(
             predicted = vae.decode(mean + (0.5 * logvar).exp() * noise).sample
         loss = reconstruction_loss(predicted.float(), pixels, config)
         kl = normal_divergence(mean, logvar)
-        optimizer.zero_grad(set_to_none=True)
-        (loss + config.kl * kl).backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        (loss + config.kl * min(1.0, progress / config.kl_warmup) * kl).backward()
+        optimizer.step(learning_rate_factor(progress, config))
 
         step += 1
         elapsed = (time.monotonic() - started) / 60
