@@ -53,6 +53,7 @@ class SampleSheet:
         figures: (what, value) shown above the samples.
         pictures: of each name (name, original, its tokenizer's reconstruction, drawn, name read off the original).
         held_out: the same for concepts the run has not seen.
+        edits, held_out_edits: (instruction, source, target, drawn).
         spoken: (name, path of a WAV file).
         texts: (prompt, continuation).
     """
@@ -61,6 +62,8 @@ class SampleSheet:
     figures: list[tuple[str, str]] = field(default_factory=list)
     pictures: list[tuple[str, Image.Image, Image.Image, Image.Image, str]] = field(default_factory=list)
     held_out: list[tuple[str, Image.Image, Image.Image, Image.Image, str]] = field(default_factory=list)
+    edits: list[tuple[str, Image.Image, Image.Image, Image.Image]] = field(default_factory=list)
+    held_out_edits: list[tuple[str, Image.Image, Image.Image, Image.Image]] = field(default_factory=list)
     spoken: list[tuple[str, Path]] = field(default_factory=list)
     texts: list[tuple[str, str]] = field(default_factory=list)
 
@@ -74,6 +77,11 @@ class SampleSheet:
                 cards = "".join(_card(*picture) for picture in pictures)
                 sections.append(f"<h2>{heading}</h2><p>original, reconstruction by the tokenizer, drawn from the name")
                 sections.append(f"; below, the name and what is read off the original</p><div class=grid>{cards}</div>")
+        for heading, edits in (("Edits of pictures seen", self.edits), ("Edits of others", self.held_out_edits)):
+            if edits:
+                cards = "".join(_card(*edit) for edit in edits)
+                sections.append(f"<h2>{heading}</h2><p>source, target, drawn; below, the instruction</p>")
+                sections.append(f"<div class=grid>{cards}</div>")
         if self.spoken:
             clips = "".join(
                 f"<figure><audio controls src='data:audio/wav;base64,{_base64(path.read_bytes())}'></audio>"
@@ -92,16 +100,25 @@ class SampleSheet:
         font = ImageFont.load_default(12)
         side, gap, line = 72, 4, 16
         width, height = 3 * side + 4 * gap, side + 2 * line + 3 * gap
-        groups = [("Names seen in training", self.pictures), ("Names held out", self.held_out)]
+        named, edited = (
+            "original | reconstruction | drawn from the name; name, then what is read off",
+            "source | target | drawn",
+        )
+        groups = [
+            (f"Names seen in training: {named}", self.pictures),
+            (f"Names held out: {named}", self.held_out),
+            (f"Edits of pictures seen: {edited}", self.edits),
+            (f"Edits of others: {edited}", self.held_out_edits),
+        ]
         groups = [(heading, pictures) for heading, pictures in groups if pictures]
         count = sum(2 * line + -(-len(pictures) // columns) * height for _, pictures in groups)
         sheet = Image.new("RGB", (columns * width + gap, max(count, line) + gap), "white")
         draw, top = ImageDraw.Draw(sheet), gap
         for heading, pictures in groups:
-            caption = f"{heading}: original | reconstruction | drawn from the name; name, then what is read off"
-            draw.text((gap, top), caption, "black", font=font)
+            draw.text((gap, top), heading, "black", font=font)
             top += 2 * line
-            for index, (name, *images, read) in enumerate(pictures):
+            for index, (name, *rest) in enumerate(pictures):
+                images, read = rest[:3], "".join(rest[3:])
                 left, upper = gap + index % columns * width, top + index // columns * height
                 for place, image in enumerate(images):
                     sheet.paste(image.convert("RGB").resize((side, side)), (left + place * (side + gap), upper))
@@ -120,8 +137,9 @@ _STYLE = (
 )
 
 
-def _card(name: str, original: Image.Image, reconstruction: Image.Image, drawn: Image.Image, read: str) -> str:
-    pictures = (original, reconstruction, drawn)
+def _card(name: str, *pictures_and_text: Image.Image | str) -> str:
+    """Three pictures over their name, and over what was read off the first, where there is such a text."""
+    pictures, read = pictures_and_text[:3], "".join(pictures_and_text[3:])
     images = "".join(f"<img alt='' src='data:image/png;base64,{_base64(_png(p))}'>" for p in pictures)
     mark = "right" if read == name else "wrong"
     caption = f"{html.escape(name)}<br><span class={mark}>{html.escape(read)}</span>"

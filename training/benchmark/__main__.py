@@ -1,4 +1,5 @@
-"""`python -m training.benchmark train`: a MoT's training step beside transformers' Llama of equal active size."""
+"""`python -m training.benchmark {train,sample}`: a MoT's training step beside transformers' Llama of equal active size,
+and drawing by diffusion beside loops that compute whole rows anew."""
 
 import argparse
 import json
@@ -11,6 +12,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_mot import MoTConfig, MoTForCausalLM
+from training.benchmark.sample import time_sample
 from training.devices import keep_freed_memory
 
 
@@ -91,31 +93,54 @@ def time_train(size: str, dtype: torch.dtype, towers: int, rounds: int) -> dict:
     }
 
 
+def _print_train(figures: dict) -> None:
+    for name, value in figures["tokens_per_second"].items():
+        print(f"{name:6} {value:10,.0f} tokens/s")
+    _print_ratios(figures)
+
+
+def _print_sample(figures: dict) -> None:
+    for steps, of_steps in figures["steps"].items():
+        print(f"{steps} steps:", ", ".join(f"{name} {value:.2f} s" for name, value in of_steps["seconds"].items()))
+        _print_ratios(of_steps)
+    print("memory:", ", ".join(f"{name} {value / 2**20:.0f} MiB" for name, value in figures["peak_bytes"].items()))
+
+
+def _print_ratios(figures: dict) -> None:
+    for pair, value in figures["ratio_of_medians"].items():
+        low, _, high = figures["ratio_quartiles"][pair]
+        print(f"{pair:18} {value:.3f} of the time (quartiles {low:.3f} to {high:.3f})")
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m training.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="forward and backward of one batch, against transformers' Llama")
-    train.add_argument("--size", choices=SIZES, default="small", help="of the models (default: small)")
-    train.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     train.add_argument("--towers", type=int, default=2, help="towers of the MoT (default: 2)")
-    train.add_argument("--rounds", type=int, default=20, help="timed rounds (default: 20)")
-    train.add_argument("--json", help="file to write the figures to")
+    sample = commands.add_parser("sample", help="a picture with guidance, against full recomputation")
+    sample.add_argument("--steps", type=int, nargs="+", default=[25], help="denoising steps (default: 25)")
+    for command, rounds in ((train, 20), (sample, 5)):
+        command.add_argument("--size", choices=SIZES, default="small", help="of the models (default: small)")
+        command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+        command.add_argument("--rounds", type=int, default=rounds, help=f"timed rounds (default: {rounds})")
+        command.add_argument("--json", help="file to write the figures to")
     options = parser.parse_args(arguments)
-    if options.towers < 1 or options.rounds < 2:
+    if options.rounds < 2 or (options.command == "train" and options.towers < 1):
         parser.error("--towers must be at least 1 and --rounds at least 2")
 
     keep_freed_memory()  # as the trainer does, for all contestants alike
-    figures = time_train(options.size, getattr(torch, options.dtype), options.towers, options.rounds)
+    dtype = getattr(torch, options.dtype)
+    if options.command == "train":
+        figures = time_train(options.size, dtype, options.towers, options.rounds)
+        _print_train(figures)
+    else:
+        figures = time_sample(SIZES[options.size], dtype, options.steps, options.rounds)
+        _print_sample(figures)
     figures |= {
         "command": vars(options),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    for name, value in figures["tokens_per_second"].items():
-        print(f"{name:6} {value:10,.0f} tokens/s")
-    for pair, value in figures["ratio_of_medians"].items():
-        low, _, high = figures["ratio_quartiles"][pair]
-        print(f"{pair:12} {value:.3f} of the step time (quartiles {low:.3f} to {high:.3f})")
     print(figures["machine"], *figures["versions"].items())
     if options.json:
         with open(options.json, "x", encoding="utf-8") as file:

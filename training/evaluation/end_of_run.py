@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
+from training.evaluation.edits import Edit, edit_figures
 from training.evaluation.retrieval import PictureGallery, retrieval_share
 from training.evaluation.sampling import Sampler, SamplesConfig, write_wav
 from training.reporting import SampleSheet
@@ -30,6 +31,7 @@ class SampleSubjects:
         distractors: further pictures among which a drawn one must find its own.
         spoken: names for which the run has heard the sound.
         texts: beginnings of held-out running text.
+        edits, held_out_edits: pictures to be changed, of concepts that the run was trained on and of others.
     """
 
     held_in: list[NamedPicture] = field(default_factory=list)
@@ -37,6 +39,8 @@ class SampleSubjects:
     distractors: list[Image.Image] = field(default_factory=list)
     spoken: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
+    held_out_edits: list[Edit] = field(default_factory=list)
 
 
 def make_samples(
@@ -71,6 +75,13 @@ def make_samples(
                 shown, figures = _pictures(sampler, gallery, group, range(first, first + len(group)), folder, prefix)
                 measures.update({prefix + key: value for key, value in figures.items()})
                 (sheet.held_out if prefix else sheet.pictures).extend(shown[: config.shown])
+    if sampler.can_draw:
+        for prefix, edits in (("", subjects.edits), ("held_out_", subjects.held_out_edits)):
+            if edits:
+                drawn = sampler.edit([(edit.source, edit.instruction) for edit in edits])
+                measures.update({prefix + key: value for key, value in edit_figures(edits, drawn).items()})
+                shown = [(e.instruction, e.source, e.target, picture) for e, picture in zip(edits, drawn, strict=True)]
+                (sheet.held_out_edits if prefix else sheet.edits).extend(shown[: config.shown])
     if spoken := subjects.spoken[: config.spoken]:
         for place, (name, (audio, rate)) in enumerate(zip(spoken, sampler.speak(spoken), strict=True)):
             path = folder / f"spoken-{place:04d}-{_file_name(name)}.wav"
@@ -126,6 +137,13 @@ def describe_measures(measures: dict[str, float | int]) -> list[tuple[str, str]]
         lines.append(
             (f"names read off {count} {what} pictures, letter by letter", f"{measures[prefix + 'read_right']:.1%}")
         )
+    for prefix, what in (("", "held-in"), ("held_out_", "held-out")):
+        if prefix + "edited" in measures:
+            lines.append((
+                f"edits of {measures[prefix + 'edited']} {what} pictures nearer to the target than to the source",
+                f"{measures[prefix + 'nearer_to_target']:.1%} (median ratio of the two distances: "
+                f"{measures[prefix + 'distance_ratio']:.2f})",
+            ))  # fmt: skip
     return lines
 
 

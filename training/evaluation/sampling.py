@@ -23,6 +23,7 @@ class SamplesConfig:
     measured: int | None = option(None, "held-in names that are drawn and measured; null: all the run trained on")
     held_out: int = option(48, "held-out names that are drawn and read")
     shown: int = option(24, "pictures of each kind on the sheet")
+    edits: int = option(48, "edits of a picture that are drawn and measured, of each split")
     spoken: int = option(6, "names spoken into WAV files")
     texts: int = option(4, "running texts continued")
     gallery: int = option(5000, "most pictures of a split among which a drawn one must find its own")
@@ -39,7 +40,7 @@ class SamplesConfig:
     seed: int = option(0, "of sampling")
 
     def __post_init__(self):
-        for name in ("held_out", "shown", "spoken", "texts", "top_k"):
+        for name in ("held_out", "edits", "shown", "spoken", "texts", "top_k"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         for name in ("batch", "gallery", "max_text_tokens", "max_speech_tokens", "num_inference_steps"):
@@ -85,6 +86,14 @@ class Sampler:
             guidance = {"guidance_scale": self.config.guidance_scale, "negative": nothing}
         codes = self._generate(prompts, rows * columns, self.config.temperature, **guidance)
         return [self.picture(drawn) for drawn in codes]
+
+    def edit(self, pairs: Sequence[tuple[Image.Image, str]]) -> list[Image.Image]:
+        """What each picture becomes by its instruction; of models that diffuse."""
+        if not is_transfusion(self.mot):
+            raise ValueError("edit() needs a Transfusion model; discrete pictures are drawn from names")
+        return self._diffuse(
+            [[{"type": "image", "image": image}, {"type": "text", "text": text}] for image, text in pairs]
+        )
 
     def _diffuse(self, documents: list) -> list[Image.Image]:
         """The picture that follows each document; its noise depends on its place in the list alone."""

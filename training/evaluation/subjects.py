@@ -11,6 +11,7 @@ from training.data.config import DataConfig, Segment, SourceConfig
 from training.data.media import decode_picture
 from training.data.sources import open_source
 from training.data.tokenized import text_of
+from training.evaluation.edits import find_edits, has_edits
 from training.evaluation.end_of_run import NamedPicture, SampleSubjects
 from training.evaluation.sampling import SamplesConfig
 
@@ -40,11 +41,11 @@ def text_of_sources(sources: list[SourceConfig]) -> tuple[SourceConfig, Segment]
 
 def check_subjects(data: DataConfig, config: SamplesConfig) -> None:
     """Refuse to start a run whose samples could not be made."""
-    found = (pair_of(data.sources, "image"), pair_of(data.sources, "audio"), text_of_sources(data.sources))
-    if config.enabled and not any(found):
+    found = [pair_of(data.sources, "image"), pair_of(data.sources, "audio"), text_of_sources(data.sources)]
+    if config.enabled and not any(found) and not any(map(has_edits, data.sources)):
         raise ConfigError(
-            "samples.enabled=true, but no source has a template of a text and an image, a text and a sound, or a "
-            "text alone to ask for; set samples.enabled=false"
+            "samples.enabled=true, but no source has a template of a text and an image, a text and a sound, an image, a "
+            "text and an image, or a text alone to ask for; set samples.enabled=false"
         )
 
 
@@ -57,6 +58,8 @@ def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
     if (pair := pair_of(data.validation_sources, "image")) is not None:
         subjects.held_out, rest = _named_pictures(*pair, config.gallery)
         subjects.distractors.extend(rest)
+    subjects.edits = find_edits(data.sources, config.edits)
+    subjects.held_out_edits = find_edits(data.validation_sources, config.edits)
     if (pair := pair_of(data.sources, "audio")) is not None and config.spoken:
         source, text, _ = pair
         subjects.spoken = [text_of(text, record) for record in islice(_records(source), config.spoken)]

@@ -1,0 +1,164 @@
+"""Drawing a picture by diffusion: `generate()` with its prefix in the cache, beside loops that compute whole rows anew."""
+
+import ctypes
+import multiprocessing
+import statistics
+import threading
+import time
+
+import psutil
+import torch
+from tqdm.auto import tqdm
+
+from modeling_mot import MoTTransfusionConfig, MoTTransfusionModel
+from modeling_mot.diffusion_mot import build_scheduler
+
+
+# R pictures, L prompt tokens, C latent channels, (h, w) latents
+
+GUIDANCE, ROWS, PROMPT, LATENTS = 3.0, 1, 64, (32, 32)
+BOS, BOI, EOI, IMAGE = 1, 3, 4, 5
+
+
+def build(size: dict, dtype: torch.dtype) -> MoTTransfusionModel:
+    """Two towers and a U-Net of about a tenth of their parameters; weights are random, for the time does not depend on
+    them."""
+    torch.manual_seed(0)
+    config = MoTTransfusionConfig.from_variant(
+        "mot", vocab_size=8192, bos_token_id=BOS, boi_token_id=BOI, eoi_token_id=EOI, image_token_id=IMAGE,
+        latent_size=LATENTS, unet_channels=[32, 64], unet_layers=1, unet_norm_groups=8, caption_dropout=0.1,
+        prediction_type="v_prediction", **size,
+    )  # fmt: skip
+    return MoTTransfusionModel(config).to(dtype).eval()
+
+
+def prompts() -> torch.Tensor:
+    """(R, L) of which the last is BOI"""
+    ids = torch.randint(6, 8192, (ROWS, PROMPT), generator=torch.Generator().manual_seed(1))
+    ids[:, 0], ids[:, -1] = BOS, BOI
+    return ids
+
+
+def cached(model: MoTTransfusionModel, steps: int) -> torch.Tensor:
+    """What the project does.  -> (R, C, h, w)"""
+    length = model.config.image_length(*LATENTS)
+    output = model.generate(
+        prompts(),
+        guidance_scale=GUIDANCE,
+        num_inference_steps=steps,
+        max_new_tokens=length + 1,
+        generator=[torch.Generator().manual_seed(row) for row in range(ROWS)],
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return torch.stack([latents[0] for latents in output.latents])
+
+
+def recomputed(model: MoTTransfusionModel, steps: int, in_one_batch: bool = False) -> torch.Tensor:
+    """The loop written plainly: in each step the whole conditional row and the whole unconditional row."""
+    config = model.config
+    length = config.image_length(*LATENTS)
+    scheduler = build_scheduler(config, "ddpm")
+    scheduler.set_timesteps(steps)
+    generators = [torch.Generator().manual_seed(row) for row in range(ROWS)]
+    shape = (config.latent_channels, *LATENTS)
+    latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    image = torch.full((ROWS, length), IMAGE)
+    conditional = torch.cat([prompts(), image], dim=1)
+    free = torch.cat([torch.tensor([[BOS, BOI]]).expand(ROWS, -1), image], dim=1)
+    rows = [(conditional, torch.ones_like(conditional)), (free, torch.ones_like(free))]
+    if in_one_batch:
+        padding = torch.zeros(ROWS, PROMPT - 2, dtype=torch.long)
+        ids, mask = (torch.cat([a, torch.cat([padding, b], dim=1)]) for a, b in zip(*rows))
+        rows = [(ids, mask)]
+    for timestep in tqdm(scheduler.timesteps, disable=True):
+        predictions = []
+        for ids, mask in rows:
+            noisy = latents.repeat(len(ids) // ROWS, 1, 1, 1)
+            # The forward adds noise to clean latents; to none of them it adds the noisy latents themselves.
+            timesteps = timestep.expand(len(noisy))
+            _, of_noise = model.noise_schedule.weights(timesteps)
+            output = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+                latents=torch.zeros_like(noisy),
+                noise=noisy / of_noise,
+                timesteps=timesteps,
+                logits_to_keep=1,
+                use_cache=False,
+            )
+            predictions.extend(output.prediction.split(ROWS))
+        guided, unguided = predictions
+        prediction = unguided + GUIDANCE * (guided - unguided)
+        latents = scheduler.step(prediction, timestep, latents, generator=generators).prev_sample
+    return latents
+
+
+def contestant(name: str, model: MoTTransfusionModel, steps: int) -> torch.Tensor:
+    with torch.no_grad():
+        return cached(model, steps) if name == "cached" else recomputed(model, steps, name == "one_batch")
+
+
+CONTESTANTS = ("cached", "recomputed", "one_batch")
+
+
+def time_sample(size: dict, dtype: torch.dtype, steps: list[int], rounds: int) -> dict:
+    """Seconds a picture with guidance, for each number of steps, and their ratios; peak memory of a process of its own.
+
+    Returns:
+        dict: for each number of steps `seconds`, `ratio_of_medians` and `ratio_quartiles` as `time_train` has them;
+        `peak_bytes` by contestant.
+    """
+    model = build(size, dtype)
+    wanted = contestant("recomputed", model, 4)
+    for name in CONTESTANTS:
+        difference = (contestant(name, model, 4) - wanted).abs().max().item()
+        if difference > (1e-3 if dtype == torch.float32 else 0.5):
+            raise SystemExit(f"{name} differs from recomputed by {difference:.2e}: nothing was timed")
+    figures = {}
+    for number in steps:
+        seconds = {name: [] for name in CONTESTANTS}
+        for turn in range(rounds + 1):
+            for name in CONTESTANTS:
+                begin = time.perf_counter()
+                contestant(name, model, number)
+                if turn:  # the first round warms up
+                    seconds[name].append((time.perf_counter() - begin) / ROWS)
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        others = CONTESTANTS[1:]
+        figures[str(number)] = {
+            "seconds": medians,
+            "ratio_of_medians": {f"cached/{b}": medians["cached"] / medians[b] for b in others},
+            "ratio_quartiles": {
+                f"cached/{b}": statistics.quantiles(
+                    [x / y for x, y in zip(seconds["cached"], seconds[b], strict=True)], n=4
+                )
+                for b in others
+            },
+        }
+    return {"steps": figures, "peak_bytes": {name: peak_bytes(name, size, dtype) for name in CONTESTANTS}}
+
+
+def peak_bytes(name: str, size: dict, dtype: torch.dtype) -> int:
+    """Most memory of a process that draws, beyond what it held with the model built (Linux with glibc)."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_bytes, (name, size, dtype))
+
+
+def _peak_bytes(name: str, size: dict, dtype: torch.dtype) -> int:
+    model = build(size, dtype)
+    process, ended, peak = psutil.Process(), threading.Event(), [0]
+    ctypes.CDLL(None).malloc_trim(0)  # what building the model took and freed shall not serve again unseen
+    before = process.memory_info().rss
+
+    def watch():
+        while not ended.wait(0.001):
+            peak[0] = max(peak[0], process.memory_info().rss - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    contestant(name, model, 3)
+    ended.set()
+    watcher.join()
+    return peak[0]
