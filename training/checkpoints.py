@@ -1,8 +1,8 @@
 """Checkpoints to resume from, and the folder that others load: safetensors and JSON, nothing pickled.
 
 A checkpoint folder is the final folder (model, code, processor, generation config) with `optimizer.safetensors`,
-`trainer.json` and, where a moving average of the weights is kept, `ema.safetensors`; so every checkpoint can be loaded with `AutoModelForCausalLM`. It is written
-under another name and renamed, so a folder with its final name is whole.
+`trainer.json` and, where a moving average of the weights is kept, `ema.safetensors`; so every checkpoint can be loaded
+with `AutoModelForCausalLM`. It is written under another name and renamed, so a folder with its final name is whole.
 """
 
 import json
@@ -107,7 +107,8 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
                 if value.ndim and value.shape != parameter.shape:
                     raise ConfigError(f"{path}: {kind}.{name} is {tuple(value.shape)}, not {tuple(parameter.shape)}")
             optimizer.state[parameter] = {
-                kind: value.to(parameter.device) if value.ndim or optimizer.defaults.get("fused") else value
+                # Copied: as read they lie in the mapped file, aligned to nothing.
+                kind: (value.to(parameter.device) if value.ndim or optimizer.defaults.get("fused") else value).clone()
                 for kind, value in state.items()
             }
 

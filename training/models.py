@@ -175,6 +175,9 @@ def load_model(source: str, attn_implementation: str | None = None) -> MoTPreTra
         if names := sorted(str(name) for name in info.get(kind) or ()):
             shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             raise ConfigError(f"the checkpoint {source!r} has {kind.replace('_', ' ')}: {shown}; is it whole?")
+    for tensor in (*model.parameters(), *model.buffers()):
+        # As loaded they lie in the mapped file, aligned to nothing, where products differ in their last bits.
+        tensor.data = tensor.data.clone()
     return model
 
 

@@ -62,7 +62,12 @@ def check_modality_weights(weights: Mapping[str, float] | None, modalities: Sequ
     """Refuse weights of modalities that the model does not have, and negative ones."""
     for name, weight in (weights or {}).items():
         if name not in modalities:
-            raise ConfigError(f"train.modality_weights names {name!r}; modalities of tokens are {list(modalities)}")
+            hint = (
+                "; for images that are diffused set model.transfusion.diffusion_loss_weight" if name == "image" else ""
+            )
+            raise ConfigError(
+                f"train.modality_weights names {name!r}; modalities of tokens are {list(modalities)}{hint}"
+            )
         if weight < 0:
             raise ConfigError(f"train.modality_weights.{name}={weight} must not be negative")
 

@@ -1,5 +1,6 @@
 """A model, rows and a processor small enough for tests of the trainer; rows are made up, not read."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,10 +88,9 @@ def tiny_trainer(folder, model=None, stream=None, precision="no", optimizer=None
     run = RunFolder(folder)
     run.claim(config.resume, config.overwrite)
 
-    def batch(rows, row_numbers=None):
-        return collate(rows, model.config)
-
-    batches = StepBatches(stream or MadeUpStream(), batch, config.rows, config.accumulation)
+    batch = partial(collate, config=model.config, noise_seed=config.seed)
+    shares = accelerator.process_index, accelerator.num_processes
+    batches = StepBatches(stream or MadeUpStream(), batch, config.rows, config.accumulation, *shares)
     return Trainer(
         accelerator,
         model,
@@ -101,5 +101,5 @@ def tiny_trainer(folder, model=None, stream=None, precision="no", optimizer=None
         optimizer_config,
         run,
         peak_flops=1e9,
-        state={"rows_in_a_step": config.rows * config.accumulation},
+        state={"rows_in_a_step": config.rows * config.accumulation * accelerator.num_processes},
     )
