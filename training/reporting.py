@@ -53,19 +53,19 @@ class SampleSheet:
         figures: (what, value) shown above the samples.
         pictures: of each name (name, original, its tokenizer's reconstruction, drawn, name read off the original).
         held_out: the same for concepts the run has not seen.
-        edits, held_out_edits: (instruction, source, target, drawn).
         spoken: (name, path of a WAV file).
         texts: (prompt, continuation).
+        edits, held_out_edits: (instruction, source, target, drawn).
     """
 
     title: str
     figures: list[tuple[str, str]] = field(default_factory=list)
     pictures: list[tuple[str, Image.Image, Image.Image, Image.Image, str]] = field(default_factory=list)
     held_out: list[tuple[str, Image.Image, Image.Image, Image.Image, str]] = field(default_factory=list)
-    edits: list[tuple[str, Image.Image, Image.Image, Image.Image]] = field(default_factory=list)
-    held_out_edits: list[tuple[str, Image.Image, Image.Image, Image.Image]] = field(default_factory=list)
     spoken: list[tuple[str, Path]] = field(default_factory=list)
     texts: list[tuple[str, str]] = field(default_factory=list)
+    edits: list[tuple[str, Image.Image, Image.Image, Image.Image]] = field(default_factory=list)
+    held_out_edits: list[tuple[str, Image.Image, Image.Image, Image.Image]] = field(default_factory=list)
 
     def write_html(self, output: Path) -> None:
         """One file with pictures and sound inside; it needs no network and no other file."""
@@ -100,10 +100,8 @@ class SampleSheet:
         font = ImageFont.load_default(12)
         side, gap, line = 72, 4, 16
         width, height = 3 * side + 4 * gap, side + 2 * line + 3 * gap
-        named, edited = (
-            "original | reconstruction | drawn from the name; name, then what is read off",
-            "source | target | drawn",
-        )
+        named = "original | reconstruction | drawn from the name; name, then what is read off"
+        edited = "source | target | drawn"
         groups = [
             (f"Names seen in training: {named}", self.pictures),
             (f"Names held out: {named}", self.held_out),
