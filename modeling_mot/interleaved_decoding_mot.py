@@ -118,7 +118,6 @@ class InterleavedDecoding:
             drawing = [row for row in self.running if self._last_token(row) == self.config.boi_token_id]
             if drawing:
                 self._draw(drawing)
-                self._stop(drawing)
             else:
                 self._sample()
         if self.streamer is not None:
@@ -201,23 +200,28 @@ class InterleavedDecoding:
     # ----------------------------------------------------------------------------------------------- diffusion mode
 
     def _draw(self, rows: list[int]) -> None:
-        """A picture in each of these sequences: denoise it, commit it clean with EOI, let the others catch up."""
-        inside = int(self.config.markers_in_image_block)
+        """A picture and EOI in each of these sequences."""
         index = torch.tensor(rows, device=self.prompt.device)
-        prefix = self.prefix.rows(index, drop_last=inside)
+        prefix = self.prefix.rows(index, drop_last=int(self.config.markers_in_image_block))
         generators = [self.generators[row] for row in rows]
         latents, estimates = denoise(self.model, prefix, self._unconditional(rows), self.settings, generators, rows)
+        self._keep(rows, latents, estimates)
+        self._stop(rows)
+        places = [place for place, row in enumerate(rows) if row in self.running]
+        if places:
+            self._commit([rows[place] for place in places], prefix.rows(torch.tensor(places)), latents[places])
 
+    def _commit(self, rows: list[int], prefix: Prefix, latents: torch.Tensor) -> None:
+        """Run the pictures of these sequences once, clean, with EOI; the others move to the right as far."""
         cache = prefix.cache()
-        commit = ImageForward(self.model, prefix, self.size, with_end=True, cache=cache)
-        hidden_states, _ = commit(latents, 0)
-        self.logits[index] = self.model.lm_head(hidden_states[:, -1]).float()
-        drew = Prefix.of_cache(cache, commit.mask, commit.position_ids[:, -1] + 1)
-        others = torch.tensor([row for row in range(len(self.prompt)) if row not in rows], dtype=torch.long)
-        order = torch.cat([index, others.to(index.device)]).argsort()
-        self.prefix = drew.beside(self.prefix.rows(others.to(index.device))).rows(order)
+        forward = ImageForward(self.model, prefix, self.size, with_end=True, cache=cache)
+        hidden_states, _ = forward(latents, 0)
+        drew = Prefix.of_cache(cache, forward.mask, forward.position_ids[:, -1] + 1)
+        order = rows + [row for row in range(len(self.prompt)) if row not in rows]
+        index = torch.tensor(order, device=self.prompt.device)
+        self.prefix = drew.beside(self.prefix.rows(index[len(rows) :])).rows(index.argsort())
         self.cache = self.prefix.cache()
-        self._keep(rows, latents, estimates, commit.input_ids[:, inside:])
+        self.logits[index[: len(rows)]] = self.model.lm_head(hidden_states[:, -1]).float()
 
     def _unconditional(self, rows: list[int]) -> Prefix | None:
         """The prefixes that guidance leads away from, prefilled once."""
@@ -231,16 +235,17 @@ class InterleavedDecoding:
         index = torch.tensor(rows, device=self.prompt.device) // repeats
         return self.unconditional.rows(index, drop_last=int(self.config.markers_in_image_block))
 
-    def _keep(self, rows: list[int], latents: torch.Tensor, estimates: list, tokens: torch.Tensor) -> None:
+    def _keep(self, rows: list[int], latents: torch.Tensor, estimates: list[torch.Tensor]) -> None:
         pictures = pictures_of(self.model, latents, self.settings.output_type)
         along = [pictures_of(self.model, estimate, self.settings.output_type) for estimate in estimates]
+        tokens = [self.config.image_token_id] * self.length + [self.config.eoi_token_id]
         for place, row in enumerate(rows):
-            self.new_tokens[row].extend(tokens[place].tolist())
+            self.new_tokens[row].extend(tokens)
             self.latents[row].append(latents[place])
             self.images[row].append(pictures[place])
             self.intermediates[row].append([estimate[place] for estimate in along])
             if self.streamer is not None:
-                self.streamer.put(tokens[place].cpu())
+                self.streamer.put(torch.tensor(tokens))
                 if hasattr(self.streamer, "put_image"):
                     self.streamer.put_image(pictures[place])
 

@@ -161,18 +161,17 @@ class LatentImagesMixin:
         """
         if self.vae is None:
             raise ValueError("pixel_values came, but this model has no VAE (config.vae_config is None): pass latents")
-        factor = self.config.vae_downsampling
-        sizes = sizes_of(pixel_values, image_sizes)
+        factor, sizes = self.config.vae_downsampling, sizes_of(pixel_values, image_sizes)
+        latent_sizes = [(height // factor, width // factor) for height, width in sizes]
         if set(sizes) == {tuple(pixel_values.shape[2:])}:
-            return encode_pixels(self.vae, pixel_values), [(h // factor, w // factor) for h, w in sizes]
-        height, width = (-(-side // factor) for side in pixel_values.shape[2:])
-        latents = pixel_values.new_zeros(len(sizes), self.config.latent_channels, height, width, dtype=torch.float32)
-        for (h, w), members in group_by_size(sizes).items():
+            return encode_pixels(self.vae, pixel_values), latent_sizes
+        shape = (len(sizes), self.config.latent_channels, *(-(-side // factor) for side in pixel_values.shape[2:]))
+        latents = pixel_values.new_zeros(shape, dtype=torch.float32)
+        for (height, width), members in group_by_size(sizes).items():
             # The VAE looks at the whole picture, so padding would change the latents.
-            latents[members, :, : h // factor, : w // factor] = encode_pixels(
-                self.vae, pixel_values[members, :, :h, :w]
-            )
-        return latents, [(h // factor, w // factor) for h, w in sizes]
+            encoded = encode_pixels(self.vae, pixel_values[members, :, :height, :width])
+            latents[members, :, : height // factor, : width // factor] = encoded
+        return latents, latent_sizes
 
     def _noisy_images(
         self, latents, sizes, timesteps, noise, clean_images, image_first, generator, planned

@@ -92,10 +92,10 @@ class MoTTransfusionPipeline(DiffusionPipeline):
             for _ in range(num_images_per_prompt)
         ]
         if callback_on_step_end is not None:
-            of_model = callback_on_step_end
+            given = callback_on_step_end
 
             def callback_on_step_end(model, step, timestep, state):
-                return of_model(self, step, timestep, state)
+                return given(self, step, timestep, state)
 
         output = self.model.generate(
             documents=documents,

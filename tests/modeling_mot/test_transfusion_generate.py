@@ -259,8 +259,16 @@ def test_denoising_steps_run_image_tokens_alone_and_guidance_is_one_batch(monkey
     guided = [(1, 2)] if guidance != 1 else []  # bos and BOI, once
     steps = [(2 if guided else 1, 4 + inside)] * 7
     commit = [(1, 6 if markers else 5)]
-    assert shapes == [(1, 32), *guided, *steps, *commit]  # and one token sampled, of which nothing follows
+    assert shapes == [(1, 32), *guided, *steps, *commit]  # and one token sampled, from which nothing follows
     assert copies["prefix"] == model.config.num_hidden_layers  # once for each layer, not for each step
+
+
+def test_nothing_runs_behind_a_picture_that_ends_its_sequence(model):
+    lengths = []
+    handle = model.model.register_forward_hook(lambda module, args, output: lengths.append(output[0].shape[1]))
+    generate(model, DRAW, generation_mode="image")
+    handle.remove()
+    assert lengths == [3, 4, 4, 4]
 
 
 def test_padding_that_no_sequence_needs_is_dropped_from_the_cache(model, monkeypatch):
