@@ -242,7 +242,9 @@ def test_a_model_that_knows_its_pictures_measures_as_right(tmp_path, monkeypatch
     subjects = SampleSubjects(held_in=named[:4], held_out=named[4:], distractors=pictures[6:20])
     config = SamplesConfig(shown=3)
     sheet, measures = make_samples(tiny_model(), SpellingProcessor(), subjects, config, tmp_path / "samples", "title")
-    assert measures == {
+    # A picture without error counts as one of a single grey level in one of its values.
+    perfect = 10 * np.log10(255**2 * 64 * 64 * 3)
+    expected = {
         "gallery_size": 20,
         "drawn": 4,
         "drawn_right": 1.0,
@@ -252,9 +254,15 @@ def test_a_model_that_knows_its_pictures_measures_as_right(tmp_path, monkeypatch
         "held_out_drawn_right": 1.0,
         "held_out_reconstructed_right": 1.0,
         "held_out_read_right": 0.5,
+        "drawn_psnr": perfect,
+        "reconstructed_psnr": perfect,
+        "held_out_drawn_psnr": perfect,
+        "held_out_reconstructed_psnr": perfect,
     }
+    assert measures == pytest.approx(expected)
     assert len(sheet.pictures) == 3 and len(list((tmp_path / "samples").glob("*.png"))) == 6
-    assert "100.0%" in describe_measures(measures)[0][1]
+    lines = describe_measures(measures)
+    assert "100.0%" in lines[0][1] and "89.0 dB (encoded and decoded originals: 89.0 dB)" in lines[2][1]
 
 
 def test_subjects_are_what_the_run_trained_on_and_the_rest_are_distractors():

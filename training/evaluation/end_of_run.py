@@ -8,6 +8,7 @@ from PIL import Image
 
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
 from training.evaluation.edits import Edit, edit_figures
+from training.evaluation.fidelity import fitting_of, mean_psnr
 from training.evaluation.retrieval import PictureGallery, retrieval_share
 from training.evaluation.sampling import Sampler, SamplesConfig, write_wav
 from training.reporting import SampleSheet
@@ -56,8 +57,10 @@ def make_samples(
 
     The measures are shares between 0 and 1: `drawn_right` (the nearest neighbour of the drawn picture, among
     `gallery_size` pictures, is the named one), `reconstructed_right` (the same for the original through the image
-    tokenizer or the VAE and back, the ceiling of the former), `read_right` (the name read off is the name, letter by letter);
-    each also as `held_out_...`.
+    tokenizer or the VAE and back, the ceiling of the former), `read_right` (the name read off is the name, letter by
+    letter); and in dB `drawn_psnr` and `reconstructed_psnr`, means of the peak signal-to-noise ratio against the
+    originals (a model that has several pictures for a name need not draw that one); each also as `held_out_...`. Those
+    of edits are described at `edit_figures`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     was_training = model.training
@@ -75,7 +78,7 @@ def make_samples(
                 shown, figures = _pictures(sampler, gallery, group, range(first, first + len(group)), folder, prefix)
                 measures.update({prefix + key: value for key, value in figures.items()})
                 (sheet.held_out if prefix else sheet.pictures).extend(shown[: config.shown])
-    if sampler.can_draw:
+    if sampler.can_edit:
         for prefix, edits in (("", subjects.edits), ("held_out_", subjects.held_out_edits)):
             if edits:
                 drawn = sampler.edit([(edit.source, edit.instruction) for edit in edits])
@@ -118,6 +121,8 @@ def _pictures(
         "drawn_right": retrieval_share(ranks),
         "reconstructed_right": retrieval_share(gallery.ranks(rebuilt, indices)),
         "read_right": sum(text == name.strip() for text, name in zip(read, names, strict=True)) / len(names),
+        "drawn_psnr": mean_psnr(drawn, originals, fitting_of(sampler.processor)),
+        "reconstructed_psnr": mean_psnr(rebuilt, originals, fitting_of(sampler.processor)),
     }
     return list(zip(names, originals, rebuilt, drawn, read, strict=True)), figures
 
@@ -137,6 +142,11 @@ def describe_measures(measures: dict[str, float | int]) -> list[tuple[str, str]]
         lines.append(
             (f"names read off {count} {what} pictures, letter by letter", f"{measures[prefix + 'read_right']:.1%}")
         )
+        lines.append((
+            f"mean peak signal-to-noise ratio of {count} {what} drawn pictures against the originals",
+            f"{measures[prefix + 'drawn_psnr']:.1f} dB (encoded and decoded originals: "
+            f"{measures[prefix + 'reconstructed_psnr']:.1f} dB)",
+        ))  # fmt: skip
     for prefix, what in (("", "held-in"), ("held_out_", "held-out")):
         if prefix + "edited" in measures:
             lines.append((

@@ -73,6 +73,10 @@ class Sampler:
     def can_draw(self) -> bool:
         return is_transfusion(self.mot) or self.mot.image_grid is not None
 
+    @property
+    def can_edit(self) -> bool:
+        return is_transfusion(self.mot)
+
     def draw(self, names: Sequence[str]) -> list[Image.Image]:
         """A picture of each name, of the size that the model's configuration has."""
         if is_transfusion(self.mot):
@@ -89,7 +93,7 @@ class Sampler:
 
     def edit(self, pairs: Sequence[tuple[Image.Image, str]]) -> list[Image.Image]:
         """What each picture becomes by its instruction; of models that diffuse."""
-        if not is_transfusion(self.mot):
+        if not self.can_edit:
             raise ValueError("edit() needs a Transfusion model; discrete pictures are drawn from names")
         return self._diffuse(
             [[{"type": "image", "image": image}, {"type": "text", "text": text}] for image, text in pairs]
