@@ -85,9 +85,15 @@ def forward_flops_per_token(config: MoTConfig, row_length: int) -> dict[str, int
 
 
 def forward_flops(config: MoTConfig, tokens: Mapping[str, int], row_length: int) -> int:
-    """FLOPs of a forward over `tokens` (modality -> number) in rows of `row_length`."""
+    """FLOPs of a forward over `tokens` (modality -> number) in rows of `row_length`; images that are diffused count as so
+    many of `latent_size` as have that many tokens."""
     per_token = forward_flops_per_token(config, row_length)
-    return sum(per_token[modality] * count for modality, count in tokens.items())
+    total = sum(per_token[modality] * count for modality, count in tokens.items())
+    if isinstance(config, MoTTransfusionConfig):
+        # What a token's share lost to rounding.
+        lost = patchifier_flops(config) % config.image_length(*config.latent_size)
+        total += lost * tokens.get("image", 0) // config.image_length(*config.latent_size)
+    return total
 
 
 def training_flops(config: MoTConfig, tokens: Mapping[str, int], row_length: int) -> int:
