@@ -27,6 +27,7 @@ class DiffusionSettings:
     scheduler_kwargs: dict = field(default_factory=dict)
     generator: torch.Generator | list[torch.Generator] | None = None
     image_size: tuple[int, int] | None = None
+    latent_bound: float = 6.0
     unconditional_prompt: tuple | None = None  # ids and mask
     callback_on_step_end: Callable | None = None
     intermediate_every: int | None = None
@@ -47,6 +48,8 @@ class DiffusionSettings:
             )
         if self.guidance_scale < 0:
             raise ValueError(f"guidance_scale={self.guidance_scale} must not be negative; 1 is no guidance")
+        if self.latent_bound <= 0:
+            raise ValueError(f"latent_bound={self.latent_bound} must be positive; infinity is no bound")
         if self.intermediate_every is not None and self.intermediate_every < 1:
             raise ValueError(f"intermediate_every={self.intermediate_every} must be at least 1, or None")
         for name, allowed in (("output_type", ("pil", "pt", "latent")), ("generation_mode", (None, "text", "image"))):
@@ -283,6 +286,7 @@ def denoise(
         else:
             guided, free = forward.predict(noisy, timestep).chunk(2)
             prediction = free + settings.guidance_scale * (guided - free)
+        prediction = model.noise_schedule.bounded(prediction, noisy, timestep, settings.latent_bound)
         stepped = scheduler.step(prediction, timestep, latents, **step_kwargs)
         latents = stepped.prev_sample
         if settings.intermediate_every is not None and (step + 1) % settings.intermediate_every == 0:

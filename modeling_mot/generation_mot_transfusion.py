@@ -80,6 +80,8 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
             generator: of the noise and of sampled tokens: one for all, or one for each sequence. From one, a generator
                 is derived for each sequence.
             image_size: [height, width] of new pictures in pixels (latents without a VAE); default `config.latent_size`.
+            latent_bound: largest clean latent that a prediction of noise may imply (default 6.0; they have about unit
+                deviation); see `NoiseSchedule.bounded`.
             callback_on_step_end: called as (model, step, timestep, {"latents", "rows"}); it may return {"latents": ...}.
             intermediate_every: keep an estimate of the picture every so many steps.
             output_type: "pil", "pt" (tensors (3, H, W) in [0, 1]) or "latent" (no pictures, only latents).

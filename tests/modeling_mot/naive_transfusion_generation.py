@@ -20,6 +20,8 @@ def scheduler_of(config, name):
     unclipped = {"clip_sample": False} if name in ("ddpm", "ddim") else {}
     return classes[name](
         beta_schedule=config.noise_schedule,
+        beta_start=1e-4,
+        beta_end=0.02,
         prediction_type=config.prediction_type,
         timestep_spacing="trailing",
         **unclipped,
@@ -52,6 +54,12 @@ class NaiveGeneration:
         seen = visible(self.config, row, clean=[True] * (len(images) - 1) + [False])
         return self.naive(row, images, seen)[1][-1].float()
 
+    def plausible(self, noise, noisy, alpha, bound=6.0):
+        """Noise that leaves no clean latent beyond the bound."""
+        clean = (noisy - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+        clean = torch.tensor([max(-bound, min(bound, value)) for value in clean.flatten().tolist()]).view_as(clean)
+        return (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+
     @torch.no_grad()
     def draw(self, tokens, images, generator):
         scheduler = scheduler_of(self.config, self.scheduler)
@@ -66,6 +74,8 @@ class NaiveGeneration:
             if self.guidance_scale != 1:
                 free = self.denoised([*self.negative, BOI], [], scaled[0], timestep)
                 prediction = free + self.guidance_scale * (prediction - free)
+            if self.config.prediction_type == "epsilon":
+                prediction = self.plausible(prediction, scaled[0], scheduler.alphas_cumprod[int(timestep)])
             random = {"generator": generator} if self.scheduler in ("ddpm", "euler") else {}
             latents = scheduler.step(prediction[None], timestep, latents, **random).prev_sample
         return latents[0]

@@ -148,22 +148,26 @@ OF_FLOW = ["ddpm", "flow", "FlowMatchHeunDiscreteScheduler"]
 
 
 @pytest.mark.parametrize(
-    ("kind", "shift", "names"),
+    ("kind", "fields", "names"),
     [
-        ("epsilon", 1.0, [*BY_NOISE, "EulerAncestralDiscreteScheduler", "DPMSolverSinglestepScheduler"]),
-        ("v_prediction", 1.0, BY_NOISE),
-        ("flow", 1.0, OF_FLOW),
-        ("flow", 3.0, OF_FLOW),
+        ("epsilon", {}, [*BY_NOISE, "EulerAncestralDiscreteScheduler", "DPMSolverSinglestepScheduler"]),
+        ("epsilon", {"noise_schedule": "linear"}, BY_NOISE),
+        ("epsilon", {"noise_schedule": "scaled_linear"}, BY_NOISE),
+        ("v_prediction", {}, BY_NOISE),
+        ("flow", {}, OF_FLOW),
+        ("flow", {"timestep_shift": 3.0}, OF_FLOW),
     ],
 )
-def test_the_true_answer_recovers_the_latents_with_every_scheduler(kind, shift, names):
+def test_the_true_answer_recovers_the_latents_with_every_scheduler(kind, fields, names):
     """Fed with the noise (velocity, direction) that really is in what it has, a scheduler ends at the clean latents."""
-    config = tiny_config(prediction_type=kind, timestep_shift=shift)
+    config = tiny_config(prediction_type=kind, **fields)
     latents = torch.randn(2, 2, 4, 4)
     for name in names:
         torch.manual_seed(0)
         scheduler = build_scheduler(config, name)
         scheduler.set_timesteps(20)
+        if kind != "flow":
+            torch.testing.assert_close(scheduler.alphas_cumprod, NoiseSchedule(config).alphas_cumprod)
         assert scheduler.timesteps[0] >= 999
         x = torch.randn_like(latents) * getattr(scheduler, "init_noise_sigma", 1.0)
         for t in scheduler.timesteps:
@@ -177,6 +181,36 @@ def test_the_true_answer_recovers_the_latents_with_every_scheduler(kind, shift, 
             x = scheduler.step(answer.float(), t, x).prev_sample
         # The last step of some ends at the first noise level.
         torch.testing.assert_close(x, latents, rtol=0, atol=0.05, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm", "euler"])
+@pytest.mark.parametrize("steps", [25, 100])
+def test_samplers_recover_from_errors_in_predicted_noise(name, steps):
+    """Of normal latents the best answer is known; a model that is 5 % off it must still give about normal latents."""
+    config, schedule = tiny_config(), NoiseSchedule(tiny_config())
+    deviations = {}
+    for bound in (6.0, math.inf):
+        torch.manual_seed(0)
+        scheduler = build_scheduler(config, name)
+        scheduler.set_timesteps(steps)
+        x = torch.randn(16, 2, 8, 8) * scheduler.init_noise_sigma
+        error = 0.05 * torch.randn_like(x)
+        for t in scheduler.timesteps:
+            noisy = scheduler.scale_model_input(x, t)
+            answer = (1 - schedule.alphas_cumprod[t.long()]).sqrt() * noisy + error
+            x = scheduler.step(schedule.bounded(answer, noisy, t, bound), t, x).prev_sample
+        deviations[bound] = x.std().item()
+    assert 0.9 < deviations[6.0] < 1.15
+    assert name == "ddpm" or deviations[math.inf] > 10  # what would become of it otherwise
+
+
+def test_plausible_noise_is_left_as_it_is():
+    latents, noise, t = torch.randn(1, 2, 4, 4).clamp(-3, 3), torch.randn(1, 2, 4, 4), torch.tensor(700)
+    schedule = NoiseSchedule(tiny_config())
+    noisy = schedule.noised(latents, noise, t.view(1))
+    assert torch.equal(schedule.bounded(noise, noisy, t, 6.0), noise)
+    velocity = NoiseSchedule(tiny_config(prediction_type="v_prediction"))
+    assert torch.equal(velocity.bounded(100 * noise, noisy, t, 6.0), 100 * noise)
 
 
 def test_sampling_begins_in_pure_noise_and_keeps_the_range():

@@ -52,7 +52,7 @@ def new_tokens(output, prompt, row=0):
 
 @pytest.mark.parametrize("budget", [5, 6, 9])
 def test_a_picture_counts_as_its_patches_and_eoi(model, budget):
-    tokens = new_tokens(generate(model, DRAW, max_new_tokens=budget), DRAW)
+    tokens = new_tokens(generate(model, DRAW, max_new_tokens=budget, eos_token_id=[]), DRAW)
     assert tokens[:5] == [PATCH] * 4 + [EOI] and len(tokens) == budget
 
 
@@ -309,6 +309,7 @@ IMAGE_PROMPT = torch.tensor([[BOS, *image(), 10]])
         (DRAW, {"num_inference_steps": 1001}, "num_inference_steps=1001"),
         (DRAW, {"guidance_scale": -1.0}, "guidance_scale=-1.0 must not be negative"),
         (DRAW, {"intermediate_every": 0}, "intermediate_every=0"),
+        (DRAW, {"latent_bound": 0.0}, "latent_bound=0.0 must be positive"),
         (DRAW, {"output_type": "np"}, "output_type='np' is not one of"),
         (DRAW, {"generation_mode": "audio"}, "generation_mode='audio' is not one of"),
         (DRAW, {"max_new_tokens": 4}, "max_new_tokens=4 is shorter than the picture .* at least 5"),

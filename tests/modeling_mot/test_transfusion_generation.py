@@ -33,7 +33,7 @@ def seeded(seed=0):
 def model_of(variant="mot", boi=1.0, **fields):
     """Weights with a well-behaved sampler, and a liking for BOI."""
     model = tiny_model(
-        variant, **({"noise_schedule": "linear", "initializer_range": 0.2, "caption_dropout": 0.1} | fields)
+        variant, **({"noise_schedule": "scaled_linear", "initializer_range": 0.15, "caption_dropout": 0.1} | fields)
     )
     with torch.no_grad():
         model.lm_head.weight[BOI] *= boi
