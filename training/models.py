@@ -16,9 +16,18 @@ from modeling_mot import (
     MoTTransfusionConfig,
     MoTTransfusionModel,
 )
+from modeling_mot.latents_mot import vae_fingerprint
 from modeling_mot.presets_mot import VARIANTS
 from training.config import ConfigError, option
-from training.transfusion import Autoencoder, TransfusionModelConfig, load_vae, transfusion_processor, vae_factor
+from training.transfusion import (
+    Autoencoder,
+    TransfusionModelConfig,
+    check_pictures,
+    load_vae,
+    set_objective,
+    transfusion_processor,
+    vae_factor,
+)
 
 
 CARRIED_PROCESSOR = Path(__file__).parent / "assets" / "processor"
@@ -103,6 +112,12 @@ def find_vae(config: ModelConfig, initial: MoTPreTrainedModel | None) -> Autoenc
         )
     if is_transfusion and initial.vae is None:
         raise ConfigError(f"model.init_from={config.init_from!r} holds no VAE, so no picture can be encoded for it")
+    is_named = is_transfusion and config.transfusion is not None and config.transfusion.vae != "carried"
+    if is_named and vae_fingerprint(load_vae(config.transfusion.vae)) != vae_fingerprint(initial.vae):
+        raise ConfigError(
+            f"model.transfusion.vae={config.transfusion.vae!r} is not the VAE of model.init_from={config.init_from!r}, "
+            "which the model goes on with; leave it out"
+        )
     return initial.vae if is_transfusion else None
 
 
@@ -116,6 +131,11 @@ def model_config(
     tokens = processor.config_kwargs()
     overrides = size_overrides(config)
     config_class = MoTConfig
+    if vae is None and processor.image_processor is not None:
+        raise ConfigError(
+            f"model.processor={config.processor!r} keeps pictures as pixels, for a model that diffuses them: set "
+            "model.transfusion, such as model.transfusion.vae=carried"
+        )
     if vae is not None:
         config_class, factor = MoTTransfusionConfig, vae_factor(vae)
         overrides |= config.transfusion.model_fields()
@@ -134,6 +154,36 @@ def model_config(
         raise ConfigError(f"model: {error}") from error
 
 
+def planned_config(
+    config: ModelConfig,
+    processor: MoTProcessor,
+    row_length: int,
+    vae: Autoencoder | None = None,
+    initial: MoTPreTrainedModel | None = None,
+) -> MoTConfig:
+    """The configuration of the model that a recipe trains: a new one, or that of `initial`, which may get another
+    objective (see `set_objective`).
+
+    Raises:
+        ConfigError: model, processor, VAE and rows do not fit each other.
+    """
+    if initial is None:
+        planned = model_config(config, processor, row_length, vae)
+        check_pictures(planned, processor)
+    else:
+        planned = initial.config
+        check_pictures(planned, processor)
+        check_fits(planned, processor, config.init_from)
+        if config.transfusion is not None:
+            set_objective(planned, config.transfusion, config.init_from)
+    if planned.max_position_embeddings < row_length:
+        raise ConfigError(
+            f"data.row_length={row_length} is longer than the model's max_position_embeddings="
+            f"{planned.max_position_embeddings}; shorten the rows or set model.max_position_embeddings"
+        )
+    return planned
+
+
 def build_model(
     config: ModelConfig,
     processor: MoTProcessor,
@@ -143,21 +193,13 @@ def build_model(
     initial: MoTPreTrainedModel | None = None,
 ) -> MoTPreTrainedModel:
     """A new model, initialised from `seed` alone, or `initial`; in float32 and in training mode."""
-    if initial is not None:
-        model = initial
-        check_fits(model.config, processor, config.init_from)
-    else:
-        mot_config = model_config(config, processor, row_length, vae)
+    planned, model = planned_config(config, processor, row_length, vae, initial), initial
+    if model is None:
         attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
         torch.manual_seed(seed)
         parts = {} if vae is None else {"vae": vae}
-        model_class = MODEL_CLASSES[mot_config.model_type]
-        model = model_class._from_config(mot_config, dtype=torch.float32, **parts, **attention)
-    if model.config.max_position_embeddings < row_length:
-        raise ConfigError(
-            f"data.row_length={row_length} is longer than the model's max_position_embeddings="
-            f"{model.config.max_position_embeddings}; shorten the rows or set model.max_position_embeddings"
-        )
+        model_class = MODEL_CLASSES[planned.model_type]
+        model = model_class._from_config(planned, dtype=torch.float32, **parts, **attention)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train()
@@ -199,7 +241,7 @@ def model_type(source: str) -> str:
 def check_fits(config: MoTConfig, processor: MoTProcessor, source: str) -> None:
     """Refuse a processor whose tokens are not those of the model."""
     for name, expected in processor.config_kwargs().items():
-        found = getattr(config, name)
+        found = getattr(config, name, None)
         fits = found >= expected if name == "vocab_size" else _plain(found) == _plain(expected)
         if not fits and name != "image_grid":
             raise ConfigError(f"{source!r} was made with {name}={found}, the processor has {expected}; use its own")

@@ -18,7 +18,7 @@ from training.evaluation.losses import evaluate_losses, evaluation_note
 from training.evaluation.subjects import check_subjects, find_subjects
 from training.flops import forward_flops_per_token, peak_flops
 from training.metrics import count_key, read_metrics
-from training.models import build_model, find_vae, load_model, load_processor
+from training.models import build_model, find_vae, load_model, load_processor, planned_config
 from training.objectives import objective_names
 from training.optimization import build_optimizer
 from training.recipe import Recipe
@@ -62,7 +62,9 @@ class Session:
         initial = recipe.model.init_from and load_model(recipe.model.init_from, recipe.model.attn_implementation)
         self.vae = find_vae(recipe.model, initial or None)
         self.processor = load_processor(recipe.model, self.vae)
-        if recipe.model.transfusion is not None and recipe.model.transfusion.noised_images_visible is False:
+        # Before the data, which may take long to prepare.
+        planned = planned_config(recipe.model, self.processor, recipe.data.row_length, self.vae, initial or None)
+        if not getattr(planned, "noised_images_visible", True):
             recipe.data.clean_copies = True
         self.say(f"tokenising the data (kept in {recipe.data.cache_path}) ...")
         with self.accelerator.main_process_first():

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from modeling_mot import MoTProcessor
+from modeling_mot import MoTConfig, MoTProcessor, MoTTransfusionConfig
 from modeling_mot.latents_mot import VAE_CLASSES, downsampling
 from training.config import ConfigError, option
 from training.data.config import DataConfig
@@ -15,6 +15,8 @@ from training.tokenizers.processor import continuous_processor
 
 
 CARRIED_VAE = Path(__file__).parent / "assets" / "vae"
+# What of a Transfusion model may change when it is trained further.
+OBJECTIVE_FIELDS = ("diffusion_loss_weight", "image_first_max_timestep", "timestep_sampling")
 Autoencoder = AutoencoderKL | AutoencoderTiny
 
 
@@ -56,14 +58,18 @@ def load_vae(source: str) -> Autoencoder:
     """A diffusers autoencoder in float32, frozen.
 
     Raises:
-        ConfigError: there is none, or it is of another class.
+        ConfigError: there is none, it is of another class or not whole.
     """
     folder = str(CARRIED_VAE) if source == "carried" else source
     try:
         name = AutoencoderKL.load_config(folder).get("_class_name", "AutoencoderKL")
         if name not in VAE_CLASSES:
             raise ValueError(f"its class is {name}; there are {', '.join(VAE_CLASSES)}")
-        vae = VAE_CLASSES[name].from_pretrained(folder, torch_dtype=torch.float32)
+        vae, info = VAE_CLASSES[name].from_pretrained(
+            folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"its weights lack {', '.join(missing[:4])}; is it whole?")
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.transfusion.vae={source!r}: no autoencoder could be loaded: {error}") from error
     return vae.eval().requires_grad_(False)
@@ -78,14 +84,63 @@ def transfusion_processor(processor: MoTProcessor, config: TransfusionModelConfi
     """The same text with pictures that stay pixels, in tokens of the VAE's factor times the patch size.
 
     Raises:
-        ConfigError: an image size that the tokens do not divide.
+        ConfigError: an image size that the tokens do not divide, or that is not the one of a processor whose pictures
+            are pixels already.
     """
     if processor.image_processor is not None:
+        found = processor.image_processor
+        if found.fit != "keep" and found.image_size != list(config.image_size):
+            raise ConfigError(
+                f"model.transfusion.image_size={config.image_size}, but the processor makes pictures of "
+                f"{found.image_size}; set them alike"
+            )
         return processor
     try:
         return continuous_processor(processor, config.image_size, vae_factor(vae) * (config.patch_size or 2))
     except ValueError as error:
         raise ConfigError(f"model.transfusion.image_size={config.image_size}: {error}") from error
+
+
+def check_pictures(config: MoTConfig, processor: MoTProcessor) -> None:
+    """Refuse a processor whose pictures are not what the model takes: codes or pixels, and how many of them a token.
+
+    Raises:
+        ConfigError: naming `model.processor`.
+    """
+    pixels, is_continuous = processor.image_processor, isinstance(config, MoTTransfusionConfig)
+    if is_continuous != (pixels is not None):
+        raise ConfigError(
+            f"model.processor: its pictures are {'codes' if pixels is None else 'pixels'}, but the model takes "
+            f"{'pixels, which it diffuses' if is_continuous else 'codes: for pixels set model.transfusion'}"
+        )
+    if not is_continuous:
+        return
+    wanted = config.vae_downsampling * config.patch_size
+    if pixels.downsampling != wanted:
+        raise ConfigError(
+            f"model.processor: a token stands for {pixels.downsampling} pixels a side, but for {wanted} in the model "
+            f"(VAE {config.vae_downsampling} x patch_size {config.patch_size}); use a processor of downsampling={wanted}"
+        )
+
+
+def set_objective(config: MoTTransfusionConfig, recipe: TransfusionModelConfig, init_from: str) -> None:
+    """Let a recipe change what a checkpoint is trained on further, and nothing that would make another model of it.
+
+    Raises:
+        ConfigError: a field that the checkpoint has another value of.
+    """
+    for name, value in recipe.model_fields().items():
+        if name in OBJECTIVE_FIELDS:
+            setattr(config, name, value)
+        elif getattr(config, name) != value:
+            raise ConfigError(
+                f"model.transfusion.{name}={value!r}, but model.init_from={init_from!r} was made with "
+                f"{getattr(config, name)!r}; leave it out"
+            )
+    try:
+        config.validate_architecture()
+    except ValueError as error:
+        raise ConfigError(f"model.transfusion: {error}") from error
 
 
 def caption_dropout(data: DataConfig) -> float:
