@@ -95,16 +95,24 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         Raises:
             ValueError: what cannot be done, by name, before anything is drawn.
         """
+        config = kwargs.get("generation_config") or next(iter(args), None) or self.generation_config
+        mode = kwargs.get("generation_mode") or getattr(config, "generation_mode", None)
+        kwargs["generation_mode"] = mode
         if documents is not None:
             if processor is None or inputs is not None or kwargs.get("input_ids") is not None:
                 raise ValueError("documents= needs processor=, the MoTProcessor that encodes them, and no input_ids")
-            kwargs |= self._encoded(documents, processor, kwargs.get("generation_mode"))
+            kwargs |= self._encoded(documents, processor, mode)
         if negative_prompt_ids is not None:
             kwargs["unconditional_prompt"] = (negative_prompt_ids, negative_prompt_attention_mask)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None or input_ids.shape[1] == 0:
             raise ValueError("generate() needs prompts: pass input_ids, or documents with processor")
-        if kwargs.get("generation_mode") == "image":
+        # As in transformers, prompts may be on the CPU.
+        input_ids = input_ids.to(self.device)
+        for name in ("attention_mask", "modality_ids", "position_ids", "latents", "pixel_values"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = kwargs[name].to(self.device)
+        if mode == "image":
             input_ids, kwargs = self._with_boi(input_ids, kwargs)
         # Past MoTGenerationMixin.generate, which asks for the ranges that discrete modalities need.
         if len(self.config.token_modalities) > 1 and self.config.modality_token_ranges is None:
@@ -114,14 +122,8 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         return super(MoTGenerationMixin, self).generate(input_ids, *args, **kwargs)
 
     def _encoded(self, documents, processor, mode) -> dict:
-        encoded = processor(
-            documents=documents,
-            continue_with=mode or "text",
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
-        return {name: value.to(self.device) for name, value in encoded.items()}
+        options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        return dict(processor(documents=documents, continue_with=mode or "text", **options))
 
     def _with_boi(self, input_ids, kwargs):
         """BOI behind each prompt."""

@@ -98,8 +98,8 @@ class InterleavedDecoding:
         """Prompts with their images clean.  (B, P) -> the next logits (B, V), and what is cached"""
         images = dict(images or {})
         if "pixel_values" in images and "latents" not in images:
-            pixel_values = images.pop("pixel_values").to(self.model.device)
-            images["latents"], images["image_sizes"] = self.model.encode_images(pixel_values, images.get("image_sizes"))
+            encoded = self.model.encode_images(images.pop("pixel_values"), images.get("image_sizes"))
+            images["latents"], images["image_sizes"] = encoded
         if "latents" in images:
             latents = images["latents"]
             nothing = torch.zeros(len(latents), dtype=torch.long, device=latents.device)

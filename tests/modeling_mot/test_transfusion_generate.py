@@ -114,7 +114,8 @@ def test_image_mode_draws_one_picture_each_and_nothing_more(model):
         assert output.sequences[:, 3:].tolist() == [[BOI, *[PATCH] * 4, EOI]] * 2
         assert [len(drawn) for drawn in output.latents] == [1, 1]
     same = generate(model, torch.nn.functional.pad(prompt, (0, 1), value=BOI), generation_mode="image")
-    assert torch.equal(same.latents[0][0], output.latents[0][0])
+    by_object = generate(model, prompt, generation_config=GenerationConfig(generation_mode="image"))
+    assert torch.equal(same.latents[0][0], output.latents[0][0]) and by_object.sequences.equal(same.sequences)
 
 
 def test_text_mode_draws_nothing(model):
