@@ -9,7 +9,13 @@ from PIL import Image
 from modeling_mot.latents_mot import build_vae, decode_latents, downsampling, encode_pixels
 from training.tokenizers import vae as command
 from training.tokenizers.pictures import compare_pictures, save_sheet
-from training.tokenizers.vae_training import VAETrainingConfig, normal_divergence, scale_latents, train_vae
+from training.tokenizers.vae_training import (
+    MuonAdamW,
+    VAETrainingConfig,
+    normal_divergence,
+    scale_latents,
+    train_vae,
+)
 
 
 SMALL = ["--image-size", "16", "--channels", "8", "16", "--latent-channels", "4", "--batch-size", "4"]
@@ -42,6 +48,37 @@ def test_divergence_equals_that_of_torch():
     posterior = torch.distributions.Normal(mean, (0.5 * logvar).exp())
     expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).mean()
     torch.testing.assert_close(normal_divergence(mean, logvar), expected)
+
+
+def test_kernels_take_orthogonal_steps_and_the_rest_those_of_adamw():
+    model = torch.nn.Sequential(torch.nn.Conv2d(12, 16, 3), torch.nn.GroupNorm(4, 16), torch.nn.Conv2d(16, 3, 1))
+    model.to(memory_format=torch.channels_last)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    reference = {name: torch.nn.Parameter(p.clone()) for name, p in before.items() if name != "0.weight"}
+    adamw = torch.optim.AdamW(reference.values(), lr=0.5 * 1e-2, betas=(0.9, 0.98), weight_decay=1e-4)
+    optimizer = MuonAdamW(model, lr=1e-2, matrix_lr=0.2)
+    for name, parameter in model.named_parameters():
+        parameter.grad = 1e-3 * torch.randn_like(parameter)  # small: clipping changes nothing
+        if name in reference:
+            reference[name].grad = parameter.grad.clone()
+    gradient = model[0].weight.grad.flatten(1)
+    optimizer.step(0.5)
+    adamw.step()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None
+        if name in reference:
+            torch.testing.assert_close(parameter, reference[name])
+    # Muon's step is U V^T of the gradient's singular vectors, roughly: its values lie around 1.
+    step = (before["0.weight"] - model[0].weight.detach()).flatten(1) / (0.5 * 0.2)
+    left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+    values = (left.T @ step @ right.T).diagonal()
+    assert values.min() > 0.5 and values.max() < 1.4
+    torch.testing.assert_close(left * values @ right, step, atol=0.1, rtol=0)
+
+
+def test_a_model_in_another_memory_format_is_refused():
+    with pytest.raises(ValueError, match="channels_last"):
+        MuonAdamW(torch.nn.Conv2d(16, 16, 3), lr=1e-2, matrix_lr=1e-2)
 
 
 def test_training_lowers_the_error_and_freezes():
