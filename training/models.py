@@ -85,10 +85,11 @@ def size_overrides(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def load_processor(config: ModelConfig, vae: Autoencoder | None = None) -> MoTProcessor:
+def load_processor(config: ModelConfig, vae: Autoencoder | None = None, keep_speech: bool = False) -> MoTProcessor:
     """The processor a recipe names, else the one beside the checkpoint it starts from, else the carried one.
 
-    With a `vae`, the pictures of a processor of discrete codes become continuous.
+    With a `vae`, the pictures of a processor of discrete codes become continuous, and its speech is left out unless
+    `keep_speech`.
     """
     source = config.processor or config.init_from or str(CARRIED_PROCESSOR)
     try:
@@ -98,7 +99,7 @@ def load_processor(config: ModelConfig, vae: Autoencoder | None = None) -> MoTPr
         raise ConfigError(f"{key}: no processor could be loaded from {source!r}: {error}") from error
     if vae is None or config.transfusion is None:
         return processor
-    return transfusion_processor(processor, config.transfusion, vae)
+    return transfusion_processor(processor, config.transfusion, vae, keep_speech)
 
 
 def find_vae(config: ModelConfig, initial: MoTPreTrainedModel | None) -> Autoencoder | None:

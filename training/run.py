@@ -26,7 +26,7 @@ from training.reporting import plot_losses
 from training.rows import prepare_rows
 from training.run_folder import RunFolder, environment, write_json
 from training.trainer import Interrupted, StepBatches, StopSignal, Trainer
-from training.transfusion import caption_dropout
+from training.transfusion import caption_dropout, has_sound
 
 
 def run(recipe: Recipe) -> int:
@@ -61,7 +61,7 @@ class Session:
         check_subjects(recipe.data, recipe.samples)
         initial = recipe.model.init_from and load_model(recipe.model.init_from, recipe.model.attn_implementation)
         self.vae = find_vae(recipe.model, initial or None)
-        self.processor = load_processor(recipe.model, self.vae)
+        self.processor = load_processor(recipe.model, self.vae, has_sound(recipe.data))
         # Before the data, which may take long to prepare.
         planned = planned_config(recipe.model, self.processor, recipe.data.row_length, self.vae, initial or None)
         if not getattr(planned, "noised_images_visible", True):

@@ -29,10 +29,11 @@ from training.recipe import Recipe, list_keys
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "emoji.yaml"
 
-_METRICS_HELP = """metrics.jsonl, one object a step: step, loss, loss_<modality>, tokens_<modality> (targets), grad_norm
-(before clipping), lr, tokens_per_second (positions that are not padding, over the whole step), mfu, step_seconds,
-data_seconds. mfu is 3 x forward FLOPs over the peak of the device: its data sheet's where it is known, else, and on
-every CPU, the fastest of a few square matrix products timed at the start. Held-out losses are rows of eval/... keys."""
+_METRICS_HELP = """metrics.jsonl, one object a step: step, loss, loss_<modality>, tokens_<modality> (targets), where images
+are diffused loss_image_diffusion and elements_image_diffusion (of latents), grad_norm (before clipping), lr,
+tokens_per_second (positions that are not padding, over the whole step), mfu, step_seconds, data_seconds. mfu is 3 x
+forward FLOPs over the peak of the device: its data sheet's where it is known, else, and on every CPU, the fastest of a
+few square matrix products timed at the start. Held-out losses are rows of eval/... keys."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -80,8 +80,13 @@ def vae_factor(vae: Autoencoder) -> int:
     return downsampling({**vae.config, "_class_name": type(vae).__name__})
 
 
-def transfusion_processor(processor: MoTProcessor, config: TransfusionModelConfig, vae: Autoencoder) -> MoTProcessor:
+def transfusion_processor(
+    processor: MoTProcessor, config: TransfusionModelConfig, vae: Autoencoder, keep_speech: bool = False
+) -> MoTProcessor:
     """The same text with pictures that stay pixels, in tokens of the VAE's factor times the patch size.
+
+    Args:
+        keep_speech: keep the speech units too.
 
     Raises:
         ConfigError: an image size that the tokens do not divide, or that is not the one of a processor whose pictures
@@ -95,8 +100,9 @@ def transfusion_processor(processor: MoTProcessor, config: TransfusionModelConfi
                 f"{found.image_size}; set them alike"
             )
         return processor
+    downsampling = vae_factor(vae) * (config.patch_size or 2)
     try:
-        return continuous_processor(processor, config.image_size, vae_factor(vae) * (config.patch_size or 2))
+        return continuous_processor(processor, config.image_size, downsampling, keep_speech=keep_speech)
     except ValueError as error:
         raise ConfigError(f"model.transfusion.image_size={config.image_size}: {error}") from error
 
@@ -141,6 +147,12 @@ def set_objective(config: MoTTransfusionConfig, recipe: TransfusionModelConfig, 
         config.validate_architecture()
     except ValueError as error:
         raise ConfigError(f"model.transfusion: {error}") from error
+
+
+def has_sound(data: DataConfig) -> bool:
+    """Whether any template has a sound, so that the model needs speech beside text and pictures."""
+    sources = (*data.sources, *data.validation_sources)
+    return any(segment.type == "audio" for source in sources for segment in source.segments)
 
 
 def caption_dropout(data: DataConfig) -> float:

@@ -258,6 +258,22 @@ def test_variants_run(place, words):
     assert train(place, f"train.output_dir={words[0].replace('=', '-')}", "train.steps=1", *words, *QUICK) == 0
 
 
+def test_gradient_checkpointing_changes_nothing_but_memory(finished, place):
+    assert train(place, "train.output_dir=checkpointing", "model.gradient_checkpointing=true", *QUICK) == 0
+    for key in ("loss", "grad_norm"):
+        assert losses(place / "checkpointing", key) == pytest.approx(losses(finished, key), rel=1e-4)
+
+
+def test_speech_stays_beside_pictures_that_are_diffused_where_the_recipe_has_sounds(place):
+    both = "[{segments: [text:name, image:image]}, {segments: [text:name, audio:audio], weight: 3}]"
+    words = (f"data.sources.0.templates={both}", "data.row_length=128", "train.steps=1", "train.output_dir=speech")
+    assert train(place, *words, *QUICK) == 0
+    (row,), _ = read_metrics(place / "speech" / "metrics.jsonl")
+    assert row["tokens_text"] and row["tokens_speech"] and row["elements_image_diffusion"]
+    config = json.loads((place / "speech" / "final" / "config.json").read_text())
+    assert config["modalities"] == ["text", "image", "speech"]
+
+
 # ---------------------------------------------------------------------------------------------------- what is refused
 
 
