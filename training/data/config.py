@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import string
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +117,10 @@ class SourceConfig:
     revision: str | None = option(None, "revision of a data set on the Hub")
     weight: float = option(1.0, "share in the mixture, in the unit of data.weights_by")
     streaming: bool = option(False, "read over the network without a local copy of the raw data set")
-    limit: int | None = option(None, "only the first N records; null: all")
+    match: dict[str, str] | None = option(
+        None, "column -> regular expression; only records in whose columns they are found; null: all"
+    )
+    limit: int | None = option(None, "only the first N records, of those that match; null: all")
     on_error: str = option("raise", "what to do with a record that cannot be used: raise, or skip and count")
 
     def __post_init__(self):
@@ -139,6 +143,13 @@ class SourceConfig:
             raise ValueError(
                 f"weight={self.weight} of source {self.name!r} must be positive; remove the source instead"
             )
+        for column, expression in (self.match or {}).items():
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(
+                    f"match.{column}={expression!r} of source {self.name!r} is no regular expression: {error}"
+                ) from error
         for name, allowed in (("on_error", ("raise", "skip")), ("format", ("auto", "dataset", "pictures", "jsonl"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,10 +56,12 @@ def open_source(config: SourceConfig) -> Source:
         return _open_dataset(config, path)
     read = interleaved_documents if kind == "jsonl" else picture_records
     skipped: dict[str, int] = {}
-    records = read(path, None if config.on_error == "raise" else skipped)[: config.limit]
+    records = read(path, None if config.on_error == "raise" else skipped)
     _check_columns(config, list(records[0]) if records else [])
+    records = [record for record in records if _matches(record, config.match)][: config.limit]
     folder = path if path.is_dir() else path.parent
     described = {"path": _local_fingerprint(folder), "file": path.name, "format": kind, "limit": config.limit}
+    described |= {"match": config.match} if config.match else {}
     return Source(config, records, len(records), _digest(described), skipped)
 
 
@@ -83,6 +86,13 @@ def _format(config: SourceConfig, path: Path) -> str:
 
 def _open_dataset(config: SourceConfig, path: Path) -> Source:
     records = _load(config, path)
+    if config.match:
+        if records.features is not None:
+            _check_columns(config, list(records.features))
+        columns = list(config.match)
+        records = records.filter(
+            lambda *values: _matches(dict(zip(columns, values, strict=True)), config.match), input_columns=columns
+        )
     if config.limit is not None:
         if isinstance(records, datasets.Dataset):
             records = records.select(range(min(config.limit, len(records))))
@@ -96,6 +106,7 @@ def _open_dataset(config: SourceConfig, path: Path) -> Source:
             if isinstance(feature, datasets.Audio):
                 records = records.cast_column(name, datasets.Audio(sampling_rate=feature.sampling_rate, decode=False))
     described = {"config": config.config, "split": config.split, "limit": config.limit}
+    described |= {"match": config.match} if config.match else {}
     if path.exists():
         described["files"] = _local_fingerprint(path)
     elif isinstance(records, datasets.Dataset):
@@ -139,7 +150,14 @@ def _hub_commit(config: SourceConfig) -> str:
     return HfApi().dataset_info(config.path, revision=config.revision).sha
 
 
+def _matches(record: dict, match: dict[str, str] | None) -> bool:
+    return all(re.search(expression, str(record.get(column, ""))) for column, expression in (match or {}).items())
+
+
 def _check_columns(config: SourceConfig, columns: list[str]) -> None:
+    for column in config.match or {}:
+        if column not in columns:
+            raise ValueError(_unknown(config, "column of match", column, columns))
     for segment in config.segments:
         for column in segment.columns:
             if column not in columns:

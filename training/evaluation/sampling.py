@@ -22,6 +22,7 @@ class SamplesConfig:
     enabled: bool = option(True, "make samples, the sheet and the nearest-neighbour measure at the end")
     measured: int | None = option(None, "held-in names that are drawn and measured; null: all the run trained on")
     held_out: int = option(48, "held-out names that are drawn and read")
+    held_out_names: list[str] | None = option(None, "which held-out names; null: the first `held_out` of them")
     shown: int = option(24, "pictures of each kind on the sheet")
     edits: int = option(48, "edits of a picture that are drawn and measured, of each split")
     spoken: int = option(6, "names spoken into WAV files")

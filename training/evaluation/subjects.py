@@ -1,6 +1,7 @@
 """From the data section of a recipe to the names, pictures and texts that a run is asked for at its end."""
 
 import dataclasses
+import difflib
 from collections.abc import Iterator
 from itertools import islice
 
@@ -47,6 +48,13 @@ def check_subjects(data: DataConfig, config: SamplesConfig) -> None:
             "samples.enabled=true, but no source has a template of a text and an image, a text and a sound, an image, a "
             "text and an image, or a text alone to ask for; set samples.enabled=false"
         )
+    if config.enabled and config.held_out_names is not None:
+        pair = pair_of(data.validation_sources, "image")
+        names = [text_of(pair[1], record).strip() for record in _records(pair[0])] if pair is not None else []
+        if missing := [name for name in config.held_out_names if name not in names]:
+            near = difflib.get_close_matches(missing[0], names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"samples.held_out_names has {missing[0]!r}, which no held-out picture is called{hint}")
 
 
 def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
@@ -57,6 +65,11 @@ def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
         subjects.distractors.extend(rest)
     if (pair := pair_of(data.validation_sources, "image")) is not None:
         subjects.held_out, rest = _named_pictures(*pair, config.gallery)
+        if config.held_out_names is not None:
+            by_name = {picture.name.strip(): picture for picture in subjects.held_out}
+            chosen = [by_name[name] for name in config.held_out_names]
+            rest += [picture.image for picture in subjects.held_out if picture not in chosen]
+            subjects.held_out = chosen
         subjects.distractors.extend(rest)
     subjects.edits = find_edits(data.sources, config.edits)
     subjects.held_out_edits = find_edits(data.validation_sources, config.edits)
@@ -73,7 +86,10 @@ def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
 def _named_pictures(
     source: SourceConfig, text: Segment, image: Segment, gallery: int
 ) -> tuple[list[NamedPicture], list[Image.Image]]:
-    """The pictures a source's limit lets through, with names, and those beyond it up to `gallery` in all."""
+    """The pictures a source's limit lets through, with names, and those beyond it up to `gallery` in all.
+
+    The first source with pictures gives both, and `match` counts for both.
+    """
     unlimited = dataclasses.replace(source, limit=None)
     named, rest = [], []
     for index, record in enumerate(islice(_records(unlimited), gallery)):

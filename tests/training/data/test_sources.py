@@ -158,3 +158,20 @@ def test_a_missing_path_is_refused(tmp_path):
     for path in (tmp_path / "nothing", tmp_path / "nothing.jsonl"):
         with pytest.raises(ValueError, match="does not exist"):
             open_source(SourceConfig("x", str(path), [TemplateConfig(["text:text"])]))
+
+
+def test_only_records_that_match_are_read(tmp_path):
+    def named(**fields):
+        templates = [TemplateConfig(segments=["text:name"])]
+        source = SourceConfig(name="emoji", path="carried", config="emoji", templates=templates, **fields)
+        return open_source(source)
+
+    everything = [record["name"] for record in named()]
+    hearts = named(match={"name": "heart$"})
+    assert [record["name"] for record in hearts] == [name for name in everything if name.endswith("heart")]
+    assert len(list(named(match={"name": "heart$"}, limit=3))) == 3
+    assert hearts.fingerprint not in (named().fingerprint, named(match={"name": "^heart"}).fingerprint)
+    with pytest.raises(ValueError, match="column of match 'nam'.*did you mean 'name'"):
+        named(match={"nam": "heart"})
+    with pytest.raises(ValueError, match=r"match.name='\(' of source 'emoji' is no regular expression"):
+        named(match={"name": "("})
