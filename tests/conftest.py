@@ -30,6 +30,14 @@ TINY = {
 }
 
 
+def pytest_collection_modifyitems(config, items):
+    """Tests that are marked as slow run only when asked for: `pytest -m slow`."""
+    if "slow" not in config.getoption("-m"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes long: pytest -m slow"))
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

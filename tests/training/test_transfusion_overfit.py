@@ -45,10 +45,7 @@ def test_samples_of_eight_pictures_learnt_by_heart_match_them(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     words = [*WORDS, "data.cache_dir=cache", "train.output_dir=run"]
     assert main(words) == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    samples = summary["samples"]
-    print(samples, summary["training"])
-    assert samples["drawn"] == 8 and samples["drawn_right"] == 1.0 and samples["read_right"] == 1.0
-    # The VAE's own reconstructions are the ceiling.
-    assert samples["drawn_psnr"] > samples["reconstructed_psnr"] - 5
-    assert samples["drawn_psnr"] > between_pictures(load_recipe(words)) + 6
+    samples = json.loads((tmp_path / "run" / "summary.json").read_text())["samples"]
+    # When this was written 23.8 dB were drawn, and the ceiling, the VAE's own reconstructions, was at 24.6 dB.
+    assert samples["drawn"] == 8 and samples["drawn_right"] == 1.0
+    assert samples["drawn_psnr"] > 20 and samples["drawn_psnr"] > between_pictures(load_recipe(words)) + 8
