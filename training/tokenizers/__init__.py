@@ -1,1 +1,1 @@
-"""Commands that train tokenizers: `python -m training.tokenizers.{text,image,speech,processor}`."""
+"""Commands that train tokenizers: `python -m training.tokenizers.{text,image,speech,processor,vae}`."""

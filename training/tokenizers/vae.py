@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from torch import nn
 
 from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig
 from modeling_mot.latents_mot import build_vae, check_divisible, decode_latents, downsampling, encode_pixels
@@ -156,7 +157,8 @@ def save_vae(vae: AutoencoderKL, output: Path, storage_dtype: str) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         finished = Path(folder) / "vae"
-        vae.to(getattr(torch, storage_dtype)).save_pretrained(finished)
+        nn.Module.to(vae, getattr(torch, storage_dtype))  # diffusers' own `to` warns of layers that there are not
+        vae.save_pretrained(finished)
         vae.float()
         publish(finished, output)
 
@@ -194,7 +196,7 @@ def main(argv: list[str] | None = None) -> dict:
         figures = train_vae(vae, pictures, training, log=lambda line: print(line, flush=True))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    vae.to(getattr(torch, arguments.storage_dtype)).float()
+    nn.Module.to(vae, getattr(torch, arguments.storage_dtype)).float()
     figures |= scale_latents(vae, pictures)
     figures["parameters"] = sum(p.numel() for p in vae.parameters())
     figures["train"] = reconstruction_figures(vae, pictures)
