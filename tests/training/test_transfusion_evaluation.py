@@ -13,7 +13,6 @@ from PIL import Image
 from modeling_mot import MoTTransfusionModel
 from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig
 from training.data import collate
-from training.data.collate import row_generator
 from training.data.documents import IGNORED, build_row, compose
 from training.evaluation.edits import Edit
 from training.evaluation.end_of_run import NamedPicture, SampleSubjects, describe_measures, make_samples
@@ -22,7 +21,7 @@ from training.evaluation.losses import EvaluationConfig, evaluate_losses, target
 from training.evaluation.sampling import Sampler, SamplesConfig
 
 from .data.conftest import continuous, small_transfusion, small_vae
-from .tiny_transfusion import ROW_LENGTH, VOCABULARY, picture_tokens, tiny_config, tiny_model
+from .tiny_transfusion import ROW_LENGTH, VOCABULARY, generator_of_row, picture_tokens, tiny_config, tiny_model
 
 
 # ------------------------------------------------------------------------------------------------------------- losses
@@ -67,7 +66,7 @@ def test_the_diffusion_loss_is_the_mean_over_elements_at_fixed_noise_levels_and_
     model = tiny_model(prediction_type="v_prediction").eval()
     errors = []
     for place, row in enumerate(ROWS["text-to-image"]):
-        generator = row_generator("held out", len(ROWS["image-to-text"]) + place)
+        generator = generator_of_row("held out", len(ROWS["image-to-text"]) + place)
         levels = (torch.rand(2, generator=generator) * 1000).long()
         noise = torch.stack([torch.randn(2, 4, 4, generator=generator) for _ in range(2)])
         latents = torch.stack([torch.from_numpy(image["values"]).float() for image in row["images"]])

@@ -11,13 +11,21 @@ from safetensors.torch import load_file, save_file
 
 from training.config import ConfigError
 from training.data import collate
-from training.data.collate import row_generator
 from training.metrics import read_metrics
 from training.models import load_model
 from training.objectives import count_targets, objective_names
 from training.trainer import Interrupted
 
-from .tiny_transfusion import BOI, EOI, PATCH, PictureStream, tiny_config, tiny_model, transfusion_trainer
+from .tiny_transfusion import (
+    BOI,
+    EOI,
+    PATCH,
+    PictureStream,
+    generator_of_row,
+    tiny_config,
+    tiny_model,
+    transfusion_trainer,
+)
 
 
 # After four updates in float32, relative to the size of a parameter.
@@ -186,7 +194,7 @@ def test_the_noise_of_a_step_follows_from_the_seed_and_the_numbers_of_its_rows(t
     for batch, numbers in zip(batches, ([12, 13], [14, 15]), strict=True):
         place = 0
         for number in numbers:
-            generator, images = row_generator(7, number), PictureStream().row(number)["images"]
+            generator, images = generator_of_row(7, number), PictureStream().row(number)["images"]
             levels = (torch.rand(len(images), generator=generator) * 1000).long()
             for image, level in zip(images, levels.tolist(), strict=True):
                 height, width = image["values"].shape[1:]

@@ -1,5 +1,7 @@
 """A Transfusion model and made-up rows with continuous images, small enough for tests of the trainer."""
 
+import hashlib
+
 import numpy as np
 import torch
 
@@ -73,6 +75,11 @@ class PictureStream:
             3: lambda: [document([text(1), wide, small], [picture(4, 8), picture()])],
         }[index % 4]()
         return build_row(documents, ROW_LENGTH, VOCABULARY)
+
+
+def generator_of_row(seed: int | str, number: int) -> torch.Generator:
+    """Seeded by the first 56 bits of the SHA-256 of "seed/number"."""
+    return torch.Generator().manual_seed(int(hashlib.sha256(f"{seed}/{number}".encode()).hexdigest()[:14], 16))
 
 
 def transfusion_trainer(folder, model=None, stream=None, **options):
