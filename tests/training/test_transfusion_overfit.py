@@ -16,9 +16,16 @@ from training.train import load_recipe, main
 
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "training" / "configs" / "transfusion-emoji.yaml")
+SOURCE = {
+    "name": "emoji",
+    "path": "carried",
+    "config": "emoji",
+    "limit": 8,
+    "templates": [{"segments": ["text:name", "image:image"], "caption_first": 0.8, "caption_dropout": 0.1}],
+}
 WORDS = [
     CONFIG,
-    "data.sources.0.limit=8",
+    f"data.sources={json.dumps([SOURCE])}",
     "train.rows=4",
     "train.steps=400",
     "train.ema_decay=0.98",
@@ -26,6 +33,7 @@ WORDS = [
     "train.cpu=true",
     "evaluation.rows=0",
     "samples.held_out=0",
+    "samples.held_out_names=null",
     "samples.gallery=64",
 ]
 
