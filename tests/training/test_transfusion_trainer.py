@@ -169,7 +169,7 @@ def test_two_ranks_take_the_trajectory_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(_train_as_a_rank, (port, tmp_path), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(_train_as_a_rank, (port, tmp_path), nprocs=2, start_method="spawn")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, value in ranks[0]["parameters"].items():
         assert torch.equal(value, ranks[1]["parameters"][name])
