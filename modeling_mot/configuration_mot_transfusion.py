@@ -16,6 +16,15 @@ LATENT_POSITION_TABLES = (None, "sincos")
 VAE_CLASS_NAMES = ("AutoencoderKL", "AutoencoderTiny")
 
 
+def vae_downsampling(vae_config) -> int:
+    """Pixels of one latent's side by a diffusers configuration: every block but one halves the sides."""
+    if vae_config["_class_name"] == "AutoencoderTiny":
+        blocks = vae_config.get("encoder_block_out_channels") or (64, 64, 64, 64)  # the defaults are diffusers'
+    else:
+        blocks = vae_config.get("block_out_channels") or (64,)
+    return 2 ** (len(blocks) - 1)
+
+
 @strict
 class MoTTransfusionConfig(MoTConfig):
     r"""Configuration of `MoTTransfusionModel`.
@@ -115,14 +124,7 @@ class MoTTransfusionConfig(MoTConfig):
     @property
     def vae_downsampling(self) -> int:
         """Pixels of one latent's side; 1 without a VAE, whose latents are then the pixels."""
-        if self.vae_config is None:
-            return 1
-        # Every block but one halves the sides; the defaults are diffusers'.
-        if self.vae_config["_class_name"] == "AutoencoderTiny":
-            blocks = self.vae_config.get("encoder_block_out_channels", (64, 64, 64, 64))
-        else:
-            blocks = self.vae_config.get("block_out_channels", (64,))
-        return 2 ** (len(blocks) - 1)
+        return 1 if self.vae_config is None else vae_downsampling(self.vae_config)
 
     def image_length(self, height: int, width: int) -> int:
         """Tokens of an image of height x width latents.

@@ -2,12 +2,11 @@
 
 # B sequences, P columns of the prompts, n tokens of an image, C latent channels, (h, w) latents, V vocabulary
 
-import numpy as np
 import torch
-from PIL import Image
 from transformers.cache_utils import DynamicCache
 
 from .denoising_mot import ImageForward, Prefix, denoise
+from .image_processor_mot import MoTImageProcessor
 from .latents_mot import decode_latents
 
 
@@ -18,11 +17,8 @@ def pictures_of(model, latents: torch.Tensor, output_type: str) -> list:
     """(N, C, h, w) -> N pictures: PIL, tensors (3, H, W) in [0, 1], or the latents ("latent", or there is no VAE)."""
     if model.vae is None or output_type == "latent":
         return list(latents)
-    pixels = (decode_latents(model.vae, latents) + 1) / 2
-    if output_type == "pt":
-        return list(pixels)
-    arrays = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(np.ascontiguousarray(array)) for array in arrays]
+    pixels = decode_latents(model.vae, latents)
+    return list((pixels + 1) / 2) if output_type == "pt" else MoTImageProcessor.to_pictures(pixels)
 
 
 class InterleavedDecoding:

@@ -6,13 +6,15 @@ Shapes: N pictures, (H, W) pixels, (h, w) latent cells with h = H / downsampling
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
+from .configuration_mot_transfusion import VAE_CLASS_NAMES, vae_downsampling
 from .image_tokenizer_mot import fingerprint
 
 
-VAE_CLASSES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+VAE_CLASSES = {name: getattr(diffusers, name) for name in VAE_CLASS_NAMES}
 # Larger inputs go through the autoencoder in parts: 64 pictures of 64 pixels, 4 of 256 pixels at a time.
 PIXELS_AT_ONCE = 64 * 64 * 64
 
@@ -37,13 +39,15 @@ def build_vae(vae_config: Mapping[str, Any]) -> AutoencoderKL | AutoencoderTiny:
 
 
 def downsampling(vae_config: Mapping[str, Any]) -> int:
-    """Pixels per latent cell along one side: every block but one halves the picture."""
-    tiny = vae_class(vae_config) is AutoencoderTiny
-    blocks = vae_config.get("encoder_block_out_channels" if tiny else "block_out_channels")
-    if blocks is None:
-        # diffusers' defaults: four blocks in AutoencoderTiny, a single one in AutoencoderKL.
-        return 8 if tiny else 1
-    return 2 ** (len(blocks) - 1)
+    """Pixels per latent cell along one side; ValueError for a `_class_name` that is not supported."""
+    vae_class(vae_config)
+    return vae_downsampling(vae_config)
+
+
+def vae_config_of(vae: AutoencoderKL | AutoencoderTiny) -> dict[str, Any]:
+    """What `build_vae` needs to build its like; where it was loaded from and by which version is left out."""
+    known = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    return {**known, "_class_name": type(vae).__name__}
 
 
 def check_divisible(height: int, width: int, multiple: int) -> None:
@@ -70,7 +74,7 @@ def encode_pixels(vae: AutoencoderKL | AutoencoderTiny, pixel_values: torch.Tens
             f"[-1, 1] of shape (N, {channels}, H, W)"
         )
     height, width = pixel_values.shape[-2:]
-    check_divisible(height, width, downsampling({**vae.config, "_class_name": type(vae).__name__}))
+    check_divisible(height, width, downsampling(vae_config_of(vae)))
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
         encoded = vae.encode(pixels)
@@ -92,7 +96,7 @@ def decode_latents(vae: AutoencoderKL | AutoencoderTiny, latents: torch.Tensor) 
             f"latents are {latents.dtype} of shape {tuple(latents.shape)}; the VAE decodes floats of shape "
             f"(N, {channels}, h, w)"
         )
-    multiple = downsampling({**vae.config, "_class_name": type(vae).__name__})
+    multiple = downsampling(vae_config_of(vae))
     shift, scale = latent_scaling(vae)
     latents = latents.to(vae.device).float() / scale + shift
     pixels = in_parts(lambda z: vae.decode(z).sample, vae, latents, latents.shape[2] * latents.shape[3] * multiple**2)
@@ -134,6 +138,5 @@ def vae_fingerprint(vae: AutoencoderKL | AutoencoderTiny) -> str:
 
     Where the VAE was loaded from, the version that saved it and the dtype it was stored in make no difference.
     """
-    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     tensors = {name: tensor.detach().float() for name, tensor in vae.state_dict().items()}
-    return fingerprint({**config, "_class_name": type(vae).__name__}, tensors)
+    return fingerprint(vae_config_of(vae), tensors)

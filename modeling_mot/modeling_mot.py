@@ -118,6 +118,12 @@ class MoTPreTrainedModel(PreTrainedModel):
             )
         return model
 
+    def save_pretrained(self, *args, **kwargs):
+        if self.can_generate():
+            # Whoever reads a generation configuration that is marked as derived loses `image_grid` and the like.
+            self.generation_config._from_model_config = None
+        return super().save_pretrained(*args, **kwargs)
+
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, MoTHeadLayerNorm):
@@ -300,11 +306,6 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def save_pretrained(self, *args, **kwargs):
-        # Whoever reads a generation configuration that is marked as derived loses `image_grid` and the like.
-        self.generation_config._from_model_config = None
-        return super().save_pretrained(*args, **kwargs)
 
     @can_return_tuple
     def forward(

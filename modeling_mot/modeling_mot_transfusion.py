@@ -20,7 +20,7 @@ from .diffusion_mot import NoiseSchedule, cumulative_alphas
 from .generation_mot_transfusion import MoTTransfusionGenerationMixin
 from .latent_images_mot import LatentImagesMixin, NoisyImages, check_placeholders, images_first, sizes_of
 from .latent_patchifier import build_patchifier
-from .latents_mot import build_vae
+from .latents_mot import build_vae, vae_config_of
 from .modality_routing import ModalityRouting
 from .modeling_mot import MoTCausalLMOutputWithPast, MoTModel, MoTPreTrainedModel
 from .token_losses import token_losses
@@ -60,9 +60,7 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
 
     def __init__(self, config: MoTTransfusionConfig, vae: nn.Module | None = None):
         if vae is not None:
-            # Where it was loaded from is nobody's business.
-            known = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-            config.vae_config = {**known, "_class_name": type(vae).__name__}
+            config.vae_config = vae_config_of(vae)
             config.validate_architecture()
         super().__init__(config)
         self.model = MoTModel(config)
@@ -119,10 +117,6 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
                 module.reset_parameters()
         else:
             super()._init_weights(module)
-
-    def save_pretrained(self, *args, **kwargs):
-        self.generation_config._from_model_config = None  # as in MoTForCausalLM
-        return super().save_pretrained(*args, **kwargs)
 
     # ----------------------------------------------------------------------------------------------- the forward
 

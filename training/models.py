@@ -16,7 +16,7 @@ from modeling_mot import (
     MoTTransfusionConfig,
     MoTTransfusionModel,
 )
-from modeling_mot.latents_mot import vae_fingerprint
+from modeling_mot.latents_mot import vae_config_of, vae_fingerprint
 from modeling_mot.presets_mot import VARIANTS
 from training.config import ConfigError, option
 from training.transfusion import (
@@ -142,7 +142,7 @@ def model_config(
         overrides |= config.transfusion.model_fields()
         overrides["latent_size"] = [side // factor for side in config.transfusion.image_size]
         overrides["latent_channels"] = vae.config.latent_channels
-        overrides["vae_config"] = {**vae.config, "_class_name": type(vae).__name__}
+        overrides["vae_config"] = vae_config_of(vae)
     try:
         if config.preset is None:
             overrides.setdefault("max_position_embeddings", row_length)
@@ -187,14 +187,13 @@ def planned_config(
 
 def build_model(
     config: ModelConfig,
-    processor: MoTProcessor,
-    row_length: int,
+    planned: MoTConfig,
     seed: int,
     vae: Autoencoder | None = None,
     initial: MoTPreTrainedModel | None = None,
 ) -> MoTPreTrainedModel:
-    """A new model, initialised from `seed` alone, or `initial`; in float32 and in training mode."""
-    planned, model = planned_config(config, processor, row_length, vae, initial), initial
+    """A new model of the `planned_config`, initialised from `seed` alone, or `initial`; in float32, in training mode."""
+    model = initial
     if model is None:
         attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
         torch.manual_seed(seed)

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from modeling_mot import MoTPreTrainedModel
+from modeling_mot import MoTConfig, MoTPreTrainedModel
 from training.checkpoints import save_pretrained
 from training.config import dump, to_tree
 from training.data import collate
@@ -59,11 +59,13 @@ class Session:
         self.run = RunFolder(train.output_dir)
         self.run.check(train.resume, train.overwrite)
         check_subjects(recipe.data, recipe.samples)
-        initial = recipe.model.init_from and load_model(recipe.model.init_from, recipe.model.attn_implementation)
-        self.vae = find_vae(recipe.model, initial or None)
+        initial = None
+        if recipe.model.init_from is not None:
+            initial = load_model(recipe.model.init_from, recipe.model.attn_implementation)
+        self.vae = find_vae(recipe.model, initial)
         self.processor = load_processor(recipe.model, self.vae, has_sound(recipe.data))
         # Before the data, which may take long to prepare.
-        planned = planned_config(recipe.model, self.processor, recipe.data.row_length, self.vae, initial or None)
+        planned = planned_config(recipe.model, self.processor, recipe.data.row_length, self.vae, initial)
         if not getattr(planned, "noised_images_visible", True):
             recipe.data.clean_copies = True
         self.say(f"tokenising the data (kept in {recipe.data.cache_path}) ...")
@@ -71,7 +73,7 @@ class Session:
             self.stream, self.held_out_rows, self.data_fingerprint = prepare_rows(
                 recipe.data, self.processor, recipe.evaluation.rows, self.vae
             )
-        self.trainer = self._trainer(initial or None)
+        self.trainer = self._trainer(planned, initial)
         self._write_down()
 
     def _accelerator(self) -> Accelerator:
@@ -85,7 +87,7 @@ class Session:
             project_dir=f"{train.output_dir}/trackers",
         )
 
-    def _trainer(self, initial: MoTPreTrainedModel | None) -> Trainer:
+    def _trainer(self, planned: MoTConfig, initial: MoTPreTrainedModel | None) -> Trainer:
         recipe, accelerator = self.recipe, self.accelerator
         saved = self.run.saved_steps() if recipe.train.resume else []
         if saved:
@@ -94,8 +96,7 @@ class Session:
             if recipe.model.gradient_checkpointing:
                 model.gradient_checkpointing_enable()
         else:
-            seed, row_length = recipe.train.seed, recipe.data.row_length
-            model = build_model(recipe.model, self.processor, row_length, seed, self.vae, initial)
+            model = build_model(recipe.model, planned, recipe.train.seed, self.vae, initial)
         if self.vae is not None:
             model.config.caption_dropout = max(model.config.caption_dropout, caption_dropout(recipe.data))
         # Padded, or every step would have products of other sizes, for which kernels are made anew.

@@ -1,6 +1,5 @@
 """The training loop: one step for every objective, on any device that Accelerate knows."""
 
-import hashlib
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
 from training.checkpoints import load_averages, load_optimizer, read_state, remove_old_checkpoints, save_checkpoint
 from training.config import ConfigError, option
+from training.data.collate import seed_of
 from training.flops import training_flops
 from training.metrics import MetricsLog, count_key
 from training.objectives import check_modality_weights, combine, count_targets, loss_scales, objective_names
@@ -242,7 +242,7 @@ class Trainer:
     def seed_forward(self, micro_batch: int) -> None:
         """Dropout is a function of (seed, step, micro-batch, rank), so that a resumed run draws the same."""
         words = f"{self.config.seed}/{self.step}/{micro_batch}/{self.accelerator.process_index}"
-        torch.manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big"))
+        torch.manual_seed(seed_of(words))
 
     # ---------------------------------------------------------------------------------------------------- the run
 

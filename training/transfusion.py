@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from modeling_mot import MoTConfig, MoTProcessor, MoTTransfusionConfig
-from modeling_mot.latents_mot import VAE_CLASSES, downsampling
+from modeling_mot.latents_mot import VAE_CLASSES, downsampling, vae_config_of
 from training.config import ConfigError, option
 from training.data.config import DataConfig
 from training.tokenizers.processor import continuous_processor
@@ -77,7 +77,7 @@ def load_vae(source: str) -> Autoencoder:
 
 def vae_factor(vae: Autoencoder) -> int:
     """Pixels of one latent's side."""
-    return downsampling({**vae.config, "_class_name": type(vae).__name__})
+    return downsampling(vae_config_of(vae))
 
 
 def transfusion_processor(
@@ -100,9 +100,9 @@ def transfusion_processor(
                 f"{found.image_size}; set them alike"
             )
         return processor
-    downsampling = vae_factor(vae) * (config.patch_size or 2)
+    side = vae_factor(vae) * (config.patch_size or MoTTransfusionConfig.patch_size)
     try:
-        return continuous_processor(processor, config.image_size, downsampling, keep_speech=keep_speech)
+        return continuous_processor(processor, config.image_size, side, keep_speech=keep_speech)
     except ValueError as error:
         raise ConfigError(f"model.transfusion.image_size={config.image_size}: {error}") from error
 

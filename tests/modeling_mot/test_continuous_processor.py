@@ -14,6 +14,7 @@ from modeling_mot.image_processor_mot import MoTImageProcessor
 from modeling_mot.processing_mot import MoTProcessor
 from modeling_mot.vocabulary_mot import SPECIAL_TOKENS, extend_tokenizer, without_codes
 from tests.modeling_mot.test_processor import AUDIO, TEXTS, build_processor, text
+from tests.modeling_mot.test_remote_code import BLOCK
 from tests.modeling_mot.test_speech_tokenizer import tokenizer_with_random_units
 from training.tokenizers.text import train_text_tokenizer
 
@@ -312,15 +313,10 @@ def test_saved_and_loaded_processors_agree(processor, tmp_path):
         assert one["input_ids"] == other["input_ids"] and np.array_equal(one["pixel_values"], other["pixel_values"])
 
 
-CLEAN_PROCESS = """
+CLEAN_PROCESS = (
+    BLOCK
+    + """
 import json, sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_mot", "training"):
-            raise ImportError(name)
-
-sys.meta_path.insert(0, Refuse())
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -328,6 +324,7 @@ processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
 batch = processor([{"type": "text", "text": "a cat"}, {"type": "image", "image": Image.new("RGB", (40, 40), "red")}])
 print(json.dumps([batch["input_ids"], list(batch["pixel_values"].shape), processor.fingerprint()]))
 """
+)
 
 
 def test_saved_folder_loads_in_a_clean_process(processor, tmp_path):

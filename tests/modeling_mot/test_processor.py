@@ -14,6 +14,7 @@ from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig, MoTImageToken
 from modeling_mot.processing_mot import MoTProcessor
 from modeling_mot.vocabulary_mot import SPECIAL_TOKENS, code_token, extend_tokenizer
 from tests.modeling_mot.test_image_tokenizer import TINY
+from tests.modeling_mot.test_remote_code import BLOCK
 from tests.modeling_mot.test_speech_tokenizer import tokenizer_with_random_units
 from training.tokenizers.text import train_text_tokenizer
 
@@ -378,16 +379,11 @@ def test_processors_without_a_part_load(processor, tmp_path):
     assert loaded.image_tokenizer is None and loaded.modalities == ["text", "speech"]
 
 
-CLEAN_PROCESS = """
+CLEAN_PROCESS = (
+    BLOCK
+    + """
 import json, sys
 import numpy as np
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("modeling_mot", "training"):
-            raise ImportError(name)
-
-sys.meta_path.insert(0, Refuse())
 from transformers import AutoProcessor
 
 processor = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
@@ -396,6 +392,7 @@ ids = processor([{"type": "text", "text": "a cat"}, {"type": "audio", "audio": s
 processor.save_pretrained(sys.argv[2])
 print(json.dumps([ids, processor.fingerprint()]))
 """
+)
 
 
 def test_saved_folder_loads_in_a_clean_process(processor, saved, tmp_path):

@@ -20,6 +20,11 @@ class Absent:
         if name.split(".")[0] in ("modeling_mot", "training", "conversion"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
+try:
+    import modeling_mot
+    raise SystemExit("the package is importable: this process is not clean")
+except ModuleNotFoundError:
+    pass
 """
 
 
@@ -48,11 +53,6 @@ LOAD = """
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-try:
-    import modeling_mot
-    raise SystemExit("the package is importable: this process is not clean")
-except ModuleNotFoundError:
-    pass
 folder = sys.argv[1]
 expected = load_file(folder + "/expected.safetensors")
 ids = expected["input_ids"]

@@ -183,11 +183,6 @@ from safetensors.torch import load_file
 from transformers import (
     AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 )
-try:
-    import modeling_mot
-    raise SystemExit("the package is importable: this process is not clean")
-except ModuleNotFoundError:
-    pass
 folder = sys.argv[1]
 expected = load_file(folder + "/expected.safetensors")
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)

@@ -26,7 +26,7 @@ def test_carried_processor_is_small_and_whole(carried):
 
 
 def test_carried_reconstructions_are_nearest_to_their_held_out_originals(carried):
-    from training.tokenizers.image import Pictures
+    from training.tokenizers.pictures import Pictures
     from training.tokenizers.sources import carried_source, read_column_values
 
     where = [carried_source("emoji"), carried_source("emoji").replace(":train", ":validation")]

@@ -78,24 +78,14 @@ def stack_images(images: list[dict], config=None) -> dict[str, torch.Tensor]:
     values = [image["values"] for image in images]
     sizes = np.array([value.shape[1:] for value in values], dtype=np.int64)
     same = bool((sizes == sizes[0]).all())
-    if same:
-        stacked = np.stack(values)
-    else:
-        stacked = np.zeros((len(values), values[0].shape[0], *sizes.max(axis=0)), dtype=values[0].dtype)
-        for target, value in zip(stacked, values, strict=True):
-            target[:, : value.shape[1], : value.shape[2]] = value
-    tensor = torch.from_numpy(stacked).float()
+    stacked = np.zeros((len(values), values[0].shape[0], *sizes.max(axis=0)), dtype=np.float32)
     name = "latents"
-    if stacked.dtype == np.uint8:
-        tensor = tensor.div_(127.5).sub_(1)
-        if not same:  # padding is zero after scaling
-            rows, columns = (
-                torch.arange(side)[None] < torch.from_numpy(sizes[:, axis, None])
-                for axis, side in enumerate(stacked.shape[2:])
-            )
-            tensor *= (rows[:, :, None] & columns[:, None, :])[:, None]
+    if values[0].dtype == np.uint8:
+        values = [value.astype(np.float32) / np.float32(127.5) - 1 for value in values]
         name = "latents" if is_transfusion(config) and config.vae_config is None else "pixel_values"
-    batch = {name: tensor}
+    for target, value in zip(stacked, values, strict=True):
+        target[:, : value.shape[1], : value.shape[2]] = value
+    batch = {name: torch.from_numpy(stacked)}
     if not same:
         batch["image_sizes"] = torch.from_numpy(sizes)
     for key, field in (("clean_images", "clean"), ("image_first", "first")):
@@ -158,8 +148,12 @@ def draw_noise(
 
 def row_generator(seed: int | str, number: int) -> torch.Generator:
     """Random numbers that follow from a seed and a row's number alone."""
-    digest = hashlib.sha256(f"{seed}/{int(number)}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.Generator().manual_seed(seed_of(f"{seed}/{int(number)}"))
+
+
+def seed_of(words: str) -> int:
+    """A seed for torch's generators that follows from a text, so that no two purposes share theirs."""
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big")
 
 
 def share_positions(batch: dict, config) -> None:

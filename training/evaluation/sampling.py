@@ -1,7 +1,7 @@
 """Prompts in, pictures, names and spoken words out: batches of `model.generate` with the processor on both sides."""
 
 import wave
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
-from modeling_mot.latents_mot import decode_latents, encode_pixels
+from modeling_mot.interleaved_decoding_mot import pictures_of
+from modeling_mot.latents_mot import encode_pixels
 from training.config import option
 from training.data.collate import is_transfusion
 
@@ -103,16 +104,12 @@ class Sampler:
     def _diffuse(self, documents: list) -> list[Image.Image]:
         """The picture that follows each document; its noise depends on its place in the list alone."""
         pictures = []
-        length = self.mot.image_length(*self.mot.latent_size)
-        for start in range(0, len(documents), self.config.batch):
-            self.check_stop()
-            some = documents[start : start + self.config.batch]
+        for start, some in self._batches(documents):
             seeds = range(self.config.seed + start, self.config.seed + start + len(some))
             output = self.model.generate(
                 documents=some,
                 processor=self.processor,
                 generation_mode="image",
-                max_new_tokens=length + 1,
                 guidance_scale=self.config.guidance_scale,
                 num_inference_steps=self.config.num_inference_steps,
                 scheduler=self.config.scheduler,
@@ -133,8 +130,7 @@ class Sampler:
         if is_transfusion(self.mot):
             encoded = self.processor(documents=[[{"type": "image", "image": i}] for i in images], return_tensors="pt")
             latents = encode_pixels(self.model.vae, encoded["pixel_values"])
-            pixels = (decode_latents(self.model.vae, latents) * 127.5 + 127.5).round().to(torch.uint8)
-            return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+            return pictures_of(self.model, latents, "pil")
         return [self.picture(ids[1:-1]) for ids in self.processor.encode_images(list(images))]
 
     def read(self, images: Sequence[Image.Image]) -> list[str]:
@@ -149,17 +145,15 @@ class Sampler:
 
     def _read_continuous(self, documents: list) -> list[str]:
         texts = []
-        for start in range(0, len(documents), self.config.batch):
-            self.check_stop()
-            some = documents[start : start + self.config.batch]
+        for _, some in self._batches(documents):
             output = self.model.generate(
                 documents=some,
                 processor=self.processor,
+                generation_mode="text",
                 max_new_tokens=self.config.max_text_tokens,
                 min_new_tokens=1,
                 do_sample=False,
                 pad_token_id=self.mot.pad_token_id,
-                suppress_tokens=[self.mot.boi_token_id],
             )
             # Prompts are a picture alone, so the text begins behind its end.
             eoi = self.mot.eoi_token_id
@@ -181,10 +175,16 @@ class Sampler:
     def continue_text(self, prompts: Sequence[str]) -> list[str]:
         """What the model writes after each prompt."""
         ids = self._prompts([[{"type": "text", "text": prompt}] for prompt in prompts], "text")
-        no_pictures = {"suppress_tokens": [self.mot.boi_token_id]} if is_transfusion(self.mot) else {}
+        no_pictures = {"generation_mode": "text"} if is_transfusion(self.mot) else {}
         return [self._text(new) for new in self._generate(ids, self.config.max_text_tokens, 0.0, **no_pictures)]
 
     # ----------------------------------------------------------------------------------------------- generating
+
+    def _batches(self, prompts: list) -> Iterator[tuple[int, list]]:
+        """(place of the first, those generated together); a stop is looked for before each."""
+        for start in range(0, len(prompts), self.config.batch):
+            self.check_stop()
+            yield start, prompts[start : start + self.config.batch]
 
     def _prompts(self, documents: list, continue_with: str) -> list[list[int]]:
         batch = self.processor(documents=documents, continue_with=continue_with, add_eos=False)
@@ -199,9 +199,8 @@ class Sampler:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": self.config.top_k}
         results = []
         torch.manual_seed(self.config.seed)
-        for start in range(0, len(prompts), self.config.batch):
-            self.check_stop()
-            input_ids, attention_mask = self._pad(prompts[start : start + self.config.batch])
+        for _, some in self._batches(prompts):
+            input_ids, attention_mask = self._pad(some)
             if negative is not None:
                 kwargs["negative_prompt_ids"] = torch.tensor([negative] * len(input_ids), device=self.model.device)
             output = self.model.generate(

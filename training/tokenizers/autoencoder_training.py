@@ -3,8 +3,10 @@
 Shapes: B batch, (H, W) pixels.
 """
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,6 +29,38 @@ class AutoencoderTrainingConfig:
     bf16: bool = True
     log_every: int = 200
     seed: int = 0
+
+
+def add_training_arguments(
+    parser: argparse.ArgumentParser, defaults: AutoencoderTrainingConfig
+) -> argparse._ArgumentGroup:
+    """The options of `training_settings`, and --sheet."""
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", type=int, default=defaults.steps, help=f"default: {defaults.steps}")
+    training.add_argument(
+        "--minutes", type=float, help="end after this time at the latest, the schedule squeezed into it"
+    )
+    training.add_argument("--batch-size", type=int, default=defaults.batch_size, help=f"default: {defaults.batch_size}")
+    training.add_argument("--lr", type=float, default=defaults.lr, help=f"peak learning rate (default: {defaults.lr})")
+    training.add_argument("--no-flip", action="store_true", help="do not train on mirror images")
+    training.add_argument("--no-bf16", action="store_true", help="train in float32")
+    training.add_argument(
+        "--sheet", type=Path, metavar="PNG", help="also write originals and reconstructions as a picture"
+    )
+    return training
+
+
+def training_settings(arguments: argparse.Namespace) -> dict:
+    """The fields of an `AutoencoderTrainingConfig` that the command line sets."""
+    return {
+        "steps": arguments.steps,
+        "minutes": arguments.minutes,
+        "batch_size": arguments.batch_size,
+        "lr": arguments.lr,
+        "flip": 0.0 if arguments.no_flip else AutoencoderTrainingConfig.flip,
+        "bf16": not arguments.no_bf16,
+        "seed": arguments.seed,
+    }
 
 
 def reconstruction_loss(

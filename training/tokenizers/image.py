@@ -12,23 +12,23 @@ import torch
 
 from modeling_mot.image_tokenizer_mot import PRESETS, ImageTokenizerConfig, MoTImageTokenizer
 from modeling_mot.picture_loading_mot import describe_source
+from training.tokenizers.autoencoder_training import add_training_arguments, training_settings
 from training.tokenizers.pictures import (
-    PICTURE_COLUMNS,
-    Pictures,
+    add_picture_arguments,
+    both_sides,
     compare_pictures,
     first_pictures,
+    read_pictures,
     save_sheet,
     spread,
     to_bytes,
 )
 from training.tokenizers.sources import (
-    PICTURE_SUFFIXES,
     add_output_arguments,
     add_source_arguments,
     carried_source,
     check_output,
     publish,
-    read_column_values,
 )
 from training.tokenizers.vq_training import VQTrainingConfig, train_vq
 
@@ -68,27 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--latent-channels", type=int, metavar="C", help="channels of the latent")
     model.add_argument("--code-dim", type=int, metavar="C", help="length of a code vector")
     model.add_argument("--patch-size", type=int, metavar="P", help="fold P x P pixels into channels first")
-    model.add_argument(
-        "--fit", choices=("crop", "pad"), default="crop", help="how other shapes are fitted (default: crop)"
-    )
-    model.add_argument(
-        "--storage-dtype",
-        choices=("float32", "float16", "bfloat16"),
-        default="float16",
-        help="of saved weights (default: float16)",
-    )
-    training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=int, default=defaults.steps, help=f"default: {defaults.steps}")
-    training.add_argument(
-        "--minutes", type=float, help="end after this time at the latest, the schedule squeezed into it"
-    )
-    training.add_argument("--batch-size", type=int, default=defaults.batch_size, help=f"default: {defaults.batch_size}")
-    training.add_argument("--lr", type=float, default=defaults.lr, help=f"peak learning rate (default: {defaults.lr})")
-    training.add_argument("--no-flip", action="store_true", help="do not train on mirror images")
-    training.add_argument("--no-bf16", action="store_true", help="train in float32")
-    training.add_argument(
-        "--sheet", type=Path, metavar="PNG", help="also write originals and reconstructions as a picture"
-    )
+    add_picture_arguments(model)
+    add_training_arguments(parser, defaults)
     return parser
 
 
@@ -101,7 +82,7 @@ def tokenizer_config(arguments: argparse.Namespace) -> ImageTokenizerConfig:
     }
     overrides = {"model": {k: v for k, v in model.items() if v is not None}, "fit": arguments.fit}
     if arguments.image_size is not None:
-        overrides["image_size"] = arguments.image_size * 2 if len(arguments.image_size) == 1 else arguments.image_size
+        overrides["image_size"] = both_sides(arguments.image_size)
     if arguments.patch_size is not None:
         overrides["patch_size"] = arguments.patch_size
     return ImageTokenizerConfig.from_preset(arguments.preset, storage_dtype=arguments.storage_dtype, **overrides)
@@ -111,29 +92,17 @@ def main(argv: list[str] | None = None) -> dict:
     arguments = build_parser().parse_args(argv)
     check_output(arguments.output, arguments.overwrite)
     torch.manual_seed(arguments.seed)
-    columns = arguments.column or PICTURE_COLUMNS
-    where = arguments.source or [carried_source("emoji")]
-    sources = list(read_column_values(where, columns, arguments.limit, PICTURE_SUFFIXES))
-    if not sources:
-        raise SystemExit(f"error: no pictures in {', '.join(where)}")
     try:
         tokenizer = MoTImageTokenizer(tokenizer_config(arguments))
-        pictures = Pictures(sources, tokenizer.config)
+        pictures = read_pictures(arguments.source or [carried_source("emoji")], arguments, tokenizer.config)
         pictures[0]
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
     print(
-        f"{len(pictures)} pictures, the first: {describe_source(sources[0])}; grid {tokenizer.image_grid}", flush=True
+        f"{len(pictures)} pictures, the first: {describe_source(pictures.sources[0])}; grid {tokenizer.image_grid}",
+        flush=True,
     )
-    training = VQTrainingConfig(
-        steps=arguments.steps,
-        minutes=arguments.minutes,
-        batch_size=arguments.batch_size,
-        lr=arguments.lr,
-        flip=0.0 if arguments.no_flip else VQTrainingConfig.flip,
-        bf16=not arguments.no_bf16,
-        seed=arguments.seed,
-    )
+    training = VQTrainingConfig(**training_settings(arguments))
     try:
         figures = train_vq(tokenizer, pictures, training, log=lambda line: print(line, flush=True))
     except ValueError as error:

@@ -1,5 +1,6 @@
 """Pictures as the training commands of image tokenizers and VAEs read them, and as they are compared and shown."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +10,28 @@ from PIL import Image
 
 from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig
 from modeling_mot.picture_loading_mot import fit_picture, load_picture
+from training.tokenizers.sources import PICTURE_SUFFIXES, read_column_values
 
 
 PICTURE_COLUMNS = ["image", "picture", "img"]
+
+
+def add_picture_arguments(group: argparse._ArgumentGroup) -> None:
+    """How pictures are fitted, and weights stored."""
+    group.add_argument(
+        "--fit", choices=("crop", "pad"), default="crop", help="how other shapes are fitted (default: crop)"
+    )
+    group.add_argument(
+        "--storage-dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float16",
+        help="of saved weights (default: float16)",
+    )
+
+
+def both_sides(size: list[int]) -> list[int]:
+    """[height, width] of one side or both."""
+    return size * 2 if len(size) == 1 else size
 
 
 class Pictures(Sequence):
@@ -33,6 +53,14 @@ class Pictures(Sequence):
         if self.cache is not None:
             self.cache[index] = picture
         return picture
+
+
+def read_pictures(where: list[str], arguments: argparse.Namespace, config: ImageTokenizerConfig) -> Pictures:
+    """The pictures of the sources a command names; it ends with an error where there are none."""
+    sources = list(read_column_values(where, arguments.column or PICTURE_COLUMNS, arguments.limit, PICTURE_SUFFIXES))
+    if not sources:
+        raise SystemExit(f"error: no pictures in {', '.join(where)}")
+    return Pictures(sources, config)
 
 
 def first_pictures(pictures: Sequence[torch.Tensor], limit: int) -> torch.Tensor:

@@ -14,23 +14,23 @@ from torch import nn
 from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig
 from modeling_mot.latents_mot import build_vae, check_divisible, decode_latents, downsampling, encode_pixels
 from modeling_mot.picture_loading_mot import describe_source
+from training.tokenizers.autoencoder_training import add_training_arguments, training_settings
 from training.tokenizers.pictures import (
-    PICTURE_COLUMNS,
-    Pictures,
+    add_picture_arguments,
+    both_sides,
     compare_pictures,
     first_pictures,
+    read_pictures,
     save_sheet,
     spread,
     to_bytes,
 )
 from training.tokenizers.sources import (
-    PICTURE_SUFFIXES,
     add_output_arguments,
     add_source_arguments,
     carried_source,
     check_output,
     publish,
-    read_column_values,
 )
 from training.tokenizers.vae_training import VAETrainingConfig, scale_latents, train_vae
 
@@ -78,27 +78,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="C",
         help=f"channels of the latent (default: {LATENT_CHANNELS})",
     )
-    model.add_argument(
-        "--fit", choices=("crop", "pad"), default="crop", help="how other shapes are fitted (default: crop)"
-    )
-    model.add_argument(
-        "--storage-dtype",
-        choices=("float32", "float16", "bfloat16"),
-        default="float16",
-        help="of saved weights (default: float16)",
-    )
-    training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=int, default=defaults.steps, help=f"default: {defaults.steps}")
-    training.add_argument(
-        "--minutes", type=float, help="end after this time at the latest, the schedule squeezed into it"
-    )
-    training.add_argument("--batch-size", type=int, default=defaults.batch_size, help=f"default: {defaults.batch_size}")
-    training.add_argument("--lr", type=float, default=defaults.lr, help=f"peak rate of AdamW (default: {defaults.lr})")
+    add_picture_arguments(model)
+    training = add_training_arguments(parser, defaults)
     training.add_argument(
         "--matrix-lr",
         type=float,
         default=defaults.matrix_lr,
-        help=f"peak rate of Muon, for kernels of convolutions (default: {defaults.matrix_lr})",
+        help=f"peak rate of Muon, for kernels of convolutions; --lr is AdamW's, for the rest (default: {defaults.matrix_lr})",
     )
     training.add_argument(
         "--kl",
@@ -106,11 +92,6 @@ def build_parser() -> argparse.ArgumentParser:
         default=defaults.kl,
         help="weight of the divergence of latents from a standard normal, in nats per latent element "
         f"(default: {defaults.kl})",
-    )
-    training.add_argument("--no-flip", action="store_true", help="do not train on mirror images")
-    training.add_argument("--no-bf16", action="store_true", help="train in float32")
-    training.add_argument(
-        "--sheet", type=Path, metavar="PNG", help="also write originals and reconstructions as a picture"
     )
     return parser
 
@@ -132,13 +113,6 @@ def vae_config(arguments: argparse.Namespace) -> dict:
         "mid_block_add_attention": False,
         "sample_size": max(arguments.image_size),
     }
-
-
-def read_pictures(where: list[str], arguments: argparse.Namespace, config: ImageTokenizerConfig) -> Pictures:
-    sources = list(read_column_values(where, arguments.column or PICTURE_COLUMNS, arguments.limit, PICTURE_SUFFIXES))
-    if not sources:
-        raise SystemExit(f"error: no pictures in {', '.join(where)}")
-    return Pictures(sources, config)
 
 
 def rebuild(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
@@ -169,10 +143,9 @@ def main(argv: list[str] | None = None) -> dict:
     torch.manual_seed(arguments.seed)
     where = arguments.source or [carried_source("emoji")]
     held_out = arguments.held_out or ([] if arguments.source else [carried_source("emoji", "validation")])
-    size = arguments.image_size * 2 if len(arguments.image_size) == 1 else arguments.image_size
     try:
         config = vae_config(arguments)
-        picture_config = ImageTokenizerConfig(image_size=size, fit=arguments.fit)
+        picture_config = ImageTokenizerConfig(image_size=both_sides(arguments.image_size), fit=arguments.fit)
         check_divisible(*picture_config.image_size, downsampling(config))
         pictures = read_pictures(where, arguments, picture_config)
         others = read_pictures(held_out, arguments, picture_config) if held_out else None
@@ -181,17 +154,7 @@ def main(argv: list[str] | None = None) -> dict:
         raise SystemExit(f"error: {error}") from None
     vae = build_vae(config)
     print(f"{len(pictures)} pictures, the first: {describe_source(pictures.sources[0])}", flush=True)
-    training = VAETrainingConfig(
-        steps=arguments.steps,
-        minutes=arguments.minutes,
-        batch_size=arguments.batch_size,
-        lr=arguments.lr,
-        matrix_lr=arguments.matrix_lr,
-        kl=arguments.kl,
-        flip=0.0 if arguments.no_flip else VAETrainingConfig.flip,
-        bf16=not arguments.no_bf16,
-        seed=arguments.seed,
-    )
+    training = VAETrainingConfig(**training_settings(arguments), matrix_lr=arguments.matrix_lr, kl=arguments.kl)
     try:
         figures = train_vae(vae, pictures, training, log=lambda line: print(line, flush=True))
     except ValueError as error:
