@@ -6,6 +6,7 @@ through all its records, in a new order each time, before any comes again.
 """
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +16,7 @@ import numpy as np
 from .columns import Vocabulary
 from .config import DataConfig, Segment
 from .documents import Document, arrange, build_row, compose, document_lengths, images_of, orders
-from .packing import pack
+from .packing import Piece, pack
 from .tokenized import TokenizedSource
 
 
@@ -62,8 +63,21 @@ def replace_codes(row: dict, most: float, vocabulary: Vocabulary, random: np.ran
         row["input_ids"][places] = random.integers(first, end, size=len(places))
 
 
+@dataclass
+class Counted:
+    """What came before each block from block `first` on: documents of each source, and rows."""
+
+    first: int
+    documents: list[np.ndarray]
+    rows: list[int]
+
+
 class RowStream:
     """An endless sequence of packed rows over tokenised sources.
+
+    It may be asked from several threads. In memory are, per record of a source, 4 bytes for each template, order and
+    variant (the length), 4 bytes for each of the last two epochs (the order) and, with variants, 2 bytes more; per block
+    that has been counted, about 100 bytes. Tokens and pictures stay in the memory-mapped files.
 
     Args:
         config: its `row_length`, `seed`, `weights_by`, `block_documents`, `replaced_codes` and `clean_copies` are used;
@@ -98,11 +112,14 @@ class RowStream:
         if config.weights_by == "tokens":
             weights /= [mean_document_length(source, config.clean_copies) for source in sources]
         self.document_shares = weights / weights.sum()
-        self._quotas = [np.zeros(len(sources), dtype=np.int64)]
-        self._row_ends = [0]
+        self._counting = threading.RLock()
+        self._counted = self._from_the_start()
         self._keys = [int.from_bytes(hashlib.sha256(s.config.name.encode()).digest()[:4], "big") for s in sources]
         self._epoch_order = lru_cache(maxsize=2 * len(sources) + 2)(self._shuffle)
+        self._offsets = lru_cache(maxsize=None)(self._first_variants)
         self._lengths = lru_cache(maxsize=None)(self._document_lengths)
+        # A step's rows of one rank often span a few blocks.
+        self._packed = lru_cache(maxsize=4)(self._pack)
 
     # ------------------------------------------------------------------------------------------------------ documents
 
@@ -112,16 +129,19 @@ class RowStream:
         Every block pays what is owed by then: the whole part first, then the largest remainders, so that after any
         number of blocks a source is less than one document off its share (two for more than two sources).
         """
-        while len(self._quotas) <= block:
+        with self._counting:
+            counted = self._counted_from(block)
             size = self.config.block_documents
-            owed = self.document_shares * size * len(self._quotas) - self._quotas[-1]
-            quota = np.maximum(np.floor(owed), 0).astype(np.int64)
-            left = size - int(quota.sum())
-            quota[np.argsort(quota - owed, kind="stable")[: max(left, 0)]] += 1
-            while quota.sum() > size:
-                quota[np.argmax(quota - owed)] -= 1
-            self._quotas.append(self._quotas[-1] + quota)
-        return self._quotas[block]
+            while counted.first + len(counted.documents) <= block:
+                before = counted.documents[-1]
+                owed = self.document_shares * size * (counted.first + len(counted.documents)) - before
+                quota = np.maximum(np.floor(owed), 0).astype(np.int64)
+                left = size - int(quota.sum())
+                quota[np.argsort(quota - owed, kind="stable")[: max(left, 0)]] += 1
+                while quota.sum() > size:
+                    quota[np.argmax(quota - owed)] -= 1
+                counted.documents.append(before + quota)
+            return counted.documents[block - counted.first]
 
     def draws(self, block: int) -> Draws:
         """The documents of a block, mixed."""
@@ -138,8 +158,7 @@ class RowStream:
         for epoch in np.unique(epochs):
             record[epochs == epoch] = self._epoch_order(index, int(epoch))[places[epochs == epoch]]
         # Each time a record comes it is another variant, until all have been.
-        offset = self._random(_VARIANT, key).integers(source.variants, size=len(source))
-        variant = (offset[record] + epochs) % source.variants
+        variant = (self._offsets(index)[record] + epochs) % source.variants
         uniform = self._random(_DRAW, key, block).random((last - first, 3))
         templates = source.config.templates
         bounds = np.cumsum([template.weight for template in templates])
@@ -167,7 +186,15 @@ class RowStream:
         return lengths.astype(np.int32)
 
     def _shuffle(self, index: int, epoch: int) -> np.ndarray:
-        return self._random(_ORDER, self._keys[index], epoch).permutation(len(self.sources[index]))
+        order = self._random(_ORDER, self._keys[index], epoch).permutation(len(self.sources[index]))
+        return order.astype(np.int32) if len(order) < 2**31 else order
+
+    def _first_variants(self, index: int) -> np.ndarray:
+        source = self.sources[index]
+        if source.variants == 1:
+            return np.broadcast_to(np.int16(0), len(source))
+        offsets = self._random(_VARIANT, self._keys[index]).integers(source.variants, size=len(source))
+        return offsets.astype(np.int16)
 
     def _random(self, *purpose: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, *purpose])
@@ -186,41 +213,88 @@ class RowStream:
 
     def block(self, block: int) -> Iterator[dict]:
         """The rows of one block, in order."""
-        draws = self.draws(block)
-        for number, pieces in enumerate(pack(draws.length, self.config.row_length)):
-            documents = [self.document(draws, piece.document).cut(piece.start, piece.stop) for piece in pieces]
-            row = build_row(documents, self.config.row_length, self.vocabulary)
-            if self.config.replaced_codes:
-                replace_codes(row, self.config.replaced_codes, self.vocabulary, self._random(_REPLACE, block, number))
-            yield row
+        for number in range(len(self._packed(block)[1])):
+            yield self._row(block, number)
 
     def rows(self, start: int = 0) -> Iterator[dict]:
-        """All rows from row `start` on, without end. To find `start`, earlier blocks are packed by length alone."""
-        block, skip = self.locate(start)
+        """All rows from row `start` on, without end."""
+        block, number = self.locate(start)
         while True:
-            for number, row in enumerate(self.block(block)):
-                if number >= skip:
-                    yield row
-            block, skip = block + 1, 0
+            for place in range(number, len(self._packed(block)[1])):
+                yield self._row(block, place)
+            block, number = block + 1, 0
 
     def row(self, index: int) -> dict:
-        """Row `index` of the stream."""
-        return next(self.rows(index))
+        """Row `index` of the stream. Of the other rows of its block nothing but their lengths is looked at."""
+        return self._row(*self.locate(index))
 
     def locate(self, index: int) -> tuple[int, int]:
-        """The block that row `index` is in, and its number there."""
+        """The block that row `index` is in, and its number there. Blocks not yet counted are packed by length alone."""
         if index < 0:
             raise ValueError(f"start={index} is not the index of a row; it must be at least 0")
-        while self._row_ends[-1] <= index:
-            rows = pack(self.draws(len(self._row_ends) - 1).length, self.config.row_length)
-            self._row_ends.append(self._row_ends[-1] + len(rows))
-        block = int(np.searchsorted(self._row_ends, index, side="right")) - 1
-        return block, index - self._row_ends[block]
+        with self._counting:
+            if index < self._counted.rows[0]:
+                self._counted = self._from_the_start()
+            counted = self._counted
+            while counted.rows[-1] <= index:
+                _, rows = self._packed(counted.first + len(counted.rows) - 1)
+                counted.rows.append(counted.rows[-1] + len(rows))
+            place = int(np.searchsorted(counted.rows, index, side="right")) - 1
+            return counted.first + place, index - counted.rows[place]
+
+    def position(self, index: int) -> dict:
+        """Where row `index` is, in numbers that JSON holds, for `restore`."""
+        with self._counting:
+            block, number = self.locate(index)
+            documents = self.draws_before(block)
+            return {"row": index, "block": block, "row_in_block": number, "documents": documents.tolist()}
+
+    def restore(self, position: dict) -> None:
+        """Count from a `position` on, so that rows from there are found without counting all blocks before.
+
+        Changes no row. Earlier rows can still be asked for, at the cost of counting from the start.
+
+        Args:
+            position: of a stream of the same configuration and sources.
+
+        Raises:
+            ValueError: a position of another mixture.
+        """
+        block, documents = position["block"], np.array(position["documents"], dtype=np.int64)
+        drawn = block * self.config.block_documents
+        if len(documents) != len(self.sources) or documents.sum() != drawn:
+            raise ValueError(
+                f"position of row {position['row']} has {documents.tolist()} documents before block {block}, but "
+                f"{len(self.sources)} sources with block_documents={self.config.block_documents} give {drawn}; "
+                "restore it with the data section it was made with"
+            )
+        with self._counting:
+            self._counted = Counted(block, [documents], [position["row"] - position["row_in_block"]])
+
+    def _from_the_start(self) -> Counted:
+        return Counted(0, [np.zeros(len(self.sources), dtype=np.int64)], [0])
+
+    def _counted_from(self, block: int) -> Counted:
+        if block < self._counted.first:
+            self._counted = self._from_the_start()
+        return self._counted
+
+    def _pack(self, block: int) -> tuple[Draws, list[list[Piece]]]:
+        draws = self.draws(block)
+        return draws, pack(draws.length, self.config.row_length)
+
+    def _row(self, block: int, number: int) -> dict:
+        draws, rows = self._packed(block)
+        documents = [self.document(draws, piece.document).cut(piece.start, piece.stop) for piece in rows[number]]
+        row = build_row(documents, self.config.row_length, self.vocabulary)
+        if self.config.replaced_codes:
+            replace_codes(row, self.config.replaced_codes, self.vocabulary, self._random(_REPLACE, block, number))
+        return row
 
     def report(self, blocks: int = 8) -> dict:
         """What the first blocks hold: fill rate, rows per block, and per source records, shares and mean length."""
-        draws = [self.draws(block) for block in range(blocks)]
-        rows = sum(len(pack(block.length, self.config.row_length)) for block in draws)
+        packed = [self._pack(block) for block in range(blocks)]
+        draws, rows = [block for block, _ in packed], sum(len(rows) for _, rows in packed)
         source = np.concatenate([block.source for block in draws])
         length = np.concatenate([block.length for block in draws])
         return {

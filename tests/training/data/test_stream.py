@@ -1,6 +1,8 @@
 """The order of documents and what rows hold, against naive recomputation and whole-epoch counts."""
 
+import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import numpy as np
@@ -242,3 +244,55 @@ def test_targets_last_learns_the_last_segment_and_the_end(prepare, pair_source, 
             ids, labels = (row[name][row["document_ids"] == number].tolist() for name in ("input_ids", "labels"))
             learnt = lengths[tuple(ids)]
             assert labels == [-100] * (len(ids) - learnt) + ids[-learnt:]
+
+
+def test_a_restored_stream_goes_on_without_counting_earlier_blocks(prepare, pair_source, text_source, data_config):
+    sources = [prepare(pair_source(source={"weight": 2.3})), prepare(text_source())]
+    walked = list(islice(RowStream(data_config(), sources).rows(), 90))
+    for index in (0, 1, 40, 77):
+        position = json.loads(json.dumps(RowStream(data_config(), sources).position(index)))
+        restored = RowStream(data_config(), sources)
+        restored.restore(position)
+        drawn, draws = [], restored.draws
+        restored.draws = lambda block: drawn.append(block) or draws(block)  # noqa: B023
+        for number in range(index, 90):
+            for name, value in restored.row(number).items():
+                assert np.array_equal(value, walked[number][name])
+        assert min(drawn) == position["block"]
+
+
+def test_rows_before_a_restored_position_are_found_too(prepare, pair_source, text_source, data_config):
+    sources = [prepare(pair_source()), prepare(text_source())]
+    stream = RowStream(data_config(), sources)
+    expected, position = stream.row(3)["input_ids"], stream.position(50)
+    restored = RowStream(data_config(), sources)
+    restored.restore(position)
+    later = restored.row(60)["input_ids"]
+    assert np.array_equal(restored.row(3)["input_ids"], expected)
+    assert np.array_equal(restored.row(60)["input_ids"], later)
+    assert restored.position(50) == position
+
+
+def test_a_position_of_another_mixture_is_refused(prepare, pair_source, text_source, data_config):
+    sources = [prepare(pair_source()), prepare(text_source())]
+    position = RowStream(data_config(), sources).position(50)
+    for other in (RowStream(data_config(), sources[:1]), RowStream(data_config(block_documents=31), sources)):
+        with pytest.raises(ValueError, match="position of row 50 has .* documents before block"):
+            other.restore(position)
+
+
+def test_a_row_composes_its_own_documents_alone(prepare, pair_source, data_config):
+    stream = RowStream(data_config(block_documents=400), [prepare(pair_source())])
+    composed, document = [], stream.document
+    stream.document = lambda draws, number: composed.append(number) or document(draws, number)
+    assert len(composed) == 0 and stream.row(20)["document_ids"].max() + 1 == len(composed)
+
+
+def test_threads_that_ask_at_once_find_the_same_rows(prepare, pair_source, text_source, data_config):
+    sources = [prepare(pair_source(source={"weight": 2.3})), prepare(text_source())]
+    walked = list(islice(RowStream(data_config(), sources).rows(), 120))
+    stream = RowStream(data_config(), sources)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(stream.row, [*range(0, 120, 2), *range(119, 0, -2)]))
+    for row, index in zip(found, [*range(0, 120, 2), *range(119, 0, -2)], strict=True):
+        assert np.array_equal(row["input_ids"], walked[index]["input_ids"])
