@@ -1,9 +1,12 @@
-"""Precision, threads and memory of the machine a run is on."""
+"""Precision, threads and memory of the machine a run is on, and traces of what it does."""
 
 import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import torch
@@ -52,3 +55,45 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(m_mmap_threshold, 1 << 30)
     libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held so far: of the accelerator's memory, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return psutil.Process().memory_info().rss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class StepProfiler:
+    """Traces a few steps when asked for it, for chrome://tracing or Perfetto.
+
+    Args:
+        folder: gets `trace-<number>-<pid>.json`.
+        steps: that are traced.
+    """
+
+    def __init__(self, folder: Path, steps: int = 3):
+        self.folder, self.steps = folder, steps
+        self._trace: torch.profiler.profile | None = None
+        self._left = 0
+
+    @contextmanager
+    def step(self, asked) -> Iterator[None]:
+        """One step; `asked.wants_profile` begins a trace and is reset."""
+        if asked.wants_profile and self._trace is None:
+            self._trace, self._left = torch.profiler.profile(), self.steps
+            self._trace.start()
+        asked.wants_profile = False
+        yield
+        if self._trace is not None:
+            self._left -= 1
+            if not self._left:
+                trace, self._trace = self._trace, None
+                trace.stop()
+                self.folder.mkdir(parents=True, exist_ok=True)
+                number = len(list(self.folder.glob(f"*-{os.getpid()}.json")))
+                trace.export_chrome_trace(str(self.folder / f"trace-{number}-{os.getpid()}.json"))

@@ -7,21 +7,30 @@ Training rows hold
   squared error of the elements of noised latents,
 - `tokens_text`, `tokens_image`, ...: targets by modality, over all ranks and micro-batches; `elements_image_diffusion`:
   those elements,
-- `grad_norm`: before clipping; `lr`: the learning rate of the update,
+- `grad_norm`: before clipping; `grad_norm_<tower>`, `grad_norm_shared`: of the parameters of one tower, and of none,
+- `lr`: the learning rate of the update,
 - `tokens_per_second`: positions that are not padding, over the whole step, waiting for data included,
-- `mfu`: 3 x forward FLOPs of all positions (training/flops.py), over `step_seconds` x the peak in `environment.json`,
-- `step_seconds`, and `data_seconds`, the part of it spent waiting for rows.
+- `mfu`: 3 x forward FLOPs of all positions (training/flops.py), over `step_seconds` x the peak in `manifest.json`,
+- `step_seconds`, and `data_seconds`, the part of it spent waiting for rows,
+- `checkpoint_seconds`: for how long saving held up training before this step (not in `step_seconds`),
+- `memory_bytes`: the most that the main process has held so far, on its accelerator or in all,
+- `skipped_steps`: updates left out so far; `event`: null, `not_finite` (update left out), `spike` or `spike_skipped`.
 Evaluation rows hold `step` and `eval/...` keys only. After a resume, steps that had been run past the checkpoint appear
 a second time; the later row counts, and `read_metrics` returns that one.
 """
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
+
+
+logger = logging.getLogger(__name__)
 
 
 def count_key(objective: str) -> str:
@@ -30,14 +39,18 @@ def count_key(objective: str) -> str:
 
 
 class MetricsLog:
-    """Appends rows to a JSONL file; every row is on disk before the next step begins."""
+    """Appends rows to a JSONL file; every row is in it before the next step begins.
+
+    Where the disk is full, rows are kept and written once there is room.
+    """
 
     def __init__(self, path: Path):
         self.path = Path(path)
+        self.waiting: list[str] = []
         self._end_torn_line()
 
     def _end_torn_line(self) -> None:
-        # A process killed while writing leaves half a row; what follows must not be glued to it.
+        # A process killed while writing, or a full disk, leaves half a row; what follows must not be glued to it.
         if self.path.is_file() and self.path.stat().st_size:
             with open(self.path, "rb+") as file:
                 file.seek(-1, 2)
@@ -45,8 +58,47 @@ class MetricsLog:
                     file.write(b"\n")
 
     def append(self, row: Mapping[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({key: _plain(value) for key, value in row.items()}, allow_nan=False) + "\n")
+        self.waiting.append(json.dumps({key: _plain(value) for key, value in row.items()}, allow_nan=False) + "\n")
+        try:
+            if len(self.waiting) > 1:
+                self._end_torn_line()
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("".join(self.waiting))
+        except OSError as error:
+            if len(self.waiting) == 1:
+                logger.error("%s cannot be written, rows are kept until it can: %s", self.path, error)
+            return
+        self.waiting = []
+
+
+class Trackers:
+    """Accelerate's trackers; one that is down is left alone, with a warning, and the run goes on without it."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.is_up = accelerator, False
+
+    def start(self, project: str, config: Mapping[str, Any]) -> None:
+        """Begin a run of the tracker that the accelerator was made with."""
+        self.is_up = True
+        self._try(lambda: self.accelerator.init_trackers(project, config=dict(config)))
+
+    def log(self, row: Mapping[str, Any], step: int) -> None:
+        """Send the numbers of a row."""
+        numbers = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
+        self._try(lambda: self.accelerator.log(numbers, step=step))
+
+    def finish(self) -> None:
+        """Let the trackers write what they hold."""
+        self._try(lambda: [tracker.finish() for tracker in self.accelerator.trackers])
+
+    def _try(self, action) -> None:
+        if not self.is_up:
+            return
+        try:
+            action()
+        except Exception as error:  # whatever a tracker's client may raise
+            self.is_up = False
+            logger.warning("the tracker failed and gets no more rows; metrics.jsonl has them all: %r", error)
 
 
 def _plain(value: Any) -> Any:

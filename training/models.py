@@ -1,12 +1,16 @@
 """From the `model` section of a recipe to a processor and a model that fit each other."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers.utils import cached_file
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from transformers.utils import cached_file, has_file, logging
 
 from modeling_mot import (
     MoTConfig,
@@ -16,7 +20,7 @@ from modeling_mot import (
     MoTTransfusionConfig,
     MoTTransfusionModel,
 )
-from modeling_mot.latents_mot import vae_config_of, vae_fingerprint
+from modeling_mot.latents_mot import build_vae, vae_config_of, vae_fingerprint
 from modeling_mot.presets_mot import VARIANTS
 from training.config import ConfigError, option
 from training.transfusion import (
@@ -61,6 +65,7 @@ class ModelConfig:
     attn_implementation: str | None = option(None, "eager, sdpa, flex_attention, ...; null: transformers' choice")
     transfusion: TransfusionModelConfig | None = option(None, "images are continuous and diffused; null: all is tokens")
     gradient_checkpointing: bool = option(False, "recompute each layer in the backward: less memory, a third more time")
+    compile: bool = option(False, "compile each layer with torch.compile")
 
     def __post_init__(self):
         if self.preset is not None and self.preset not in MoTConfig.preset_names():
@@ -72,7 +77,7 @@ class ModelConfig:
 
 _NOT_FIELDS_OF_MOT = {
     "variant", "preset", "init_from", "processor", "rope_theta", "attn_implementation", "transfusion",
-    "gradient_checkpointing",
+    "gradient_checkpointing", "compile",
 }  # fmt: skip
 
 
@@ -193,16 +198,61 @@ def build_model(
     initial: MoTPreTrainedModel | None = None,
 ) -> MoTPreTrainedModel:
     """A new model of the `planned_config`, initialised from `seed` alone, or `initial`; in float32, in training mode."""
-    model = initial
-    if model is None:
-        attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-        torch.manual_seed(seed)
-        parts = {} if vae is None else {"vae": vae}
-        model_class = MODEL_CLASSES[planned.model_type]
-        model = model_class._from_config(planned, dtype=torch.float32, **parts, **attention)
-    if config.gradient_checkpointing:
+    if initial is not None:
+        return initial.train()
+    torch.manual_seed(seed)
+    return _new_model(config, planned, vae).train()
+
+
+def empty_model(config: ModelConfig, planned: MoTConfig, vae: Autoencoder | None = None) -> MoTPreTrainedModel:
+    """The same without weights, its parameters on the meta device; buffers and the VAE are real."""
+    with init_empty_weights(include_buffers=False):
+        return _new_model(config, planned, vae).train()
+
+
+def _new_model(config: ModelConfig, planned: MoTConfig, vae: Autoencoder | None) -> MoTPreTrainedModel:
+    attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    parts = {} if vae is None else {"vae": vae}
+    return MODEL_CLASSES[planned.model_type]._from_config(planned, dtype=torch.float32, **parts, **attention)
+
+
+def set_up_layers(model: MoTPreTrainedModel, checkpointing: bool, compiled: bool) -> None:
+    """Recomputation in the backward and compilation, of each layer by itself; before the model is sharded."""
+    if checkpointing:
         model.gradient_checkpointing_enable()
-    return model.train()
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile()
+
+
+def load_frame(source: str) -> MoTPreTrainedModel:
+    """A checkpoint of ours without the weights of what is trained: its configuration, and its VAE whole.
+
+    What ranks of a sharded model begin with, whose weights come from the main process or from a checkpoint.
+    """
+    model_class = MODEL_CLASSES[model_type(source)]
+    config = model_class.config_class.from_pretrained(source)
+    vae = None
+    if getattr(config, "vae_config", None) is not None:
+        vae = build_vae(config.vae_config)
+        vae.load_state_dict(_read_tensors(source, "vae."))
+        vae = vae.eval().requires_grad_(False)
+    return empty_model(ModelConfig(), config, vae)
+
+
+def _read_tensors(source: str, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint whose names begin with `prefix`, without it, in float32."""
+    names = ["model.safetensors"]
+    if has_file(source, "model.safetensors.index.json"):
+        index = json.loads(Path(cached_file(source, "model.safetensors.index.json")).read_text(encoding="utf-8"))
+        names = sorted({file for name, file in index["weight_map"].items() if name.startswith(prefix)})
+    tensors = {}
+    for name in names:
+        with safe_open(cached_file(source, name), framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  (not a mapping)
+                if key.startswith(prefix):
+                    tensors[key.removeprefix(prefix)] = file.get_tensor(key).float().clone()
+    return tensors
 
 
 def load_model(source: str, attn_implementation: str | None = None) -> MoTPreTrainedModel:
@@ -210,7 +260,10 @@ def load_model(source: str, attn_implementation: str | None = None) -> MoTPreTra
     attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
         model_class = MODEL_CLASSES[model_type(source)]
-        model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **attention)
+        with without_bars():
+            model, info = model_class.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True, **attention
+            )
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"no model could be loaded from {source!r}: {error}") from error
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -221,6 +274,18 @@ def load_model(source: str, attn_implementation: str | None = None) -> MoTPreTra
         # As loaded they lie in the mapped file, aligned to nothing, where products differ in their last bits.
         tensor.data = tensor.data.clone()
     return model
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """transformers' bars for reading and writing files would cut through that of the training."""
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
 
 
 def model_type(source: str) -> str:

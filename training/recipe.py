@@ -9,7 +9,7 @@ from training.evaluation.losses import EvaluationConfig
 from training.evaluation.sampling import SamplesConfig
 from training.models import ModelConfig
 from training.optimization import OptimizerConfig
-from training.trainer import TrainConfig
+from training.train_config import TrainConfig
 
 
 @dataclass

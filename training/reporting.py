@@ -7,41 +7,74 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from training.metrics import read_metrics, series, smooth
 
 
+# Of the training loss, and of the held-out loss where a figure shows one run.
+TRAINING_COLOUR, HELD_OUT_COLOUR = "#0072B2", "#D55E00"
+
+
 def plot_losses(metrics: Path, output: Path, objectives: Sequence[str], title: str = "") -> None:
     """One panel per objective: the training loss, its running mean, and the held-out loss.  JSONL -> PNG"""
-    matplotlib.use("Agg", force=False)
-    from matplotlib.figure import Figure
-
     training, evaluation = read_metrics(metrics)
     figure = Figure(figsize=(4.2 * len(objectives), 3.4), layout="constrained")
     for axes, objective in zip(figure.subplots(1, len(objectives), squeeze=False)[0], objectives, strict=True):
-        steps, values = series(training, f"loss_{objective}")
-        if len(steps):
-            window = max(1, len(steps) // 40)
-            axes.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
-            axes.plot(steps, smooth(values, window), color="tab:blue", label=f"training (mean of {window} steps)")
-            # The first steps fall from log(vocabulary); the rest should fill the panel.
-            low, high = values.min(), np.quantile(values, 0.98)
-        held_steps, held = series(evaluation, f"eval/loss_{objective}")
-        if len(held_steps):
-            axes.plot(held_steps, held, "o-", color="tab:orange", markersize=4, label="held out")
-            low, high = (min(low, held.min()), max(high, held.max())) if len(steps) else (held.min(), held.max())
-        if len(steps) or len(held_steps):
-            axes.set_ylim(low - 0.05 * (high - low + 0.1), high + 0.05 * (high - low + 0.1))
+        curve, held_out = series(training, f"loss_{objective}"), series(evaluation, f"eval/loss_{objective}")
+        window = max(1, len(curve[0]) // 40)
+        draw_loss(axes, curve, window, TRAINING_COLOUR, f"training (mean of {window} steps)")
+        draw_held_out(axes, held_out, HELD_OUT_COLOUR, "held out")
+        frame_losses(axes, [curve[1]], [held_out[1]])
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
-        unit = "mean squared error" if objective == "image_diffusion" else "nats per target"
-        axes.set(title=objective, xlabel="step", ylabel=unit)
+        axes.set(title=objective, xlabel="step", ylabel=loss_unit(objective))
         axes.grid(alpha=0.3)
     if title:
         figure.suptitle(title, fontsize=10)
     figure.savefig(output, dpi=120)
+
+
+def draw_loss(axes: Axes, curve: tuple[np.ndarray, np.ndarray], window: int, colour: str, label: str = "") -> None:
+    """A training curve, (places, losses), faint, and its running mean over it."""
+    places, values = curve
+    if len(places):
+        axes.plot(*thinned(places, values), color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(*thinned(places, smooth(values, window)), color=colour, linewidth=1.5, label=label)
+
+
+def draw_held_out(axes: Axes, curve: tuple[np.ndarray, np.ndarray], colour: str, label: str = "") -> None:
+    """A held-out curve, (places, losses): a point for each evaluation."""
+    if len(curve[0]):
+        style = {"marker": "o", "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.7}
+        axes.plot(*curve, color=colour, linewidth=1, linestyle="--", label=label, **style)
+
+
+def frame_losses(axes: Axes, training: Sequence[np.ndarray], held_out: Sequence[np.ndarray]) -> None:
+    """Limits that show all but the first fall of training, from log(vocabulary), so that the rest fills the panel."""
+    lows = [values.min() for values in (*training, *held_out) if len(values)]
+    highs = [np.quantile(values, 0.98) for values in training if len(values)]
+    highs += [values.max() for values in held_out if len(values)]
+    if lows:
+        low, high = min(lows), max(highs)
+        margin = 0.05 * (high - low) or 0.05 * abs(low) or 0.05
+        axes.set_ylim(low - margin, high + margin)
+
+
+def thinned(places: np.ndarray, values: np.ndarray, count: int = 2000) -> tuple[np.ndarray, np.ndarray]:
+    """At most 2 x `count` points that draw the same line: the least and the greatest value of each stretch."""
+    if len(places) <= 2 * count:
+        return places, values
+    begins = np.linspace(0, len(places), count, endpoint=False).astype(np.int64)
+    ends = np.stack([np.minimum.reduceat(values, begins), np.maximum.reduceat(values, begins)], axis=1)
+    return np.repeat(places[begins], 2), ends.ravel()
+
+
+def loss_unit(objective: str) -> str:
+    return "mean squared error" if objective == "image_diffusion" else "nats per target"
 
 
 @dataclass

@@ -1,67 +1,120 @@
 """A whole run: data, model, training, held-out losses, samples, and the folder they are left in."""
 
+import json
+import logging
+import os
 import sys
 import time
 from functools import partial
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from modeling_mot import MoTConfig, MoTPreTrainedModel
-from training.checkpoints import save_pretrained
+from training.batches import StepBatches
 from training.config import dump, to_tree
+from training.consolidate import consolidate
 from training.data import collate
-from training.devices import choose_precision, keep_freed_memory, set_cpu_threads
+from training.devices import keep_freed_memory, set_cpu_threads
+from training.distributed import (
+    build_accelerator,
+    describe_world,
+    is_sharding,
+    make_room,
+    shard_model,
+    spread_weights,
+    wants_checkpointing,
+)
 from training.evaluation.end_of_run import describe_measures, make_samples
 from training.evaluation.losses import evaluate_losses, evaluation_note
 from training.evaluation.subjects import check_subjects, find_subjects
 from training.flops import forward_flops_per_token, peak_flops
 from training.metrics import count_key, read_metrics
-from training.models import build_model, find_vae, load_model, load_processor, planned_config
+from training.models import (
+    build_model,
+    empty_model,
+    find_vae,
+    load_frame,
+    load_model,
+    load_processor,
+    planned_config,
+    set_up_layers,
+)
 from training.objectives import objective_names
 from training.optimization import build_optimizer
 from training.recipe import Recipe
 from training.reporting import plot_losses
+from training.resume import find_checkpoint, flatten, refuse_changes
 from training.rows import prepare_rows
-from training.run_folder import RunFolder, environment, write_json
-from training.trainer import Interrupted, StepBatches, StopSignal, Trainer
+from training.run_folder import RunFolder, environment, without_secrets, write_json
+from training.run_lock import RunLock
+from training.safeguards import Interrupted, NotFiniteError, StopSignal
+from training.trainer import Trainer
 from training.transfusion import caption_dropout, has_sound
 
 
+NOT_SAVED, NOT_FINITE = 3, 4
+
+
 def run(recipe: Recipe) -> int:
-    """Run a recipe to its end; the exit code of the process (0, or 128 + signal when interrupted)."""
+    """Run a recipe to its end; the exit code of the process, see training/train.py."""
+    lock = RunLock(recipe.train.output_dir, int(os.environ.get("RANK", 0)))
     with StopSignal() as stop_signal:
-        session = Session(recipe, stop_signal)
         try:
-            session.train()
-            session.finish()
-        except Interrupted as interrupted:
-            session.report_interruption(interrupted)
-            return interrupted.exit_code
+            session = Session(recipe, stop_signal, lock)
+            try:
+                session.train()
+                session.finish()
+            except Interrupted as interrupted:
+                session.report_interruption(interrupted)
+                return NOT_SAVED if session.trainer.save_failed else interrupted.exit_code
+            except NotFiniteError as error:
+                session.say(f"error: {error}")
+                return NOT_FINITE
+            finally:
+                session.trainer.trackers.finish()
         finally:
-            session.accelerator.end_training()
-    return 0
+            lock.release()
+            _leave_group()
+    return NOT_SAVED if session.trainer.save_failed else 0
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class Session:
     """The parts of one run, made from its recipe. Everything that can be refused is refused in the constructor."""
 
-    def __init__(self, recipe: Recipe, stop_signal: StopSignal):
+    def __init__(self, recipe: Recipe, stop_signal: StopSignal, lock: RunLock):
         self.recipe, self.stop_signal, self.begin = recipe, stop_signal, time.perf_counter()
         train = recipe.train
-        self.accelerator = self._accelerator()
+        self.accelerator = build_accelerator(
+            train.precision,
+            cpu=train.cpu,
+            processes=train.processes,
+            timeout_seconds=train.timeout_seconds,
+            tracker=train.tracker,
+            project_dir=f"{train.output_dir}/trackers",
+        )
+        self.precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "float32"
         self.is_main = self.accelerator.is_main_process
+        logging.basicConfig(format="%(message)s", level=logging.INFO if self.is_main else logging.ERROR)
         if self.accelerator.device.type == "cpu":
             set_cpu_threads(train.cpu_threads)
             keep_freed_memory()
         set_seed(train.seed)
         self.run = RunFolder(train.output_dir)
-        self.run.check(train.resume, train.overwrite)
+        with self.accelerator.main_process_first():
+            if self.is_main:
+                self.run.check(train.resume, train.overwrite)
+            lock.acquire()
+        self.checkpoint, passed_over = find_checkpoint(self.run, train.resume, self.accelerator)
+        for line in passed_over:
+            self.say(line)
         check_subjects(recipe.data, recipe.samples)
-        initial = None
-        if recipe.model.init_from is not None:
-            initial = load_model(recipe.model.init_from, recipe.model.attn_implementation)
+        initial = self._initial()
         self.vae = find_vae(recipe.model, initial)
         self.processor = load_processor(recipe.model, self.vae, has_sound(recipe.data))
         # Before the data, which may take long to prepare.
@@ -69,55 +122,69 @@ class Session:
         if not getattr(planned, "noised_images_visible", True):
             recipe.data.clean_copies = True
         self.say(f"tokenising the data (kept in {recipe.data.cache_path}) ...")
-        with self.accelerator.main_process_first():
-            self.stream, self.held_out_rows, self.data_fingerprint = prepare_rows(
-                recipe.data, self.processor, recipe.evaluation.rows, self.vae
-            )
+        self.stream, self.held_out_rows, self.data_fingerprint = prepare_rows(
+            recipe.data, self.processor, recipe.evaluation.rows, self.vae
+        )
         self.trainer = self._trainer(planned, initial)
         self._write_down()
 
-    def _accelerator(self) -> Accelerator:
-        train = self.recipe.train
-        device_type = "cpu" if train.cpu else _default_device_type()
-        self.precision = choose_precision(train.precision, device_type)
-        return Accelerator(
-            cpu=train.cpu,
-            mixed_precision="bf16" if self.precision == "bf16" else "no",
-            log_with=None if train.tracker == "none" else train.tracker,
-            project_dir=f"{train.output_dir}/trackers",
-        )
+    def _initial(self) -> MoTPreTrainedModel | None:
+        """The checkpoint that a recipe starts from; its weights only where they are needed."""
+        source, sharding = self.recipe.model.init_from, is_sharding(self.accelerator)
+        if source is None:
+            return None
+        if self.checkpoint is not None or (sharding and not self.is_main):
+            return load_frame(source)
+        return load_model(source, self.recipe.model.attn_implementation)
+
+    def _model(self, planned: MoTConfig, initial: MoTPreTrainedModel | None) -> MoTPreTrainedModel:
+        """The model on its device, sharded where it is to be; with its weights, unless a checkpoint brings them."""
+        recipe, accelerator = self.recipe.model, self.accelerator
+        built = None
+        if self.checkpoint is None and (self.is_main or not is_sharding(accelerator)):
+            built = build_model(recipe, planned, self.recipe.train.seed, self.vae, initial)
+        whole_here = built is not None and not is_sharding(accelerator)
+        model = built if whole_here else empty_model(recipe, planned, self.vae)
+        if self.vae is not None:
+            model.config.caption_dropout = max(model.config.caption_dropout, caption_dropout(self.recipe.data))
+        set_up_layers(model, recipe.gradient_checkpointing or wants_checkpointing(), recipe.compile)
+        if not is_sharding(accelerator):
+            return make_room(model, accelerator.device)
+        model = shard_model(accelerator, model)
+        if self.checkpoint is None:
+            spread_weights(model, built)
+        return model
 
     def _trainer(self, planned: MoTConfig, initial: MoTPreTrainedModel | None) -> Trainer:
         recipe, accelerator = self.recipe, self.accelerator
-        saved = self.run.saved_steps() if recipe.train.resume else []
-        if saved:
-            folder = str(self.run.checkpoint(saved[-1]))
-            model = load_model(folder, recipe.model.attn_implementation).train()
-            if recipe.model.gradient_checkpointing:
-                model.gradient_checkpointing_enable()
-        else:
-            model = build_model(recipe.model, planned, recipe.train.seed, self.vae, initial)
-        if self.vae is not None:
-            model.config.caption_dropout = max(model.config.caption_dropout, caption_dropout(recipe.data))
+        model = self._model(planned, initial)
         # Padded, or every step would have products of other sizes, for which kernels are made anew.
         batch = partial(collate, config=model.config, multiple_of=64)
         self.collate_held_out = partial(batch, noise_seed="held out")
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.peak, self.peak_source = peak_flops(accelerator.device, dtype)
-        model.to(accelerator.device)
+        batches = StepBatches(
+            self.stream,
+            partial(batch, noise_seed=recipe.train.seed),
+            recipe.train.rows,
+            recipe.train.accumulation,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        self.same_on_resume = {
+            "config": without_secrets(to_tree(recipe)),
+            "data_fingerprint": self.data_fingerprint,
+            "rows_in_a_step": batches.rows_in_a_step,
+        }
+        if self.checkpoint is not None:
+            for line in refuse_changes(self.checkpoint, self.same_on_resume, recipe.train.resume_despite):
+                self.say(f"resumed although {line}")
         trainer = Trainer(
             accelerator,
             model,
             self.processor,
             build_optimizer(model, recipe.optimizer),
-            StepBatches(
-                self.stream,
-                partial(batch, noise_seed=recipe.train.seed),
-                recipe.train.rows,
-                recipe.train.accumulation,
-                accelerator.process_index,
-                accelerator.num_processes,
-            ),
+            batches,
             recipe.train,
             recipe.optimizer,
             self.run,
@@ -125,46 +192,51 @@ class Session:
             evaluate=self.evaluate if any(map(len, self.held_out_rows.values())) else None,
             evaluate_every=recipe.evaluation.every,
             stop_signal=self.stop_signal,
-            state={
-                "data_fingerprint": self.data_fingerprint,
-                "rows_in_a_step": recipe.train.rows * recipe.train.accumulation * accelerator.num_processes,
-                "row_length": recipe.data.row_length,
-                "data_seed": recipe.data.seed,
-                "seed": recipe.train.seed,
-            },
+            describe={**self.same_on_resume, "world": describe_world(accelerator)},
         )
-        if saved:
-            trainer.resume()
+        if self.checkpoint is not None:
+            trainer.resume(self.checkpoint)
         return trainer
 
     def _write_down(self) -> None:
         """The resolved configuration and what the run is made with, beside its results; and a summary on the screen."""
-        model = self.trainer.raw_model
-        active, total = model.config.num_parameters(active=True), model.config.num_parameters(active=False)
-        per_token = forward_flops_per_token(model.config, self.recipe.data.row_length)
+        config = self.trainer.raw_model.config
+        active, total = config.num_parameters(active=True), config.num_parameters(active=False)
         if self.is_main:
             self.run.claim(self.recipe.train.resume, self.recipe.train.overwrite)
-            self.run.config.write_text(dump(self.recipe), encoding="utf-8")
+            self.run.config.write_text(dump(self.same_on_resume["config"]), encoding="utf-8")
             facts = environment(
-                processes=self.accelerator.num_processes,
+                world=describe_world(self.accelerator),
                 device=str(self.accelerator.device),
                 precision=self.precision,
                 peak_flops=self.peak,
                 peak_flops_source=self.peak_source,
                 data_fingerprint=self.data_fingerprint,
                 processor_fingerprint=self.processor.fingerprint(),
+                seeds={"train": self.recipe.train.seed, "data": self.recipe.data.seed},
                 active_parameters=active,
                 total_parameters=total,
-                forward_flops_per_token=per_token,
+                forward_flops_per_token=forward_flops_per_token(config, self.recipe.data.row_length),
+                config=self.same_on_resume["config"],
             )
-            write_json(self.run.environment, facts)
+            write_json(self.run.manifest, facts | {"launches": self._launches(facts)})
         if self.recipe.train.tracker != "none":
-            self.accelerator.init_trackers("mixture-of-transformers", config=_flat(to_tree(self.recipe)))
+            self.trainer.trackers.start("mixture-of-transformers", _as_trackers_take(self.same_on_resume["config"]))
         self.say(
             f"{self.recipe.model.variant}: {active / 1e6:.1f} M active parameters of {total / 1e6:.1f} M, "
-            f"{self.precision} on {self.accelerator.num_processes} x {self.accelerator.device} "
+            f"{self.precision} on {self.accelerator.num_processes} x {self.accelerator.device}"
+            f"{' (FSDP)' if is_sharding(self.accelerator) else ''} "
             f"({self.peak / 1e9:.0f} GFLOP/s, {self.peak_source}); writing to {self.run.path}"
         )
+
+    def _launches(self, facts: dict) -> list[dict]:
+        """When and from which step the run was begun and gone on with, this time the last."""
+        try:
+            earlier = json.loads(self.run.manifest.read_text(encoding="utf-8"))["launches"]
+        except (OSError, ValueError, KeyError):
+            earlier = []
+        kept = ("started", "command", "commit", "world")
+        return [*earlier, {name: facts[name] for name in kept} | {"from_step": self.trainer.step}]
 
     # --------------------------------------------------------------------------------------------------- the phases
 
@@ -173,34 +245,51 @@ class Session:
             self.say(f"going on from step {self.trainer.step}")
         self.trainer.fit()
 
-    def evaluate(self, model) -> dict[str, float]:
-        collate_rows = self.collate_held_out
-        return evaluate_losses(model, self.held_out_rows, collate_rows, self.recipe.evaluation, self.accelerator)
+    def evaluate(self, model: MoTPreTrainedModel, stops) -> dict[str, float] | None:
+        collate_rows, evaluation = self.collate_held_out, self.recipe.evaluation
+        return evaluate_losses(model, self.held_out_rows, collate_rows, evaluation, self.accelerator, stops)
 
     def finish(self) -> None:
-        """The final folder, then plots and samples; the figures on the screen and in summary.json."""
-        with self.trainer.averaged():
-            self._finish()
+        """The final folder, then plots and samples; the figures on the screen and in summary.json.
 
-    def _finish(self) -> None:
-        if self.is_main:
-            model = self.trainer.raw_model
-            training_seconds = time.perf_counter() - self.begin
-            save_pretrained(self.run.final, model, self.processor)
-            self.say(f"saved {self.run.final} (load it with trust_remote_code=True)")
-            title = f"{self.recipe.model.variant}, step {self.trainer.step}"
-            plot_losses(self.run.metrics, self.run.path / "losses.png", objective_names(model.config), title)
-            summary = self._summary()
-            if self.recipe.samples.enabled:
-                summary["samples"] = self._samples(title)
-            summary["seconds"] = {"total": time.perf_counter() - self.begin, "until_saved": training_seconds}
-            write_json(self.run.summary, summary)
-            self._print_summary(summary)
+        The main process does it alone, for however long it takes: the others do not wait.
+        """
         self.accelerator.wait_for_everyone()
+        _leave_group()
+        if not self.is_main:
+            return
+        if self.trainer.save_failed:
+            self.say(
+                f"error: the last checkpoint could not be written, so there is no {self.run.final}; make room and "
+                "set train.resume=auto"
+            )
+            return
+        training_seconds = time.perf_counter() - self.begin
+        try:
+            consolidate(self.run, self.trainer.step, self.run.final)
+        except OSError as error:
+            self.trainer.save_failed = True
+            self.say(
+                f"error: {self.run.final} could not be written: {error}; make room, then: python -m "
+                f"training.consolidate {self.run.path}"
+            )
+            return
+        self.say(f"saved {self.run.final} (load it with trust_remote_code=True)")
+        title = f"{self.recipe.model.variant}, step {self.trainer.step}"
+        names = objective_names(self.trainer.raw_model.config)
+        plot_losses(self.run.metrics, self.run.path / "losses.png", names, title)
+        summary = self._summary()
+        if self.recipe.samples.enabled:
+            summary["samples"] = self._samples(title)
+        summary["seconds"] = {"total": time.perf_counter() - self.begin, "until_saved": training_seconds}
+        write_json(self.run.summary, summary)
+        self._print_summary(summary)
 
     def _samples(self, title: str) -> dict[str, float | int]:
         self.say("drawing, reading and speaking ...")
-        model, config = self.trainer.raw_model, self.recipe.samples
+        config = self.recipe.samples
+        model = load_model(str(self.run.final), self.recipe.model.attn_implementation).eval()
+        model.to(self.accelerator.device)
         subjects = find_subjects(self.recipe.data, config)
         with self.accelerator.autocast():
             sheet, measures = make_samples(
@@ -247,7 +336,9 @@ class Session:
 
     def report_interruption(self, interrupted: Interrupted) -> None:
         saved = self.run.saved_steps()
-        where = f"; train.resume=true goes on from step {saved[-1]}" if saved else ""
+        where = f"; train.resume=auto goes on from step {saved[-1]}" if saved else ""
+        if self.trainer.save_failed:
+            where = f", and its checkpoint could not be written{where}"
         if self.run.final.exists():
             where = f"; the trained model is in {self.run.final}"
         self.say(f"ended by {interrupted}{where}")
@@ -257,17 +348,6 @@ class Session:
             print(text, file=sys.stderr, flush=True)
 
 
-def _default_device_type() -> str:
-    accelerator = torch.accelerator.current_accelerator()
-    return accelerator.type if accelerator is not None else "cpu"
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    """Nested mappings as dotted keys, which is what trackers take."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return flat
+def _as_trackers_take(tree: dict) -> dict:
+    """Dotted keys and plain values."""
+    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flatten(tree).items()}

@@ -1,9 +1,10 @@
 """The folder of a run: what is in it, and who may write there.
 
-config.yaml        the resolved configuration        metrics.jsonl   one object a step
-environment.json   versions, command, data           checkpoints/    step-00000100/, ...: to resume from
-final/             the model as a Hub repository     samples/, samples.html, samples.png, losses.png
-summary.json       the figures of the end of the run
+config.yaml      the resolved configuration                  metrics.jsonl   one object a step
+manifest.json    versions, command, data, world, seeds       checkpoints/    step-00000100/, ..., latest: to resume from
+final/           the model as a Hub repository               samples/, samples.html, samples.png, losses.png
+summary.json     the figures of the end of the run           locks/          who writes here
+profile/         traces, where one was asked for             trackers/       what Accelerate's trackers keep here
 """
 
 import importlib.metadata
@@ -26,8 +27,8 @@ from training.config import ConfigError
 
 _MARK = "config.yaml"
 _OWN_ENTRIES = (
-    _MARK, "environment.json", "metrics.jsonl", "checkpoints", "final", "samples", "samples.html", "samples.png",
-    "losses.png", "summary.json", "trackers",
+    _MARK, "manifest.json", "metrics.jsonl", "checkpoints", "final", "samples", "samples.html", "samples.png",
+    "losses.png", "summary.json", "trackers", "profile",
 )  # fmt: skip
 _PACKAGES = ("torch", "transformers", "accelerate", "diffusers", "datasets", "tokenizers", "safetensors", "numpy")
 
@@ -38,19 +39,21 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config = self.path / _MARK
-        self.environment = self.path / "environment.json"
+        self.manifest = self.path / "manifest.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
         self.samples = self.path / "samples"
+        self.profiles = self.path / "profile"
         self.summary = self.path / "summary.json"
 
-    def check(self, resume: bool, overwrite: bool) -> None:
+    def check(self, resume: bool | str, overwrite: bool) -> None:
         """Refuse a folder that this run may not or cannot use; nothing is changed.
 
         Raises:
             ConfigError: it cannot be written, or holds another run and neither `resume` nor `overwrite` is set, or
-                holds files that no run made (these are never removed).
+                holds files that no run made (these are never removed), or `resume` is true and there is nothing to
+                resume (with "auto" a new run begins then).
         """
         if resume and overwrite:
             raise ConfigError("train.resume and train.overwrite exclude each other")
@@ -58,10 +61,15 @@ class RunFolder:
             existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
             with tempfile.TemporaryFile(dir=existing):
                 pass
-            entries = {entry.name for entry in self.path.iterdir()} if self.path.exists() else set()
+            entries = {entry.name for entry in self.path.iterdir()} - {"locks"} if self.path.exists() else set()
         except OSError as error:
             raise ConfigError(f"train.output_dir={str(self.path)!r} cannot be written: {error}") from error
-        if resume or not entries:
+        if resume is True and not self.saved_steps():
+            raise ConfigError(
+                f"train.resume=true, but train.output_dir={str(self.path)!r} has no checkpoint; train.resume=auto begins "
+                "anew where there is none"
+            )
+        if not entries or (resume and (self.saved_steps() or entries & {_MARK, "checkpoints", "metrics.jsonl"})):
             return
         if not entries & {_MARK, "checkpoints", "metrics.jsonl"}:
             raise ConfigError(
@@ -69,7 +77,7 @@ class RunFolder:
             )
         if not overwrite:
             raise ConfigError(
-                f"train.output_dir={str(self.path)!r} holds another run; set train.resume=true to go on with it, "
+                f"train.output_dir={str(self.path)!r} holds another run; set train.resume=auto to go on with it, "
                 "train.overwrite=true to replace it, or choose another folder"
             )
         if foreign := sorted(entries - set(_OWN_ENTRIES)):
@@ -78,7 +86,7 @@ class RunFolder:
                 "writes; move it away or choose another folder"
             )
 
-    def claim(self, resume: bool, overwrite: bool) -> None:
+    def claim(self, resume: bool | str, overwrite: bool) -> None:
         """Make the folder ready for this run, after `check`; `overwrite` removes what the earlier run wrote."""
         self.check(resume, overwrite)
         try:
@@ -95,19 +103,69 @@ class RunFolder:
         return self.checkpoints / f"step-{step:08d}"
 
     def saved_steps(self) -> list[int]:
-        """Steps of the whole checkpoints, ascending."""
+        """Steps of the checkpoints that were finished, ascending; whether they still are what was written is another
+        question (`training.checkpoints.verify`)."""
         if not self.checkpoints.is_dir():
             return []
         matches = (re.fullmatch(r"step-(\d{8,})", entry.name) for entry in self.checkpoints.iterdir())
-        steps = sorted(int(match[1]) for match in matches if match)
-        return [step for step in steps if (self.checkpoint(step) / "trainer.json").is_file()]
+        return sorted(int(match[1]) for match in matches if match)
+
+    def point_latest(self, name: str) -> None:
+        """Let `checkpoints/latest` name a checkpoint that is on the disk."""
+        target = self.checkpoints / "latest"
+        temporary = target.with_name(".latest.tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(name + "\n")
+            _flush(file)
+        os.replace(temporary, target)
+        sync_folder(self.checkpoints)
 
 
 def write_json(path: Path, tree: Any) -> None:
-    """Write JSON so that the file is there whole or not at all."""
+    """Write JSON so that the file is there whole or not at all, also after a loss of power."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+        _flush(file)
     os.replace(temporary, path)
+
+
+def _flush(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk (not on Windows, where a folder cannot be opened)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and folder below a folder, and itself, to the disk."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+_SECRET = re.compile(r"hf_[A-Za-z0-9]{8,}|(?i:\b[\w-]*(?:token|secret|password|api_?key)=)\S+|(?<=://)[^/@\s]+@")
+
+
+def without_secrets(value: Any) -> Any:
+    """A tree of JSON values whose texts hold no tokens of the Hub, `...token=`, `...key=` or credentials in addresses."""
+    if isinstance(value, str):
+        return _SECRET.sub("[removed]", value)
+    if isinstance(value, dict):
+        return {key: without_secrets(item) for key, item in value.items()}
+    return [without_secrets(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def environment(**more: Any) -> dict[str, Any]:
@@ -120,7 +178,7 @@ def environment(**more: Any) -> dict[str, Any]:
             versions[package] = None
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": [sys.executable, *sys.argv],
+        "command": without_secrets([sys.executable, *sys.argv]),
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),

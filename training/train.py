@@ -8,10 +8,17 @@
 Without CONFIG.yaml the default recipe is used: training/configs/emoji.yaml, on the data that the project carries.
 `key` is a dotted path and `value` is YAML: model.variant=dense optimizer.lr=1e-3 data.sources.0.limit=64
 
-Ctrl-C (or SIGTERM) finishes the step, writes a checkpoint and ends with exit code 130 (143); train.resume=true goes on
-from it. A second Ctrl-C ends at once. Errors in what was asked for end with exit code 2 before anything is written.
+Ctrl-C (or SIGTERM) finishes the step, writes a checkpoint and ends; train.resume=auto goes on from it. A second Ctrl-C
+ends at once. SIGUSR1 to a process traces its next three steps into profile/ (its number is in locks/rank-00000.json).
+
+Exit code of each process (a launcher of several makes 1 of all but 0):
+    0 done    1 an error    2 what was asked for cannot be met, and nothing was written
+    3 the last checkpoint or the final folder could not be written
+    4 losses or gradients were not finite for too many steps in a row
+    130, 143 interrupted by SIGINT, SIGTERM, with a checkpoint
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +30,8 @@ if __package__ in (None, ""):
     _here = Path(__file__).resolve().parent
     sys.path[:] = [str(_here.parent), *(p for p in sys.path if p and Path(p).resolve() != _here)]
 
-from training.config import ConfigError, dump, load
-from training.recipe import Recipe, list_keys
+from training.config import ConfigError, dump, load, override, read_yaml
+from training.run_lock import RunLock
 
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "emoji.yaml"
@@ -37,36 +44,60 @@ few square matrix products timed at the start. Held-out losses are rows of eval/
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a request that cannot be met, 130 or 143 interrupted."""
+    """Exit code: see above."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if "--help" in words or "-h" in words:
-        keys = f"Keys (type; default of the key, which a recipe may change):\n\n{list_keys()}"
-        print(f"{__doc__.strip()}\n\n{keys}\n\n{_METRICS_HELP}")
-        return 0
     try:
-        print_config = "--print-config" in words
-        recipe = load_recipe([word for word in words if word != "--print-config"])
-        if print_config:
+        path, keys, options = split_words(words)
+        if "--help" in options:
+            from training.recipe import list_keys
+
+            listed = f"Keys (type; default of the key, which a recipe may change):\n\n{list_keys()}"
+            print(f"{__doc__.strip()}\n\n{listed}\n\n{_METRICS_HELP}")
+            return 0
+        if "--print-config" not in options:
+            refuse_held_folder(path, keys)
+        recipe = load_recipe(words)
+        if "--print-config" in options:
             print(dump(recipe), end="")
             return 0
-        # Later than the checks above, so that a mistyped key is answered at once.
         from training.run import run
 
         return run(recipe)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
         return 2
 
 
-def load_recipe(words: Sequence[str]) -> Recipe:
-    """A recipe from the words of a command line: at most one YAML file, then `key=value`."""
-    paths = [word for word in words if "=" not in word]
+def load_recipe(words: Sequence[str]):
+    """The Recipe that the words of a command line ask for."""
+    # Here, after words and folder have been looked at, because torch and its kin take seconds to load.
+    from training.recipe import Recipe
+
+    path, keys, _ = split_words(words)
+    return load(Recipe, path, keys)
+
+
+def split_words(words: Sequence[str]) -> tuple[str | Path, list[str], set[str]]:
+    """(the configuration file, the `key=value` words, the options) of a command line."""
+    names = {"--help": "--help", "-h": "--help", "--print-config": "--print-config"}
+    options = {names[word] for word in words if word in names}
+    keys = [word for word in words if "=" in word]
+    paths = [word for word in words if "=" not in word and word not in names]
     for word in paths:
         if word.startswith("-"):
             raise ConfigError(f"unknown option {word}; the options are --help and --print-config, keys are key=value")
     if len(paths) > 1:
         raise ConfigError(f"more than one configuration file: {', '.join(paths)}; give one, then key=value")
-    return load(Recipe, paths[0] if paths else DEFAULT_CONFIG, [word for word in words if "=" in word])
+    return paths[0] if paths else DEFAULT_CONFIG, keys, options
+
+
+def refuse_held_folder(path: str | Path, keys: Sequence[str]) -> None:
+    """Refuse a folder that another trainer writes to, before anything is loaded; the run itself takes the lock later."""
+    train = override(read_yaml(path), keys).get("train")
+    folder = train.get("output_dir") if isinstance(train, dict) else None
+    if isinstance(folder, str) and os.environ.get("RANK", "0") == "0":
+        RunLock(Path(folder)).refuse_held()
 
 
 if __name__ == "__main__":

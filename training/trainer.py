@@ -1,151 +1,60 @@
-"""The training loop: one step for every objective, on any device that Accelerate knows."""
+"""The training loop: one step for every objective, on any device and number of processes that Accelerate knows."""
 
-import signal
+import logging
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from signal import SIGTERM
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from diffusers.training_utils import EMAModel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm.auto import tqdm
 
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
-from training.checkpoints import load_averages, load_optimizer, read_state, remove_old_checkpoints, save_checkpoint
-from training.config import ConfigError, option
+from training.batches import StepBatches
+from training.checkpoints import (
+    Checkpointer,
+    SaveError,
+    load_state,
+    optimizer_scalars,
+    state_tensors,
+    write_description,
+)
 from training.data.collate import seed_of
+from training.devices import StepProfiler, peak_memory
+from training.distributed import is_sharding, resharded, whole
 from training.flops import training_flops
-from training.metrics import MetricsLog, count_key
+from training.metrics import MetricsLog, Trackers, count_key
 from training.objectives import check_modality_weights, combine, count_targets, loss_scales, objective_names
 from training.optimization import OptimizerConfig, learning_rate
 from training.run_folder import RunFolder
+from training.safeguards import Interrupted, NotFiniteError, StopSignal, UpdateGuard
+from training.train_config import TrainConfig
 
 
 # B batch, L row length
 
-
-@dataclass
-class TrainConfig:
-    """Length, batch, precision and bookkeeping of a run."""
-
-    steps: int = option(1000, "updates of the parameters")
-    rows: int = option(8, "rows in a micro-batch of one process")
-    accumulation: int = option(1, "micro-batches in a step")
-    precision: Literal["auto", "bf16", "float32"] = option(
-        "auto", "of matrix products; auto: bf16 where the device computes it natively, else float32; losses are float32"
-    )
-    seed: int = option(0, "of initialisation and dropout (data.seed orders the rows)")
-    modality_weights: dict[str, float] | None = option(
-        None, "modality -> weight of its targets in the loss; null: the plain mean over all targets"
-    )
-    ema_decay: float | None = option(
-        None,
-        "decay of the moving average of the weights, which then is evaluated, sampled and saved as final; null: none",
-    )
-    output_dir: str = option("runs/default", "folder of everything the run writes")
-    resume: bool = option(False, "go on from the newest checkpoint in output_dir, if there is one")
-    overwrite: bool = option(False, "replace the run that output_dir holds")
-    save_every: int = option(0, "steps between checkpoints; 0: only when interrupted")
-    keep_checkpoints: int = option(2, "newest checkpoints that are kept")
-    tracker: str = option("none", "Accelerate's name of a tracker, such as tensorboard, wandb or trackio, or none")
-    progress_bar: bool = option(True, "show a progress bar")
-    cpu: bool = option(False, "train on the CPU even where there is an accelerator")
-    cpu_threads: int | None = option(None, "threads of one process on a CPU; null: the cores shared by its processes")
-
-    def __post_init__(self):
-        for name in ("steps", "rows", "accumulation", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay} must lie between 0 and 1, or be null for no average")
-        if self.save_every < 0:
-            raise ValueError(f"save_every={self.save_every} must not be negative")
-        if self.cpu_threads is not None and self.cpu_threads < 1:
-            raise ValueError(f"cpu_threads={self.cpu_threads} must be at least 1, or null")
-
-
-class Interrupted(Exception):
-    """A signal asked the run to end; everything worth keeping has been written. `exit_code` is 128 + signal."""
-
-    def __init__(self, signal_number: int):
-        super().__init__(signal.Signals(signal_number).name)
-        self.exit_code = 128 + signal_number
-
-
-class StopSignal:
-    """Remembers the first SIGINT or SIGTERM, so that a step is never cut in two; a second one ends at once."""
-
-    def __init__(self):
-        self.number = 0
-
-    def __enter__(self) -> "StopSignal":
-        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, frame) -> None:
-        if self.number:
-            raise KeyboardInterrupt
-        self.number = number
-
-    def check(self) -> None:
-        """Raise Interrupted when a signal has come; for the phases after training."""
-        if self.number:
-            raise Interrupted(self.number)
-
-
-class StepBatches:
-    """This rank's micro-batches of every step; which rows they hold depends on nothing but the step.
-
-    Step s takes rows [s * G, (s + 1) * G) of the stream, G = rows x accumulation x processes; any split of G into these
-    three therefore sees the same rows in a step. `collate(rows, row_numbers=...)` is given their numbers in the stream,
-    so what it draws for a row (the noise of diffusion) is the same after a resume too. The next step's batches are made
-    while this one computes.
-    """
-
-    def __init__(self, stream, collate: Callable, rows: int, accumulation: int, rank: int = 0, processes: int = 1):
-        self.stream, self.collate = stream, collate
-        self.rows, self.accumulation, self.rank, self.processes = rows, accumulation, rank, processes
-
-    def from_step(self, step: int, steps: int) -> Iterator[list[dict]]:
-        """Lists of `accumulation` batches for steps `step`, ..., `steps - 1`."""
-        start = step * self.rows * self.accumulation * self.processes
-        rows = enumerate(self.stream.rows(start=start), start)
-        with ThreadPoolExecutor(max_workers=1) as executor:
-            ahead = executor.submit(self._take, rows) if step < steps else None
-            for later in range(step + 1, steps + 1):
-                batches = ahead.result()
-                ahead = executor.submit(self._take, rows) if later < steps else None
-                yield batches
-
-    def _take(self, rows: Iterator[tuple[int, dict]]) -> list[dict]:
-        batches = []
-        for _ in range(self.accumulation):
-            everyones = [next(rows) for _ in range(self.rows * self.processes)]
-            numbers, mine = zip(*everyones[self.rank * self.rows : (self.rank + 1) * self.rows], strict=True)
-            batches.append(self.collate(list(mine), row_numbers=numbers))
-        return batches
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
     """Trains `model` on `batches`; owns the optimizer's steps, the metrics file and the checkpoints.
 
     Args:
-        accelerator: devices and precision; it prepares model and optimizer here.
-        model, processor: they are saved together.
+        accelerator: devices and precision.
+        model, processor: they are saved together. The model is on its device, and sharded where the accelerator shards;
+            any other is prepared here.
         optimizer: over the model's parameters.
         batches: a StepBatches.
         peak_flops: the FLOP/s that `mfu` is a share of.
-        evaluate: called with the unwrapped model every `evaluate_every` steps and at the end (0: only at the end);
-            returns `eval/...` figures, which are logged.
-        state: JSON values that must be the same on resume (configuration of the data and batch).
+        evaluate: called with the model and with `stops`, every `evaluate_every` steps and at the end (0: only at the
+            end); returns `eval/...` figures, which are logged, or None when `stops()` became true.
+        describe: JSON values for the manifests of checkpoints (configuration, data, world).
     """
 
     def __init__(
@@ -160,32 +69,55 @@ class Trainer:
         run: RunFolder,
         *,
         peak_flops: float,
-        evaluate: Callable[[MoTPreTrainedModel], dict[str, float]] | None = None,
+        evaluate: Callable[[MoTPreTrainedModel, Callable[[], bool]], dict[str, float] | None] | None = None,
         evaluate_every: int = 0,
         stop_signal: StopSignal | None = None,
-        state: dict | None = None,
+        describe: Mapping[str, Any] | None = None,
     ):
         check_modality_weights(config.modality_weights, model.config.token_modalities)
         self.accelerator, self.processor, self.batches = accelerator, processor, batches
         self.config, self.optimizer_config, self.run = config, optimizer_config, run
         self.peak_flops, self.evaluate, self.evaluate_every = peak_flops, evaluate, evaluate_every
-        self.stop_signal, self.state = stop_signal or StopSignal(), state or {}
+        self.stop_signal, self.describe = stop_signal or StopSignal(), dict(describe or {})
         self.raw_model, self.raw_optimizer = model, optimizer
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if is_sharding(accelerator):
+            self.model, self.optimizer = model, accelerator.prepare_optimizer(optimizer)
+        else:
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.modalities, self.objectives = list(model.config.modalities), objective_names(model.config)
         self.diffusion_weight = getattr(model.config, "diffusion_loss_weight", 1.0)
-        self.averaged_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self.of_tower = parameters_by_tower(self.trained, model.config.tower_names)
         self.ema = None
         if config.ema_decay is not None:
-            self.ema = EMAModel(self.averaged_parameters, decay=config.ema_decay, foreach=True)
+            # Torch has no grouped copy of sharded tensors.
+            self.ema = EMAModel(self.trained.values(), decay=config.ema_decay, foreach=not is_sharding(accelerator))
         self.step = 0
+        self.saved_step: int | None = None
+        self.save_failed = False
+        self.guard = UpdateGuard(config.not_finite_limit, config.spike_threshold, config.skip_spikes)
+        self.checkpointer = Checkpointer(
+            run,
+            accelerator.num_processes,
+            accelerator.process_index,
+            config.keep_checkpoints,
+            config.save_asynchronously,
+        )
         self.log = MetricsLog(run.metrics) if accelerator.is_main_process else None
+        self.trackers = Trackers(accelerator)
+        self.profiler = StepProfiler(run.profiles)
+        self.checkpoint_seconds = 0.0
 
     # --------------------------------------------------------------------------------------------------- one step
 
-    def train_step(self, micro_batches: list[dict]) -> dict:
-        """One update from this rank's micro-batches; returns the step's figures over all ranks."""
+    def train_step(self, micro_batches: list[dict] | None) -> dict:
+        """One update from this rank's micro-batches, or none (see `UpdateGuard`); the step's figures over all ranks.
+
+        Without micro-batches, on any rank, nothing is computed and `stalled` is true in what all of them return.
+        """
         counts = self.count(micro_batches)  # over all ranks and micro-batches, before any backward
+        if counts["stalled"]:
+            return counts
         targets = dict(zip(self.objectives, counts["targets"], strict=True))
         scales, z_scale = loss_scales(targets, self.config.modality_weights, self.diffusion_weight)
         sums = torch.zeros(len(self.objectives) + 1, device=self.accelerator.device)
@@ -193,51 +125,56 @@ class Trainer:
             self.seed_forward(index)
             is_last = index == len(micro_batches) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                output = self.model(**send_to_device(batch, self.accelerator.device, non_blocking=True))
+                with self.accelerator.autocast():
+                    output = self.model(**send_to_device(batch, self.accelerator.device, non_blocking=True))
                 loss = combine(output.loss_sums, output.z_loss_sum, scales, z_scale)
                 self.accelerator.backward(loss * self.accelerator.num_processes)  # undo the gradient mean over ranks
             sums += torch.stack([output.loss_sums[name].detach().float() for name in self.objectives] + [loss.detach()])
-        grad_norm = self.clip()
+        *objective_sums, loss = self.accelerator.reduce(sums).tolist()
+        norm, norms = self.gradient_norms()
+        updates, event = self.guard.judge(loss, norm.item())
         lr = learning_rate(self.optimizer_config, self.step, self.config.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        if updates:
+            if self.optimizer_config.clip_norm is not None:
+                clip_grads_with_norm_(self.trained.values(), self.optimizer_config.clip_norm, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            if self.ema is not None:
+                self.ema.step(self.trained.values())
         self.optimizer.zero_grad()
         self.step += 1
-        if self.ema is not None:
-            self.ema.step(self.averaged_parameters)
-        *objective_sums, loss = self.accelerator.reduce(sums).tolist()
         means = {o: s / n if n else None for (o, n), s in zip(targets.items(), objective_sums, strict=True)}
-        return {**counts, "loss": loss, "means": means, "targets": targets, "grad_norm": grad_norm, "lr": lr}
+        figures = {"loss": loss, "means": means, "targets": targets, "grad_norm": norm.item(), "grad_norms": norms}
+        return {**counts, **figures, "lr": lr, "event": event}
 
-    def count(self, micro_batches: list[dict]) -> dict:
+    def count(self, micro_batches: list[dict] | None) -> dict:
         """Targets by objective, positions by modality and those that are not padding, and the signal seen by any rank."""
         first, number = len(self.objectives), len(self.modalities)
-        local = torch.zeros(first + number + 2, dtype=torch.long)
-        for batch in micro_batches:
+        local = torch.zeros(first + number + 3, dtype=torch.long)
+        for batch in micro_batches or []:
             local[:first] += count_targets(batch, self.raw_model.config)
-            local[first:-2] += torch.bincount(batch["modality_ids"].flatten(), minlength=number)
-            local[-2] += (batch["document_ids"] >= 0).sum()
-        local[-1] = self.stop_signal.number
+            local[first:-3] += torch.bincount(batch["modality_ids"].flatten(), minlength=number)
+            local[-3] += (batch["document_ids"] >= 0).sum()
+        local[-2], local[-1] = self.stop_signal.number, micro_batches is None
         # Signals are 2 and 15: their sum over ranks is not a signal, so only its being zero or not is used of others.
         total = self.accelerator.reduce(local.to(self.accelerator.device)).tolist()
-        stop = self.stop_signal.number or (signal.SIGTERM if total[-1] else 0)
-        positions = dict(zip(self.modalities, total[first:-2], strict=True))
+        stop = self.stop_signal.number or (int(SIGTERM) if total[-2] else 0)
+        if total[-1]:
+            return {"stop": stop, "stalled": True}
+        positions = dict(zip(self.modalities, total[first:-3], strict=True))
         row_length = micro_batches[0]["input_ids"].shape[1]
-        counts = {"targets": total[:first], "positions": positions, "tokens": total[-2]}
-        return {**counts, "row_length": row_length, "stop": stop}
+        counts = {"targets": total[:first], "positions": positions, "tokens": total[-3]}
+        return {**counts, "row_length": row_length, "stop": stop, "stalled": False}
 
-    def clip(self) -> float:
-        """Clip the gradient and return its norm before; a norm that is not finite stops the run before the update."""
-        limit = self.optimizer_config.clip_norm
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
-        norm = float(norm)
-        if norm != norm or norm == float("inf"):
-            raise FloatingPointError(
-                f"the gradient norm of step {self.step + 1} is {norm}; the parameters are those of step {self.step}. "
-                "Lower optimizer.lr, or train with train.precision=float32"
-            )
-        return norm
+    def gradient_norms(self) -> tuple[torch.Tensor, dict[str, float]]:
+        """The norm of the whole gradient, and by tower, over all ranks."""
+        norms = {
+            tower: whole(get_total_norm([parameter.grad for parameter in parameters]))
+            for tower, parameters in self.of_tower.items()
+        }
+        total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+        return total, {tower: norm.item() for tower, norm in norms.items()}
 
     def seed_forward(self, micro_batch: int) -> None:
         """Dropout is a function of (seed, step, micro-batch, rank), so that a resumed run draws the same."""
@@ -250,92 +187,153 @@ class Trainer:
         """Train up to `config.steps`, with evaluations and checkpoints on the way.
 
         Raises:
-            Interrupted: after the step in which a signal came, when its checkpoint has been written.
+            Interrupted: after the step in which a signal came; a checkpoint has been written, unless `save_failed`.
+            NotFiniteError: see `UpdateGuard`; likewise.
         """
-        main, config = self.accelerator.is_main_process, self.config
-        bar = tqdm(total=config.steps, initial=self.step, disable=not (main and config.progress_bar), unit="step")
-        batches = self.batches.from_step(self.step, config.steps)
+        bar_is_off = not (self.accelerator.is_main_process and self.config.progress_bar)
+        bar = tqdm(total=self.config.steps, initial=self.step, disable=bar_is_off, unit="step")
+        batches = self.batches.from_step(self.step, self.config.steps, lambda: bool(self.stop_signal.number))
         begin = time.perf_counter()
         with bar:
             for micro_batches in batches:
                 data_seconds = time.perf_counter() - begin
-                figures = self.train_step(micro_batches)
-                row = self.row(figures, time.perf_counter() - begin, data_seconds)
-                if main:
-                    self.log.append(row)
-                    self.accelerator.log({k: v for k, v in row.items() if v is not None}, step=self.step)
+                with self.profiler.step(self.stop_signal):
+                    figures = self.train_step(micro_batches)
+                if not figures["stalled"]:
+                    row = self.row(figures, time.perf_counter() - begin, data_seconds)
+                    # Before anything is saved: a run that is killed here must not resume past a row it never wrote.
+                    self.write(row)
                     bar.set_postfix_str(_postfix(row, self.objectives), refresh=False)
                     bar.update()
-                alone = self.accelerator.num_processes == 1
-                self.after_step(self.stop_signal.number if alone else figures["stop"])
+                self.after_step(figures)
                 begin = time.perf_counter()
-        if self.evaluate is not None and self.step == config.steps:
-            self.run_evaluation()
+        if self.evaluate is not None and self.run_evaluation() is None:
+            self.interrupt()
+        self.save(wait=True)
 
-    def after_step(self, stop: int) -> None:
-        if stop:
-            self.save()
-            raise Interrupted(stop)
-        is_end = self.step == self.config.steps
+    def after_step(self, figures: dict) -> None:
+        """Evaluate and save where it is due, and end where a signal or too many losses that are not finite ask for it."""
+        alone = self.accelerator.num_processes == 1
+        if self.stop_signal.number if alone else figures["stop"]:
+            self.interrupt()
+        if self.guard.gives_up:
+            self.save(wait=True)
+            raise NotFiniteError(
+                f"loss or gradient were not finite for {self.guard.not_finite_in_a_row} steps in a row, up to step "
+                f"{self.step} (loss {figures['loss']}, gradient norm {figures['grad_norm']}); the parameters are those "
+                "before them. Lower optimizer.lr, or train with train.precision=float32"
+            )
+        if self.step == self.config.steps:
+            return
+        if self.evaluate is not None and self.evaluate_every and self.step % self.evaluate_every == 0:
+            self.run_evaluation()
         if self.config.save_every and self.step % self.config.save_every == 0:
             self.save()
-        if self.evaluate is not None and self.evaluate_every and self.step % self.evaluate_every == 0 and not is_end:
-            self.run_evaluation()
+            if self.stops():
+                self.interrupt()
+        self.note_failed_save()
 
-    def run_evaluation(self) -> dict[str, float]:
-        """Evaluate, log `eval/...` and return it. A signal that comes meanwhile is acted on after the next step."""
-        self.raw_model.eval()
-        with torch.no_grad(), self.averaged():
-            figures = self.evaluate(self.raw_model)
-        self.raw_model.train()
-        if self.accelerator.is_main_process:
-            self.log.append({"step": self.step, **figures})
-            self.accelerator.log({k: v for k, v in figures.items() if v is not None}, step=self.step)
+    def stops(self) -> bool:
+        """Whether any rank has had a signal; every rank calls it."""
+        number = self.stop_signal.number
+        if self.accelerator.num_processes > 1:
+            number = self.accelerator.reduce(torch.tensor([number], device=self.accelerator.device)).item()
+        return number > 0
+
+    def interrupt(self) -> None:
+        self.save(wait=True)
+        raise Interrupted(self.stop_signal.number or SIGTERM)
+
+    def run_evaluation(self) -> dict[str, float] | None:
+        """Evaluate, log `eval/...` and return it; None, and nothing is logged, when a signal cut it short."""
+        self.model.eval()
+        with torch.no_grad(), resharded(self.raw_model), self.averaged():
+            figures = self.evaluate(self.raw_model, self.stops)
+        self.model.train()
+        if figures is not None:
+            self.write({"step": self.step, **figures})
         return figures
+
+    def write(self, row: dict) -> None:
+        if self.accelerator.is_main_process:
+            self.log.append(row)
+            self.trackers.log(row, self.step)
 
     def row(self, figures: dict, seconds: float, data_seconds: float) -> dict:
         """The metrics of one step; training/metrics.py says what they mean."""
         flops = training_flops(self.raw_model.config, figures["positions"], figures["row_length"])
         peak = self.peak_flops * self.accelerator.num_processes
+        saving, self.checkpoint_seconds = self.checkpoint_seconds, 0.0
         return {
             "step": self.step,
             "loss": figures["loss"],
             **{f"loss_{name}": mean for name, mean in figures["means"].items()},
             **{count_key(name): count for name, count in figures["targets"].items()},
             "grad_norm": figures["grad_norm"],
+            **{f"grad_norm_{tower}": norm for tower, norm in figures["grad_norms"].items()},
             "lr": figures["lr"],
             "tokens_per_second": figures["tokens"] / seconds,
             "mfu": flops / (seconds * peak),
             "step_seconds": seconds,
             "data_seconds": data_seconds,
+            "checkpoint_seconds": saving,
+            "memory_bytes": peak_memory(self.accelerator.device),
+            "skipped_steps": self.guard.skipped,
+            "event": figures["event"],
         }
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
-    def save(self) -> None:
-        """Write a checkpoint of the present step."""
-        if self.accelerator.is_main_process:
-            state = {"step": self.step, **self.state}
-            folder = self.run.checkpoint(self.step)
-            save_checkpoint(folder, self.raw_model, self.processor, self.raw_optimizer, state, self.ema)
-            remove_old_checkpoints(self.run, self.config.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+    def save(self, wait: bool = False) -> None:
+        """Write a checkpoint of the present step, if there is none; with `wait` it is on the disk afterwards.
 
-    def resume(self) -> None:
-        """Take optimizer state and step from the newest checkpoint, whose weights the model was loaded from."""
-        folder = self.run.checkpoint(self.run.saved_steps()[-1])
-        stored = read_state(folder)
-        for name, value in self.state.items():
-            if stored.get(name) != value:
-                raise ConfigError(
-                    f"{folder} was trained with {name}={stored.get(name)!r}, this configuration has {value!r}: the run "
-                    "would not go on as it began. Restore the value, or start anew with model.init_from in a new folder"
-                )
-        load_optimizer(folder, self.raw_model, self.raw_optimizer)
+        Where it cannot be written, `save_failed` becomes true, the earlier ones stay, and the run goes on.
+        """
+        begin = time.perf_counter()
+        if self.saved_step != self.step or self.save_failed:
+            self.note_failed_save(wait=True)
+            rows = self.step * self.batches.rows_in_a_step
+            manifest = {
+                **self.describe,
+                "step": self.step,
+                "rows": rows,
+                "stream": self.batches.stream.position(rows),
+                "optimizer": optimizer_scalars(self.raw_optimizer),
+                "average_updates": None if self.ema is None else self.ema.optimization_step,
+                "guard": self.guard.state(),
+            }
+            tensors = state_tensors(self.raw_model, self.raw_optimizer, self.ema)
+            describe = partial(write_description, model=self.raw_model, processor=self.processor)
+            try:
+                self.checkpointer.save(self.step, tensors, manifest, describe)
+                self.saved_step, self.save_failed = self.step, False
+            except SaveError as error:
+                self._save_failed(error)
+        self.note_failed_save(wait)
+        self.checkpoint_seconds += time.perf_counter() - begin
+
+    def note_failed_save(self, wait: bool = False) -> None:
+        """Learn what has become of a checkpoint that is written beside the training."""
+        try:
+            self.checkpointer.finish(wait)
+        except SaveError as error:
+            self._save_failed(error)
+
+    def _save_failed(self, error: SaveError) -> None:
+        self.save_failed = True
+        if self.accelerator.is_main_process:
+            logger.error("the checkpoint could not be written, training goes on: %s", error)
+
+    def resume(self, manifest: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint of this run, of any world."""
+        self.step = self.saved_step = manifest["step"]
+        folder = self.run.checkpoint(self.step)
+        with resharded(self.raw_model):
+            load_state(folder, manifest, self.raw_model, self.raw_optimizer, self.ema)
         if self.ema is not None:
-            load_averages(folder, self.raw_model, self.ema)
-            self.ema.optimization_step = stored["step"]
-        self.step = stored["step"]
+            self.ema.optimization_step = manifest["average_updates"]
+        self.guard.restore(manifest["guard"])
+        self.batches.stream.restore(manifest["stream"])
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -343,14 +341,25 @@ class Trainer:
         if self.ema is None:
             yield
             return
-        self.ema.store(self.averaged_parameters)
-        self.ema.copy_to(self.averaged_parameters)
+        self.ema.store(self.trained.values())
+        self.ema.copy_to(self.trained.values())
         try:
             yield
         finally:
-            self.ema.restore(self.averaged_parameters)
+            self.ema.restore(self.trained.values())
+
+
+def parameters_by_tower(
+    parameters: Mapping[str, torch.nn.Parameter], towers: list[str]
+) -> dict[str, list[torch.nn.Parameter]]:
+    """Tower -> its parameters, and `shared` -> those of none; what is empty is left out."""
+    groups: dict[str, list[torch.nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        tower = next((part for part in name.split(".") if part in towers), "shared")
+        groups.setdefault(tower, []).append(parameter)
+    return groups
 
 
 def _postfix(row: dict, objectives: list[str]) -> str:
     losses = (f"{name} {row[f'loss_{name}']:.3f}" for name in objectives if row[f"loss_{name}"] is not None)
-    return ", ".join([*losses, f"{row['tokens_per_second']:.0f} tok/s"])
+    return ", ".join([*losses, f"{row['tokens_per_second']:.0f} tok/s", f"{row['mfu']:.0%} MFU"])

@@ -9,10 +9,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from modeling_mot import MoTConfig, MoTForCausalLM
+from training.batches import StepBatches
 from training.data import collate
 from training.optimization import OptimizerConfig, build_optimizer
 from training.run_folder import RunFolder
-from training.trainer import StepBatches, TrainConfig, Trainer
+from training.train_config import TrainConfig
+from training.trainer import Trainer
 
 
 RANGES = {"text": [0, 40], "image": [40, 60], "speech": [60, 70]}
@@ -49,6 +51,12 @@ class MadeUpStream:
         while True:
             yield self.row(start)
             start += 1
+
+    def position(self, index: int) -> dict:
+        return {"row": index}
+
+    def restore(self, position: dict) -> None:
+        self.restored = position
 
     def row(self, index: int) -> dict[str, np.ndarray]:
         random = np.random.default_rng([self.seed, index])
@@ -101,5 +109,4 @@ def tiny_trainer(folder, model=None, stream=None, precision="no", optimizer=None
         optimizer_config,
         run,
         peak_flops=1e9,
-        state={"rows_in_a_step": config.rows * config.accumulation * accelerator.num_processes},
     )

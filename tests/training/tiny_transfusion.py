@@ -53,6 +53,12 @@ class PictureStream:
             yield self.row(start)
             start += 1
 
+    def position(self, index: int) -> dict:
+        return {}
+
+    def restore(self, position: dict) -> None:
+        pass
+
     def row(self, index: int) -> dict:
         random = np.random.default_rng([self.seed, index])
         # A colour for each picture, which the text before or after it names.

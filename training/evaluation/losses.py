@@ -48,7 +48,8 @@ def evaluate_losses(
     collate: Callable[..., dict],
     config: EvaluationConfig,
     accelerator: Accelerator,
-) -> dict[str, float]:
+    stops: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """Mean loss in nats per target: `eval/loss_<modality>` over all directions, and `eval/<direction>/loss`; of text also
     `eval/perplexity_text`; of images that are diffused the mean squared error per element, `eval/loss_image_diffusion`.
 
@@ -57,6 +58,7 @@ def evaluate_losses(
         rows: direction -> packed rows, the same on every rank; the batches are shared out between ranks.
         collate: (rows, row_numbers=) -> a batch of tensors. Noise levels and noise follow from the numbers, so that the
             figures of two evaluations, or of two runs on the same rows, are of the same noisy images.
+        stops: asked before each batch, of all ranks together; the evaluation ends with None when it is true.
 
     A direction's loss is that of its target modality; the end marker of an image is text and counts there. A key
     without any target is left out.
@@ -66,15 +68,20 @@ def evaluate_losses(
     first_number = 0
     for index, direction_rows in enumerate(rows.values()):
         starts = range(0, len(direction_rows), config.batch_rows)
-        for start in starts[accelerator.process_index :: accelerator.num_processes]:
+        for turn in range(-(-len(starts) // accelerator.num_processes)):
+            if stops():
+                return None
+            # Ranks of a sharded model run together: one that has no batch left repeats the first, uncounted.
+            place = turn * accelerator.num_processes + accelerator.process_index
+            start, counted = (starts[place], 1) if place < len(starts) else (0, 0)
             some = direction_rows[start : start + config.batch_rows]
             numbers = range(first_number + start, first_number + start + len(some))
             batch = send_to_device(collate(some, row_numbers=numbers), accelerator.device)
             with accelerator.autocast():
                 output = model(**batch)
             for column, objective in enumerate(objectives):
-                sums[index, column, 0] += output.loss_sums[objective].double().cpu()
-                sums[index, column, 1] += output.loss_counts[objective].cpu()
+                sums[index, column, 0] += counted * output.loss_sums[objective].double().cpu()
+                sums[index, column, 1] += counted * output.loss_counts[objective].cpu()
         first_number += len(direction_rows)
     # MPS has no float64; the figures are sums of few thousand losses, float32 holds them.
     sums = accelerator.reduce(sums.to(accelerator.device, torch.float32)).cpu()

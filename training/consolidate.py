@@ -1,0 +1,114 @@
+"""Make an ordinary `from_pretrained` folder of a run's checkpoint: weights in one piece, code, processor and card.
+
+    python -m training.consolidate RUN [--step N] [--output FOLDER] [--weights average|trained]
+
+RUN is a run's folder. The checkpoint is verified first; its tensors are copied bit for bit, in the memory of one CPU.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+
+from modeling_mot import MoTPreTrainedModel, MoTProcessor
+from training.checkpoints import DamagedError, newest_intact, read_tensors, replacing, verify
+from training.config import ConfigError
+from training.distributed import make_room
+from training.model_card import card
+from training.models import MODEL_CLASSES, without_bars
+from training.run_folder import RunFolder
+
+
+def consolidate(
+    run: RunFolder, step: int | None = None, output: Path | None = None, weights: str | None = None
+) -> Path:
+    """Write a checkpoint as a folder for `from_pretrained`, which appears whole or not at all.
+
+    Args:
+        step: None: the newest checkpoint that is intact.
+        output: an existing folder is replaced; None: `consolidated/step-...` in the run's folder, which must not exist.
+        weights: `trained`, or their moving `average`; None: the average where there is one.
+
+    Raises:
+        ConfigError: no such checkpoint, or it is damaged, or it holds no average.
+    """
+    manifest = _manifest(run, step)
+    checkpoint = run.checkpoint(manifest["step"])
+    has_average = manifest["average_updates"] is not None
+    weights = weights or ("average" if has_average else "trained")
+    if weights == "average" and not has_average:
+        raise ConfigError(f"{checkpoint} holds no average (train.ema_decay=null); use --weights trained")
+    if output is None:
+        output = run.path / "consolidated" / checkpoint.name
+        if output.exists():
+            raise ConfigError(f"{output} exists; remove it, or name another folder with --output")
+    model = read_model(checkpoint, average=weights == "average")
+    processor = MoTProcessor.from_pretrained(checkpoint / "pretrained")
+    with replacing(output) as folder, without_bars():
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        (folder / "README.md").write_text(card(model, manifest, weights), encoding="utf-8")
+    return output
+
+
+def read_model(checkpoint: Path, average: bool = False) -> MoTPreTrainedModel:
+    """The model of a verified checkpoint, with its weights or their average, on the CPU."""
+    described = checkpoint / "pretrained"
+    model_class = MODEL_CLASSES[json.loads((described / "config.json").read_text(encoding="utf-8"))["model_type"]]
+    config = model_class.config_class.from_pretrained(described)
+    with init_empty_weights(include_buffers=False):
+        model = model_class._from_config(config, dtype=torch.float32)
+    if (described / "generation_config.json").is_file():
+        model.generation_config = model.generation_config.from_pretrained(described)
+    make_room(model, "cpu")
+    stored = set(model.state_dict())
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    kinds = {name: "average" if average and name in trained else "model" for name in tensors}
+    read_tensors(checkpoint, {f"{kinds[name]}.{name}": tensor for name, tensor in tensors.items()})
+    return model.eval()
+
+
+def _manifest(run: RunFolder, step: int | None) -> dict[str, Any]:
+    if step is None:
+        manifest, skipped = newest_intact(run)
+        if manifest is None:
+            found = "; ".join(f"{folder.name}: {reason}" for folder, reason in skipped) or "there is none"
+            raise ConfigError(f"{run.checkpoints} has no intact checkpoint ({found})")
+        for folder, reason in skipped:
+            print(f"{folder.name} is passed over: {reason}", file=sys.stderr)
+        return manifest
+    if step not in run.saved_steps():
+        raise ConfigError(f"{run.path} has no checkpoint of step {step}; there are {run.saved_steps()}")
+    try:
+        return verify(run.checkpoint(step))
+    except DamagedError as error:
+        raise ConfigError(f"{run.checkpoint(step)} is damaged: {error}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 a request that cannot be met."""
+    parser = argparse.ArgumentParser(prog="python -m training.consolidate", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest intact one)")
+    parser.add_argument("--output", type=Path, help="new folder (default: RUN/consolidated/step-...)")
+    parser.add_argument("--weights", choices=("average", "trained"), help="(default: the average where one was kept)")
+    options = parser.parse_args(arguments)
+    try:
+        if options.output is not None and options.output.exists():
+            raise ConfigError(f"--output {options.output} exists; remove it or name another folder")
+        print(consolidate(RunFolder(options.run), options.step, options.output, options.weights))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""The processes of a run: what was asked of the launcher and what was got, FSDP2 through Accelerate, and agreement.
+
+Accelerate's own files choose the processes and how parameters are sharded (training/configs/accelerate/). What does not
+fit this trainer is refused before anything is built: Accelerate drops some wishes without a word (FSDP on a CPU, several
+processes with --cpu), and a run of weeks must not find that out from its speed.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.device_mesh import DeviceMesh
+
+from training.config import ConfigError
+from training.devices import choose_precision
+
+
+LAYER = "MoTDecoderLayer"
+_CONFIGS = "training/configs/accelerate"
+_KNOWN_TYPES = (
+    DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP,
+)  # fmt: skip
+
+
+@dataclass
+class Asked:
+    """What the launcher was asked for; None where it left no trace."""
+
+    processes: int | None = None
+    fsdp: bool = False
+
+
+def asked_of_launcher() -> Asked:
+    """The wishes in the command line of the `accelerate launch` above this process, and in the file it names.
+
+    Accelerate passes on what it does, not what it was asked for, so its command is read with its own parser.
+    """
+    asked = Asked(fsdp=_is_set("ACCELERATE_USE_FSDP"))
+    try:
+        command = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):
+        return asked
+    begin = next(
+        (place + 1 for place, word in enumerate(command) if word.endswith(("accelerate-launch", "commands.launch"))),
+        None,
+    )
+    if begin is None and any(word.endswith("accelerate") for word in command) and "launch" in command:
+        begin = command.index("launch") + 1
+    if begin is None:
+        return asked
+    options, _ = launch_command_parser().parse_known_args(command[begin:])
+    file = options.config_file or (default_config_file if os.path.isfile(default_config_file) else None)
+    stored = load_config_from_file(file) if file is not None and not options.cpu else None
+    asked.processes = options.num_processes or getattr(stored, "num_processes", None)
+    asked.fsdp |= options.use_fsdp or getattr(stored, "distributed_type", None) == DistributedType.FSDP
+    return asked
+
+
+def build_accelerator(
+    precision: str,
+    *,
+    cpu: bool = False,
+    processes: int | None = None,
+    timeout_seconds: float = 600,
+    tracker: str = "none",
+    project_dir: str | None = None,
+) -> Accelerator:
+    """An Accelerator that is what the launcher was asked for; FSDP2 also on CPUs, over gloo.
+
+    Args:
+        precision: `auto`, `bf16` or `float32`, see `choose_precision`; it becomes `accelerator.mixed_precision`.
+        processes: how many there must be; None: as many as the launcher was asked for, where that can be found out.
+        timeout_seconds: how long a rank waits for the others before it gives up.
+
+    Raises:
+        ConfigError: another number of processes, no FSDP where it was asked for, or settings of Accelerate that this
+            trainer does not follow.
+    """
+    cpu = cpu or _is_set("ACCELERATE_USE_CPU") or torch.accelerator.current_accelerator() is None
+    device_type = "cpu" if cpu else torch.accelerator.current_accelerator().type
+    asked = asked_of_launcher()
+    _refuse_environment()
+    if precision == "auto" and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+        precision = "bf16"
+    precision = choose_precision(precision, device_type)
+    plugin = None
+    if asked.fsdp:
+        plugin = _fsdp_plugin(torch.bfloat16 if precision == "bf16" else None)
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        fsdp_plugin=plugin,
+        log_with=None if tracker == "none" else tracker,
+        project_dir=project_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds))],
+    )
+    if asked.fsdp and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # Accelerate has FSDP for accelerators alone; everything below it works on CPUs just as well.
+        for state in (AcceleratorState._shared_state, PartialState._shared_state):
+            state["distributed_type"] = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    _refuse_accelerator(accelerator, asked, processes)
+    return accelerator
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+
+
+def _refuse_environment() -> None:
+    """Settings that Accelerate's files carry to the workers as variables, and that the trainer would not follow."""
+    environment = os.environ.get
+    if environment("ACCELERATE_MIXED_PRECISION") in ("fp16", "fp8"):
+        raise ConfigError(
+            f"accelerate's mixed_precision={environment('ACCELERATE_MIXED_PRECISION')!r} is not supported: losses are "
+            "not scaled; set it to 'no' and train.precision=bf16"
+        )
+    if environment("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise ConfigError("accelerate's dynamo_backend compiles the whole model; set it to 'no' and model.compile=true")
+    if environment("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
+        raise ConfigError(
+            "accelerate's gradient_accumulation_steps divides the loss by micro-batches, which this trainer divides by "
+            "targets; leave it out and set train.accumulation"
+        )
+    sizes = {name: int(environment(f"PARALLELISM_CONFIG_{name}_SIZE", "1")) for name in ("CP", "SP", "TP")}
+    if sizes["CP"] > 1 or sizes["SP"] > 1:
+        raise ConfigError(
+            "accelerate's context and sequence parallelism replace the attention mask by a causal one: packed documents "
+            "would see each other, and images only their past; set cp_size and sp_size to 1"
+        )
+    if sizes["TP"] > 1:
+        raise ConfigError("tensor parallelism is for inference here; set accelerate's tp_size to 1 and use FSDP")
+
+
+def _fsdp_plugin(compute_dtype: torch.dtype | None) -> FullyShardedDataParallelPlugin:
+    """Accelerate's settings from its file, with units and precision of this trainer: a unit is a layer; products are in
+    bf16, reductions of gradients in float32, and outputs, losses among them, are not cast."""
+    if os.environ.get("FSDP_VERSION", "2") != "2":
+        raise ConfigError("accelerate's fsdp_version=1 does not resume exactly; set fsdp_version: 2")
+    if _is_set("FSDP_OFFLOAD_PARAMS"):
+        raise ConfigError("accelerate's fsdp_offload_params is not supported; shard over more GPUs instead")
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[LAYER],
+        mixed_precision_policy=policy,
+        activation_checkpointing=False,  # by transformers, see `wants_checkpointing`
+        cpu_ram_efficient_loading=False,  # by `shard_model`, which also knows a frozen VAE
+        state_dict_type="SHARDED_STATE_DICT",
+    )
+
+
+def wants_checkpointing() -> bool:
+    """Whether Accelerate's file asks for activation checkpointing; `model.gradient_checkpointing` is the same."""
+    return _is_set("FSDP_ACTIVATION_CHECKPOINTING")
+
+
+def _refuse_accelerator(accelerator: Accelerator, asked: Asked, processes: int | None) -> None:
+    found, kind = accelerator.num_processes, accelerator.distributed_type
+    for expected, who in ((processes, "train.processes"), (asked.processes, "the launcher's num_processes")):
+        if expected is not None and expected != found:
+            raise ConfigError(
+                f"{who} is {expected}, but this run has {found}. `accelerate launch --cpu` starts one process whatever it "
+                f"is asked for: use --config_file {_CONFIGS}/cpu-2-fsdp.yaml --num_processes {expected}, or torchrun"
+            )
+    if kind not in _KNOWN_TYPES:
+        raise ConfigError(f"accelerate's distributed_type {kind.value} is not supported; use FSDP, as {_CONFIGS} does")
+    if asked.fsdp and (kind != DistributedType.FSDP or not accelerator.is_fsdp2):
+        raise ConfigError(
+            f"FSDP was asked for, but Accelerate set up {kind.value} with {found} process{'es' * (found > 1)}; launch "
+            f"with --config_file {_CONFIGS}/cpu-2-fsdp.yaml on CPUs or {_CONFIGS}/gpu-8.yaml on GPUs"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- sharded models
+
+
+def is_sharding(accelerator: Accelerator) -> bool:
+    """Whether models are sharded by FSDP2 here."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def describe_world(accelerator: Accelerator) -> dict:
+    """Processes, how parameters lie on them, and the mesh; for manifests."""
+    mesh: DeviceMesh | None = getattr(accelerator, "torch_device_mesh", None)
+    return {
+        "processes": accelerator.num_processes,
+        "distributed": accelerator.distributed_type.value,
+        "mesh": None if mesh is None else dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)),
+    }
+
+
+def shard_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """Shard a model, in place; parameters on the meta device are given room, without values, on this rank's device.
+
+    A frozen VAE is small and is left whole on every rank.
+    """
+    vae = getattr(model, "vae", None)
+    accelerator.state.fsdp_plugin.ignored_modules = None if vae is None else [vae]
+    return make_room(fsdp2_prepare_model(accelerator, model), accelerator.device)
+
+
+def make_room(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """Move a model to a device, in place; what is on the meta device gets memory there, its values are arbitrary."""
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
+    model.tie_weights()
+    return model
+
+
+def spread_weights(model: nn.Module, whole: nn.Module | None) -> None:
+    """Fill a sharded model from a whole one, which only the main process has (in the memory of its CPU)."""
+    weights = {} if whole is None else whole.state_dict()
+    # Buffers are made where the model is; a frozen VAE is whole everywhere.
+    weights = {name: value for name, value in weights.items() if not name.startswith("vae.")}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(model, weights, options=options)
+
+
+@contextmanager
+def resharded(model: nn.Module) -> Iterator[None]:
+    """Parameters may be read and changed inside; no unit goes on computing with a copy gathered before.
+
+    A forward without a backward leaves the root's parameters gathered, and the next forward would take those.
+    """
+    _reshard(model)
+    try:
+        yield
+    finally:
+        _reshard(model)
+
+
+def _reshard(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with the parts of all ranks; a collective where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

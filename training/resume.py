@@ -1,0 +1,97 @@
+"""What a run goes on from, and whether it is still the same run."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from accelerate import Accelerator
+
+from training.checkpoints import move_aside, newest_intact, remove_unfinished
+from training.config import ConfigError
+from training.run_folder import RunFolder
+
+
+DATA = "data"
+# Keys that change nothing of what is computed; of the data the fingerprint says whether they are the same.
+_FREE = (
+    "data.", "evaluation.", "samples.", "model.gradient_checkpointing", "train.output_dir", "train.resume",
+    "train.overwrite", "train.save_", "train.keep_checkpoints", "train.not_finite_limit", "train.tracker",
+    "train.progress_bar", "train.processes", "train.timeout_seconds", "train.cpu", "train.rows", "train.accumulation",
+)  # fmt: skip
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def find_checkpoint(
+    run: RunFolder, resume: bool | str, accelerator: Accelerator
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """(the manifest of the newest intact checkpoint, or None; what there is to say of others). Every rank calls it.
+
+    Damaged ones that are newer are renamed, so that they are not in the way of those to come.
+
+    Raises:
+        ConfigError: there are checkpoints, but none is intact.
+    """
+    if not resume or not run.saved_steps():
+        return None, []
+    manifest, damaged = newest_intact(run, accelerator.process_index, accelerator.num_processes)
+    found = [f"{folder.name} is passed over: {reason}" for folder, reason in damaged]
+    if manifest is None:
+        raise ConfigError(
+            f"train.resume={resume}: no checkpoint in {run.checkpoints} is intact ({'; '.join(found)}). They are left as "
+            "they are; choose another train.output_dir to begin anew"
+        )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        move_aside([folder for folder, _ in damaged])
+        remove_unfinished(run)
+    accelerator.wait_for_everyone()
+    return manifest, found
+
+
+def refuse_changes(stored: Mapping[str, Any], present: Mapping[str, Any], despite: Sequence[str]) -> list[str]:
+    """Refuse to go on with what would not be the same run; returns what is different and was allowed to be.
+
+    Args:
+        stored, present: `config` (the recipe as a tree), `data_fingerprint`, `rows_in_a_step`.
+        despite: keys that may differ, or "data".
+
+    Raises:
+        ConfigError: anything else differs, or a key in `despite` is none.
+    """
+    before, now = flatten(stored["config"]), flatten(present["config"])
+    for key in despite:
+        if key != DATA and key not in now and key not in before:
+            near = difflib.get_close_matches(key, [DATA, *now], n=1)
+            raise ConfigError(
+                f"train.resume_despite names {key!r}, which is no key{f'; did you mean {near[0]}?' if near else ''}"
+            )
+    changes = {
+        key: (before.get(key), now.get(key))
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key) != now.get(key) and not key.startswith(_FREE)
+    }
+    if stored["rows_in_a_step"] != present["rows_in_a_step"]:
+        changes["train.rows"] = (
+            f"{stored['rows_in_a_step']} rows in a step",
+            f"{present['rows_in_a_step']} (train.rows x train.accumulation x processes)",
+        )
+    if stored["data_fingerprint"] != present["data_fingerprint"]:
+        changes[DATA] = (stored["data_fingerprint"][:12], present["data_fingerprint"][:12])
+    refused = {key: values for key, values in changes.items() if key not in despite}
+    if refused:
+        listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in refused.items())
+        raise ConfigError(
+            f"the run would not go on as it began: {listed}. Restore {'it' if len(refused) == 1 else 'them'}, or allow it "
+            f"by name: train.resume_despite=[{', '.join(refused)}]"
+        )
+    return [f"{key} was {old!r}, is {new!r}" for key, (old, new) in changes.items()]

@@ -1,0 +1,148 @@
+"""What keeps a long run from ruin: signals that never cut a step in two, losses that are not finite, spikes."""
+
+import math
+import signal
+import statistics
+import time
+from collections.abc import Callable
+from typing import Literal
+
+
+Event = Literal["not_finite", "spike", "spike_skipped"]
+
+# Ctrl-C reaches the workers twice, from the terminal and from their launcher.
+_SAME_SIGNAL_SECONDS = 2.0
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end; everything worth keeping has been written. `exit_code` is 128 + signal."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal.Signals(signal_number).name)
+        self.exit_code = 128 + signal_number
+
+
+class NotFiniteError(FloatingPointError):
+    """Losses or gradients were not finite for too many steps in a row; the parameters are those before them."""
+
+
+class StopSignal:
+    """Remembers the first SIGINT or SIGTERM, so that a step is never cut in two; a second one, later, ends at once.
+
+    SIGUSR1 asks for a trace of the next steps, see `Trainer.profiled`.
+    """
+
+    def __init__(self):
+        self.number, self.since = 0, 0.0
+        self.wants_profile = False
+
+    def __enter__(self) -> "StopSignal":
+        handlers: dict[int, Callable] = {signal.SIGINT: self._remember, signal.SIGTERM: self._remember}
+        if hasattr(signal, "SIGUSR1"):
+            handlers[signal.SIGUSR1] = self._ask_for_profile
+        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame) -> None:
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > _SAME_SIGNAL_SECONDS:
+            raise KeyboardInterrupt
+
+    def _ask_for_profile(self, number: int, frame) -> None:
+        self.wants_profile = True
+
+    def check(self) -> None:
+        """Raise Interrupted when a signal has come; for the phases after training."""
+        if self.number:
+            raise Interrupted(self.number)
+
+
+class SpikeDetector:
+    """Tells a loss that jumps from one that wanders.
+
+    A loss is a spike when it lies more than `threshold` standard deviations above the median of the last `window` losses
+    that were none; the deviation is estimated by the median distance from that median (1.4826 times it, for a normal
+    distribution), which single jumps do not widen. Losses above it one after another are one spike; when they stay there
+    for a quarter of the window, they are the new level.
+
+    Args:
+        threshold: in standard deviations; None: nothing is a spike.
+        window: losses that are remembered; nothing is a spike before a quarter of them is there.
+    """
+
+    def __init__(self, threshold: float | None, window: int = 128):
+        self.threshold, self.window = threshold, window
+        self.losses: list[float] = []
+        self.high_in_a_row = 0
+
+    def sees(self, loss: float) -> bool:
+        """Whether this loss begins a spike; `high_in_a_row` says whether it belongs to one."""
+        if self._is_high(loss):
+            self.high_in_a_row += 1
+            if self.high_in_a_row <= self.window // 4:
+                return self.high_in_a_row == 1
+            self.losses = []
+        self.high_in_a_row = 0
+        self.losses = [*self.losses, loss][-self.window :]
+        return False
+
+    def _is_high(self, loss: float) -> bool:
+        if self.threshold is None or len(self.losses) < self.window // 4:
+            return False
+        median = statistics.median(self.losses)
+        deviation = 1.4826 * statistics.median(abs(value - median) for value in self.losses)
+        return loss > median + self.threshold * max(deviation, 1e-3 * abs(median))
+
+    def state(self) -> dict:
+        return {"losses": self.losses, "high_in_a_row": self.high_in_a_row}
+
+    def restore(self, state: dict) -> None:
+        self.losses, self.high_in_a_row = list(state["losses"]), state["high_in_a_row"]
+
+
+class UpdateGuard:
+    """Decides from a step's loss and gradient norm, which all ranks share, whether its update is made.
+
+    Args:
+        not_finite_limit: steps in a row whose loss or gradient may be not finite; one more stops the run.
+        skip_spikes: leave out the updates of all steps of a spike.
+    """
+
+    def __init__(self, not_finite_limit: int, spike_threshold: float | None, skip_spikes: bool):
+        self.not_finite_limit, self.skip_spikes = not_finite_limit, skip_spikes
+        self.spikes = SpikeDetector(spike_threshold)
+        self.skipped = 0
+        self.not_finite_in_a_row = 0
+
+    def judge(self, loss: float, grad_norm: float) -> tuple[bool, Event | None]:
+        """(whether to update, what there is to tell)."""
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.skipped += 1
+            self.not_finite_in_a_row += 1
+            return False, "not_finite"
+        self.not_finite_in_a_row = 0
+        begins = self.spikes.sees(loss)
+        skips = self.skip_spikes and self.spikes.high_in_a_row > 0
+        self.skipped += skips
+        if skips:
+            return False, "spike_skipped"
+        return True, "spike" if begins else None
+
+    @property
+    def gives_up(self) -> bool:
+        return self.not_finite_in_a_row > self.not_finite_limit
+
+    def state(self) -> dict:
+        """JSON values with which a resumed run judges alike."""
+        return {
+            "skipped": self.skipped, "not_finite_in_a_row": self.not_finite_in_a_row, "spikes": self.spikes.state()
+        }  # fmt: skip
+
+    def restore(self, state: dict) -> None:
+        self.skipped, self.not_finite_in_a_row = state["skipped"], state["not_finite_in_a_row"]
+        self.spikes.restore(state["spikes"])
