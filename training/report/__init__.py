@@ -1,0 +1,1 @@
+"""Curves and tables of one or several runs, from their folders alone."""

@@ -1,0 +1,284 @@
+"""The pictures of a report: curves of one or several runs on shared axes.
+
+One run, one colour, in every panel. A panel that no run has anything for is left out, and so is a figure without panels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, FuncFormatter
+
+from training.metrics import series
+from training.report.runs import AXES, EVENTS, Run, held_out
+from training.report.step_matching import loss_curves, match_steps, matched_curve
+from training.report.tables import objectives_of
+from training.reporting import HELD_OUT_COLOUR, draw_held_out, draw_loss, frame_losses, loss_unit, thinned
+
+
+# Okabe and Ito's, told apart by colour-blind eyes too, without the yellow that white paper swallows.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+
+_PERCENT = FuncFormatter(lambda share, place: f"{100 * share:g} %")
+_MARKERS = {"not_finite": "X", "spike": "^", "spike_skipped": "v", "resumed": "|"}
+_MARK_LABELS = {**EVENTS, "resumed": "resumed"}
+_STYLE = {
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+    "axes.edgecolor": "#888888", "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.labelsize": 9, "axes.labelcolor": "#444444", "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
+    "xtick.color": "#666666", "ytick.color": "#666666", "legend.frameon": False, "legend.fontsize": 9,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class View:
+    """What the curves of a report are drawn over (`AXES`), and over how many steps their running mean goes."""
+
+    axis: str
+    window: int
+
+
+# A panel: its title, and what draws it and says whether there was anything to draw.
+Panel = tuple[str, Callable[[Axes], bool]]
+
+
+def colour_of(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
+def draw_figures(runs: Sequence[Run], view: View) -> dict[str, Figure]:
+    """Figures by name: `losses`, `step_matching` (of several runs), `gradients`, `speed`, `resources`."""
+    objectives = objectives_of(runs)
+    towers = list(dict.fromkeys(tower for run in runs for tower in run.towers))
+    losses = [(objective, _losses(runs, view, objective)) for objective in objectives]
+    losses = losses or [("all objectives", _curve(runs, view, "loss", unit="nats per target", marked=True))]
+    gradients = [("Gradient norm, all parameters", _curve(runs, view, "grad_norm", unit="before clipping", log=True))]
+    gradients += [
+        (f"Gradient norm, {tower}", _curve(runs, view, f"grad_norm_{tower}", unit="before clipping", log=True))
+        for tower in towers
+    ]
+    gradients += [("Learning rate", _curve(runs, view, "lr", unit="learning rate", mean=False))]
+    speed = [
+        ("Throughput", _curve(runs, view, "tokens_per_second", unit="tokens/s", formatter=EngFormatter(sep=""))),
+        ("MFU", _curve(runs, view, "mfu", unit="share of the peak", formatter=_PERCENT)),
+        ("Waiting for data", _curve(runs, view, _data_share, unit="share of the step", formatter=_PERCENT)),
+    ]
+    resources = [
+        ("Saving", _saves(runs, view)),
+        ("Memory", _curve(runs, view, _memory, unit="GiB, the most so far", mean=False)),
+        ("Updates left out", _curve(runs, view, _skipped, unit="so far", mean=False)),
+    ]
+    matching = [
+        (f"{objective}, {split}", _matching(runs, view, objective, split))
+        for split in ("training", "held out")
+        for objective in objectives
+        if len(runs) > 1
+    ]
+    groups = {
+        "losses": losses,
+        "step_matching": matching,
+        "gradients": gradients,
+        "speed": speed,
+        "resources": resources,
+    }
+    drawn = {name: _figure(runs, view, name, panels) for name, panels in groups.items()}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+# ---------------------------------------------------------------------------------------------------- laying panels out
+
+
+def _figure(runs: Sequence[Run], view: View, name: str, panels: Sequence[Panel]) -> Figure | None:
+    with rc_context(_STYLE):
+        filled = [(title, draw) for title, draw in panels if draw(Figure().subplots())]
+        if not filled:
+            return None
+        columns = min(len(filled), 3)
+        if name == "step_matching" and len(filled) % 2 == 0:
+            columns = min(columns, len(filled) // 2)  # training above, held out below
+        lines = -(-len(filled) // columns)
+        figure = Figure(figsize=(max(4.1 * columns, 6.2), 3.1 * lines + 0.5), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.03)
+        grid = figure.subplots(lines, columns, squeeze=False).ravel()
+        for axes, (title, draw) in zip(grid, filled):
+            axes.set_title(_plain(title))
+            draw(axes)
+        for axes in grid[len(filled) :]:
+            axes.remove()
+        handles = _legend(runs, view, name)
+        figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 5))
+        # Laid out here, or the style of the caller's time would be that of the text.
+        figure.canvas.draw()
+        return figure
+
+
+def _legend(runs: Sequence[Run], view: View, name: str) -> list[Line2D]:
+    runs_of = enumerate(runs[1:], 1) if name == "step_matching" else enumerate(runs)
+    handles = [Line2D([], [], color=colour_of(index), linewidth=3, label=_plain(run.name)) for index, run in runs_of]
+    if name == "step_matching":
+        handles.append(Line2D([], [], color="#999999", linestyle=":", label="as many steps as " + _plain(runs[0].name)))
+    elif name != "resources":
+        handles.append(Line2D([], [], color="#666666", linewidth=0.8, alpha=0.5, label="each step"))
+        handles.append(Line2D([], [], color="#666666", linewidth=1.5, label=f"mean of {view.window} steps"))
+    if name == "losses":
+        if any(len(held_out(run, objective)[0]) for run in runs for objective in run.objectives):
+            colour = HELD_OUT_COLOUR if len(runs) == 1 else "#666666"
+            handles.append(Line2D([], [], color=colour, marker="o", markersize=4.5, linestyle="--", label="held out"))
+        present = {event for run in runs for _, event in run.events}
+        for event, marker in _MARKERS.items():
+            if event in present:
+                style = {"color": "none", "marker": marker, "markerfacecolor": "#333333", "markeredgecolor": "#333333"}
+                handles.append(Line2D([], [], label=_MARK_LABELS[event], **style))
+    return handles
+
+
+def _plain(text: str) -> str:
+    """Text as matplotlib writes it, without taking `$` for mathematics."""
+    return text.replace("$", r"\$")
+
+
+def _finish(axes: Axes, view: View, unit: str) -> None:
+    axes.set(xlabel=AXES[view.axis], ylabel=unit)
+    axes.xaxis.set_major_formatter(EngFormatter(sep="") if view.axis != "hours" else axes.xaxis.get_major_formatter())
+    axes.locator_params(axis="x", nbins=6)
+    axes.margins(x=0.02)
+
+
+# --------------------------------------------------------------------------------------------------- what panels show
+
+
+def _losses(runs: Sequence[Run], view: View, objective: str) -> Callable[[Axes], bool]:
+    def draw(axes: Axes) -> bool:
+        training, evaluated = [], []
+        for index, run in enumerate(runs):
+            steps, values = series(run.training, f"loss_{objective}")
+            draw_loss(axes, (run.places(view.axis, steps), values), view.window, colour_of(index))
+            held_steps, held_values = held_out(run, objective)
+            colour = HELD_OUT_COLOUR if len(runs) == 1 else colour_of(index)
+            draw_held_out(axes, (run.places(view.axis, held_steps), held_values), colour)
+            training.append(values)
+            evaluated.append(held_values)
+        frame_losses(axes, training, evaluated)
+        _mark_events(axes, runs, view)
+        _finish(axes, view, loss_unit(objective))
+        return any(map(len, training)) or any(map(len, evaluated))
+
+    return draw
+
+
+def _mark_events(axes: Axes, runs: Sequence[Run], view: View) -> None:
+    """Along the top, not on the curve: the loss of such a step may lie outside the panel, or be no number."""
+    for index, run in enumerate(runs):
+        for event, marker in _MARKERS.items():
+            steps = np.array([step for step, kind in run.events if kind == event], dtype=np.int64)
+            if len(steps):
+                style = {"marker": marker, "linestyle": "none", "markersize": 7, "color": colour_of(index)}
+                height = np.full(len(steps), 0.97 - 0.05 * (index % 4))
+                axes.plot(run.places(view.axis, steps), height, transform=axes.get_xaxis_transform(), **style)
+
+
+def _curve(
+    runs: Sequence[Run],
+    view: View,
+    what: str | Callable[[Run], np.ndarray],
+    unit: str,
+    formatter=None,
+    mean: bool = True,
+    log: bool = False,
+    marked: bool = False,
+) -> Callable[[Axes], bool]:
+    """A value of each step: a key of the rows, or what a function makes of a run (NaN: nothing)."""
+
+    def draw(axes: Axes) -> bool:
+        everything = []
+        for index, run in enumerate(runs):
+            values = run.column(what) if isinstance(what, str) else what(run)
+            known = np.isfinite(values)
+            places, values = run.places(view.axis, run.steps[known]), values[known]
+            if mean:
+                draw_loss(axes, (places, values), view.window, colour_of(index))
+            else:
+                # Schedules are often the same: the wider line of an earlier run shows behind that of a later one.
+                width = 1.5 + 2 * (len(runs) - 1 - index) / len(runs)
+                axes.plot(*thinned(places, values), color=colour_of(index), linewidth=width)
+            everything.append(values)
+        values = np.concatenate(everything)
+        if len(values):
+            _frame(axes, values, log)
+        if formatter is not None:
+            axes.yaxis.set_major_formatter(formatter)
+        if marked:
+            _mark_events(axes, runs, view)
+        _finish(axes, view, unit)
+        return bool(len(values))
+
+    return draw
+
+
+def _frame(axes: Axes, values: np.ndarray, log: bool) -> None:
+    """From zero up, or logarithmic where that is wished for and the values span more than a decade or so."""
+    low, high = values.min(), values.max()
+    if log and low > 0 and high > 20 * low:
+        axes.set_yscale("log")
+    elif low >= 0:
+        # A single slow or wild step must not flatten all others.
+        axes.set_ylim(0, 1.15 * (min(high, 1.5 * np.quantile(values, 0.98)) or high or 1))
+
+
+def _saves(runs: Sequence[Run], view: View) -> Callable[[Axes], bool]:
+    def draw(axes: Axes) -> bool:
+        found = False
+        for index, run in enumerate(runs):
+            seconds = np.nan_to_num(run.column("checkpoint_seconds"))
+            saved = seconds > 0
+            found |= bool(saved.any())
+            places = run.places(view.axis, run.steps[saved])
+            axes.vlines(places, 0, seconds[saved], color=colour_of(index), linewidth=1, alpha=0.5)
+            axes.plot(places, seconds[saved], "o", markersize=4.5, color=colour_of(index))
+        axes.set_ylim(bottom=0)
+        _finish(axes, view, "seconds that training stood still")
+        return found
+
+    return draw
+
+
+def _matching(runs: Sequence[Run], view: View, objective: str, split: str) -> Callable[[Axes], bool]:
+    def draw(axes: Axes) -> bool:
+        reference = loss_curves(runs[0], objective, view.window)[split]
+        found = [
+            match for match in match_steps(runs, view.window) if (match.objective, match.split) == (objective, split)
+        ]
+        if not found:
+            return False
+        indices = {run.name: index for index, run in enumerate(runs)}
+        for line, match in enumerate(found):
+            index = indices[match.run]
+            curve = loss_curves(runs[index], objective, view.window)[split]
+            style = {"marker": "o", "markersize": 4} if split == "held out" else {}
+            axes.plot(*matched_curve(reference, curve), color=colour_of(index), linewidth=1.6, **style)
+            words = "last loss not reached" if match.share is None else f"{match.share:.1%} of the steps"
+            place = {"x": 0.97, "y": 0.05 + 0.08 * (len(found) - 1 - line), "transform": axes.transAxes, "ha": "right"}
+            axes.text(**place, s=words, color=colour_of(index), fontsize=8.5, backgroundcolor="#ffffffcc")
+        last = int(reference[0][-1])
+        axes.plot([0, last], [0, last], color="#999999", linestyle=":")
+        axes.set(xlim=(0, last), ylim=(0, None), xlabel=f"steps of {_plain(runs[0].name)}", ylabel="steps to that loss")
+        return True
+
+    return draw
+
+
+def _data_share(run: Run) -> np.ndarray:
+    return run.column("data_seconds") / run.column("step_seconds")
+
+
+def _memory(run: Run) -> np.ndarray:
+    return run.column("memory_bytes") / 2**30
+
+
+def _skipped(run: Run) -> np.ndarray:
+    counts = run.column("skipped_steps")
+    return counts if np.nan_to_num(counts).any() else np.full_like(counts, np.nan)

@@ -1,0 +1,232 @@
+"""A run as its folder tells it: rows, manifest and configuration, and the figures that follow from them.
+
+Read as it stands: of a run in progress, of one that was interrupted and resumed (of a repeated step the later row
+counts), and of one that an earlier version of the project left behind (figures it did not write are missing, not zero).
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training.config import ConfigError, read_yaml
+from training.metrics import iterate_rows, read_metrics, series
+
+
+# What curves can be drawn over, with the label of the axis.
+AXES = {"step": "step", "tokens": "tokens trained on", "flops": "training FLOPs", "hours": "hours of training"}
+
+# `event` of a row, in words.
+EVENTS = {"not_finite": "not finite, update left out", "spike": "loss spike", "spike_skipped": "loss spike, left out"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder, read once.
+
+    Attributes:
+        name: what it is called in legends and tables; unlike that of any other run of the report.
+        training, evaluation: rows of metrics.jsonl, one of each step, by step.
+        repeated: training rows that a later row of the same step replaced (steps done again after a resume).
+        manifest: of the run, {} where there is none. config: the resolved recipe as a tree, {} where there is none.
+        problems: what could not be read, in words.
+    """
+
+    name: str
+    path: Path
+    training: list[dict]
+    evaluation: list[dict]
+    repeated: int
+    manifest: dict
+    config: dict
+    problems: list[str]
+
+    @cached_property
+    def steps(self) -> np.ndarray:
+        return np.array([row["step"] for row in self.training], dtype=np.int64)
+
+    @property
+    def last_step(self) -> int:
+        return int(self.steps[-1])
+
+    @property
+    def planned_steps(self) -> int | None:
+        return section(self.config, "train").get("steps")
+
+    @property
+    def objectives(self) -> list[str]:
+        """`text`, `image`, ...: what there are losses of, in the order in which the rows name them."""
+        return _suffixes(self.training, "loss_")
+
+    @property
+    def towers(self) -> list[str]:
+        """What there are gradient norms of: the towers, and `shared`."""
+        return _suffixes(self.training, "grad_norm_")
+
+    @cached_property
+    def saved_steps(self) -> list[int]:
+        """Steps of the checkpoints that are in the folder."""
+        found = (re.fullmatch(r"step-(\d+)", path.name) for path in self.path.glob("checkpoints/step-*"))
+        return sorted(int(match[1]) for match in found if match)
+
+    @property
+    def processes(self) -> int:
+        return section(self.manifest, "world").get("processes") or self.manifest.get("processes") or 1
+
+    @property
+    def events(self) -> list[tuple[int, str]]:
+        """(step, `event` of its row or "resumed"), by step."""
+        flagged = [(row["step"], row["event"]) for row in self.training if row.get("event")]
+        launches = [launch for launch in self.manifest.get("launches") or [] if isinstance(launch, dict)]
+        return sorted(flagged + [(launch["from_step"], "resumed") for launch in launches if launch.get("from_step")])
+
+    @property
+    def skipped_steps(self) -> int | None:
+        """Updates left out so far; None where the run did not count them."""
+        return self.training[-1].get("skipped_steps")
+
+    def column(self, key: str) -> np.ndarray:
+        """The values of a key in the training rows, NaN where a row lacks it.  -> (rows,)"""
+        return np.array([np.nan if row.get(key) is None else row[key] for row in self.training], dtype=np.float64)
+
+    # ------------------------------------------------------------------------------------- what a step has cost so far
+
+    @cached_property
+    def seconds(self) -> np.ndarray:
+        """Seconds of each step, the saving that followed it included; evaluations are not counted.  -> (rows,)"""
+        return self.column("step_seconds") + np.nan_to_num(self.column("checkpoint_seconds"))
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """Positions of each step that are not padding.  -> (rows,)"""
+        return self.column("tokens_per_second") * self.column("step_seconds")
+
+    @cached_property
+    def flops(self) -> np.ndarray:
+        """Training FLOPs of each step, which `mfu` is the share of the peak of.  -> (rows,)"""
+        peak = self.manifest.get("peak_flops") or np.nan
+        return self.column("mfu") * self.column("step_seconds") * peak * self.processes
+
+    def places(self, axis: str, steps: np.ndarray) -> np.ndarray:
+        """Where these steps lie on an axis of `AXES`: what the run had spent when they were done.
+
+        Raises:
+            ConfigError: the run does not record what the axis is made of.
+        """
+        if axis == "step":
+            return steps
+        spent = {"tokens": self.tokens, "flops": self.flops, "hours": self.seconds / 3600}[axis]
+        if np.isnan(spent).any():
+            raise ConfigError(
+                f"--x {axis}: {self.path} does not record it (rows need tokens_per_second, mfu and step_seconds, its "
+                "manifest peak_flops); use --x step"
+            )
+        return np.concatenate([[0.0], np.cumsum(spent)])[np.searchsorted(self.steps, steps, side="right")]
+
+    def totals(self) -> dict[str, float | None]:
+        """Figures of all steps together: `tokens`, `hours`, means over time, shares of time; None: not recorded."""
+        step_seconds = self.column("step_seconds")
+        saving, memory = self.column("checkpoint_seconds"), self.column("memory_bytes")
+        stalls = saving[saving > 0]
+        figures = {
+            "tokens": self.tokens.sum(),
+            "flops": self.flops.sum(),
+            "hours": self.seconds.sum() / 3600,
+            "tokens_per_second": self.tokens.sum() / step_seconds.sum(),
+            "mfu": (self.column("mfu") * step_seconds).sum() / step_seconds.sum(),
+            "data_share": self.column("data_seconds").sum() / step_seconds.sum(),
+            "saving_share": np.nansum(saving) / self.seconds.sum() if not np.isnan(saving).all() else np.nan,
+            "seconds_per_save": stalls.mean() if len(stalls) else np.nan,
+            "longest_save": stalls.max() if len(stalls) else np.nan,
+            "memory_bytes": np.nanmax(memory) if not np.isnan(memory).all() else np.nan,
+        }
+        return {key: float(value) if np.isfinite(value) else None for key, value in figures.items()}
+
+
+def section(tree: dict, key: str) -> dict:
+    """A mapping within a mapping; {} where there is none."""
+    value = tree.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def held_out(run: Run, objective: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, held-out losses) of an objective."""
+    return series(run.evaluation, f"eval/loss_{objective}")
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Runs in the order given, each under the shortest end of its path that no other shares.
+
+    Raises:
+        ConfigError: a folder is given twice, is not one of a run, or the run has not done a step.
+    """
+    paths = [Path(folder).resolve() for folder in folders]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ConfigError(f"{path} is given twice; name each run once")
+    return [_read_run(path, name) for path, name in zip(paths, _short_names(paths), strict=True)]
+
+
+def _read_run(path: Path, name: str) -> Run:
+    metrics = path / "metrics.jsonl"
+    if not metrics.is_file():
+        below = sorted(str(found.parent) for found in path.glob("*/metrics.jsonl"))[:5]
+        hint = f"the runs in it are {', '.join(below)}" if below else "give a folder that train.output_dir named"
+        what = "has no metrics.jsonl, so it is not the folder of a run" if path.is_dir() else "is not a folder"
+        raise ConfigError(f"{path} {what}; {hint}")
+    training, evaluation = read_metrics(metrics)
+    if not training:
+        raise ConfigError(f"{metrics} holds no training step yet; try again when the run has done one")
+    written = sum(1 for row in iterate_rows(metrics) if not any(key.startswith("eval/") for key in row))
+    problems: list[str] = []
+    manifest = _read_manifest(path, problems)
+    config = _read_config(path, manifest, problems)
+    return Run(name, path, training, evaluation, written - len(training), manifest, config, problems)
+
+
+def _read_manifest(path: Path, problems: list[str]) -> dict:
+    # environment.json is what the manifest was called in earlier versions.
+    for file in (path / "manifest.json", path / "environment.json"):
+        if file.is_file():
+            try:
+                manifest = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                problems.append(f"{file.name} cannot be read: {error}")
+                continue
+            if isinstance(manifest, dict):
+                return manifest
+            problems.append(f"{file.name} does not hold a JSON object")
+    return {}
+
+
+def _read_config(path: Path, manifest: dict, problems: list[str]) -> dict:
+    if section(manifest, "config"):
+        return manifest["config"]
+    if not (path / "config.yaml").is_file():
+        return {}
+    try:
+        return read_yaml(path / "config.yaml")
+    except ConfigError as error:
+        problems.append(str(error))
+        return {}
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    def name(path: Path, parts: int) -> str:
+        return "/".join(path.parts[-parts:])
+
+    names = []
+    for path in paths:
+        lengths = range(1, len(path.parts) + 1)
+        names.append(name(path, next(n for n in lengths if sum(name(p, n) == name(path, n) for p in paths) == 1)))
+    return names
+
+
+def _suffixes(rows: Sequence[dict[str, Any]], prefix: str) -> list[str]:
+    keys = dict.fromkeys(key for row in rows for key in row if key.startswith(prefix))
+    return [key.removeprefix(prefix) for key in keys]

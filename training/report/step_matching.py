@@ -1,0 +1,92 @@
+"""Step matching (MoT, section 3.2, figure 5b): how many steps one model needs for the loss that another has.
+
+For each loss on the curve of the reference, the step at which the other model first reaches it. The figure is that step
+at the reference's last loss, as a share of the reference's steps: 45.5 % means that fewer than half were needed. Losses
+of training are running means over whole windows, so that one lucky step does not count as having got there; held-out
+losses are taken as they are, at the steps where they were measured.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from training.metrics import series, smooth
+from training.report.runs import Run, held_out
+
+
+# A curve is (steps, losses), both (N,), by step.
+Curve = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class StepMatch:
+    """What `run` needs for the last loss of `reference`; `step` is None when it has not reached it."""
+
+    run: str
+    reference: str
+    objective: str
+    split: str
+    loss: float
+    reference_step: int
+    step: int | None
+    lowest: float
+
+    @property
+    def share(self) -> float | None:
+        """Steps needed over steps of the reference."""
+        return None if self.step is None else self.step / self.reference_step
+
+
+def whole_windows(curve: Curve, window: int) -> Curve:
+    """Running means over exactly `window` values (over all, where there are fewer), each at its last step."""
+    steps, losses = curve
+    first = max(0, min(window, len(losses)) - 1)
+    return steps[first:], smooth(losses, window)[first:]
+
+
+def first_steps(curve: Curve, losses: np.ndarray) -> np.ndarray:
+    """The first step at which the curve is at or below each loss; NaN where it never is.  (M,) -> (M,)"""
+    steps, values = curve
+    lowest = np.minimum.accumulate(values)
+    index = np.searchsorted(-lowest, -np.asarray(losses), side="left")
+    return np.append(steps.astype(np.float64), np.nan)[index]
+
+
+def matched_curve(reference: Curve, other: Curve) -> Curve:
+    """(steps of the reference, steps of the other to the same loss), wherever the reference reaches a new low."""
+    steps, losses = reference
+    is_new = np.append(True, losses[1:] < np.minimum.accumulate(losses)[:-1])
+    return steps[is_new], first_steps(other, losses[is_new])
+
+
+def loss_curves(run: Run, objective: str, window: int) -> dict[str, Curve]:
+    """The curves of an objective that are compared, by split."""
+    training = whole_windows(series(run.training, f"loss_{objective}"), window)
+    return {"training": training, "held out": held_out(run, objective)}
+
+
+def match_steps(runs: Sequence[Run], window: int) -> list[StepMatch]:
+    """Every run against the first, for each objective and split that both have."""
+    reference, *others = runs
+    matches = []
+    for objective in reference.objectives:
+        for split, target in loss_curves(reference, objective, window).items():
+            for run in others:
+                curve = loss_curves(run, objective, window)[split]
+                if not len(target[0]) or not len(curve[0]):
+                    continue
+                step = first_steps(curve, target[1][-1:])[0]
+                matches.append(
+                    StepMatch(
+                        run.name,
+                        reference.name,
+                        objective,
+                        split,
+                        loss=float(target[1][-1]),
+                        reference_step=int(target[0][-1]),
+                        step=None if np.isnan(step) else int(step),
+                        lowest=float(curve[1].min()),
+                    )
+                )
+    return matches
