@@ -30,19 +30,23 @@ def carried_path() -> Path:
 
 
 def prepare_sources(
-    config: DataConfig, processor, num_proc: int = 1, validation: bool = False, vae=None
+    config: DataConfig, processor, num_proc: int = 1, validation: bool = False, vae=None, progress: bool = False
 ) -> list[TokenizedSource]:
     """Tokenise all training sources, or all validation sources (never augmented), or find them in the cache.
 
     Args:
         vae: a diffusers autoencoder that makes the latents of continuous images, where `config.latents` is "cached".
             Without it their pixels are kept.
+        progress: shows a bar for each source that is tokenised.
     """
     vae = vae if config.latents == "cached" else None
     sources = config.validation_sources if validation else config.sources
     augmentation = None if validation else config.augmentation
     return [
-        TokenizedSource.prepare(source, processor, config.cache_path, num_proc, augmentation, vae) for source in sources
+        TokenizedSource.prepare(
+            source, processor, config.cache_path, num_proc, augmentation, vae, config.limits, progress
+        )
+        for source in sources
     ]
 
 

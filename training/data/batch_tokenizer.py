@@ -1,10 +1,17 @@
 """Records to columns of token ids and of pixels."""
 
 import numpy as np
+from PIL import Image
 
 from .augmentation import change_picture, change_sound, generator, may_flip
-from .config import AugmentationConfig, Segment, SourceConfig
+from .config import AugmentationConfig, Limits, Segment
 from .media import decode_picture, decode_sound
+from .shards import BrokenShard
+from .sources import Source
+
+
+# Decoded pixels that are held at once before they are encoded.
+_GROUP_PIXELS = 2**26
 
 
 class BatchTokenizer:
@@ -14,32 +21,51 @@ class BatchTokenizer:
     `image_columns` holds them beside the ids: lists of (3, H, W) uint8 arrays in the order of their placeholders.
     """
 
-    def __init__(self, config: SourceConfig, processor, augmentation: AugmentationConfig | None):
-        self.config, self.processor, self.augmentation = config, processor, augmentation
+    def __init__(
+        self, source: Source, processor, augmentation: AugmentationConfig | None, limits: Limits | None = None
+    ):
+        self.source, self.config, self.limits = source, source.config, limits or Limits()
+        self.processor, self.augmentation = processor, augmentation
         self.variants = augmentation.variants if augmentation else 1
         self.continuous = getattr(processor, "image_processor", None) is not None
 
-    def __call__(self, batch: list[tuple[int, dict]]) -> tuple[dict[str, list], dict[str, list], dict[str, int]]:
-        usable, skipped = [], {}
+    def __call__(
+        self, batch: list[tuple[int, dict | ValueError]]
+    ) -> tuple[dict[str, list], dict[str, list], dict[str, int]]:
+        rows: dict[str, list] = {"record": []} | {str(segment): [] for segment in self.config.segments}
+        images: dict[str, list] = {str(segment): [] for segment in self.config.segments if self._holds_images(segment)}
+        usable, pixels, skipped = [], 0, {}
         for number, record in batch:
             try:
+                if isinstance(record, ValueError):
+                    raise record
                 usable.append((number, self._inputs(number, record)))
             except ValueError as error:
                 if self.config.on_error == "raise":
                     raise ValueError(
-                        f"source {self.config.name!r}, record {number}: {error}; "
-                        "mend or remove it, or set on_error: skip to leave such records out"
+                        f"source {self.config.name!r}, {self.source.name_of(number)}: {error}; {_way_out(error)}"
                     ) from error
-                reason = str(error).split(":")[0][:80]
+                reason = str(error) if isinstance(error, BrokenShard) else str(error).split(":")[0][:80]
                 skipped[reason] = skipped.get(reason, 0) + 1
-        rows = {"record": [number for number, _ in usable]}
-        images = {}
+                continue
+            pixels += sum(map(_pixels, usable[-1][1].values()))
+            if pixels > _GROUP_PIXELS:
+                self._encode_records(usable, rows, images)
+                usable, pixels = [], 0
+        self._encode_records(usable, rows, images)
+        return rows, images, skipped
+
+    def _holds_images(self, segment: Segment) -> bool:
+        return self.continuous and segment.type in ("image", "document")
+
+    def _encode_records(self, usable: list[tuple[int, dict]], rows: dict[str, list], images: dict[str, list]) -> None:
+        """Add records to the columns."""
+        rows["record"] += [number for number, _ in usable]
         for segment in self.config.segments:
             ids, pixels = self._encode(segment, [inputs[segment] for _, inputs in usable])
-            rows[str(segment)] = ids
-            if self.continuous and segment.type in ("image", "document"):
-                images[str(segment)] = pixels
-        return rows, images, skipped
+            rows[str(segment)] += ids
+            if self._holds_images(segment):
+                images[str(segment)] += pixels
 
     def _inputs(self, number: int, record: dict) -> dict[Segment, list]:
         """What the processor is to encode for each segment of a record: a list over variants."""
@@ -60,14 +86,14 @@ class BatchTokenizer:
         """One picture or sound in all its variants, the first one unchanged."""
         config, changed = self.augmentation, range(1, self.variants)
         if kind == "image":
-            picture = decode_picture(value)
+            picture = decode_picture(value, self.limits)
             flip = may_flip(caption)
             pictures = [picture] + [
                 change_picture(picture, config, generator(config, number, v, place), flip) for v in changed
             ]
             # Here, where a picture that does not fit is an error of its record.
             return self.processor.image_processor.fit_pictures(pictures) if self.continuous else pictures
-        wave, rate = decode_sound(value)
+        wave, rate = decode_sound(value, self.limits)
         waves = [wave] + [change_sound(wave, config, generator(config, number, v, place)) for v in changed]
         return [{"array": wave, "sampling_rate": rate} for wave in waves]
 
@@ -76,12 +102,15 @@ class BatchTokenizer:
         parts = record.get(segment.column)
         if not isinstance(parts, list) or not parts:
             raise ValueError(f"column {segment.column!r} is {parts!r}, not a list of segments")
-        caption = " ".join(part["text"] for part in parts if part.get("type") == "text" and part.get("text"))
+        if wrong := [part for part in parts if not isinstance(part, dict)]:
+            raise ValueError(f"column {segment.column!r}: segment {wrong[0]!r:.80} is no mapping with a type")
+        texts = (part.get("text") for part in parts if part.get("type") == "text")
+        caption = " ".join(text for text in texts if isinstance(text, str))
         documents: list[list[dict]] = [[] for _ in range(self.variants)]
         for place, part in enumerate(parts):
             kind = part.get("type")
             if kind == "text":
-                if not str(part.get("text") or "").strip():
+                if not isinstance(part.get("text"), str) or not part["text"].strip():
                     raise ValueError(f"column {segment.column!r}, segment {place}: the text is empty")
                 values = [part["text"]] * self.variants
             elif kind in ("image", "audio"):
@@ -151,7 +180,22 @@ def text_of(segment: Segment, record: dict) -> str:
     return text
 
 
+def _way_out(error: ValueError) -> str:
+    if isinstance(error, BrokenShard):
+        return "fetch it again or remove it, or set on_error: skip to leave the rest of it out"
+    return "mend or remove it, or set on_error: skip to leave such records out"
+
+
+def _pixels(values: list) -> int:
+    """Of the decoded pictures among the inputs of a segment."""
+    flat = [part for value in values for part in (value if isinstance(value, list) else [value])]
+    pictures = [part.get("image") if isinstance(part, dict) else part for part in flat]
+    return sum(picture.width * picture.height for picture in pictures if isinstance(picture, Image.Image))
+
+
 def _plain(value) -> str:
     if value is None:
         return ""
+    if isinstance(value, bytes):
+        raise ValueError("the column of a text holds bytes")
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

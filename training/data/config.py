@@ -13,6 +13,7 @@ from ..config import option
 SEGMENT_TYPES = ("text", "image", "audio", "document")
 TARGETS = ("all", "last")
 LATENTS = ("cached", "on_the_fly")
+FORMATS = ("auto", "dataset", "pictures", "jsonl", "parquet", "webdataset")
 MODALITY_OF_TYPE = {"text": "text", "image": "image", "audio": "speech"}
 
 
@@ -109,9 +110,16 @@ class SourceConfig:
     """One data set. `path` is `carried`, a local folder or file, or a data set's name on the Hub."""
 
     name: str = option(doc="name of the source, used in reports and in the order; unique")
-    path: str = option(doc="carried, a local folder or .jsonl file, or a name on the Hub")
+    path: str = option(
+        doc="carried, a local folder or file, a glob of shards (/data/*.tar, hf://datasets/owner/name/*.parquet), or a "
+        "name on the Hub"
+    )
     templates: list[TemplateConfig] = option(doc="how its columns become documents")
-    format: str = option("auto", "auto, dataset, pictures (a folder of pictures with captions) or jsonl")
+    format: str = option(
+        "auto",
+        "auto, dataset, pictures (a folder of pictures with captions), or shards that are read one by one without a copy: "
+        "jsonl (also .gz, .zst), parquet, webdataset (.tar)",
+    )
     config: str | None = option(None, "configuration of the data set")
     split: str = option("train", "split of the data set")
     revision: str | None = option(None, "revision of a data set on the Hub")
@@ -121,7 +129,9 @@ class SourceConfig:
         None, "column -> regular expression; only records in whose columns they are found; null: all"
     )
     limit: int | None = option(None, "only the first N records, of those that match; null: all")
-    on_error: str = option("raise", "what to do with a record that cannot be used: raise, or skip and count")
+    on_error: str = option(
+        "raise", "what to do with a record, or the rest of a shard, that cannot be used: raise, or skip and count"
+    )
 
     def __post_init__(self):
         self.validate()
@@ -150,7 +160,7 @@ class SourceConfig:
                 raise ValueError(
                     f"match.{column}={expression!r} of source {self.name!r} is no regular expression: {error}"
                 ) from error
-        for name, allowed in (("on_error", ("raise", "skip")), ("format", ("auto", "dataset", "pictures", "jsonl"))):
+        for name, allowed in (("on_error", ("raise", "skip")), ("format", FORMATS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} of source {self.name!r} must be one of {', '.join(allowed)}"
@@ -190,6 +200,16 @@ class AugmentationConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 
 
+@dataclass(frozen=True)
+class Limits:
+    """The most that one record may take. Checked before anything is decoded, so that no file can fill the memory."""
+
+    max_pixels: int = 50_000_000
+    max_audio_seconds: float = 600.0
+    max_record_bytes: int = 2**26
+    max_group_bytes: int = 2**31
+
+
 @dataclass
 class DataConfig:
     """Sources, their mixture, and the rows they are packed into."""
@@ -216,6 +236,16 @@ class DataConfig:
         None, "folder of tokenised data; null: MOT_CACHE or ~/.cache/mixture_of_transformers"
     )
     augmentation: AugmentationConfig | None = option(None, "changed copies of training pictures and sounds; null: none")
+    max_pixels: int = option(Limits.max_pixels, "largest picture that is decoded, width x height")
+    max_audio_seconds: float = option(Limits.max_audio_seconds, "longest sound that is decoded")
+    max_record_bytes: int = option(
+        Limits.max_record_bytes, "largest record of a shard: a line of JSONL, the members of a webdataset key"
+    )
+    max_group_bytes: int = option(Limits.max_group_bytes, "largest row group of a parquet shard, decompressed")
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_pixels, self.max_audio_seconds, self.max_record_bytes, self.max_group_bytes)
 
     @property
     def cache_path(self) -> Path:
@@ -233,6 +263,11 @@ class DataConfig:
         for field_name, least in (("row_length", 8), ("block_documents", 1), ("seed", 0)):
             if getattr(self, field_name) < least:
                 raise ValueError(f"{field_name}={getattr(self, field_name)} must be at least {least}")
+        for field_name in ("max_pixels", "max_audio_seconds", "max_record_bytes", "max_group_bytes"):
+            if not getattr(self, field_name) > 0:
+                raise ValueError(f"{field_name}={getattr(self, field_name)} must be positive")
+        if self.max_pixels > 178_956_970:
+            raise ValueError(f"max_pixels={self.max_pixels} must be at most 178956970, the most that Pillow opens")
         if not 0 <= self.replaced_codes <= 1:
             raise ValueError(f"replaced_codes={self.replaced_codes} is a share, from 0 to 1")
         if self.latents not in LATENTS:

@@ -2,13 +2,18 @@
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
+
+from .config import Limits
 
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 
 
-def picture_records(folder: Path, skipped: dict[str, int] | None = None) -> list[dict]:
+def picture_records(
+    folder: Path, skipped: dict[str, int] | None = None, max_record_bytes: int = Limits.max_record_bytes
+) -> list[dict]:
     """`{"image": path, "text": caption, ...}` for every picture in a folder, sorted by path.
 
     Captions stand in `metadata.jsonl` or `metadata.csv` (a `file_name` column, as `datasets`' imagefolder has it; every
@@ -24,7 +29,7 @@ def picture_records(folder: Path, skipped: dict[str, int] | None = None) -> list
     folder = Path(folder)
     for name, read in (("metadata.jsonl", _read_jsonl), ("metadata.csv", _read_csv)):
         if (folder / name).is_file():
-            return _from_metadata(folder, name, read(folder / name), skipped)
+            return _from_metadata(folder, name, read(folder / name, max_record_bytes), skipped)
     records = []
     for picture in sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES):
         caption = picture.with_suffix(".txt")
@@ -54,8 +59,10 @@ def _from_metadata(folder: Path, name: str, rows: list[dict], skipped: dict[str,
     return records
 
 
-def interleaved_documents(path: Path, skipped: dict[str, int] | None = None) -> list[dict]:
-    """`{"segments": [...]}` for every line of a JSONL file; paths of pictures and sounds are resolved in its folder.
+def interleaved_documents(
+    path: Path, skipped: dict[str, int] | None = None, max_record_bytes: int = Limits.max_record_bytes
+) -> list[dict]:
+    """The object of every line of a JSONL file, `{"segments": [...]}` for every line of a JSONL file; paths of pictures and sounds are resolved in its folder.
 
     A line is `{"segments": [{"type": "text", "text": "a cat"}, {"type": "image", "image": "cat.png"}, ...]}` with types
     text, image and audio.
@@ -64,9 +71,12 @@ def interleaved_documents(path: Path, skipped: dict[str, int] | None = None) -> 
         ValueError: a line that is not of this form, or a file that is missing or outside the folder.
     """
     path, documents = Path(path), []
-    for number, row in enumerate(_read_jsonl(path), start=1):
+    for number, row in enumerate(_read_jsonl(path, max_record_bytes), start=1):
         where = f"{path}, document {number}"
-        if not isinstance(row, dict) or not isinstance(row.get("segments"), list) or not row["segments"]:
+        if isinstance(row, dict) and "segments" not in row:
+            documents.append(row)
+            continue
+        if not isinstance(row, dict) or not isinstance(row["segments"], list) or not row["segments"]:
             raise ValueError(
                 f'{where} has no segments; a line is {{"segments": [{{"type": "text", "text": "..."}}, ...]}}'
             )
@@ -85,7 +95,7 @@ def _segment(segment: dict, folder: Path, where: str) -> dict:
     kind = segment.get("type") if isinstance(segment, dict) else None
     if kind not in ("text", "image", "audio") or not isinstance(segment.get(kind), str):
         raise ValueError(
-            f"{where}: segment {segment!r} must have a type of text, image or audio and a value under that name"
+            f"{where}: segment {segment!r:.200} must have a type of text, image or audio and a value under that name"
         )
     if kind == "text":
         return {"type": "text", "text": segment["text"]}
@@ -104,24 +114,38 @@ def resolve_inside(folder: Path, name: str, where: str) -> Path:
     return path
 
 
-def _read_jsonl(path: Path) -> list[dict]:
+def _lines(path: Path, most: int) -> Iterator[str]:
+    with open(path, "rb") as lines:
+        number = 0
+        while line := lines.readline(most + 1):
+            number += 1
+            if len(line) > most:
+                raise ValueError(f"{path}, line {number} is longer than data.max_record_bytes={most}")
+            try:
+                yield line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not UTF-8: {error}") from error
+
+
+def _read_jsonl(path: Path, max_record_bytes: int) -> list[dict]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     rows = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+    for number, line in enumerate(_lines(path, max_record_bytes), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
     return rows
 
 
-def _read_csv(path: Path) -> list[dict]:
-    with open(path, encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines))
+def _read_csv(path: Path, max_record_bytes: int) -> list[dict]:
+    try:
+        return list(csv.DictReader(_lines(path, max_record_bytes)))
+    except csv.Error as error:
+        raise ValueError(f"{path} is not CSV: {error}") from error
 
 
 def _refuse(message: str, reason: str, skipped: dict[str, int] | None) -> None:

@@ -329,7 +329,7 @@ def check_row_length(source: TokenizedSource, row_length: int, clean_copies: boo
                     continue
                 longest = int(lengths.max())
                 raise ValueError(
-                    f"row_length={row_length} is shorter than the document of record {int(source.records[record])} of "
+                    f"row_length={row_length} is shorter than the document of {source.name_of(int(record))} of "
                     f"source {source.config.name!r}: {template.segments} make {int(lengths[record])} tokens, and a "
                     f"picture or a sound is never cut; set row_length to {longest} or more, or tokenise into fewer tokens"
                 )

@@ -77,14 +77,15 @@ def test_changed_files_change_the_fingerprint(pair_source, processor, cache, tri
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_interrupted_preparation_leaves_nothing(pair_source, cache, error):
+def test_interrupted_preparation_leaves_nothing_that_is_read(pair_source, cache, error):
     class Interrupted(ToyProcessor):
         def encode_images(self, pictures):
             raise error
 
     with pytest.raises(error):
         TokenizedSource.prepare(pair_source(), Interrupted(), cache)
-    assert list(cache.iterdir()) == []
+    assert not list(cache.rglob("meta.json"))
+    assert len(TokenizedSource.prepare(pair_source(), ToyProcessor(), cache)) == 40
 
 
 def test_several_processes_give_the_same_tokens(pair_source, processor, tmp_path):
@@ -134,12 +135,13 @@ def test_a_bad_record_is_refused_by_name(broken_folder, processor, cache, segmen
     config = SourceConfig("x", str(broken_folder), [TemplateConfig(segments)])
     with pytest.raises(ValueError, match=message):
         TokenizedSource.prepare(config, processor, cache)
-    assert list(cache.iterdir()) == []
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
 def test_a_missing_file_is_refused_by_name(broken_folder, processor, cache):
-    table = Dataset.from_parquet(str(broken_folder / "train.parquet")).select([3])
-    table.to_parquet(str(broken_folder / "train.parquet"))
+    rows = {"picture": [{"bytes": None, "path": "missing.png"}]}
+    features = Features(picture={"bytes": Value("binary"), "path": Value("string")})
+    Dataset.from_dict(rows, features=features).to_parquet(str(broken_folder / "train.parquet"))
     config = SourceConfig("x", str(broken_folder), [TemplateConfig(["image:picture"])])
     with pytest.raises(ValueError, match=r"column 'picture': the picture file .*missing.png does not exist"):
         TokenizedSource.prepare(config, processor, cache)

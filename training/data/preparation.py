@@ -1,0 +1,253 @@
+"""Tokenising a source: in parts, in parallel, and from where it was interrupted.
+
+While it is made, a prepared source is a folder `<name>-<fingerprint>.partial` of chunks; in the end `meta.json` is written
+and the folder moved to its name, so what is in place is complete. A part (a shard, or a range of records) is tokenised by
+one process from its start to its end, and a chunk ends where its bytes are enough: the chunks are the same whoever makes
+them, and those that are whole are kept when the rest is made later.
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from .batch_tokenizer import BatchTokenizer
+from .chunks import build_table, table_schema, write_chunk, write_whole, written_chunks
+from .columns import Vocabulary
+
+
+logger = logging.getLogger(__name__)
+
+# Records that are tokenised together, and the bytes they may take; a chunk's bytes, in memory and on disk.
+BATCH_SIZE, BATCH_BYTES, CHUNK_BYTES = 64, 2**27, 2**26
+
+
+@dataclass
+class Preparation:
+    """All that it takes to prepare any part of a source. Can go to other processes.
+
+    Attributes:
+        folder: where chunks are written, `<place>.partial`.
+        images: what images are kept as, see `chunks.table_schema`.
+    """
+
+    folder: Path
+    tokenizer: BatchTokenizer
+    images: str | None
+    vae: object
+
+    def part(self, part: int, report: Callable[[int, int], None]) -> None:
+        """Prepare what is missing of a part.
+
+        Args:
+            report: told, for each batch, the number of records that were read and of tokens that were made.
+        """
+        source = self.tokenizer.source
+        schema = table_schema(source.config.segments, self.images)
+        chunks = list(written_chunks(self.folder, part))
+        skip, number = sum(chunk["read"] for chunk in chunks), len(chunks)
+        report(skip, sum(chunk["tokens"] for chunk in chunks))
+        if chunks and chunks[-1]["last"]:
+            return
+        tables, noted = [], _nothing()
+        for batch in _batches(source.read(part, skip)):
+            if sum(table.nbytes for table in tables) >= CHUNK_BYTES:
+                write_chunk(self.folder, part, number, tables, noted)
+                tables, noted, number = [], _nothing(), number + 1
+            rows, pixels, skipped = self.tokenizer(batch)
+            tokens = sum(len(versions[0]) for name, column in rows.items() if name != "record" for versions in column)
+            noted["read"] += len(batch)
+            noted["tokens"] += tokens
+            for reason, count in skipped.items():
+                noted["skipped"][reason] = noted["skipped"].get(reason, 0) + count
+            if rows["record"]:
+                tables.append(build_table(rows, pixels, schema, self.vae))
+            report(len(batch), tokens)
+        write_chunk(self.folder, part, number, tables, noted | {"last": True})
+
+
+def prepare(
+    place: Path, fingerprint: str, tokenizer: BatchTokenizer, vae=None, workers: int = 1, progress: bool = False
+) -> None:
+    """Make a prepared source, or finish it, or wait while another process does.
+
+    Args:
+        place: its folder in the end.
+        workers: processes that tokenise; 1: this one.
+        progress: shows a bar with records and tokens per second.
+
+    Raises:
+        ValueError: a record that cannot be used (`on_error: raise`), or nothing left of the source.
+        RuntimeError: a worker died.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(place):
+        if (place / "meta.json").is_file():
+            return
+        partial = place.with_name(f"{place.name}.partial")
+        partial.mkdir(exist_ok=True)
+        if not (partial / "meta.json").is_file():
+            images = None if not tokenizer.continuous else "pixels" if vae is None else "latents"
+            work = Preparation(partial, tokenizer, images, vae)
+            try:
+                _prepare_parts(work, workers, progress)
+                _finish(work, fingerprint)
+            except ValueError:
+                # Whatever mends this makes another source of it, so nothing here would be found again.
+                shutil.rmtree(partial)
+                raise
+        if place.exists():
+            raise ValueError(f"{place} is no prepared source, as it has no meta.json; move it away")
+        partial.replace(place)
+    for described in place.glob("*-*.json"):
+        described.unlink()
+
+
+def _alone(place: Path):
+    """A context in which no other process prepares this source; there is no limit to the wait."""
+    # A lock of the operating system: it is free again whatever becomes of its holder.
+    lock = FileLock(f"{place}.lock")
+    try:
+        return lock.acquire(timeout=1)
+    except Timeout:
+        logger.warning("waiting for another process that prepares %s", place.name)
+        return lock.acquire()
+
+
+def _prepare_parts(work: Preparation, workers: int, progress: bool) -> None:
+    source = work.tokenizer.source
+    with tqdm(total=source.num_records, unit=" records", desc=source.config.name, disable=not progress) as bar:
+        tokens = 0
+
+        def report(records: int, made: int) -> None:
+            nonlocal tokens
+            tokens += made
+            bar.update(records)
+            elapsed = bar.format_dict["elapsed"]
+            bar.set_postfix_str(f"{tokens / elapsed:,.0f} tokens/s" if elapsed else "", refresh=False)
+
+        if workers <= 1 or source.num_parts == 1:
+            for part in range(source.num_parts):
+                work.part(part, report)
+        else:
+            _prepare_in_processes(work, min(workers, source.num_parts), report)
+
+
+def _prepare_in_processes(work: Preparation, workers: int, report: Callable[[int, int], None]) -> None:
+    # Fresh processes: a forked one inherits torch's threads in an unusable state.
+    context = multiprocessing.get_context("spawn")
+    reports, stop = context.Queue(), context.Event()
+    listener = threading.Thread(target=lambda: [report(*told) for told in iter(reports.get, None)], daemon=True)
+    listener.start()
+    pool = ProcessPoolExecutor(
+        workers, context, _start_worker, (work, reports, stop, max(1, os.cpu_count() // workers))
+    )
+    try:
+        futures = [pool.submit(_prepare_part, part) for part in range(work.tokenizer.source.num_parts)]
+        for future in as_completed(futures):
+            future.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            f"a process that tokenised source {work.tokenizer.config.name!r} died, perhaps for want of memory; what is "
+            "finished is kept: prepare again, with fewer workers"
+        ) from error
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+        reports.put(None)
+        listener.join()
+
+
+def _start_worker(work: Preparation, reports, stop, threads: int) -> None:
+    import signal
+
+    import torch
+
+    # Ctrl-C reaches all processes of a terminal; the first one ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    _worker.update(work=work, reports=reports, stop=stop)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+# What a worker process was started with.
+_worker: dict = {}
+
+
+def _prepare_part(part: int) -> None:
+    def report(records: int, tokens: int) -> None:
+        if _worker["stop"].is_set():
+            raise RuntimeError("stopped, as another part failed")
+        _worker["reports"].put((records, tokens))
+
+    _worker["work"].part(part, report)
+
+
+def _finish(work: Preparation, fingerprint: str) -> None:
+    source, chunks, skipped = work.tokenizer.source, [], dict(work.tokenizer.source.skipped)
+    tokens = 0
+    for part in range(source.num_parts):
+        for chunk in written_chunks(work.folder, part):
+            tokens += chunk["tokens"]
+            for reason, count in chunk["skipped"].items():
+                skipped[reason] = skipped.get(reason, 0) + count
+            if "file" in chunk:
+                chunks.append({name: chunk[name] for name in ("file", "records", "size", "sha256")})
+    if not chunks:
+        raise ValueError(
+            f"source {source.config.name!r} ({source.config.path}) has no usable record; left out: {skipped}"
+        )
+    meta = {
+        "fingerprint": fingerprint,
+        "records": sum(chunk["records"] for chunk in chunks),
+        "tokens": tokens,
+        "skipped": skipped,
+        "shards": source.shards,
+        "vocabulary": asdict(Vocabulary.of(work.tokenizer.processor)),
+        "images": work.images,
+        "channels": work.vae.config.latent_channels if work.images == "latents" else 3,
+        "chunks": chunks,
+    }
+    write_whole(work.folder / "meta.json", json.dumps(meta, indent=1).encode())
+    if skipped:
+        logger.warning("source %r: left out %s", source.config.name, skipped)
+
+
+def _nothing() -> dict:
+    return {"read": 0, "tokens": 0, "skipped": {}, "last": False}
+
+
+def _batches(items: Iterator[tuple[int, dict | ValueError]]) -> Iterator[list]:
+    batch, size = [], 0
+    for item in items:
+        batch.append(item)
+        size += _bytes_in(item[1])
+        if len(batch) == BATCH_SIZE or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _bytes_in(value) -> int:
+    """About how much a record takes in memory."""
+    if isinstance(value, (bytes, str)):
+        return len(value)
+    if isinstance(value, dict):
+        return 64 + sum(map(_bytes_in, value.values()))
+    return 64 + sum(map(_bytes_in, value)) if isinstance(value, list) else 16

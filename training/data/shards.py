@@ -1,0 +1,273 @@
+"""Shards: files of JSONL, parquet or webdataset that are read one by one, on disk or on the Hub, without a copy.
+
+A reader gives records, and a `ValueError` in the place of a record that cannot be read, so that what becomes of it is
+decided in one place. It never holds more than `Limits` allow: `datasets`' own readers of JSONL and webdataset read a line
+or a member of any size, decompress what is in it, and load arrays and tensors; here members are text, JSON or bytes.
+"""
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import PurePosixPath
+
+import fsspec
+from huggingface_hub.errors import HfHubHTTPError
+from pyarrow import parquet
+
+from .config import Limits
+
+
+SUFFIXES = {
+    "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst"),
+    "parquet": (".parquet",),
+    "webdataset": (".tar",),
+}
+# Members of a webdataset record that are text; those named json are JSON; all others stay bytes.
+_TEXTS = ("txt", "text", "caption", "transcript", "cls")
+# Rows of a parquet file that are decompressed at once, and the bytes they may then take.
+_PARQUET_ROWS, _PARQUET_BYTES = 64, 2**28
+# Of these the shard is not to blame; the last is the base of all errors of the HTTP library under huggingface_hub.
+_NOT_BROKEN = (ConnectionError, TimeoutError, MemoryError, HfHubHTTPError.__bases__[0])
+
+
+class BrokenShard(ValueError):
+    """A shard that cannot be read to its end; the last that its reader gives."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file.
+
+    Attributes:
+        url: path, or URL of fsspec (`hf://...`).
+        name: relative to the folder of all shards.
+        size: in bytes.
+        stamp: changes with the content: a hash where the storage knows one, else the time of change.
+    """
+
+    url: str
+    name: str
+    size: int
+    stamp: str
+
+
+def shard_format(path: str) -> str | None:
+    """The format that a file's name, or a glob, ends with."""
+    return next((kind for kind, suffixes in SUFFIXES.items() if path.lower().endswith(suffixes)), None)
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def find_shards(path: str, kind: str) -> list[Shard]:
+    """The shards of a file, a folder or a glob, sorted by name."""
+    storage, place = fsspec.core.url_to_fs(path)
+    if re.search(r"[*?\[]", place):
+        found = storage.glob(place, detail=True)
+    elif storage.isdir(place):
+        found = {name: info for name, info in storage.find(place, detail=True).items() if shard_format(name) == kind}
+    else:
+        found = {place: storage.info(place)}
+    files = {name: info for name, info in found.items() if info["type"] == "file"}
+    if not files:
+        return []
+    root = _root(list(files))
+    return [
+        Shard(
+            storage.unstrip_protocol(name) if is_remote(path) else name, name[len(root) :], info["size"], _stamp(info)
+        )
+        for name, info in sorted(files.items())
+    ]
+
+
+def _root(names: Sequence[str]) -> str:
+    """What all names have in common up to a slash."""
+    first, last = min(names), max(names)
+    common = next(
+        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0 if len(names) > 1 else None
+    )
+    return first[: first.rfind("/", 0, common) + 1]
+
+
+def _stamp(info: dict) -> str:
+    return str((info.get("lfs") or {}).get("sha256") or info.get("blob_id") or info.get("ETag") or info.get("mtime"))
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """Shards of one format, of which only some columns (none named: all) are read where the format allows."""
+
+    kind: str
+    shards: tuple[Shard, ...]
+    columns: tuple[str, ...]
+    limits: Limits
+
+    @property
+    def names(self) -> list[str]:
+        return [shard.name for shard in self.shards]
+
+    def read(self, number: int, skip: int = 0) -> Iterator[dict | ValueError]:
+        """The records of one shard from record `skip` on.
+
+        Raises:
+            ConnectionError, TimeoutError and those of the HTTP library: the storage does not answer.
+        """
+        shard = self.shards[number]
+        try:
+            if (found := find_shards(shard.url, self.kind)) and found[0].size != shard.size:
+                raise ValueError(f"it has {found[0].size} bytes, and had {shard.size} when it was listed")
+            with fsspec.open(shard.url, "rb", compression="infer") as file:
+                if self.kind == "parquet":
+                    yield from _parquet(file, self.columns, self.limits, skip)
+                else:
+                    read = _jsonl if self.kind == "jsonl" else _webdataset
+                    yield from islice(read(file, self.limits), skip, None)
+        except _NOT_BROKEN:
+            raise
+        except Exception as error:  # whatever a library raises over broken bytes
+            yield BrokenShard(f"shard {shard.name} breaks off: {error}")
+
+
+@dataclass(frozen=True)
+class StreamedDataset:
+    """A `datasets.IterableDataset`, shard by shard."""
+
+    dataset: object
+
+    @property
+    def names(self) -> list[str]:
+        return [f"{number + 1} of {self.dataset.num_shards}" for number in range(self.dataset.num_shards)]
+
+    def read(self, number: int, skip: int = 0) -> Iterator[dict | ValueError]:
+        """As `ShardFiles.read`."""
+        try:
+            yield from islice(self.dataset.shard(self.dataset.num_shards, number), skip, None)
+        except _NOT_BROKEN:
+            raise
+        except Exception as error:
+            yield BrokenShard(f"shard {self.names[number]} breaks off: {error}")
+
+
+def _jsonl(file, limits: Limits) -> Iterator[dict | ValueError]:
+    lines, number = io.BufferedReader(file), 0
+    while line := lines.readline(limits.max_record_bytes + 1):
+        number += 1
+        if len(line) > limits.max_record_bytes:
+            raise ValueError(f"line {number} is longer than data.max_record_bytes={limits.max_record_bytes}")
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if not line.endswith(b"\n"):
+                raise ValueError(f"line {number} is cut short: {error}") from error
+            yield ValueError(f"the line is not JSON: line {number}: {error}")
+            continue
+        yield record if isinstance(record, dict) else ValueError(f"the line is no JSON object: line {number}")
+
+
+def _parquet(file, columns: Sequence[str], limits: Limits, skip: int) -> Iterator[dict]:
+    # Column by column in pieces: a whole row group is never in memory.
+    opened = parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
+    for group in range(opened.num_row_groups):
+        described = opened.metadata.row_group(group)
+        if described.total_byte_size > limits.max_group_bytes:
+            raise ValueError(
+                f"row group {group} takes {described.total_byte_size} bytes, more than data.max_group_bytes="
+                f"{limits.max_group_bytes}"
+            )
+        if skip >= described.num_rows:
+            skip -= described.num_rows
+            continue
+        # A column of a dictionary may repeat its largest value in every row.
+        largest = max((described.column(i).total_uncompressed_size for i in range(described.num_columns)), default=1)
+        rows = min(_PARQUET_ROWS, max(1, _PARQUET_BYTES // max(1, largest)))
+        wanted = [name for name in columns if name in opened.schema_arrow.names] if columns else None
+        for batch in opened.iter_batches(rows, row_groups=[group], columns=wanted, use_threads=False):
+            passed = min(skip, len(batch))
+            skip -= passed
+            yield from batch.slice(passed).to_pylist()
+
+
+class _Bounded:
+    """A file of which no more than so many bytes are read at once, as headers of a tar may ask for any number."""
+
+    def __init__(self, file, most: int):
+        self.most, self.file, self.seek, self.tell = most, file, file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= self.most + tarfile.RECORDSIZE:
+            raise tarfile.ReadError(f"an entry asks for {size} bytes; data.max_record_bytes is {self.most}")
+        return self.file.read(size)
+
+
+def _webdataset(file, limits: Limits) -> Iterator[dict | ValueError]:
+    """Members that follow one another and have the same name up to the first dot are one record, and what follows the
+    dot names a column. The keys of a member named json are columns too; pictures and sounds of its `segments` are named
+    by their columns."""
+    archive = tarfile.TarFile(fileobj=_Bounded(file, limits.max_record_bytes))
+    key, members, problem, size = None, {}, None, 0
+    while member := archive.next():
+        archive.members.clear()
+        if member.size < 0:
+            raise tarfile.ReadError(f"member {member.name!r} has a size of {member.size}")
+        if member.isdir() or not (match := re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", member.name)):
+            if not member.isdir() and (outside := _escape(member)):
+                yield ValueError(outside)
+            continue
+        if match[1] != key:
+            if key is not None:
+                yield _webdataset_record(key, members, problem)
+            key, members, problem, size = match[1], {}, None, 0
+        size += member.size
+        problem = problem or _escape(member)
+        if size > limits.max_record_bytes:
+            problem = (
+                f"the members are too large: {size} bytes of {key}; data.max_record_bytes is {limits.max_record_bytes}"
+            )
+        if problem is None:
+            members[match[2].lower()] = archive.extractfile(member).read()
+        else:
+            members.clear()
+    if key is not None:
+        yield _webdataset_record(key, members, problem)
+    file.seek(archive.offset)
+    if len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("the archive has no end")
+
+
+def _escape(member: tarfile.TarInfo) -> str | None:
+    """Why a member is not to be trusted; nothing is ever extracted, but what leads outside was made to harm."""
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts:
+        return f"the member leads outside: {member.name!r}"
+    return None if member.isreg() else f"the member is no regular file: {member.name!r}"
+
+
+def _webdataset_record(key: str, members: dict[str, bytes], problem: str | None) -> dict | ValueError:
+    if problem is not None:
+        return ValueError(problem)
+    columns: dict = dict(members)
+    try:
+        for name, value in members.items():
+            suffix = name.rsplit(".", 1)[-1]
+            if suffix in _TEXTS:
+                columns[name] = value.decode("utf-8")
+            elif suffix == "json":
+                columns[name] = json.loads(value)
+        described = columns.get("json")
+        if isinstance(described, dict):
+            columns = {**described, **{name: value for name, value in columns.items() if name != "json"}}
+            for part in columns.get("segments") or []:
+                if part["type"] != "text":
+                    part[part["type"]] = members[part[part["type"]].lower()]
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"a member does not decode: {key}: {error}")
+    except (LookupError, TypeError, AttributeError) as error:
+        return ValueError(f"the segments name no member: {key}: {error!r}")
+    return {"__key__": key, **columns}
