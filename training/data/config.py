@@ -219,7 +219,11 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list, metadata={"doc": "training sources"})
     validation_sources: list[SourceConfig] = field(default_factory=list, metadata={"doc": "held-out sources"})
     weights_by: str = option("documents", "what the sources' weights are shares of: documents or tokens")
-    block_documents: int = option(1024, "documents that are mixed and packed together; more: fuller rows")
+    block_documents: int | None = option(
+        None,
+        "documents that are mixed and packed together; more: fuller rows; null: 1,024 or, for rows of more than 1,024 "
+        "tokens, as many as make 128 rows",
+    )
     replaced_codes: float = option(
         0.0, "most of a document's picture codes and speech units that the input has random ones for; targets stay"
     )
@@ -261,7 +265,8 @@ class DataConfig:
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"{field_name} has two sources named {twice[0]!r}; give each a name of its own")
         for field_name, least in (("row_length", 8), ("block_documents", 1), ("seed", 0)):
-            if getattr(self, field_name) < least:
+            value = getattr(self, field_name)
+            if value is not None and value < least:
                 raise ValueError(f"{field_name}={getattr(self, field_name)} must be at least {least}")
         for field_name in ("max_pixels", "max_audio_seconds", "max_record_bytes", "max_group_bytes"):
             if not getattr(self, field_name) > 0:

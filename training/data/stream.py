@@ -6,6 +6,7 @@ through all its records, in a new order each time, before any comes again.
 """
 
 import hashlib
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -109,9 +110,13 @@ class RowStream:
         for source in sources:
             check_row_length(source, config.row_length, config.clean_copies)
         weights = np.array([source.config.weight for source in sources], dtype=np.float64)
+        means = [mean_document_length(source, config.clean_copies) for source in sources]
         if config.weights_by == "tokens":
-            weights /= [mean_document_length(source, config.clean_copies) for source in sources]
+            weights /= means
         self.document_shares = weights / weights.sum()
+        self.block_documents = config.block_documents or _block_documents(
+            config.row_length, float(self.document_shares @ means)
+        )
         self._counting = threading.RLock()
         self._counted = self._from_the_start()
         self._keys = [int.from_bytes(hashlib.sha256(s.config.name.encode()).digest()[:4], "big") for s in sources]
@@ -131,7 +136,7 @@ class RowStream:
         """
         with self._counting:
             counted = self._counted_from(block)
-            size = self.config.block_documents
+            size = self.block_documents
             while counted.first + len(counted.documents) <= block:
                 before = counted.documents[-1]
                 owed = self.document_shares * size * (counted.first + len(counted.documents)) - before
@@ -147,7 +152,7 @@ class RowStream:
         """The documents of a block, mixed."""
         first, last = self.draws_before(block), self.draws_before(block + 1)
         parts = [self._draw(index, block, int(first[index]), int(last[index])) for index in range(len(self.sources))]
-        mixed = self._random(_MIX, block).permutation(self.config.block_documents)
+        mixed = self._random(_MIX, block).permutation(self.block_documents)
         names = Draws.__dataclass_fields__
         return Draws(**{name: np.concatenate([getattr(part, name) for part in parts])[mixed] for name in names})
 
@@ -261,11 +266,11 @@ class RowStream:
             ValueError: a position of another mixture.
         """
         block, documents = position["block"], np.array(position["documents"], dtype=np.int64)
-        drawn = block * self.config.block_documents
+        drawn = block * self.block_documents
         if len(documents) != len(self.sources) or documents.sum() != drawn:
             raise ValueError(
                 f"position of row {position['row']} has {documents.tolist()} documents before block {block}, but "
-                f"{len(self.sources)} sources with block_documents={self.config.block_documents} give {drawn}; "
+                f"{len(self.sources)} sources with block_documents={self.block_documents} give {drawn}; "
                 "restore it with the data section it was made with"
             )
         with self._counting:
@@ -299,6 +304,7 @@ class RowStream:
         length = np.concatenate([block.length for block in draws])
         return {
             "row_length": self.config.row_length,
+            "block_documents": self.block_documents,
             "fill_rate": float(length.sum() / (rows * self.config.row_length)),
             "rows_per_block": rows / blocks,
             "fingerprints": {s.config.name: s.fingerprint for s in self.sources},
@@ -313,6 +319,11 @@ class RowStream:
                 for index, s in enumerate(self.sources)
             },
         }
+
+
+def _block_documents(row_length: int, mean_length: float) -> int:
+    """Documents of a block. Its last row is half empty on average, so a block of few long rows would waste much."""
+    return 1024 if row_length <= 1024 else max(1024, math.ceil(128 * row_length / mean_length))
 
 
 def check_row_length(source: TokenizedSource, row_length: int, clean_copies: bool = False) -> None:

@@ -1,0 +1,96 @@
+"""Tokenise the data of a recipe ahead of a run, which then finds it.
+
+    python -m training.prepare [CONFIG.yaml] [key=value ...] [--workers N]
+    ... --verify      also hash every file of what is prepared
+    ... --help        this text
+
+Keys are those of training/train.py. What is prepared is kept under data.cache_dir, for training and for held-out sources.
+It may be interrupted at any moment: what is finished is kept, and the same command goes on from there. --workers
+(default: one for each core) are processes that each tokenise one shard, or one range of records, at a time.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from training.config import ConfigError
+from training.recipe import Recipe
+from training.train import load_recipe
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 a request or data that cannot be used, 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
+    )
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help=argparse.SUPPRESS)
+    parser.add_argument("--verify", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        if options.workers < 1:
+            raise ConfigError(f"--workers {options.workers} must be at least 1")
+        prepare_recipe(load_recipe(options.words), options.workers, options.verify)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what is finished is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+def prepare_recipe(recipe: Recipe, workers: int = 1, verify: bool = False) -> None:
+    """Tokenise all sources of a recipe, or find them, and print what there is.
+
+    Args:
+        workers: processes that tokenise.
+        verify: hash every file.
+
+    Raises:
+        ConfigError: as `training.rows.prepare_rows`, or a file that is not as it was written.
+    """
+    # Later than what is refused at once.
+    from training.data import RowStream, prepare_sources
+    from training.models import find_vae, load_model, load_processor, planned_config
+    from training.transfusion import has_sound
+
+    begin = time.perf_counter()
+    initial = None if recipe.model.init_from is None else load_model(recipe.model.init_from)
+    vae = find_vae(recipe.model, initial)
+    processor = load_processor(recipe.model, vae, has_sound(recipe.data))
+    planned = planned_config(recipe.model, processor, recipe.data.row_length, vae, initial)
+    if not getattr(planned, "noised_images_visible", True):
+        recipe.data.clean_copies = True
+    try:
+        training, held_out = (
+            prepare_sources(recipe.data, processor, workers, validation, vae, progress=True)
+            for validation in (False, True)
+        )
+        for kind, sources in (("training", training), ("held out", held_out)):
+            for source in sources:
+                if verify:
+                    source.verify()
+                print(
+                    f"{kind:8}  {source.config.name:20} {len(source):>12,} records {source.tokens:>16,} tokens  "
+                    f"fingerprint {source.fingerprint[:16]}{'  verified' if verify else ''}"
+                )
+                for reason, count in source.skipped.items():
+                    print(f"{'':10}left out: {count:,} x {reason}")
+        report = RowStream(recipe.data, training).report()
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from error
+    print(
+        f"rows of {report['row_length']} tokens are filled to {report['fill_rate']:.2%} "
+        f"({report['rows_per_block']:.0f} of a block of {report['block_documents']} documents)\n"
+        f"ready after {time.perf_counter() - begin:.1f} s in {recipe.data.cache_path}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
