@@ -202,7 +202,7 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
                 image_first = images_first(config, input_ids, is_patch, blocks, document_ids, attention_mask)
             images = self._noisy_images(latents, sizes, timesteps, noise, clean_images, image_first, generator, planned)
         else:
-            images = self._no_images(self.lm_head.weight)
+            images = self._no_images(input_ids)
 
         inputs_embeds = self.model._embed(input_ids)
         tokens, features = self.embed_latents(images)

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs, ParallelismConfig
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -30,6 +30,7 @@ from training.devices import choose_precision
 
 
 LAYER = "MoTDecoderLayer"
+_MESH = "ACCELERATE_USE_PARALLELISM_CONFIG"
 _CONFIGS = "training/configs/accelerate"
 _KNOWN_TYPES = (
     DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP,
@@ -101,6 +102,9 @@ def build_accelerator(
     if asked.fsdp:
         plugin = _fsdp_plugin(torch.bfloat16 if precision == "bf16" else None)
         os.environ["ACCELERATE_USE_FSDP"] = "true"
+    # Accelerate has FSDP, and meshes of it, for accelerators alone; everything below it works on CPUs just as well.
+    sharding_cpus = asked.fsdp and cpu
+    has_mesh = os.environ.pop(_MESH, None) if sharding_cpus else None
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="bf16" if precision == "bf16" else "no",
@@ -109,11 +113,15 @@ def build_accelerator(
         project_dir=project_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds))],
     )
-    if asked.fsdp and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # Accelerate has FSDP for accelerators alone; everything below it works on CPUs just as well.
+    if sharding_cpus and accelerator.distributed_type == DistributedType.MULTI_CPU:
         for state in (AcceleratorState._shared_state, PartialState._shared_state):
             state["distributed_type"] = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
+        if has_mesh is not None:
+            os.environ[_MESH] = has_mesh
+            accelerator.state.parallelism_config = sizes = ParallelismConfig()
+            accelerator.state.device_mesh = sizes.get_device_mesh("cpu")
+            sizes._validate_accelerator(accelerator)
     _refuse_accelerator(accelerator, asked, processes)
     return accelerator
 

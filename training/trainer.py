@@ -157,9 +157,9 @@ class Trainer:
             local[first:-3] += torch.bincount(batch["modality_ids"].flatten(), minlength=number)
             local[-3] += (batch["document_ids"] >= 0).sum()
         local[-2], local[-1] = self.stop_signal.number, micro_batches is None
-        # Signals are 2 and 15: their sum over ranks is not a signal, so only its being zero or not is used of others.
         total = self.accelerator.reduce(local.to(self.accelerator.device)).tolist()
-        stop = self.stop_signal.number or (int(SIGTERM) if total[-2] else 0)
+        # Only what was reduced may decide: a signal that has come meanwhile is known to this rank alone.
+        stop = total[-2] > 0
         if total[-1]:
             return {"stop": stop, "stalled": True}
         positions = dict(zip(self.modalities, total[first:-3], strict=True))
@@ -290,8 +290,9 @@ class Trainer:
         Where it cannot be written, `save_failed` becomes true, the earlier ones stay, and the run goes on.
         """
         begin = time.perf_counter()
+        # First, or ranks that know of a failure and ranks that do not yet would go different ways.
+        self.note_failed_save(wait=True)
         if self.saved_step != self.step or self.save_failed:
-            self.note_failed_save(wait=True)
             rows = self.step * self.batches.rows_in_a_step
             manifest = {
                 **self.describe,
@@ -309,7 +310,8 @@ class Trainer:
                 self.saved_step, self.save_failed = self.step, False
             except SaveError as error:
                 self._save_failed(error)
-        self.note_failed_save(wait)
+        if wait:
+            self.note_failed_save(wait=True)
         self.checkpoint_seconds += time.perf_counter() - begin
 
     def note_failed_save(self, wait: bool = False) -> None:
@@ -328,9 +330,11 @@ class Trainer:
         """Go on from a checkpoint of this run, of any world."""
         self.step = self.saved_step = manifest["step"]
         folder = self.run.checkpoint(self.step)
+        # An average that the checkpoint does not hold begins with the next update.
+        has_average = self.ema is not None and manifest["average_updates"] is not None
         with resharded(self.raw_model):
-            load_state(folder, manifest, self.raw_model, self.raw_optimizer, self.ema)
-        if self.ema is not None:
+            load_state(folder, manifest, self.raw_model, self.raw_optimizer, self.ema if has_average else None)
+        if has_average:
             self.ema.optimization_step = manifest["average_updates"]
         self.guard.restore(manifest["guard"])
         self.batches.stream.restore(manifest["stream"])

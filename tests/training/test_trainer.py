@@ -3,16 +3,19 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from modeling_mot import MoTForCausalLM
+from training.batches import StepBatches
 from training.config import ConfigError
+from training.consolidate import read_model
 from training.metrics import read_metrics
 from training.models import load_model
 from training.objectives import count_targets
 from training.optimization import OptimizerConfig, learning_rate
 from training.run_folder import RunFolder
-from training.trainer import Interrupted, StepBatches
+from training.safeguards import Interrupted, NotFiniteError
 
+from .ranks import go_on
 from .tiny import MadeUpStream, tiny_config, tiny_model, tiny_trainer
 
 
@@ -101,6 +104,8 @@ def test_metrics_have_one_row_a_step_with_the_promised_keys(tmp_path):
     names = ("text", "image", "speech")
     keys = {"step", "loss", "grad_norm", "lr", "tokens_per_second", "mfu", "step_seconds", "data_seconds"}
     keys |= {f"loss_{name}" for name in names} | {f"tokens_{name}" for name in names}
+    keys |= {f"grad_norm_{name}" for name in (*names, "shared")}
+    keys |= {"checkpoint_seconds", "memory_bytes", "skipped_steps", "event"}
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(set(row) == keys for row in rows)
 
@@ -164,30 +169,82 @@ def test_an_interrupted_and_resumed_run_ends_bit_for_bit_where_an_undisturbed_on
         trainer.fit()
     assert interrupted.value.exit_code == 130
 
-    folder = RunFolder(tmp_path / "b").checkpoint(3)
-    resumed = tiny_trainer(tmp_path / "b", model=load_model(str(folder)).train(), steps=6, resume=True)
-    resumed.resume()
+    resumed = tiny_trainer(tmp_path / "b", model=tiny_model(seed=1), steps=6, resume=True)
+    go_on(resumed)
     assert resumed.step == 3
     resumed.fit()
     assert_equal_parameters(undisturbed, dict(resumed.raw_model.named_parameters()), rtol=0, atol=0)
     assert [row["step"] for row in read_metrics(resumed.run.metrics)[0]] == [1, 2, 3, 4, 5, 6]
 
 
-def test_resuming_with_another_batch_is_refused(tmp_path):
-    trainer = tiny_trainer(tmp_path, rows=2)
-    trainer.save()
-    with pytest.raises(ConfigError, match="rows_in_a_step"):
-        tiny_trainer(tmp_path, rows=3, resume=True).resume()
-
-
-def test_checkpoints_hold_no_pickle_and_load_as_models(tmp_path):
+def test_checkpoints_hold_no_pickle(tmp_path):
     trainer = tiny_trainer(tmp_path, save_every=2)
     trainer.fit()
-    folder = trainer.run.checkpoint(4)
     assert trainer.run.saved_steps() == [2, 4]
-    assert {file.suffix for file in folder.rglob("*") if file.is_file()} <= {".safetensors", ".json", ".py"}
-    loaded = MoTForCausalLM.from_pretrained(folder)
+    files = [file for file in trainer.run.checkpoint(4).rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} == {".safetensors", ".json", ".py"}
+    for file in files:
+        if file.suffix == ".safetensors":
+            load_file(file)
+        elif file.suffix == ".json":
+            json.loads(file.read_text())
+
+
+def test_a_consolidated_checkpoint_loads_with_its_weights_bit_for_bit(tmp_path):
+    trainer = tiny_trainer(tmp_path, model=tiny_model(tie_word_embeddings=True))
+    trainer.fit()
+    loaded = read_model(trainer.run.checkpoint(4))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert_equal_parameters(dict(trainer.raw_model.named_parameters()), dict(loaded.named_parameters()), rtol=0, atol=0)
+    batch = {k: v for k, v in next(trainer.batches.from_step(0, 1))[0].items() if k != "labels"}
+    with torch.no_grad():
+        assert torch.equal(trainer.raw_model.eval()(**batch).logits, loaded(**batch).logits)
+
+
+def test_a_checkpoint_is_written_beside_training_as_it_was_when_it_was_asked_for(tmp_path):
+    trainer = tiny_trainer(tmp_path, save_every=1, save_asynchronously=True, keep_checkpoints=4)
+    at_step, train_step = {}, trainer.train_step
+
+    def remember(batches):
+        figures = train_step(batches)
+        at_step[trainer.step] = {n: v.detach().clone() for n, v in trainer.raw_model.named_parameters()}
+        return figures
+
+    trainer.train_step = remember
+    trainer.fit()
+    assert trainer.run.saved_steps() == [1, 2, 3, 4]
+    for step, parameters in at_step.items():
+        saved = dict(read_model(trainer.run.checkpoint(step)).named_parameters())
+        assert_equal_parameters(parameters, saved, rtol=0, atol=0)
+
+
+def test_a_failed_save_leaves_the_earlier_checkpoint_and_the_run_goes_on(tmp_path):
+    trainer = tiny_trainer(tmp_path, save_every=1, keep_checkpoints=1)
+    write = trainer.processor.save_pretrained
+
+    def fail(folder):
+        if trainer.step in (2, 3):
+            raise OSError("no space left on device")
+        assert trainer.run.saved_steps() == [1]
+        write(folder)
+
+    trainer.train_step(next(trainer.batches.from_step(0, 1)))
+    trainer.save()
+    trainer.processor.save_pretrained = fail
+    trainer.fit()
+    assert trainer.step == 4 and not trainer.save_failed
+    assert sorted(entry.name for entry in trainer.run.checkpoints.iterdir()) == ["latest", "step-00000004"]
+
+
+def test_a_run_knows_that_its_last_checkpoint_failed(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+
+    def fail(folder):
+        raise OSError("no space left on device")
+
+    trainer.processor.save_pretrained = fail
+    trainer.fit()
+    assert trainer.save_failed and trainer.run.saved_steps() == []
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
@@ -196,33 +253,35 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert trainer.run.saved_steps() == [3, 4]
 
 
-def test_a_failed_save_leaves_the_earlier_checkpoint(tmp_path):
-    trainer = tiny_trainer(tmp_path)
-    trainer.save()
-
-    def fail(folder):
-        raise OSError("no space left on device")
-
-    trainer.processor.save_pretrained = fail
-    with pytest.raises(OSError):
-        trainer.save()
-    assert trainer.run.saved_steps() == [0]
-    assert [entry.name for entry in trainer.run.checkpoints.iterdir()] == ["step-00000000"]
-
-
-def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path):
-    trainer = tiny_trainer(tmp_path)
+def test_updates_that_are_not_finite_are_left_out_until_there_are_too_many(tmp_path):
+    trainer = tiny_trainer(tmp_path, steps=8, not_finite_limit=2)
     parameter = trainer.raw_model.lm_head.weight
-    parameter.register_hook(lambda gradient: gradient * float("nan"))
-    before = parameter.detach().clone()
-    with pytest.raises(FloatingPointError, match="step 1"):
-        trainer.train_step(next(trainer.batches.from_step(0, 1)))
-    assert torch.equal(parameter, before)
+    parameter.register_hook(lambda gradient: gradient * (float("nan") if trainer.step >= 2 else 1))
+    after = {}
+    train_step = trainer.train_step
+
+    def remember(batches):
+        figures = train_step(batches)
+        after[trainer.step] = {n: v.detach().clone() for n, v in trainer.raw_model.named_parameters()}
+        return figures
+
+    trainer.train_step = remember
+    with pytest.raises(NotFiniteError, match="3 steps in a row, up to step 5"):
+        trainer.fit()
+    assert_equal_parameters(after[2], after[5], rtol=0, atol=0)
+    rows = read_metrics(trainer.run.metrics)[0]
+    assert [(row["event"], row["skipped_steps"]) for row in rows[1:]] == [
+        (None, 0),
+        ("not_finite", 1),
+        ("not_finite", 2),
+        ("not_finite", 3),
+    ]
+    assert trainer.run.saved_steps() == [5]
 
 
 def test_evaluation_comes_at_intervals_and_at_the_end(tmp_path):
     trainer = tiny_trainer(tmp_path, steps=5)
-    trainer.evaluate, trainer.evaluate_every = lambda model: {"eval/loss_text": 1.0}, 2
+    trainer.evaluate, trainer.evaluate_every = lambda model, stops: {"eval/loss_text": 1.0}, 2
     trainer.fit()
     assert [row["step"] for row in read_metrics(trainer.run.metrics)[1]] == [2, 4, 5]
 
@@ -272,9 +331,11 @@ def test_a_folder_with_another_run_is_refused_until_told_otherwise(tmp_path):
     (tmp_path / "config.yaml").write_text("{}")
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     run = RunFolder(tmp_path)
-    with pytest.raises(ConfigError, match="train.resume=true.*train.overwrite=true"):
+    with pytest.raises(ConfigError, match="train.resume=auto.*train.overwrite=true"):
         run.claim(resume=False, overwrite=False)
-    run.claim(resume=True, overwrite=False)
+    with pytest.raises(ConfigError, match="train.resume=true.*has no checkpoint"):
+        run.claim(resume=True, overwrite=False)
+    run.claim(resume="auto", overwrite=False)
     assert run.metrics.exists()
     run.claim(resume=False, overwrite=True)
     assert not list(tmp_path.iterdir())
@@ -300,5 +361,5 @@ def test_an_output_folder_that_is_a_file_is_refused(tmp_path):
 def test_the_configuration_survives_a_checkpoint(tmp_path):
     trainer = tiny_trainer(tmp_path, model=tiny_model("hybrid"))
     trainer.save()
-    config = load_model(str(trainer.run.checkpoint(0))).config
+    config = read_model(trainer.run.checkpoint(0)).config
     assert config.moe_towers == tiny_config("hybrid").moe_towers

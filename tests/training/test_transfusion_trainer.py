@@ -1,21 +1,19 @@
 """Both objectives in one step: what is counted, what the loss is, and that a step depends on nothing but its rows."""
 
-import os
 import signal
-import socket
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from training.config import ConfigError
+from training.consolidate import read_model
 from training.data import collate
 from training.metrics import read_metrics
-from training.models import load_model
 from training.objectives import count_targets, objective_names
-from training.trainer import Interrupted
+from training.safeguards import Interrupted
 
+from .ranks import assert_same_but_for_rounding, go_on, largest_difference
 from .tiny_transfusion import (
     BOI,
     EOI,
@@ -26,10 +24,6 @@ from .tiny_transfusion import (
     tiny_model,
     transfusion_trainer,
 )
-
-
-# After four updates in float32, relative to the size of a parameter.
-ROUNDING = 5e-6
 
 
 def batch_of(numbers, config=None, **options):
@@ -47,11 +41,6 @@ def parameters_after(folder, **options) -> dict[str, torch.Tensor]:
     trainer = transfusion_trainer(folder, **options)
     trainer.fit()
     return parameters_of(trainer)
-
-
-def largest_difference(left, right) -> float:
-    """Over all parameters, relative to the size of each."""
-    return max(float((value - right[name]).norm() / value.norm()) for name, value in left.items())
 
 
 # ----------------------------------------------------------------------------------------------------- counts and loss
@@ -148,40 +137,7 @@ def test_any_split_into_micro_batches_takes_the_same_trajectory(tmp_path):
     for accumulation in (2, 4):
         folder = tmp_path / str(accumulation)
         split = parameters_after(folder, rows=4 // accumulation, accumulation=accumulation)
-        assert largest_difference(whole, split) < ROUNDING
-
-
-def _train_as_a_rank(rank, port, folder):
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    os.environ |= address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
-    trainer = transfusion_trainer(folder / str(rank), rows=2, accumulation=1, ema_decay=0.5)
-    assert trainer.accelerator.num_processes == 2
-    trainer.fit()
-    averages = dict(zip(parameters_of(trainer), trainer.ema.shadow_params, strict=True))
-    torch.save({"parameters": parameters_of(trainer), "averages": averages}, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_ranks_take_the_trajectory_of_one(tmp_path):
-    alone = transfusion_trainer(tmp_path / "alone", rows=4, accumulation=1, ema_decay=0.5)
-    alone.fit()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(_train_as_a_rank, (port, tmp_path), nprocs=2, start_method="spawn")
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for name, value in ranks[0]["parameters"].items():
-        assert torch.equal(value, ranks[1]["parameters"][name])
-    assert largest_difference(parameters_of(alone), ranks[0]["parameters"]) < ROUNDING
-    averages = dict(zip(parameters_of(alone), alone.ema.shadow_params, strict=True))
-    assert largest_difference(averages, ranks[0]["averages"]) < ROUNDING
-    logs = [read_metrics(path)[0] for path in (alone.run.metrics, tmp_path / "0" / "metrics.jsonl")]
-    for one, two in zip(*logs, strict=True):
-        for key in ("loss", "loss_text", "loss_image_diffusion", "grad_norm"):
-            assert one[key] == pytest.approx(two[key], rel=1e-5)
-        for key in ("tokens_text", "elements_image_diffusion"):
-            assert one[key] == two[key]
+        assert_same_but_for_rounding(whole, split)
 
 
 # --------------------------------------------------------------------------------------------------- noise and resume
@@ -230,10 +186,10 @@ def test_a_resumed_run_goes_on_bit_for_bit_its_average_included(tmp_path):
     undisturbed = transfusion_trainer(tmp_path / "a", tiny_model(**dropout), **options)
     undisturbed.fit()
     interrupted_after(tmp_path / "b", 3, model=tiny_model(**dropout), **options)
-    model = load_model(str(tmp_path / "b" / "checkpoints" / "step-00000003")).train()
     torch.rand(5)  # what is drawn elsewhere has no part in it
-    resumed = transfusion_trainer(tmp_path / "b", model, resume=True, **options)
-    resumed.resume()
+    resumed = transfusion_trainer(tmp_path / "b", tiny_model(seed=1, **dropout), resume=True, **options)
+    go_on(resumed)
+    assert resumed.step == 3
     resumed.fit()
     for name, value in parameters_of(undisturbed).items():
         assert torch.equal(value, parameters_of(resumed)[name]), name
@@ -265,21 +221,21 @@ def test_the_average_is_the_plain_recurrence_of_its_definition(tmp_path):
     assert largest_difference(averages, weights) > 1e-3
 
 
-def test_the_average_is_saved_beside_the_weights_of_a_checkpoint(tmp_path):
-    trainer = transfusion_trainer(tmp_path, steps=3, ema_decay=0.9, save_every=3)
+def test_a_checkpoint_gives_folders_of_the_weights_and_of_their_average(tmp_path):
+    trainer = transfusion_trainer(tmp_path / "run", steps=3, ema_decay=0.9)
     trainer.fit()
-    folder = trainer.run.checkpoint(3)
-    saved, averages = load_file(folder / "model.safetensors"), load_file(folder / "ema.safetensors")
+    checkpoint = trainer.run.checkpoint(3)
+    weights, averages = (dict(read_model(checkpoint, average).named_parameters()) for average in (False, True))
     assert set(averages) == set(parameters_of(trainer))
     for (name, value), average in zip(parameters_of(trainer).items(), trainer.ema.shadow_params, strict=True):
-        assert torch.equal(saved[name], value) and torch.equal(averages[name], average)
+        assert torch.equal(weights[name], value) and torch.equal(averages[name], average)
         assert not torch.equal(value, average)
 
 
 def test_evaluation_sees_the_average_and_training_goes_on_from_the_weights(tmp_path):
     trainer, seen = transfusion_trainer(tmp_path, steps=4, ema_decay=0.9), []
 
-    def evaluate(model):
+    def evaluate(model, stops):
         seen.append({name: value.detach().clone() for name, value in model.named_parameters()})
         averages = dict(zip(seen[-1], trainer.ema.shadow_params, strict=True))
         assert all(torch.equal(value, averages[name]) for name, value in seen[-1].items())
@@ -293,24 +249,13 @@ def test_evaluation_sees_the_average_and_training_goes_on_from_the_weights(tmp_p
     assert all(torch.equal(value, without[name]) for name, value in parameters_of(trainer).items())
 
 
-def test_a_run_without_an_average_cannot_be_resumed_with_one(tmp_path):
-    trainer = transfusion_trainer(tmp_path, steps=2, save_every=2)
-    trainer.fit()
-    model = load_model(str(trainer.run.checkpoint(2)))
-    with pytest.raises(ConfigError, match=r"ema\.safetensors is missing.*train\.ema_decay=null"):
-        transfusion_trainer(tmp_path, model, steps=4, ema_decay=0.9, resume=True).resume()
-
-
-def test_averages_of_other_parameters_are_refused(tmp_path):
-    trainer = transfusion_trainer(tmp_path, steps=2, save_every=2, ema_decay=0.9)
-    trainer.fit()
-    path = trainer.run.checkpoint(2) / "ema.safetensors"
-    averages = load_file(path)
-    averages["somebody.elses"] = averages.pop("lm_head.weight")
-    save_file(averages, path)
-    model = load_model(str(trainer.run.checkpoint(2)))
-    with pytest.raises(ConfigError, match="averages of other parameters"):
-        transfusion_trainer(tmp_path, model, steps=4, ema_decay=0.9, resume=True).resume()
+def test_an_average_that_a_checkpoint_does_not_hold_begins_with_the_next_update(tmp_path):
+    transfusion_trainer(tmp_path, steps=2).fit()
+    resumed = transfusion_trainer(tmp_path, tiny_model(seed=1), steps=3, ema_decay=0.9, resume=True)
+    go_on(resumed)
+    resumed.fit()
+    for value, average in zip(parameters_of(resumed).values(), resumed.ema.shadow_params, strict=True):
+        torch.testing.assert_close(value, average, rtol=1e-6, atol=1e-7)
 
 
 # ------------------------------------------------------------------------------------------------------------ training

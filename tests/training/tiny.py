@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from accelerate.state import AcceleratorState
 
 from modeling_mot import MoTConfig, MoTForCausalLM
 from training.batches import StepBatches
 from training.data import collate
+from training.distributed import build_accelerator, is_sharding, shard_model, spread_weights
 from training.optimization import OptimizerConfig, build_optimizer
 from training.run_folder import RunFolder
 from training.train_config import TrainConfig
@@ -79,6 +80,16 @@ class MadeUpStream:
         }
 
 
+def sharded(model: MoTForCausalLM, accelerator: Accelerator) -> MoTForCausalLM:
+    with init_empty_weights(include_buffers=False):
+        empty = type(model)._from_config(model.config, dtype=torch.float32).train()
+    if model.is_gradient_checkpointing:
+        empty.gradient_checkpointing_enable()
+    empty = shard_model(accelerator, empty)
+    spread_weights(empty, model if accelerator.is_main_process else None)
+    return empty
+
+
 class NoProcessor:
     """What the trainer asks of a processor: to be saved beside the model."""
 
@@ -86,15 +97,21 @@ class NoProcessor:
         (Path(folder) / "processor_config.json").write_text("{}", encoding="utf-8")
 
 
-def tiny_trainer(folder, model=None, stream=None, precision="no", optimizer=None, **train) -> Trainer:
-    """A trainer in one process on the CPU; `train` are fields of TrainConfig."""
+def tiny_trainer(folder, model=None, stream=None, precision="float32", optimizer=None, **train) -> Trainer:
+    """A trainer on the CPU, of one process or of those that the environment tells of; `train` are fields of TrainConfig.
+
+    Where it is sharded, the model is one without weights that gets those of the main process."""
     config = TrainConfig(**({"steps": 4, "rows": 2, "progress_bar": False, "output_dir": str(folder)} | train))
     optimizer_config = optimizer or OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2)
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    accelerator = build_accelerator(precision, cpu=True)
     model = model or tiny_model()
+    if is_sharding(accelerator):
+        model = sharded(model, accelerator)
     run = RunFolder(folder)
-    run.claim(config.resume, config.overwrite)
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            run.claim(config.resume, config.overwrite)
 
     batch = partial(collate, config=model.config, noise_seed=config.seed)
     shares = accelerator.process_index, accelerator.num_processes
