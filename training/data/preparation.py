@@ -24,6 +24,8 @@ from tqdm import tqdm
 from .batch_tokenizer import BatchTokenizer
 from .chunks import build_table, table_schema, write_chunk, write_whole, written_chunks
 from .columns import Vocabulary
+from .config import SourceConfig
+from .sources import Source
 
 
 logger = logging.getLogger(__name__)
@@ -96,6 +98,7 @@ def prepare(
             return
         partial = place.with_name(f"{place.name}.partial")
         partial.mkdir(exist_ok=True)
+        warn_of_change(place, tokenizer.source)
         if not (partial / "meta.json").is_file():
             images = None if not tokenizer.continuous else "pixels" if vae is None else "latents"
             work = Preparation(partial, tokenizer, images, vae)
@@ -214,6 +217,8 @@ def _finish(work: Preparation, fingerprint: str) -> None:
         )
     meta = {
         "fingerprint": fingerprint,
+        "source": source.fingerprint,
+        "origin": origin_of(source.config),
         "records": sum(chunk["records"] for chunk in chunks),
         "tokens": tokens,
         "skipped": skipped,
@@ -226,6 +231,35 @@ def _finish(work: Preparation, fingerprint: str) -> None:
     write_whole(work.folder / "meta.json", json.dumps(meta, indent=1).encode())
     if skipped:
         logger.warning("source %r: left out %s", source.config.name, skipped)
+
+
+def origin_of(config: SourceConfig) -> dict:
+    """Where a source comes from, whatever is there."""
+    return {name: getattr(config, name) for name in ("path", "config", "split", "revision", "limit", "match")}
+
+
+def warn_of_change(place: Path, source: Source) -> None:
+    """Say so when a source is prepared again because its files are others than when it was prepared last."""
+    prefix = place.name.rpartition("-")[0]
+    notes = sorted(place.parent.glob(f"{prefix}-*/meta.json"), key=lambda path: path.stat().st_mtime)
+    for path in reversed(notes):
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if meta.get("origin") != origin_of(source.config):
+            continue
+        if meta["source"] != source.fingerprint:
+            gone, new = (
+                sorted(set(a) - set(b)) for a, b in ((meta["shards"], source.shards), (source.shards, meta["shards"]))
+            )
+            details = [f"gone: {', '.join(gone[:5])}"] * bool(gone) + [f"new: {', '.join(new[:5])}"] * bool(new)
+            logger.warning(
+                "source %r (%s) is not what it was when %s was prepared (%d records%s); preparing it anew",
+                source.config.name,
+                source.config.path,
+                path.parent.name,
+                meta["records"],
+                "".join(f"; {d}" for d in details),
+            )
+        return
 
 
 def _nothing() -> dict:

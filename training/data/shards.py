@@ -234,11 +234,12 @@ def _webdataset(file, limits: Limits) -> Iterator[dict | ValueError]:
             members[match[2].lower()] = archive.extractfile(member).read()
         else:
             members.clear()
-    if key is not None:
-        yield _webdataset_record(key, members, problem)
+    # tarfile takes a header that is cut short for the end; what came last may then lack members.
     file.seek(archive.offset)
     if len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
         raise tarfile.ReadError("the archive has no end")
+    if key is not None:
+        yield _webdataset_record(key, members, problem)
 
 
 def _escape(member: tarfile.TarInfo) -> str | None:

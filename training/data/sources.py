@@ -245,6 +245,7 @@ def _open_dataset(config: SourceConfig, path: Path) -> Source:
         described["dataset"] = [config.path, _hub_commit(config)] if streamed else records._fingerprint
         roots = [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
     if streamed:
+        described["shards"] = records.num_shards  # records have other numbers
         return Source(config, StreamedDataset(records), None, _digest(described), roots=roots)
     return Source(config, records, len(records), _digest(described), roots=roots)
 

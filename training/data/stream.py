@@ -252,7 +252,14 @@ class RowStream:
         with self._counting:
             block, number = self.locate(index)
             documents = self.draws_before(block)
-            return {"row": index, "block": block, "row_in_block": number, "documents": documents.tolist()}
+        prints = {source.config.name: source.fingerprint[:16] for source in self.sources}
+        return {
+            "row": index,
+            "block": block,
+            "row_in_block": number,
+            "documents": documents.tolist(),
+            "sources": prints,
+        }
 
     def restore(self, position: dict) -> None:
         """Count from a `position` on, so that rows from there are found without counting all blocks before.
@@ -263,8 +270,16 @@ class RowStream:
             position: of a stream of the same configuration and sources.
 
         Raises:
-            ValueError: a position of another mixture.
+            ValueError: a position of another mixture, or of sources that are not what they were, by name.
         """
+        for source in self.sources:
+            before = position["sources"].get(source.config.name)
+            if before not in (None, source.fingerprint[:16]):
+                raise ValueError(
+                    f"source {source.config.name!r} ({source.config.path}) is not what it was at row {position['row']}: "
+                    f"its {len(source)} prepared records have fingerprint {source.fingerprint[:16]}, then {before}; "
+                    "bring its files and settings back, or begin another run"
+                )
         block, documents = position["block"], np.array(position["documents"], dtype=np.int64)
         drawn = block * self.block_documents
         if len(documents) != len(self.sources) or documents.sum() != drawn:
