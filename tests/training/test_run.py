@@ -56,7 +56,7 @@ def finished(place):
 def test_a_run_leaves_the_promised_files(finished):
     folder, _ = finished
     expected = {
-        "config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "final", "samples", "samples.html",
+        "config.yaml", "manifest.json", "metrics.jsonl", "checkpoints", "final", "samples", "samples.html",
         "samples.png", "losses.png", "summary.json",
     }  # fmt: skip
     assert {entry.name for entry in folder.iterdir()} == expected
@@ -85,7 +85,7 @@ def test_the_resolved_configuration_repeats_the_run(finished, place):
 
 
 def test_the_environment_is_written_without_environment_variables(finished):
-    facts = json.loads((finished[0] / "environment.json").read_text())
+    facts = json.loads((finished[0] / "manifest.json").read_text())
     assert facts["versions"]["torch"] and facts["peak_flops"] > 0 and len(facts["data_fingerprint"]) == 64
     assert "MOT_CACHE" not in json.dumps(facts)
 
@@ -121,7 +121,7 @@ def test_a_second_run_into_the_same_folder_is_refused_and_changes_nothing(finish
     folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert train_here(place, "train.output_dir=whole") == 2
-    assert "train.resume=true" in capsys.readouterr().err
+    assert "train.resume=auto" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
@@ -132,7 +132,7 @@ def test_resuming_a_finished_run_repeats_its_end(finished, place, capsys):
     assert len(read_metrics(folder / "metrics.jsonl")[0]) == 4
 
 
-def test_a_signal_ends_the_run_with_a_usable_checkpoint(place):
+def test_a_signal_ends_the_run_with_a_usable_checkpoint(place, capsys):
     number, folder = signal.SIGTERM, place / "signal"
     endless = ("train.steps=100000", "train.save_every=0", "evaluation.every=0")
     process = train(place, f"train.output_dir={folder.name}", *endless, popen=True)
@@ -143,8 +143,11 @@ def test_a_signal_ends_the_run_with_a_usable_checkpoint(place):
     _, printed = process.communicate(timeout=60)
     assert process.returncode == 128 + number, printed
     last = read_metrics(folder / "metrics.jsonl")[0][-1]["step"]
-    assert [entry.name for entry in (folder / "checkpoints").iterdir()] == [f"step-{last:08d}"]
-    more = ("train.resume=true", f"train.steps={last + 2}", "samples.enabled=false")
+    assert sorted(entry.name for entry in (folder / "checkpoints").iterdir()) == ["latest", f"step-{last:08d}"]
+    longer = ("train.resume=auto", f"train.steps={last + 2}", "samples.enabled=false")
+    assert train_here(place, f"train.output_dir={folder.name}", *longer) == 2
+    assert f"train.steps was 100000, is {last + 2}" in capsys.readouterr().err
+    more = (*longer, "train.resume_despite=[train.steps]")
     assert train_here(place, f"train.output_dir={folder.name}", *more) == 0
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")[0]] == list(range(1, last + 3))
 

@@ -115,7 +115,7 @@ def finished(place):
 
 def test_a_run_leaves_the_promised_files(finished):
     expected = {
-        "config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "final", "samples", "samples.html",
+        "config.yaml", "manifest.json", "metrics.jsonl", "checkpoints", "final", "samples", "samples.html",
         "samples.png", "losses.png", "summary.json",
     }  # fmt: skip
     assert {entry.name for entry in finished.iterdir()} == expected
@@ -134,27 +134,35 @@ def test_the_summary_has_figures_of_both_objectives_and_of_the_samples(finished)
     assert samples["drawn"] == 6 and samples["held_out_drawn"] == 2 and samples["gallery_size"] == 2 * 16
     for key in ("drawn_psnr", "reconstructed_psnr", "held_out_drawn_psnr", "held_out_reconstructed_psnr"):
         assert 0 < samples[key] < 60
-    facts = json.loads((finished / "environment.json").read_text())
+    facts = json.loads((finished / "manifest.json").read_text())
     assert facts["total_parameters"] > facts["active_parameters"]
     assert facts["forward_flops_per_token"]["image"] > facts["forward_flops_per_token"]["text"]
 
 
+def stored_tensors(checkpoint) -> dict[str, dict[str, torch.Tensor]]:
+    """What one process has written of a checkpoint: model, optimizer and average, each by the parameters' names."""
+    tensors = {"model": {}, "optimizer": {}, "average": {}}
+    for file in (checkpoint / "state").iterdir():
+        for name, value in load_file(file).items():
+            kind, _, rest = name.partition(".")
+            tensors[kind][rest] = value
+    return tensors
+
+
 def test_the_vae_is_neither_trained_nor_averaged_and_saved_with_the_model(finished, place):
     vae = load_file(place / "vae" / "diffusion_pytorch_model.safetensors")
-    for folder in (finished / "checkpoints" / "step-00000003", finished / "final"):
-        saved = load_file(folder / "model.safetensors")
-        assert {name for name in saved if name.startswith("vae.")} == {f"vae.{name}" for name in vae}
-        assert all(torch.equal(saved[f"vae.{name}"], value) for name, value in vae.items())
-    for file in ("optimizer", "ema"):
-        stored = load_file(finished / "checkpoints" / "step-00000003" / f"{file}.safetensors")
-        assert stored and not any("vae." in name for name in stored)
+    saved = load_file(finished / "final" / "model.safetensors")
+    assert {name for name in saved if name.startswith("vae.")} == {f"vae.{name}" for name in vae}
+    assert all(torch.equal(saved[f"vae.{name}"], value) for name, value in vae.items())
+    stored = stored_tensors(finished / "checkpoints" / "step-00000003")
+    assert {kind for kind, names in stored.items() if any("vae." in name for name in names)} == {"model"}
     loaded = load_model(str(finished / "final"))
     assert all(torch.equal(loaded.vae.state_dict()[name], value) for name, value in vae.items())
     assert not any(parameter.requires_grad for parameter in loaded.vae.parameters())
 
 
 def test_the_saved_configuration_knows_the_vae_and_the_caption_dropout(finished):
-    for folder in (finished / "checkpoints" / "step-00000001", finished / "final"):
+    for folder in (finished / "checkpoints" / "step-00000001" / "pretrained", finished / "final"):
         config = json.loads((folder / "config.json").read_text())
         assert config["vae_config"]["_class_name"] == "AutoencoderKL" and config["vae_config"]["scaling_factor"] == 3.0
         assert config["caption_dropout"] == 0.2 and config["latent_size"] == [8, 8]
@@ -163,8 +171,8 @@ def test_the_saved_configuration_knows_the_vae_and_the_caption_dropout(finished)
 
 def test_the_final_folder_holds_the_average(finished):
     final = load_file(finished / "final" / "model.safetensors")
-    folder = finished / "checkpoints" / "step-00000003"
-    averages, weights = load_file(folder / "ema.safetensors"), load_file(folder / "model.safetensors")
+    stored = stored_tensors(finished / "checkpoints" / "step-00000003")
+    averages, weights = stored["average"], stored["model"]
     assert {name for name in final if not name.startswith("vae.")} == set(averages)
     for name, average in averages.items():
         assert torch.equal(final[name], average) and not torch.equal(average, weights[name])
@@ -219,7 +227,7 @@ def test_a_resumed_run_ends_bit_for_bit_where_the_whole_one_does(finished, place
 def test_another_vae_ends_a_resumed_run_before_it_goes_on(finished, place, capsys):
     words = ("train.output_dir=whole", "train.resume=true", "train.steps=4", "model.transfusion.vae=other-vae")
     assert train(place, *words) == 2
-    assert "data_fingerprint" in capsys.readouterr().err
+    assert "model.transfusion.vae was 'vae', is 'other-vae'" in capsys.readouterr().err
 
 
 def test_fine_tuning_begins_with_the_weights_and_the_vae_of_the_checkpoint(finished, place):
