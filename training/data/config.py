@@ -222,7 +222,7 @@ class DataConfig:
     block_documents: int | None = option(
         None,
         "documents that are mixed and packed together; more: fuller rows; null: 1,024 or, for rows of more than 1,024 "
-        "tokens, as many as make 128 rows",
+        "tokens, as many as make 256 rows",
     )
     replaced_codes: float = option(
         0.0, "most of a document's picture codes and speech units that the input has random ones for; targets stay"

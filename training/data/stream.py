@@ -338,7 +338,7 @@ class RowStream:
 
 def _block_documents(row_length: int, mean_length: float) -> int:
     """Documents of a block. Its last row is half empty on average, so a block of few long rows would waste much."""
-    return 1024 if row_length <= 1024 else max(1024, math.ceil(128 * row_length / mean_length))
+    return 1024 if row_length <= 1024 else max(1024, math.ceil(256 * row_length / mean_length))
 
 
 def check_row_length(source: TokenizedSource, row_length: int, clean_copies: bool = False) -> None:

@@ -296,3 +296,35 @@ def test_threads_that_ask_at_once_find_the_same_rows(prepare, pair_source, text_
         found = list(threads.map(stream.row, [*range(0, 120, 2), *range(119, 0, -2)]))
     for row, index in zip(found, [*range(0, 120, 2), *range(119, 0, -2)], strict=True):
         assert np.array_equal(row["input_ids"], walked[index]["input_ids"])
+
+
+def test_long_rows_of_carried_text_and_pictures_are_filled(carried, processor, data_config, tmp_path):
+    from training.data import DataConfig, SourceConfig, prepare_sources
+
+    pairs = [TemplateConfig(["text:name", "image:image"])]
+    definitions = [TemplateConfig(["text:{word}: {definition}"])]
+    config = DataConfig(
+        row_length=4096,
+        cache_dir=str(tmp_path),
+        sources=[
+            SourceConfig("emoji", "carried", pairs, config="emoji", limit=64, weight=0.85),
+            SourceConfig("definitions", "carried", definitions, config="definitions", limit=640, weight=0.15),
+        ],
+    )
+    assert RowStream(config, prepare_sources(config, processor)).report(blocks=3)["fill_rate"] >= 0.99
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_long_rows_of_heavy_tailed_lengths_are_filled(seed):
+    from training.data.packing import pack
+    from training.data.stream import _block_documents
+
+    random = np.random.default_rng(seed)
+    # A Pareto tail without a mean to speak of, and pictures of 258 tokens with their captions.
+    texts = (60 * (random.pareto(1.2, 20_000) + 1)).astype(int)
+    pictures = 258 + random.geometric(0.05, 10_000)
+    lengths = random.permutation(np.concatenate([texts, pictures]))
+    lengths = lengths[: _block_documents(4096, lengths.mean())]
+    rows = pack(lengths, 4096)
+    assert sum(piece.stop - piece.start for row in rows for piece in row) == lengths.sum()
+    assert lengths.sum() / (4096 * len(rows)) >= 0.99
