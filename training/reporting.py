@@ -47,9 +47,10 @@ def draw_loss(axes: Axes, curve: tuple[np.ndarray, np.ndarray], window: int, col
 
 
 def draw_held_out(axes: Axes, curve: tuple[np.ndarray, np.ndarray], colour: str, label: str = "") -> None:
-    """A held-out curve, (places, losses): a point for each evaluation."""
+    """A held-out curve, (places, losses): a point for each evaluation, as long as there is room for points."""
     if len(curve[0]):
-        style = {"marker": "o", "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.7}
+        dots = {"marker": "o", "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.7}
+        style = dots if len(curve[0]) <= 40 else {}
         axes.plot(*curve, color=colour, linewidth=1, linestyle="--", label=label, **style)
 
 

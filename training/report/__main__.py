@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 
 from training.config import ConfigError
-from training.report.figures import View, draw_figures
+from training.report.figures import View, draw_pictures
 from training.report.output import ReportFolder
-from training.report.page import png_of, write_page
+from training.report.page import write_page
 from training.report.runs import AXES, read_runs
 from training.report.tables import compare, percent
 
@@ -38,10 +38,12 @@ def report(folders: Sequence[str], output: str, smooth: int | None, axis: str, o
     """
     runs = read_runs(folders)
     folder = ReportFolder(output, overwrite)
+    if any(run.path == folder.path.resolve() for run in runs):
+        raise ConfigError(f"--output {output} is the folder of a run; give another, such as {output}/report")
     # As of the pictures that a run makes of itself.
     view = View(axis, smooth or max(1, max(len(run.training) for run in runs) // 40))
     figures = compare(runs, view.window)
-    pictures = {name: png_of(figure) for name, figure in draw_figures(runs, view).items()}
+    pictures = draw_pictures(runs, view)
     page = write_page(runs, figures, pictures, view)
     files = {"report.html": page.encode(), **{f"{name}.png": picture for name, picture in pictures.items()}}
     folder.write(files, figures)

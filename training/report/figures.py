@@ -3,6 +3,7 @@
 One run, one colour, in every panel. A panel that no run has anything for is left out, and so is a figure without panels.
 """
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,9 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
-from training.metrics import series
-from training.report.runs import AXES, EVENTS, Run, held_out
-from training.report.step_matching import loss_curves, match_steps, matched_curve
+from training.report.runs import AXES, EVENTS, Run
+from training.report.step_matching import StepMatch, loss_curves, match_steps, matched_curve
 from training.report.tables import objectives_of
 from training.reporting import HELD_OUT_COLOUR, draw_held_out, draw_loss, frame_losses, loss_unit, thinned
 
@@ -23,9 +23,10 @@ from training.reporting import HELD_OUT_COLOUR, draw_held_out, draw_loss, frame_
 # Okabe and Ito's, told apart by colour-blind eyes too, without the yellow that white paper swallows.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 
+_PLAIN = FuncFormatter(lambda value, place: f"{value:.3g}")
 _PERCENT = FuncFormatter(lambda share, place: f"{100 * share:g} %")
 _MARKERS = {"not_finite": "X", "spike": "^", "spike_skipped": "v", "resumed": "|"}
-_MARK_LABELS = {**EVENTS, "resumed": "resumed"}
+
 _STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
     "axes.edgecolor": "#888888", "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -50,8 +51,8 @@ def colour_of(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def draw_figures(runs: Sequence[Run], view: View) -> dict[str, Figure]:
-    """Figures by name: `losses`, `step_matching` (of several runs), `gradients`, `speed`, `resources`."""
+def draw_pictures(runs: Sequence[Run], view: View) -> dict[str, bytes]:
+    """PNGs by name: `losses`, `step_matching` (of several runs), `gradients`, `speed`, `resources`."""
     objectives = objectives_of(runs)
     towers = list(dict.fromkeys(tower for run in runs for tower in run.towers))
     losses = [(objective, _losses(runs, view, objective)) for objective in objectives]
@@ -61,7 +62,7 @@ def draw_figures(runs: Sequence[Run], view: View) -> dict[str, Figure]:
         (f"Gradient norm, {tower}", _curve(runs, view, f"grad_norm_{tower}", unit="before clipping", log=True))
         for tower in towers
     ]
-    gradients += [("Learning rate", _curve(runs, view, "lr", unit="learning rate", mean=False))]
+    gradients += [("Learning rate", _curve(runs, view, "lr", unit="learning rate", formatter=_PLAIN, mean=False))]
     speed = [
         ("Throughput", _curve(runs, view, "tokens_per_second", unit="tokens/s", formatter=EngFormatter(sep=""))),
         ("MFU", _curve(runs, view, "mfu", unit="share of the peak", formatter=_PERCENT)),
@@ -72,12 +73,10 @@ def draw_figures(runs: Sequence[Run], view: View) -> dict[str, Figure]:
         ("Memory", _curve(runs, view, _memory, unit="GiB, the most so far", mean=False)),
         ("Updates left out", _curve(runs, view, _skipped, unit="so far", mean=False)),
     ]
-    matching = [
-        (f"{objective}, {split}", _matching(runs, view, objective, split))
-        for split in ("training", "held out")
-        for objective in objectives
-        if len(runs) > 1
-    ]
+    matches: dict[tuple[str, str], list[StepMatch]] = {}
+    for match in sorted(match_steps(runs, view.window), key=lambda match: match.split != "training"):
+        matches.setdefault((match.objective, match.split), []).append(match)
+    matching = [(f"{objective}, {split}", _matching(runs, view, of)) for (objective, split), of in matches.items()]
     groups = {
         "losses": losses,
         "step_matching": matching,
@@ -85,14 +84,14 @@ def draw_figures(runs: Sequence[Run], view: View) -> dict[str, Figure]:
         "speed": speed,
         "resources": resources,
     }
-    drawn = {name: _figure(runs, view, name, panels) for name, panels in groups.items()}
-    return {name: figure for name, figure in drawn.items() if figure is not None}
+    drawn = {name: _draw(runs, view, name, panels) for name, panels in groups.items()}
+    return {name: picture for name, picture in drawn.items() if picture is not None}
 
 
 # ---------------------------------------------------------------------------------------------------- laying panels out
 
 
-def _figure(runs: Sequence[Run], view: View, name: str, panels: Sequence[Panel]) -> Figure | None:
+def _draw(runs: Sequence[Run], view: View, name: str, panels: Sequence[Panel]) -> bytes | None:
     with rc_context(_STYLE):
         filled = [(title, draw) for title, draw in panels if draw(Figure().subplots())]
         if not filled:
@@ -111,9 +110,9 @@ def _figure(runs: Sequence[Run], view: View, name: str, panels: Sequence[Panel])
             axes.remove()
         handles = _legend(runs, view, name)
         figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 5))
-        # Laid out here, or the style of the caller's time would be that of the text.
-        figure.canvas.draw()
-        return figure
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=160)
+        return picture.getvalue()
 
 
 def _legend(runs: Sequence[Run], view: View, name: str) -> list[Line2D]:
@@ -121,18 +120,18 @@ def _legend(runs: Sequence[Run], view: View, name: str) -> list[Line2D]:
     handles = [Line2D([], [], color=colour_of(index), linewidth=3, label=_plain(run.name)) for index, run in runs_of]
     if name == "step_matching":
         handles.append(Line2D([], [], color="#999999", linestyle=":", label="as many steps as " + _plain(runs[0].name)))
-    elif name != "resources":
+    elif name != "resources" and view.window > 1:
         handles.append(Line2D([], [], color="#666666", linewidth=0.8, alpha=0.5, label="each step"))
         handles.append(Line2D([], [], color="#666666", linewidth=1.5, label=f"mean of {view.window} steps"))
     if name == "losses":
-        if any(len(held_out(run, objective)[0]) for run in runs for objective in run.objectives):
+        if any(len(run.held_out(objective)[0]) for run in runs for objective in run.objectives):
             colour = HELD_OUT_COLOUR if len(runs) == 1 else "#666666"
             handles.append(Line2D([], [], color=colour, marker="o", markersize=4.5, linestyle="--", label="held out"))
         present = {event for run in runs for _, event in run.events}
         for event, marker in _MARKERS.items():
             if event in present:
                 style = {"color": "none", "marker": marker, "markerfacecolor": "#333333", "markeredgecolor": "#333333"}
-                handles.append(Line2D([], [], label=_MARK_LABELS[event], **style))
+                handles.append(Line2D([], [], label=EVENTS[event], **style))
     return handles
 
 
@@ -141,11 +140,12 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _finish(axes: Axes, view: View, unit: str) -> None:
+def _finish(axes: Axes, runs: Sequence[Run], view: View, unit: str) -> None:
+    end = max(float(run.places(view.axis, run.steps[-1:])[0]) for run in runs)
+    axes.set_xlim(-0.02 * end, 1.02 * end)
     axes.set(xlabel=AXES[view.axis], ylabel=unit)
     axes.xaxis.set_major_formatter(EngFormatter(sep="") if view.axis != "hours" else axes.xaxis.get_major_formatter())
     axes.locator_params(axis="x", nbins=6)
-    axes.margins(x=0.02)
 
 
 # --------------------------------------------------------------------------------------------------- what panels show
@@ -155,22 +155,22 @@ def _losses(runs: Sequence[Run], view: View, objective: str) -> Callable[[Axes],
     def draw(axes: Axes) -> bool:
         training, evaluated = [], []
         for index, run in enumerate(runs):
-            steps, values = series(run.training, f"loss_{objective}")
+            steps, values = run.curve(f"loss_{objective}")
             draw_loss(axes, (run.places(view.axis, steps), values), view.window, colour_of(index))
-            held_steps, held_values = held_out(run, objective)
+            held_steps, held_values = run.held_out(objective)
             colour = HELD_OUT_COLOUR if len(runs) == 1 else colour_of(index)
             draw_held_out(axes, (run.places(view.axis, held_steps), held_values), colour)
             training.append(values)
             evaluated.append(held_values)
         frame_losses(axes, training, evaluated)
-        _mark_events(axes, runs, view)
-        _finish(axes, view, loss_unit(objective))
+        mark_events(axes, runs, view)
+        _finish(axes, runs, view, loss_unit(objective))
         return any(map(len, training)) or any(map(len, evaluated))
 
     return draw
 
 
-def _mark_events(axes: Axes, runs: Sequence[Run], view: View) -> None:
+def mark_events(axes: Axes, runs: Sequence[Run], view: View) -> None:
     """Along the top, not on the curve: the loss of such a step may lie outside the panel, or be no number."""
     for index, run in enumerate(runs):
         for event, marker in _MARKERS.items():
@@ -212,8 +212,8 @@ def _curve(
         if formatter is not None:
             axes.yaxis.set_major_formatter(formatter)
         if marked:
-            _mark_events(axes, runs, view)
-        _finish(axes, view, unit)
+            mark_events(axes, runs, view)
+        _finish(axes, runs, view, unit)
         return bool(len(values))
 
     return draw
@@ -240,28 +240,32 @@ def _saves(runs: Sequence[Run], view: View) -> Callable[[Axes], bool]:
             axes.vlines(places, 0, seconds[saved], color=colour_of(index), linewidth=1, alpha=0.5)
             axes.plot(places, seconds[saved], "o", markersize=4.5, color=colour_of(index))
         axes.set_ylim(bottom=0)
-        _finish(axes, view, "seconds that training stood still")
+        _finish(axes, runs, view, "seconds that training stood still")
         return found
 
     return draw
 
 
-def _matching(runs: Sequence[Run], view: View, objective: str, split: str) -> Callable[[Axes], bool]:
+def _matching(runs: Sequence[Run], view: View, matches: Sequence[StepMatch]) -> Callable[[Axes], bool]:
+    """The matches of one objective and split."""
+    objective, split = matches[0].objective, matches[0].split
+
     def draw(axes: Axes) -> bool:
         reference = loss_curves(runs[0], objective, view.window)[split]
-        found = [
-            match for match in match_steps(runs, view.window) if (match.objective, match.split) == (objective, split)
-        ]
-        if not found:
-            return False
         indices = {run.name: index for index, run in enumerate(runs)}
-        for line, match in enumerate(found):
+        for line, match in enumerate(matches):
             index = indices[match.run]
             curve = loss_curves(runs[index], objective, view.window)[split]
-            style = {"marker": "o", "markersize": 4} if split == "held out" else {}
-            axes.plot(*matched_curve(reference, curve), color=colour_of(index), linewidth=1.6, **style)
+            axes.plot(*matched_curve(reference, curve), color=colour_of(index), linewidth=1.6, drawstyle="steps-post")
+            if match.step is not None:
+                axes.plot(match.reference_step, match.step, "o", color=colour_of(index), clip_on=False, zorder=3)
             words = "last loss not reached" if match.share is None else f"{match.share:.1%} of the steps"
-            place = {"x": 0.97, "y": 0.05 + 0.08 * (len(found) - 1 - line), "transform": axes.transAxes, "ha": "right"}
+            place = {
+                "x": 0.97,
+                "y": 0.05 + 0.08 * (len(matches) - 1 - line),
+                "transform": axes.transAxes,
+                "ha": "right",
+            }
             axes.text(**place, s=words, color=colour_of(index), fontsize=8.5, backgroundcolor="#ffffffcc")
         last = int(reference[0][-1])
         axes.plot([0, last], [0, last], color="#999999", linestyle=":")

@@ -6,6 +6,7 @@ as it still is what that says; one that somebody changed or put there is not, an
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ class ReportFolder:
 
     def write(self, files: Mapping[str, bytes], figures: Mapping[str, Any]) -> None:
         """Write files and the record of them; those of an earlier report that this one has no more are removed."""
-        foreign = [name for name in files if (self.path / name).exists() and not self._is_own(name)]
-        if (self.path / RECORD).exists() and self.written is None:
+        foreign = [name for name in files if os.path.lexists(self.path / name) and not self._is_own(name)]
+        if os.path.lexists(self.path / RECORD) and self.written is None:
             foreign.append(RECORD)
         if foreign and not self.overwrite:
             raise ConfigError(
@@ -41,7 +42,9 @@ class ReportFolder:
             for name in outdated:
                 (self.path / name).unlink()
             for name, content in files.items():
-                (self.path / name).write_bytes(content)
+                temporary = self.path / f"{name}.tmp"
+                temporary.write_bytes(content)
+                os.replace(temporary, self.path / name)
             hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
             write_json(self.path / RECORD, {"written_by": _WRITER, "files": hashes, **figures})
         except OSError as error:

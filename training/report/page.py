@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
@@ -28,11 +27,12 @@ _EVENT_LIMIT = 50
 
 
 def write_page(runs: Sequence[Run], figures: Mapping[str, Any], pictures: Mapping[str, bytes], view: View) -> str:
-    """HTML of a report: `figures` as `tables.compare` makes them, `pictures` PNGs by name as `draw_figures` does."""
+    """HTML of a report: `figures` as `tables.compare` makes them, `pictures` PNGs by name as `draw_pictures` does."""
     several = len(runs) > 1
     title = f"{len(runs)} training runs" if several else f"Training run {runs[0].name}"
     now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    about = f"Curves over {AXES[view.axis]}, running means over {view.window} steps. Drawn {now}."
+    means = f", running means over {view.window} steps" if view.window > 1 else ""
+    about = f"Curves over {AXES[view.axis]}{means}. Drawn {now}."
     parts = [f"<h1>{_text(title)}</h1><p class=note>{_text(about)}</p>", _at_a_glance(runs, figures)]
     if several:
         parts.append(_at_the_same_step(runs, figures))
@@ -41,7 +41,7 @@ def write_page(runs: Sequence[Run], figures: Mapping[str, Any], pictures: Mappin
         parts.append(f"<h2>{heading}</h2>" + (f"<p class=note>{note}</p>" if note else ""))
         if name == "step_matching":
             parts.append(_step_matching(runs, figures))
-        parts.append(_picture(picture, heading))
+        parts.append(_picture(picture, heading, scale=0.7))
     parts += ["<h2>Runs</h2>" if several else "<h2>The run</h2>"]
     parts += [_run(index, run, is_open=not several) for index, run in enumerate(runs)]
     return _PAGE.format(title=_text(title), body="\n".join(parts))
@@ -137,8 +137,9 @@ def _step_matching(runs: Sequence[Run], figures: Mapping[str, Any]) -> str:
         rows.append([_swatch(index, runs[index]), *cells, reached, f"<b>{percent(match['share']) or '–'}</b>"])
     note = (
         f"How many steps a run needs to first reach the last loss of {_text(reference)}, the run named first, as a share "
-        "of the steps of that one. Below the dotted line a run needs fewer steps than it. Where its loss rises again "
-        "towards the end, as held-out losses do, the share is that of an easier loss than its best: look at the curve."
+        "of the steps of that one: the dots. The lines are the same for the lowest loss that it had had by each step; below "
+        "the dotted one a run needs fewer steps. Where its loss rises towards the end, as held-out losses do, the last is "
+        "an easier loss than its lowest: look at the lines then."
     )
     return f"<p class=note>{note}</p>{_table(heads, rows)}"
 
@@ -155,8 +156,7 @@ def _run(index: int, run: Run, is_open: bool) -> str:
         parts.append(f"<h4>Held out, at step {row['step']:,}</h4>{_table([], rows)}")
     parts.append(f"<h4>Checkpoints</h4><p>{_saves(run)}</p>")
     if run.events:
-        names = {**EVENTS, "resumed": "resumed"}
-        rows = [[f"{step:,}", _text(names.get(event, event))] for step, event in run.events[-_EVENT_LIMIT:]]
+        rows = [[f"{step:,}", _text(EVENTS.get(event, event))] for step, event in run.events[-_EVENT_LIMIT:]]
         which = f", the last {_EVENT_LIMIT} of {len(run.events):,}" if len(run.events) > _EVENT_LIMIT else ""
         parts.append(f"<h4>Events{which}</h4>{_table(['step', 'what'], rows)}")
     if launches := describe_launches(run):
@@ -205,15 +205,10 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<div class=wide><table>{f'<thead><tr>{head}</tr></thead>' if heads else ''}<tbody>{body}</tbody></table></div>"
 
 
-def _picture(png: bytes, words: str) -> str:
-    return f"<img alt='{_text(words)}' src='data:image/png;base64,{base64.b64encode(png).decode('ascii')}'>"
-
-
-def png_of(figure) -> bytes:
-    """A matplotlib figure as PNG, sharp on a screen with two pixels to a point."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160)
-    return buffer.getvalue()
+def _picture(png: bytes, words: str, scale: float = 1.0) -> str:
+    width = round(scale * int.from_bytes(png[16:20], "big"))  # the header of a PNG
+    content = base64.b64encode(png).decode("ascii")
+    return f"<img alt='{_text(words)}' width={width} src='data:image/png;base64,{content}'>"
 
 
 # The policy keeps a reader's browser from fetching anything, whatever a run's texts hold.

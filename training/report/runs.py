@@ -7,7 +7,7 @@ counts), and of one that an earlier version of the project left behind (figures 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,13 @@ from training.metrics import iterate_rows, read_metrics, series
 # What curves can be drawn over, with the label of the axis.
 AXES = {"step": "step", "tokens": "tokens trained on", "flops": "training FLOPs", "hours": "hours of training"}
 
-# `event` of a row, in words.
-EVENTS = {"not_finite": "not finite, update left out", "spike": "loss spike", "spike_skipped": "loss spike, left out"}
+# `event` of a row, and what a launch adds, in words.
+EVENTS = {
+    "not_finite": "not finite, update left out",
+    "spike": "loss spike",
+    "spike_skipped": "loss spike, update left out",
+    "resumed": "resumed",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Run:
     manifest: dict
     config: dict
     problems: list[str]
+    _columns: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     @cached_property
     def steps(self) -> np.ndarray:
@@ -58,12 +64,12 @@ class Run:
     def planned_steps(self) -> int | None:
         return section(self.config, "train").get("steps")
 
-    @property
+    @cached_property
     def objectives(self) -> list[str]:
         """`text`, `image`, ...: what there are losses of, in the order in which the rows name them."""
         return _suffixes(self.training, "loss_")
 
-    @property
+    @cached_property
     def towers(self) -> list[str]:
         """What there are gradient norms of: the towers, and `shared`."""
         return _suffixes(self.training, "grad_norm_")
@@ -75,15 +81,21 @@ class Run:
         return sorted(int(match[1]) for match in found if match)
 
     @property
-    def processes(self) -> int:
-        return section(self.manifest, "world").get("processes") or self.manifest.get("processes") or 1
+    def launches(self) -> list[dict]:
+        """Each time that the run was begun or gone on with, the last of them last."""
+        launches = self.manifest.get("launches")
+        return [launch for launch in launches if isinstance(launch, dict)] if isinstance(launches, list) else []
 
     @property
+    def processes(self) -> int:
+        """Of the last launch."""
+        return section(self.manifest, "world").get("processes") or self.manifest.get("processes") or 1
+
+    @cached_property
     def events(self) -> list[tuple[int, str]]:
         """(step, `event` of its row or "resumed"), by step."""
         flagged = [(row["step"], row["event"]) for row in self.training if row.get("event")]
-        launches = [launch for launch in self.manifest.get("launches") or [] if isinstance(launch, dict)]
-        return sorted(flagged + [(launch["from_step"], "resumed") for launch in launches if launch.get("from_step")])
+        return sorted(flagged + [(start, "resumed") for start in map(_from_step, self.launches) if start])
 
     @property
     def skipped_steps(self) -> int | None:
@@ -92,7 +104,20 @@ class Run:
 
     def column(self, key: str) -> np.ndarray:
         """The values of a key in the training rows, NaN where a row lacks it.  -> (rows,)"""
-        return np.array([np.nan if row.get(key) is None else row[key] for row in self.training], dtype=np.float64)
+        if key not in self._columns:
+            values = [np.nan if row.get(key) is None else row[key] for row in self.training]
+            self._columns[key] = np.array(values, dtype=np.float64)
+        return self._columns[key]
+
+    def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, values) of a key, without the training rows that lack it."""
+        values = self.column(key)
+        known = ~np.isnan(values)
+        return self.steps[known], values[known]
+
+    def held_out(self, objective: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, held-out losses) of an objective."""
+        return series(self.evaluation, f"eval/loss_{objective}")
 
     # ------------------------------------------------------------------------------------- what a step has cost so far
 
@@ -108,9 +133,12 @@ class Run:
 
     @cached_property
     def flops(self) -> np.ndarray:
-        """Training FLOPs of each step, which `mfu` is the share of the peak of.  -> (rows,)"""
+        """Training FLOPs of each step: `mfu` is their share of the peak of all processes.  -> (rows,)"""
+        processes = np.full(len(self.training), float(self.processes))
+        for launch in self.launches:
+            processes[self.steps > _from_step(launch)] = section(launch, "world").get("processes") or self.processes
         peak = self.manifest.get("peak_flops") or np.nan
-        return self.column("mfu") * self.column("step_seconds") * peak * self.processes
+        return self.column("mfu") * self.column("step_seconds") * peak * processes
 
     def places(self, axis: str, steps: np.ndarray) -> np.ndarray:
         """Where these steps lie on an axis of `AXES`: what the run had spent when they were done.
@@ -148,15 +176,15 @@ class Run:
         return {key: float(value) if np.isfinite(value) else None for key, value in figures.items()}
 
 
+def _from_step(launch: dict) -> int:
+    step = launch.get("from_step")
+    return step if isinstance(step, int) else 0
+
+
 def section(tree: dict, key: str) -> dict:
     """A mapping within a mapping; {} where there is none."""
     value = tree.get(key)
     return value if isinstance(value, dict) else {}
-
-
-def held_out(run: Run, objective: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, held-out losses) of an objective."""
-    return series(run.evaluation, f"eval/loss_{objective}")
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
@@ -182,7 +210,10 @@ def _read_run(path: Path, name: str) -> Run:
     training, evaluation = read_metrics(metrics)
     if not training:
         raise ConfigError(f"{metrics} holds no training step yet; try again when the run has done one")
-    written = sum(1 for row in iterate_rows(metrics) if not any(key.startswith("eval/") for key in row))
+    # Up to the last step that was read: the run may have gone on meanwhile.
+    until = training[-1]["step"]
+    rows = (row for row in iterate_rows(metrics) if row["step"] <= until)
+    written = sum(1 for row in rows if not any(key.startswith("eval/") for key in row))
     problems: list[str] = []
     manifest = _read_manifest(path, problems)
     config = _read_config(path, manifest, problems)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.metrics import series, smooth
-from training.report.runs import Run, held_out
+from training.metrics import smooth
+from training.report.runs import Run
 
 
 # A curve is (steps, losses), both (N,), by step.
@@ -54,16 +54,17 @@ def first_steps(curve: Curve, losses: np.ndarray) -> np.ndarray:
 
 
 def matched_curve(reference: Curve, other: Curve) -> Curve:
-    """(steps of the reference, steps of the other to the same loss), wherever the reference reaches a new low."""
+    """(steps of the reference, steps of the other to the lowest loss that the reference has had by then)."""
     steps, losses = reference
-    is_new = np.append(True, losses[1:] < np.minimum.accumulate(losses)[:-1])
-    return steps[is_new], first_steps(other, losses[is_new])
+    return steps, first_steps(other, np.minimum.accumulate(losses))
 
 
 def loss_curves(run: Run, objective: str, window: int) -> dict[str, Curve]:
     """The curves of an objective that are compared, by split."""
-    training = whole_windows(series(run.training, f"loss_{objective}"), window)
-    return {"training": training, "held out": held_out(run, objective)}
+    return {
+        "training": whole_windows(run.curve(f"loss_{objective}"), window),
+        "held out": run.held_out(objective),
+    }
 
 
 def match_steps(runs: Sequence[Run], window: int) -> list[StepMatch]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from training.report.runs import Run, held_out, section
+from training.report.runs import Run, section
 from training.report.step_matching import loss_curves, match_steps
 
 
@@ -14,7 +14,7 @@ def losses_at(run: Run, objective: str, step: int, window: int, held_out_step: i
     """The running mean of the training loss at a step, and the held-out loss of an evaluation."""
     steps, losses = loss_curves(run, objective, window)["training"]
     index = int(np.searchsorted(steps, step, side="right")) - 1
-    held_steps, held = held_out(run, objective)
+    held_steps, held = run.held_out(objective)
     found = np.flatnonzero(held_steps == held_out_step)
     return {
         "training": float(losses[index]) if index >= 0 else None,
@@ -78,7 +78,7 @@ def describe_run(run: Run) -> list[tuple[str, str]]:
         ("distributed", world.get("distributed")),
         ("mesh", " x ".join(f"{name} {size}" for name, size in section(world, "mesh").items())),
         ("device", manifest.get("device")),
-        ("peak of a process", peak and f"{count(peak)} FLOP/s" + (f", {source}" if source else "")),
+        ("peak of a process", peak and count(peak, "FLOP/s") + (f", {source}" if source else "")),
         ("platform", manifest.get("platform")),
         ("threads of a process", manifest.get("cpu_threads")),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
@@ -94,7 +94,6 @@ def describe_run(run: Run) -> list[tuple[str, str]]:
 
 def describe_launches(run: Run) -> list[tuple[str, str, str, str]]:
     """(started, from step, processes, command) of each time the run was begun or gone on with."""
-    launches = [launch for launch in run.manifest.get("launches") or [] if isinstance(launch, dict)]
     return [
         (
             str(launch.get("started", "")),
@@ -102,7 +101,7 @@ def describe_launches(run: Run) -> list[tuple[str, str, str, str]]:
             str(section(launch, "world").get("processes", "")),
             _words(launch.get("command")),
         )
-        for launch in launches
+        for launch in run.launches
     ]
 
 
@@ -113,10 +112,10 @@ def _words(command: Any) -> str:
 # -------------------------------------------------------------------------------------------------- figures in words
 
 
-def count(value: float | None, unit: str = "") -> str:
+def count(value: Any, unit: str = "") -> str:
     """Three digits and a power of a thousand: 13.4 M, 1.25 E; "" of None."""
-    if value is None:
-        return ""
+    if not isinstance(value, (int, float)):
+        return "" if value is None else str(value)
     for power, name in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if abs(value) >= 0.9995 * 10**power:
             return f"{value / 10**power:#.3g}".rstrip(".") + f" {name}{unit}"
