@@ -125,8 +125,9 @@ class Trainer:
             self.seed_forward(index)
             is_last = index == len(micro_batches) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
                 with self.accelerator.autocast():
-                    output = self.model(**send_to_device(batch, self.accelerator.device, non_blocking=True))
+                    output = self.model(**batch, use_cache=False)
                 loss = combine(output.loss_sums, output.z_loss_sum, scales, z_scale)
                 self.accelerator.backward(loss * self.accelerator.num_processes)  # undo the gradient mean over ranks
             sums += torch.stack([output.loss_sums[name].detach().float() for name in self.objectives] + [loss.detach()])

@@ -9,7 +9,7 @@ from training.batches import StepBatches
 from training.config import ConfigError
 from training.consolidate import read_model
 from training.metrics import read_metrics
-from training.models import load_model
+from training.models import load_model, set_up_layers
 from training.objectives import count_targets
 from training.optimization import OptimizerConfig, learning_rate
 from training.run_folder import RunFolder
@@ -363,3 +363,18 @@ def test_the_configuration_survives_a_checkpoint(tmp_path):
     trainer.save()
     config = read_model(trainer.run.checkpoint(0)).config
     assert config.moe_towers == tiny_config("hybrid").moe_towers
+
+
+@pytest.mark.slow
+def test_compiled_layers_take_the_trajectory_of_plain_ones(tmp_path):
+    plain = parameters_after(tmp_path / "a", optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, eps=1e-3))
+    model = tiny_model()
+    set_up_layers(model, checkpointing=False, compiled=True)
+    torch._dynamo.utils.counters.clear()
+    compiled = tiny_trainer(
+        tmp_path / "b", model=model, optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, eps=1e-3)
+    )
+    compiled.fit()
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert_equal_parameters(plain, dict(compiled.raw_model.named_parameters()), rtol=1e-4, atol=1e-6)

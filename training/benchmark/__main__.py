@@ -1,5 +1,5 @@
-"""`python -m training.benchmark {train,sample}`: a MoT's training step beside transformers' Llama of equal active size,
-and drawing by diffusion beside loops that compute whole rows anew."""
+"""`python -m training.benchmark {train,sample,distributed}`: a MoT's training step beside transformers' Llama of equal
+active size, drawing by diffusion beside loops that compute whole rows anew, and sharded processes beside one."""
 
 import argparse
 import json
@@ -12,6 +12,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_mot import MoTConfig, MoTForCausalLM
+from training.benchmark.distributed import time_distributed
 from training.benchmark.sample import time_sample
 from training.devices import keep_freed_memory
 
@@ -106,10 +107,19 @@ def _print_sample(figures: dict) -> None:
     print("memory:", ", ".join(f"{name} {value / 2**20:.0f} MiB" for name, value in figures["peak_bytes"].items()))
 
 
+def _print_distributed(figures: dict) -> None:
+    for name, value in figures["seconds"].items():
+        print(f"{name:22} {value:.3f} s a step, {figures['data_share'][name]:.2%} of it waiting for rows")
+    for name, value in figures["save_seconds"].items():
+        share = value / (figures["save_every"] * figures["seconds"][name])
+        print(f"{name:22} {value:.3f} s a save, {share:.1%} of the time at one in {figures['save_every']} steps")
+    _print_ratios(figures)
+
+
 def _print_ratios(figures: dict) -> None:
     for pair, value in figures["ratio_of_medians"].items():
         low, _, high = figures["ratio_quartiles"][pair]
-        print(f"{pair:18} {value:.3f} of the time (quartiles {low:.3f} to {high:.3f})")
+        print(f"{pair:36} {value:.3f} of the time (quartiles {low:.3f} to {high:.3f})")
 
 
 def main(arguments=None):
@@ -119,9 +129,16 @@ def main(arguments=None):
     train.add_argument("--towers", type=int, default=2, help="towers of the MoT (default: 2)")
     sample = commands.add_parser("sample", help="a picture with guidance, against full recomputation")
     sample.add_argument("--steps", type=int, nargs="+", default=[25], help="denoising steps (default: 25)")
-    for command, rounds in ((train, 20), (sample, 5)):
-        command.add_argument("--size", choices=SIZES, default="small", help="of the models (default: small)")
-        command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+    distributed = commands.add_parser("distributed", help="sharded processes against one, and the cost of saving")
+    distributed.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
+    distributed.add_argument("--steps", type=int, default=20, help="of each run (default: 20)")
+    distributed.add_argument("--save-every", type=int, default=4, help="steps between saves (default: 4)")
+    for command, rounds in ((train, 20), (sample, 5), (distributed, 3)):
+        if command is not distributed:
+            command.add_argument("--size", choices=SIZES, default="small", help="of the models (default: small)")
+            command.add_argument(
+                "--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)"
+            )
         command.add_argument("--rounds", type=int, default=rounds, help=f"timed rounds (default: {rounds})")
         command.add_argument("--json", help="file to write the figures to")
     options = parser.parse_args(arguments)
@@ -129,12 +146,16 @@ def main(arguments=None):
         parser.error("--towers must be at least 1 and --rounds at least 2")
 
     keep_freed_memory()  # as the trainer does, for all contestants alike
-    dtype = getattr(torch, options.dtype)
-    if options.command == "train":
-        figures = time_train(options.size, dtype, options.towers, options.rounds)
+    if options.command == "distributed":
+        if options.ranks < 2 or 20 % options.ranks or options.steps < 8:
+            parser.error("--ranks must be at least 2 and divide the recipe's 20 rows, --steps be at least 8")
+        figures = time_distributed(options.ranks, options.rounds, options.steps, options.save_every)
+        _print_distributed(figures)
+    elif options.command == "train":
+        figures = time_train(options.size, getattr(torch, options.dtype), options.towers, options.rounds)
         _print_train(figures)
     else:
-        figures = time_sample(SIZES[options.size], dtype, options.steps, options.rounds)
+        figures = time_sample(SIZES[options.size], getattr(torch, options.dtype), options.steps, options.rounds)
         _print_sample(figures)
     figures |= {
         "command": vars(options),

@@ -1,0 +1,71 @@
+"""Two sharded processes beside one, and what saving costs: real runs of the training command, side by side."""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from training.metrics import read_metrics
+
+
+TRAINING = Path(__file__).resolve().parents[1]
+RECIPE = TRAINING / "configs" / "emoji.yaml"
+FSDP = TRAINING / "configs" / "accelerate" / "cpu-2-fsdp.yaml"
+WARM_UP = 4
+
+
+def run(folder: Path, ranks: int, steps: int, *words: str) -> list[dict]:
+    """The metrics rows of the default recipe in so many processes, the same rows in a step, a thread for each core."""
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "accelerate.commands.launch", "--config_file", str(FSDP), "--num_processes", str(ranks)]
+    command += [str(TRAINING / "train.py"), str(RECIPE), f"train.output_dir={folder}", f"train.steps={steps}"]
+    command += [f"train.rows={20 // ranks}", "train.cpu=true", "train.progress_bar=false", *words]
+    command += ["samples.enabled=false", "evaluation.rows=0", f"optimizer.warmup_steps={steps // 2}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    return read_metrics(folder / "metrics.jsonl")[0][WARM_UP:]
+
+
+def time_distributed(ranks: int, rounds: int, steps: int, save_every: int) -> dict:
+    """Seconds of a step (median over steps and rounds) of one process, of sharded ones, and of those while they save.
+
+    Returns:
+        dict: `seconds` by contestant, saving included; `ratio_of_medians`, `ratio_quartiles` over rounds; `save_seconds`
+        by way of saving: for how long one save holds up the training; `data_share`: of a step, spent waiting for rows.
+    """
+    saving = f"train.save_every={save_every}"
+    contestants = {
+        "one process": (1, ()),
+        f"{ranks} processes": (ranks, ()),
+        "saving": (ranks, (saving,)),
+        "saving asynchronously": (ranks, (saving, "train.save_asynchronously=true")),
+    }
+    means: dict[str, list[float]] = {name: [] for name in contestants}
+    stalls: dict[str, list[float]] = {name: [] for name in contestants}
+    waits: dict[str, list[float]] = {name: [] for name in contestants}
+    with tempfile.TemporaryDirectory() as scratch:
+        for turn in range(rounds):
+            for name, (processes, words) in contestants.items():
+                rows = run(Path(scratch) / f"{turn}-{name.replace(' ', '-')}", processes, steps, *words)
+                step, stall = ([row[key] for row in rows] for key in ("step_seconds", "checkpoint_seconds"))
+                means[name].append((sum(step) + sum(stall)) / len(rows))
+                stalls[name] += [seconds for seconds in stall if seconds]
+                waits[name].append(sum(row["data_seconds"] for row in rows) / sum(step))
+    many = f"{ranks} processes"
+    pairs = ((many, "one process"), ("saving", many), ("saving asynchronously", many))
+    medians = {name: statistics.median(values) for name, values in means.items()}
+    return {
+        "seconds": medians,
+        "ratio_of_medians": {f"{a}/{b}": medians[a] / medians[b] for a, b in pairs},
+        "ratio_quartiles": {
+            f"{a}/{b}": statistics.quantiles([x / y for x, y in zip(means[a], means[b], strict=True)], n=4)
+            for a, b in pairs
+        },
+        "save_seconds": {name: statistics.median(values) for name, values in stalls.items() if values},
+        "data_share": {name: statistics.median(values) for name, values in waits.items()},
+        "save_every": save_every,
+    }
