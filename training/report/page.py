@@ -180,7 +180,7 @@ def _saves(run: Run) -> str:
         return f"in the folder: {kept}"
     mean, longest = totals["seconds_per_save"], totals["longest_save"]
     return (
-        f"in the folder: {kept}; saved {saves:,} times, training stood still for {mean:.3g} s each time on average, "
+        f"in the folder: {kept}; {saves:,} saves between steps held training up for {mean:.3g} s on average, "
         f"{longest:.3g} s at most, {percent(totals['saving_share'])} of the time in all"
     )
 
