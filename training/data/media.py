@@ -66,7 +66,9 @@ def decode_picture(value, limits: Limits | None = None) -> Image.Image:
         small_enough = picture.width * picture.height <= most
         # Pillow raises ValueError for text chunks that decompress to too much.
         upright = ImageOps.exif_transpose(picture).convert("RGBA") if small_enough else None
-    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"the picture is too large: {error}") from error
+    except (OSError, SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"the picture does not decode: {error}") from error
     if upright is None:
         raise ValueError(
