@@ -10,7 +10,8 @@ Training rows hold
 - `grad_norm`: before clipping; `grad_norm_<tower>`, `grad_norm_shared`: of the parameters of one tower, and of none,
 - `lr`: the learning rate of the update,
 - `tokens_per_second`: positions that are not padding, over the whole step, waiting for data included,
-- `mfu`: 3 x forward FLOPs of all positions (training/flops.py), over `step_seconds` x the peak in `manifest.json`,
+- `flops`: 3 x forward FLOPs of all positions (training/flops.py); `mfu`: the same over `step_seconds` x the peak in
+  `manifest.json`,
 - `step_seconds`, and `data_seconds`, the part of it spent waiting for rows,
 - `checkpoint_seconds`: for how long saving held up training before this step (not in `step_seconds`),
 - `memory_bytes`: the most that the main process has held so far, on its accelerator or in all,
@@ -27,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
 
 
 logger = logging.getLogger(__name__)
@@ -69,36 +69,6 @@ class MetricsLog:
                 logger.error("%s cannot be written, rows are kept until it can: %s", self.path, error)
             return
         self.waiting = []
-
-
-class Trackers:
-    """Accelerate's trackers; one that is down is left alone, with a warning, and the run goes on without it."""
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.is_up = accelerator, False
-
-    def start(self, project: str, config: Mapping[str, Any]) -> None:
-        """Begin a run of the tracker that the accelerator was made with."""
-        self.is_up = True
-        self._try(lambda: self.accelerator.init_trackers(project, config=dict(config)))
-
-    def log(self, row: Mapping[str, Any], step: int) -> None:
-        """Send the numbers of a row."""
-        numbers = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
-        self._try(lambda: self.accelerator.log(numbers, step=step))
-
-    def finish(self) -> None:
-        """Let the trackers write what they hold."""
-        self._try(lambda: [tracker.finish() for tracker in self.accelerator.trackers])
-
-    def _try(self, action) -> None:
-        if not self.is_up:
-            return
-        try:
-            action()
-        except Exception as error:  # whatever a tracker's client may raise
-            self.is_up = False
-            logger.warning("the tracker failed and gets no more rows; metrics.jsonl has them all: %r", error)
 
 
 def _plain(value: Any) -> Any:

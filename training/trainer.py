@@ -29,11 +29,12 @@ from training.data.collate import seed_of
 from training.devices import StepProfiler, peak_memory
 from training.distributed import is_sharding, resharded, whole
 from training.flops import training_flops
-from training.metrics import MetricsLog, Trackers, count_key
+from training.metrics import MetricsLog, count_key
 from training.objectives import check_modality_weights, combine, count_targets, loss_scales, objective_names
 from training.optimization import OptimizerConfig, learning_rate
 from training.run_folder import RunFolder
 from training.safeguards import Interrupted, NotFiniteError, StopSignal, UpdateGuard
+from training.trackers import Trackers
 from training.train_config import TrainConfig
 
 
@@ -274,6 +275,7 @@ class Trainer:
             **{f"grad_norm_{tower}": norm for tower, norm in figures["grad_norms"].items()},
             "lr": figures["lr"],
             "tokens_per_second": figures["tokens"] / seconds,
+            "flops": flops,
             "mfu": flops / (seconds * peak),
             "step_seconds": seconds,
             "data_seconds": data_seconds,

@@ -105,7 +105,7 @@ def test_metrics_have_one_row_a_step_with_the_promised_keys(tmp_path):
     keys = {"step", "loss", "grad_norm", "lr", "tokens_per_second", "mfu", "step_seconds", "data_seconds"}
     keys |= {f"loss_{name}" for name in names} | {f"tokens_{name}" for name in names}
     keys |= {f"grad_norm_{name}" for name in (*names, "shared")}
-    keys |= {"checkpoint_seconds", "memory_bytes", "skipped_steps", "event"}
+    keys |= {"flops", "checkpoint_seconds", "memory_bytes", "skipped_steps", "event"}
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(set(row) == keys for row in rows)
 

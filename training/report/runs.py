@@ -133,12 +133,15 @@ class Run:
 
     @cached_property
     def flops(self) -> np.ndarray:
-        """Training FLOPs of each step: `mfu` is their share of the peak of all processes.  -> (rows,)"""
+        """Training FLOPs of each step; runs that did not record them have `mfu`, a share of the peak of all processes.
+        -> (rows,)"""
         processes = np.full(len(self.training), float(self.processes))
         for launch in self.launches:
             processes[self.steps > _from_step(launch)] = section(launch, "world").get("processes") or self.processes
         peak = self.manifest.get("peak_flops") or np.nan
-        return self.column("mfu") * self.column("step_seconds") * peak * processes
+        recorded = self.column("flops")
+        shared = self.column("mfu") * self.column("step_seconds") * peak * processes
+        return np.where(np.isnan(recorded), shared, recorded)
 
     def places(self, axis: str, steps: np.ndarray) -> np.ndarray:
         """Where these steps lie on an axis of `AXES`: what the run had spent when they were done.

@@ -1,0 +1,40 @@
+"""Accelerate's trackers, which may fail without harm."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from accelerate import Accelerator
+
+
+logger = logging.getLogger(__name__)
+
+
+class Trackers:
+    """Accelerate's trackers; one that is down is left alone, with a warning, and the run goes on without it."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.is_up = accelerator, False
+
+    def start(self, project: str, config: Mapping[str, Any]) -> None:
+        """Begin a run of the tracker that the accelerator was made with."""
+        self.is_up = True
+        self._try(lambda: self.accelerator.init_trackers(project, config=dict(config)))
+
+    def log(self, row: Mapping[str, Any], step: int) -> None:
+        """Send the numbers of a row."""
+        numbers = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
+        self._try(lambda: self.accelerator.log(numbers, step=step))
+
+    def finish(self) -> None:
+        """Let the trackers write what they hold."""
+        self._try(lambda: [tracker.finish() for tracker in self.accelerator.trackers])
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        if not self.is_up:
+            return
+        try:
+            action()
+        except Exception as error:  # whatever a tracker's client may raise
+            self.is_up = False
+            logger.warning("the tracker failed and gets no more rows; metrics.jsonl has them all: %r", error)
