@@ -21,7 +21,7 @@ from training.train import load_recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a request or data that cannot be used, 130 interrupted."""
+    """Exit code: 0 done, 1 a storage or a process that failed, 2 a request or data that cannot be used, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m training.prepare",
         description=__doc__,
@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (OSError, RuntimeError) as error:
+        print(f"error: {error}; what is finished is kept, and the same command goes on from there", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; what is finished is kept, and the same command goes on from there", file=sys.stderr)
         return 130

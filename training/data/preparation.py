@@ -31,7 +31,7 @@ from .sources import Source
 logger = logging.getLogger(__name__)
 
 # Records that are tokenised together, and the bytes they may take; a chunk's bytes, in memory and on disk.
-BATCH_SIZE, BATCH_BYTES, CHUNK_BYTES = 64, 2**27, 2**26
+BATCH_SIZE, BATCH_BYTES, CHUNK_BYTES = 64, 2**27, 2**25
 
 
 @dataclass
@@ -161,8 +161,8 @@ def _prepare_in_processes(work: Preparation, workers: int, report: Callable[[int
             future.result()
     except BrokenProcessPool as error:
         raise RuntimeError(
-            f"a process that tokenised source {work.tokenizer.config.name!r} died, perhaps for want of memory; what is "
-            "finished is kept: prepare again, with fewer workers"
+            f"a process that tokenised source {work.tokenizer.config.name!r} died, perhaps for want of memory; prepare "
+            "again with fewer workers"
         ) from error
     finally:
         stop.set()

@@ -31,7 +31,7 @@ _TEXTS = ("txt", "text", "caption", "transcript", "cls")
 # Rows of a parquet file that are decompressed at once, and the bytes they may then take.
 _PARQUET_ROWS, _PARQUET_BYTES = 64, 2**28
 # Of these the shard is not to blame; the last is the base of all errors of the HTTP library under huggingface_hub.
-_NOT_BROKEN = (ConnectionError, TimeoutError, MemoryError, HfHubHTTPError.__bases__[0])
+_NOT_BROKEN = (ConnectionError, TimeoutError, HfHubHTTPError.__bases__[0])
 
 
 class BrokenShard(ValueError):
@@ -95,7 +95,13 @@ def _root(names: Sequence[str]) -> str:
 
 
 def _stamp(info: dict) -> str:
-    return str((info.get("lfs") or {}).get("sha256") or info.get("blob_id") or info.get("ETag") or info.get("mtime"))
+    return str(
+        (info.get("lfs") or {}).get("sha256")
+        or info.get("blob_id")
+        or info.get("ETag")
+        or info.get("mtime")
+        or info.get("created")
+    )
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class ShardFiles:
         """The records of one shard from record `skip` on.
 
         Raises:
-            ConnectionError, TimeoutError and those of the HTTP library: the storage does not answer.
+            ConnectionError: the storage does not answer.
         """
         shard = self.shards[number]
         try:
@@ -127,8 +133,10 @@ class ShardFiles:
                 else:
                     read = _jsonl if self.kind == "jsonl" else _webdataset
                     yield from islice(read(file, self.limits), skip, None)
-        except _NOT_BROKEN:
+        except MemoryError:
             raise
+        except _NOT_BROKEN as error:
+            raise ConnectionError(f"shard {shard.url} cannot be reached: {error}") from error
         except Exception as error:  # whatever a library raises over broken bytes
             yield BrokenShard(f"shard {shard.name} breaks off: {error}")
 
@@ -147,7 +155,7 @@ class StreamedDataset:
         """As `ShardFiles.read`."""
         try:
             yield from islice(self.dataset.shard(self.dataset.num_shards, number), skip, None)
-        except _NOT_BROKEN:
+        except (*_NOT_BROKEN, MemoryError):
             raise
         except Exception as error:
             yield BrokenShard(f"shard {self.names[number]} breaks off: {error}")

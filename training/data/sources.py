@@ -23,7 +23,7 @@ CONTENT_FINGERPRINT_BYTES = 2**31
 # A single JSONL file of up to this many bytes is read into memory: its records are known, counted and in any order.
 _WHOLE_FILE_BYTES = 2**28
 # Where records have numbers of their own they are prepared in parts of this many, or in as many parts as this at most.
-_PART_RECORDS, _MOST_PARTS = 1024, 4096
+_PART_RECORDS, _MOST_PARTS = 256, 4096
 # The number of a record of a shard is its place there, and this for each shard before.
 SHARD_RECORDS = 2**32
 

@@ -5,6 +5,7 @@ import io
 import json
 import tarfile
 
+import fsspec
 import pytest
 from datasets import Dataset, Features, Image, Value
 
@@ -182,3 +183,31 @@ def test_a_streamed_data_set_is_read_in_its_shards(tmp_path, prepare):
     )
     assert ids_of(plain) == ids_of(streamed)
     assert streamed.records.tolist() == [(shard << 32) + i for shard in range(3) for i in range(5)]
+
+
+@pytest.fixture
+def remote(tmp_path):
+    """The shards of a storage that is not a disk."""
+    storage = fsspec.filesystem("memory")
+    for path in write_shards("webdataset", tmp_path / "shards").iterdir():
+        storage.pipe(f"/remote/{path.name}", path.read_bytes())
+    yield "memory://remote/*.tar"
+    storage.rm("/remote", recursive=True)
+
+
+def test_shards_of_a_remote_storage_are_read_in_place(tmp_path, prepare, remote):
+    config = SourceConfig("s", f"{tmp_path}/shards/*.tar", PAIRS)
+    assert ids_of(prepare(config)) == ids_of(prepare(SourceConfig("r", remote, PAIRS)))
+
+
+def test_a_storage_that_does_not_answer_is_no_broken_shard(prepare, remote, monkeypatch):
+    """It is never skipped: the shard is whole, and comes when the storage does."""
+
+    def unreachable(self, *_, **__):
+        raise TimeoutError("no answer")
+
+    source = SourceConfig("r", remote, PAIRS, on_error="skip")
+    open_source(source)
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem._open", unreachable)
+    with pytest.raises(ConnectionError, match="shard memory://.*0.tar cannot be reached: no answer"):
+        prepare(source)
