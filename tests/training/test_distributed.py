@@ -106,7 +106,10 @@ def test_a_checkpoint_of_two_ranks_goes_on_in_four_and_in_one(two_ranks, four_ra
     assert_same_but_for_rounding(go_on_alone(tmp_path / "run"), undisturbed)
 
 
-def test_a_checkpoint_of_hybrid_shards_goes_on_in_one_process(four_ranks, tmp_path):
+def test_a_checkpoint_of_hybrid_shards_goes_on_in_two_ranks_and_in_one(four_ranks, tmp_path):
+    half_way(four_ranks / "interrupted", tmp_path / "back")
+    run_ranks(2, tmp_path, ["back.resume"])
+    assert_same_but_for_rounding(outcome(tmp_path / "back")[0], outcome(four_ranks / "plain")[0])
     half_way(four_ranks / "interrupted", tmp_path / "run")
     assert_same_but_for_rounding(go_on_alone(tmp_path / "run"), outcome(four_ranks / "plain")[0])
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from modeling_mot import MoTConfig, MoTForCausalLM, MoTProcessor
 from modeling_mot.latents_mot import build_vae
 from training.metrics import read_metrics
-from training.models import CARRIED_PROCESSOR, load_model
+from training.models import CARRIED_PROCESSOR, load_frame, load_model
 from training.tokenizers.processor import continuous_processor
 from training.train import main
 
@@ -159,6 +159,16 @@ def test_the_vae_is_neither_trained_nor_averaged_and_saved_with_the_model(finish
     loaded = load_model(str(finished / "final"))
     assert all(torch.equal(loaded.vae.state_dict()[name], value) for name, value in vae.items())
     assert not any(parameter.requires_grad for parameter in loaded.vae.parameters())
+
+
+def test_ranks_that_get_their_weights_from_others_load_the_vae_alone(finished, place):
+    frame = load_frame(str(finished / "final"))
+    vae = load_file(place / "vae" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(frame.vae.state_dict()[name], value) for name, value in vae.items())
+    assert all(value.is_meta for name, value in frame.named_parameters() if not name.startswith("vae."))
+    assert frame.config.to_diff_dict() | {"_name_or_path": ""} == load_model(
+        str(finished / "final")
+    ).config.to_diff_dict() | {"_name_or_path": ""}
 
 
 def test_the_saved_configuration_knows_the_vae_and_the_caption_dropout(finished):
