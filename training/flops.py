@@ -9,6 +9,7 @@ is not credited with less work.
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -20,11 +21,38 @@ from modeling_mot.latent_patchifier import build_patchifier
 
 # D hidden size, F feed-forward width, L row length, E experts
 
-# Dense bf16 / float16 FLOP/s from the vendors' data sheets; a device that is not here is measured.
-_DEVICE_PEAKS = {
-    "V100": 125e12, "A100": 312e12, "A10G": 70e12, "L4": 121e12, "L40S": 362e12, "H100 PCIe": 756e12, "H100": 989e12,
-    "H200": 989e12, "B200": 2250e12, "RTX 3090": 71e12, "RTX 4090": 165e12,
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class Gpu:
+    """An accelerator as its vendor's data sheet describes it.
+
+    Attributes:
+        half, single: dense FLOP/s of products in 16 bits and in float32.
+        memory: bytes.
+        link: bytes/s that it receives from the other GPUs of its node.
+    """
+
+    half: float
+    single: float
+    memory: float
+    link: float
+    has_bf16: bool = True
+
+
+# A device that is not here is measured.
+GPUS = {
+    "V100": Gpu(125e12, 15.7e12, 32e9, 150e9, has_bf16=False),
+    "A100": Gpu(312e12, 19.5e12, 80e9, 300e9),
+    "A10G": Gpu(70e12, 31.5e12, 24e9, 32e9),
+    "L4": Gpu(121e12, 30.3e12, 24e9, 32e9),
+    "L40S": Gpu(362e12, 91.6e12, 48e9, 32e9),
+    "H100 PCIe": Gpu(756e12, 51e12, 80e9, 64e9),
+    "H100": Gpu(989e12, 67e12, 80e9, 450e9),
+    "H200": Gpu(989e12, 67e12, 141e9, 450e9),
+    "B200": Gpu(2250e12, 75e12, 180e9, 900e9),
+    "RTX 3090": Gpu(71e12, 35.6e12, 24e9, 32e9),
+    "RTX 4090": Gpu(165e12, 82.6e12, 24e9, 32e9),
+}
 
 
 def _projection(config: MoTConfig) -> int:
@@ -72,8 +100,7 @@ def forward_flops_per_token(config: MoTConfig, row_length: int) -> dict[str, int
     attention = 4 * row_length * config.num_attention_heads * config.head_dim
     feed_forward = 6 * config.hidden_size * config.intermediate_size
     router = 2 * config.hidden_size * config.num_experts
-    head = 2 * config.hidden_size * config.vocab_size
-    beside = dict.fromkeys(config.modalities, head)
+    beside = dict.fromkeys(config.modalities, head_flops(config))
     if isinstance(config, MoTTransfusionConfig):
         beside["image"] += patchifier_flops(config) // config.image_length(*config.latent_size)
     return {
@@ -82,6 +109,11 @@ def forward_flops_per_token(config: MoTConfig, row_length: int) -> dict[str, int
         + beside[modality]
         for modality in config.modalities
     }
+
+
+def head_flops(config: MoTConfig) -> int:
+    """The output layer's share of `forward_flops_per_token`."""
+    return 2 * config.hidden_size * config.vocab_size
 
 
 def forward_flops(config: MoTConfig, tokens: Mapping[str, int], row_length: int) -> int:
@@ -101,6 +133,12 @@ def training_flops(config: MoTConfig, tokens: Mapping[str, int], row_length: int
     return 3 * forward_flops(config, tokens, row_length)
 
 
+def recomputed_flops(config: MoTConfig, tokens: Mapping[str, int], row_length: int) -> int:
+    """FLOPs that gradient checkpointing spends once more, at most: all of a forward but the output layer. PyTorch leaves
+    out what comes after the last tensor that a backward needs."""
+    return forward_flops(config, tokens, row_length) - sum(tokens.values()) * head_flops(config)
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> tuple[float, str]:
     """(FLOP/s, where the figure comes from) that MFU is a share of.
 
@@ -109,9 +147,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
-        for known in sorted(_DEVICE_PEAKS, key=len, reverse=True):
+        for known in sorted(GPUS, key=len, reverse=True):
             if known in name:
-                return _DEVICE_PEAKS[known], f"data sheet of {known}"
+                return GPUS[known].half, f"data sheet of {known}"
     size = 1024 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best, begin = float("inf"), time.perf_counter()

@@ -1,0 +1,432 @@
+"""Plans against models that were really built and run, FSDP2's real messages, and figures reckoned by hand."""
+
+import json
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from modeling_mot import MoTConfig
+from training import plan
+from training.config import ConfigError
+from training.flops import forward_flops, patchifier_flops, recomputed_flops
+from training.models import build_model, find_vae, load_processor, planned_config
+from training.planning.activations import count_kept, loss_bytes, made_up_batch
+from training.planning.cluster import Mesh, find_device, mesh_of_accelerate
+from training.planning.communication import Traffic, plan_traffic, seconds_of_traffic
+from training.planning.memory import plan_memory
+from training.planning.parameters import count_parameters, fsdp_units, meta_model
+from training.train import load_recipe
+
+from .data.conftest import small_vae
+from .plans import FSDP_CASES, LENGTH, MODELS, ROWS, TOKENS, batch_of, config_of, model_of
+
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "training" / "configs"
+
+
+# ----------------------------------------------------------------------------------------------------------- parameters
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_by_part_are_those_of_a_real_model(name):
+    model = model_of(name)
+    real = {id(parameter): parameter.numel() for parameter in model.parameters()}
+
+    def of(*modules) -> int:
+        return sum(real.pop(id(parameter)) for module in modules for parameter in module.parameters())
+
+    layers = model.model.layers
+    attentions = [layer.self_attn for layer in layers]
+    norms = [model.model.norm, *(layer.input_layernorm for layer in layers)]
+    norms += [layer.post_attention_layernorm for layer in layers]
+    norms += [
+        getattr(attention, part)
+        for attention in attentions
+        for part in ("q_norm", "k_norm")
+        if hasattr(attention, part)
+    ]
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj")
+    expected = {
+        "embeddings": of(model.model.embed_tokens),
+        "norms": of(*norms),
+        "attention": of(*(getattr(attention, part) for attention in attentions for part in projections)),
+        "feed-forward": of(*(layer.mlp for layer in layers)),
+    }
+    if name != "tied":
+        expected["output layer"] = of(model.lm_head)
+    if name.startswith("transfusion-"):
+        expected["patchifier"] = of(model.patchifier)
+    counted = count_parameters(meta_model(model.config))
+    assert {part: sum(towers.values()) for part, towers in counted.items()} == expected and not real
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_by_tower_are_those_of_a_real_model(name):
+    model = model_of(name)
+    expected = {}
+    for path, parameter in model.named_parameters():
+        # A tower's name is a part of the names of its parameters, and of no others'.
+        tower = next((tower for tower in model.config.tower_names if f".{tower}." in path), "shared")
+        expected[tower] = expected.get(tower, 0) + parameter.numel()
+    counted = {}
+    for towers in count_parameters(meta_model(model.config)).values():
+        for tower, number in towers.items():
+            counted[tower] = counted.get(tower, 0) + number
+    assert counted == expected
+
+
+def test_a_vae_is_counted_by_itself():
+    config = config_of("transfusion-mot", latent_channels=4)
+    config.vae_config = {**small_vae().config, "_class_name": "AutoencoderKL"}
+    counted = count_parameters(meta_model(config))
+    assert sum(counted.pop("VAE (frozen)").values()) == sum(p.numel() for p in small_vae().parameters())
+    assert sum(sum(towers.values()) for towers in counted.values()) == config.num_parameters()
+
+
+# ---------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_of_a_micro_batch_are_what_torch_counts(name):
+    model = model_of(name)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**batch_of(model.config), use_cache=False)
+    assert forward_flops(model.config, TOKENS, LENGTH) == counter.get_total_flops()
+
+
+def counted_step(name: str, checkpointing: bool) -> int:
+    model = model_of(name).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**batch_of(model.config), use_cache=False).loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("name", "left_out"), [("mot", 0), ("dense", 2 * 48 * 2 * 48 * 32)])
+def test_checkpointing_spends_the_flops_planned_but_for_a_last_product(name, left_out):
+    # PyTorch recomputes up to the last tensor that a backward needs; where nothing follows it, not the last product.
+    spent = counted_step(name, True) - counted_step(name, False)
+    assert spent == recomputed_flops(config_of(name), TOKENS, LENGTH) - left_out
+
+
+def test_checkpointing_recomputes_a_patchifiers_blocks_too():
+    spent = counted_step("transfusion-mot", True) - counted_step("transfusion-mot", False)
+    config = config_of("transfusion-mot")
+    planned = recomputed_flops(config, TOKENS, LENGTH)
+    layers = planned - TOKENS["image"] // 4 * patchifier_flops(config)
+    assert layers < spent <= planned
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def kept_by_a_real_forward(model, batch: dict, bf16: bool = False) -> int:
+    """Bytes of all that autograd holds, but parameters and what has as many elements as the logits."""
+    held, parameters = {}, {parameter.data_ptr() for parameter in model.parameters()}
+
+    def hold(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        logits = model(**batch, use_cache=False).logits
+    own = [t.untyped_storage() for t in held.values() if t.numel() != logits.numel()]
+    return sum(storage.nbytes() for storage in own if storage.data_ptr() not in parameters)
+
+
+# In bf16, a CPU's group norm keeps its statistics in float32 and the kernel without data says otherwise: a few bytes.
+@pytest.mark.parametrize(
+    ("name", "bf16"),
+    [*((name, False) for name in MODELS), ("dense", True), ("moe-4x", True), ("mot", True), ("tied", True)],
+)
+def test_activations_are_what_a_real_forward_keeps(name, bf16):
+    model = model_of(name, num_hidden_layers=3).train()
+    kept = count_kept(model.config, TOKENS, ROWS, bf16=bf16)
+    assert kept.of_model(3, False) + kept.copies == kept_by_a_real_forward(model, batch_of(model.config), bf16)
+
+
+@pytest.mark.parametrize("name", ["dense", "mot", "transfusion-hybrid"])
+def test_checkpoints_are_what_a_real_forward_keeps(name):
+    model = model_of(name, num_hidden_layers=3).train()
+    model.gradient_checkpointing_enable()
+    planned = count_kept(model.config, TOKENS, ROWS).of_model(3, True)
+    assert planned == kept_by_a_real_forward(model, batch_of(model.config))
+
+
+def test_eager_attention_keeps_probabilities():
+    model = model_of("mot")
+    model.set_attn_implementation("eager")
+    kept = count_kept(model.config, TOKENS, ROWS, attention="eager")
+    assert kept.of_model(2, False) == kept_by_a_real_forward(model.train(), batch_of(model.config))
+    assert kept.layer > count_kept(model.config, TOKENS, ROWS).layer
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that the results of operators took at once."""
+
+    def __init__(self, wanted=lambda tensor: True):
+        super().__init__()
+        self.wanted, self.live, self.now, self.peak = wanted, set(), 0, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        output = function(*arguments, **(options or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and self.wanted(tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() and storage.data_ptr() not in self.live:
+                    self.live.add(storage.data_ptr())
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._forget, storage.data_ptr(), storage.nbytes())
+        return output
+
+    def _forget(self, pointer: int, size: int) -> None:
+        self.live.discard(pointer)
+        self.now -= size
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-5])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_loss_takes_what_a_real_backward_takes(bf16, z_loss):
+    model = model_of("mot", vocab_size=500, z_loss_coefficient=z_loss).train()
+    with LiveBytes(lambda tensor: tensor.numel() == ROWS * LENGTH * 500) as measured:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = model(**batch_of(model.config), use_cache=False)
+        output.loss.backward()
+    assert loss_bytes(model.config, ROWS * LENGTH, bf16) == measured.peak
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("vocabulary", [100, 1000])
+@pytest.mark.parametrize("name", ["dense", "mot"])
+def test_memory_of_one_process_is_what_a_real_step_takes(name, vocabulary, checkpointing):
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "max_position_embeddings": 512}
+    model = model_of(name, vocab_size=vocabulary, **sizes).train()
+    tokens = {"text": 500, "image": 524}
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    with LiveBytes() as measured:
+        output = model(**made_up_batch(model.config, tokens, 2), use_cache=False)
+        output.loss.backward()
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    settings = {"bf16": False, "checkpointing": checkpointing, "averaged": False, "accumulation": 1}
+    parts = plan_memory(model, count_kept(model.config, tokens, 2), 1024, Mesh(), **settings)
+    # Operators did not make the weights, and there was no optimizer.
+    assert parts["optimizer (AdamW, 2 x float32)"] == 2 * parts["weights (float32)"] == 2 * weights
+    assert 0.87 < measured.peak / (sum(parts.values()) - 3 * weights) < 1.05
+
+
+def test_parts_of_a_shard_are_those_of_the_paper_recipes_arithmetic():
+    # 16 B of state per parameter, of which each of 64 processes has its share.
+    model = meta_model(MoTConfig.from_preset("chameleon-7b", "mot", modalities=["text", "image"]))
+    kept = count_kept(model.config, {"text": 4096, "image": 4096}, 2, bf16=True, sharded=True)
+    settings = {"bf16": True, "checkpointing": True, "averaged": True}
+    parts = plan_memory(model, kept, 8192, Mesh(64), **settings, accumulation=1)
+    total = model.config.num_parameters()
+    state = [size for part, size in parts.items() if "float32" in part]
+    assert sum(state) == pytest.approx((16 + 4) * total / 64, rel=1e-6)
+    layer, embeddings = (total - 2 * 65536 * 4096) // 32, 65536 * 4096
+    assert parts["gathered units"] == pytest.approx(2 * (2 * layer + embeddings), rel=1e-3)
+    assert parts["gradients being reduced"] == pytest.approx((2 + 4) * layer, rel=1e-3)
+    # Micro-batches whose gradients are not reduced keep all of them.
+    several = plan_memory(model, kept, 8192, Mesh(64), **settings, accumulation=2)
+    assert several["gradients accumulated whole (float32)"] == 4 * total
+
+
+# -------------------------------------------------------------------------------------------------------------- messages
+
+
+@pytest.fixture(scope="module")
+def real_messages() -> list[dict]:
+    words = [sys.executable, "-W", "ignore", "-m", "tests.training.fsdp_messages"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("index", range(len(FSDP_CASES)))
+def test_messages_and_shards_are_those_of_fsdp2(real_messages, index):
+    name, replicate, bf16, reshard, micro_batches = FSDP_CASES[index]
+    mesh = Mesh(8, replicate, reshard)
+    units = fsdp_units(meta_model(config_of(name)), reshard)
+    traffic = plan_traffic(units, mesh, bf16, micro_batches)
+    assert real_messages[index] == {
+        "held": sum(unit.shard_numel(mesh.shard) for unit in units),
+        "all_gather": traffic.gather_forward + traffic.gather_backward,
+        "reduce_scatter": traffic.reduce_scatter,
+        "all_reduce": traffic.all_reduce,
+    }
+
+
+@pytest.mark.parametrize(
+    ("variant", "modalities", "billions", "gigabytes"),
+    [("dense", 2, 6.98, 55), ("mot", 2, 13.4, 106), ("mot", 3, 19.9, 156), ("moe-4x", 2, 19.9, 156)],
+)
+def test_7b_moves_what_its_parameters_make(variant, modalities, billions, gigabytes):
+    # The paper's section 6.1 with the real matrices: FFN 8 D^2, vocabulary 65,536. Parameters in bf16 there and back and
+    # gradients in float32 would be 8 B each; the output layer stays from the forward to the backward.
+    names = ["text", "image", "speech"][:modalities]
+    sizes = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 65536}
+    # 8/3 D, up to a multiple of 64 so that no shard is padded.
+    config = MoTConfig.from_variant(variant, modalities=names, intermediate_size=64 * 171, **sizes)
+    units = fsdp_units(meta_model(config))
+    total, tail = sum(unit.numel for unit in units), next(unit.numel for unit in units if unit.kind == "tail")
+    assert total == config.num_parameters() and total / 1e9 == pytest.approx(billions, abs=0.06)
+    received = plan_traffic(units, Mesh(64), bf16=True).total
+    # A router's four rows go to 64 processes as 64.
+    assert received == pytest.approx((8 * total - 2 * tail) * 63 / 64, rel=5e-4)
+    assert 8 * total * 63 / 64 / 1e9 == pytest.approx(gigabytes, abs=1)
+
+
+def test_messages_take_the_way_that_their_group_takes():
+    traffic = Traffic(gather_forward=300, gather_backward=200, reduce_scatter=100, all_reduce=60)
+    assert seconds_of_traffic(traffic, Mesh(64, 8), network=2, link=10, per_node=8) == 600 / 10 + 60 / 2
+    assert seconds_of_traffic(traffic, Mesh(64), network=2, link=10, per_node=8) == 600 / 2 + 60 / 2
+    assert seconds_of_traffic(traffic, Mesh(8), network=2, link=10, per_node=8) == 660 / 10
+    assert seconds_of_traffic(traffic, Mesh(8), network=2, link=None, per_node=8) == 660 / 2
+
+
+# ------------------------------------------------------------------------------------------------------------ the command
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("cpu", Mesh()),
+        ("cpu-2-fsdp", Mesh(2)),
+        ("gpu", Mesh()),
+        ("gpu-8", Mesh(8)),
+        ("gpu-64", Mesh(64, 8)),
+        ("gpu-256", Mesh(256, 32)),
+    ],
+)
+def test_mesh_is_read_from_an_accelerate_configuration(name, mesh):
+    assert mesh_of_accelerate(str(CONFIGS / "accelerate" / f"{name}.yaml")) == (mesh, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"distributed_type": "MULTI_GPU", "num_processes": 4}, "MULTI_GPU"),
+        ({"distributed_type": "FSDP", "num_processes": 4, "fsdp_config": {"fsdp_version": 1}}, "fsdp_version=1"),
+        ({"distributed_type": "NO", "nonsense": 1}, "nonsense"),
+        (
+            {
+                "distributed_type": "FSDP",
+                "num_processes": 8,
+                "fsdp_config": {"fsdp_version": 2},
+                "parallelism_config": {
+                    "parallelism_config_dp_replicate_size": 2,
+                    "parallelism_config_dp_shard_size": 2,
+                },
+            },
+            "is not num_processes=8",
+        ),
+    ],
+)
+def test_other_accelerate_configurations_are_refused(tmp_path, fields, message):
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        mesh_of_accelerate(str(path))
+
+
+def test_precision_of_a_device_is_that_of_the_trainer():
+    assert find_device("h100", "auto").precision == "bf16" and find_device("H100", "auto").peak == 989e12
+    assert find_device("V100", "auto").precision == "float32"
+    with pytest.raises(ConfigError, match="no bf16"):
+        find_device("V100", "bf16")
+
+
+def test_a_plan_needs_no_data_and_adds_up(tmp_path, capsys):
+    words = ["data.sources.0.path=/nowhere", "data.cache_dir=" + str(tmp_path / "cache"), "train.accumulation=2"]
+    path = tmp_path / "plan.json"
+    assert plan.main([str(CONFIGS / "chameleon-443m.yaml"), "--world", "16", *words, "--json", str(path)]) == 0
+    assert not (tmp_path / "cache").exists()
+    figures = json.loads(path.read_text(encoding="utf-8"))
+    time, flops = figures["time"], figures["flops"]
+    assert figures["parameters"]["total"] == figures["comparison"]["mot"]["total"]
+    assert figures["traffic"]["total"] == figures["comparison"]["mot"]["received_bytes"]
+    assert sum(figures["memory"]["parts"].values()) == figures["memory"]["total"]
+    tokens = figures["batch"]["tokens_of_a_step"]
+    assert flops["step_of_a_process"] * 16 == tokens * flops["training_per_token"]["text"]
+    assert time["compute_seconds"] == pytest.approx((flops["step_of_a_process"] + flops["recomputed"]) / 989e12 / 0.4)
+    assert time["step_seconds"] == max(time["compute_seconds"], time["communication_seconds"])
+    assert time["tokens_per_second"] * time["step_seconds"] == pytest.approx(tokens)
+    screen = capsys.readouterr().out
+    assert "moved in a step: dense < mot ~ moe-4x" in screen and f"{figures['parameters']['total']:,}" in screen
+
+
+def test_shares_of_modalities_decide_what_is_spent(tmp_path):
+    def step(shares: str) -> dict:
+        path = tmp_path / f"{shares}.json"
+        words = [str(CONFIGS / "transfusion-emoji.yaml"), "--shares", shares, "--json", str(path)]
+        assert plan.main(words) == 0
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    text, image = step("text=1"), step("text=0,image=2")
+    assert text["batch"]["tokens_of_a_micro_batch"]["image"] == image["batch"]["tokens_of_a_micro_batch"]["text"] == 0
+    assert image["flops"]["step_of_a_process"] > text["flops"]["step_of_a_process"]
+    assert text["parameters"]["frozen"] > 0
+
+
+def test_a_plan_goes_on_from_a_checkpoint(tmp_path, capsys):
+    sizes = ["model.hidden_size=32", "model.num_hidden_layers=1", "model.num_attention_heads=2", "data.row_length=64"]
+    recipe = load_recipe([str(CONFIGS / "transfusion-emoji.yaml"), *sizes])
+    vae = find_vae(recipe.model, None)
+    processor = load_processor(recipe.model, vae)
+    build_model(recipe.model, planned_config(recipe.model, processor, 64, vae), 0, vae).save_pretrained(
+        tmp_path / "model"
+    )
+    processor.save_pretrained(tmp_path / "model")
+    figures = []
+    for words in (sizes, [f"model.init_from={tmp_path / 'model'}", "data.row_length=64"]):
+        path = tmp_path / f"{len(figures)}.json"
+        assert plan.main([str(CONFIGS / "transfusion-emoji.yaml"), *words, "--json", str(path)]) == 0
+        figures.append(json.loads(path.read_text(encoding="utf-8")))
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_the_project_can_be_planned(path):
+    if load_recipe([str(path)]).model.init_from is not None:
+        pytest.skip("it starts from a checkpoint of another run")
+    assert plan.main([str(path), "--accelerate", str(CONFIGS / "accelerate" / "gpu-64.yaml")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--world", "12", "--replicate", "8"], "--world=12 is no multiple of --replicate=8"),
+        (["--world", "0"], "--world=0 must be at least 1"),
+        (["--device", "H1000"], "--device='H1000' is unknown; there are cpu, V100"),
+        (["--utilisation", "1.5"], "at most 1"),
+        (["--network", "0"], "--network=0.0 must be positive"),
+        (["--shares", "text=1,taste=1"], "shares of text, image, speech"),
+        (["--shares", "text"], "is not modality=share"),
+        (["--accelerate", "nowhere.yaml"], "does not exist"),
+        (["--accelerate", str(CONFIGS / "accelerate" / "gpu-8.yaml"), "--world", "8"], "leave out --world"),
+        (["model.hidden_size=31"], "model: "),
+        (["model.init_from=/nowhere"], "model.init_from='/nowhere'"),
+        (["model.hiden_size=32"], "did you mean model.hidden_size"),
+        (["--json", str(ROOT / "README.md")], "exists; name a new file"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_by_name(words, message, capsys):
+    assert plan.main(words) == 2
+    assert message in capsys.readouterr().err
