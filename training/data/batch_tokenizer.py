@@ -45,7 +45,7 @@ class BatchTokenizer:
                     raise ValueError(
                         f"source {self.config.name!r}, {self.source.name_of(number)}: {error}; {_way_out(error)}"
                     ) from error
-                reason = str(error) if isinstance(error, BrokenShard) else str(error).split(":")[0][:80]
+                reason = _reason(error)
                 skipped[reason] = skipped.get(reason, 0) + 1
                 continue
             pixels += sum(map(_pixels, usable[-1][1].values()))
@@ -178,6 +178,14 @@ def text_of(segment: Segment, record: dict) -> str:
     if not text:
         raise ValueError(f"the text of {segment} is empty")
     return text
+
+
+def _reason(error: ValueError) -> str:
+    """What a count of records left out is kept under: the message without what differs from record to record."""
+    if isinstance(error, BrokenShard):
+        return str(error)
+    where, *rest = str(error).split(": ")
+    return ": ".join([where.split(",")[0], *rest[:1]] if where.startswith("column") else [where])[:100]
 
 
 def _way_out(error: ValueError) -> str:

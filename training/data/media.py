@@ -130,5 +130,5 @@ def _bytes_or_path(value, kind: str):
     if isinstance(value, (bytearray, memoryview)):
         return bytes(value)
     if isinstance(value, (str, Path)) and not Path(value).is_file():
-        raise ValueError(f"the {kind} file {value} does not exist")
+        raise ValueError(f"the {kind} file does not exist: {value}")
     return value

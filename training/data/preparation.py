@@ -10,7 +10,6 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -52,13 +51,14 @@ class Preparation:
         """Prepare what is missing of a part.
 
         Args:
-            report: told, for each batch, the number of records that were read and of tokens that were made.
+            report: told the number of records that were done before, and then, for each batch, that of records that were
+                read and of tokens that were made.
         """
         source = self.tokenizer.source
         schema = table_schema(source.config.segments, self.images)
         chunks = list(written_chunks(self.folder, part))
         skip, number = sum(chunk["read"] for chunk in chunks), len(chunks)
-        report(skip, sum(chunk["tokens"] for chunk in chunks))
+        report(skip, 0)
         if chunks and chunks[-1]["last"]:
             return
         tables, noted = [], _nothing()
@@ -102,13 +102,8 @@ def prepare(
         if not (partial / "meta.json").is_file():
             images = None if not tokenizer.continuous else "pixels" if vae is None else "latents"
             work = Preparation(partial, tokenizer, images, vae)
-            try:
-                _prepare_parts(work, workers, progress)
-                _finish(work, fingerprint)
-            except ValueError:
-                # Whatever mends this makes another source of it, so nothing here would be found again.
-                shutil.rmtree(partial)
-                raise
+            _prepare_parts(work, workers, progress)
+            _finish(work, fingerprint)
         if place.exists():
             raise ValueError(f"{place} is no prepared source, as it has no meta.json; move it away")
         partial.replace(place)

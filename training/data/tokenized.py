@@ -135,7 +135,14 @@ class TokenizedSource:
             prepare(
                 folder, fingerprint, BatchTokenizer(source, processor, augmentation, limits), vae, num_proc, progress
             )
-        return cls(config, folder)
+        prepared = cls(config, folder)
+        # Whether records may be left out is no part of the fingerprint: what is finished when one is met is kept.
+        if prepared.skipped and config.on_error == "raise":
+            raise ValueError(
+                f"source {config.name!r} was prepared with on_error: skip, and left out {prepared.skipped}; set that, or "
+                "mend those records"
+            )
+        return prepared
 
 
 def _fingerprint(source: Source, processor, augmentation: AugmentationConfig | None, vae, limits: Limits) -> str:
@@ -144,7 +151,6 @@ def _fingerprint(source: Source, processor, augmentation: AugmentationConfig | N
         "source": source.fingerprint,
         "processor": processor.fingerprint(),
         "segments": [str(segment) for segment in source.config.segments],
-        "on_error": source.config.on_error,
         "augmentation": asdict(augmentation) if augmentation else None,
         "limits": asdict(limits),
     }

@@ -135,7 +135,7 @@ def test_a_bad_record_is_refused_by_name(broken_folder, processor, cache, segmen
     config = SourceConfig("x", str(broken_folder), [TemplateConfig(segments)])
     with pytest.raises(ValueError, match=message):
         TokenizedSource.prepare(config, processor, cache)
-    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+    assert not list(cache.rglob("meta.json"))
 
 
 def test_a_missing_file_is_refused_by_name(broken_folder, processor, cache):
@@ -143,7 +143,7 @@ def test_a_missing_file_is_refused_by_name(broken_folder, processor, cache):
     features = Features(picture={"bytes": Value("binary"), "path": Value("string")})
     Dataset.from_dict(rows, features=features).to_parquet(str(broken_folder / "train.parquet"))
     config = SourceConfig("x", str(broken_folder), [TemplateConfig(["image:picture"])])
-    with pytest.raises(ValueError, match=r"column 'picture': the picture file .*missing.png does not exist"):
+    with pytest.raises(ValueError, match=r"column 'picture': the picture file does not exist: .*missing.png"):
         TokenizedSource.prepare(config, processor, cache)
 
 
@@ -151,7 +151,28 @@ def test_bad_records_are_skipped_and_counted(broken_folder, prepare):
     template = TemplateConfig(["text:name", "image:picture"])
     source = prepare(SourceConfig("x", str(broken_folder), [template], on_error="skip"))
     assert len(source) == 1 and source.records.tolist() == [0]
-    assert sum(source.skipped.values()) == 3
+    assert source.skipped == {
+        "the text of text:name is empty": 1,
+        "column 'picture': the picture does not decode": 1,
+        "column 'picture': the picture file leads outside the folder of its source": 1,
+    }
+
+
+def test_what_was_finished_before_a_bad_record_is_kept_when_it_is_skipped(tmp_path, processor, monkeypatch):
+    monkeypatch.setattr("training.data.preparation.CHUNK_BYTES", 1)
+    (tmp_path / "0.jsonl").write_text('{"text": "a"}\n' * 200 + '{"text": " "}\n')
+    config = SourceConfig("x", f"{tmp_path}/*.jsonl", [TemplateConfig(["text:text"])])
+    with pytest.raises(ValueError, match="shard 0.jsonl, record 200: the text of text:text is empty"):
+        TokenizedSource.prepare(config, processor, tmp_path / "cache")
+    config.on_error, encoded = "skip", []
+    monkeypatch.setattr(processor, "encode_segment", lambda segment: encoded.append(segment) or [9])
+    source = TokenizedSource.prepare(config, processor, tmp_path / "cache")
+    assert len(source) == 200 and source.skipped == {"the text of text:text is empty": 1}
+    # Three batches of 64 were whole.
+    assert len(encoded) == 200 - 3 * 64
+    config.on_error = "raise"
+    with pytest.raises(ValueError, match="was prepared with on_error: skip, and left out"):
+        TokenizedSource.prepare(config, processor, tmp_path / "cache")
 
 
 def test_a_source_without_a_usable_record_is_refused(broken_folder, processor, cache):
