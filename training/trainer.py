@@ -95,6 +95,7 @@ class Trainer:
             self.ema = EMAModel(self.trained.values(), decay=config.ema_decay, foreach=not is_sharding(accelerator))
         self.step = 0
         self.saved_step: int | None = None
+        self.evaluated_step: int | None = None
         self.save_failed = False
         self.guard = UpdateGuard(config.not_finite_limit, config.spike_threshold, config.skip_spikes)
         self.checkpointer = Checkpointer(
@@ -171,12 +172,9 @@ class Trainer:
 
     def gradient_norms(self) -> tuple[torch.Tensor, dict[str, float]]:
         """The norm of the whole gradient, and by tower, over all ranks."""
-        norms = {
-            tower: whole(get_total_norm([parameter.grad for parameter in parameters]))
-            for tower, parameters in self.of_tower.items()
-        }
-        total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-        return total, {tower: norm.item() for tower, norm in norms.items()}
+        gradients = [[p.grad for p in parameters if p.grad is not None] for parameters in self.of_tower.values()]
+        norms = torch.stack([whole(get_total_norm(of_tower)) for of_tower in gradients])
+        return torch.linalg.vector_norm(norms), dict(zip(self.of_tower, norms.tolist(), strict=True))
 
     def seed_forward(self, micro_batch: int) -> None:
         """Dropout is a function of (seed, step, micro-batch, rank), so that a resumed run draws the same."""
@@ -195,6 +193,8 @@ class Trainer:
         bar_is_off = not (self.accelerator.is_main_process and self.config.progress_bar)
         bar = tqdm(total=self.config.steps, initial=self.step, disable=bar_is_off, unit="step")
         batches = self.batches.from_step(self.step, self.config.steps, lambda: bool(self.stop_signal.number))
+        if self.evaluation_is_due() and self.evaluated_step != self.step:
+            self.run_evaluation()  # that a signal prevented
         begin = time.perf_counter()
         with bar:
             for micro_batches in batches:
@@ -209,8 +209,8 @@ class Trainer:
                     bar.update()
                 self.after_step(figures)
                 begin = time.perf_counter()
-        if self.evaluate is not None and self.run_evaluation() is None:
-            self.interrupt()
+        if self.evaluate is not None:
+            self.run_evaluation()
         self.save(wait=True)
 
     def after_step(self, figures: dict) -> None:
@@ -227,7 +227,7 @@ class Trainer:
             )
         if self.step == self.config.steps:
             return
-        if self.evaluate is not None and self.evaluate_every and self.step % self.evaluate_every == 0:
+        if self.evaluation_is_due():
             self.run_evaluation()
         if self.config.save_every and self.step % self.config.save_every == 0:
             self.save()
@@ -246,14 +246,25 @@ class Trainer:
         self.save(wait=True)
         raise Interrupted(self.stop_signal.number or SIGTERM)
 
-    def run_evaluation(self) -> dict[str, float] | None:
-        """Evaluate, log `eval/...` and return it; None, and nothing is logged, when a signal cut it short."""
+    def evaluation_is_due(self) -> bool:
+        """Whether the present step, not the last, is one to evaluate after."""
+        every = self.evaluate_every if self.evaluate is not None else 0
+        return bool(every) and 0 < self.step < self.config.steps and self.step % every == 0
+
+    def run_evaluation(self) -> dict[str, float]:
+        """Evaluate, log `eval/...` and return it.
+
+        Raises:
+            Interrupted: a signal cut it short; a checkpoint has been written, from which it is made up for.
+        """
         self.model.eval()
         with torch.no_grad(), resharded(self.raw_model), self.averaged():
             figures = self.evaluate(self.raw_model, self.stops)
         self.model.train()
-        if figures is not None:
-            self.write({"step": self.step, **figures})
+        if figures is None:
+            self.interrupt()
+        self.write({"step": self.step, **figures})
+        self.evaluated_step = self.step
         return figures
 
     def write(self, row: dict) -> None:
@@ -305,6 +316,7 @@ class Trainer:
                 "optimizer": optimizer_scalars(self.raw_optimizer),
                 "average_updates": None if self.ema is None else self.ema.optimization_step,
                 "guard": self.guard.state(),
+                "evaluated_step": self.evaluated_step,
             }
             tensors = state_tensors(self.raw_model, self.raw_optimizer, self.ema)
             describe = partial(write_description, model=self.raw_model, processor=self.processor)
@@ -327,7 +339,7 @@ class Trainer:
     def _save_failed(self, error: SaveError) -> None:
         self.save_failed = True
         if self.accelerator.is_main_process:
-            logger.error("the checkpoint could not be written, training goes on: %s", error)
+            logger.error("a checkpoint could not be written, those before it are untouched: %s", error)
 
     def resume(self, manifest: Mapping[str, Any]) -> None:
         """Go on from a checkpoint of this run, of any world."""
@@ -340,6 +352,7 @@ class Trainer:
         if has_average:
             self.ema.optimization_step = manifest["average_updates"]
         self.guard.restore(manifest["guard"])
+        self.evaluated_step = manifest["evaluated_step"]
         self.batches.stream.restore(manifest["stream"])
 
     @contextmanager

@@ -286,6 +286,25 @@ def test_evaluation_comes_at_intervals_and_at_the_end(tmp_path):
     assert [row["step"] for row in read_metrics(trainer.run.metrics)[1]] == [2, 4, 5]
 
 
+def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(tmp_path):
+    def evaluate(model, stops):
+        if trainer.step == 2 and not resumed:
+            trainer.stop_signal.number = signal.SIGTERM
+        return None if stops() else {"eval/loss_text": 1.0}
+
+    for resumed in (False, True):
+        trainer = tiny_trainer(tmp_path, steps=5, resume="auto" if resumed else False)
+        trainer.evaluate, trainer.evaluate_every = evaluate, 2
+        if resumed:
+            go_on(trainer)
+            trainer.fit()
+        else:
+            with pytest.raises(Interrupted):
+                trainer.fit()
+            assert trainer.run.saved_steps() == [2] and read_metrics(trainer.run.metrics)[1] == []
+    assert [row["step"] for row in read_metrics(trainer.run.metrics)[1]] == [2, 4, 5]
+
+
 @pytest.mark.parametrize("variant", ["dense", "moe-4x", "mot", "hybrid", "loo-image", "untied-feed-forward"])
 def test_every_variant_trains(tmp_path, variant):
     trainer = tiny_trainer(tmp_path, model=tiny_model(variant), steps=20, rows=4)
