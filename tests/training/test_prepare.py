@@ -1,6 +1,9 @@
 """`python -m training.prepare`: what it makes is what training finds, and how it ends."""
 
+import contextlib
+import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,14 +24,17 @@ RECIPE = ["data.row_length=4096", "data.sources.0.limit=12", "data.sources.1.lim
 ]
 
 
-@pytest.fixture
-def words(tmp_path):
-    return [*RECIPE, f"data.cache_dir={tmp_path / 'cache'}"]
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A cache, the words that made it, and what was printed."""
+    words = [*RECIPE, f"data.cache_dir={tmp_path_factory.mktemp('prepared')}"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert prepare.main([*words, "--workers", "1"]) == 0
+    return words, printed.getvalue()
 
 
-def test_training_finds_what_was_prepared(words, capsys, monkeypatch):
-    assert prepare.main([*words, "--workers", "1"]) == 0
-    printed = capsys.readouterr().out
+def test_training_finds_what_was_prepared(prepared, monkeypatch):
+    words, printed = prepared
     recipe = load_recipe(words)
     processor = load_processor(recipe.model, None, True)
     monkeypatch.setattr("training.data.tokenized.prepare", lambda *_: pytest.fail("prepared again"))
@@ -41,14 +47,17 @@ def test_training_finds_what_was_prepared(words, capsys, monkeypatch):
     assert f"filled to {stream.report()['fill_rate']:.2%}" in printed
 
 
-def test_verify_names_a_file_that_changed(words, tmp_path, capsys):
-    assert prepare.main([*words, "--workers", "1"]) == 0
+def test_verify_names_a_file_that_changed(prepared, tmp_path, capsys):
+    words, _ = prepared
+    shutil.copytree(words[-1].partition("=")[2], tmp_path / "cache")
+    words = [*words[:-1], f"data.cache_dir={tmp_path / 'cache'}", "--workers", "1"]
+    assert prepare.main([*words, "--verify"]) == 0
     path = next((tmp_path / "cache").rglob("*.arrow"))
     data = bytearray(path.read_bytes())
     data[-20] ^= 1
     path.write_bytes(data)
-    assert prepare.main([*words, "--workers", "1"]) == 0
-    assert prepare.main([*words, "--workers", "1", "--verify"]) == 2
+    assert prepare.main(words) == 0
+    assert prepare.main([*words, "--verify"]) == 2
     assert f"{path.name} has another hash" in capsys.readouterr().err
 
 
@@ -60,8 +69,8 @@ def test_verify_names_a_file_that_changed(words, tmp_path, capsys):
         (["data.max_pixel=3"], "did you mean data.max_pixels"),
     ],
 )
-def test_what_cannot_be_prepared_is_refused_by_name(words, capsys, extra, message):
-    assert prepare.main([*words, *extra]) == 2
+def test_what_cannot_be_prepared_is_refused_by_name(tmp_path, capsys, extra, message):
+    assert prepare.main([*RECIPE, f"data.cache_dir={tmp_path}", *extra]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -7,6 +7,7 @@ or a member of any size, decompress what is in it, and load arrays and tensors; 
 
 import io
 import json
+import posixpath
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -30,8 +31,8 @@ SUFFIXES = {
 _TEXTS = ("txt", "text", "caption", "transcript", "cls")
 # Rows of a parquet file that are decompressed at once, and the bytes they may then take.
 _PARQUET_ROWS, _PARQUET_BYTES = 64, 2**28
-# Of these the shard is not to blame; the last is the base of all errors of the HTTP library under huggingface_hub.
-_NOT_BROKEN = (ConnectionError, TimeoutError, HfHubHTTPError.__bases__[0])
+# Of these a shard is not to blame; the last is the base of all errors of the HTTP library under huggingface_hub.
+UNREACHABLE = (ConnectionError, TimeoutError, HfHubHTTPError.__bases__[0])
 
 
 class BrokenShard(ValueError):
@@ -76,22 +77,23 @@ def find_shards(path: str, kind: str) -> list[Shard]:
     files = {name: info for name, info in found.items() if info["type"] == "file"}
     if not files:
         return []
-    root = _root(list(files))
+    if any(name.endswith(".zst") for name in files) and "zstd" not in fsspec.compression.compr:
+        raise ValueError("reading .zst needs zstandard: pip install zstandard")
+    root = posixpath.commonpath([posixpath.dirname(name) for name in files])
     return [
         Shard(
-            storage.unstrip_protocol(name) if is_remote(path) else name, name[len(root) :], info["size"], _stamp(info)
+            storage.unstrip_protocol(name) if is_remote(path) else name,
+            posixpath.relpath(name, root),
+            info["size"],
+            _stamp(info),
         )
         for name, info in sorted(files.items())
     ]
 
 
-def _root(names: Sequence[str]) -> str:
-    """What all names have in common up to a slash."""
-    first, last = min(names), max(names)
-    common = next(
-        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0 if len(names) > 1 else None
-    )
-    return first[: first.rfind("/", 0, common) + 1]
+def _size(url: str) -> int:
+    storage, place = fsspec.core.url_to_fs(url)
+    return storage.info(place)["size"] if storage.exists(place) else 0
 
 
 def _stamp(info: dict) -> str:
@@ -125,8 +127,8 @@ class ShardFiles:
         """
         shard = self.shards[number]
         try:
-            if (found := find_shards(shard.url, self.kind)) and found[0].size != shard.size:
-                raise ValueError(f"it has {found[0].size} bytes, and had {shard.size} when it was listed")
+            if (size := _size(shard.url)) != shard.size:
+                raise ValueError(f"it has {size} bytes, and had {shard.size} when it was listed")
             with fsspec.open(shard.url, "rb", compression="infer") as file:
                 if self.kind == "parquet":
                     yield from _parquet(file, self.columns, self.limits, skip)
@@ -135,7 +137,7 @@ class ShardFiles:
                     yield from islice(read(file, self.limits), skip, None)
         except MemoryError:
             raise
-        except _NOT_BROKEN as error:
+        except UNREACHABLE as error:
             raise ConnectionError(f"shard {shard.url} cannot be reached: {error}") from error
         except Exception as error:  # whatever a library raises over broken bytes
             yield BrokenShard(f"shard {shard.name} breaks off: {error}")
@@ -155,7 +157,7 @@ class StreamedDataset:
         """As `ShardFiles.read`."""
         try:
             yield from islice(self.dataset.shard(self.dataset.num_shards, number), skip, None)
-        except (*_NOT_BROKEN, MemoryError):
+        except (*UNREACHABLE, MemoryError):
             raise
         except Exception as error:
             yield BrokenShard(f"shard {self.names[number]} breaks off: {error}")

@@ -15,7 +15,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from .config import Limits, SourceConfig
 from .folders import PICTURE_SUFFIXES, interleaved_documents, picture_records
 from .media import confined
-from .shards import BrokenShard, ShardFiles, StreamedDataset, find_shards, is_remote, shard_format
+from .shards import UNREACHABLE, BrokenShard, ShardFiles, StreamedDataset, find_shards, is_remote, shard_format
 
 
 # Up to this many bytes a local source is fingerprinted by content, beyond it by file sizes and times of change.
@@ -190,7 +190,10 @@ def _format(config: SourceConfig, path: Path) -> str:
 
 def _open_shards(config: SourceConfig, kind: str, limits: Limits) -> Source:
     path = config.path if is_remote(config.path) else str(Path(config.path).expanduser().absolute())
-    shards = find_shards(path, kind)
+    try:
+        shards = find_shards(path, kind)
+    except (OSError, ValueError, *UNREACHABLE) as error:
+        raise ValueError(f"source {config.name!r}: {config.path} cannot be listed: {error}") from error
     if not shards:
         raise ValueError(f"source {config.name!r}: {config.path} holds no {kind} shards; mend path or format")
     columns = dict.fromkeys([*(config.match or {}), *(c for segment in config.segments for c in segment.columns)])

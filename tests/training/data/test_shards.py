@@ -172,6 +172,23 @@ def test_a_shard_that_shrinks_while_it_is_prepared_is_named(tmp_path):
         list(source)
 
 
+def test_zstd_is_read_or_the_package_for_it_is_named(tmp_path, prepare):
+    (tmp_path / "0.jsonl.zst").write_bytes(b"")
+    config = SourceConfig("s", f"{tmp_path}/*.jsonl.zst", TEXTS)
+    try:
+        import zstandard
+    except ImportError:
+        with pytest.raises(ValueError, match="pip install zstandard"):
+            open_source(config)
+        return
+    whole = zstandard.compress(lines(*({"text": f"{i} {i**9}"} for i in range(50_000))))
+    (tmp_path / "0.jsonl.zst").write_bytes(whole)
+    assert sum(1 for _ in open_source(config)) == 50_000
+    (tmp_path / "0.jsonl.zst").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"shard 0.jsonl.zst breaks off: line \d+ is cut short"):
+        list(open_source(config))
+
+
 def test_a_streamed_data_set_is_read_in_its_shards(tmp_path, prepare):
     folder = tmp_path / "set"
     folder.mkdir()
