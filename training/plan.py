@@ -97,7 +97,7 @@ def make_plan(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--utilisation={options.utilisation} is a share of the device's peak, at most 1")
     mesh, checkpointing = _mesh(recipe, options)
     config = _config(recipe)
-    device = find_device(options.device, recipe.train.precision)
+    device = find_device(options.device, recipe.train.precision, mesh.world)
     tokens = _tokens(config, recipe, options.shares)
     return {
         "model": {

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_mot import MoTConfig, MoTPreTrainedModel, MoTTransfusionConfig
 from modeling_mot.modality_routing import ModalityRouting
-from training.models import MODEL_CLASSES
+from training.models import MODEL_CLASSES, set_up_layers
 
 
 # B rows, L row length, T = B * L tokens, V vocabulary, N images, C latent channels
@@ -81,8 +81,7 @@ def count_kept(
         config.num_hidden_layers = number
         with FakeTensorMode():
             model = MODEL_CLASSES[config.model_type]._from_config(config, dtype=dtype, attn_implementation=attention)
-            if checkpointing:
-                model.gradient_checkpointing_enable()
+            set_up_layers(model, checkpointing, compiled=False)
             batch = made_up_batch(config, tokens, rows)
             return saved_bytes(model.train(), batch, torch.autocast("cpu", torch.bfloat16, enabled=bf16))
 

@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 
 from training.config import ConfigError
 from training.devices import choose_precision
-from training.flops import GPUS, Gpu, peak_flops
+from training.flops import GPUS, peak_flops
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,12 @@ class Device:
     link: float | None = None
 
 
-def find_device(name: str, precision: str) -> Device:
-    """A GPU of `training.flops.GPUS` by name, or `cpu`, this machine's, whose peak is measured.
+def find_device(name: str, precision: str, processes: int = 1) -> Device:
+    """A GPU of `training.flops.GPUS` by name; or `cpu`, a share of this machine, whose peak is measured.
 
     Args:
         precision: of `train.precision`: auto, bf16 or float32.
+        processes: that share this machine, if it is the device.
 
     Raises:
         ConfigError: an unknown name, or a precision that the device does not have.
@@ -112,12 +113,12 @@ def find_device(name: str, precision: str) -> Device:
         precision = choose_precision(precision, "cpu")
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         peak, source = peak_flops(torch.device("cpu"), dtype)
-        return Device("CPU", precision, peak, source, psutil.virtual_memory().total)
+        return Device("CPU", precision, peak / processes, source, psutil.virtual_memory().total / processes)
     known = {gpu.lower(): gpu for gpu in GPUS}
     if name.lower() not in known:
         raise ConfigError(f"--device={name!r} is unknown; there are cpu, {', '.join(GPUS)}")
     name = known[name.lower()]
-    gpu: Gpu = GPUS[name]
+    gpu = GPUS[name]
     if precision == "bf16" and not gpu.has_bf16:
         raise ConfigError(f"train.precision=bf16: {name} has no bf16; use train.precision=float32")
     if precision == "auto":

@@ -48,7 +48,7 @@ def _flops(plan: dict) -> Iterable[str]:
 def _memory(plan: dict) -> Iterable[str]:
     memory = plan["memory"]
     rows = [[part, in_bytes(number)] for part, number in memory["parts"].items()]
-    yield from table(["memory of a process, at most", ""], [*rows, ["all", in_bytes(memory["total"])]])
+    yield from table(["memory of a process, estimated", ""], [*rows, ["all", in_bytes(memory["total"])]])
     other = "without" if memory["checkpointing"] else "with"
     yield f"{other} model.gradient_checkpointing: {in_bytes(memory['total_otherwise'])}"
     if memory["device"] is not None:
