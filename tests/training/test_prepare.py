@@ -82,14 +82,17 @@ def test_a_command_that_is_stopped_again_and_again_makes_the_same_files(tmp_path
     subprocess.run([*command, f"data.cache_dir={tmp_path / 'whole'}"], check=True, cwd=root)
     killed, random, stopped = tmp_path / "killed", np.random.default_rng(0), 0
     for number in range(40):
-        child = subprocess.Popen([*command, f"data.cache_dir={killed}"], cwd=root, stderr=subprocess.DEVNULL)
-        time.sleep(random.uniform(5, 20))
+        with open(tmp_path / "said", "w") as said:
+            child = subprocess.Popen([*command, f"data.cache_dir={killed}"], cwd=root, stderr=said)
+        time.sleep(random.uniform(6, 20))
         signal_number = (signal.SIGKILL, signal.SIGINT)[number % 2]
         if child.poll() is not None:
             break
         os.kill(child.pid, signal_number)
+        code = child.wait()
         # An interruption before it has begun ends it by the signal itself.
-        assert child.wait() in ((130, -signal.SIGINT) if signal_number == signal.SIGINT else (-signal.SIGKILL,))
+        expected = (130, -signal.SIGINT) if signal_number == signal.SIGINT else (-signal.SIGKILL,)
+        assert code in expected, (tmp_path / "said").read_text()[-3000:]
         stopped += 1
     print(f"stopped {stopped} times")
     assert stopped >= 3

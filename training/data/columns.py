@@ -1,5 +1,6 @@
 """What a prepared source holds: its vocabulary, and columns of ids and of images in the memory-mapped file."""
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -76,7 +77,10 @@ class Vocabulary:
     def is_text(self, input_ids: np.ndarray) -> np.ndarray:
         """Where there is text proper, not a marker or the begin, end or padding of a document."""
         special = [token for token in (*self.begins, *self.ends, self.pad, self.bos, self.eos) if token is not None]
-        return (self.modality_ids(input_ids) == 0) & ~np.isin(input_ids, special)
+        text = self.modality_ids(input_ids) == 0
+        for token in special:
+            text &= input_ids != token
+        return text
 
 
 class TokenColumn:
@@ -103,7 +107,7 @@ class TokenColumn:
 
     def ids(self, record: int, variant: int) -> np.ndarray:
         """Token ids of one version of one record.  (n,) int32"""
-        chunk = int(np.searchsorted(self._starts, record, side="right")) - 1
+        chunk = bisect_right(self._starts, record) - 1
         place = (record - self._starts[chunk]) * self.variants + variant % self.variants
         bounds = self._bounds[chunk]
         return self._values[chunk][bounds[place] : bounds[place + 1]]
@@ -140,6 +144,9 @@ class ImageColumn:
     def images(self, record: int, variant: int) -> list[np.ndarray]:
         """Images of one version of one record in order.  n x (C, h, w), uint8 pixels or float16 latents"""
         values, sizes = self._values.ids(record, variant), self._sizes.ids(record, variant).reshape(-1, 2)
-        ends = np.cumsum(sizes.prod(axis=1, dtype=np.int64) * self.channels)
-        parts = np.split(values, ends[:-1]) if len(ends) else []
-        return [part.reshape(self.channels, *size) for part, size in zip(parts, sizes, strict=True)]
+        images, start = [], 0
+        for height, width in sizes.tolist():
+            stop = start + self.channels * height * width
+            images.append(values[start:stop].reshape(self.channels, height, width))
+            start = stop
+        return images

@@ -5,6 +5,7 @@ import os
 import re
 import string
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from ..config import option
@@ -25,6 +26,7 @@ class Segment:
     column: str
 
     @classmethod
+    @lru_cache(maxsize=1024)  # it is asked for every document
     def parse(cls, written: str) -> "Segment":
         kind, separator, column = written.partition(":")
         if kind not in SEGMENT_TYPES or not separator or not column.strip():
