@@ -132,6 +132,7 @@ def test_every_recipe_of_the_project_can_be_planned(path):
     ("words", "message"),
     [
         (["--world", "12", "--replicate", "8"], "--world=12 is no multiple of --replicate=8"),
+        (["--world", "8", "--replicate", "8"], "groups of one process"),
         (["--world", "0"], "--world=0 must be at least 1"),
         (["--device", "H1000"], "--device='H1000' is unknown; there are cpu, V100"),
         (["--utilisation", "1.5"], "at most 1"),

@@ -37,6 +37,12 @@ class Mesh:
                 "the same size"
             )
 
+        if self.replicate > 1 and self.shard == 1:
+            raise ConfigError(
+                f"--replicate={self.replicate} leaves groups of one process, which FSDP2 does not shard; the groups of a "
+                f"hybrid shard are of two at least: --replicate={max(1, self.world // 2)} or less"
+            )
+
     @property
     def shard(self) -> int:
         """Processes that hold the parameters once."""
