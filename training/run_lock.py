@@ -63,10 +63,13 @@ class RunLock:
                 raise ConfigError(self._held(path)) from error
 
     def release(self) -> None:
-        """Give the folder back; one that held nothing but locks is removed with the last of them."""
+        """Give the folder back, if it was got; one that held nothing but locks is removed with the last of them."""
+        if not self._own.is_locked:
+            return
         self._path(self.rank).with_suffix(".json").unlink(missing_ok=True)
-        self._own.release()
+        # While it is held: a process that waits for the file sees then that it is gone, and makes a new one.
         self._path(self.rank).unlink(missing_ok=True)
+        self._own.release()
         for folder in (self.folder, self.folder.parent):
             try:
                 folder.rmdir()
