@@ -166,7 +166,8 @@ class Checkpointer:
             shutil.rmtree(folder, ignore_errors=True)
             (folder / "state").mkdir(parents=True)
             (folder / "pretrained").mkdir()
-            write_files(folder / "pretrained")
+            with _system_errors():
+                write_files(folder / "pretrained")
 
     def _write_tensors(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         parts = {name: _PARTS[name.partition(".")[0]] for name in tensors}
@@ -194,11 +195,13 @@ class Checkpointer:
         try:
             result = action()
         except (OSError, SafetensorError, CheckpointException) as error:
-            failure = _reason(error)
+            rank, cause = _cause(error)
+            who = f" (rank {self.rank if rank is None else rank})" if self.processes > 1 else ""
+            failure = f"{type(cause).__name__}: {cause}{who}"
         outcomes = gather_objects((failure, result), self.group)
-        for rank, (failure, _) in enumerate(outcomes):
+        for failure, _ in outcomes:
             if failure is not None:
-                raise SaveError(f"{failure}{f' (rank {rank})' if self.processes > 1 else ''}")
+                raise SaveError(failure)
         return [result for _, result in outcomes]
 
 
@@ -211,12 +214,24 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     return values
 
 
-def _reason(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):
-        failures = [failure for failure, _ in error.failures.values()]
-        # The others only say that they waited for the one that failed.
-        error = next((failure for failure in failures if isinstance(failure, OSError)), failures[0])
-    return f"{type(error).__name__}: {error}"
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """OSError where a disk is full: safetensors and tokenizers, written in Rust, raise SafetensorError and Exception."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) in (Exception, SafetensorError):
+            raise OSError(str(error)) from error
+        raise
+
+
+def _cause(error: BaseException) -> tuple[int | None, BaseException]:
+    """(the rank that failed, where torch.distributed.checkpoint tells, and in what)."""
+    if not isinstance(error, CheckpointException):
+        return None, error
+    failures = [(rank, failure) for rank, (failure, _) in error.failures.items()]
+    # The others only say that they waited for the one that failed.
+    return next(((rank, failure) for rank, failure in failures if isinstance(failure, OSError)), failures[0])
 
 
 def _remove(folder: Path) -> None:
@@ -332,7 +347,8 @@ def read_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         with _without_warnings():
             dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:
-        raise ConfigError(f"{folder} does not fit this model: {_reason(error)}") from error
+        cause = _cause(error)[1]
+        raise ConfigError(f"{folder} does not fit this model: {type(cause).__name__}: {cause}") from error
 
 
 @contextmanager
@@ -379,7 +395,8 @@ def replacing(folder: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with _system_errors():
+            yield temporary
         sync_tree(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
