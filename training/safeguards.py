@@ -66,8 +66,9 @@ class SpikeDetector:
     """Tells a loss that jumps from one that wanders.
 
     A loss is a spike when it lies more than `threshold` standard deviations above the median of the last `window` losses
-    that were none; the deviation is estimated by the median distance from that median (1.4826 times it, for a normal
-    distribution), which single jumps do not widen. Losses above it one after another are one spike; when they stay there
+    that were none; the deviation is estimated by how far their highest twentieth lies from that median (1.645 of them, for
+    a normal distribution): single jumps do not widen it, and steps that lack a modality, of which the losses then have two
+    levels, are no spikes. Losses above it one after another are one spike; when they stay there
     for a quarter of the window, they are the new level.
 
     Args:
@@ -95,7 +96,7 @@ class SpikeDetector:
         if self.threshold is None or len(self.losses) < self.window // 4:
             return False
         median = statistics.median(self.losses)
-        deviation = 1.4826 * statistics.median(abs(value - median) for value in self.losses)
+        deviation = (statistics.quantiles(self.losses, n=20, method="inclusive")[-1] - median) / 1.645
         return loss > median + self.threshold * max(deviation, 1e-3 * abs(median))
 
     def state(self) -> dict:
