@@ -7,7 +7,7 @@ processes with --cpu), and a run of weeks must not find that out from its speed.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -43,6 +43,7 @@ class Asked:
 
     processes: int | None = None
     fsdp: bool = False
+    cpu: bool = False
 
 
 def asked_of_launcher() -> Asked:
@@ -66,6 +67,7 @@ def asked_of_launcher() -> Asked:
     options, _ = launch_command_parser().parse_known_args(command[begin:])
     file = options.config_file or (default_config_file if os.path.isfile(default_config_file) else None)
     stored = load_config_from_file(file) if file is not None and not options.cpu else None
+    asked.cpu = options.cpu or bool(getattr(stored, "use_cpu", False))
     asked.processes = options.num_processes or getattr(stored, "num_processes", None)
     asked.fsdp |= options.use_fsdp or getattr(stored, "distributed_type", None) == DistributedType.FSDP
     return asked
@@ -91,9 +93,9 @@ def build_accelerator(
         ConfigError: another number of processes, no FSDP where it was asked for, or settings of Accelerate that this
             trainer does not follow.
     """
-    cpu = cpu or _is_set("ACCELERATE_USE_CPU") or torch.accelerator.current_accelerator() is None
-    device_type = "cpu" if cpu else torch.accelerator.current_accelerator().type
     asked = asked_of_launcher()
+    cpu = cpu or asked.cpu or _is_set("ACCELERATE_USE_CPU") or torch.accelerator.current_accelerator() is None
+    device_type = "cpu" if cpu else torch.accelerator.current_accelerator().type
     _refuse_environment()
     if precision == "auto" and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
         precision = "bf16"
@@ -238,6 +240,21 @@ def spread_weights(model: nn.Module, whole: nn.Module | None) -> None:
     weights = {name: value for name, value in weights.items() if not name.startswith("vae.")}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(model, weights, options=options)
+
+
+@contextmanager
+def accumulating(accelerator: Accelerator, model: nn.Module, is_last: bool) -> Iterator[None]:
+    """A micro-batch of a step: gradients are summed over ranks with the last one.
+
+    Those of sharded models are scattered in each, or every rank would hold all of them until then; what the groups of
+    a hybrid mesh have is summed with the last.
+    """
+    if is_sharding(accelerator):
+        model.set_requires_all_reduce(is_last)
+        yield
+    else:
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            yield
 
 
 @contextmanager

@@ -219,7 +219,8 @@ def _new_model(config: ModelConfig, planned: MoTConfig, vae: Autoencoder | None)
 def set_up_layers(model: MoTPreTrainedModel, checkpointing: bool, compiled: bool) -> None:
     """Recomputation in the backward and compilation, of each layer by itself; before the model is sharded."""
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        # Its older name warns where transformers knows the newer one.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if compiled:
         for layer in model.model.layers:
             layer.compile()

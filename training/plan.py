@@ -191,7 +191,7 @@ def _figures(
     parts = {
         recompute: plan_memory(
             model, kept, sum(tokens.values()), mesh, bf16=bf16, checkpointing=recompute,
-            averaged=train.ema_decay is not None, accumulation=train.accumulation,
+            averaged=train.ema_decay is not None,
         )
         for recompute in (False, True)
     }  # fmt: skip

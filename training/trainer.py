@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from signal import SIGTERM
 from typing import Any
@@ -27,7 +27,7 @@ from training.checkpoints import (
 )
 from training.data.collate import seed_of
 from training.devices import StepProfiler, peak_memory
-from training.distributed import is_sharding, resharded, whole
+from training.distributed import accumulating, is_sharding, resharded, whole
 from training.flops import training_flops
 from training.metrics import MetricsLog, count_key
 from training.objectives import check_modality_weights, combine, count_targets, loss_scales, objective_names
@@ -125,8 +125,7 @@ class Trainer:
         sums = torch.zeros(len(self.objectives) + 1, device=self.accelerator.device)
         for index, batch in enumerate(micro_batches):
             self.seed_forward(index)
-            is_last = index == len(micro_batches) - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+            with accumulating(self.accelerator, self.model, is_last=index == len(micro_batches) - 1):
                 batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
                 with self.accelerator.autocast():
                     output = self.model(**batch, use_cache=False)

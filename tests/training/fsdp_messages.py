@@ -69,7 +69,7 @@ def measure(name: str, replicate: int, bf16: bool, reshard: bool, micro_batches:
     batch = batch_of(model.config)
     with Messages(replicate) as messages:
         for number in range(micro_batches):
-            model.set_requires_gradient_sync(number == micro_batches - 1)
+            model.set_requires_all_reduce(number == micro_batches - 1)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 output = model(**batch, use_cache=False)
             output.loss.backward()

@@ -23,20 +23,23 @@ ROOT = Path(__file__).resolve().parents[2]
 OPTIMIZER = OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, eps=1e-3)
 
 
+ROWS = 8  # of a step
+
+
 class Lopsided(MadeUpStream):
-    """Of every four rows the first two are text alone, or all of them: with two rows a rank, ranks lack modalities."""
+    """Of every eight rows the first four are text alone, or all of them: of two ranks, one or both lack modalities."""
 
     def __init__(self, all_alike: bool = False):
         super().__init__()
         self.all_alike = all_alike
 
     def row(self, index: int) -> dict:
-        alone = self.all_alike or index % 4 < 2
+        alone = self.all_alike or index % 8 < 4
         return MadeUpStream(modalities=("text",) if alone else ("text", "image", "speech")).row(index)
 
 
 def make(name: str, folder: Path, rows: int, accumulation: int = 1, **options):
-    """The trainer of a scenario, in a world whose size x rows x accumulation is 4."""
+    """The trainer of a scenario, in a world whose size x rows x accumulation is ROWS."""
     split = {"rows": rows, "accumulation": accumulation, "optimizer": OPTIMIZER, "steps": 4}
     if name == "transfusion":
         trainer = transfusion_trainer(folder, ema_decay=0.5, **split, **options)
@@ -112,14 +115,14 @@ def main(folder: Path, scenarios: list[str]) -> None:
     torch.set_num_threads(1)
     world = int(os.environ["WORLD_SIZE"])
     for scenario in scenarios:
-        # name[.resume | .stop][*accumulation], of which the first is the folder.
+        # name, or name.resume, name.stop (and resumed), name.split (in two micro-batches); the name is the folder's.
         name, _, rest = scenario.partition(".")
-        place, rows = folder / name, 4 // world
+        place, rows = folder / name, ROWS // world
         if rest == "stop":
             stop_at(make(name, place, rows), 2, number=15 if os.environ["RANK"] == "1" else 0)
-        if rest.startswith("split"):
-            place, rows = folder / f"{name}-split", 4 // world // 2
-        trainer = make(name, place, rows, 4 // world // rows, resume="auto" if rest in ("resume", "stop") else False)
+        if rest == "split":
+            place, rows = folder / f"{name}-split", ROWS // world // 2
+        trainer = make(name, place, rows, ROWS // world // rows, resume="auto" if rest in ("resume", "stop") else False)
         if rest in ("resume", "stop"):
             go_on(trainer)
         trainer.fit()

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from training.metrics import read_metrics
 
-from .ranks import assert_same_but_for_rounding, go_on, make, results, run_ranks
+from .ranks import ROWS, assert_same_but_for_rounding, go_on, make, results, run_ranks
 
 
 SCENARIOS = ["plain", "tied", "lopsided", "text", "transfusion", "checkpointing"]
@@ -16,7 +16,7 @@ SCENARIOS = ["plain", "tied", "lopsided", "text", "transfusion", "checkpointing"
 
 def alone(folder, name: str, accumulation: int = 1):
     """What one process makes of the same rows: (parameters, metrics)."""
-    trainer = make(name, folder, 4 // accumulation, accumulation)
+    trainer = make(name, folder, ROWS // accumulation, accumulation)
     trainer.fit()
     results(trainer, folder)
     return outcome(folder)
@@ -38,7 +38,7 @@ def four_ranks(tmp_path_factory, two_ranks):
     """Two replicas of two shards; one training goes on from what two ranks have saved."""
     folder = tmp_path_factory.mktemp("four")
     half_way(two_ranks / "interrupted", folder / "moved")
-    run_ranks(4, folder, ["plain", "transfusion", "interrupted.stop", "moved.resume"], replicate=2)
+    run_ranks(4, folder, ["plain", "plain.split", "transfusion", "interrupted.stop", "moved.resume"], replicate=2)
     return folder
 
 
@@ -62,9 +62,9 @@ def test_two_sharded_ranks_take_the_trajectory_of_one_process(two_ranks, tmp_pat
     assert evaluation[0]["eval/loss_text"] == pytest.approx(expected_evaluation[0]["eval/loss_text"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["plain", "transfusion"])
+@pytest.mark.parametrize("name", ["plain", "plain-split", "transfusion"])
 def test_two_replicas_of_two_shards_take_the_trajectory_of_one_process(four_ranks, tmp_path, name):
-    assert_same_but_for_rounding(outcome(four_ranks / name)[0], alone(tmp_path, name)[0])
+    assert_same_but_for_rounding(outcome(four_ranks / name)[0], alone(tmp_path, name.removesuffix("-split"))[0])
 
 
 def test_the_split_of_a_step_into_ranks_and_micro_batches_does_not_matter(two_ranks, tmp_path):
@@ -115,7 +115,7 @@ def test_a_checkpoint_of_hybrid_shards_goes_on_in_two_ranks_and_in_one(four_rank
 
 
 def go_on_alone(folder):
-    trainer = make("interrupted", folder, 4, resume=True)
+    trainer = make("interrupted", folder, ROWS, resume=True)
     go_on(trainer)
     trainer.fit()
     results(trainer, folder)

@@ -217,7 +217,7 @@ def test_memory_of_one_process_is_what_a_real_step_takes(name, vocabulary, check
         output = model(**made_up_batch(model.config, tokens, 2), use_cache=False)
         output.loss.backward()
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    settings = {"bf16": False, "checkpointing": checkpointing, "averaged": False, "accumulation": 1}
+    settings = {"bf16": False, "checkpointing": checkpointing, "averaged": False}
     parts = plan_memory(model, count_kept(model.config, tokens, 2), 1024, Mesh(), **settings)
     # Operators did not make the weights, and there was no optimizer.
     assert parts["optimizer (AdamW, 2 x float32)"] == 2 * parts["weights (float32)"] == 2 * weights
@@ -229,16 +229,13 @@ def test_each_process_holds_its_share_of_sixteen_bytes_a_parameter():
     model = meta_model(MoTConfig.from_preset("chameleon-7b", "mot", modalities=["text", "image"]))
     kept = count_kept(model.config, {"text": 4096, "image": 4096}, 2, bf16=True, sharded=True)
     settings = {"bf16": True, "checkpointing": True, "averaged": True}
-    parts = plan_memory(model, kept, 8192, Mesh(64), **settings, accumulation=1)
+    parts = plan_memory(model, kept, 8192, Mesh(64), **settings)
     total = model.config.num_parameters()
     state = [size for part, size in parts.items() if "float32" in part]
     assert sum(state) == pytest.approx((16 + 4) * total / 64, rel=1e-6)
     layer, embeddings = (total - 2 * 65536 * 4096) // 32, 65536 * 4096
     assert parts["gathered units"] == pytest.approx(2 * (2 * layer + embeddings), rel=1e-3)
     assert parts["gradients being reduced"] == pytest.approx((2 + 4) * layer, rel=1e-3)
-    # Micro-batches whose gradients are not reduced keep all of them.
-    several = plan_memory(model, kept, 8192, Mesh(64), **settings, accumulation=2)
-    assert several["gradients accumulated whole (float32)"] == 4 * total
 
 
 # -------------------------------------------------------------------------------------------------------------- messages

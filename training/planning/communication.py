@@ -30,8 +30,8 @@ class Traffic:
 
 def plan_traffic(units: list[Unit], mesh: Mesh, bf16: bool, accumulation: int = 1) -> Traffic:
     """Parameters are gathered in the precision of products, in every micro-batch, and again for the backward where they
-    did not stay; gradients are reduced in float32, once a step: scattered over a shard group, and what is left of them
-    summed over the groups (a ring moves it twice)."""
+    did not stay; gradients are reduced in float32: scattered over a shard group in every micro-batch, and what is left of
+    them summed over the groups once a step (a ring moves it twice)."""
     others = mesh.shard - 1
     compute = BF16 if bf16 else FLOAT
     everything = sum(unit.shard_numel(mesh.shard) for unit in units)
@@ -39,7 +39,7 @@ def plan_traffic(units: list[Unit], mesh: Mesh, bf16: bool, accumulation: int = 
     return Traffic(
         gather_forward=accumulation * others * compute * everything,
         gather_backward=accumulation * others * compute * passing,
-        reduce_scatter=others * FLOAT * everything,
+        reduce_scatter=accumulation * others * FLOAT * everything,
         all_reduce=2 * (mesh.replicate - 1) * FLOAT * everything // mesh.replicate,
     )
 

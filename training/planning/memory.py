@@ -21,7 +21,6 @@ def plan_memory(
     bf16: bool,
     checkpointing: bool,
     averaged: bool,
-    accumulation: int,
 ) -> dict[str, int]:
     """Part -> bytes of the process that holds most.
 
@@ -33,7 +32,6 @@ def plan_memory(
         model: on the meta device.
         kept: of the forward of a micro-batch of `tokens` tokens.
         averaged: whether there is a moving average of the weights.
-        accumulation: micro-batches in a step; with several, FSDP2 keeps gradients whole, in float32, until the last.
     """
     config: MoTConfig = model.config
     units = fsdp_units(model, mesh.reshard)
@@ -52,11 +50,7 @@ def plan_memory(
         staying = sum(unit.numel for unit in units if unit.stays)
         passing = sorted((unit.numel for unit in units if not unit.stays), reverse=True)
         parts["gathered units"] = compute * (staying + sum(passing[:2]))
-        if accumulation == 1:
-            parts["gradients being reduced"] = (compute + FLOAT) * max(unit.numel for unit in units)
-        else:
-            parts["gradients accumulated whole (float32)"] = FLOAT * sum(unit.numel for unit in units)
-            parts["gradients being reduced"] = FLOAT * max(unit.numel for unit in units)
+        parts["gradients being reduced"] = (compute + FLOAT) * max(unit.numel for unit in units)
     elif kept.copies:
         parts["weights cast to bf16"] = kept.copies
     parts["activations"] = kept.of_model(config.num_hidden_layers, checkpointing)
