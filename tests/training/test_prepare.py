@@ -77,14 +77,16 @@ def test_what_cannot_be_prepared_is_refused_by_name(tmp_path, capsys, extra, mes
 @pytest.mark.slow
 def test_a_command_that_is_stopped_again_and_again_makes_the_same_files(tmp_path):
     command = [sys.executable, "-m", "training.prepare", *RECIPE, "--workers", "2"]
-    command += ["data.sources.0.limit=1024", "data.augmentation={variants: 2}"]
+    command += ["data.sources.0.limit=1024"]
     root = Path(__file__).parents[2]
+    begin = time.perf_counter()
     subprocess.run([*command, f"data.cache_dir={tmp_path / 'whole'}"], check=True, cwd=root)
+    undisturbed = time.perf_counter() - begin
     killed, random, stopped = tmp_path / "killed", np.random.default_rng(0), 0
     for number in range(40):
         with open(tmp_path / "said", "w") as said:
             child = subprocess.Popen([*command, f"data.cache_dir={killed}"], cwd=root, stderr=said)
-        time.sleep(random.uniform(6, 20))
+        time.sleep(random.uniform(0.2, 1) * undisturbed)
         signal_number = (signal.SIGKILL, signal.SIGINT)[number % 2]
         if child.poll() is not None:
             break
@@ -95,7 +97,7 @@ def test_a_command_that_is_stopped_again_and_again_makes_the_same_files(tmp_path
         assert code in expected, (tmp_path / "said").read_text()[-3000:]
         stopped += 1
     print(f"stopped {stopped} times")
-    assert stopped >= 3
+    assert stopped >= 2
     subprocess.run([*command, f"data.cache_dir={killed}", "--verify"], check=True, cwd=root)
     made = [
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

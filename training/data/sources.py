@@ -274,6 +274,11 @@ def _load(config: SourceConfig, path: Path):
             splits = datasets.get_dataset_split_names(local, config.config, revision=config.revision)
             raise ValueError(_unknown(config, "split", config.split, splits)) from error
         raise
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(
+            f"source {config.name!r}: {config.path} cannot be read: {error.__cause__ or error}; fetch it again, or set "
+            "format to that of its files, which names the broken one"
+        ) from error
     except (FileNotFoundError, ConnectionError, OSError) as error:
         raise ValueError(
             f"source {config.name!r}: {config.path!r} is neither a local path nor a reachable data set: {error}"

@@ -145,6 +145,13 @@ def test_a_truncated_shard_is_named_or_the_rest_of_it_left_out(tmp_path, prepare
     assert reason.startswith(f"shard 1.{suffix} breaks off") and count == 1
 
 
+def test_a_truncated_file_of_a_data_set_is_an_error_of_its_source(tmp_path):
+    folder = write_shards("parquet", tmp_path / "set")
+    cut(folder / "1.parquet", 0.7)
+    with pytest.raises(ValueError, match=r"source 's': .*set (cannot be read|is neither).*[Pp]arquet"):
+        open_source(SourceConfig("s", str(folder), PAIRS))
+
+
 def test_flipped_bytes_are_named(tmp_path, prepare):
     folder = write_shards("jsonl.gz", tmp_path / "shards")
     data = bytearray((folder / "1.jsonl.gz").read_bytes())
