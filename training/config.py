@@ -27,6 +27,18 @@ def option(default: Any = dataclasses.MISSING, doc: str = "", *, factory: Any = 
     return dataclasses.field(default=default, default_factory=factory, metadata={"doc": doc})
 
 
+_SECRET = re.compile(r"hf_[A-Za-z0-9]{8,}|(?i:\b[\w-]*(?:token|secret|password|api_?key)=)\S+|(?<=://)[^/@\s]+@")
+
+
+def without_secrets(value: Any) -> Any:
+    """A tree of JSON values whose texts hold no tokens of the Hub, `...token=`, `...key=` or credentials in addresses."""
+    if isinstance(value, str):
+        return _SECRET.sub("[removed]", value)
+    if isinstance(value, dict):
+        return {key: without_secrets(item) for key, item in value.items()}
+    return [without_secrets(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 # ---------------------------------------------------------------------------------------------------------------- YAML
 
 

@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 
 from modeling_mot import MoTConfig, MoTPreTrainedModel
 from training.batches import StepBatches
-from training.config import dump, to_tree
+from training.config import dump, to_tree, without_secrets
 from training.consolidate import consolidate
 from training.data import collate
 from training.devices import keep_freed_memory, set_cpu_threads
@@ -46,7 +46,7 @@ from training.recipe import Recipe
 from training.reporting import plot_losses
 from training.resume import find_checkpoint, flatten, refuse_changes
 from training.rows import prepare_rows
-from training.run_folder import RunFolder, environment, without_secrets, write_json
+from training.run_folder import RunFolder, environment, write_json
 from training.run_lock import RunLock
 from training.safeguards import Interrupted, NotFiniteError, StopSignal
 from training.trainer import Trainer
@@ -345,7 +345,7 @@ class Session:
 
     def say(self, text: str) -> None:
         if self.is_main:
-            print(text, file=sys.stderr, flush=True)
+            print(without_secrets(text), file=sys.stderr, flush=True)
 
 
 def _as_trackers_take(tree: dict) -> dict:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from training.config import ConfigError
+from training.config import ConfigError, without_secrets
 
 
 _MARK = "config.yaml"
@@ -154,18 +154,6 @@ def sync_tree(folder: Path) -> None:
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
     sync_folder(folder)
-
-
-_SECRET = re.compile(r"hf_[A-Za-z0-9]{8,}|(?i:\b[\w-]*(?:token|secret|password|api_?key)=)\S+|(?<=://)[^/@\s]+@")
-
-
-def without_secrets(value: Any) -> Any:
-    """A tree of JSON values whose texts hold no tokens of the Hub, `...token=`, `...key=` or credentials in addresses."""
-    if isinstance(value, str):
-        return _SECRET.sub("[removed]", value)
-    if isinstance(value, dict):
-        return {key: without_secrets(item) for key, item in value.items()}
-    return [without_secrets(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def environment(**more: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ if __package__ in (None, ""):
     _here = Path(__file__).resolve().parent
     sys.path[:] = [str(_here.parent), *(p for p in sys.path if p and Path(p).resolve() != _here)]
 
-from training.config import ConfigError, dump, load, override, read_yaml
+from training.config import ConfigError, dump, load, override, read_yaml, without_secrets
 from training.run_lock import RunLock
 
 
@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(recipe)
     except ConfigError as error:
         rank = os.environ.get("RANK", "0")
-        print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr)
+        where = "error" if rank == "0" else f"error on rank {rank}"
+        print(f"{where}: {without_secrets(str(error))}", file=sys.stderr)
         return 2
 
 

@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from training.checkpoints import verify
-from training.config import ConfigError
+from training.config import ConfigError, without_secrets
 from training.consolidate import main
 from training.metrics import MetricsLog, read_metrics
 from training.resume import find_checkpoint, flatten, refuse_changes
-from training.run_folder import RunFolder, without_secrets
+from training.run_folder import RunFolder
 from training.safeguards import StopSignal
 from training.trackers import Trackers
 
