@@ -21,6 +21,8 @@ from accelerate.state import AcceleratorState
 from training import run_lock
 from training.checkpoints import DamagedError, newest_intact, read_tensors, state_tensors, verify
 from training.config import ConfigError, override, read_yaml
+from training.faults.__main__ import table
+from training.faults.bench import Outcome
 from training.faults.damage import DAMAGES, pickled, reseal
 from training.faults.stages import SAVE_STAGES, at
 from training.metrics import read_metrics
@@ -547,3 +549,22 @@ def test_credentials_in_an_address_that_does_not_answer_are_not_printed(tmp_path
     assert train(tmp_path, "train.output_dir=run", f"data.sources.0.path={address}") == 2
     printed = capsys.readouterr().err
     assert "127.0.0.1:9" in printed and SECRETS[1] not in printed
+
+
+# ---------------------------------------------------------------------------------------------------------- long form
+
+
+@pytest.mark.slow
+def test_the_long_form_loses_nothing(tmp_path):
+    command = [sys.executable, "-m", "training.faults", "--long", "--json", str(tmp_path / "table.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["kills"]["times"] >= 20
+    assert all(row["rows_changed"] == row["checkpoints_lost"] == 0 for row in table.values())
+
+
+def test_a_table_says_what_was_lost_and_what_is_wrong():
+    outcome = Outcome(times=3, rows_changed=1, checkpoints_lost=2, remarks=["in 4 s"], wrong=["row 7 differs\nlong"])
+    row = table({"kills": outcome}).splitlines()[-1]
+    assert row.endswith("at random moments | 3 | 1 | 2 | in 4 s; **row 7 differs** |")

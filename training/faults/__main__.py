@@ -37,6 +37,7 @@ FAULTS: dict[str, Callable[[Bench], Outcome]] = {
     "python-tags": inputs.python_tags,
     "secrets": inputs.secrets,
 }
+LONG = {"kills", "signals", "spikes"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,10 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--keep {options.keep} exists; name another folder")
     outcomes = {}
     with nullcontext(options.keep) if options.keep else tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        bench = Bench(Path(folder), options.ranks, steps=4 * max(options.times, 15), times=options.times)
+        short = Bench(Path(folder), options.ranks, 24, options.times)
+        # One run is killed or signalled many times, and gets a few steps further each time.
+        long = Bench(Path(folder) / "long", options.ranks, 4 * max(options.times, 16), options.times)
         for name in options.only or FAULTS:
             begin = time.perf_counter()
-            outcomes[name] = outcome = FAULTS[name](bench)
+            outcomes[name] = outcome = FAULTS[name](long if name in LONG else short)
             print(f"{name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
             for line in outcome.wrong:
                 print(f"  WRONG: {line}", file=sys.stderr, flush=True)

@@ -94,6 +94,7 @@ def orphans(bench: Bench) -> Outcome:
             f"{name}: refused after {first or 0:.1f} s, code {code} after {time.perf_counter() - begin:.1f} s"
         )
     outcome.expect(all(worker.is_running() for worker in workers), "the workers were disturbed")
+    (process.notes / "go").touch()
     for worker in workers:
         worker.terminate()
     _, alive = psutil.wait_procs(workers, timeout=25)

@@ -86,8 +86,9 @@ class Happening:
     def __call__(self) -> None:
         fault = self.fault
         self.times += 1
-        if fault["do"] == "kill launcher" and self.times > fault["nth"]:
-            time.sleep(0.3)  # orphans that are still there when somebody comes
+        if fault["do"] == "kill launcher" and self.times == fault["nth"] + 1:
+            while not (self.notes / "go").exists():  # an orphan that is there when somebody comes
+                time.sleep(0.1)
         if fault["do"] == "fill" and self.times == fault.get("until"):
             _make_room(fault)
         if self.times != fault["nth"] or (self.notes / "note.json").exists():
