@@ -14,7 +14,9 @@ from transformers.generation import (
 )
 
 from .configuration_mot import check_spans
+from .lean_decoding_mot import LeanDecoder, is_plain_dynamic
 from .modality_routing import ModalityRouting
+from .sampling_mot import Sampling, generators_of
 
 
 class ModalitySpanLogitsProcessor(LogitsProcessor):
@@ -82,7 +84,7 @@ class ModalitySpanLogitsProcessor(LogitsProcessor):
         return torch.where(nothing_left, scores, constrained)
 
 
-OWN_SETTINGS = ("image_grid", "max_speech_tokens", "constrain_spans")
+OWN_SETTINGS = ("image_grid", "max_speech_tokens", "constrain_spans", "generator")
 
 
 class MoTGenerationMixin(GenerationMixin):
@@ -94,6 +96,7 @@ class MoTGenerationMixin(GenerationMixin):
         image_grid: rows and columns of codes in an image, instead of `config.image_grid`.
         max_speech_tokens: instead of `config.max_speech_tokens`.
         constrain_spans: False to sample from the whole vocabulary everywhere (default True).
+        generator: of sampled tokens: a `torch.Generator`, or one for each sequence; default: torch's global one.
 
     `guidance_scale` with `negative_prompt_ids` guides pictures away from the unconditional prompt.
     """
@@ -112,6 +115,10 @@ class MoTGenerationMixin(GenerationMixin):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         for name, value in own.items():
             setattr(generation_config, name, value)
+        if own.get("generator") is not None and (generation_config.num_beams or 1) > 1:
+            raise ValueError(
+                f"generator= with num_beams={generation_config.num_beams}: beams draw from torch's global one"
+            )
         return generation_config, model_kwargs
 
     def _own_setting(self, generation_config, name):
@@ -142,12 +149,55 @@ class MoTGenerationMixin(GenerationMixin):
         return processors
 
     def _get_candidate_generator(self, *args, model_kwargs, assistant_model=None, **kwargs):
+        if getattr(kwargs.get("generation_config"), "generator", None) is not None:
+            raise ValueError("generator= with assisted decoding, which draws from torch's global one: leave it out")
         if assistant_model is not None and "modality_ids" not in signature(assistant_model.forward).parameters:
             # A draft model of text alone has no use for them and would refuse them.
             model_kwargs = {name: value for name, value in model_kwargs.items() if name != "modality_ids"}
         return super()._get_candidate_generator(
             *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
         )
+
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **model_kwargs,
+    ):
+        generator = getattr(generation_config, "generator", None)
+        lean = None if synced_gpus else self._lean_decoder(input_ids, generation_config, model_kwargs)
+        if lean is None and generator is None:
+            return super()._sample(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+        if self._shows_insides(generation_config) or synced_gpus:
+            raise ValueError("generator= goes with neither output_attentions, output_hidden_states nor synced_gpus")
+        sampling = Sampling(generation_config, generators_of(generator, len(input_ids)))
+        return sampling.run(self, lean, input_ids, logits_processor, stopping_criteria, streamer, model_kwargs)
+
+    @staticmethod
+    def _shows_insides(generation_config) -> bool:
+        return bool(generation_config.output_attentions or generation_config.output_hidden_states)
+
+    def _lean_decoder(self, input_ids, generation_config, model_kwargs) -> LeanDecoder | None:
+        """What runs the steps after the prompt, or None where the model's own forward does."""
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        if self._shows_insides(generation_config) or not model_kwargs.get("use_cache") or not is_plain_dynamic(cache):
+            return None
+        is_continued = cache.get_seq_length() > 0 and mask is not None and mask.shape[1] <= cache.get_seq_length()
+        given, embeds = model_kwargs.get("modality_ids"), model_kwargs.get("inputs_embeds")
+        runs_ahead = given is not None and embeds is None and given.shape[1] > input_ids.shape[1]
+        return None if is_continued or runs_ahead else LeanDecoder.of(self)
 
     def prepare_inputs_for_generation(self, input_ids, *args, modality_ids=None, inputs_embeds=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)

@@ -1,0 +1,72 @@
+"""Decoding token by token: a MoT's `generate()` beside that of transformers' Llama of equal active size and weights."""
+
+import statistics
+import time
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling_mot import MoTConfig, MoTForCausalLM
+
+
+VOCAB_SIZE, PROMPT, NEW_TOKENS = 8192, 32, 96
+TEXT_SHARES = {1: 1.0, 16: 0.5}  # sequences -> share of the vocabulary that is text: one tower a step, and both
+
+
+def build(size: dict, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    """Llama and a MoT of two towers, both with its weights, so that the same follows from both."""
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB_SIZE, rms_norm_eps=1e-5, initializer_range=0.1, **size))
+    ranges = {"text": [0, VOCAB_SIZE - 1], "image": [VOCAB_SIZE - 1, VOCAB_SIZE]}
+    mot = MoTForCausalLM(MoTConfig.from_variant("mot", vocab_size=VOCAB_SIZE, modality_token_ranges=ranges, **size))
+    source, towers = llama.state_dict(), mot.config.tower_names
+    names = {key: ".".join(part for part in key.split(".") if part not in towers) for key in mot.state_dict()}
+    mot.load_state_dict({key: source[name] for key, name in names.items()})
+    return {name: model.to(dtype).eval() for name, model in (("llama", llama), ("mot", mot))}
+
+
+def decode(model: torch.nn.Module, batch: int) -> torch.Tensor:
+    """-> (R, PROMPT + NEW_TOKENS)"""
+    ids = torch.randint(1, VOCAB_SIZE, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
+    length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **length)
+
+
+def share_of_agreement(models: dict[str, torch.nn.Module], batch: int) -> float:
+    """Share of the MoT's tokens that are Llama's likeliest, or within rounding of it, after what stands before them."""
+    tokens = decode(models["mot"], batch)
+    with torch.no_grad():
+        logits = models["llama"](tokens[:, :-1]).logits[:, PROMPT - 1 :].float()
+    chosen = logits.gather(-1, tokens[:, PROMPT:, None]).squeeze(-1)
+    tolerance = 1e-3 if models["llama"].dtype == torch.float32 else 0.25
+    return (chosen >= logits.amax(dim=-1) - tolerance).float().mean().item()
+
+
+def time_decode(size: dict, dtype: torch.dtype, rounds: int) -> dict:
+    """Seconds of a greedy token, the prompt's forward included, for each batch, and their ratios.
+
+    Returns:
+        dict: for each number of sequences `seconds` (of one step, by contestant), `ratio_of_medians` and
+        `ratio_quartiles` as `time_train` has them.
+    """
+    models, figures = build(size, dtype), {}
+    for batch, share in TEXT_SHARES.items():
+        first = min(int(share * VOCAB_SIZE), VOCAB_SIZE - 1)
+        models["mot"].config.modality_token_ranges = {"text": [0, first], "image": [first, VOCAB_SIZE]}
+        if (agreement := share_of_agreement(models, batch)) < 1:
+            raise SystemExit(f"of the tokens {1 - agreement:.1%} differ from llama's: nothing was timed")
+        seconds = {name: [] for name in models}
+        for turn in range(rounds + 1):
+            for name, model in models.items():
+                begin = time.perf_counter()
+                decode(model, batch)
+                if turn:  # the first round warms up
+                    seconds[name].append((time.perf_counter() - begin) / NEW_TOKENS)
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        ratios = [mot / llama for mot, llama in zip(seconds["mot"], seconds["llama"], strict=True)]
+        figures[str(batch)] = {
+            "seconds": medians,
+            "ratio_of_medians": {"mot/llama": medians["mot"] / medians["llama"]},
+            "ratio_quartiles": {"mot/llama": statistics.quantiles(ratios, n=4)},
+        }
+    return {"batches": figures}
