@@ -4,7 +4,10 @@ documents of a packed row."""
 from typing import NamedTuple
 
 import torch
+from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import and_masks, create_causal_mask
+
+from .attention_plan_mot import RANGES, AttentionPlan
 
 
 class ImageBlocks(NamedTuple):
@@ -88,7 +91,15 @@ def documents_of(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 def attention_mask_for(
-    config, inputs_embeds, attention_mask, past_key_values, position_ids, document_ids, image_blocks=None
+    config,
+    inputs_embeds,
+    attention_mask,
+    past_key_values,
+    position_ids,
+    document_ids,
+    image_blocks=None,
+    plan=None,
+    may_plan=False,
 ):
     """The mask in the form that the configured attention implementation takes.
 
@@ -99,10 +110,27 @@ def attention_mask_for(
         position_ids: (B, L) as the caller passed them, or None. Without `document_ids` and
             `attention_mask`, positions that begin anew begin a new document, as in transformers.
         image_blocks: `ImageBlocks` of the keys, (B, past + L), or None.
+        plan: an `AttentionPlan` of all this, made ahead; attention that runs from plans then needs nothing else.
+        may_plan: make one where none is given and attention runs from plans, which waits for the device.
 
     Raises:
         ValueError: `document_ids` together with keys of an earlier forward, whose documents are unknown.
     """
+    if document_ids is not None and document_ids.shape != inputs_embeds.shape[:2]:
+        raise ValueError(
+            f"document_ids has shape {tuple(document_ids.shape)} but the rows are {tuple(inputs_embeds.shape[:2])}"
+        )
+    # The keys are those of this forward: a static cache would have room for more.
+    is_fresh = past_key_values is None or (
+        isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() == 0
+    )
+    if config._attn_implementation == RANGES and is_fresh and attention_mask is None:
+        if plan is None:
+            if position_ids is not None:
+                position_ids = position_ids.expand(inputs_embeds.shape[:2])
+            plan = plan_attention(position_ids, document_ids, image_blocks, may_plan)
+        if plan is not None:
+            return plan.for_device(inputs_embeds.device)
     functions = {}
     if image_blocks is not None:
         functions["or_mask_function"] = image_blocks.same
@@ -111,10 +139,6 @@ def attention_mask_for(
         position_ids = None  # shared positions are no new documents
     if document_ids is None:
         return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, **functions)
-    if document_ids.shape != inputs_embeds.shape[:2]:
-        raise ValueError(
-            f"document_ids has shape {tuple(document_ids.shape)} but the rows are {tuple(inputs_embeds.shape[:2])}"
-        )
     if past_key_values is not None and past_key_values.get_seq_length() > 0:
         raise ValueError(
             "document_ids came with a filled past_key_values, whose documents are not known; "
@@ -129,6 +153,43 @@ def attention_mask_for(
     both = functions.pop("and_mask_function", None)
     allowed = same_document if both is None else and_masks(same_document, both)
     return create_causal_mask(config, inputs_embeds, attention_mask, None, and_mask_function=allowed, **functions)
+
+
+def plan_attention(position_ids, document_ids, image_blocks, may_wait: bool) -> AttentionPlan | None:
+    """The plan of rows without padding and cache, or None where visibility is no range or would have to be waited for.
+
+    Args:
+        As of `attention_mask_for`.
+    """
+    if image_blocks is not None and image_blocks.hidden is not None:
+        return None
+    if document_ids is None and image_blocks is None and position_ids is not None:
+        if not may_wait:
+            return None
+        # Positions that are not consecutive begin a document, as in transformers.
+        document_ids = (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(dim=1)
+    if document_ids is None and image_blocks is None:
+        return AttentionPlan()
+    return (
+        AttentionPlan.from_ids(document_ids, None if image_blocks is None else image_blocks.ids) if may_wait else None
+    )
+
+
+def plan_rows(config, input_ids, document_ids, clean_images=None) -> AttentionPlan | None:
+    """The plan of a training batch as a collator makes it, or None where what tokens see is no range.
+
+    Args:
+        config: the model's.
+        input_ids, document_ids: (B, L).
+        clean_images: (N,) bool of the images in the rows; None where there are none.
+    """
+    blocks = None
+    if clean_images is not None and hasattr(config, "markers_in_image_block"):
+        if not (config.noised_images_visible or bool(clean_images.all())):
+            return None
+        is_patch = input_ids == config.image_token_id
+        blocks = find_image_blocks(is_patch, document_ids, config.markers_in_image_block)
+    return AttentionPlan.from_ids(document_ids, blocks)
 
 
 def flash_documents(document_ids: torch.Tensor) -> dict:

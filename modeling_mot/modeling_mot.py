@@ -20,10 +20,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_masks import ImageBlocks, attention_mask_for, document_positions, flash_documents
 from .attention_mot import MoTAttention, MoTHeadLayerNorm
+from .attention_plan_mot import AttentionPlan
 from .configuration_mot import MoTConfig
 from .expert_choice import ExpertChoiceFeedForward, FeedForward
 from .generation_mot import MoTGenerationMixin
 from .modality_routing import ModalityRouting, PerTower, join
+from .range_attention_mot import RANGES
 from .token_losses import token_losses
 
 
@@ -118,6 +120,10 @@ class MoTPreTrainedModel(PreTrainedModel):
             )
         return model
 
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """As in transformers, but by default the attention that runs from a plan; with a cache it is torch's."""
+        return super().get_correct_attn_implementation(requested_attention or RANGES, is_init_check)
+
     def save_pretrained(self, *args, **kwargs):
         if self.can_generate():
             # Whoever reads a generation configuration that is marked as derived loses `image_grid` and the like.
@@ -205,6 +211,7 @@ class MoTModel(MoTPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         routing: ModalityRouting | None = None,
+        attention_plan: AttentionPlan | None = None,
         image_blocks: ImageBlocks | None = None,
         use_cache: bool | None = None,
         **kwargs,
@@ -218,6 +225,8 @@ class MoTModel(MoTPreTrainedModel):
             position_ids: (B, L); consecutive by default, from 0 in each document when `document_ids` are given.
             document_ids: (B, L); tokens whose ids differ never see each other.
             routing: a `ModalityRouting` made ahead of the forward; `modality_ids` are then not read.
+            attention_plan: an `AttentionPlan` made ahead, from the same documents and images. Absent, it is made here,
+                unless `routing` was made ahead: then nothing here may wait for the device.
             image_blocks: `ImageBlocks` of all keys, (B, past + L): images whose tokens see each other in both directions.
             token_choice: route mixtures of experts by each token's choice, as generation does.
                 Default: when the forward continues a cache.
@@ -230,6 +239,7 @@ class MoTModel(MoTPreTrainedModel):
         continues_cache = past_key_values is not None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        may_plan = routing is None and not torch.compiler.is_compiling()
         if routing is None:
             routing = self._routing(modality_ids, input_ids, inputs_embeds)
         batch_size, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
@@ -246,7 +256,15 @@ class MoTModel(MoTPreTrainedModel):
 
         rows = hidden_states.new_empty(0).expand(batch_size, length, 0)
         mask = attention_mask_for(
-            self.config, rows, attention_mask, past_key_values, position_ids, document_ids, image_blocks
+            self.config,
+            rows,
+            attention_mask,
+            past_key_values,
+            position_ids,
+            document_ids,
+            image_blocks,
+            attention_plan,
+            may_plan,
         )
         if document_ids is not None and self.config._attn_implementation.startswith("flash"):
             kwargs |= flash_documents(document_ids)

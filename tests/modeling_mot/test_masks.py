@@ -18,7 +18,7 @@ def sees(model, ids, **kwargs):
     return torch.stack(columns, dim=1)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["mot_ranges", "sdpa", "eager"])
 @pytest.mark.parametrize("documents", [None, [0, 0, 0, 1, 1, 2, -1, -1], [5, 5, 3, 3, 3, 3, 4, 4]])
 def test_a_token_sees_the_earlier_ones_of_its_document(tiny_model, attention, documents):
     model = tiny_model(attn_implementation=attention)
@@ -29,7 +29,7 @@ def test_a_token_sees_the_earlier_ones_of_its_document(tiny_model, attention, do
     assert torch.equal(sees(model, ids, **kwargs), expected)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["mot_ranges", "sdpa", "eager"])
 def test_nothing_sees_padding(tiny_model, attention):
     model = tiny_model(attn_implementation=attention)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 0]])

@@ -108,7 +108,7 @@ def test_cached_decode_equals_full_forward(tiny_model, variant, cache):
 
 
 @pytest.mark.parametrize("variant", ["dense", "mot", "loo-text", "untied-feed-forward"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["mot_ranges", "sdpa", "eager"])
 def test_packed_row_equals_separate_documents(tiny_model, variant, attention):
     model = tiny_model(variant, attn_implementation=attention)
     documents = [torch.randint(0, 60, (n,)) for n in (4, 1, 7)]

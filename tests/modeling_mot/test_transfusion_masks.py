@@ -76,7 +76,7 @@ def moved(model, tokens, images, **kwargs):
 OPTIONS = list(product([False, True], [True, False]))
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention", "mot_ranges"])
 @pytest.mark.parametrize(("markers", "noised_visible"), OPTIONS)
 def test_in_a_packed_row_a_token_moves_exactly_what_the_rule_allows(attention, markers, noised_visible):
     model = tiny_model(
@@ -92,7 +92,7 @@ def test_in_a_packed_row_a_token_moves_exactly_what_the_rule_allows(attention, m
         assert torch.equal(seen, visible(model.config, tokens, documents, clean=images["clean_images"]))
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention", "mot_ranges"])
 @pytest.mark.parametrize(("markers", "noised_visible"), OPTIONS)
 def test_in_a_left_padded_row_a_token_moves_exactly_what_the_rule_allows(attention, markers, noised_visible):
     model = tiny_model(
@@ -118,7 +118,7 @@ def test_a_noised_image_moves_its_clean_copy_never_and_the_copy_is_context():
     assert seen[text][list(copy)].all() and not seen[list(noised)][:, list(copy)].any()
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention", "mot_ranges"])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("variant", ["dense", "mot"])
 def test_packed_row_equals_separate_documents(variant, shared, attention):
@@ -161,7 +161,7 @@ def test_eager_sdpa_and_flex_give_the_same_numbers(markers, noised_visible):
     documents = torch.tensor([[0] * len(document) + [-1] * (length - len(document)) for document, _ in rows])
     images = inputs_of([size for _, sizes in rows for size in sizes], rng)
     outputs = []
-    for attention in ("eager", "sdpa", "flex_attention"):
+    for attention in ("eager", "sdpa", "flex_attention", "mot_ranges"):
         torch.manual_seed(0)
         model = tiny_model(
             markers_in_image_block=markers, noised_images_visible=noised_visible, attn_implementation=attention

@@ -27,8 +27,8 @@ def collate(
 
     Args:
         rows: rows of a `RowStream` or of `single_direction_rows`.
-        config: the model's configuration; when given, the batch carries the forward's `routing`, so that the forward
-            itself has no step that depends on the data. With one whose images share a position, `position_ids` are left
+        config: the model's configuration; when given, the batch carries the forward's `routing` and, where what a token
+            sees is a range, its `attention_plan`, so that the forward itself has no step that depends on the data. With one whose images share a position, `position_ids` are left
             to the model, but for rows with clean copies, which have the positions of what they repeat.
         multiple_of: pads each tower's slice, see `ModalityRouting.from_modality_ids`.
         noise_seed: with a Transfusion configuration, adds the `timesteps` (M,) and the `noise` (M, C, h, w) of the
@@ -53,9 +53,13 @@ def collate(
     if images:
         batch |= stack_images(images, config)
     if config is not None:
+        from modeling_mot.attention_masks import plan_rows
         from modeling_mot.modality_routing import ModalityRouting
 
         batch["routing"] = ModalityRouting.from_modality_ids(batch["modality_ids"], config, multiple_of)
+        plan = plan_rows(config, batch["input_ids"], batch["document_ids"], batch.get("clean_images"))
+        if plan is not None:
+            batch["attention_plan"] = plan
         if getattr(config, "image_positions", None) == "shared":
             share_positions(batch, config)
     if images and noise_seed is not None and is_transfusion(config):

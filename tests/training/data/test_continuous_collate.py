@@ -52,7 +52,7 @@ def test_pixels_are_scaled_and_latents_are_taken(rows_of, processor, vae):
     for chosen, name in ((None, "pixel_values"), (vae, "latents")):
         rows = rows_of(chosen, caption_first=0.5)
         batch = collate(rows, small_transfusion(processor))
-        assert set(batch) == KEYS | {name, "clean_images", "image_first", "routing"}
+        assert set(batch) == KEYS | {name, "clean_images", "image_first", "routing", "attention_plan"}
         assert batch[name].dtype == torch.float32
         for value, image in zip(batch[name], images_of(rows), strict=True):
             expected = image["values"].astype(np.float32)
@@ -72,7 +72,7 @@ def test_a_batch_without_images_has_no_keys_for_them(text_source, tmp_path, proc
     source = TokenizedSource.prepare(text_source(), processor, tmp_path / "cache")
     rows = list(islice(RowStream(DataConfig(row_length=64, block_documents=8), [source]).rows(), 2))
     batch = collate(rows, small_transfusion(processor), noise_seed=0, row_numbers=[0, 1])
-    assert set(batch) == KEYS | {"routing"} and count_noised(batch, small_transfusion(processor)) == 0
+    assert set(batch) == KEYS | {"routing", "attention_plan"} and count_noised(batch, small_transfusion(processor)) == 0
 
 
 def made_up_row(processor, sizes, clean=(), dtype=np.uint8, channels=3, token=4):

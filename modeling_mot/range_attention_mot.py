@@ -1,0 +1,249 @@
+"""Attention in which every query sees one range of keys: causal, both ways inside an image, apart in packed documents.
+
+On a CPU it runs over blocks of queries, each against the keys that any of them sees: torch's kernel there computes what
+a dense mask then hides, and its backward is slow. On CUDA the same plan becomes a block mask of flex attention. Where
+every query sees all earlier keys, and a device or precision has a better kernel for that, torch's is taken.
+"""
+
+# B batch, L row length, H heads, K heads of keys, h head dimension, R rows, c queries and k keys of a block
+
+import re
+
+import torch
+from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention_plan_mot import RANGES, AttentionPlan
+
+
+KEPT_WIDTH = 32  # probabilities are kept for the backward up to so many keys per query and channel of a head
+
+
+def _causal_blocks(query: torch.Tensor) -> list[list[int]]:
+    batch, _, length, _ = query.shape
+    size = 128 if query.dtype in (torch.bfloat16, torch.float16) else 64  # measured
+    spans = ((begin, min(begin + size, length)) for begin in range(0, length, size))
+    return [[0, batch, begin, end, 0, end, 0, begin + 1] for begin, end in spans]
+
+
+def _num_scores(query: torch.Tensor, num_scores: int) -> int:
+    """Probabilities of all heads, or 0 where there are so many that they are computed again in the backward."""
+    batch, heads, length, head_dim = query.shape
+    if not num_scores:
+        num_scores = sum(batch * (end - begin) * end for _, _, begin, end, *_ in _causal_blocks(query))
+    return heads * num_scores if num_scores <= KEPT_WIDTH * head_dim * batch * length else 0
+
+
+class _Block:
+    """The queries and keys of one block, as views or copies with one dimension of rows and heads of keys."""
+
+    def __init__(self, bounds: list[int], first, last):
+        self.row, self.row_end, self.begin, self.end, self.low, self.high, self.common, self.common_end = bounds
+        self.first, self.last = first, last
+
+    def queries(self, heads: torch.Tensor, groups: int) -> torch.Tensor:
+        """(B, H, L, h) -> (R * K, H / K * c, h)"""
+        part = heads[self.row : self.row_end, :, self.begin : self.end]
+        return part.reshape(-1, groups * (self.end - self.begin), heads.shape[-1])
+
+    def keys(self, heads: torch.Tensor) -> torch.Tensor:
+        """(B, K, L, h), contiguous -> (R * K, k, h), a view"""
+        return heads[self.row : self.row_end].flatten(0, 1)[:, self.low : self.high]
+
+    def scatter(self, out: torch.Tensor, part: torch.Tensor) -> None:
+        """(R * K, H / K * c, h) into the block's place of (B, L, H, h)"""
+        place = out[self.row : self.row_end, self.begin : self.end]
+        place.copy_(part.view(place.shape[0], place.shape[2], place.shape[1], -1).transpose(1, 2))
+
+    def probabilities(self, queries, keys, scale, out=None) -> torch.Tensor:
+        """-> (R * K, H / K * c, k)"""
+        scores = torch.baddbmm(queries.new_empty(()), queries, keys.transpose(1, 2), beta=0, alpha=scale)
+        by_head = scores.view(self.row_end - self.row, -1, self.end - self.begin, self.high - self.low)
+        spans = [(self.low, self.common), (self.common_end, self.high)]
+        if self.common >= self.common_end:
+            spans = [(self.low, self.high)]
+        for low, high in spans:
+            if low < high:
+                # Adding a small bias is several times as fast as filling under a mask.
+                by_head[..., low - self.low : high - self.low] += self.bias(low, high, scores)
+        return torch.softmax(scores, dim=-1, out=scores if out is None else out.view_as(scores))
+
+    def num_scores(self, queries) -> int:
+        return queries.shape[0] * queries.shape[1] * (self.high - self.low)
+
+    def bias(self, low: int, high: int, like: torch.Tensor) -> torch.Tensor:
+        """0 where a query sees a key and -inf elsewhere.  -> (R or 1, 1, c, high - low)"""
+        keys = torch.arange(low, high, dtype=torch.int32)
+        if self.first is None:
+            hidden = keys > torch.arange(self.begin, self.end, dtype=torch.int32)[:, None]
+            return like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        part = (slice(self.row, self.row_end), None, slice(self.begin, self.end), None)
+        hidden = (keys < self.first[part]) | (keys > self.last[part])
+        return like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+
+
+def _all_blocks(query, first, last, blocks) -> list[_Block]:
+    bounds = _causal_blocks(query) if blocks is None else blocks.tolist()
+    return [_Block(of_block, first, last) for of_block in bounds]
+
+
+# Operators of their own, so that a compiler sees one node and no loop that depends on the plan. Remote code may be
+# loaded beside the installed package: each module has its own names.
+_NAMESPACE = re.sub(r"\W", "_", __name__)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::attend", mutates_args=())
+@torch.autocast("cpu", enabled=False)
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    first: torch.Tensor | None,
+    last: torch.Tensor | None,
+    blocks: torch.Tensor | None,
+    scale: float,
+    num_kept: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, H, L, h), (B, K, L, h) twice -> (B, L, H, h) and the first `num_kept` probabilities"""
+    batch, heads, length, _ = query.shape
+    out = query.new_empty(batch, length, heads, value.shape[-1])
+    kept, place, groups = query.new_empty(num_kept), 0, heads // key.shape[1]
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    for block in _all_blocks(query, first, last, blocks):
+        queries = block.queries(query, groups)
+        begin, place = place, place + block.num_scores(queries)
+        room = kept[begin:place] if num_kept else None
+        probabilities = block.probabilities(queries, block.keys(key), scale, room)
+        block.scatter(out, torch.bmm(probabilities, block.keys(value)))
+    return out, kept
+
+
+@_attend.register_fake
+def _(query, key, value, first, last, blocks, scale, num_kept):
+    batch, heads, length, _ = query.shape
+    return query.new_empty(batch, length, heads, value.shape[-1]), query.new_empty(num_kept)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::attend_backward", mutates_args=())
+@torch.autocast("cpu", enabled=False)
+def _attend_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    first: torch.Tensor | None,
+    last: torch.Tensor | None,
+    blocks: torch.Tensor | None,
+    kept: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of queries, keys and values, of their shapes."""
+    batch, heads, length, _ = query.shape
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    grad = grad.transpose(1, 2).contiguous()
+    grad_query = query.new_empty(batch, length, heads, query.shape[-1])
+    # Several blocks add to the gradient of a key: in float32 at least.
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
+    place, groups = 0, heads // key.shape[1]
+    for block in _all_blocks(query, first, last, blocks):
+        queries, out_grad = block.queries(query, groups), block.queries(grad, groups)
+        begin, place = place, place + block.num_scores(queries)
+        if len(kept):
+            probabilities = kept[begin:place].view(*queries.shape[:2], -1)
+        else:
+            probabilities = block.probabilities(queries, block.keys(key), scale)
+        _add_product(block.keys(grad_value), probabilities, out_grad)
+        grad_probabilities = torch.bmm(out_grad, block.keys(value).transpose(1, 2))
+        grad_scores = torch._softmax_backward_data(grad_probabilities, probabilities, -1, probabilities.dtype)
+        block.scatter(grad_query, torch.bmm(grad_scores, block.keys(key)))
+        _add_product(block.keys(grad_key), grad_scores, queries)
+    grad_query, grad_key = grad_query.mul_(scale).transpose(1, 2), grad_key.mul_(scale)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left^T right"""
+    if total.dtype == left.dtype:
+        total.baddbmm_(left.transpose(1, 2), right)
+    else:
+        total += torch.bmm(left.transpose(1, 2), right)
+
+
+@_attend_backward.register_fake
+def _(grad, query, key, value, first, last, blocks, kept, scale):
+    batch, heads, length, head_dim = query.shape
+    grad_query = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    return grad_query, key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _setup(ctx, inputs, output):
+    query, key, value, first, last, blocks, ctx.scale, _ = inputs
+    ctx.save_for_backward(query, key, value, first, last, blocks, output[1])
+    ctx.set_materialize_grads(False)  # of the probabilities there is none, and they are large
+
+
+def _gradients(ctx, grad, _):
+    if grad is None:
+        return (None,) * 8
+    return *_attend_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None, None, None
+
+
+_attend.register_autograd(_gradients, setup_context=_setup)
+
+
+# Every query against every key, as torch counts its own attention; the backward has twice the products.
+@register_flop_formula(getattr(torch.ops, _NAMESPACE).attend)
+def _(query_shape, key_shape, value_shape, *args, **kwargs) -> int:
+    return sdpa_flop_count(query_shape, key_shape, value_shape)
+
+
+@register_flop_formula(getattr(torch.ops, _NAMESPACE).attend_backward)
+def _(grad_shape, query_shape, key_shape, value_shape, *args, **kwargs) -> int:
+    return 2 * sdpa_flop_count(query_shape, key_shape, value_shape)
+
+
+def attend_in_ranges(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan, scale: float
+) -> torch.Tensor:
+    """softmax(scale * Q K^T) V over the keys that each query sees.  (B, H, L, h), (B, K, L, h) twice -> (B, L, H, h)"""
+    if torch.is_autocast_enabled(query.device.type):  # torch's own attention is cast by it, operators of others are not
+        query, key, value = (heads.to(torch.get_autocast_dtype(query.device.type)) for heads in (query, key, value))
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    num_kept = _num_scores(query, plan.num_scores) if needs_grad else 0
+    return _attend(query, key, value, plan.first, plan.last, plan.blocks, scale, num_kept)[0]
+
+
+def range_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """An attention function of transformers, `attn_implementation="mot_ranges"`.
+
+    Args:
+        attention_mask: what `AttentionPlan.for_device` makes; or a mask as torch's attention takes it, which then runs.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(attention_mask, tuple):
+        plan = attention_mask
+        # Where probabilities would be computed again, torch's kernel is faster in float32.
+        is_long = plan.is_causal and query.dtype == torch.float32 and not _num_scores(query, 0)
+        if not (dropout or is_long):
+            return attend_in_ranges(query, key, value, plan, scaling), None
+        attention_mask = plan.mask(query.device)
+    elif attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
+        return flex_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+
+ALL_ATTENTION_FUNCTIONS.register(RANGES, range_attention_forward)
+ALL_MASK_ATTENTION_FUNCTIONS.register(RANGES, sdpa_mask)
