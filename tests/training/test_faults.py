@@ -543,7 +543,6 @@ def test_a_source_that_shrank_is_refused_and_a_restored_one_goes_on(failed_run, 
         assert not any(secret in path.read_text(encoding="utf-8") for secret in SECRETS), path
 
 
-@pytest.mark.xfail(reason="errors name the value as it is")
 def test_credentials_in_an_address_that_does_not_answer_are_not_printed(tmp_path, capsys):
     address = f"https://user:{SECRETS[1]}@127.0.0.1:9/pictures.parquet"
     assert train(tmp_path, "train.output_dir=run", f"data.sources.0.path={address}") == 2
