@@ -544,8 +544,8 @@ def test_a_source_that_shrank_is_refused_and_a_restored_one_goes_on(failed_run, 
 
 
 def test_credentials_in_an_address_that_does_not_answer_are_not_printed(tmp_path, capsys):
-    address = f"https://user:{SECRETS[1]}@127.0.0.1:9/pictures.parquet"
-    assert train(tmp_path, "train.output_dir=run", f"data.sources.0.path={address}") == 2
+    address = f"https://user:{SECRETS[1]}@127.0.0.1:9/processor"
+    assert train(tmp_path, "train.output_dir=run", f"model.processor={address}") == 2
     printed = capsys.readouterr().err
     assert "127.0.0.1:9" in printed and SECRETS[1] not in printed
 
