@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -23,10 +23,12 @@ from modeling_mot import (
 from modeling_mot.latents_mot import build_vae, vae_config_of, vae_fingerprint
 from modeling_mot.presets_mot import VARIANTS
 from training.config import ConfigError, option
+from training.data.config import DataConfig
 from training.transfusion import (
     Autoencoder,
     TransfusionModelConfig,
     check_pictures,
+    has_sound,
     load_vae,
     set_objective,
     transfusion_processor,
@@ -190,6 +192,32 @@ def planned_config(
     return planned
 
 
+class Planned(NamedTuple):
+    """What fits together: the configuration of a recipe's model, its processor, and the VAE of continuous images."""
+
+    config: MoTConfig
+    processor: MoTProcessor
+    vae: Autoencoder | None
+
+
+def plan_model(config: ModelConfig, data: DataConfig, initial: MoTPreTrainedModel | None = None) -> Planned:
+    """Decide what is trained and on what, before anything is made or tokenised; `data.clean_copies` is set where the
+    model needs them.
+
+    Args:
+        initial: the checkpoint of `config.init_from`, with or without weights (`load_frame`).
+
+    Raises:
+        ConfigError: model, processor, VAE and rows do not fit each other.
+    """
+    vae = find_vae(config, initial)
+    processor = load_processor(config, vae, has_sound(data))
+    planned = planned_config(config, processor, data.row_length, vae, initial)
+    if not getattr(planned, "noised_images_visible", True):
+        data.clean_copies = True
+    return Planned(planned, processor, vae)
+
+
 def build_model(
     config: ModelConfig,
     planned: MoTConfig,
@@ -230,9 +258,15 @@ def load_frame(source: str) -> MoTPreTrainedModel:
     """A checkpoint of ours without the weights of what is trained: its configuration, and its VAE whole.
 
     What ranks of a sharded model begin with, whose weights come from the main process or from a checkpoint.
+
+    Raises:
+        ConfigError: there is none.
     """
-    model_class = MODEL_CLASSES[model_type(source)]
-    config = model_class.config_class.from_pretrained(source)
+    try:
+        model_class = MODEL_CLASSES[model_type(source)]
+        config = model_class.config_class.from_pretrained(source)
+    except OSError as error:
+        raise ConfigError(f"no model could be loaded from {source!r}: {error}") from error
     vae = None
     if getattr(config, "vae_config", None) is not None:
         vae = build_vae(config.vae_config)

@@ -16,7 +16,7 @@ from modeling_mot import MoTConfig
 from modeling_mot.presets_mot import variant_fields
 from training.config import ConfigError
 from training.flops import GPUS, forward_flops_per_token, recomputed_flops, training_flops
-from training.models import find_vae, load_frame, load_processor, planned_config
+from training.models import load_frame, plan_model
 from training.planning.activations import count_kept
 from training.planning.cluster import Device, Mesh, find_device, mesh_of_accelerate
 from training.planning.communication import Traffic, plan_traffic, seconds_of_traffic
@@ -25,7 +25,6 @@ from training.planning.parameters import FROZEN, count_parameters, fsdp_units, m
 from training.planning.screen import render
 from training.recipe import Recipe
 from training.train import load_recipe
-from training.transfusion import has_sound
 
 
 # What is compared in the paper's section 6.1.
@@ -133,15 +132,8 @@ def _mesh(recipe: Recipe, options: argparse.Namespace) -> tuple[Mesh, bool]:
 
 
 def _config(recipe: Recipe) -> MoTConfig:
-    model = recipe.model
-    try:
-        initial = None if model.init_from is None else load_frame(model.init_from)
-    except OSError as error:
-        raise ConfigError(f"no model could be loaded from model.init_from={model.init_from!r}: {error}") from error
-    vae = find_vae(model, initial)
-    return planned_config(
-        model, load_processor(model, vae, has_sound(recipe.data)), recipe.data.row_length, vae, initial
-    )
+    source = recipe.model.init_from
+    return plan_model(recipe.model, recipe.data, None if source is None else load_frame(source)).config
 
 
 def _tokens(config: MoTConfig, recipe: Recipe, shares: str | None) -> dict[str, int]:

@@ -60,16 +60,10 @@ def prepare_recipe(recipe: Recipe, workers: int = 1, verify: bool = False) -> No
     """
     # Later than what is refused at once.
     from training.data import RowStream, prepare_sources
-    from training.models import find_vae, load_model, load_processor, planned_config
-    from training.transfusion import has_sound
+    from training.models import load_frame, plan_model
 
-    begin = time.perf_counter()
-    initial = None if recipe.model.init_from is None else load_model(recipe.model.init_from)
-    vae = find_vae(recipe.model, initial)
-    processor = load_processor(recipe.model, vae, has_sound(recipe.data))
-    planned = planned_config(recipe.model, processor, recipe.data.row_length, vae, initial)
-    if not getattr(planned, "noised_images_visible", True):
-        recipe.data.clean_copies = True
+    begin, source = time.perf_counter(), recipe.model.init_from
+    _, processor, vae = plan_model(recipe.model, recipe.data, None if source is None else load_frame(source))
     try:
         training, held_out = (
             prepare_sources(recipe.data, processor, workers, validation, vae, progress=True)

@@ -58,12 +58,15 @@ def find_checkpoint(
     return manifest, found
 
 
-def refuse_changes(stored: Mapping[str, Any], present: Mapping[str, Any], despite: Sequence[str]) -> list[str]:
+def refuse_changes(
+    stored: Mapping[str, Any], present: Mapping[str, Any], despite: Sequence[str], changed_source: str | None = None
+) -> list[str]:
     """Refuse to go on with what would not be the same run; returns what is different and was allowed to be.
 
     Args:
         stored, present: `config` (the recipe as a tree), `data_fingerprint`, `rows_in_a_step`.
         despite: keys that may differ, or "data".
+        changed_source: which source is not what it was, where that is known.
 
     Raises:
         ConfigError: anything else differs, or a key in `despite` is none.
@@ -87,6 +90,8 @@ def refuse_changes(stored: Mapping[str, Any], present: Mapping[str, Any], despit
         )
     if stored["data_fingerprint"] != present["data_fingerprint"]:
         changes[DATA] = (stored["data_fingerprint"][:12], present["data_fingerprint"][:12])
+        if changed_source is not None:
+            changes[DATA] = (changes[DATA][0], f"{changes[DATA][1]} ({changed_source})")
     refused = {key: values for key, values in changes.items() if key not in despite}
     if refused:
         listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in refused.items())

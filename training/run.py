@@ -33,11 +33,9 @@ from training.metrics import count_key, read_metrics
 from training.models import (
     build_model,
     empty_model,
-    find_vae,
     load_frame,
     load_model,
-    load_processor,
-    planned_config,
+    plan_model,
     set_up_layers,
 )
 from training.objectives import objective_names
@@ -50,7 +48,7 @@ from training.run_folder import RunFolder, environment, write_json
 from training.run_lock import RunLock
 from training.safeguards import Interrupted, NotFiniteError, StopSignal
 from training.trainer import Trainer
-from training.transfusion import caption_dropout, has_sound
+from training.transfusion import caption_dropout
 
 
 NOT_SAVED, NOT_FINITE = 3, 4
@@ -115,12 +113,8 @@ class Session:
             self.say(line)
         check_subjects(recipe.data, recipe.samples)
         initial = self._initial()
-        self.vae = find_vae(recipe.model, initial)
-        self.processor = load_processor(recipe.model, self.vae, has_sound(recipe.data))
         # Before the data, which may take long to prepare.
-        planned = planned_config(recipe.model, self.processor, recipe.data.row_length, self.vae, initial)
-        if not getattr(planned, "noised_images_visible", True):
-            recipe.data.clean_copies = True
+        planned, self.processor, self.vae = plan_model(recipe.model, recipe.data, initial)
         self.say(f"tokenising the data (kept in {recipe.data.cache_path}) ...")
         self.stream, self.held_out_rows, self.data_fingerprint = prepare_rows(
             recipe.data, self.processor, recipe.evaluation.rows, self.vae
@@ -177,8 +171,7 @@ class Session:
             "rows_in_a_step": batches.rows_in_a_step,
         }
         if self.checkpoint is not None:
-            for line in refuse_changes(self.checkpoint, self.same_on_resume, recipe.train.resume_despite):
-                self.say(f"resumed although {line}")
+            self._check_resume(batches)
         trainer = Trainer(
             accelerator,
             model,
@@ -197,6 +190,17 @@ class Session:
         if self.checkpoint is not None:
             trainer.resume(self.checkpoint)
         return trainer
+
+    def _check_resume(self, batches: StepBatches) -> None:
+        """Refuse to go on with another run than the one the checkpoint is of, or say what was allowed to change."""
+        changed_source = None
+        try:
+            batches.stream.restore(self.checkpoint["stream"])
+        except ValueError as error:
+            changed_source = str(error)
+        despite = self.recipe.train.resume_despite
+        for line in refuse_changes(self.checkpoint, self.same_on_resume, despite, changed_source):
+            self.say(f"resumed although {line}")
 
     def _write_down(self) -> None:
         """The resolved configuration and what the run is made with, beside its results; and a summary on the screen."""

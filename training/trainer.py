@@ -352,7 +352,8 @@ class Trainer:
             self.ema.optimization_step = manifest["average_updates"]
         self.guard.restore(manifest["guard"])
         self.evaluated_step = manifest["evaluated_step"]
-        self.batches.stream.restore(manifest["stream"])
+        if self.describe.get("data_fingerprint") == manifest.get("data_fingerprint"):  # else rows are counted anew
+            self.batches.stream.restore(manifest["stream"])
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from training.data.documents import build_row, compose
 from training.optimization import OptimizerConfig
 
 from .tiny import tiny_trainer
-from .tiny_transfusion import BOS, VOCABULARY, picture_tokens, tiny_config
+from .tiny_transfusion import BOS, VOCABULARY, PictureStream, picture_tokens, tiny_config
 
 
 # Pictures of 3 channels and 8 x 8 latents, in blocks of random colours; an instruction is one token.
@@ -19,13 +19,8 @@ _random = np.random.default_rng(0)
 SOURCES = [_random.uniform(-1, 1, (3, 4, 4)).repeat(2, axis=1).repeat(2, axis=2).astype(np.float32) for _ in range(4)]
 
 
-class EditStream:
+class EditStream(PictureStream):
     """Rows of one edit each: begin, source, instruction, target, end; the source clean, the target alone learnt."""
-
-    def rows(self, start: int = 0):
-        while True:
-            yield self.row(start)
-            start += 1
 
     def row(self, index: int) -> dict:
         random = np.random.default_rng(index)
