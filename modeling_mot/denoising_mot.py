@@ -13,8 +13,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import logging
 
 from .attention_masks import ImageBlocks, attention_mask_for
+from .decoding_cache_mot import Prefix
 from .diffusion_mot import build_scheduler
 from .modality_routing import ModalityRouting
+from .sampling_mot import Generators
 
 
 @dataclass
@@ -91,78 +93,24 @@ class DiffusionSettings:
         return ids, mask
 
 
-class Prefix:
-    """Cached keys and values of R sequences, left-padded, and where they end.
-
-    Attributes:
-        keys, values: of each layer, (R, H, L, head_dim).
-        mask: (R, L) 1 for tokens, 0 for padding.
-        position: (R,) the position of the next token.
-    """
-
-    def __init__(
-        self, keys: list[torch.Tensor], values: list[torch.Tensor], mask: torch.Tensor, position: torch.Tensor
-    ):
-        self.keys, self.values, self.mask, self.position = keys, values, mask, position
-
-    @classmethod
-    def of_cache(cls, cache: Cache, mask: torch.Tensor, position: torch.Tensor) -> "Prefix":
-        return cls([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers], mask, position)
-
-    def rows(self, index: torch.Tensor, drop_last: int = 0) -> "Prefix":
-        """Some of the sequences, without padding that all of them have, and without their last columns."""
-        mask = self.mask[index]
-        first = int(mask.long().argmax(dim=1).min()) if len(mask) else 0
-        stop = mask.shape[1] - drop_last
-        cut = [[x[index, :, first:stop] for x in tensors] for tensors in (self.keys, self.values)]
-        return Prefix(*cut, mask[:, first:stop], self.position[index] - drop_last)
-
-    def beside(self, other: "Prefix") -> "Prefix":
-        """The sequences of both, padded on the left to the longer of the two."""
-        length = max(self.mask.shape[1], other.mask.shape[1])
-
-        def stack(mine, others):
-            return torch.cat([_pad_left(mine, length, -2), _pad_left(others, length, -2)])
-
-        keys = [stack(*pair) for pair in zip(self.keys, other.keys)]
-        values = [stack(*pair) for pair in zip(self.values, other.values)]
-        mask = torch.cat([_pad_left(self.mask, length, -1), _pad_left(other.mask, length, -1)])
-        return Prefix(keys, values, mask, torch.cat([self.position, other.position]))
-
-    def cache(self) -> Cache:
-        """A cache that grows from here."""
-        return Cache(layers=[_filled_layer(*pair) for pair in zip(self.keys, self.values)])
-
-    def scratch(self, room: int) -> Cache:
-        """A cache whose last `room` columns every forward writes anew; the prefix is copied once, here."""
-        return Cache(layers=[ScratchLayer(*pair, room) for pair in zip(self.keys, self.values)])
-
-
-def _pad_left(tensor: torch.Tensor, length: int, dim: int) -> torch.Tensor:
-    missing = length - tensor.shape[dim]
-    if not missing:
-        return tensor
-    shape = list(tensor.shape)
-    shape[dim] = missing
-    return torch.cat([tensor.new_zeros(shape), tensor], dim=dim)
-
-
-def _filled_layer(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
-    layer = DynamicLayer()
-    layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = keys, values
-    return layer
-
-
 class ScratchLayer(DynamicLayer):
-    """The prefix of one layer, and room behind it that each denoising step overwrites."""
+    """The prefixes of one layer, padded on the left to the longest, and room behind them that each forward overwrites."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, room: int):
+    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], room: int, dtype: torch.dtype):
+        """
+        Args:
+            keys, values: of each sequence, (H, L, head_dim).
+        """
         super().__init__()
-        self.lazy_initialization(keys, values)
-        self.length = keys.shape[-2]
-        empty = keys.new_zeros(*keys.shape[:2], room, keys.shape[-1])
-        self.keys, self.values = torch.cat([keys, empty], dim=-2), torch.cat([values, empty], dim=-2)
+        self.length = max(tensor.shape[1] for tensor in keys)
+        heads, _, head_dim = keys[0].shape
+        shape = (len(keys), heads, self.length + room, head_dim)
+        filled = [keys[0].new_zeros(shape, dtype=dtype) for _ in range(2)]
+        self.lazy_initialization(*filled)
+        self.keys, self.values = filled
+        for mine, tensors in ((self.keys, keys), (self.values, values)):
+            for row, tensor in enumerate(tensors):
+                mine[row, :, self.length - tensor.shape[1] : self.length] = tensor
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         self.keys[:, :, self.length :] = key_states
@@ -174,20 +122,19 @@ class ScratchLayer(DynamicLayer):
 
 
 class ImageForward:
-    """Forwards over [BOI,] an image [, EOI] behind a prefix, for images of one size.
+    """Forwards over [BOI,] an image [, EOI] behind prefixes, for images of one size. The prefixes are copied once, here.
 
     Args:
         model: a `MoTTransfusionModel`.
-        prefix: of the R sequences that get an image; it ends with BOI, unless BOI belongs to the image's block.
+        prefixes: of the R sequences that get an image; they end with BOI, unless BOI belongs to the image's block.
         size: (h, w) of the latents.
         with_end: whether EOI is run as well, though it does not belong to the block: the pass that commits the image.
-        cache: what the forwards write to.
     """
 
-    def __init__(self, model, prefix: Prefix, size: tuple[int, int], with_end: bool, cache: Cache):
-        config, device = model.config, prefix.mask.device
-        self.model, self.config, self.cache, self.size = model, config, cache, size
-        count, inside = len(prefix.mask), config.markers_in_image_block
+    def __init__(self, model, prefixes: list[Prefix], size: tuple[int, int], with_end: bool = False):
+        config, device = model.config, model.device
+        self.model, self.config, self.size = model, config, size
+        count, inside = len(prefixes), config.markers_in_image_block
         self.length = config.image_length(*size)
         self.before, self.after = int(inside), int(inside or with_end)
         total = self.before + self.length + self.after
@@ -196,7 +143,6 @@ class ImageForward:
             ids[:, 0] = config.boi_token_id
         if self.after:
             ids[:, -1] = config.eoi_token_id
-        self.input_ids = ids
         embeds = model.model.embed_tokens(ids)
         self.begin, self.end = embeds[:, : self.before], embeds[:, self.before + self.length :]
         is_patch = ids == config.image_token_id
@@ -204,18 +150,30 @@ class ImageForward:
         steps = torch.arange(total, device=device)
         if config.image_positions == "shared":
             steps = torch.zeros_like(steps) if inside else (steps >= self.length).long()
-        self.position_ids = prefix.position[:, None] + steps
+        self.position_ids = torch.tensor([prefix.position for prefix in prefixes], device=device)[:, None] + steps
+        of_layers = zip(zip(*(prefix.keys for prefix in prefixes)), zip(*(prefix.values for prefix in prefixes)))
+        self.cache = Cache(layers=[ScratchLayer(*pair, total, embeds.dtype) for pair in of_layers])
+        longest = self.cache.get_seq_length()
+        missing = torch.tensor([longest - prefix.length for prefix in prefixes], device=device)
+        mask = (torch.arange(longest + total, device=device) >= missing[:, None]).long()
         of_image = torch.zeros_like(ids) if inside else torch.where(is_patch, 0, -1)
-        blocks = F.pad(of_image, (prefix.mask.shape[1], 0), value=-1)
-        self.mask = torch.cat([prefix.mask, torch.ones_like(ids)], dim=1)
-        self.attention = attention_mask_for(config, embeds, self.mask, cache, None, None, ImageBlocks(blocks))
+        blocks = ImageBlocks(F.pad(of_image, (longest, 0), value=-1))
+        self.attention = attention_mask_for(config, embeds, mask, self.cache, None, None, blocks)
 
-    def __call__(self, latents: torch.Tensor, timestep: torch.Tensor | float) -> tuple[torch.Tensor, Any]:
-        """(R, C, h, w), or fewer that are repeated -> hidden states (R, total, D) and the patchifier's features"""
+    def __call__(
+        self, latents: torch.Tensor, timestep: torch.Tensor | float, index: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Any]:
+        """Hidden states (R, total, D) and the patchifier's features.
+
+        Args:
+            latents: (N, C, h, w)
+            timestep: of all, or (N,).
+            index: (R,) which of the latents each sequence draws; default: N = R, in their order.
+        """
         timesteps = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
         tokens, features = self.model.patchifier_tokens(latents, timesteps)
-        times = len(self.input_ids) // len(latents)
-        tokens, features = repeated(tokens, times), repeated(features, times)
+        if index is not None:
+            tokens, features = taken(tokens, index), taken(features, index)
         outputs = self.model.model(
             inputs_embeds=torch.cat([self.begin, tokens.to(self.begin.dtype), self.end], dim=1),
             routing=self.routing,
@@ -225,78 +183,106 @@ class ImageForward:
         )
         return outputs.last_hidden_state, features
 
-    def predict(self, latents: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
-        """What the model says is in noisy latents.  (R, C, h, w), or fewer that are repeated -> (R, C, h, w) float32"""
-        hidden_states, features = self(latents, timestep)
+    def predict(
+        self, latents: torch.Tensor, timestep: torch.Tensor | float, index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the model says is in noisy latents; arguments as above.  -> (R, C, h, w) float32"""
+        hidden_states, features = self(latents, timestep, index)
         image = hidden_states[:, self.before : self.before + self.length]
         return self.model.patchifier.predict(image, features, *self.size).float()
 
+    def written(self, row: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Keys and values that the last forward made for one sequence: of each layer, (H, total, head_dim)"""
+        layers = self.cache.layers
+        keys = [layer.keys[row, :, layer.length :] for layer in layers]
+        return keys, [layer.values[row, :, layer.length :] for layer in layers]
 
-def repeated(features, times: int):
-    """What a patchifier keeps of N images, for N * times of them."""
-    if features is None or times == 1:
-        return features
+
+def taken(features, index: torch.Tensor):
+    """What a patchifier keeps of N images, for those of an index."""
+    if features is None:
+        return None
     if isinstance(features, tuple):
-        return tuple(repeated(part, times) for part in features)
-    return torch.cat([features] * times)
+        return tuple(taken(part, index) for part in features)
+    return features[index]
 
 
-@torch.no_grad()
-def denoise(
-    model,
-    prefix: Prefix,
-    unconditional: Prefix | None,
-    settings: DiffusionSettings,
-    generators: list[torch.Generator | None],
-    rows: list[int],
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Latents of one image behind each of R prefixes.
+class Denoising:
+    """Latents of R images of one size on their way from noise to clean, between forwards.
 
     Args:
-        unconditional: R prefixes of the unconditional prompt, for classifier-free guidance; both run as one batch.
         generators: of each image's noise; None for the global one.
         rows: which sequences of the batch these are, for the callback.
 
-    Returns:
-        (R, C, h, w) clean latents, and estimates of them every `intermediate_every` steps.
+    Attributes:
+        latents: (R, C, h, w)
+        estimates: of the clean latents, every `intermediate_every` steps.
     """
-    config, device = model.config, prefix.mask.device
-    size = settings.latent_size(config)
-    scheduler = build_scheduler(config, settings.scheduler, **settings.scheduler_kwargs)
-    scheduler.set_timesteps(settings.num_inference_steps, device=device)
-    count = len(prefix.mask)
-    both = prefix if unconditional is None else prefix.beside(unconditional)
-    room = config.image_length(*size) + 2 * config.markers_in_image_block
-    forward = ImageForward(model, both, size, with_end=False, cache=both.scratch(room))
 
-    shape = (1, config.latent_channels, *size)
-    latents = torch.cat([_randn(shape, generator, device) for generator in generators])
-    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-    own = None if generators[0] is None else generators
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    step_kwargs = {"generator": own} if takes_generator else {}
-    scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
-    intermediates = []
-    for step, timestep in enumerate(
-        logging.tqdm(scheduler.timesteps, disable=not settings.progress_bar, desc="denoising")
-    ):
-        noisy = scale(latents, timestep)
-        if unconditional is None:
-            prediction = forward.predict(noisy, timestep)
-        else:
-            guided, free = forward.predict(noisy, timestep).chunk(2)
-            prediction = free + settings.guidance_scale * (guided - free)
-        prediction = model.noise_schedule.bounded(prediction, noisy, timestep, settings.latent_bound)
-        stepped = scheduler.step(prediction, timestep, latents, **step_kwargs)
-        latents = stepped.prev_sample
-        if settings.intermediate_every is not None and (step + 1) % settings.intermediate_every == 0:
+    def __init__(self, model, settings: DiffusionSettings, generators: Generators, rows: list[int]):
+        config, device = model.config, model.device
+        self.model, self.settings, self.rows, self.step, self.estimates = model, settings, rows, 0, []
+        self.size = settings.latent_size(config)
+        self.scheduler = build_scheduler(config, settings.scheduler, **settings.scheduler_kwargs)
+        self.scheduler.set_timesteps(settings.num_inference_steps, device=device)
+        shape = (1, config.latent_channels, *self.size)
+        self.latents = torch.cat([_randn(shape, generator, device) for generator in generators])
+        self.latents = self.latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        self.step_kwargs = {"generator": None if generators[0] is None else generators} if takes_generator else {}
+        self.bar = logging.tqdm(total=self.num_steps, disable=not settings.progress_bar, desc="denoising")
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.scheduler.timesteps)
+
+    @property
+    def is_done(self) -> bool:
+        return self.step == self.num_steps
+
+    @property
+    def is_guided(self) -> bool:
+        return self.settings.guidance_scale != 1
+
+    @property
+    def timestep(self) -> torch.Tensor:
+        return self.scheduler.timesteps[self.step]
+
+    def noisy(self) -> torch.Tensor:
+        """What the model is to look at.  -> (R, C, h, w)"""
+        scale = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
+        return scale(self.latents, self.timestep)
+
+    def advance(self, noisy: torch.Tensor, prediction: torch.Tensor, free: torch.Tensor | None = None) -> None:
+        """One step, with what the model said of `noisy`, and what it said without the prompt.  (R, C, h, w) each"""
+        settings, timestep = self.settings, self.timestep
+        if free is not None:
+            prediction = free + settings.guidance_scale * (prediction - free)
+        prediction = self.model.noise_schedule.bounded(prediction, noisy, timestep, settings.latent_bound)
+        stepped = self.scheduler.step(prediction, timestep, self.latents, **self.step_kwargs)
+        self.latents = stepped.prev_sample
+        if settings.intermediate_every is not None and (self.step + 1) % settings.intermediate_every == 0:
             estimate = getattr(stepped, "pred_original_sample", None)
-            intermediates.append(latents if estimate is None else estimate)
+            self.estimates.append(self.latents if estimate is None else estimate)
         if settings.callback_on_step_end is not None:
-            changed = settings.callback_on_step_end(model, step, timestep, {"latents": latents, "rows": rows})
-            latents = (changed or {}).get("latents", latents)
-    assert len(latents) == count
-    return latents, intermediates
+            state = {"latents": self.latents, "rows": self.rows}
+            changed = settings.callback_on_step_end(self.model, self.step, timestep, state)
+            self.latents = (changed or {}).get("latents", self.latents)
+        self.step += 1
+        self.bar.update()
+        if self.is_done:
+            self.bar.close()
+
+
+@torch.no_grad()
+def denoise(drawing: Denoising, prefixes: list[Prefix], unconditional: list[Prefix]) -> None:
+    """All steps of the images behind R prefixes, as one batch with those of the unconditional prompt, R or none."""
+    forward = ImageForward(drawing.model, prefixes + unconditional, drawing.size)
+    places = torch.arange(len(prefixes), device=drawing.latents.device)
+    index = torch.cat([places, places]) if unconditional else None
+    while not drawing.is_done:
+        noisy = drawing.noisy()
+        drawing.advance(noisy, *forward.predict(noisy, drawing.timestep, index).split(len(prefixes)))
 
 
 def _randn(shape: tuple, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:

@@ -2,12 +2,10 @@
 
 # B sequences, L columns, C latent channels, (h, w) latents, V vocabulary
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import fields
 
 import torch
 import torch.nn.functional as F
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from .attention_masks import find_image_blocks, image_positions
@@ -19,26 +17,6 @@ from .interleaved_decoding_mot import IMAGE_INPUTS, InterleavedDecoding
 logger = logging.get_logger(__name__)
 
 SETTINGS = tuple(setting.name for setting in fields(DiffusionSettings))
-
-
-@dataclass
-class MoTTransfusionGenerateOutput(GenerateDecoderOnlyOutput):
-    """What `generate()` returns.
-
-    Attributes:
-        sequences: (B, L) prompt and new tokens, placeholders for the patches of images, padded on both sides.
-        modality_ids: (B, L).
-        images: for each sequence the images it drew, in order, as `output_type` says; None without a VAE.
-        latents: for each sequence the latents of these images, (C, h, w) each.
-        intermediates: for each sequence and image, pictures along the way (latents without a VAE), if
-            `intermediate_every` asked for them.
-        scores, logits: of each sampled token, (B, V), if `output_scores` or `output_logits` asked for them.
-    """
-
-    modality_ids: torch.LongTensor | None = None
-    images: list[list[Any]] | None = None
-    latents: list[list[torch.Tensor]] | None = None
-    intermediates: list[list[list[Any]]] | None = None
 
 
 class MoTTransfusionGenerationMixin(MoTGenerationMixin):
@@ -219,14 +197,4 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
             self, input_ids, model_kwargs, generation_config, logits_processor, stopping_criteria, streamer
         )
         decoding.run()
-        settings, sequences = generation_config.diffusion, decoding.sequences()
-        has_pictures = self.vae is not None and settings.output_type != "latent"
-        return MoTTransfusionGenerateOutput(
-            sequences=sequences,
-            modality_ids=self.model.modality_ids_of(sequences),
-            images=decoding.images if has_pictures else None,
-            latents=decoding.latents,
-            intermediates=decoding.intermediates if settings.intermediate_every else None,
-            scores=decoding.scores or None,
-            logits=decoding.raw_logits or None,
-        )
+        return decoding.output()

@@ -2,12 +2,20 @@
 
 # B sequences, P columns of the prompts, n tokens of an image, C latent channels, (h, w) latents, V vocabulary
 
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
 import torch
 from transformers.cache_utils import DynamicCache
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .denoising_mot import ImageForward, Prefix, denoise
+from .decoding_cache_mot import DecodingCache, Prefix
+from .denoising_mot import Denoising, ImageForward, denoise
 from .image_processor_mot import MoTImageProcessor
 from .latents_mot import decode_latents
+from .lean_decoding_mot import decoder_of
+from .sampling_mot import Generators, draw, generators_of
 
 
 IMAGE_INPUTS = ("latents", "pixel_values", "image_sizes")
@@ -21,11 +29,30 @@ def pictures_of(model, latents: torch.Tensor, output_type: str) -> list:
     return list((pixels + 1) / 2) if output_type == "pt" else MoTImageProcessor.to_pictures(pixels)
 
 
+@dataclass
+class MoTTransfusionGenerateOutput(GenerateDecoderOnlyOutput):
+    """What `generate()` returns.
+
+    Attributes:
+        sequences: (B, L) prompt and new tokens, placeholders for the patches of images, padded on both sides.
+        modality_ids: (B, L).
+        images: for each sequence the images it drew, in order, as `output_type` says; None without a VAE.
+        latents: for each sequence the latents of these images, (C, h, w) each.
+        intermediates: for each sequence and image, pictures along the way (latents without a VAE), if
+            `intermediate_every` asked for them.
+        scores, logits: of each sampled token, (B, V), if `output_scores` or `output_logits` asked for them.
+    """
+
+    modality_ids: torch.LongTensor | None = None
+    images: list[list[Any]] | None = None
+    latents: list[list[torch.Tensor]] | None = None
+    intermediates: list[list[list[Any]]] | None = None
+
+
 class InterleavedDecoding:
     """One call of `generate()`.
 
-    While some sequences draw a picture the others wait, so at any time sequences may differ in length: the cache is
-    padded on the left. Logits processors and stopping criteria see each sequence as the prompt it was given with what
+    While some sequences draw a picture the others wait, so at any time sequences may differ in length. Logits processors and stopping criteria see each sequence as the prompt it was given with what
     followed, so that nothing depends on the others.
 
     Attributes:
@@ -53,12 +80,15 @@ class InterleavedDecoding:
         self.new_tokens, self.latents, self.images, self.intermediates = ([[] for _ in range(count)] for _ in range(4))
         self.scores, self.raw_logits = (), ()
         self.generators = self._generators(count)
-        self.unconditional: Prefix | None = None
+        self.unconditional: list[Prefix] | None = None
         images = {name: model_kwargs[name] for name in IMAGE_INPUTS if model_kwargs.get(name) is not None}
-        self.logits, self.prefix = self._prefill(
+        self.logits, self.cache, self.positions = self._prefill(
             prompt, mask, model_kwargs.get("position_ids"), model_kwargs.get("modality_ids"), images
         )
-        self.cache = self.prefix.cache()
+
+    @cached_property
+    def decoder(self):
+        return decoder_of(self.model)
 
     def _check(self, mask: torch.Tensor) -> None:
         if (mask[:, -1] == 0).any() or (mask[:, 1:] < mask[:, :-1]).any():
@@ -77,21 +107,17 @@ class InterleavedDecoding:
         if self.streamer is not None and len(self.prompt) > 1:
             raise ValueError(f"a streamer follows one sequence, not {len(self.prompt)}; generate them one by one")
 
-    def _generators(self, count: int) -> list[torch.Generator | None]:
+    def _generators(self, count: int) -> Generators:
         generator = self.settings.generator
-        if generator is None:
-            return [None] * count
-        if isinstance(generator, (list, tuple)):
-            if len(generator) != count:
-                raise ValueError(
-                    f"generator has {len(generator)} entries for {count} sequences; give one for each, or one"
-                )
-            return list(generator)
+        if not isinstance(generator, torch.Generator):
+            return generators_of(generator, count)
         seeds = torch.randint(2**62, (count,), generator=generator, device=generator.device).tolist()
         return [torch.Generator(device=generator.device).manual_seed(seed) for seed in seeds]
 
-    def _prefill(self, ids, mask, position_ids=None, modality_ids=None, images=None) -> tuple[torch.Tensor, Prefix]:
-        """Prompts with their images clean.  (B, P) -> the next logits (B, V), and what is cached"""
+    def _prefill(
+        self, ids, mask, position_ids=None, modality_ids=None, images=None
+    ) -> tuple[torch.Tensor, DecodingCache, list[int]]:
+        """Prompts with their images clean.  (B, P) -> the next logits (B, V), what is cached, the positions that follow"""
         images = dict(images or {})
         if "pixel_values" in images and "latents" not in images:
             encoded = self.model.encode_images(images.pop("pixel_values"), images.get("image_sizes"))
@@ -107,7 +133,8 @@ class InterleavedDecoding:
         outputs = self.model(
             ids, modality_ids, mask, position_ids, past_key_values=cache, logits_to_keep=1, return_dict=True, **images
         )
-        return outputs.logits[:, -1].float(), Prefix.of_cache(cache, mask, position_ids[:, -1] + 1)
+        cache = DecodingCache.of(cache, mask, self.decoder.cache_dtype)
+        return outputs.logits[:, -1].float(), cache, (position_ids[:, -1] + 1).tolist()
 
     def run(self) -> None:
         while self.running:
@@ -115,7 +142,9 @@ class InterleavedDecoding:
             if drawing:
                 self._draw(drawing)
             else:
-                self._sample()
+                tokens = self.choose()
+                if self.running:
+                    self._step(tokens)
         if self.streamer is not None:
             self.streamer.end()
 
@@ -139,21 +168,20 @@ class InterleavedDecoding:
 
     # ---------------------------------------------------------------------------------------------------- text mode
 
-    def _sample(self) -> None:
-        """One token for each sequence."""
+    def choose(self) -> list[int]:
+        """The next token of each sequence that runs, padding for the others."""
         scores = self._processed(self.logits)
         if self.generation_config.output_scores:
             self.scores += (scores,)
         if self.generation_config.output_logits:
             self.raw_logits += (self.logits,)
-        tokens = self._chosen(scores).tolist()
+        tokens = draw(scores, self.generation_config.do_sample, self.generators).tolist()
         for row in self.running:
             self.new_tokens[row].append(tokens[row])
         if self.streamer is not None:
             self.streamer.put(torch.tensor(tokens))
         self._stop(self.running)
-        if self.running:
-            self._step([token if row in self.running else self.pad for row, token in enumerate(tokens)])
+        return [token if row in self.running else self.pad for row, token in enumerate(tokens)]
 
     def _processed(self, logits: torch.Tensor) -> torch.Tensor:
         """(B, V) -> (B, V)"""
@@ -167,73 +195,52 @@ class InterleavedDecoding:
             scores[group] = self.logits_processor(ids, logits.clone())[group]
         return scores
 
-    def _chosen(self, scores: torch.Tensor) -> torch.Tensor:
-        """(B, V) -> (B,)"""
-        if not self.generation_config.do_sample:
-            return scores.argmax(dim=-1)
-        probabilities = scores.softmax(dim=-1)
-        if self.generators[0] is None:
-            return torch.multinomial(probabilities, 1).squeeze(1)
-        drawn = [
-            torch.multinomial(row.to(generator.device), 1, generator=generator)
-            for row, generator in zip(probabilities, self.generators)
-        ]
-        return torch.cat([token.cpu() for token in drawn])
-
     def _step(self, tokens: list[int]) -> None:
-        ids = self.prompt.new_tensor(tokens)[:, None]
-        mask = torch.cat([self.prefix.mask, torch.ones_like(ids)], dim=1)
-        outputs = self.model.model(
-            input_ids=ids,
-            modality_ids=self.model.model.modality_ids_of(ids),
-            attention_mask=mask,
-            position_ids=self.prefix.position[:, None],
-            past_key_values=self.cache,
-        )
-        self.logits = self.model.lm_head(outputs.last_hidden_state[:, -1]).float()
-        self.prefix = Prefix.of_cache(self.cache, mask, self.prefix.position + 1)
+        self.logits = self.decoder.step(self.prompt.new_tensor(tokens), self.positions, self.cache).float()
+        self.positions = [position + 1 for position in self.positions]
 
     # ----------------------------------------------------------------------------------------------- diffusion mode
 
     def _draw(self, rows: list[int]) -> None:
         """A picture and EOI in each of these sequences."""
-        index = torch.tensor(rows, device=self.prompt.device)
-        prefix = self.prefix.rows(index, drop_last=int(self.config.markers_in_image_block))
-        generators = [self.generators[row] for row in rows]
-        latents, estimates = denoise(self.model, prefix, self._unconditional(rows), self.settings, generators, rows)
-        self._keep(rows, latents, estimates)
-        self._stop(rows)
+        drop = int(self.config.markers_in_image_block)
+        prefixes = [self.cache.prefix(row, self.positions[row], drop) for row in rows]
+        drawing = Denoising(self.model, self.settings, [self.generators[row] for row in rows], rows)
+        denoise(drawing, prefixes, self.unconditional_prefixes(rows))
+        self.keep(rows, drawing)
         places = [place for place, row in enumerate(rows) if row in self.running]
         if places:
-            self._commit([rows[place] for place in places], prefix.rows(torch.tensor(places)), latents[places])
+            self._commit([rows[place] for place in places], [prefixes[x] for x in places], drawing.latents[places])
 
-    def _commit(self, rows: list[int], prefix: Prefix, latents: torch.Tensor) -> None:
-        """Run the pictures of these sequences once, clean, with EOI; the others move to the right as far."""
-        cache = prefix.cache()
-        forward = ImageForward(self.model, prefix, self.size, with_end=True, cache=cache)
+    def _commit(self, rows: list[int], prefixes: list[Prefix], latents: torch.Tensor) -> None:
+        """Run the pictures of these sequences once, clean, with EOI."""
+        forward = ImageForward(self.model, prefixes, self.size, with_end=True)
         hidden_states, _ = forward(latents, 0)
-        drew = Prefix.of_cache(cache, forward.mask, forward.position_ids[:, -1] + 1)
-        order = rows + [row for row in range(len(self.prompt)) if row not in rows]
-        index = torch.tensor(order, device=self.prompt.device)
-        self.prefix = drew.beside(self.prefix.rows(index[len(rows) :])).rows(index.argsort())
-        self.cache = self.prefix.cache()
-        self.logits[index[: len(rows)]] = self.model.lm_head(hidden_states[:, -1]).float()
+        logits = self.model.lm_head(hidden_states[:, -1]).float()
+        for place, row in enumerate(rows):
+            self.cache.cut(row, self.cache.lengths[row] - int(self.config.markers_in_image_block))
+            self.cache.extend(row, *forward.written(place))
+            self.positions[row] = int(forward.position_ids[place, -1]) + 1
+            self.logits[row] = logits[place]
 
-    def _unconditional(self, rows: list[int]) -> Prefix | None:
-        """The prefixes that guidance leads away from, prefilled once."""
+    def unconditional_prefixes(self, rows: list[int]) -> list[Prefix]:
+        """What guidance leads these sequences away from, prefilled once; nothing without guidance."""
         if self.settings.guidance_scale == 1:
-            return None
+            return []
         if self.unconditional is None:
             ids, mask = self.settings.unconditional_prompts(self.config, len(self.prompt), self.prompt.device)
-            _, self.unconditional = self._prefill(ids, mask)
+            _, cache, positions = self._prefill(ids, mask)
+            drop = int(self.config.markers_in_image_block)
+            self.unconditional = [cache.prefix(row, position, drop) for row, position in enumerate(positions)]
         # One for all, or one for each prompt, whose sequences stand together.
-        repeats = len(self.prompt) // len(self.unconditional.mask)
-        index = torch.tensor(rows, device=self.prompt.device) // repeats
-        return self.unconditional.rows(index, drop_last=int(self.config.markers_in_image_block))
+        repeats = len(self.prompt) // len(self.unconditional)
+        return [self.unconditional[row // repeats] for row in rows]
 
-    def _keep(self, rows: list[int], latents: torch.Tensor, estimates: list[torch.Tensor]) -> None:
+    def keep(self, rows: list[int], drawing: Denoising) -> None:
+        """What these sequences drew, its tokens and EOI; some may end there."""
+        latents = drawing.latents
         pictures = pictures_of(self.model, latents, self.settings.output_type)
-        along = [pictures_of(self.model, estimate, self.settings.output_type) for estimate in estimates]
+        along = [pictures_of(self.model, estimate, self.settings.output_type) for estimate in drawing.estimates]
         tokens = [self.config.image_token_id] * self.length + [self.config.eoi_token_id]
         for place, row in enumerate(rows):
             self.new_tokens[row].extend(tokens)
@@ -244,9 +251,25 @@ class InterleavedDecoding:
                 self.streamer.put(torch.tensor(tokens))
                 if hasattr(self.streamer, "put_image"):
                     self.streamer.put_image(pictures[place])
+        self._stop(rows)
+
+    # -------------------------------------------------------------------------------------------------------- results
 
     def sequences(self) -> torch.Tensor:
         """(B, P + longest), padded on the right."""
         longest = max(map(len, self.new_tokens))
         padded = [tokens + [self.pad] * (longest - len(tokens)) for tokens in self.new_tokens]
         return torch.cat([self.prompt, self.prompt.new_tensor(padded)], dim=1)
+
+    def output(self) -> MoTTransfusionGenerateOutput:
+        sequences = self.sequences()
+        has_pictures = self.model.vae is not None and self.settings.output_type != "latent"
+        return MoTTransfusionGenerateOutput(
+            sequences=sequences,
+            modality_ids=self.model.model.modality_ids_of(sequences),
+            images=self.images if has_pictures else None,
+            latents=self.latents,
+            intermediates=self.intermediates if self.settings.intermediate_every else None,
+            scores=self.scores or None,
+            logits=self.raw_logits or None,
+        )

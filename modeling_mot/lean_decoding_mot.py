@@ -2,13 +2,15 @@
 
 Read off a model once per call, the weights of its layers are walked by a loop of some thirty operations a layer: keys
 and values are written in place, rotary angles come from a table, a step whose tokens all belong to one tower is not
-routed, any other is sorted once. A model with anything between its modules and their weights (hooks, adapters,
-quantised or sharded tensors, compiled or replaced forwards, mixtures of experts) has no such reading, and is decoded by
-its own forward.
+routed, any other is sorted once. A projection, norm or feed-forward that is more than its weights (adapters, hooks,
+quantised or sharded tensors, mixtures of experts) is called as the module it is. Where a larger part is (hooks on
+layers, compiled or replaced forwards, attention that shows its weights), the model's own forward makes the step.
 """
 
 # R sequences, n <= R of them in a step, C columns, D hidden size, H query heads, K key heads, d head size, V vocabulary
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,8 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from .decoding_cache_mot import COLUMNS, DecodingCache
 
-COLUMNS = 256  # by at least so many a cache grows
+
 FEW, LARGE = 4, 2**19  # rows and weights from which mkldnn's own product is the faster one
 HAS_MKLDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
 ATTENTION = ("sdpa", "mot_ranges")  # what takes the same numbers from `scaled_dot_product_attention`
@@ -58,147 +61,78 @@ class HeadNorm(NamedTuple):
         return F.layer_norm(heads, heads.shape[-1:], eps=1e-5) * self.weight + self.bias
 
 
+class FeedForwardRows(NamedTuple):
+    """SwiGLU, of (n, D)."""
+
+    gate: Callable
+    up: Callable
+    down: Callable
+    activation: nn.Module
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.down(self.activation(self.gate(rows)) * self.up(rows))
+
+
 class TowerLayer(NamedTuple):
     """What one tower has of one layer."""
 
-    attention_norm: RMSNorm
-    query: Linear
-    key: Linear
-    value: Linear
-    output: Linear
-    query_norm: RMSNorm | HeadNorm | None
-    key_norm: RMSNorm | HeadNorm | None
-    feed_forward_norm: RMSNorm
-    gate: Linear
-    up: Linear
-    down: Linear
-    activation: nn.Module
+    attention_norm: Callable
+    query: Callable
+    key: Callable
+    value: Callable
+    output: Callable
+    query_norm: Callable | None
+    key_norm: Callable | None
+    feed_forward_norm: Callable
+    feed_forward: Callable
 
 
 class _NotPlain(Exception):
     """A module does more than its class says."""
 
 
-def _plain(module: nn.Module, *forwards: str) -> nn.Module:
-    """The module, if calling it is no more than a forward of these names.
-
-    Raises:
-        _NotPlain: it has hooks, or another forward.
-    """
+def _is_plain(module: nn.Module, *forwards: str) -> bool:
+    """Whether calling the module is no more than a forward of these names: no hooks, nothing in its place."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     replaced = "forward" in vars(module) or module._compiled_call_impl is not None
-    if replaced or any(hooks) or type(module).forward.__qualname__ not in forwards:
+    return not (replaced or any(hooks)) and type(module).forward.__qualname__ in forwards
+
+
+def _plain(module: nn.Module, *forwards: str) -> nn.Module:
+    if not _is_plain(module, *forwards):
         raise _NotPlain
     return module
 
 
 class _Reader:
-    """Takes weights out of modules that are plain, all of one type and on one device."""
+    """Takes weights out of modules that are plain, of one type and on one device; others are themselves what is read."""
 
     def __init__(self, like: torch.Tensor):
         self.kind = (like.dtype, like.device)
 
-    def tensor(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is not None and (type(tensor) is not nn.Parameter or (tensor.dtype, tensor.device) != self.kind):
-            raise _NotPlain
-        return tensor
+    def _takes(self, *tensors: torch.Tensor | None) -> bool:
+        return all(type(x) is nn.Parameter and (x.dtype, x.device) == self.kind for x in tensors if x is not None)
 
-    def linear(self, module: nn.Module) -> Linear:
-        if type(module) is not nn.Linear:  # adapters have forwards of this name, too
-            raise _NotPlain
-        _plain(module, "Linear.forward")
-        return Linear(self.tensor(module.weight), self.tensor(module.bias))
+    def linear(self, module: nn.Module) -> Callable:
+        # Adapters have forwards of this name, too.
+        is_plain = type(module) is nn.Linear and _is_plain(module, "Linear.forward")
+        if is_plain and self._takes(module.weight, module.bias):
+            return Linear(module.weight, module.bias)
+        return module
 
-    def norm(self, module: nn.Module | None) -> RMSNorm | HeadNorm | None:
+    def norm(self, module: nn.Module | None) -> Callable | None:
         if module is None:
             return None
-        if type(module).__name__ == "MoTHeadLayerNorm":
-            _plain(module, "MoTHeadLayerNorm.forward")
-            return HeadNorm(self.tensor(module.weight), self.tensor(module.bias))
-        _plain(module, "LlamaRMSNorm.forward")
-        return RMSNorm(self.tensor(module.weight), module.variance_epsilon)
+        if _is_plain(module, "MoTHeadLayerNorm.forward") and self._takes(module.weight, module.bias):
+            return HeadNorm(module.weight, module.bias)
+        if _is_plain(module, "LlamaRMSNorm.forward") and self._takes(module.weight):
+            return RMSNorm(module.weight, module.variance_epsilon)
+        return module
 
-
-class DecodingCache:
-    """Keys and values of R sequences with room behind them, each (R, K, C, d).
-
-    On a CPU they are kept in float32, also those of a model in half precision: attention of one query over bfloat16 keys
-    takes five times as long there.
-
-    Attributes:
-        lengths: filled columns of each sequence.
-        mask: (R, 1, 1, C) what is added to attention scores: 0 for tokens, minus infinity elsewhere; None where all
-            sequences are of one length, without padding.
-    """
-
-    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], mask: torch.Tensor | None = None):
-        """
-        Args:
-            keys, values: of each layer, (R, K, L, d).
-            mask: (R, L) 1 for tokens, 0 for padding.
-        """
-        count, _, length, _ = keys[0].shape
-        kind = torch.float32 if keys[0].device.type == "cpu" else keys[0].dtype
-        self.keys, self.values = ([tensor.to(kind) for tensor in tensors] for tensors in (keys, values))
-        self.capacity = length
-        self.lengths = [length] * count
-        self.mask = None
-        if mask is not None and not mask.all():
-            self.mask = (
-                self.keys[0].new_zeros(count, 1, 1, length).masked_fill_(mask[:, None, None] == 0, -float("inf"))
-            )
-
-    @classmethod
-    def of(cls, cache: DynamicCache, mask: torch.Tensor | None = None) -> "DecodingCache":
-        return cls([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers], mask)
-
-    def write_back(self, cache: DynamicCache) -> None:
-        """Into the cache of sequences of one length, as an ordinary forward would have left it."""
-        stop = self.lengths[0]
-        for layer, keys, values in zip(cache.layers, self.keys, self.values):
-            kind = layer.keys.dtype
-            layer.keys, layer.values = keys[:, :, :stop].to(kind, copy=True), values[:, :, :stop].to(kind, copy=True)
-
-    def reserve(self, columns: int) -> None:
-        """Room for so many columns."""
-        if columns <= self.capacity:
-            return
-        more = max(columns - self.capacity, COLUMNS, self.capacity // 2)
-        for tensors in (self.keys, self.values):
-            for layer, tensor in enumerate(tensors):  # one at a time, so that the old one is freed
-                wider = tensor.new_zeros(*tensor.shape[:2], self.capacity + more, tensor.shape[3])
-                wider[:, :, : self.capacity] = tensor
-                tensors[layer] = wider
-        if self.mask is not None:
-            self.mask = F.pad(self.mask, (0, more), value=-float("inf"))
-        self.capacity += more
-
-    def open(self, count: int) -> "Columns":
-        """The next column of the first `count` sequences."""
-        lengths = self.lengths[:count]
-        self.reserve(max(lengths) + 1)
-        self.lengths[:count] = [length + 1 for length in lengths]
-        return Columns(self, lengths)
-
-
-class Columns:
-    """Where a step writes, and what it then sees."""
-
-    def __init__(self, cache: DecodingCache, lengths: list[int]):
-        self.cache, self.count, self.stop, self.mask = cache, len(lengths), max(lengths) + 1, None
-        self.place = (slice(self.count), slice(None), lengths[0])
-        if min(lengths) != max(lengths):
-            rows, columns = torch.arange(self.count), torch.tensor(lengths)
-            self.place = (rows.to(cache.mask.device), slice(None), columns.to(cache.mask.device))
-        if cache.mask is not None:
-            cache.mask[self.place[0], 0, 0, self.place[2]] = 0
-            self.mask = cache.mask[: self.count, :, :, : self.stop]
-
-    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(n, K, d) twice -> all keys and values, (n, K, stop, d)"""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.place], values[self.place] = key, value
-        return keys[: self.count, :, : self.stop], values[: self.count, :, : self.stop]
+    def feed_forward(self, module: nn.Module) -> Callable:
+        if not _is_plain(module, "FeedForward.forward"):
+            return partial(module, token_choice=True)
+        return FeedForwardRows(*map(self.linear, (module.gate_proj, module.up_proj, module.down_proj)), module.act_fn)
 
 
 class LeanDecoder:
@@ -215,61 +149,50 @@ class LeanDecoder:
         self.heads, self.key_heads, self.head_dim = (
             config.num_attention_heads, config.num_key_value_heads, config.head_dim,
         )  # fmt: skip
-        reader = _Reader(transformer.embed_tokens.weight)
-        self.embedding = reader.tensor(_plain(transformer.embed_tokens, "Embedding.forward").weight)
+        embedding = _plain(transformer.embed_tokens, "Embedding.forward").weight
+        # Attention of one query over keys in half precision takes five times as long on a CPU.
+        self.cache_dtype = torch.float32 if embedding.device.type == "cpu" else embedding.dtype
+        reader, self.embedding = _Reader(embedding), embedding
         self.layers = [self._read(reader, layer) for layer in transformer.layers[: config.num_hidden_layers]]
         self.norms = [reader.norm(norm) for norm in self._of_towers(transformer.norm, "norm")]
         self.head = reader.linear(model.lm_head)
-        ids = torch.arange(len(self.embedding), device=self.embedding.device)
+        ids = torch.arange(len(embedding), device=embedding.device)
         towers = torch.tensor(config.tower_of_modality, device=ids.device)
         # Of one tower there is nothing to look up, and such a model may have no ranges.
         self.tower_of = towers[transformer.modality_ids_of(ids)] if len(config.tower_names) > 1 else None
-        self.cosines = self.sines = self.embedding.new_empty(0, 1, self.head_dim)
+        self.cosines = self.sines = embedding.new_empty(0, 1, self.head_dim)
 
     @classmethod
     def of(cls, model: nn.Module) -> "LeanDecoder | None":
         """None where the model has to be run by its own forward."""
         try:
-            if nn.modules.module._has_any_global_hook():
-                return None
-            return cls(model)
+            return None if nn.modules.module._has_any_global_hook() else cls(model)
         except _NotPlain:
             return None
 
     def _of_towers(self, module: nn.Module, part: str) -> list[nn.Module]:
         _plain(module, "PerTower.forward")
-        towers = self.config.tower_names
-        return [module[tower if part in self.config.untied else "shared"] for tower in towers]
+        return [module[tower if part in self.config.untied else "shared"] for tower in self.config.tower_names]
 
     def _read(self, reader: _Reader, layer: nn.Module) -> list[TowerLayer]:
         """-> one for each tower"""
         attention = _plain(_plain(layer, "MoTDecoderLayer.forward").self_attn, "MoTAttention.forward")
 
-        def attending(name):
+        def attending(name, read):
             module = getattr(attention, name, None)
-            return [None] * len(self.config.tower_names) if module is None else self._of_towers(module, "attention")
+            towers = self.config.tower_names
+            return [None] * len(towers) if module is None else map(read, self._of_towers(module, "attention"))
 
-        read = []
-        for before, query, key, value, output, query_norm, key_norm, after, feed_forward in zip(
-            self._of_towers(layer.input_layernorm, "norm"),
-            *map(attending, ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
-            self._of_towers(layer.post_attention_layernorm, "norm"),
-            self._of_towers(layer.mlp, "feed_forward"),
-        ):
-            _plain(feed_forward, "FeedForward.forward")
-            names = ("gate_proj", "up_proj", "down_proj")
-            read.append(
-                TowerLayer(
-                    reader.norm(before),
-                    *map(reader.linear, (query, key, value, output)),
-                    reader.norm(query_norm),
-                    reader.norm(key_norm),
-                    reader.norm(after),
-                    *(reader.linear(getattr(feed_forward, name)) for name in names),
-                    feed_forward.act_fn,
-                )
+        return [
+            TowerLayer(*parts)
+            for parts in zip(
+                map(reader.norm, self._of_towers(layer.input_layernorm, "norm")),
+                *(attending(f"{name}_proj", reader.linear) for name in "qkvo"),
+                *(attending(f"{name}_norm", reader.norm) for name in "qk"),
+                map(reader.norm, self._of_towers(layer.post_attention_layernorm, "norm")),
+                map(reader.feed_forward, self._of_towers(layer.mlp, "feed_forward")),
             )
-        return read
+        ]
 
     # ------------------------------------------------------------------------------------------------------ a step
 
@@ -291,14 +214,15 @@ class LeanDecoder:
                 attended = [tower.attention_norm(part) for tower, part in zip(own, attended)]
             parts = [part + update for part, update in zip(parts, attended)]
             inputs = [tower.feed_forward_norm(part) for tower, part in zip(own, parts)] if pre else parts
-            updates = [
-                tower.down(tower.activation(tower.gate(part)) * tower.up(part)) for tower, part in zip(own, inputs)
-            ]
+            updates = [tower.feed_forward(part) for tower, part in zip(own, inputs)]
             if not pre:
                 updates = [tower.feed_forward_norm(part) for tower, part in zip(own, updates)]
             parts = [part + update for part, update in zip(parts, updates)]
         hidden_states = _joined([self.norms[tower](part) for tower, part in zip(towers, parts)])
-        return self.head(hidden_states if inverse is None else hidden_states[inverse])
+        hidden_states = hidden_states if inverse is None else hidden_states[inverse]
+        if isinstance(self.head, Linear):
+            return self.head(hidden_states)
+        return self.head(hidden_states.unsqueeze(1)).squeeze(1)  # in the shape that it knows
 
     def _routing(self, tokens: torch.Tensor) -> tuple:
         """Towers that have tokens, their counts, and the sorting of the tokens by tower and its inverse, if any."""
@@ -349,6 +273,33 @@ class LeanDecoder:
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class ForwardDecoder:
+    """The same step by the model's own forward."""
+
+    cache_dtype = None  # the model's
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    @torch.no_grad()
+    def step(self, tokens: torch.Tensor, positions: list[int], cache: DecodingCache) -> torch.Tensor:
+        """Run one token for each of the first n sequences of a cache.  (n,) -> logits (n, V)"""
+        columns = cache.open(len(positions))
+        ids = tokens[:, None]
+        outputs = self.model.model(
+            input_ids=ids,
+            modality_ids=self.model.model.modality_ids_of(ids) if len(self.model.config.modalities) > 1 else None,
+            attention_mask=columns.visible(),
+            position_ids=torch.tensor(positions, device=ids.device)[:, None],
+            past_key_values=columns.as_cache(),
+        )
+        return self.model.lm_head(outputs.last_hidden_state[:, -1])
+
+
+def decoder_of(model: nn.Module) -> LeanDecoder | ForwardDecoder:
+    return LeanDecoder.of(model) or ForwardDecoder(model)
 
 
 def is_plain_dynamic(cache: Cache | None) -> bool:

@@ -5,7 +5,8 @@
 import torch
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .lean_decoding_mot import DecodingCache, LeanDecoder
+from .decoding_cache_mot import DecodingCache
+from .lean_decoding_mot import LeanDecoder
 
 
 Generators = list[torch.Generator | None]
@@ -43,7 +44,7 @@ class LeanSteps:
 
     def __init__(self, lean: LeanDecoder, filled, model_kwargs: dict, count: int):
         self.lean, self.filled = lean, filled
-        self.cache = DecodingCache.of(filled, model_kwargs.get("attention_mask"))
+        self.cache = DecodingCache.of(filled, model_kwargs.get("attention_mask"), lean.cache_dtype)
         positions = model_kwargs["position_ids"][:, -1].tolist()
         self.positions = positions * (count // len(positions))
 

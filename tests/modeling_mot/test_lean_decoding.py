@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from modeling_mot import MoTConfig, lean_decoding_mot
+from modeling_mot import MoTConfig, decoding_cache_mot
 from modeling_mot.lean_decoding_mot import LeanDecoder
 
 from . import naive_generation as naive
@@ -23,7 +23,6 @@ SHAPES = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "linear rope": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}},
 }
-PLAIN = [variant for variant in MoTConfig.variant_names() if variant not in ("moe-4x", "hybrid")]
 
 
 def ordinary(model, monkeypatch, *args, **kwargs):
@@ -47,7 +46,9 @@ def forwards(model) -> list:
     return calls
 
 
-COMBINATIONS = [(variant, "pre") for variant in PLAIN] + [(v, shape) for v in ("mot", "dense") for shape in SHAPES]
+COMBINATIONS = [(variant, "pre") for variant in MoTConfig.variant_names()] + [
+    (v, shape) for v in ("mot", "dense") for shape in SHAPES
+]
 
 
 @pytest.mark.parametrize("padded", [True, False])
@@ -69,7 +70,7 @@ def test_tokens_logits_and_cache_equal_those_of_the_forward(tiny_model, monkeypa
 
 
 def test_the_cache_grows_as_far_as_it_is_needed(tiny_model, monkeypatch):
-    monkeypatch.setattr(lean_decoding_mot, "COLUMNS", 2)
+    monkeypatch.setattr(decoding_cache_mot, "COLUMNS", 2)
     model = tiny_model()
     out = model.generate(torch.tensor([[1, 9, 3]]), max_new_tokens=30, do_sample=False)
     assert out[0].tolist() == naive.greedy(model, [1, 9, 3], 30)
@@ -94,45 +95,59 @@ def test_in_bfloat16_tokens_are_the_likeliest_to_its_rounding(tiny_model):
     assert (logits.amax(dim=1) - chosen).max() < 0.2 and logits.std() > 1
 
 
-# ------------------------------------------------------------------------------------- what is left to the forward
+# ------------------------------------------------------------------------------- models that are more than weights
+
+
+TILT = torch.linspace(-1, 2, 32)
 
 
 class Adapted(nn.Linear):
     def forward(self, rows):
-        return super().forward(rows) + 1
+        return super().forward(rows) - 1
 
 
-def hooked(model):
-    model.model.layers[1].self_attn.o_proj["text"].register_forward_hook(lambda module, inputs, output: output + 1)
+def hooked_projection(model):
+    model.model.layers[1].self_attn.o_proj["text"].register_forward_hook(lambda module, inputs, output: output * TILT)
 
 
-def adapted(model):
+def adapted_projection(model):
     model.model.layers[1].mlp["text"].up_proj.__class__ = Adapted
 
 
-def replaced(model):
+def replaced_norm(model):
     norm = model.model.norm["image"]
-    norm.forward = lambda rows: rows + 1
+    norm.forward = lambda rows: rows * TILT
 
 
-def in_two_types(model):
-    model.lm_head.bfloat16()
+def hooked_layer(model):
+    model.model.layers[0].register_forward_hook(lambda module, inputs, output: output * TILT)
+
+
+def replaced_layer(model):
+    layer = model.model.layers[0]
+    layer.forward = lambda *args, original=layer.forward, **kwargs: original(*args, **kwargs) * TILT
 
 
 def eager(model):
     model.set_attn_implementation("eager")
 
 
-@pytest.mark.parametrize("change", [hooked, adapted, replaced, in_two_types, eager, nn.Module.train])
-def test_a_model_that_is_more_than_its_weights_is_run_by_its_forward(tiny_model, change):
-    model = tiny_model()
-    assert LeanDecoder.of(model) is not None
+LEAVES, WHOLES = (hooked_projection, adapted_projection, replaced_norm), (hooked_layer, replaced_layer, eager)
+
+
+@pytest.mark.parametrize("change", LEAVES + WHOLES)
+def test_what_modules_are_beside_their_weights_takes_effect(tiny_model, change):
+    model, prompt = tiny_model(), [1, 9, 3]
+    plain = naive.greedy(model, prompt, 12)
     change(model)
-    assert LeanDecoder.of(model) is None
+    assert (LeanDecoder.of(model) is None) == (change in WHOLES)
+    changed = naive.greedy(model, prompt, 12)
+    assert model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0].tolist() == changed
+    assert (changed == plain) == (change is eager)
 
 
-def test_mixtures_of_experts_and_autocast_are_run_by_the_forward(tiny_model):
-    assert LeanDecoder.of(tiny_model("hybrid")) is None
+def test_training_and_autocast_are_the_forwards_affair(tiny_model):
+    assert LeanDecoder.of(tiny_model().train()) is None
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert LeanDecoder.of(tiny_model()) is None
 

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_mot.denoising_mot import Prefix, ScratchLayer
+from modeling_mot.denoising_mot import ImageForward, ScratchLayer
 from modeling_mot.latents_mot import decode_latents
 
 from .naive_transfusion import BOI, BOS, EOI, EOS, PATCH, VAE, image, tiny_model
@@ -261,7 +261,8 @@ def test_denoising_steps_run_image_tokens_alone_and_guidance_is_one_batch(monkey
     steps = [(2 if guided else 1, 4 + inside)] * 7
     commit = [(1, 6 if markers else 5)]
     assert shapes == [(1, 32), *guided, *steps, *commit]  # and one token sampled, from which nothing follows
-    assert copies["prefix"] == model.config.num_hidden_layers  # once for each layer, not for each step
+    # Once for each layer to draw, and once to commit the picture, not for each step.
+    assert copies["prefix"] == 2 * model.config.num_hidden_layers
 
 
 def test_nothing_runs_behind_a_picture_that_ends_its_sequence(model):
@@ -272,18 +273,21 @@ def test_nothing_runs_behind_a_picture_that_ends_its_sequence(model):
     assert lengths == [3, 4, 4, 4]
 
 
-def test_padding_that_no_sequence_needs_is_dropped_from_the_cache(model, monkeypatch):
-    """When all have drawn in turn, none has columns that are empty for everyone."""
-    widths, rows = [], Prefix.rows
+def test_behind_a_prompt_of_padding_a_picture_sees_only_tokens(model, monkeypatch):
+    lengths, forward = [], ImageForward.__init__
     monkeypatch.setattr(
-        Prefix, "rows", lambda self, *args, **kwargs: widths.append(rows(self, *args, **kwargs)) or widths[-1]
+        ImageForward,
+        "__init__",
+        lambda self, model, prefixes, *args, **kwargs: (
+            lengths.append([prefix.length for prefix in prefixes]) or forward(self, model, prefixes, *args, **kwargs)
+        ),
     )
-    prompt = torch.tensor([[BOS, 10, BOI], [BOS, 11, 12]])
+    prompt = torch.tensor([[0, 0, BOS, 10, BOI], [BOS, 11, 12, 13, 14]])
     generate(
-        model, prompt, max_new_tokens=12, eos_token_id=[],
-        prefix_allowed_tokens_fn=lambda row, ids: [BOI] if row == 1 and ids.shape[0] == 5 and BOI not in ids else [20],
+        model, prompt, max_new_tokens=12, eos_token_id=[], attention_mask=(prompt > 0).long(),
+        prefix_allowed_tokens_fn=lambda row, ids: [BOI] if row == 1 and ids.shape[0] == 7 and BOI not in ids else [20],
     )  # fmt: skip
-    assert all(prefix.mask[:, 0].any() for prefix in widths if len(prefix.mask))
+    assert lengths == [[3], [3], [8], [8]]  # to draw and to commit, each
 
 
 # --------------------------------------------------------------------------------------------------------- refusals
