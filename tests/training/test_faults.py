@@ -459,7 +459,9 @@ def test_too_many_steps_that_are_not_finite_end_all_ranks_with_a_checkpoint(rank
 
 
 def test_a_signal_that_one_rank_sees_late_ends_both_after_the_same_step(ranks):
-    assert outcomes(ranks, "late_signal") == [{"step": 5, "saved": [5], "code": 143}] * 2
+    first, second = outcomes(ranks, "late_signal")
+    assert first == second == {"step": first["step"], "saved": [first["step"]], "code": 143}
+    assert first["step"] in (4, 5)
 
 
 def test_a_disk_that_is_full_for_one_rank_fails_the_save_of_both_and_no_other(ranks):

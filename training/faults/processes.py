@@ -148,5 +148,8 @@ def stopped_rank(bench: Bench) -> Outcome:
     outcome.expect(ended.code == 0, f"the restarted run ended with {ended.code}: {ended.printed[-1500:]}")
     bench.compare(run, outcome)
     bench.check_checkpoints(run, outcome, bench.steps)
-    outcome.remarks = [f"timeout of 10 s; {ended.seconds_after:.0f} s from the stop to the end of the run"]
+    outcome.remarks = [
+        f"timeout of 10 s; {ended.seconds_after:.0f} s from the stop to the end of the run, 30 of which the launcher gives "
+        "a stopped process to end"
+    ]
     return outcome
