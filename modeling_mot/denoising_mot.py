@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import logging
 
 from .attention_masks import ImageBlocks, attention_mask_for
-from .decoding_cache_mot import Prefix
+from .decoding_cache_mot import DecodingCache, Prefix
 from .diffusion_mot import build_scheduler
 from .modality_routing import ModalityRouting
 from .sampling_mot import Generators
@@ -283,6 +283,22 @@ def denoise(drawing: Denoising, prefixes: list[Prefix], unconditional: list[Pref
     while not drawing.is_done:
         noisy = drawing.noisy()
         drawing.advance(noisy, *forward.predict(noisy, drawing.timestep, index).split(len(prefixes)))
+
+
+def commit(
+    model, cache: DecodingCache, rows: list[int], prefixes: list[Prefix], latents: torch.Tensor
+) -> tuple[torch.Tensor, list[int]]:
+    """Run clean pictures (R, C, h, w) of one size once, with EOI, into the rows of a cache, behind their prefixes.
+
+    Returns:
+        the next logits (R, V), and the positions that follow.
+    """
+    forward = ImageForward(model, prefixes, tuple(latents.shape[2:]), with_end=True)
+    hidden_states, _ = forward(latents, 0)
+    for place, row in enumerate(rows):
+        cache.cut(row, cache.lengths[row] - forward.before)  # BOI is run again where it belongs to the image's block
+        cache.extend(row, *forward.written(place))
+    return model.lm_head(hidden_states[:, -1]).float(), (forward.position_ids[:, -1] + 1).tolist()
 
 
 def _randn(shape: tuple, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:

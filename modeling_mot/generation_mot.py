@@ -16,7 +16,9 @@ from transformers.generation import (
 from .configuration_mot import check_spans
 from .lean_decoding_mot import LeanDecoder, is_plain_dynamic
 from .modality_routing import ModalityRouting
-from .sampling_mot import Sampling, generators_of
+from .sampling_mot import Sampling, sample
+from .serving_mot import MoTServer
+from .serving_requests_mot import TextSequence
 
 
 class ModalitySpanLogitsProcessor(LogitsProcessor):
@@ -182,8 +184,8 @@ class MoTGenerationMixin(GenerationMixin):
             )
         if self._shows_insides(generation_config) or synced_gpus:
             raise ValueError("generator= goes with neither output_attentions, output_hidden_states nor synced_gpus")
-        sampling = Sampling(generation_config, generators_of(generator, len(input_ids)))
-        return sampling.run(self, lean, input_ids, logits_processor, stopping_criteria, streamer, model_kwargs)
+        sampling = Sampling(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        return sample(sampling, lean, streamer)
 
     @staticmethod
     def _shows_insides(generation_config) -> bool:
@@ -198,6 +200,47 @@ class MoTGenerationMixin(GenerationMixin):
         given, embeds = model_kwargs.get("modality_ids"), model_kwargs.get("inputs_embeds")
         runs_ahead = given is not None and embeds is None and given.shape[1] > input_ids.shape[1]
         return None if is_continued or runs_ahead else LeanDecoder.of(self)
+
+    def generate_batch(
+        self, inputs, generation_config=None, continuous_batching_config=None, progress_bar=False, **kwargs
+    ) -> dict:
+        """Serve requests together: each gets what `generate()` would have given it alone (paper, section 6.3).
+
+        Args:
+            inputs: of each request its tokens, (L,) as a list or tensor; or a dictionary of what `generate()` would be
+                called with: `input_ids` (or `documents` with `processor`), `generator`, `max_new_tokens`, `streamer`, ...
+            generation_config, kwargs: arguments of `generate()` for all of them.
+            continuous_batching_config: transformers' `ContinuousBatchingConfig`, see `init_continuous_batching`.
+            progress_bar: show one that counts requests.
+
+        Returns:
+            dict: "req_0", "req_1", ... -> `MoTRequestOutput`. What a request cannot have is in its `error`.
+        """
+        server = self.init_continuous_batching(generation_config, continuous_batching_config, **kwargs)
+        return server.serve(inputs, progress_bar)
+
+    def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, **kwargs) -> MoTServer:
+        """A server of requests that come while others run.
+
+        Args:
+            generation_config, kwargs: arguments of `generate()` for all requests.
+            continuous_batching_config: transformers' `ContinuousBatchingConfig`, of which `max_requests_per_batch`
+                (default 16), `max_batch_tokens` and `max_queue_size` are read; see `MoTServer`.
+        """
+        limits = {
+            name: value
+            for name in ("max_requests_per_batch", "max_batch_tokens", "max_queue_size")
+            if (value := getattr(continuous_batching_config, name, None)) is not None
+        }
+        kwargs.pop("cache_implementation", None)  # "paged" is what brings `generate()` here
+        return MoTServer(self, **limits, generation_config=generation_config, **kwargs)
+
+    def _served(self, request, decoder) -> TextSequence:
+        """One request of a server, from its prompt on."""
+        return TextSequence(self, request, decoder)
+
+    def _studio(self):
+        """Where a server's requests draw pictures, for models that do."""
 
     def prepare_inputs_for_generation(self, input_ids, *args, modality_ids=None, inputs_embeds=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)

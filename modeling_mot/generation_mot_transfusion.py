@@ -12,6 +12,7 @@ from .attention_masks import find_image_blocks, image_positions
 from .denoising_mot import DiffusionSettings
 from .generation_mot import MoTGenerationMixin
 from .interleaved_decoding_mot import IMAGE_INPUTS, InterleavedDecoding
+from .serving_transfusion_mot import PictureSequence, Studio
 
 
 logger = logging.get_logger(__name__)
@@ -182,6 +183,12 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
             )
         if generation_config.prefill_chunk_size is not None:
             raise ValueError("prefill_chunk_size would cut pictures in the prompt; leave it out")
+
+    def _served(self, request, decoder) -> PictureSequence:
+        return PictureSequence(self, request, decoder)
+
+    def _studio(self) -> Studio:
+        return Studio(self)
 
     def _sample(
         self,

@@ -3,7 +3,6 @@
 # B sequences, P columns of the prompts, n tokens of an image, C latent channels, (h, w) latents, V vocabulary
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .decoding_cache_mot import DecodingCache, Prefix
-from .denoising_mot import Denoising, ImageForward, denoise
+from .denoising_mot import Denoising, commit, denoise
 from .image_processor_mot import MoTImageProcessor
 from .latents_mot import decode_latents
 from .lean_decoding_mot import decoder_of
@@ -62,8 +61,17 @@ class InterleavedDecoding:
     """
 
     def __init__(
-        self, model, prompt, model_kwargs, generation_config, logits_processor, stopping_criteria, streamer=None
+        self,
+        model,
+        prompt,
+        model_kwargs,
+        generation_config,
+        logits_processor,
+        stopping_criteria,
+        streamer=None,
+        decoder=None,
     ):
+        self.decoder = decoder or decoder_of(model)
         self.model, self.config, self.streamer = model, model.config, streamer
         self.generation_config, self.settings = generation_config, generation_config.diffusion
         self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
@@ -85,10 +93,6 @@ class InterleavedDecoding:
         self.logits, self.cache, self.positions = self._prefill(
             prompt, mask, model_kwargs.get("position_ids"), model_kwargs.get("modality_ids"), images
         )
-
-    @cached_property
-    def decoder(self):
-        return decoder_of(self.model)
 
     def _check(self, mask: torch.Tensor) -> None:
         if (mask[:, -1] == 0).any() or (mask[:, 1:] < mask[:, :-1]).any():
@@ -138,7 +142,7 @@ class InterleavedDecoding:
 
     def run(self) -> None:
         while self.running:
-            drawing = [row for row in self.running if self._last_token(row) == self.config.boi_token_id]
+            drawing = [row for row in self.running if self.last_token(row) == self.config.boi_token_id]
             if drawing:
                 self._draw(drawing)
             else:
@@ -148,7 +152,7 @@ class InterleavedDecoding:
         if self.streamer is not None:
             self.streamer.end()
 
-    def _last_token(self, row: int) -> int:
+    def last_token(self, row: int) -> int:
         return self.new_tokens[row][-1] if self.new_tokens[row] else int(self.prompt[row, -1])
 
     def _by_length(self, rows: list[int]):
@@ -209,19 +213,12 @@ class InterleavedDecoding:
         denoise(drawing, prefixes, self.unconditional_prefixes(rows))
         self.keep(rows, drawing)
         places = [place for place, row in enumerate(rows) if row in self.running]
-        if places:
-            self._commit([rows[place] for place in places], [prefixes[x] for x in places], drawing.latents[places])
-
-    def _commit(self, rows: list[int], prefixes: list[Prefix], latents: torch.Tensor) -> None:
-        """Run the pictures of these sequences once, clean, with EOI."""
-        forward = ImageForward(self.model, prefixes, self.size, with_end=True)
-        hidden_states, _ = forward(latents, 0)
-        logits = self.model.lm_head(hidden_states[:, -1]).float()
-        for place, row in enumerate(rows):
-            self.cache.cut(row, self.cache.lengths[row] - int(self.config.markers_in_image_block))
-            self.cache.extend(row, *forward.written(place))
-            self.positions[row] = int(forward.position_ids[place, -1]) + 1
-            self.logits[row] = logits[place]
+        if not places:
+            return
+        going_on, behind = ([x[place] for place in places] for x in (rows, prefixes))
+        self.logits[going_on], positions = commit(self.model, self.cache, going_on, behind, drawing.latents[places])
+        for row, position in zip(going_on, positions):
+            self.positions[row] = position
 
     def unconditional_prefixes(self, rows: list[int]) -> list[Prefix]:
         """What guidance leads these sequences away from, prefilled once; nothing without guidance."""

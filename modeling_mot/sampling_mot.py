@@ -42,11 +42,9 @@ def draw(scores: torch.Tensor, do_sample: bool, generators: Generators) -> torch
 class LeanSteps:
     """The steps after a prompt, read off the model's weights."""
 
-    def __init__(self, lean: LeanDecoder, filled, model_kwargs: dict, count: int):
-        self.lean, self.filled = lean, filled
-        self.cache = DecodingCache.of(filled, model_kwargs.get("attention_mask"), lean.cache_dtype)
-        positions = model_kwargs["position_ids"][:, -1].tolist()
-        self.positions = positions * (count // len(positions))
+    def __init__(self, lean: LeanDecoder, filled, mask: torch.Tensor | None, positions: list[int]):
+        self.lean, self.filled, self.positions = lean, filled, positions
+        self.cache = DecodingCache.of(filled, mask, lean.cache_dtype)
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(R, L) -> logits (R, V)"""
@@ -82,58 +80,78 @@ class ModelSteps:
 
 
 class Sampling:
-    """What `GenerationMixin._sample` does, with steps of our own and a generator for each sequence.
+    """What `GenerationMixin._sample` does, one token at a time, with a generator for each sequence.
 
     Args:
-        generation_config: as `generate()` prepared it.
-        generators: of each sequence's tokens.
+        generation_config, logits_processor, stopping_criteria, model_kwargs: as `generate()` prepared them.
+
+    Attributes:
+        input_ids: (R, L) prompts with what followed.
+        is_done: whether all sequences have ended.
     """
 
-    def __init__(self, generation_config, generators: Generators):
-        self.config, self.generators = generation_config, generators
-        returns_dict = generation_config.return_dict_in_generate
-        self.scores = () if returns_dict and generation_config.output_scores else None
-        self.logits = () if returns_dict and generation_config.output_logits else None
+    def __init__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs):
+        self.model, self.input_ids, self.config, self.model_kwargs = model, input_ids, generation_config, model_kwargs
+        self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
+        self.generators = generators_of(getattr(generation_config, "generator", None), len(input_ids))
+        self.unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
+        self.may_end = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
+        self.returns_dict, self.is_done = generation_config.return_dict_in_generate, False
+        self.scores = () if self.returns_dict and generation_config.output_scores else None
+        self.logits = () if self.returns_dict and generation_config.output_logits else None
 
-    def run(
-        self, model, lean: LeanDecoder | None, input_ids, logits_processor, stopping_criteria, streamer, model_kwargs
-    ):
-        """From the prompt's forward to the last token.  (R, L) -> (R, L + new), or the output that holds them"""
-        outputs = model._prefill(input_ids, self.config, model_kwargs, is_first_iteration=not self.config.is_assistant)
-        if lean is None:
-            steps = ModelSteps(model, outputs, model_kwargs)
-        else:
-            steps = LeanSteps(lean, outputs.past_key_values, model_kwargs, len(input_ids))
-        cache, logits = outputs.past_key_values, outputs.logits[:, -1]
-        del outputs  # the logits of all the prompt
-        may_end = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
-        unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
-        while True:
-            tokens = self._choose(input_ids, logits.to(copy=True, dtype=torch.float32), logits_processor)
-            if may_end:
-                tokens = tokens * unfinished + self.config._pad_token_tensor * (1 - unfinished)
-            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-            unfinished = unfinished & ~stopping_criteria(input_ids, self.scores)
-            if streamer is not None:
-                streamer.put(tokens.cpu())
-            if not unfinished.any():
-                break
-            logits = steps(input_ids)
-        if streamer is not None:
-            streamer.end()
-        returns_dict = self.config.return_dict_in_generate
-        cache = steps.past_key_values(returns_dict or getattr(cache, "_is_user_defined", False))
-        if not returns_dict:
-            return input_ids
-        return GenerateDecoderOnlyOutput(
-            sequences=input_ids, scores=self.scores, logits=self.logits, past_key_values=cache
-        )
+    def prefill(self):
+        """The prompts' forward."""
+        is_first = not self.config.is_assistant
+        return self.model._prefill(self.input_ids, self.config, self.model_kwargs, is_first_iteration=is_first)
 
-    def _choose(self, input_ids: torch.Tensor, logits: torch.Tensor, logits_processor) -> torch.Tensor:
-        """(R, L), (R, V) -> (R,)"""
-        scores = logits_processor(input_ids, logits)
+    def positions(self) -> list[int]:
+        """Of the prompts' last tokens."""
+        positions = self.model_kwargs["position_ids"][:, -1].tolist()
+        return positions * (len(self.input_ids) // len(positions))
+
+    def take(self, logits: torch.Tensor) -> torch.Tensor:
+        """Choose the next token of each sequence.  (R, V) -> (R,)"""
+        logits = logits.to(copy=True, dtype=torch.float32)
+        scores = self.logits_processor(self.input_ids, logits)
         if self.scores is not None:
             self.scores += (scores,)
         if self.logits is not None:
             self.logits += (logits,)
-        return draw(scores, self.config.do_sample, self.generators)
+        tokens = draw(scores, self.config.do_sample, self.generators)
+        if self.may_end:
+            tokens = tokens * self.unfinished + self.config._pad_token_tensor * (1 - self.unfinished)
+        self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
+        self.unfinished = self.unfinished & ~self.stopping_criteria(self.input_ids, self.scores)
+        self.is_done = not self.unfinished.any()
+        return tokens
+
+    def output(self, past_key_values=None):
+        """What `generate()` returns."""
+        if not self.returns_dict:
+            return self.input_ids
+        return GenerateDecoderOnlyOutput(
+            sequences=self.input_ids, scores=self.scores, logits=self.logits, past_key_values=past_key_values
+        )
+
+
+def sample(sampling: Sampling, lean: LeanDecoder | None, streamer):
+    """From the prompt's forward to the last token.  -> (R, L + new), or the output that holds them"""
+    outputs = sampling.prefill()
+    if lean is None:
+        steps = ModelSteps(sampling.model, outputs, sampling.model_kwargs)
+    else:
+        mask = sampling.model_kwargs.get("attention_mask")
+        steps = LeanSteps(lean, outputs.past_key_values, mask, sampling.positions())
+    cache, logits = outputs.past_key_values, outputs.logits[:, -1]
+    del outputs  # the logits of all the prompt
+    while True:
+        tokens = sampling.take(logits)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        if sampling.is_done:
+            break
+        logits = steps(sampling.input_ids)
+    if streamer is not None:
+        streamer.end()
+    return sampling.output(steps.past_key_values(sampling.returns_dict or getattr(cache, "_is_user_defined", False)))
