@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs, ParallelismConfig
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
+from torch.distributed import PrefixStore, Store, register_rendezvous_handler, rendezvous
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -30,6 +31,7 @@ from training.devices import choose_precision
 
 
 LAYER = "MoTDecoderLayer"
+_RESTARTABLE = "restartable"
 _MESH = "ACCELERATE_USE_PARALLELISM_CONFIG"
 _CONFIGS = "training/configs/accelerate"
 _KNOWN_TYPES = (
@@ -113,7 +115,7 @@ def build_accelerator(
         fsdp_plugin=plugin,
         log_with=None if tracker == "none" else tracker,
         project_dir=project_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds))],
+        kwargs_handlers=[_meeting(timeout_seconds)],
     )
     if sharding_cpus and accelerator.distributed_type == DistributedType.MULTI_CPU:
         for state in (AcceleratorState._shared_state, PartialState._shared_state):
@@ -126,6 +128,26 @@ def build_accelerator(
             sizes._validate_accelerator(accelerator)
     _refuse_accelerator(accelerator, asked, processes)
     return accelerator
+
+
+def _meeting(timeout_seconds: float) -> InitProcessGroupKwargs:
+    """How processes find each other: as by default, but those of a restart under keys of their own.
+
+    A launcher that restarts its workers (`--max_restarts`) keeps the store with the addresses of those that died.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return InitProcessGroupKwargs(timeout=timeout)
+    return InitProcessGroupKwargs(init_method=f"{_RESTARTABLE}://", timeout=timeout)
+
+
+def _rendezvous(url: str, **options) -> Iterator[tuple[Store, int, int]]:
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    for store, rank, processes in rendezvous("env://", **options):
+        yield PrefixStore(f"restart-{restarts}", store), rank, processes
+
+
+register_rendezvous_handler(_RESTARTABLE, _rendezvous)
 
 
 def _is_set(name: str) -> bool:

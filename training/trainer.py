@@ -122,7 +122,7 @@ class Trainer:
             return counts
         targets = dict(zip(self.objectives, counts["targets"], strict=True))
         scales, z_scale = loss_scales(targets, self.config.modality_weights, self.diffusion_weight)
-        sums = torch.zeros(len(self.objectives) + 1, device=self.accelerator.device)
+        sums = torch.zeros(len(self.objectives) + 2, device=self.accelerator.device)
         for index, batch in enumerate(micro_batches):
             self.seed_forward(index)
             with accumulating(self.accelerator, self.model, is_last=index == len(micro_batches) - 1):
@@ -131,8 +131,10 @@ class Trainer:
                     output = self.model(**batch, use_cache=False)
                 loss = combine(output.loss_sums, output.z_loss_sum, scales, z_scale)
                 self.accelerator.backward(loss * self.accelerator.num_processes)  # undo the gradient mean over ranks
-            sums += torch.stack([output.loss_sums[name].detach().float() for name in self.objectives] + [loss.detach()])
-        *objective_sums, loss = self.accelerator.reduce(sums).tolist()
+            parts = [*(output.loss_sums[name] for name in self.objectives), loss]
+            sums[:-1] += torch.stack([part.detach().float() for part in parts])
+        sums[-1] = self.stop_signal.number  # one that has come since the count ends the run after this step
+        *objective_sums, loss, signals = self.accelerator.reduce(sums).tolist()
         norm, norms = self.gradient_norms()
         updates, event = self.guard.judge(loss, norm.item())
         lr = learning_rate(self.optimizer_config, self.step, self.config.steps)
@@ -148,7 +150,7 @@ class Trainer:
         self.step += 1
         means = {o: s / n if n else None for (o, n), s in zip(targets.items(), objective_sums, strict=True)}
         figures = {"loss": loss, "means": means, "targets": targets, "grad_norm": norm.item(), "grad_norms": norms}
-        return {**counts, **figures, "lr": lr, "event": event}
+        return {**counts, **figures, "lr": lr, "event": event, "stop": counts["stop"] or signals > 0}
 
     def count(self, micro_batches: list[dict] | None) -> dict:
         """Targets by objective, positions by modality and those that are not padding, and the signal seen by any rank."""

@@ -66,8 +66,15 @@ def is_remote(path: str) -> bool:
 
 
 def find_shards(path: str, kind: str) -> list[Shard]:
-    """The shards of a file, a folder or a glob, sorted by name."""
-    storage, place = fsspec.core.url_to_fs(path)
+    """The shards of a file, a folder or a glob, sorted by name.
+
+    Raises:
+        ValueError: a storage or a compression whose package is not installed.
+    """
+    try:
+        storage, place = fsspec.core.url_to_fs(path)
+    except ImportError as error:
+        raise ValueError(f"reading {path.partition('://')[0]}:// needs another package: {error}") from error
     if re.search(r"[*?\[]", place):
         found = storage.glob(place, detail=True)
     elif storage.isdir(place):
