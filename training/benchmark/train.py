@@ -1,0 +1,86 @@
+"""A training step of a MoT beside transformers' Llama of equal active size and the paper's Algorithm 1."""
+
+import torch
+
+from training.benchmark.peers import SIZES, BooleanMaskMoT, build_llama, build_mot, made_up_batch
+from training.benchmark.rounds import compare, interleave, peak_bytes
+
+
+def contestants(size: dict, dtype: torch.dtype, towers: int, vocab_size: int) -> dict[str, torch.nn.Module]:
+    """`llama`, a `mot` of so many towers, the same code with one (`dense`), and `masks`, Algorithm 1."""
+    llama = build_llama(size, dtype, vocab_size)
+    models = {"llama": llama, "mot": build_mot(llama, size, towers), "dense": build_mot(llama, size, 1)}
+    return models | {"masks": BooleanMaskMoT(build_mot(llama, size, towers))}
+
+
+def loss_of(model: torch.nn.Module, batch: dict) -> torch.Tensor:
+    """The mean cross-entropy of a training step; a MoT's without its logits, as the trainer asks for it."""
+    ids = batch["input_ids"]
+    if isinstance(model, BooleanMaskMoT):
+        return model(ids, batch["modality_ids"], labels=ids)[0]
+    if not hasattr(model.config, "towers"):
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
+    modality_ids = batch["modality_ids"] if len(model.config.tower_names) > 1 else torch.zeros_like(ids)
+    return model(input_ids=ids, modality_ids=modality_ids, labels=ids, use_cache=False).loss
+
+
+def check_equal(models: dict[str, torch.nn.Module], batch: dict) -> None:
+    """The same loss and gradient of the embedding from all; in bfloat16 to what its rounding leaves."""
+    tolerance = 1e-4 if models["llama"].dtype == torch.float32 else 5e-2
+    results = {}
+    for name, model in models.items():
+        loss = loss_of(model, batch)
+        loss.backward()
+        embedding = next(value for key, value in model.named_parameters() if key.endswith("embed_tokens.weight"))
+        results[name] = (loss.item(), embedding.grad.float().clone())
+        model.zero_grad()
+    loss, gradient = results["llama"]
+    for name, (other, other_gradient) in results.items():
+        apart = max(abs(other / loss - 1), ((other_gradient - gradient).norm() / gradient.norm()).item())
+        if apart > tolerance:
+            raise SystemExit(f"{name} differs from llama by {apart:.2e}: nothing was timed")
+
+
+def step(model: torch.nn.Module, batch: dict, optimizer: torch.optim.Optimizer | None = None) -> None:
+    model.zero_grad(set_to_none=False)
+    loss_of(model, batch).backward()
+    if optimizer is not None:
+        optimizer.step()
+
+
+def time_train(
+    size: str, dtype: torch.dtype, towers: int, rounds: int, rows: int, length: int, vocab_size: int, optimizer: bool
+) -> dict:
+    """Seconds of each contestant's forward and backward, with `optimizer` of AdamW's update too, and their ratios as
+    `compare` has them; `tokens_per_second`."""
+    models = contestants(SIZES[size], dtype, towers, vocab_size)
+    batch = made_up_batch(rows, length, vocab_size, towers)
+    check_equal(models, batch)
+    optimizers = {
+        name: torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) if optimizer else None
+        for name, model in models.items()
+    }
+    calls = {name: lambda name=name: step(models[name], batch, optimizers[name]) for name in models}
+    pairs = [("mot", "llama"), ("dense", "llama"), ("mot", "dense"), ("mot", "masks"), ("masks", "llama")]
+    figures = compare(interleave(calls, rounds, warm_up=2), pairs)
+    tokens = rows * length
+    return figures | {"tokens_per_second": {name: tokens / value for name, value in figures["seconds"].items()}}
+
+
+def memory_of_a_step(size: str, dtype: torch.dtype, towers: int, rows: int, length: int, vocab_size: int) -> dict:
+    """Most bytes that forward and backward of one step take beyond weights and gradients, in a process of its own."""
+    arguments = (size, dtype, towers, rows, length, vocab_size)
+    return {name: peak_bytes(_build, _step, name, *arguments) for name in ("llama", "mot")}
+
+
+def _build(name: str, size: str, dtype: torch.dtype, towers: int, rows: int, length: int, vocab_size: int):
+    llama = build_llama(SIZES[size], dtype, vocab_size)
+    model = llama if name == "llama" else build_mot(llama, SIZES[size], towers)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    return model, made_up_batch(rows, length, vocab_size, towers)
+
+
+def _step(built, *arguments) -> None:
+    model, batch = built
+    step(model, batch)
