@@ -12,7 +12,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -26,7 +26,7 @@ from .expert_choice import ExpertChoiceFeedForward, FeedForward
 from .generation_mot import MoTGenerationMixin
 from .modality_routing import ModalityRouting, PerTower, join
 from .range_attention_mot import RANGES
-from .token_losses import token_losses
+from .token_losses import logits_and_losses
 
 
 class MoTDecoderLayer(GradientCheckpointingLayer):
@@ -338,6 +338,7 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
         labels: torch.LongTensor | None = None,
         routing: ModalityRouting | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs,
     ) -> MoTCausalLMOutputWithPast:
         """Arguments as `MoTModel.forward`, and:
@@ -345,12 +346,17 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
         Args:
             labels: (B, L) token ids, shifted inside by one; -100 is not a target.
             logits_to_keep: compute logits for the last so many positions only; 0 for all.
+            skip_logits: return the losses alone; logits then exist for a part of the tokens at a time, and for those
+                with a target only.
             num_items_in_batch: divide the loss by this instead of by the number of targets here.
             shift_labels: (B, L) targets aligned with the logits already, instead of `labels`, as sequence parallelism
                 passes them; their modalities follow from `config.modality_token_ranges`.
 
         Returns:
-            `MoTCausalLMOutputWithPast`; `logits` are (B, L, V).
+            `MoTCausalLMOutputWithPast`; `logits` are (B, L, V), or None.
+
+        Raises:
+            ValueError: logits are neither wanted nor needed for a loss; the message names the arguments.
         """
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         shift_labels = kwargs.pop("shift_labels", None)
@@ -365,19 +371,17 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
             routing=routing,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-
-        losses = {}
+        targets = shift_labels
         if shift_labels is not None:
-            losses = token_losses(
-                self.config, logits, shift_labels, self._label_modalities(shift_labels), num_items_in_batch
-            )
+            modality_ids = self._label_modalities(shift_labels)
         elif labels is not None:
             if modality_ids is None:
                 modality_ids = self._label_modalities(labels)
             # The labels move, not the logits: the last position of a row has no target.
             targets, modality_ids = (F.pad(ids[:, 1:], (0, 1), value=-100) for ids in (labels, modality_ids))
-            losses = token_losses(self.config, logits, targets, modality_ids, num_items_in_batch)
+        logits, losses = logits_and_losses(
+            self, outputs.last_hidden_state, targets, modality_ids, num_items_in_batch, logits_to_keep, skip_logits
+        )
         return MoTCausalLMOutputWithPast(
             logits=logits,
             past_key_values=outputs.past_key_values,

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
 from .attention_masks import ImageBlocks, documents_of, find_image_blocks, image_positions
@@ -23,7 +22,7 @@ from .latent_patchifier import build_patchifier
 from .latents_mot import build_vae, vae_config_of
 from .modality_routing import ModalityRouting
 from .modeling_mot import MoTCausalLMOutputWithPast, MoTModel, MoTPreTrainedModel
-from .token_losses import token_losses
+from .token_losses import logits_and_losses
 
 
 @dataclass
@@ -139,6 +138,7 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         labels: torch.LongTensor | None = None,
         routing: ModalityRouting | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         generator: torch.Generator | None = None,
         **kwargs,
     ) -> MoTTransfusionOutput:
@@ -148,7 +148,7 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
             input_ids: (B, L) with an `image_token_id` for each patch of an image, between BOI and EOI.
             modality_ids: (B, L) indices into `config.modalities`; derived from `input_ids` when absent.
             attention_mask: (B, past + L) 1 for tokens, 0 for padding.
-            position_ids, document_ids, routing, logits_to_keep: as in `MoTForCausalLM`.
+            position_ids, document_ids, routing, logits_to_keep, skip_logits: as in `MoTForCausalLM`.
             past_key_values: a cache; images that come with a filled one are `generate()`'s affair.
             latents: (N, C, h, w) clean and scaled, images in order of appearance over the flattened rows.
             pixel_values: (N, 3, H, W) in [-1, 1], instead of `latents`; the VAE encodes them.
@@ -231,10 +231,16 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         hidden_states = outputs.last_hidden_state
         patches = hidden_states.flatten(0, 1).index_select(0, places)
         prediction = self.predict_latents(patches, features, images)
-        logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        losses = {}
+        targets = target_modalities = None
         if labels is not None:
-            losses = self._losses(logits, labels, modality_ids, prediction, images, num_items_in_batch)
+            ours = (labels == config.image_token_id) | (labels == config.eoi_token_id)  # the sampler's, not the model's
+            labels = labels.masked_fill(ours, -100)
+            targets, target_modalities = (F.pad(ids[:, 1:], (0, 1), value=-100) for ids in (labels, modality_ids))
+        logits, losses = logits_and_losses(
+            self, hidden_states, targets, target_modalities, num_items_in_batch, logits_to_keep, skip_logits
+        )
+        if losses:
+            self._add_diffusion_loss(losses, prediction, images)
         return MoTTransfusionOutput(
             logits=logits,
             prediction=prediction,
@@ -255,20 +261,14 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         number = (blocks + first[:, None]).clamp(min=0, max=len(images.clean) - 1)
         return ImageBlocks(blocks, (blocks >= 0) & ~images.clean[number])
 
-    def _losses(self, logits, labels, modality_ids, prediction, images: NoisyImages, num_items_in_batch) -> dict:
-        config = self.config
-        ours = (labels == config.image_token_id) | (labels == config.eoi_token_id)  # the sampler's, not the model's
-        labels = labels.masked_fill(ours, -100)
-        targets, modality_ids = (F.pad(ids[:, 1:], (0, 1), value=-100) for ids in (labels, modality_ids))
-        losses = token_losses(config, logits, targets, modality_ids, num_items_in_batch)
+    def _add_diffusion_loss(self, losses: dict, prediction: torch.Tensor, images: NoisyImages) -> None:
         squared = (prediction - images.target).square()
         counted = (~images.clean).view(-1, 1, 1, 1).expand_as(squared)
         if any(size != tuple(squared.shape[2:]) for size in images.sizes):
             counted = counted & images.inside()
         error, count = torch.where(counted, squared, 0.0).sum(), counted.sum()
         losses["loss_sums"]["image_diffusion"], losses["loss_counts"]["image_diffusion"] = error, count
-        losses["loss"] = losses["loss"] + config.diffusion_loss_weight * error / count.clamp(min=1)
-        return losses
+        losses["loss"] = losses["loss"] + self.config.diffusion_loss_weight * error / count.clamp(min=1)
 
 
 MoTTransfusionModel.register_for_auto_class("AutoModel")

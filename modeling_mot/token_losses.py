@@ -1,9 +1,34 @@
 """Cross-entropy of tokens as sums and counts by modality."""
 
-# B batch, L row length, V vocabulary
+# B batch, L row length, D hidden size, V vocabulary
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.modeling_utils import slice_logits_to_keep
+
+from .linear_cross_entropy_mot import linear_cross_entropy
+
+
+def logits_and_losses(
+    model, hidden_states, targets, modality_ids, num_items_in_batch, logits_to_keep, skip_logits
+) -> tuple[torch.Tensor | None, dict]:
+    """Logits unless they are skipped, and the losses of tokens where there are targets, aligned with the logits.
+
+    Raises:
+        ValueError: logits are skipped without targets, or together with `logits_to_keep`.
+    """
+    args = (targets, modality_ids, num_items_in_batch)
+    if not skip_logits:
+        logits = model.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        return logits, {} if targets is None else token_losses(model.config, logits, *args)
+    if targets is None or torch.is_tensor(logits_to_keep) or logits_to_keep != 0:
+        raise ValueError(
+            "skip_logits=True leaves the losses alone: it needs labels, one per token, and logits_to_keep=0; "
+            f"labels are {'absent' if targets is None else 'given'}, logits_to_keep={logits_to_keep}"
+        )
+    return None, token_losses_without_logits(model.config, hidden_states, model.lm_head, *args)
 
 
 def token_losses(
@@ -33,18 +58,53 @@ def token_losses(
             f"labels has {targets.shape[1]} positions but logits has {logits.shape[1]}: "
             "a loss needs logits_to_keep=0 and one label per token"
         )
-    logits, targets, modality_ids = logits.flatten(0, 1).float(), targets.flatten(), modality_ids.flatten()
-    is_target = targets != -100
+    logits, targets = logits.flatten(0, 1).float(), targets.flatten()
     cross_entropy = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
+    z_losses = None
+    if config.z_loss_coefficient:
+        squares = logits.logsumexp(dim=-1).square()
+        z_losses = config.z_loss_coefficient * torch.where(targets != -100, squares, 0.0)
+    return _sums(config, cross_entropy, z_losses, targets, modality_ids.flatten(), num_items_in_batch)
+
+
+def token_losses_without_logits(
+    config,
+    hidden_states: torch.Tensor,
+    lm_head: nn.Module,
+    targets: torch.Tensor,
+    modality_ids: torch.Tensor,
+    num_items_in_batch: int | torch.Tensor | None = None,
+) -> dict:
+    """The same from hidden states (B, L, D) and the projection to logits, of which only a part exists at a time.
+
+    A projection that is more than its weight (adapters, hooks, quantised or spread over devices) is run as it is.
+    """
+    if not _is_plain(lm_head):
+        return token_losses(config, lm_head(hidden_states), targets, modality_ids, num_items_in_batch)
+    targets = targets.flatten()
+    losses = linear_cross_entropy(hidden_states.flatten(0, 1), lm_head.weight, targets, config.z_loss_coefficient)
+    return _sums(config, *losses, targets, modality_ids.flatten(), num_items_in_batch)
+
+
+def _is_plain(lm_head: nn.Module) -> bool:
+    own = vars(lm_head)
+    return (
+        type(lm_head) is nn.Linear
+        and lm_head.bias is None
+        and not isinstance(lm_head.weight, DTensor)
+        and "forward" not in own
+        and not any(own[hooks] for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
+    )
+
+
+def _sums(config, cross_entropy, z_losses, targets, modality_ids, num_items_in_batch) -> dict:
+    is_target = targets != -100
     loss_sums, loss_counts = {}, {}
     for modality in config.token_modalities:
         of_modality = is_target & (modality_ids == config.modalities.index(modality))
         loss_sums[modality] = torch.where(of_modality, cross_entropy, 0.0).sum()
         loss_counts[modality] = of_modality.sum()
-    z_loss_sum = cross_entropy.new_zeros(())
-    if config.z_loss_coefficient:
-        squares = logits.logsumexp(dim=-1).square()
-        z_loss_sum = config.z_loss_coefficient * torch.where(is_target, squares, 0.0).sum()
+    z_loss_sum = cross_entropy.new_zeros(()) if z_losses is None else z_losses.sum()
     count = is_target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     loss = (sum(loss_sums.values()) + z_loss_sum) / count
     return {"loss": loss, "loss_sums": loss_sums, "loss_counts": loss_counts, "z_loss_sum": z_loss_sum}

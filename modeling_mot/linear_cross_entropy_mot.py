@@ -1,0 +1,188 @@
+"""The last projection and the cross-entropy after it, a block of tokens at a time: all logits never exist at once."""
+
+# T tokens, D hidden size, V vocabulary, c tokens of a block
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+
+BLOCK_LOGITS = 1 << 24  # logits of one block
+BLOCK_TOKENS = 128  # and the fewest tokens, below which products become slow
+_NAMESPACE = re.sub(r"\W", "_", __name__)  # of this module: remote code may be loaded beside the installed package
+
+
+def linear_cross_entropy(
+    hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, z_loss_coefficient: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of softmax(h W^T), and `z_loss_coefficient` * log(Z)^2, of each token.
+
+    On a CPU the gradients of their plain sum are made in the forward, where the logits are at hand; a backward that
+    weights the tokens differently, or is on another device, computes the logits again.
+
+    Args:
+        hidden_states: (T, D).
+        weight: (V, D), of the same dtype.
+        targets: (T,) in [0, V), or -100 for none.
+
+    Returns:
+        (T,) twice in float32 at least, 0 where there is no target.
+    """
+    device = hidden_states.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
+    needs_grad = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
+    gradients_now = needs_grad and device in ("cpu", "meta")
+    return _forward(hidden_states, weight, targets, z_loss_coefficient, gradients_now)[:2]
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _blocks(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor):
+    """Indices of the tokens of each block: those with a target, where looking for them does not wait for a device."""
+    if targets.device.type == "cpu":
+        tokens = (targets != -100).nonzero().squeeze(-1)
+    else:
+        tokens = torch.arange(len(targets), device=targets.device)
+    return tokens.split(max(BLOCK_LOGITS // len(weight), BLOCK_TOKENS))
+
+
+def _loss_of(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(c, V), (c,) -> cross-entropy and log(Z), (c,) twice"""
+    cross_entropy = F.cross_entropy(logits.to(_wide(logits)), targets, ignore_index=-100, reduction="none")
+    at_target = logits.gather(1, targets.clamp(min=0)[:, None]).squeeze(1).to(_wide(logits))
+    return cross_entropy, cross_entropy + at_target
+
+
+class _Gradients:
+    """Sums of the gradients of hidden states and weight; of the weight in float32 at least."""
+
+    def __init__(self, hidden_states: torch.Tensor, weight: torch.Tensor):
+        self.hidden_states = torch.zeros_like(hidden_states)
+        self.weight = torch.zeros_like(weight, dtype=_wide(weight))
+
+    def add(self, tokens, hidden_states, weight, logits, targets, of_target, of_all) -> None:
+        """Of a block whose logits have the gradient of_all * softmax - of_target at the target; `logits` are overwritten.
+
+        Args:
+            of_target, of_all: (c,); None stands for 1.
+        """
+        gradient = torch.softmax(logits, dim=-1, out=logits)
+        if of_all is not None:
+            gradient *= of_all[:, None].to(gradient.dtype)
+        places = targets.clamp(min=0)[:, None]
+        of_target = torch.ones_like(places, dtype=gradient.dtype) if of_target is None else of_target[:, None]
+        gradient.scatter_add_(1, places, -of_target.to(gradient.dtype))
+        self.hidden_states[tokens] = gradient @ weight
+        if self.weight.dtype == gradient.dtype:
+            self.weight.addmm_(gradient.T, hidden_states)
+        else:
+            self.weight += gradient.T @ hidden_states
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
+@torch.autocast("cpu", enabled=False)
+def _forward(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    z_loss_coefficient: float,
+    gradients_now: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses (T,) twice, and the gradients of their sum, empty where they are not made now."""
+    losses, z_losses = (hidden_states.new_zeros(len(targets), dtype=_wide(hidden_states)) for _ in range(2))
+    gradients = _Gradients(hidden_states, weight) if gradients_now else None
+    for tokens in _blocks(hidden_states, weight, targets):
+        block, wanted = hidden_states[tokens], targets[tokens]
+        logits = block @ weight.T
+        losses[tokens], log_z = _loss_of(logits, wanted)
+        z_losses[tokens] = (z_loss_coefficient * log_z.square()).masked_fill(wanted == -100, 0.0)
+        if gradients is not None:
+            of_all = 1 + 2 * z_loss_coefficient * log_z if z_loss_coefficient else None
+            gradients.add(tokens, block, weight, logits, wanted, None, of_all)
+    if gradients is None:
+        return losses, z_losses, hidden_states.new_empty(0), weight.new_empty(0)
+    return losses, z_losses, gradients.hidden_states, gradients.weight.to(weight.dtype)
+
+
+@_forward.register_fake
+def _(hidden_states, weight, targets, z_loss_coefficient, gradients_now):
+    losses, z_losses = (hidden_states.new_empty(len(targets), dtype=_wide(hidden_states)) for _ in range(2))
+    if not gradients_now:
+        return losses, z_losses, hidden_states.new_empty(0), weight.new_empty(0)
+    return losses, z_losses, torch.empty_like(hidden_states), torch.empty_like(weight)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=())
+@torch.autocast("cpu", enabled=False)
+def _backward(
+    grad_losses: torch.Tensor,
+    grad_z_losses: torch.Tensor,
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    made_hidden_states: torch.Tensor,
+    made_weight: torch.Tensor,
+    z_loss_coefficient: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of hidden states and weight, for weights (T,) of the losses."""
+    if len(made_weight):
+        of_targets = grad_losses[targets != -100]
+        scale = of_targets[0] if len(of_targets) else grad_losses.new_zeros(())
+        same_z = not z_loss_coefficient or torch.equal(grad_z_losses[targets != -100], of_targets)
+        if same_z and bool((of_targets == scale).all()):
+            return made_hidden_states * scale.to(weight.dtype), made_weight * scale.to(weight.dtype)
+    gradients = _Gradients(hidden_states, weight)
+    for tokens in _blocks(hidden_states, weight, targets):
+        block, wanted = hidden_states[tokens], targets[tokens]
+        logits = block @ weight.T
+        of_target = grad_losses[tokens].masked_fill(wanted == -100, 0.0)
+        of_all = of_target
+        if z_loss_coefficient:
+            log_z = _loss_of(logits, wanted)[1]
+            of_z = grad_z_losses[tokens] * 2 * z_loss_coefficient * log_z
+            of_all = of_all + of_z.masked_fill(wanted == -100, 0.0)
+        gradients.add(tokens, block, weight, logits, wanted, of_target, of_all)
+    return gradients.hidden_states, gradients.weight.to(weight.dtype)
+
+
+@_backward.register_fake
+def _(grad_losses, grad_z_losses, hidden_states, weight, targets, made_hidden_states, made_weight, z_loss_coefficient):
+    return torch.empty_like(hidden_states), torch.empty_like(weight)
+
+
+def _setup(ctx, inputs, output):
+    hidden_states, weight, targets, ctx.z_loss_coefficient, _ = inputs
+    ctx.save_for_backward(hidden_states, weight, targets, *output[2:])
+    ctx.set_materialize_grads(False)  # of the gradients there are none, and they are large
+
+
+def _gradients(ctx, grad_losses, grad_z_losses, *_):
+    if grad_losses is None and grad_z_losses is None:
+        return (None,) * 5
+    known = grad_z_losses if grad_losses is None else grad_losses
+    grads = (torch.zeros_like(known) if grad is None else grad for grad in (grad_losses, grad_z_losses))
+    return *_backward(*grads, *ctx.saved_tensors, ctx.z_loss_coefficient), None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
+
+
+def _product_flops(hidden_shape, weight_shape) -> int:
+    return 2 * hidden_shape[0] * hidden_shape[1] * weight_shape[0]
+
+
+# The three products of a projection, wherever they are made; logits that are computed again are not counted.
+@register_flop_formula(getattr(torch.ops, _NAMESPACE).forward)
+def _(hidden_shape, weight_shape, *args, **kwargs) -> int:
+    return _product_flops(hidden_shape, weight_shape)
+
+
+@register_flop_formula(getattr(torch.ops, _NAMESPACE).backward)
+def _(losses_shape, z_losses_shape, hidden_shape, weight_shape, *args, **kwargs) -> int:
+    return 2 * _product_flops(hidden_shape, weight_shape)
