@@ -163,7 +163,7 @@ class Columns:
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, K, d) twice -> all keys and values, (n, K, stop, d)"""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.place], values[self.place] = key, value
+        keys[self.place], values[self.place] = key.to(keys.dtype), value.to(values.dtype)
         return keys[: self.count, :, : self.stop], values[: self.count, :, : self.stop]
 
     def visible(self) -> torch.Tensor | None:

@@ -72,6 +72,19 @@ def test_a_model_that_is_run_by_its_forward_is_served_as_well(tiny_model):
     assert_served_as_alone(model, REQUESTS, max_requests_per_batch=3)
 
 
+def test_in_bfloat16_tokens_are_the_likeliest_to_its_rounding(tiny_model):
+    model, spans = tiny_model().bfloat16(), {"constrain_spans": False}
+    requests = [request | spans for request in REQUESTS if "do_sample" not in request and "eos_token_id" not in request]
+    for result in together(model, requests).values():
+        tokens, first = torch.tensor([result.prompt_ids + result.generated_tokens]), len(result.prompt_ids)
+        mask = (torch.arange(tokens.shape[1]) >= result.prompt_ids.count(0)).long()[None]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            logits = model(tokens, attention_mask=mask, position_ids=positions).logits[0, first - 1 : -1].float()
+        chosen = logits.gather(1, tokens[0, first:, None]).squeeze(1)
+        assert (logits.amax(dim=1) - chosen).max() < 0.2
+
+
 @pytest.mark.parametrize("decoder", [LeanDecoder, ForwardDecoder])
 def test_text_steps_of_all_share_one_forward(tiny_model, monkeypatch, decoder):
     model, sizes, step = tiny_model(), [], decoder.step
