@@ -48,7 +48,7 @@ class ModalitySpanLogitsProcessor(LogitsProcessor):
             "image": (config.boi_token_id, config.eoi_token_id, codes or 1, codes),
             "speech": (config.begin_of_speech_token_id, config.end_of_speech_token_id, 1, max_speech_tokens),
         }
-        self.spans = []
+        self.spans, allowed = [], []
         # Tokens outside of all ranges are text, as they are for routing: a resized vocabulary has them.
         text = torch.ones(config.vocab_size, dtype=torch.bool, device=device)
         for modality in config.token_modalities[1:]:
@@ -64,26 +64,27 @@ class ModalitySpanLogitsProcessor(LogitsProcessor):
             text[closing] = False
             end = torch.zeros_like(text)
             end[closing] = True
-            self.spans.append((opening, closing, fewest, most, inside, end))
-        self.text = text
+            self.spans.append((opening, closing, fewest, most))
+            allowed += [inside, end, inside | end]
+        # What may not follow: in text, then for each span where it must go on, where it must end, where it may do both.
+        self.hidden = ~torch.stack([text, *allowed])
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """(R, L), (R, V) -> (R, V)"""
-        if input_ids.shape[1] == 0:  # a prompt of embeddings
-            return scores.masked_fill(~self.text, -float("inf"))
+        # In text, until a span is found to be open; and so at a prompt of embeddings.
+        state = input_ids.new_zeros(len(input_ids))
         places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
-        allowed = self.text.expand_as(scores)
-        for opening, closing, fewest, most, inside, end in self.spans:
+        for number, (opening, closing, fewest, most) in enumerate(self.spans if len(places) else ()):
             opened = (places * (input_ids == opening)).amax(dim=1)
             is_open = opened > (places * (input_ids == closing)).amax(dim=1)
-            length = (input_ids.shape[1] - opened).unsqueeze(-1)  # (R, 1) tokens since the opening one
-            may_close = (length >= fewest) & end
-            may_go_on = inside.expand_as(scores) if most is None else (length < most) & inside
-            allowed = torch.where(is_open.unsqueeze(-1), may_close | may_go_on, allowed)
-        constrained = scores.masked_fill(~allowed, -float("inf"))
+            length = input_ids.shape[1] - opened  # tokens since the opening one
+            may_close = length >= fewest
+            may_go_on = torch.ones_like(may_close) if most is None else length < most
+            state = torch.where(is_open, 3 * number + may_go_on.long() + 2 * may_close.long(), state)
+        constrained = scores.masked_fill(self.hidden[state], -float("inf"))
         # Where other processors, `forced_eos_token_id` for one, left nothing of what may follow, theirs is the choice.
         nothing_left = constrained.amax(dim=-1, keepdim=True) <= torch.finfo(scores.dtype).min
-        return torch.where(nothing_left, scores, constrained)
+        return torch.where(nothing_left, scores, constrained) if nothing_left.any() else constrained
 
 
 OWN_SETTINGS = ("image_grid", "max_speech_tokens", "constrain_spans", "generator")
