@@ -128,7 +128,7 @@ class Trainer:
             with accumulating(self.accelerator, self.model, is_last=index == len(micro_batches) - 1):
                 batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
                 with self.accelerator.autocast():
-                    output = self.model(**batch, use_cache=False)
+                    output = self.model(**batch, use_cache=False, skip_logits=True)
                 loss = combine(output.loss_sums, output.z_loss_sum, scales, z_scale)
                 self.accelerator.backward(loss * self.accelerator.num_processes)  # undo the gradient mean over ranks
             parts = [*(output.loss_sums[name] for name in self.objectives), loss]

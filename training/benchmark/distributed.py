@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from training.benchmark.rounds import compare
 from training.metrics import read_metrics
 
 
@@ -34,8 +35,8 @@ def time_distributed(ranks: int, rounds: int, steps: int, save_every: int) -> di
     """Seconds of a step (median over steps and rounds) of one process, of sharded ones, and of those while they save.
 
     Returns:
-        dict: `seconds` by contestant, saving included; `ratio_of_medians`, `ratio_quartiles` over rounds; `save_seconds`
-        by way of saving: for how long one save holds up the training; `data_share`: of a step, spent waiting for rows.
+        dict: `compare`'s figures, saving included; `save_seconds` by way of saving: for how long one save holds up the
+        training; `data_share`: of a step, spent waiting for rows.
     """
     saving = f"train.save_every={save_every}"
     contestants = {
@@ -57,14 +58,7 @@ def time_distributed(ranks: int, rounds: int, steps: int, save_every: int) -> di
                 waits[name].append(sum(row["data_seconds"] for row in rows) / sum(step))
     many = f"{ranks} processes"
     pairs = ((many, "one process"), ("saving", many), ("saving asynchronously", many))
-    medians = {name: statistics.median(values) for name, values in means.items()}
-    return {
-        "seconds": medians,
-        "ratio_of_medians": {f"{a}/{b}": medians[a] / medians[b] for a, b in pairs},
-        "ratio_quartiles": {
-            f"{a}/{b}": statistics.quantiles([x / y for x, y in zip(means[a], means[b], strict=True)], n=4)
-            for a, b in pairs
-        },
+    return compare(means, pairs) | {
         "save_seconds": {name: statistics.median(values) for name, values in stalls.items() if values},
         "data_share": {name: statistics.median(values) for name, values in waits.items()},
         "save_every": save_every,

@@ -1,17 +1,11 @@
 """Drawing a picture by diffusion: `generate()` with its prefix in the cache, beside loops that compute whole rows anew."""
 
-import ctypes
-import multiprocessing
-import statistics
-import threading
-import time
-
-import psutil
 import torch
 from tqdm.auto import tqdm
 
 from modeling_mot import MoTTransfusionConfig, MoTTransfusionModel
 from modeling_mot.diffusion_mot import build_scheduler
+from training.benchmark.rounds import compare, interleave, peak_bytes
 
 
 # R pictures, L prompt tokens, C latent channels, (h, w) latents
@@ -107,8 +101,7 @@ def time_sample(size: dict, dtype: torch.dtype, steps: list[int], rounds: int) -
     """Seconds a picture with guidance, for each number of steps, and their ratios; peak memory of a process of its own.
 
     Returns:
-        dict: for each number of steps `seconds`, `ratio_of_medians` and `ratio_quartiles` as `time_train` has them;
-        `peak_bytes` by contestant.
+        dict: `steps`: for each number of steps `compare`'s figures; `peak_bytes` by contestant.
     """
     model = build(size, dtype)
     wanted = contestant("recomputed", model, 4)
@@ -117,48 +110,17 @@ def time_sample(size: dict, dtype: torch.dtype, steps: list[int], rounds: int) -
         if difference > (1e-3 if dtype == torch.float32 else 0.5):
             raise SystemExit(f"{name} differs from recomputed by {difference:.2e}: nothing was timed")
     figures = {}
+    pairs = [("cached", other) for other in CONTESTANTS[1:]]
     for number in steps:
-        seconds = {name: [] for name in CONTESTANTS}
-        for turn in range(rounds + 1):
-            for name in CONTESTANTS:
-                begin = time.perf_counter()
-                contestant(name, model, number)
-                if turn:  # the first round warms up
-                    seconds[name].append((time.perf_counter() - begin) / ROWS)
-        medians = {name: statistics.median(times) for name, times in seconds.items()}
-        others = CONTESTANTS[1:]
-        figures[str(number)] = {
-            "seconds": medians,
-            "ratio_of_medians": {f"cached/{b}": medians["cached"] / medians[b] for b in others},
-            "ratio_quartiles": {
-                f"cached/{b}": statistics.quantiles(
-                    [x / y for x, y in zip(seconds["cached"], seconds[b], strict=True)], n=4
-                )
-                for b in others
-            },
-        }
-    return {"steps": figures, "peak_bytes": {name: peak_bytes(name, size, dtype) for name in CONTESTANTS}}
+        calls = {name: lambda name=name, number=number: contestant(name, model, number) for name in CONTESTANTS}
+        figures[str(number)] = compare(interleave(calls, rounds), pairs, each=ROWS)
+    peaks = {name: peak_bytes(_build, _draw, name, size, dtype) for name in CONTESTANTS}
+    return {"steps": figures, "peak_bytes": peaks}
 
 
-def peak_bytes(name: str, size: dict, dtype: torch.dtype) -> int:
-    """Most memory of a process that draws, beyond what it held with the model built (Linux with glibc)."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_bytes, (name, size, dtype))
+def _build(name: str, size: dict, dtype: torch.dtype) -> MoTTransfusionModel:
+    return build(size, dtype)
 
 
-def _peak_bytes(name: str, size: dict, dtype: torch.dtype) -> int:
-    model = build(size, dtype)
-    process, ended, peak = psutil.Process(), threading.Event(), [0]
-    ctypes.CDLL(None).malloc_trim(0)  # what building the model took and freed shall not serve again unseen
-    before = process.memory_info().rss
-
-    def watch():
-        while not ended.wait(0.001):
-            peak[0] = max(peak[0], process.memory_info().rss - before)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+def _draw(model: MoTTransfusionModel, name: str, *settings) -> None:
     contestant(name, model, 3)
-    ended.set()
-    watcher.join()
-    return peak[0]

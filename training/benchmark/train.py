@@ -21,7 +21,7 @@ def loss_of(model: torch.nn.Module, batch: dict) -> torch.Tensor:
     if not hasattr(model.config, "towers"):
         return model(input_ids=ids, labels=ids, use_cache=False).loss
     modality_ids = batch["modality_ids"] if len(model.config.tower_names) > 1 else torch.zeros_like(ids)
-    return model(input_ids=ids, modality_ids=modality_ids, labels=ids, use_cache=False).loss
+    return model(input_ids=ids, modality_ids=modality_ids, labels=ids, use_cache=False, skip_logits=True).loss
 
 
 def check_equal(models: dict[str, torch.nn.Module], batch: dict) -> None:

@@ -78,7 +78,7 @@ def evaluate_losses(
             numbers = range(first_number + start, first_number + start + len(some))
             batch = send_to_device(collate(some, row_numbers=numbers), accelerator.device)
             with accelerator.autocast():
-                output = model(**batch, use_cache=False)
+                output = model(**batch, use_cache=False, skip_logits=True)
             for column, objective in enumerate(objectives):
                 sums[index, column, 0] += counted * output.loss_sums[objective].double().cpu()
                 sums[index, column, 1] += counted * output.loss_counts[objective].cpu()
