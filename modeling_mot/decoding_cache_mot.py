@@ -152,19 +152,29 @@ class Columns:
 
     def __init__(self, cache: DecodingCache, lengths: list[int]):
         self.cache, self.count, self.stop, self.mask = cache, len(lengths), max(lengths) + 1, None
-        self.place = (slice(self.count), slice(None), lengths[0])
-        if min(lengths) != max(lengths):
+        self.is_ragged = min(lengths) != max(lengths)
+        if self.is_ragged:
             device = cache.mask.device
-            self.place = (torch.arange(self.count, device=device), slice(None), torch.tensor(lengths, device=device))
+            self.rows, self.columns = torch.arange(self.count, device=device), torch.tensor(lengths, device=device)
         if cache.mask is not None:
-            cache.mask[self.place[0], 0, 0, self.place[2]] = 0
+            if self.is_ragged:
+                cache.mask[self.rows, 0, 0, self.columns] = 0
+            else:
+                cache.mask[: self.count, 0, 0, self.stop - 1] = 0
             self.mask = cache.mask[: self.count, :, :, : self.stop]
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(n, K, d) twice -> all keys and values, (n, K, stop, d)"""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.place], values[self.place] = key.to(keys.dtype), value.to(values.dtype)
-        return keys[: self.count, :, : self.stop], values[: self.count, :, : self.stop]
+        return self._write(self.cache.keys[layer], key), self._write(self.cache.values[layer], value)
+
+    def _write(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        if len(kept) != self.count:
+            kept = kept[: self.count]
+        if self.is_ragged:
+            kept[self.rows, :, self.columns] = new.to(kept.dtype)
+        else:
+            kept.select(2, self.stop - 1).copy_(new)
+        return kept.narrow(2, 0, self.stop)
 
     def visible(self) -> torch.Tensor | None:
         """(n, stop) 1 for tokens; None where all are."""
