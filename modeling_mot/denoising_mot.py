@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.utils import logging
 
 from .attention_masks import ImageBlocks, attention_mask_for
+from .attention_plan_mot import RANGES, AttentionPlan
 from .decoding_cache_mot import DecodingCache, Prefix
 from .diffusion_mot import build_scheduler
 from .modality_routing import ModalityRouting
@@ -121,6 +122,17 @@ class ScratchLayer(DynamicLayer):
         return self.length
 
 
+class PlannedCache(DynamicCache):
+    """Layers of which an attention plan tells what is seen; by its length it has nothing of an earlier forward."""
+
+    def __init__(self, layers: list[ScratchLayer]):
+        super().__init__()
+        self.layers = layers
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
 class ImageForward:
     """Forwards over [BOI,] an image [, EOI] behind prefixes, for images of one size. The prefixes are copied once, here.
 
@@ -152,13 +164,31 @@ class ImageForward:
             steps = torch.zeros_like(steps) if inside else (steps >= self.length).long()
         self.position_ids = torch.tensor([prefix.position for prefix in prefixes], device=device)[:, None] + steps
         of_layers = zip(zip(*(prefix.keys for prefix in prefixes)), zip(*(prefix.values for prefix in prefixes)))
-        self.cache = Cache(layers=[ScratchLayer(*pair, total, embeds.dtype) for pair in of_layers])
-        longest = self.cache.get_seq_length()
-        missing = torch.tensor([longest - prefix.length for prefix in prefixes], device=device)
-        mask = (torch.arange(longest + total, device=device) >= missing[:, None]).long()
-        of_image = torch.zeros_like(ids) if inside else torch.where(is_patch, 0, -1)
-        blocks = ImageBlocks(F.pad(of_image, (longest, 0), value=-1))
-        self.attention = attention_mask_for(config, embeds, mask, self.cache, None, None, blocks)
+        layers = [ScratchLayer(*pair, total, embeds.dtype) for pair in of_layers]
+        missing = torch.tensor([layers[0].length - prefix.length for prefix in prefixes], device=device)
+        self.layers, self.seen = layers, self._seen(layers, embeds, is_patch, missing)
+
+    def _seen(self, layers: list[ScratchLayer], embeds: torch.Tensor, is_patch: torch.Tensor, missing) -> dict:
+        """The cache and who sees what of it, as arguments of the model's forward.
+
+        All tokens of the block see each other, EOI behind it sees them, and padding before the prefixes is hidden.
+
+        Args:
+            missing: (R,) how much shorter each prefix is than the longest.
+        """
+        config, longest = self.config, layers[0].length
+        total = is_patch.shape[1]
+        in_block = torch.ones_like(is_patch) if config.markers_in_image_block else is_patch
+        if config._attn_implementation == RANGES and embeds.device.type == "cpu" and embeds.dtype != torch.float32:
+            # Ranges of keys; for float32 torch's own kernel with a mask is as fast.
+            last = longest + torch.where(in_block, int(in_block[0].sum()) - 1, total - 1)
+            plan = AttentionPlan.from_ranges(missing[:, None].expand_as(last), last)
+            return {"past_key_values": PlannedCache(layers), "attention_plan": plan}
+        blocks = ImageBlocks(F.pad(torch.where(in_block, 0, -1), (longest, 0), value=-1))
+        mask = (torch.arange(longest + total, device=embeds.device) >= missing[:, None]).long()
+        cache = Cache(layers=layers)
+        mask = attention_mask_for(config, embeds, mask, cache, None, None, blocks)
+        return {"past_key_values": cache, "attention_mask": mask}
 
     def __call__(
         self, latents: torch.Tensor, timestep: torch.Tensor | float, index: torch.Tensor | None = None
@@ -177,9 +207,8 @@ class ImageForward:
         outputs = self.model.model(
             inputs_embeds=torch.cat([self.begin, tokens.to(self.begin.dtype), self.end], dim=1),
             routing=self.routing,
-            attention_mask=self.attention,
             position_ids=self.position_ids,
-            past_key_values=self.cache,
+            **self.seen,
         )
         return outputs.last_hidden_state, features
 
@@ -193,9 +222,8 @@ class ImageForward:
 
     def written(self, row: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Keys and values that the last forward made for one sequence: of each layer, (H, total, head_dim)"""
-        layers = self.cache.layers
-        keys = [layer.keys[row, :, layer.length :] for layer in layers]
-        return keys, [layer.values[row, :, layer.length :] for layer in layers]
+        keys = [layer.keys[row, :, layer.length :] for layer in self.layers]
+        return keys, [layer.values[row, :, layer.length :] for layer in self.layers]
 
 
 def taken(features, index: torch.Tensor):

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from modeling_mot.decoding_cache_mot import Prefix
 from modeling_mot.denoising_mot import ImageForward, ScratchLayer
 from modeling_mot.latents_mot import decode_latents
 
@@ -263,6 +264,25 @@ def test_denoising_steps_run_image_tokens_alone_and_guidance_is_one_batch(monkey
     assert shapes == [(1, 32), *guided, *steps, *commit]  # and one token sampled, from which nothing follows
     # Once for each layer to draw, and once to commit the picture, not for each step.
     assert copies["prefix"] == 2 * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("fields", [{}, {"markers_in_image_block": True}], ids=["transfusion", "bagel"])
+def test_in_half_precision_a_plan_of_ranges_shows_what_the_mask_shows(monkeypatch, fields):
+    """Of prefixes of different lengths, to draw and to commit."""
+    model, plain = model_of(**fields).bfloat16(), model_of(**fields).bfloat16()
+    plain.load_state_dict(model.state_dict())
+    plain.set_attn_implementation("sdpa")
+    latents = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(3)).bfloat16()
+    prefixes = [
+        Prefix(*([torch.randn(2, length, 8) for _ in model.model.layers] for _ in range(2)), length)
+        for length in (9, 3)
+    ]
+    for with_end in (False, True):
+        forwards = [ImageForward(each, prefixes, (4, 4), with_end) for each in (model, plain)]
+        assert "attention_plan" in forwards[0].seen and "attention_mask" in forwards[1].seen
+        with torch.no_grad():
+            ours, theirs = (forward(latents, 500)[0].float() for forward in forwards)
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
 
 
 def test_nothing_runs_behind_a_picture_that_ends_its_sequence(model):
