@@ -5,7 +5,6 @@
 import re
 
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 
@@ -52,11 +51,15 @@ def _blocks(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Te
     return tokens.split(max(BLOCK_LOGITS // len(weight), BLOCK_TOKENS))
 
 
-def _loss_of(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(c, V), (c,) -> cross-entropy and log(Z), (c,) twice"""
-    cross_entropy = F.cross_entropy(logits.to(_wide(logits)), targets, ignore_index=-100, reduction="none")
-    at_target = logits.gather(1, targets.clamp(min=0)[:, None]).squeeze(1).to(_wide(logits))
-    return cross_entropy, cross_entropy + at_target
+def _softmax(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(c, V), (c,) -> probabilities in float32 at least, cross-entropy and log(Z) (c,)
+
+    The largest logit has the largest probability, at least 1/V, and log(Z) is what lies between their logarithms.
+    """
+    probabilities = torch.softmax(logits, dim=-1, dtype=_wide(logits))
+    log_z = logits.amax(dim=-1).to(probabilities.dtype) - probabilities.amax(dim=-1).log()
+    at_target = logits.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+    return probabilities, (log_z - at_target).masked_fill(targets == -100, 0.0), log_z
 
 
 class _Gradients:
@@ -66,18 +69,18 @@ class _Gradients:
         self.hidden_states = torch.zeros_like(hidden_states)
         self.weight = torch.zeros_like(weight, dtype=_wide(weight))
 
-    def add(self, tokens, hidden_states, weight, logits, targets, of_target, of_all) -> None:
-        """Of a block whose logits have the gradient of_all * softmax - of_target at the target; `logits` are overwritten.
+    def add(self, tokens, hidden_states, weight, probabilities, targets, of_target, of_all) -> None:
+        """Of a block whose logits have the gradient of_all * probabilities - of_target at the target.
 
         Args:
+            probabilities: (c, V), overwritten.
             of_target, of_all: (c,); None stands for 1.
         """
-        gradient = torch.softmax(logits, dim=-1, out=logits)
         if of_all is not None:
-            gradient *= of_all[:, None].to(gradient.dtype)
+            probabilities *= of_all[:, None]
         places = targets.clamp(min=0)[:, None]
-        of_target = torch.ones_like(places, dtype=gradient.dtype) if of_target is None else of_target[:, None]
-        gradient.scatter_add_(1, places, -of_target.to(gradient.dtype))
+        of_target = probabilities.new_ones(places.shape) if of_target is None else of_target[:, None]
+        gradient = probabilities.scatter_add_(1, places, -of_target).to(hidden_states.dtype)
         self.hidden_states[tokens] = gradient @ weight
         if self.weight.dtype == gradient.dtype:
             self.weight.addmm_(gradient.T, hidden_states)
@@ -99,12 +102,11 @@ def _forward(
     gradients = _Gradients(hidden_states, weight) if gradients_now else None
     for tokens in _blocks(hidden_states, weight, targets):
         block, wanted = hidden_states[tokens], targets[tokens]
-        logits = block @ weight.T
-        losses[tokens], log_z = _loss_of(logits, wanted)
+        probabilities, losses[tokens], log_z = _softmax(block @ weight.T, wanted)
         z_losses[tokens] = (z_loss_coefficient * log_z.square()).masked_fill(wanted == -100, 0.0)
         if gradients is not None:
             of_all = 1 + 2 * z_loss_coefficient * log_z if z_loss_coefficient else None
-            gradients.add(tokens, block, weight, logits, wanted, None, of_all)
+            gradients.add(tokens, block, weight, probabilities, wanted, None, of_all)
     if gradients is None:
         return losses, z_losses, hidden_states.new_empty(0), weight.new_empty(0)
     return losses, z_losses, gradients.hidden_states, gradients.weight.to(weight.dtype)
@@ -136,18 +138,17 @@ def _backward(
         scale = of_targets[0] if len(of_targets) else grad_losses.new_zeros(())
         same_z = not z_loss_coefficient or torch.equal(grad_z_losses[targets != -100], of_targets)
         if same_z and bool((of_targets == scale).all()):
-            return made_hidden_states * scale.to(weight.dtype), made_weight * scale.to(weight.dtype)
+            return made_hidden_states * scale.item(), made_weight * scale.item()
     gradients = _Gradients(hidden_states, weight)
     for tokens in _blocks(hidden_states, weight, targets):
         block, wanted = hidden_states[tokens], targets[tokens]
-        logits = block @ weight.T
+        probabilities, _, log_z = _softmax(block @ weight.T, wanted)
         of_target = grad_losses[tokens].masked_fill(wanted == -100, 0.0)
         of_all = of_target
         if z_loss_coefficient:
-            log_z = _loss_of(logits, wanted)[1]
             of_z = grad_z_losses[tokens] * 2 * z_loss_coefficient * log_z
             of_all = of_all + of_z.masked_fill(wanted == -100, 0.0)
-        gradients.add(tokens, block, weight, logits, wanted, of_target, of_all)
+        gradients.add(tokens, block, weight, probabilities, wanted, of_target, of_all)
     return gradients.hidden_states, gradients.weight.to(weight.dtype)
 
 

@@ -111,7 +111,6 @@ def _attend(
     batch, heads, length, _ = query.shape
     out = query.new_empty(batch, length, heads, value.shape[-1])
     kept, place, groups = query.new_empty(num_kept), 0, heads // key.shape[1]
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     for block in _all_blocks(query, first, last, blocks):
         queries = block.queries(query, groups)
         begin, place = place, place + block.num_scores(queries)
@@ -142,7 +141,6 @@ def _attend_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of queries, keys and values, of their shapes."""
     batch, heads, length, _ = query.shape
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     grad = grad.transpose(1, 2).contiguous()
     grad_query = query.new_empty(batch, length, heads, query.shape[-1])
     # Several blocks add to the gradient of a key: in float32 at least.
@@ -212,6 +210,8 @@ def attend_in_ranges(
     """softmax(scale * Q K^T) V over the keys that each query sees.  (B, H, L, h), (B, K, L, h) twice -> (B, L, H, h)"""
     if torch.is_autocast_enabled(query.device.type):  # torch's own attention is cast by it, operators of others are not
         query, key, value = (heads.to(torch.get_autocast_dtype(query.device.type)) for heads in (query, key, value))
+    # Here and not in the operator, whose backward would copy them again.
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     num_kept = _num_scores(query, plan.num_scores) if needs_grad else 0
     return _attend(query, key, value, plan.first, plan.last, plan.blocks, scale, num_kept)[0]
