@@ -38,6 +38,12 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="takes long: pytest -m slow"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before any fixture: a command that an earlier test ran in this process may have taken more threads."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
