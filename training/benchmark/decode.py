@@ -1,12 +1,12 @@
 """Decoding token by token: a MoT's `generate()` beside that of transformers' Llama of equal active size and weights."""
 
-import statistics
-import time
+from functools import partial
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_mot import MoTConfig, MoTForCausalLM
+from training.benchmark.rounds import compare, interleave
 
 
 VOCAB_SIZE, PROMPT, NEW_TOKENS = 8192, 32, 96
@@ -46,8 +46,7 @@ def time_decode(size: dict, dtype: torch.dtype, rounds: int) -> dict:
     """Seconds of a greedy token, the prompt's forward included, for each batch, and their ratios.
 
     Returns:
-        dict: for each number of sequences `seconds` (of one step, by contestant), `ratio_of_medians` and
-        `ratio_quartiles` as `time_train` has them.
+        dict: `batches`: for each number of sequences what `compare` makes of it, `seconds` being those of one step.
     """
     models, figures = build(size, dtype), {}
     for batch, share in TEXT_SHARES.items():
@@ -55,18 +54,6 @@ def time_decode(size: dict, dtype: torch.dtype, rounds: int) -> dict:
         models["mot"].config.modality_token_ranges = {"text": [0, first], "image": [first, VOCAB_SIZE]}
         if (agreement := share_of_agreement(models, batch)) < 1:
             raise SystemExit(f"of the tokens {1 - agreement:.1%} differ from llama's: nothing was timed")
-        seconds = {name: [] for name in models}
-        for turn in range(rounds + 1):
-            for name, model in models.items():
-                begin = time.perf_counter()
-                decode(model, batch)
-                if turn:  # the first round warms up
-                    seconds[name].append((time.perf_counter() - begin) / NEW_TOKENS)
-        medians = {name: statistics.median(times) for name, times in seconds.items()}
-        ratios = [mot / llama for mot, llama in zip(seconds["mot"], seconds["llama"], strict=True)]
-        figures[str(batch)] = {
-            "seconds": medians,
-            "ratio_of_medians": {"mot/llama": medians["mot"] / medians["llama"]},
-            "ratio_quartiles": {"mot/llama": statistics.quantiles(ratios, n=4)},
-        }
+        seconds = interleave({name: partial(decode, model, batch) for name, model in models.items()}, rounds)
+        figures[str(batch)] = compare(seconds, [("mot", "llama")], each=NEW_TOKENS)
     return {"batches": figures}

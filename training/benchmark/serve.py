@@ -1,11 +1,11 @@
 """Eight requests of text and image served together, beside the same requests one after another."""
 
-import statistics
-import time
+from functools import partial
 
 import torch
 
 from modeling_mot import MoTConfig, MoTForCausalLM, MoTTransfusionConfig, MoTTransfusionModel
+from training.benchmark.rounds import compare, interleave
 
 
 VOCAB_SIZE, REQUESTS, NEW_TOKENS = 8192, 8, 65
@@ -78,8 +78,7 @@ def time_serve(size: dict, dtype: torch.dtype, rounds: int) -> dict:
     one, and random weights leave tokens close to each other; the share that agrees is reported.
 
     Returns:
-        dict: for "codes" and "diffusion" `seconds` by contestant, `ratio_of_medians` and `ratio_quartiles` as
-        `time_train` has them, and `agreement`.
+        dict: for "codes" and "diffusion" what `compare` makes of it, and `agreement`.
     """
     figures = {}
     for kind in ("codes", "diffusion"):
@@ -87,20 +86,7 @@ def time_serve(size: dict, dtype: torch.dtype, rounds: int) -> dict:
         agreement = share_of_agreement(kind, model)
         if agreement < 1 and dtype == torch.float32:
             raise SystemExit(f"of the {kind} {1 - agreement:.1%} differ from those made alone: nothing was timed")
-        contestants = {"together": together, "one_by_one": one_by_one}
-        seconds = {name: [] for name in contestants}
-        for turn in range(rounds + 1):
-            for name, run in contestants.items():
-                begin = time.perf_counter()
-                run(model, kind)
-                if turn:  # the first round warms up
-                    seconds[name].append(time.perf_counter() - begin)
-        medians = {name: statistics.median(times) for name, times in seconds.items()}
-        ratios = [x / y for x, y in zip(seconds["together"], seconds["one_by_one"], strict=True)]
-        figures[kind] = {
-            "seconds": medians,
-            "ratio_of_medians": {"together/one_by_one": medians["together"] / medians["one_by_one"]},
-            "ratio_quartiles": {"together/one_by_one": statistics.quantiles(ratios, n=4)},
-            "agreement": agreement,
-        }
-    return {"kinds": figures}
+        contestants = {"together": partial(together, model, kind), "one by one": partial(one_by_one, model, kind)}
+        figures[kind] = compare(interleave(contestants, rounds), [("together", "one by one")])
+        figures[kind]["agreement"] = agreement
+    return figures
