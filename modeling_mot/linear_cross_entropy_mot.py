@@ -42,6 +42,13 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right^T, in float32 on a CPU by oneDNN: on AMD's it is twice as fast as MKL, elsewhere no slower."""
+    if left.dtype == torch.float32 and left.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    return left @ right.T
+
+
 def _blocks(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor):
     """Indices of the tokens of each block: those with a target, where looking for them does not wait for a device."""
     if targets.device.type == "cpu":
@@ -81,11 +88,8 @@ class _Gradients:
         places = targets.clamp(min=0)[:, None]
         of_target = probabilities.new_ones(places.shape) if of_target is None else of_target[:, None]
         gradient = probabilities.scatter_add_(1, places, -of_target).to(hidden_states.dtype)
-        self.hidden_states[tokens] = gradient @ weight
-        if self.weight.dtype == gradient.dtype:
-            self.weight.addmm_(gradient.T, hidden_states)
-        else:
-            self.weight += gradient.T @ hidden_states
+        self.hidden_states[tokens] = _product(gradient, weight.T)
+        self.weight += _product(hidden_states.T, gradient.T).T
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
@@ -102,7 +106,7 @@ def _forward(
     gradients = _Gradients(hidden_states, weight) if gradients_now else None
     for tokens in _blocks(hidden_states, weight, targets):
         block, wanted = hidden_states[tokens], targets[tokens]
-        probabilities, losses[tokens], log_z = _softmax(block @ weight.T, wanted)
+        probabilities, losses[tokens], log_z = _softmax(_product(block, weight), wanted)
         z_losses[tokens] = (z_loss_coefficient * log_z.square()).masked_fill(wanted == -100, 0.0)
         if gradients is not None:
             of_all = 1 + 2 * z_loss_coefficient * log_z if z_loss_coefficient else None
@@ -142,7 +146,7 @@ def _backward(
     gradients = _Gradients(hidden_states, weight)
     for tokens in _blocks(hidden_states, weight, targets):
         block, wanted = hidden_states[tokens], targets[tokens]
-        probabilities, _, log_z = _softmax(block @ weight.T, wanted)
+        probabilities, _, log_z = _softmax(_product(block, weight), wanted)
         of_target = grad_losses[tokens].masked_fill(wanted == -100, 0.0)
         of_all = of_target
         if z_loss_coefficient:

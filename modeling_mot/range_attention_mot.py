@@ -19,13 +19,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention_plan_mot import RANGES, AttentionPlan
 
 
+CAUSAL_BLOCK = 128  # queries of a block where all rows are causal
 KEPT_WIDTH = 32  # probabilities are kept for the backward up to so many keys per query and channel of a head
 
 
 def _causal_blocks(query: torch.Tensor) -> list[list[int]]:
     batch, _, length, _ = query.shape
-    size = 128 if query.dtype in (torch.bfloat16, torch.float16) else 64  # measured
-    spans = ((begin, min(begin + size, length)) for begin in range(0, length, size))
+    spans = ((begin, min(begin + CAUSAL_BLOCK, length)) for begin in range(0, length, CAUSAL_BLOCK))
     return [[0, batch, begin, end, 0, end, 0, begin + 1] for begin, end in spans]
 
 
