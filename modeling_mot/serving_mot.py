@@ -4,6 +4,7 @@ In each round all that write get one token from one forward, all that draw get o
 their lengths, timesteps, guidance and settings. What a request becomes depends on its own prompt, settings and generator.
 """
 
+import itertools
 import queue
 import threading
 import time
@@ -69,7 +70,8 @@ class MoTServer:
         self.running: list = []  # sequences, each in the row of the cache that is its place here
         self.waiting: deque[Request] = deque()
         self.max_queue_size, self.stopping = max_queue_size or float("inf"), False
-        self.known: set[str] = set()
+        self.names = (f"req_{number}" for number in itertools.count())
+        self.known: set[str] = set()  # names of requests whose results were not taken yet
         self.cancelled: set[str] = set()
         self.results: dict[str, MoTRequestOutput] = {}
         self.changed = threading.Condition()
@@ -95,11 +97,10 @@ class MoTServer:
             queue.Full: no room in time.
             RuntimeError: the server has failed.
         """
-        if self.failure is not None:
-            raise RuntimeError(f"the server has failed: {self.failure}; make a new one") from self.failure
+        self._check_failure()
         with self.changed:
             if request_id is None:
-                request_id = f"req_{len(self.known)}"
+                request_id = next(name for name in self.names if name not in self.known)
             if request_id in self.known:
                 raise ValueError(f"request_id={request_id!r} is taken; choose another, or leave it out")
             self.known.add(request_id)
@@ -114,6 +115,7 @@ class MoTServer:
             if not self.changed.wait_for(lambda: self._queue_has_room() or self.failure, timeout):
                 self.known.discard(request_id)
                 raise queue.Full(f"{len(self.waiting)} requests wait already, as many as max_queue_size lets in")
+            self._check_failure()
             self.waiting.append(request)
             self.changed.notify_all()
         return request_id
@@ -134,24 +136,25 @@ class MoTServer:
         with self.changed:
             if not self.changed.wait_for(lambda: is_there() or self.failure is not None, timeout) or not is_there():
                 return None
-            return self.results.pop(next(iter(self.results)) if request_id is None else request_id)
+            request_id = next(iter(self.results)) if request_id is None else request_id
+            self.known.discard(request_id)
+            return self.results.pop(request_id)
 
     def serve(self, requests: Iterable, progress_bar: bool = False) -> dict[str, MoTRequestOutput]:
         """Run requests until all are done.  -> name: result, in their order"""
-        results, names, pending = {}, [], iter(requests)
-        more = True
+        results, names, pending, more = {}, [], iter(requests), True
         with logging.tqdm(total=None, disable=not progress_bar, desc="requests") as bar:
-            while more or self.step():
+            while more or self._has_work() or self.results:
                 while more and self._queue_has_room():
                     try:
                         names.append(self.add_request(next(pending)))
                     except StopIteration:
                         more = False
-                bar.update(len(self.results))
-                results |= self.results
-                self.results.clear()
-        results |= self.results
-        self.results.clear()
+                self.step()
+                while self.results:
+                    result = self.get_result()
+                    results[result.request_id] = result
+                    bar.update()
         return {name: results[name] for name in names}
 
     def start(self) -> None:
@@ -164,7 +167,8 @@ class MoTServer:
         with self.changed:
             self.stopping = True
             self.changed.notify_all()
-        self.thread.join()
+        if self.thread is not None:
+            self.thread.join()
 
     def __enter__(self) -> "MoTServer":
         self.start()
@@ -222,6 +226,10 @@ class MoTServer:
 
     def _queue_has_room(self) -> bool:
         return len(self.waiting) < self.max_queue_size
+
+    def _check_failure(self) -> None:
+        if self.failure is not None:
+            raise RuntimeError(f"the server has failed: {self.failure}; make a new one") from self.failure
 
     def _check_room(self, request: Request) -> None:
         length = request.generation_config.max_length

@@ -279,6 +279,15 @@ def test_the_queue_is_bounded(tiny_model):
         server.add_request([1, 9], "req_0")
 
 
+def test_names_are_free_again_when_their_results_are_taken(tiny_model):
+    server = MoTServer(tiny_model(), max_new_tokens=2, do_sample=False)
+    assert [server.add_request([1, 9], name) for name in ("req_1", None, None)] == ["req_1", "req_0", "req_2"]
+    while server.step():
+        pass
+    assert server.get_result("req_1").request_id == "req_1" and server.get_result("req_1", timeout=0.01) is None
+    assert server.add_request([1, 9], "req_1") == "req_1"
+
+
 def test_requests_come_from_several_threads_while_others_run(tiny_model):
     model, results = tiny_model(), {}
     limits = {"max_requests_per_batch": 3, "max_queue_size": 2}
