@@ -10,9 +10,12 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import modeling_mot.range_attention_mot as ranges
-from modeling_mot import ModalityRouting, MoTForCausalLM
+from modeling_mot import ModalityRouting, MoTForCausalLM, MoTTransfusionModel
 from modeling_mot.attention_masks import find_image_blocks, plan_rows
 from modeling_mot.attention_plan_mot import AttentionPlan
+
+from .naive_transfusion import tiny_config as tiny_transfusion_config
+from .test_transfusion_tracing import ahead_of as images_ahead_of
 
 
 # B batch, L row length, H heads, K heads of keys, h head dimension
@@ -157,6 +160,27 @@ def test_plans_made_ahead_and_inside_give_the_same(tiny_model):
         ahead = model(**batch).logits
         inside = model(**{name: value for name, value in batch.items() if name not in ("routing", "attention_plan")})
     assert torch.equal(ahead, inside.logits)
+
+
+@pytest.mark.parametrize("fields", [{}, {"markers_in_image_block": True, "image_positions": "shared"}])
+def test_plans_of_rows_with_images_give_what_their_dense_mask_gives(fields):
+    config = tiny_transfusion_config("mot", **fields)
+    model, batch = MoTTransfusionModel(config).eval(), images_ahead_of(config, "latents")
+    plan = plan_rows(config, batch["input_ids"], batch["document_ids"], batch["clean_images"])
+    assert not plan.is_causal and (plan.last > torch.arange(plan.last.shape[1])).any()
+    with torch.no_grad():
+        planned = model(**batch, attention_plan=plan, use_cache=False)
+        masked = model(**batch, use_cache=False)  # routing was made ahead and a plan was not
+    for name in ("logits", "prediction", "loss"):
+        torch.testing.assert_close(getattr(planned, name), getattr(masked, name), rtol=1e-4, atol=1e-5)
+
+
+def test_noised_images_that_others_do_not_see_have_no_plan():
+    config = tiny_transfusion_config("mot", noised_images_visible=False)
+    batch = images_ahead_of(config, "latents")
+    ids, documents, clean = batch["input_ids"], batch["document_ids"], batch["clean_images"]
+    assert plan_rows(config, ids, documents, clean) is None
+    assert plan_rows(config, ids, documents, torch.ones_like(clean)) is not None
 
 
 def test_default_attention_runs_from_plans_and_dropout_falls_back(tiny_model):
