@@ -74,7 +74,8 @@ class _Gradients:
 
     def __init__(self, hidden_states: torch.Tensor, weight: torch.Tensor):
         self.hidden_states = torch.zeros_like(hidden_states)
-        self.weight = torch.zeros_like(weight, dtype=_wide(weight))
+        # As the product makes it, and turned once: adding a turned matrix for each block takes as long as the products.
+        self._turned_weight = weight.new_zeros(weight.shape[::-1], dtype=_wide(weight))
 
     def add(self, tokens, hidden_states, weight, probabilities, targets, of_target, of_all) -> None:
         """Of a block whose logits have the gradient of_all * probabilities - of_target at the target.
@@ -89,7 +90,11 @@ class _Gradients:
         of_target = probabilities.new_ones(places.shape) if of_target is None else of_target[:, None]
         gradient = probabilities.scatter_add_(1, places, -of_target).to(hidden_states.dtype)
         self.hidden_states[tokens] = _product(gradient, weight.T)
-        self.weight += _product(hidden_states.T, gradient.T).T
+        self._turned_weight += _product(hidden_states.T, gradient.T)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self._turned_weight.T
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
@@ -113,7 +118,7 @@ def _forward(
             gradients.add(tokens, block, weight, probabilities, wanted, None, of_all)
     if gradients is None:
         return losses, z_losses, hidden_states.new_empty(0), weight.new_empty(0)
-    return losses, z_losses, gradients.hidden_states, gradients.weight.to(weight.dtype)
+    return losses, z_losses, gradients.hidden_states, gradients.weight.to(weight.dtype).contiguous()
 
 
 @_forward.register_fake
@@ -153,7 +158,7 @@ def _backward(
             of_z = grad_z_losses[tokens] * 2 * z_loss_coefficient * log_z
             of_all = of_all + of_z.masked_fill(wanted == -100, 0.0)
         gradients.add(tokens, block, weight, probabilities, wanted, of_target, of_all)
-    return gradients.hidden_states, gradients.weight.to(weight.dtype)
+    return gradients.hidden_states, gradients.weight.to(weight.dtype).contiguous()
 
 
 @_backward.register_fake
