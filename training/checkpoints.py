@@ -55,14 +55,19 @@ class DamagedError(ValueError):
 # ------------------------------------------------------------------------------------------------------ what is in them
 
 
+def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What of a model is stored, by name: parameters, tied ones once, and the buffers of its state."""
+    stored = set(model.state_dict())
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return tensors | {name: buffer for name, buffer in model.named_buffers() if name in stored}
+
+
 def state_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None = None
 ) -> dict[str, torch.Tensor]:
     """Every tensor that a run goes on with, under `model.<name>`, `optimizer.<kind>.<name>` and `average.<name>`; they
     share memory with the model and are sharded where it is."""
-    stored = set(model.state_dict())
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    tensors |= {f"model.{name}": buffer for name, buffer in model.named_buffers() if name in stored}
+    tensors = {f"model.{name}": tensor for name, tensor in model_tensors(model).items()}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in trained.items():
         for kind, value in optimizer.state.get(parameter, {}).items():

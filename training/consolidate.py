@@ -16,7 +16,7 @@ import torch
 from accelerate import init_empty_weights
 
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
-from training.checkpoints import DamagedError, newest_intact, read_tensors, replacing, verify
+from training.checkpoints import DamagedError, model_tensors, newest_intact, read_tensors, replacing, verify
 from training.config import ConfigError
 from training.distributed import make_room
 from training.model_card import card
@@ -66,12 +66,9 @@ def read_model(checkpoint: Path, average: bool = False) -> MoTPreTrainedModel:
     if (described / "generation_config.json").is_file():
         model.generation_config = model.generation_config.from_pretrained(described)
     make_room(model, "cpu")
-    stored = set(model.state_dict())
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in stored}
-    kinds = {name: "average" if average and name in trained else "model" for name in tensors}
-    read_tensors(checkpoint, {f"{kinds[name]}.{name}": tensor for name, tensor in tensors.items()})
+    averaged = {name for name, parameter in model.named_parameters() if average and parameter.requires_grad}
+    tensors = model_tensors(model).items()
+    read_tensors(checkpoint, {f"{'average' if name in averaged else 'model'}.{name}": value for name, value in tensors})
     return model.eval()
 
 

@@ -11,16 +11,13 @@ from safetensors.torch import save_file
 
 from training.checkpoints import newest_intact
 from training.distributed import whole
-from training.optimization import OptimizerConfig
 from training.safeguards import Interrupted
 
 from .tiny import MadeUpStream, tiny_model, tiny_trainer
-from .tiny_transfusion import transfusion_trainer
+from .tiny_transfusion import OPTIMIZER, transfusion_trainer
 
 
 ROOT = Path(__file__).resolve().parents[2]
-# With a large epsilon: Adam's first steps are signs of the gradient otherwise, and rounding flips those of zeros.
-OPTIMIZER = OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, eps=1e-3)
 
 
 ROWS = 8  # of a step
@@ -128,15 +125,29 @@ def main(folder: Path, scenarios: list[str]) -> None:
         trainer.fit()
         results(trainer, place)
         assert world == trainer.accelerator.num_processes
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's own end sometimes aborts a process whose work is done
 
 
-def run_ranks(processes: int, folder: Path, scenarios: list[str], fsdp: bool = True, replicate: int = 1) -> None:
-    """Run scenarios one after another in so many fresh processes; with `replicate`, hybrid sharding."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+def free_port() -> int:
+    """A port below those that the system gives to outgoing connections, and apart from those of tests run beside."""
+    first = 20000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    for port in range(first + os.getpid() % 500, first + 1000):
+        with socket.socket() as free:
+            try:
+                free.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError(f"no free port above {first}")
+
+
+def start_ranks(
+    module: str, arguments: list[str], processes: int = 2, fsdp: bool = True, replicate: int = 1
+) -> list[subprocess.Popen]:
+    """The processes of `python -m module ...` as one world; each has its output and errors in its `stdout`."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
     common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(processes)}
     if fsdp:
         common |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -144,10 +155,9 @@ def run_ranks(processes: int, folder: Path, scenarios: list[str], fsdp: bool = T
         shard = str(processes // replicate)
         common |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_SHARD_SIZE": shard}
         common |= {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": str(replicate)}
-    command = [sys.executable, "-m", "tests.training.ranks", str(folder), *scenarios]
-    ranks = [
+    return [
         subprocess.Popen(
-            command,
+            [sys.executable, "-m", module, *arguments],
             cwd=ROOT,
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
@@ -156,6 +166,11 @@ def run_ranks(processes: int, folder: Path, scenarios: list[str], fsdp: bool = T
         )
         for rank in range(processes)
     ]
+
+
+def run_ranks(processes: int, folder: Path, scenarios: list[str], fsdp: bool = True, replicate: int = 1) -> None:
+    """Run scenarios one after another in so many fresh processes; with `replicate`, hybrid sharding."""
+    ranks = start_ranks("tests.training.ranks", [str(folder), *scenarios], processes, fsdp, replicate)
     try:
         outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
     finally:

@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +30,7 @@ from training.run_lock import RunLock
 from training.safeguards import Interrupted, SpikeDetector, StopSignal, UpdateGuard
 
 from .fault_ranks import TIMEOUT
+from .ranks import start_ranks
 from .tiny import tiny_model, tiny_trainer
 
 
@@ -412,27 +412,12 @@ def test_a_tracker_that_is_down_does_not_end_the_run(undisturbed, tmp_path, call
 def ranks(tmp_path_factory):
     """(folder of what two sharded ranks have met, rank 0's exit code, seconds until it noticed that rank 1 stands)."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    world |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.training.fault_ranks", str(folder)]
-    both = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    both = start_ranks("tests.training.fault_ranks", [str(folder)])
     try:
         _, status = os.waitpid(both[1].pid, os.WUNTRACED)
         begin = time.perf_counter()
-        assert os.WIFSTOPPED(status), both[1].communicate()[1]
-        _, printed = both[0].communicate(timeout=60)
+        assert os.WIFSTOPPED(status), both[1].communicate()[0]
+        printed, _ = both[0].communicate(timeout=60)
         seconds = time.perf_counter() - begin
     finally:
         for process in both:

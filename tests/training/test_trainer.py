@@ -11,12 +11,13 @@ from training.consolidate import read_model
 from training.metrics import read_metrics
 from training.models import load_model, set_up_layers
 from training.objectives import count_targets
-from training.optimization import OptimizerConfig, learning_rate
+from training.optimization import learning_rate
 from training.run_folder import RunFolder
 from training.safeguards import Interrupted, NotFiniteError
 
 from .ranks import go_on
 from .tiny import MadeUpStream, tiny_config, tiny_model, tiny_trainer
+from .tiny_transfusion import OPTIMIZER
 
 
 def take_rows(rows, row_numbers):
@@ -40,17 +41,13 @@ def assert_equal_parameters(left, right, **tolerance):
 
 
 def test_any_split_into_micro_batches_takes_the_same_trajectory(tmp_path):
-    # With a large epsilon: Adam's first steps are signs of the gradient otherwise, and rounding flips those of zeros.
-    optimizer = OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, eps=1e-3)
-    whole = parameters_after(tmp_path / "a", rows=4, accumulation=1, optimizer=optimizer)
-    split = parameters_after(tmp_path / "b", rows=1, accumulation=4, optimizer=optimizer)
+    whole = parameters_after(tmp_path / "a", rows=4, accumulation=1, optimizer=OPTIMIZER)
+    split = parameters_after(tmp_path / "b", rows=1, accumulation=4, optimizer=OPTIMIZER)
     assert_equal_parameters(whole, split, rtol=1e-5, atol=1e-7)
 
 
 def test_a_step_is_adamw_on_the_mean_over_all_targets(tmp_path):
-    # With a large epsilon: Adam's first step is the sign of the gradient otherwise, and rounding flips that of zeros.
-    optimizer = OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, eps=1e-3)
-    trainer = tiny_trainer(tmp_path, rows=1, accumulation=3, steps=1, optimizer=optimizer)
+    trainer = tiny_trainer(tmp_path, rows=1, accumulation=3, steps=1, optimizer=OPTIMIZER)
     reference = tiny_model()
     stream = MadeUpStream()
     loss_sum, count = 0.0, 0
@@ -388,13 +385,11 @@ def test_the_configuration_survives_a_checkpoint(tmp_path):
 
 @pytest.mark.slow
 def test_compiled_layers_take_the_trajectory_of_plain_ones(tmp_path):
-    plain = parameters_after(tmp_path / "a", optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, eps=1e-3))
+    plain = parameters_after(tmp_path / "a", optimizer=OPTIMIZER)
     model = tiny_model()
     set_up_layers(model, checkpointing=False, compiled=True)
     torch._dynamo.utils.counters.clear()
-    compiled = tiny_trainer(
-        tmp_path / "b", model=model, optimizer=OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, eps=1e-3)
-    )
+    compiled = tiny_trainer(tmp_path / "b", model=model, optimizer=OPTIMIZER)
     compiled.fit()
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
