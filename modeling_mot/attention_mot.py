@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
 
 from .configuration_mot import MoTConfig
@@ -27,10 +28,15 @@ class MoTHeadLayerNorm(nn.Module):
         return F.layer_norm(heads, heads.shape[-1:], eps=1e-5) * self.weight + self.bias
 
 
+def rms_norm(config: MoTConfig, size: int) -> nn.Module:
+    norm = GemmaRMSNorm if config.norm_offset else LlamaRMSNorm
+    return norm(size, eps=config.rms_norm_eps)
+
+
 def qk_norm(config: MoTConfig, num_heads: int) -> nn.Module:
-    if config.qk_norm == "rms":
-        return LlamaRMSNorm(config.head_dim, eps=config.rms_norm_eps)
-    return MoTHeadLayerNorm(num_heads, config.head_dim)
+    if config.qk_norm == "layer":
+        return MoTHeadLayerNorm(num_heads, config.head_dim)
+    return rms_norm(config, config.head_dim * (num_heads if config.qk_norm == "rms_all_heads" else 1))
 
 
 class MoTAttention(nn.Module):
@@ -44,25 +50,28 @@ class MoTAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
+        self.has_rope = layer_idx not in config.layers_without_rope
 
         names = config.part_names("attention")
         hidden = config.hidden_size
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
 
-        def projection(inputs, outputs):
-            return PerTower({name: nn.Linear(inputs, outputs, bias=config.attention_bias) for name in names})
+        def projection(inputs, outputs, bias):
+            return PerTower({name: nn.Linear(inputs, outputs, bias=bias) for name in names})
 
-        self.q_proj = projection(hidden, queries)
-        self.k_proj = projection(hidden, keys)
-        self.v_proj = projection(hidden, keys)
-        self.o_proj = projection(queries, hidden)
+        self.q_proj = projection(hidden, queries, config.attention_bias)
+        self.k_proj = projection(hidden, keys, config.attention_bias)
+        self.v_proj = projection(hidden, keys, config.attention_bias)
+        self.o_proj = projection(queries, hidden, config.attention_output_bias)
         if config.qk_norm is not None:
             self.q_norm = PerTower({name: qk_norm(config, config.num_attention_heads) for name in names})
             self.k_norm = PerTower({name: qk_norm(config, config.num_key_value_heads) for name in names})
 
     def _heads(self, parts, norm, routing, batch_size):
         """Each tower's rows to heads in the order of the sequence.  {tower: (T_tower, H * D/H)} -> (B, H, L, D/H)"""
-        if norm is not None:
+        if norm is not None and self.config.qk_norm == "rms_all_heads":
+            parts = norm(parts)
+        elif norm is not None:
             parts = {tower: rows.unflatten(-1, (-1, self.head_dim)) for tower, rows in parts.items()}
             parts = {tower: heads.flatten(-2) for tower, heads in norm(parts).items()}
         return routing.restore(join(parts), batch_size).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -81,7 +90,8 @@ class MoTAttention(nn.Module):
         query = self._heads(self.q_proj(parts), getattr(self, "q_norm", None), routing, batch_size)
         key = self._heads(self.k_proj(parts), getattr(self, "k_norm", None), routing, batch_size)
         value = self._heads(self.v_proj(parts), None, routing, batch_size)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if self.has_rope:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 

@@ -6,6 +6,7 @@ tower, which parts of a layer are untied between towers, and which towers carry 
 """
 
 import difflib
+from itertools import combinations
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -17,7 +18,7 @@ from .presets_mot import PRESETS, VARIANTS, variant_fields
 SHARED = "shared"
 UNTIED_PARTS = ("attention", "feed_forward", "norm")
 NORM_POSITIONS = ("pre", "post")
-QK_NORMS = (None, "rms", "layer")
+QK_NORMS = (None, "rms", "rms_all_heads", "layer")
 SPECIAL_TOKENS = (
     "pad_token_id",
     "bos_token_id",
@@ -46,6 +47,14 @@ class MoTConfig(PreTrainedConfig):
     Every size of a `LlamaConfig` has its name here. What is added:
 
     Args:
+        attention_output_bias (`bool`, *optional*):
+            Whether the output projection of attention has a bias. None: as `attention_bias` says of queries, keys and
+            values (Qwen2: theirs alone).
+        norm_offset (`bool`, defaults to `False`): RMSNorms multiply by 1 + weight, and start at 0, as Gemma's do.
+        embedding_multiplier (`float`, defaults to 1.0):
+            Factor of the embeddings of tokens, rounded to their dtype (Gemma: the square root of `hidden_size`).
+        layers_without_rope (`list[int]`, defaults to none):
+            Indices of layers whose attention knows no positions (SmolLM3: each fourth).
         modalities (`list[str]`, defaults to `["text", "image"]`):
             Ordered names, text first. `modality_ids` are indices into this list.
         towers (`dict[str, str]`, *optional*):
@@ -62,12 +71,13 @@ class MoTConfig(PreTrainedConfig):
         norm_position (`"pre"` or `"post"`, defaults to `"pre"`):
             `"pre"` normalises the input of attention and feed-forward, as Llama does; `"post"`
             their output, as Algorithm 1 is written.
-        qk_norm (`None`, `"rms"` or `"layer"`):
-            Normalisation of each head's queries and keys before RoPE: RMSNorm over the head
-            dimension, or Chameleon's LayerNorm with weights of each head.
+        qk_norm (`None`, `"rms"`, `"rms_all_heads"` or `"layer"`):
+            Normalisation of queries and keys before RoPE: RMSNorm over the head dimension (Qwen3), RMSNorm over all
+            heads together (OLMo 2), or Chameleon's LayerNorm of each head, with weights of that head.
         modality_token_ranges (`dict[str, list[int]]`, *optional*):
             Modality -> [first, last + 1] of the vocabulary, from which modality ids are derived
-            where they are not passed. Special tokens lie in the range of text.
+            where they are not passed. The range of text may enclose others (Chameleon's codes lie in the
+            midst of its vocabulary): text is what no other range holds. Special tokens are text.
         boi_token_id, eoi_token_id, begin_of_speech_token_id, end_of_speech_token_id (`int`, *optional*):
             Markers around an image and around speech.
         image_grid (`list[int]`, *optional*):
@@ -109,7 +119,11 @@ class MoTConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     rope_parameters: RopeParameters | dict | None = None
     attention_bias: bool = False
+    attention_output_bias: bool | None = None
     mlp_bias: bool = False
+    norm_offset: bool = False
+    embedding_multiplier: float | int = 1.0
+    layers_without_rope: list[int] | tuple[int, ...] = ()
     attention_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
 
@@ -138,8 +152,11 @@ class MoTConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.attention_bias
         # Lists, so that a configuration read from JSON equals the one that was written.
         self.modalities, self.untied, self.moe_towers = list(self.modalities), list(self.untied), list(self.moe_towers)
+        self.layers_without_rope = sorted(set(self.layers_without_rope))
         if self.image_grid is not None:
             self.image_grid = list(self.image_grid)
         if self.modality_token_ranges is not None:
@@ -196,8 +213,8 @@ class MoTConfig(PreTrainedConfig):
     def base_model_tp_plan(self) -> dict[str, str]:
         """How tensor parallelism shards each module; `*` stands for numbers only, so towers are named."""
         plan = {}
-        # Chameleon's QK-norm has weights of each head, which no style shards along with the heads.
-        for tower in self.part_names("attention") if self.qk_norm != "layer" else []:
+        # Chameleon's QK-norm has weights of each head, and OLMo 2's sees all of them: no style shards those with the heads.
+        for tower in self.part_names("attention") if self.qk_norm in (None, "rms") else []:
             for projection, style in (("q", "colwise"), ("k", "colwise"), ("v", "colwise"), ("o", "rowwise")):
                 plan[f"layers.*.self_attn.{projection}_proj.{tower}"] = style
             if self.qk_norm == "rms":
@@ -219,8 +236,9 @@ class MoTConfig(PreTrainedConfig):
         """
         d, heads = self.hidden_size, self.num_attention_heads
         q, kv = heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        attention = 2 * d * q + 2 * d * kv + (q + 2 * kv + d if self.attention_bias else 0)
-        attention += {None: 0, "rms": 2 * self.head_dim, "layer": 2 * (q + kv)}[self.qk_norm]
+        attention = 2 * d * q + 2 * d * kv
+        attention += (q + 2 * kv if self.attention_bias else 0) + (d if self.attention_output_bias else 0)
+        attention += {None: 0, "rms": 2 * self.head_dim, "rms_all_heads": q + kv, "layer": 2 * (q + kv)}[self.qk_norm]
         expert = 3 * d * self.intermediate_size + (2 * self.intermediate_size + d if self.mlp_bias else 0)
 
         def feed_forward(name):
@@ -307,6 +325,14 @@ class MoTConfig(PreTrainedConfig):
         for field, allowed in (("norm_position", NORM_POSITIONS), ("qk_norm", QK_NORMS)):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}={getattr(self, field)!r} is not one of {allowed}")
+        for index in self.layers_without_rope:
+            if not 0 <= index < self.num_hidden_layers:
+                raise ValueError(
+                    f"layers_without_rope={self.layers_without_rope} has {index}, which is not the index of a layer: "
+                    f"num_hidden_layers={self.num_hidden_layers}"
+                )
+        if not self.embedding_multiplier > 0:
+            raise ValueError(f"embedding_multiplier={self.embedding_multiplier} must be positive; 1.0 changes nothing")
         for field in ("attention_dropout", "hidden_dropout"):
             if not 0.0 <= getattr(self, field) < 1.0:
                 raise ValueError(f"{field}={getattr(self, field)} must be in [0, 1)")
@@ -354,17 +380,22 @@ class MoTConfig(PreTrainedConfig):
                         f"modality_token_ranges[{name!r}]=[{first}, {end}] must lie within the vocabulary: "
                         f"0 <= first < end <= vocab_size={self.vocab_size}"
                     )
-            for (_, end, name), (first, _, other) in zip(spans, spans[1:]):
-                if first < end:
+            for (first, end, name), (other_first, other_end, other) in combinations(spans, 2):
+                inside_text = (name == "text" and other_end <= end) or (other == "text" and first == other_first)
+                if other_first < end and not inside_text:
                     raise ValueError(
-                        f"modality_token_ranges: {name!r} ends at {end}, {other!r} begins at {first}: overlap"
+                        f"modality_token_ranges: {name!r} ends at {end}, {other!r} begins at {other_first}: overlap"
                     )
         text = ranges["text"] if ranges is not None else [0, self.vocab_size]
+        codes = [span for name, span in (ranges or {}).items() if name != "text"]
         for field in SPECIAL_TOKENS:
             value = getattr(self, field)
             for token in value if isinstance(value, (list, tuple)) else [value]:
-                if token is not None and not text[0] <= token < text[1]:
-                    raise ValueError(f"{field}={token} must be a text token, in [{text[0]}, {text[1]})")
+                if token is not None and (
+                    not text[0] <= token < text[1] or any(first <= token < end for first, end in codes)
+                ):
+                    outside = f" outside {codes}" if codes else ""
+                    raise ValueError(f"{field}={token} must be a text token, in [{text[0]}, {text[1]}){outside}")
         for begin, end in (("boi_token_id", "eoi_token_id"), ("begin_of_speech_token_id", "end_of_speech_token_id")):
             if (getattr(self, begin) is None) != (getattr(self, end) is None):
                 raise ValueError(f"{begin}={getattr(self, begin)} and {end}={getattr(self, end)} go together: set both")

@@ -63,6 +63,16 @@ class RMSNorm(NamedTuple):
         return self.weight * wide.to(rows.dtype)
 
 
+class OffsetRMSNorm(NamedTuple):
+    """Gemma's, which multiplies by 1 + weight and rounds after that."""
+
+    weight: torch.Tensor
+    epsilon: float
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(rows.float(), self.weight.shape, 1.0 + self.weight.float(), self.epsilon).to(rows.dtype)
+
+
 class HeadNorm(NamedTuple):
     """Chameleon's QK-norm, of (n, H, d)."""
 
@@ -139,6 +149,8 @@ class _Reader:
             return HeadNorm(module.weight, module.bias)
         if _is_plain(module, "LlamaRMSNorm.forward") and self._takes(module.weight):
             return RMSNorm(module.weight, module.variance_epsilon)
+        if _is_plain(module, "GemmaRMSNorm.forward") and self._takes(module.weight):
+            return OffsetRMSNorm(module.weight, module.eps)
         return module
 
     def feed_forward(self, module: nn.Module) -> Callable:
@@ -162,7 +174,8 @@ class LeanDecoder:
         self.heads, self.key_heads, self.head_dim = (
             config.num_attention_heads, config.num_key_value_heads, config.head_dim,
         )  # fmt: skip
-        embedding = _plain(transformer.embed_tokens, "Embedding.forward").weight
+        table = _plain(transformer.embed_tokens, "Embedding.forward", "GemmaTextScaledWordEmbedding.forward")
+        embedding, self.embedding_scale = table.weight, getattr(table, "embed_scale", None)
         # Attention of one query over keys in half precision takes five times as long on a CPU.
         self.cache_dtype = torch.float32 if embedding.device.type == "cpu" else embedding.dtype
         reader, self.embedding = _Reader(embedding), embedding
@@ -216,6 +229,8 @@ class LeanDecoder:
         routing = self._routing(tokens)
         towers, counts, order, inverse = routing
         hidden_states = F.embedding(tokens if order is None else tokens[order], self.embedding)
+        if self.embedding_scale is not None:
+            hidden_states = hidden_states * self.embedding_scale.to(hidden_states.dtype)
         parts = list(hidden_states.split(counts)) if order is not None else [hidden_states]
         angles, columns = self._angles(positions), cache.open(count)
         pre = self.config.norm_position == "pre"
@@ -266,7 +281,8 @@ class LeanDecoder:
             heads, value = heads[inverse], value[inverse]
         heads = heads.view(len(heads), -1, self.head_dim)
         cosines, sines = angles
-        heads = heads * cosines + heads.roll(self.head_dim // 2, -1) * sines
+        if index not in self.config.layers_without_rope:
+            heads = heads * cosines + heads.roll(self.head_dim // 2, -1) * sines
         keys, values = columns.write(index, heads[:, self.heads :], value.view(len(value), -1, self.head_dim))
         # The queries that share a key head stand as the rows of one query.
         query = heads[:, : self.heads].unflatten(1, (self.key_heads, -1)).to(keys.dtype)
@@ -278,7 +294,9 @@ class LeanDecoder:
     def _queries_and_keys(self, tower: TowerLayer, rows: torch.Tensor) -> torch.Tensor:
         """(n, D) -> (n, (H + K) * d)"""
         query, key = tower.query(rows), tower.key(rows)
-        if tower.query_norm is not None:
+        if self.config.qk_norm == "rms_all_heads":
+            query, key = tower.query_norm(query), tower.key_norm(key)
+        elif tower.query_norm is not None:
             query = tower.query_norm(query.unflatten(-1, (-1, self.head_dim))).flatten(1)
             key = tower.key_norm(key.unflatten(-1, (-1, self.head_dim))).flatten(1)
         return torch.cat([query, key], dim=-1)

@@ -13,13 +13,14 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaTextScaledWordEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_masks import ImageBlocks, attention_mask_for, document_positions, flash_documents
-from .attention_mot import MoTAttention, MoTHeadLayerNorm
+from .attention_mot import MoTAttention, MoTHeadLayerNorm, rms_norm
 from .attention_plan_mot import AttentionPlan
 from .configuration_mot import MoTConfig
 from .expert_choice import ExpertChoiceFeedForward, FeedForward
@@ -40,9 +41,7 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
             return ExpertChoiceFeedForward(config) if name in config.moe_towers else FeedForward(config)
 
         def norm():
-            return PerTower(
-                {name: LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) for name in config.part_names("norm")}
-            )
+            return PerTower({name: rms_norm(config, config.hidden_size) for name in config.part_names("norm")})
 
         self.self_attn = MoTAttention(config, layer_idx)
         self.mlp = PerTower({name: feed_forward(name) for name in config.part_names("feed_forward")})
@@ -135,6 +134,10 @@ class MoTPreTrainedModel(PreTrainedModel):
         if isinstance(module, MoTHeadLayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, GemmaRMSNorm):
+            init.zeros_(module.weight)
+        elif isinstance(module, GemmaTextScaledWordEmbedding):
+            init.constant_(module.embed_scale, module.scalar_embed_scale)
 
 
 class MoTModel(MoTPreTrainedModel):
@@ -142,11 +145,13 @@ class MoTModel(MoTPreTrainedModel):
 
     def __init__(self, config: MoTConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        embedding = (config.vocab_size, config.hidden_size, config.pad_token_id)
+        if config.embedding_multiplier == 1:
+            self.embed_tokens = nn.Embedding(*embedding)
+        else:
+            self.embed_tokens = GemmaTextScaledWordEmbedding(*embedding, embed_scale=config.embedding_multiplier)
         self.layers = nn.ModuleList(MoTDecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = PerTower(
-            {name: LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) for name in config.part_names("norm")}
-        )
+        self.norm = PerTower({name: rms_norm(config, config.hidden_size) for name in config.part_names("norm")})
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()

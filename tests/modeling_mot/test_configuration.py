@@ -13,6 +13,8 @@ CONTRADICTIONS = {
     "odd_head_dim": ({"head_dim": 7}, "head_dim=7 must be even"),
     "norm_position": ({"norm_position": "sandwich"}, "norm_position='sandwich'"),
     "qk_norm": ({"qk_norm": "batch"}, "qk_norm='batch'"),
+    "layers_without_rope": ({"layers_without_rope": [1, 2]}, "layers_without_rope=\\[1, 2\\] has 2"),
+    "embedding_multiplier": ({"embedding_multiplier": 0}, "embedding_multiplier=0"),
     "hidden_dropout": ({"hidden_dropout": 1.0}, "hidden_dropout=1.0"),
     "attention_dropout": ({"attention_dropout": -0.1}, "attention_dropout=-0.1"),
     "z_loss": ({"z_loss_coefficient": -1.0}, "z_loss_coefficient=-1.0"),
@@ -62,6 +64,8 @@ def test_contradiction_is_refused_by_name(tiny_config, case):
         ("tie_word_embeddings", "yes"),
         ("image_grid", 4),
         ("z_loss_coefficient", "1e-5"),
+        ("layers_without_rope", "1"),
+        ("norm_offset", 1.0),
     ],
 )
 def test_mistyped_value_is_refused(field, value):

@@ -78,7 +78,7 @@ def test_total_parameters_of_mot(name):
     assert total / 1e9 == pytest.approx(TOTAL[name], abs=0.05 if TOTAL[name] > 2 else 0.005)
 
 
-@pytest.mark.parametrize("qk_norm", [None, "rms", "layer"])
+@pytest.mark.parametrize("qk_norm", [None, "rms", "rms_all_heads", "layer"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("variant", MoTConfig.variant_names())
 def test_counted_parameters_equal_the_formula(tiny_config, variant, qk_norm, bias):
