@@ -1,0 +1,283 @@
+"""Folders of safetensors read and written tensor by tensor, so that no model is ever whole in memory.
+
+    reader = CheckpointReader(source)
+    entries = [Entry(name, reader.shape(name), reader.dtype(name), partial(reader.read, name)) for name in reader.names]
+    with new_folder(out, overwrite=False) as folder:
+        write_tensors(folder, entries, "5GB")
+
+Nothing here unpickles.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from conversion.key_maps import ConversionError
+
+
+WEIGHTS = "model.safetensors"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+# safetensors' names of element types
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+# Everything but pickled weights, and but other formats of the same weights.
+_FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that is to be written: what is known of it ahead, and how to make it when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def num_elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.dtype.itemsize
+
+
+# --------------------------------------------------------------------------------------------------------------- reading
+
+
+def fetch(source: str, revision: str | None = None) -> tuple[Path, str | None]:
+    """The folder of a checkpoint and, where it came from the Hub, its commit; pickled weights are never fetched.
+
+    Args:
+        source: a folder, or a name on the Hub.
+        revision: branch, tag or commit of a name on the Hub.
+
+    Raises:
+        ConversionError: there is no such folder or repository, or the Hub is out of reach.
+    """
+    if Path(source).is_dir():
+        if revision is not None:
+            raise ConversionError(
+                f"--revision {revision} is of names on the Hub, but {source} is a folder; leave it out"
+            )
+        return Path(source), None
+    try:
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(_FETCHED)))
+    except LocalEntryNotFoundError as error:
+        raise ConversionError(
+            f"{source!r} is no folder, and was not found on the Hub or in its cache: {error}"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ConversionError(f"{source!r} is no folder, and could not be fetched from the Hub: {error}") from error
+    return folder, folder.name  # a snapshot's folder is named after its commit
+
+
+class CheckpointReader:
+    """The tensors of a folder with one file of safetensors, or several and their index; read one at a time.
+
+    Args:
+        folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files it names.
+        weights: name of the one file, where it is another (diffusers: `diffusion_pytorch_model.safetensors`).
+
+    Raises:
+        ConversionError: there are none, only pickled ones, or they are not what the index says.
+    """
+
+    def __init__(self, folder: str | Path, weights: str = WEIGHTS):
+        self.folder = Path(folder)
+        self._files = self._find(weights)
+        self._headers = {}
+        for file in sorted(set(self._files.values())):
+            self._headers |= {name: header for name, header in _read_header(self.folder / file).items()}
+        if lost := [name for name in self._files if name not in self._headers]:
+            raise ConversionError(
+                f"{self.folder}: the index names {lost[0]!r} and {len(lost) - 1} more that no file holds"
+            )
+
+    def _find(self, weights: str) -> dict[str, str]:
+        index = self.folder / f"{weights}.index.json"
+        if index.is_file():
+            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            if lost := sorted({file for file in files.values() if not (self.folder / file).is_file()}):
+                raise ConversionError(
+                    f"{index} names {', '.join(lost)}, which are not there; is the download complete?"
+                )
+            return files
+        if (self.folder / weights).is_file():
+            return dict.fromkeys(_read_header(self.folder / weights), weights)
+        pickled = sorted(path.name for pattern in PICKLED for path in self.folder.glob(pattern))
+        if pickled:
+            raise ConversionError(
+                f"{self.folder} has its weights in {pickled[0]}, which would be unpickled, and unpickling runs whatever "
+                "code is inside. If you trust it, load it with transformers and save it again (save_pretrained writes "
+                "safetensors), or take the repository's revision with safetensors, such as refs/pr/N"
+            )
+        raise ConversionError(f"{self.folder} holds neither {weights} nor {index.name}; is it a checkpoint's folder?")
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._headers[name]["shape"])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Raises ConversionError for a type of quantized weights."""
+        code = self._headers[name]["dtype"]
+        if code not in DTYPES:
+            raise ConversionError(f"{name} is stored as {code}; convert the checkpoint before it was quantized")
+        return DTYPES[code]
+
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(end - begin for begin, end in (self._headers[name]["data_offsets"] for name in self._files))
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor. The file is opened for it alone: what is mapped of it is given back with the tensor."""
+        with safe_open(self.folder / self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def fingerprints(self) -> dict[str, str]:
+        """File -> sha256 of each file of weights."""
+        return {file: _sha256(self.folder / file) for file in sorted(set(self._files.values()))}
+
+
+def _read_header(path: Path) -> dict[str, dict]:
+    try:
+        with safe_open(path, framework="pt"):  # the library checks it against the file's size
+            pass
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ConversionError(f"{path} is no whole file of safetensors: {error}") from error
+    header.pop("__metadata__", None)
+    return header
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_tensors(
+    folder: Path,
+    entries: Sequence[Entry],
+    max_shard_size: int | str = "5GB",
+    metadata: Mapping[str, str] | None = None,
+    weights: str = WEIGHTS,
+) -> None:
+    """Write tensors as `model.safetensors`, or as shards with an index, each made when it is written.
+
+    Args:
+        entries: in the order of the files; names must differ.
+        max_shard_size: bytes, or such as "5GB"; a larger tensor gets a file of its own.
+        metadata: texts beside `{"format": "pt"}` in each file.
+
+    Raises:
+        ConversionError: the disk lacks the room.
+        ValueError: a tensor is made in another shape or type than its entry says.
+    """
+    by_name = {entry.name: entry for entry in entries}
+    assert len(by_name) == len(entries), "two entries have one name"
+    needed, free = sum(entry.num_bytes for entry in entries), shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConversionError(
+            f"{needed:,} bytes are to be written to {folder.parent}, which has {free:,} left; make room"
+        )
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda entry: entry.num_bytes,
+        filename_pattern=weights.replace(".safetensors", "{suffix}.safetensors"),
+        max_shard_size=max_shard_size,
+    )
+    for file, names in split.filename_to_tensors.items():
+        _write_file(folder / file, [by_name[name] for name in names], {"format": "pt"} | dict(metadata or {}))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+        (folder / f"{weights}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, entries: list[Entry], metadata: dict[str, str]) -> None:
+    """The layout of safetensors. Its own writer wants all tensors of a file at once; this one has one at a time."""
+    entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)  # so that each begins at a multiple of its size
+    header, end = {"__metadata__": metadata}, 0
+    for entry in entries:
+        begin, end = end, end + entry.num_bytes
+        header[entry.name] = {
+            "dtype": _CODES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [begin, end],
+        }
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for entry in entries:
+            tensor = entry.make()
+            if tuple(tensor.shape) != entry.shape or tensor.dtype != entry.dtype:
+                raise ValueError(
+                    f"{entry.name} was to be {entry.dtype} {entry.shape} and is {tensor.dtype} {tuple(tensor.shape)}"
+                )
+            if entry.num_elements:
+                file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that exists, unless it is a checkpoint that may be replaced. Raises ConversionError."""
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise ConversionError(f"{folder} exists; name another folder, or replace it with --overwrite")
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").is_file()):
+        raise ConversionError(f"{folder} holds no config.json, so --overwrite does not replace it; name another folder")
+
+
+@contextmanager
+def new_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder beside `folder` that takes its name when the block ends without an error; else nothing is left of it.
+
+    Raises:
+        ConversionError: see `check_output`.
+    """
+    check_output(folder, overwrite)
+    folder = folder.absolute()
+    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            os.rename(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
