@@ -1,7 +1,7 @@
 """Pictures to grids of discrete codes and back: a VQ image tokenizer on diffusers' `VQModel`.
 
 Shapes: N pictures, (H, W) pixels, (h, w) codes with h = H / downsampling, C latent channels, K codes.
-Transformers' Chameleon VQ-VAE can take the place of `VQModel` when its weights are given.
+Transformers' Chameleon VQ-VAE, which has no decoder, can take the place of `VQModel`.
 """
 
 import hashlib
@@ -63,6 +63,8 @@ class ImageTokenizerConfig:
     scales the longer side and fills with the background, "keep" takes pictures as they are (sides must be multiples
     of the down-sampling). `patch_size` p folds p x p pixels into channels before the first convolution. `model` holds
     the arguments of diffusers' `VQModel`. `storage_dtype` is that of the saved weights; they compute in float32.
+    `image_processor` holds the settings of transformers' `ChameleonImageProcessorPil`: pictures then become pixels as
+    they do for Chameleon, all of them `image_size`, and `fit`, `resample` and `background` are not read.
     """
 
     image_size: list[int] = field(default_factory=lambda: [64, 64])
@@ -75,6 +77,7 @@ class ImageTokenizerConfig:
     batch_size: int = 32
     storage_dtype: str = "float32"
     model: dict[str, Any] = field(default_factory=dict)
+    image_processor: dict[str, Any] | None = None
 
     def __post_init__(self):
         if isinstance(self.image_size, int):
@@ -105,7 +108,10 @@ class ImageTokenizerConfig:
         return from_known_fields(cls, values, "image tokenizer")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        if self.image_processor is None:
+            del values["image_processor"]  # fingerprints of tokenizers without one stay what they were
+        return values
 
     def model_arguments(self) -> dict[str, Any]:
         """Arguments of `VQModel`, with the channels that patch folding needs and one block per scale filled in."""
@@ -172,7 +178,10 @@ class MoTImageTokenizer:
 
     def preprocess(self, image: Any, size: tuple[int, int] | None = None) -> torch.Tensor:
         """One picture in any form `load_picture` takes -> (3, H, W), float32 in [-1, 1]."""
-        pixels = fit_picture(load_picture(image, self.config.max_pixels), self.config, size)
+        picture = load_picture(image, self.config.max_pixels)
+        if self.config.image_processor is not None:
+            return self._preprocess_for_chameleon(picture, size)
+        pixels = fit_picture(picture, self.config, size)
         for side in pixels.shape[:2]:
             if side % self.downsampling:
                 raise ValueError(
@@ -180,6 +189,26 @@ class MoTImageTokenizer:
                     f"the down-sampling, {self.downsampling}; use fit='crop' or 'pad', or give another size"
                 )
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+    def _preprocess_for_chameleon(self, picture: Image.Image, size: tuple[int, int] | None) -> torch.Tensor:
+        from transformers import ChameleonImageProcessorPil
+
+        height, width = size or self.config.image_size
+        settings = self.config.image_processor
+        if size is not None and (picture.height, picture.width) != tuple(size):
+            raise ValueError(
+                f"{describe_source(picture)} for size={tuple(size)}: with an image_processor pictures are scaled to "
+                f"image_size={self.config.image_size} only; give it in the size wanted, or leave size out"
+            )
+        if size is not None:
+            settings = settings | {"do_resize": False, "crop_size": {"height": height, "width": width}}
+        pixels = ChameleonImageProcessorPil(**settings)(picture, return_tensors="pt")["pixel_values"][0]
+        if pixels.shape != (3, height, width):
+            raise ValueError(
+                f"image_processor={settings} makes {tuple(pixels.shape)} of {describe_source(picture)}, not "
+                f"(3, {height}, {width}); its crop_size must be image_size={self.config.image_size}"
+            )
+        return pixels.float()
 
     @torch.no_grad()
     def encode(self, images: list[Any], size: tuple[int, int] | None = None) -> list[torch.Tensor]:
@@ -230,8 +259,9 @@ class MoTImageTokenizer:
         """(N, h, w) -> (N, 3, H, W), not clamped"""
         if self.config.backend == "chameleon":
             raise NotImplementedError(
-                "transformers' ChameleonVQVAE holds no decoder, so its codes cannot be turned back into pictures; "
-                "use a tokenizer with backend='diffusers' where pictures are generated"
+                "transformers' ChameleonVQVAE holds no decoder, so its codes cannot be turned back into pictures; give "
+                "the weights of one to `python -m conversion.import_chameleon --image-decoder`, or use a tokenizer with "
+                "backend='diffusers'"
             )
         quantised = self.codebook[codes].permute(0, 3, 1, 2)
         return unfold(self.model.decode(quantised, force_not_quantize=True).sample, self.config.patch_size)

@@ -1,7 +1,8 @@
 """MoTProcessor: documents of text, pictures and sound to one sequence of tokens, and back.
 
-The vocabulary is text (specials included), then image codes, then speech units, each a contiguous range. With an
-image processor in the place of the image tokenizer pictures stay pixels, and a placeholder stands for each patch.
+The vocabulary is text (specials included), then image codes, then speech units, each a contiguous range; an imported
+one may hold the codes in the midst of text. With an image processor in the place of the image tokenizer pictures stay
+pixels, and a placeholder stands for each patch.
 Shapes: B sequences, L tokens, N pictures of (H, W) pixels.
 """
 
@@ -28,7 +29,7 @@ from .processor_inputs_mot import (
     media_of,
 )
 from .speech_tokenizer_mot import SPEECH_TOKENIZER_CONFIG_NAME, MoTSpeechTokenizer
-from .vocabulary_mot import CHAT_TEMPLATE, extend_tokenizer, modality_ids_of, modality_ranges
+from .vocabulary_mot import CHAT_TEMPLATE, extend_tokenizer, modality_ids_of, modality_ranges, stretches
 
 
 # In the order of the constructor's arguments; each is saved in a folder of its own name.
@@ -135,8 +136,8 @@ class MoTProcessor(ProcessorMixin):
 
     def modality_ids_of(self, input_ids: Any) -> Any:
         """Index of each token's modality, in the form (list, array, tensor) of `input_ids`."""
-        firsts = [first for first, _ in self.modality_token_ranges.values()]
-        indices = [self.modalities.index(name) for name in self.modality_token_ranges]
+        firsts, names = stretches(self.modality_token_ranges)
+        indices = [self.modalities.index(name) for name in names]
         placeholder = None if self.image_processor is None else (self.image_token_id, self.modalities.index("image"))
         return modality_ids_of(input_ids, firsts, indices, placeholder)
 

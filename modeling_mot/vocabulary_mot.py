@@ -1,4 +1,7 @@
-"""The one vocabulary: text with its specials, then image codes, then speech units; and the chat template."""
+"""The one vocabulary: text with its specials, then image codes, then speech units; and the chat template.
+
+Vocabularies of other families may hold the codes elsewhere, in the midst of text.
+"""
 
 import json
 import re
@@ -105,9 +108,10 @@ def add_bos(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def modality_ranges(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """modality -> [first, last + 1] of its token ids. Raises ValueError when the vocabulary is not laid out as ours.
+    """modality -> [first, last + 1] of its token ids. Raises ValueError when codes are missing or not in their order.
 
-    Tokens that someone added after the codes stand outside all ranges.
+    Tokens that someone added after the codes stand outside all ranges. Where special tokens of text follow the codes, as
+    in Chameleon's vocabulary, the range of text is the whole of it, and encloses the others.
     """
     vocabulary = tokenizer.get_vocab()
     missing = [name for name in SPECIAL_TOKENS if getattr(tokenizer, name, None) is None]
@@ -130,7 +134,22 @@ def modality_ranges(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     if len(ranges) == 2 and ranges["image"][1] != ranges["speech"][0]:
         raise ValueError(f"speech tokens must follow image tokens, but the ranges are {ranges}; use extend_tokenizer")
     first = min((start for start, _ in ranges.values()), default=len(vocabulary))
-    return {"text": [0, first], **ranges}
+    last_special = max(getattr(tokenizer, f"{name}_id") for name in SPECIAL_TOKENS)
+    return {"text": [0, first if last_special < first else len(vocabulary)], **ranges}
+
+
+def stretches(ranges: dict[str, list[int]]) -> tuple[list[int], list[str]]:
+    """First ids of all stretches of one modality, ascending from 0, and their modalities.
+
+    What lies in no range but that of text is text, as it is for the model.
+    """
+    firsts, names = [0], ["text"]
+    for first, end, name in sorted((first, end, name) for name, (first, end) in ranges.items() if name != "text"):
+        if firsts[-1] == first:
+            del firsts[-1], names[-1]
+        firsts += [first, end]
+        names += [name, "text"]
+    return firsts, names
 
 
 def modality_ids_of(input_ids: Any, firsts: list[int], indices: list[int], placeholder: tuple[int, int] | None) -> Any:
@@ -158,7 +177,10 @@ def without_codes(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase
 
     `extend_tokenizer` can then add other codes. Raises ValueError where tokens follow the codes, whose ids would change.
     """
-    text_size = modality_ranges(tokenizer)["text"][1]
+    ranges = modality_ranges(tokenizer)
+    text_size = ranges["text"][1]
+    if any(first < text_size for name, (first, _) in ranges.items() if name != "text"):
+        raise ValueError(f"the codes lie in the midst of text, {ranges}: without them other tokens would change their ids")
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     code = re.compile(r"<\|(image|speech)_\d+\|>")
     backend["added_tokens"] = [token for token in backend["added_tokens"] if not code.fullmatch(token["content"])]
