@@ -213,9 +213,12 @@ class MoTConfig(PreTrainedConfig):
     def base_model_tp_plan(self) -> dict[str, str]:
         """How tensor parallelism shards each module; `*` stands for numbers only, so towers are named."""
         plan = {}
-        # Chameleon's QK-norm has weights of each head, and OLMo 2's sees all of them: no style shards those with the heads.
-        for tower in self.part_names("attention") if self.qk_norm in (None, "rms") else []:
-            for projection, style in (("q", "colwise"), ("k", "colwise"), ("v", "colwise"), ("o", "rowwise")):
+        # Chameleon's QK-norm has weights of each head, and OLMo 2's sees all of them: each rank has to see all heads.
+        inward, outward = "colwise", "rowwise"
+        if self.qk_norm in ("rms_all_heads", "layer"):
+            inward, outward = "colwise_gather_output", "rowwise_split_input"
+        for tower in self.part_names("attention"):
+            for projection, style in (("q", inward), ("k", inward), ("v", inward), ("o", outward)):
                 plan[f"layers.*.self_attn.{projection}_proj.{tower}"] = style
             if self.qk_norm == "rms":
                 for projection in "qk":
