@@ -1,8 +1,13 @@
 """Tables of names read in both directions and leave nothing out without saying so."""
 
 import pytest
+import torch
 
+from conversion.architectures import NEUTRAL, architecture_of
 from conversion.key_maps import ConversionError, KeyMap, Rule
+from modeling_mot import MoTConfig, MoTForCausalLM
+
+from .sources import SOURCES, dense_model
 
 
 RULES = [
@@ -85,3 +90,38 @@ def test_values_must_be_given():
 def test_a_field_without_values_makes_nothing():
     key_map = KeyMap([Rule("a", "b.{tower}")], {"tower": []})
     assert key_map.forward("a") == [] and key_map.backward("b.text") is None
+
+
+@pytest.mark.parametrize("untied", [[], ["feed_forward"], ["attention", "feed_forward", "norm"]])
+@pytest.mark.parametrize("name", SOURCES)
+def test_forward_and_back_is_the_identity_for_every_architecture(name, untied):
+    dense = dense_model(name)
+    architecture = architecture_of(dense.config.model_type)
+    experts = ["text"] if "feed_forward" in untied else []
+    config = MoTConfig(**architecture.mot_fields(dense.config), untied=untied, moe_towers=experts)
+    with torch.device("meta"):
+        stored = set(MoTForCausalLM(config).state_dict())
+    stored -= {"lm_head.weight"} if config.tie_word_embeddings else set()
+    source = {name for name, _ in dense.named_parameters()}  # tied ones once
+    key_map = architecture.key_map(config)
+    there = {name: key_map.forward(name) for name in source}
+    assert all(key_map.backward(target).name == name for name, targets in there.items() for target in targets)
+    reached = {target for targets in there.values() for target in targets}
+    assert stored - reached == {f"model.layers.{i}.mlp.text.router.weight" for i in range(3) if experts}
+    assert reached <= stored
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_fields_there_and_back_are_the_same_configuration(name):
+    config = dense_model(name).config
+    architecture = architecture_of(config.model_type)
+    architecture.check(config, config.to_dict())
+    back = architecture.source_config(MoTConfig(**architecture.mot_fields(config)))
+    left, right = ({k: v for k, v in c.to_dict().items() if k not in NEUTRAL} for c in (config, back))
+    assert left == right
+    assert "sliding_attention" not in (getattr(back, "layer_types", None) or [])
+
+
+def test_what_an_architecture_cannot_express_is_named():
+    with pytest.raises(ConversionError, match="llama cannot express qk_norm='rms'"):
+        architecture_of("llama").source_config(MoTConfig(qk_norm="rms"))
