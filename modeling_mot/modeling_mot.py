@@ -25,6 +25,7 @@ from .attention_plan_mot import AttentionPlan
 from .configuration_mot import MoTConfig
 from .expert_choice import ExpertChoiceFeedForward, FeedForward
 from .generation_mot import MoTGenerationMixin
+from .hub_mot import PushWithCard
 from .modality_routing import ModalityRouting, PerTower, join
 from .range_attention_mot import RANGES
 from .token_losses import logits_and_losses
@@ -83,7 +84,7 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
         return routing.restore(rows, hidden_states.shape[0]) if in_sequence_order else rows
 
 
-class MoTPreTrainedModel(PreTrainedModel):
+class MoTPreTrainedModel(PushWithCard, PreTrainedModel):
     config_class = MoTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True

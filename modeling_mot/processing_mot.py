@@ -18,6 +18,7 @@ from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .document_decoding_mot import DocumentDecoder
+from .hub_mot import PushWithoutCard
 from .image_processor_mot import IMAGE_PROCESSOR_CONFIG_NAME, MoTImageProcessor
 from .image_tokenizer_mot import IMAGE_TOKENIZER_CONFIG_NAME, MoTImageTokenizer
 from .processor_inputs_mot import (
@@ -43,7 +44,7 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "re
 __all__ = ["MoTProcessor", "extend_tokenizer"]
 
 
-class MoTProcessor(ProcessorMixin):
+class MoTProcessor(PushWithoutCard, ProcessorMixin):
     """Text tokenizer, speech-unit tokenizer, and VQ image tokenizer or image processor behind one call.
 
     `tokenizer` must hold the special, image and speech tokens: `extend_tokenizer` adds them to any fast tokenizer.

@@ -1,0 +1,186 @@
+"""The Hub's side of publishing: who may write where, what is there, one commit, and every refusal in plain words."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, get_token
+from huggingface_hub.constants import DEFAULT_REVISION
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # of the client's HTTP library, whichever it uses
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from conversion.key_maps import ConversionError
+from conversion.repository_files import SAVED, matches
+
+
+_AGAIN = "run the same command again: what has been uploaded is not sent twice"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What a branch of a repository holds.
+
+    Attributes:
+        head: its commit; None where the branch, or the repository, is new.
+        files: path -> the Hub's record of the file.
+        is_private: None where there is no repository.
+    """
+
+    head: str | None = None
+    files: dict[str, RepoFile] | None = None
+    is_private: bool | None = None
+
+
+# ---------------------------------------------------------------------------------------------------- before any work
+
+
+def check_account(api: HfApi, repo: str) -> str:
+    """The full name, owner/name, of a repository that the token may write to.
+
+    Raises:
+        ConversionError: no name of a repository, no token, one that is not accepted or may only read, another's name.
+    """
+    with in_words(api, repo):
+        validate_repo_id(repo)
+        account = api.whoami()
+    me = account["name"]
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ConversionError(
+            f"the token of {me} may only read; make one that may write at {api.endpoint}/settings/tokens, then: hf auth login"
+        )
+    owner = repo.split("/")[0] if "/" in repo else me
+    roles = {me.lower(): "admin"} | {o["name"].lower(): o.get("roleInOrg") for o in account.get("orgs", [])}
+    if owner.lower() not in roles or roles[owner.lower()] == "read":
+        writable = sorted(name for name, role in roles.items() if role != "read")
+        raise ConversionError(
+            f"{repo} is a name of {owner}, where {me}, whose token this is, may not write; take one of {', '.join(writable)}"
+        )
+    return repo if "/" in repo else f"{me}/{repo}"
+
+
+def read_branch(api: HfApi, repo: str, revision: str | None) -> Branch:
+    """Head and files of a branch; nothing where there is no such repository or branch."""
+    if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise ConversionError(f"--revision {revision} is a commit, and nothing can be added to one; name a branch")
+    with in_words(api, repo):
+        try:
+            info = api.model_info(repo, revision=revision)
+        except RevisionNotFoundError:
+            return Branch(is_private=api.model_info(repo).private)
+        except RepositoryNotFoundError:
+            return Branch()
+        tree = api.list_repo_tree(repo, recursive=True, revision=info.sha)
+        return Branch(info.sha, {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}, info.private)
+
+
+def differing(additions: Iterable[CommitOperationAdd], branch: Branch) -> list[str]:
+    """Paths whose content the branch does not hold, by the Hub's hashes: SHA-256 of large files, git's of others."""
+    return [one.path_in_repo for one in additions if not _is_there(one, (branch.files or {}).get(one.path_in_repo))]
+
+
+def _is_there(addition: CommitOperationAdd, entry: RepoFile | None) -> bool:
+    if entry is None or entry.size != addition.upload_info.size:
+        return False
+    if entry.lfs is not None:
+        return entry.lfs.sha256 == addition.upload_info.sha256.hex()
+    with addition.as_file() as file:
+        content = file.read()
+    return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------------- the commit
+
+
+def commit(
+    api: HfApi, repo: str, additions: list[CommitOperationAdd], revision: str | None, private: bool, message: str
+) -> tuple[str, list[str]]:
+    """Make the repository and branch where they are new, upload, and commit all at once.
+
+    Files of an earlier save that this one does not have are deleted in the same commit: a stale model.safetensors would
+    be loaded in the place of new shards. (`HfApi.upload_folder` may make several commits, so it is not used.)
+
+    Returns:
+        The commit, and the paths that were deleted.
+
+    Raises:
+        ConversionError: what went wrong; the branch is then as it was.
+    """
+    with in_words(api, repo):
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        if revision not in (None, DEFAULT_REVISION) and not revision.startswith("refs/pr/"):
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        before = read_branch(api, repo, revision)
+        added = {addition.path_in_repo for addition in additions}
+        stale = sorted(path for path in before.files or {} if path not in added and matches(path, SAVED))
+        operations = [*additions, *(CommitOperationDelete(path) for path in stale)]
+        info = api.create_commit(repo, operations, commit_message=message, revision=revision, parent_commit=before.head)
+    if wrong := differing(additions, read_branch_at(api, repo, info.oid)):
+        raise ConversionError(
+            f"the Hub's commit {info.oid} holds other content than was sent of {', '.join(wrong)}; {_AGAIN}"
+        )
+    return info.oid, stale
+
+
+def read_branch_at(api: HfApi, repo: str, commit_hash: str) -> Branch:
+    """The files of one commit."""
+    with in_words(api, repo):
+        tree = api.list_repo_tree(repo, recursive=True, revision=commit_hash)
+        return Branch(commit_hash, {entry.path: entry for entry in tree if isinstance(entry, RepoFile)})
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+@contextmanager
+def in_words(api: HfApi, repo: str) -> Iterator[None]:
+    """What the client raises, as a ConversionError that says what to do; tokens and signed addresses are left out."""
+    try:
+        yield
+    except ConversionError:
+        raise
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise ConversionError(redacted(_explain(error, api, repo))) from None
+
+
+def _explain(error: Exception, api: HfApi, repo: str) -> str:
+    if isinstance(error, HFValidationError):
+        return f"{repo!r} is no name of a repository: {error}"
+    if isinstance(error, LocalTokenNotFoundError):
+        return "there is no token for the Hub: hf auth login, or set HF_TOKEN"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so nothing can be published; unset it"
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # "Error while uploading ...", from the reason
+        return f"{str(error).rstrip('.')}: {_explain(error.__cause__, api, repo)}"
+    if not isinstance(error, HfHubHTTPError):
+        if isinstance(error, HTTPError):
+            return f"{api.endpoint} could not be reached ({type(error).__name__}: {error}); check the network, and {_AGAIN}"
+        return f"publishing to {repo} failed ({type(error).__name__}: {error}); {_AGAIN}"
+    status, said = error.response.status_code, error.server_message or str(error).strip().splitlines()[0]
+    if status == 401:
+        return f"the Hub does not accept the token ({said}); make a new one at {api.endpoint}/settings/tokens, then: hf auth login"
+    if status == 403:
+        return (
+            f"the token may not write to {repo} ({said}); it needs the permission to write to repositories of its owner"
+        )
+    if status == 409:
+        return f"{repo} exists already, and this token does not see it ({said}); take another name"
+    if status == 412:
+        return f"somebody else has changed {repo} meanwhile ({said}); nothing was committed, look at it, and {_AGAIN}"
+    return f"the Hub answered {status} ({said}); {_AGAIN}"
+
+
+def redacted(text: str) -> str:
+    """Without the token, and without the queries of addresses, which may be signed."""
+    if token := get_token():
+        text = text.replace(token, "(token)")
+    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1?...", text)
