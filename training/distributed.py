@@ -18,11 +18,10 @@ from accelerate.commands.config.config_args import default_config_file, load_con
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs, ParallelismConfig
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed import PrefixStore, Store, register_rendezvous_handler, rendezvous
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.device_mesh import DeviceMesh
 
@@ -30,7 +29,6 @@ from training.config import ConfigError
 from training.devices import choose_precision
 
 
-LAYER = "MoTDecoderLayer"
 _RESTARTABLE = "restartable"
 _MESH = "ACCELERATE_USE_PARALLELISM_CONFIG"
 _CONFIGS = "training/configs/accelerate"
@@ -189,8 +187,6 @@ def _fsdp_plugin(compute_dtype: torch.dtype | None) -> FullyShardedDataParallelP
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=[LAYER],
         mixed_precision_policy=policy,
         activation_checkpointing=False,  # by transformers, see `wants_checkpointing`
         cpu_ram_efficient_loading=False,  # by `shard_model`, which also knows a frozen VAE
@@ -241,11 +237,22 @@ def describe_world(accelerator: Accelerator) -> dict:
 def shard_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """Shard a model, in place; parameters on the meta device are given room, without values, on this rank's device.
 
-    A frozen VAE is small and is left whole on every rank.
+    A unit is a layer, or the embeddings; the rest is gathered with the root, the output layer too: the loss takes its
+    weight without running it, while the root runs (Accelerate's own division has it in a unit that only its forward
+    gathers). A frozen VAE is small and is left whole on every rank.
     """
+    plugin, mesh = accelerator.state.fsdp_plugin, getattr(accelerator, "torch_device_mesh", None)
+    if mesh is not None:
+        mesh = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+    settings = {"mesh": mesh, "mp_policy": plugin.mixed_precision_policy}
+    units = list(model.model.layers)
+    if model.lm_head.weight is not model.model.embed_tokens.weight:
+        units.append(model.model.embed_tokens)
+    for unit in units:
+        fully_shard(unit, **settings, reshard_after_forward=plugin.reshard_after_forward)
     vae = getattr(model, "vae", None)
-    accelerator.state.fsdp_plugin.ignored_modules = None if vae is None else [vae]
-    return make_room(fsdp2_prepare_model(accelerator, model), accelerator.device)
+    fully_shard(model, **settings, ignored_params=None if vae is None else set(vae.parameters()))
+    return make_room(model, accelerator.device)
 
 
 def make_room(model: nn.Module, device: torch.device | str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What Accelerate's FSDP2 really holds and sends on rank 0 of eight, as JSON; run in a process of its own.
+"""What FSDP2 really holds and sends on rank 0 of eight, and losses made without logits, as JSON; run in a process of its own.
 
 PyTorch's `fake` process group sends nothing, but is asked for everything.
 """
@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from accelerate import ParallelismConfig
 from accelerate.utils import FullyShardedDataParallelPlugin
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from training.distributed import shard_model
 
 from .plans import FSDP_CASES, batch_of, model_of
 
@@ -27,6 +28,7 @@ class Messages(TorchDispatchMode):
     def __init__(self, groups: int):
         super().__init__()
         self.groups = groups
+        self.losses_without_logits = 0
         self.received = dict.fromkeys(("all_gather", "reduce_scatter", "all_reduce"), 0)
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
@@ -39,14 +41,14 @@ class Messages(TorchDispatchMode):
             self.received["reduce_scatter"] += whole.nbytes - part.nbytes
         elif name.startswith("c10d.allreduce_"):
             self.received["all_reduce"] += sum(2 * (self.groups - 1) * t.nbytes // self.groups for t in arguments[0])
+        elif "linear_cross_entropy" in name and name.endswith("forward.default"):
+            self.losses_without_logits += 1
         return function(*arguments, **(options or {}))
 
 
 def shard(model: torch.nn.Module, parallelism: ParallelismConfig, bf16: bool, reshard: bool) -> torch.nn.Module:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["MoTDecoderLayer"],
         mixed_precision_policy=MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         ),
@@ -56,11 +58,9 @@ def shard(model: torch.nn.Module, parallelism: ParallelismConfig, bf16: bool, re
         state=SimpleNamespace(fsdp_plugin=plugin),
         torch_device_mesh=parallelism.build_device_mesh("cpu"),
         parallelism_config=parallelism,
-        mixed_precision="no",
-        is_main_process=True,
         device=torch.device("cpu"),
     )
-    return fsdp2_prepare_model(accelerator, model)
+    return shard_model(accelerator, model)
 
 
 def measure(name: str, replicate: int, bf16: bool, reshard: bool, micro_batches: int) -> dict[str, int]:
@@ -71,9 +71,10 @@ def measure(name: str, replicate: int, bf16: bool, reshard: bool, micro_batches:
         for number in range(micro_batches):
             model.set_requires_all_reduce(number == micro_batches - 1)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                output = model(**batch, use_cache=False)
+                output = model(**batch, use_cache=False, skip_logits=True)
             output.loss.backward()
-    return {"held": sum(parameter.to_local().numel() for parameter in model.parameters()), **messages.received}
+    held = sum(parameter.to_local().numel() for parameter in model.parameters())
+    return {"held": held, "losses_without_logits": messages.losses_without_logits, **messages.received}
 
 
 if __name__ == "__main__":

@@ -257,6 +257,7 @@ def test_messages_and_shards_are_those_of_fsdp2(real_messages, index):
     traffic = plan_traffic(units, mesh, bf16, micro_batches)
     assert real_messages[index] == {
         "held": sum(unit.shard_numel(mesh.shard) for unit in units),
+        "losses_without_logits": micro_batches,
         "all_gather": traffic.gather_forward + traffic.gather_backward,
         "reduce_scatter": traffic.reduce_scatter,
         "all_reduce": traffic.all_reduce,
@@ -275,11 +276,11 @@ def test_7b_moves_what_its_parameters_make(variant, modalities, billions, gigaby
     # 8/3 D, up to a multiple of 64 so that no shard is padded.
     config = MoTConfig.from_variant(variant, modalities=names, intermediate_size=64 * 171, **sizes)
     units = fsdp_units(meta_model(config))
-    total, tail = sum(unit.numel for unit in units), next(unit.numel for unit in units if unit.kind == "tail")
+    total, root = sum(unit.numel for unit in units), next(unit.numel for unit in units if unit.kind == "root")
     assert total == config.num_parameters() and total / 1e9 == pytest.approx(billions, abs=0.06)
     received = plan_traffic(units, Mesh(64), bf16=True).total
     # A router's four rows go to 64 processes as 64.
-    assert received == pytest.approx((8 * total - 2 * tail) * 63 / 64, rel=5e-4)
+    assert received == pytest.approx((8 * total - 2 * root) * 63 / 64, rel=5e-4)
     assert 8 * total * 63 / 64 / 1e9 == pytest.approx(gigabytes, abs=1)
 
 

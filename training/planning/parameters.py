@@ -61,7 +61,7 @@ class Unit:
     """Parameters that are gathered together.
 
     Attributes:
-        kind: layer, embeddings, tail or root.
+        kind: layer, embeddings or root.
         shapes: of the parameters.
         stays: whether what the forward gathered is kept for the backward.
     """
@@ -80,8 +80,8 @@ class Unit:
 
 
 def fsdp_units(model: MoTPreTrainedModel, reshard: bool = True) -> list[Unit]:
-    """Units as Accelerate makes them: each layer; the embeddings; final norm and output layer, which stay from the
-    forward to the backward, as does what is left (a patchifier). Tied embeddings are one with the output layer."""
+    """Units as `training.distributed.shard_model` makes them: each layer; the embeddings; the rest, which stays from the
+    forward to the backward. Tied embeddings belong to the rest, as the output layer does."""
     left = {name: value.shape for name, value in model.named_parameters() if not name.startswith("vae.")}
 
     def take(*prefixes: str) -> tuple[torch.Size, ...]:
@@ -90,7 +90,4 @@ def fsdp_units(model: MoTPreTrainedModel, reshard: bool = True) -> list[Unit]:
     units = [Unit("layer", take(f"model.layers.{index}."), not reshard) for index in range(len(model.model.layers))]
     if model.lm_head.weight is not model.model.embed_tokens.weight:
         units.append(Unit("embeddings", take("model.embed_tokens."), not reshard))
-    units.append(Unit("tail", take("model.norm.", "lm_head.", "model.embed_tokens."), True))
-    if left:
-        units.append(Unit("root", take(""), True))
-    return units
+    return [*units, Unit("root", take(""), True)]
