@@ -180,7 +180,9 @@ def without_codes(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase
     ranges = modality_ranges(tokenizer)
     text_size = ranges["text"][1]
     if any(first < text_size for name, (first, _) in ranges.items() if name != "text"):
-        raise ValueError(f"the codes lie in the midst of text, {ranges}: without them other tokens would change their ids")
+        raise ValueError(
+            f"the codes lie in the midst of text, {ranges}: without them other tokens would change their ids"
+        )
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     code = re.compile(r"<\|(image|speech)_\d+\|>")
     backend["added_tokens"] = [token for token in backend["added_tokens"] if not code.fullmatch(token["content"])]
