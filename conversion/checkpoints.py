@@ -22,6 +22,8 @@ import torch
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.dynamic_module_utils import custom_object_save
 
 from conversion.key_maps import ConversionError
 
@@ -35,7 +37,7 @@ DTYPES = {
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 # Everything but pickled weights, and but other formats of the same weights.
-_FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+_FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICEN*", "NOTICE*")
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,29 @@ def _write_file(path: Path, entries: list[Entry], metadata: dict[str, str]) -> N
                 file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_model(
+    folder: Path,
+    model: PreTrainedModel,
+    entries: Sequence[Entry],
+    max_shard_size: int | str = "5GB",
+    processor: ProcessorMixin | None = None,
+) -> None:
+    """What `model.save_pretrained(folder)` writes, with the values of `entries`; the model's own may be on `meta`.
+
+    Args:
+        model: of `modeling_mot`; `model.config.dtype` is that of the weights.
+        processor: saved beside it.
+    """
+    model.config.architectures = [type(model).__name__]
+    custom_object_save(model, folder, config=model.config)
+    model.config.save_pretrained(folder)
+    model.generation_config._from_model_config = None  # else whoever reads it loses `image_grid` and the like
+    model.generation_config.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    write_tensors(folder, entries, max_shard_size)
 
 
 def check_output(folder: Path, overwrite: bool) -> None:

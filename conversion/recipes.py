@@ -1,0 +1,68 @@
+"""A recipe of the trainer for a checkpoint whose text is to stay as it is."""
+
+from pathlib import Path
+
+import yaml
+
+from conversion.key_maps import ConversionError
+from modeling_mot import MoTConfig, MoTProcessor, MoTTransfusionConfig
+
+
+_HEAD = """\
+# What the dense model brought is held: its tower, and its rows of the embeddings and of the output layer. Everything
+# else is trained, on the pictures that the project carries; put your own data in their place.
+#
+#   accelerate launch training/train.py {out}/train.yaml
+"""
+_TEXT_TOKENS = 64  # about what a caption needs
+
+
+def frozen_text_recipe(out: Path, config: MoTConfig, processor: MoTProcessor | None, held_rows: int) -> str:
+    """The text of `train.yaml`.
+
+    Args:
+        out: where the checkpoint will be.
+        held_rows: rows of the source's vocabulary.
+
+    Raises:
+        ConversionError: there is nothing to encode pictures or sound with, so nothing that could be trained.
+    """
+    parts = (
+        [] if processor is None else [processor.image_tokenizer, processor.image_processor, processor.speech_tokenizer]
+    )
+    if not any(part is not None for part in parts):
+        raise ConversionError(
+            "--freeze-text writes a recipe, which needs a tokenizer beside SOURCE, and --image-tokenizer, --transfusion or "
+            "--speech-tokenizer to encode what is trained"
+        )
+    has_pictures = processor.image_tokenizer is not None or processor.image_processor is not None
+    segments = [["text:name", "image:image"]] if has_pictures else []
+    segments += [["text:name", "audio:audio"]] if processor.speech_tokenizer is not None else []
+    templates = [{"segments": of_row, "caption_first": 0.8} for of_row in segments]
+    source = {"name": "emoji", "path": "carried", "config": "emoji"}
+    recipe = {
+        "model": {"init_from": str(out)},
+        "data": {
+            "row_length": min(config.max_position_embeddings, _picture_tokens(config) + _TEXT_TOKENS),
+            "sources": [source | {"templates": templates}],
+            "validation_sources": [
+                source | {"split": "validation", "templates": [{"segments": of_row} for of_row in segments]}
+            ],
+        },
+        "optimizer": {"lr": 1e-4, "min_lr": 1e-5, "warmup_steps": 100},
+        "train": {
+            "frozen_towers": ["text", *(["shared"] if len(config.untied) < 3 else [])],
+            "frozen_vocabulary": held_rows,
+            "steps": 1000,
+            "rows": 8,
+            "output_dir": f"runs/{out.name}",
+        },
+    }
+    return _HEAD.format(out=out) + yaml.safe_dump(recipe, sort_keys=False, width=120)
+
+
+def _picture_tokens(config: MoTConfig) -> int:
+    if isinstance(config, MoTTransfusionConfig):
+        return config.image_length(*config.latent_size)
+    rows, columns = config.image_grid or (0, 0)
+    return rows * columns

@@ -1,0 +1,253 @@
+"""From a dense checkpoint to the towers of a MoT: what every tensor of the new one is made of, decided before any is."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from conversion.architectures import Architecture, architecture_of, fit_length
+from conversion.checkpoints import CheckpointReader, Entry
+from conversion.commands import read_config, read_json, stored_dtype
+from conversion.initial_values import Start, extended, fresh, generator_of, perturbed
+from conversion.key_maps import ConversionError, Origin
+from conversion.vocabulary import Media, Vocabulary, extend_vocabulary
+from modeling_mot import MoTConfig, MoTForCausalLM, MoTProcessor, MoTTransfusionConfig, MoTTransfusionModel
+from modeling_mot.configuration_mot import UNTIED_PARTS
+from modeling_mot.latent_patchifier import build_patchifier
+from modeling_mot.latents_mot import downsampling, vae_config_of
+
+
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass
+class Wishes:
+    """How a MoT is made of a dense model.
+
+    Attributes:
+        media: what stands for pictures and sound in the vocabulary.
+        share: parts of a layer that the towers have in common.
+        starts: tower -> how it begins; those that are not named are copies.
+        text_experts: experts of the text tower's feed-forward; None: it stays one.
+        vae: a diffusers autoencoder; pictures are then diffused, as `MoTTransfusionModel` does.
+        settings: fields of the configuration that neither the source nor the above decides.
+        max_length: see `fit_length`.
+        dtype: of the weights; None: the source's.
+        seed: of everything that is drawn.
+        ignored_fields: fields of the source's configuration that the user vouches for.
+        use_tokenizer: take the source's tokenizer along.
+    """
+
+    media: Media
+    share: list[str] = field(default_factory=list)
+    starts: dict[str, Start] = field(default_factory=dict)
+    text_experts: int | None = None
+    vae: nn.Module | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    max_length: int | None = None
+    dtype: torch.dtype | None = None
+    seed: int = 0
+    ignored_fields: list[str] = field(default_factory=list)
+    use_tokenizer: bool = True
+
+
+@dataclass
+class Plan:
+    """A conversion that has been checked, and not yet done.
+
+    Attributes:
+        reader: of the source.
+        architecture: of the source.
+        model: of the new configuration, without values.
+        processor: None where the source has no tokenizer.
+        entries: the tensors to write, in order.
+        origins: name of a tensor to write -> where it comes from; what is made here has none.
+        source_vocabulary: rows of the source's embeddings, which are the first of the new ones.
+    """
+
+    reader: CheckpointReader
+    architecture: Architecture
+    model: PreTrainedModel
+    processor: MoTProcessor | None
+    entries: list[Entry]
+    origins: dict[str, Origin]
+    source_vocabulary: int
+
+    def describe(self) -> str:
+        """Each tensor of the source and what becomes of it; what is new; sizes and parameters."""
+        targets: dict[str, list[str]] = {}
+        for name, origin in self.origins.items():
+            targets.setdefault(origin.name, []).append(name)
+        lines = []
+        for name in self.reader.names:
+            what = f"{name} {list(self.reader.shape(name))} {_short(self.reader.dtype(name))}"
+            lines.append(f"{what} -> {', '.join(targets.get(name, ['nothing']))}")
+        for entry in self.entries:
+            if entry.name not in self.origins:
+                lines.append(f"new: {entry.name} {list(entry.shape)} {_short(entry.dtype)}")
+        config, size = self.model.config, sum(entry.num_bytes for entry in self.entries)
+        new_rows = config.vocab_size - self.source_vocabulary
+        lines += [
+            f"{self.architecture.model_type} -> {type(self.model).__name__} with towers {', '.join(config.tower_names)}",
+            f"{config.vocab_size:,} rows of the vocabulary: {self.source_vocabulary:,} of the source, {new_rows:,} new",
+            f"{self.reader.num_bytes():,} bytes become {size:,}",
+            f"{config.num_parameters():,} parameters, {config.num_parameters(active=True):,} of them active for a token",
+        ]
+        return "\n".join(lines)
+
+
+def plan_upcycle(folder: Path, wishes: Wishes) -> Plan:
+    """Decide everything about a conversion; of the weights only headers are read.
+
+    Args:
+        folder: the source's.
+
+    Raises:
+        ConversionError: it cannot be done; the message says why, and the way out.
+    """
+    stored = read_json(folder / "config.json")
+    architecture = architecture_of(stored.get("model_type"))
+    source = read_config(stored)
+    architecture.check(source, stored, wishes.ignored_fields)
+    length = fit_length(source, wishes.max_length)
+    reader = CheckpointReader(folder)
+    vocabulary = extend_vocabulary(folder, source, wishes.media, wishes.use_tokenizer)
+    config = _mot_config(architecture, source, vocabulary, wishes, length)
+    config.dtype = wishes.dtype or stored_dtype(stored, reader.dtype(reader.names[0]))
+    with torch.device("meta"):
+        model = (MoTForCausalLM if wishes.vae is None else MoTTransfusionModel)(config)
+    _take_generation_config(folder, model)
+
+    targets = model.state_dict()
+    if config.tie_word_embeddings:
+        del targets[HEAD]
+        _refuse_untied(reader)
+    made_here = _made_here(config, targets, wishes)
+    wanted = [name for name in targets if name not in made_here]
+    origins = architecture.key_map(config).origins(reader.names, wanted)
+    entries = []
+    for name, target in targets.items():
+        make = made_here.get(name) or partial(_value, reader, origins[name], name, config, wishes)
+        dtype = torch.float32 if name.startswith("vae.") else config.dtype
+        entries.append(Entry(name, tuple(target.shape), dtype, partial(_cast, make, dtype)))
+    for entry in entries:
+        if entry.name in origins:
+            _check_shape(reader, origins[entry.name].name, entry, source.vocab_size)
+    return Plan(reader, architecture, model, vocabulary.processor, entries, origins, source.vocab_size)
+
+
+# --------------------------------------------------------------------------------------------------------- configuration
+
+
+def _mot_config(
+    architecture: Architecture, source: PreTrainedConfig, vocabulary: Vocabulary, wishes: Wishes, length: int
+) -> MoTConfig:
+    values = architecture.mot_fields(source) | vocabulary.fields | {"max_position_embeddings": length}
+    values["untied"] = [part for part in UNTIED_PARTS if part not in wishes.share]
+    if wishes.text_experts is not None:
+        if "feed_forward" in wishes.share:
+            raise ConversionError(
+                "--moe-text is of the text tower's feed-forward, which --share feed_forward leaves none"
+            )
+        values |= {"moe_towers": ["text"], "num_experts": wishes.text_experts}
+    config_class = MoTConfig
+    if wishes.vae is not None:
+        config_class, factor = MoTTransfusionConfig, downsampling(vae_config_of(wishes.vae))
+        values["latent_size"] = [side // factor for side in wishes.media.image_processor.image_size]
+        values["latent_channels"] = wishes.vae.config.latent_channels
+        values["vae_config"] = vae_config_of(wishes.vae)
+    try:
+        config = config_class(**values | wishes.settings)
+    except (ValueError, TypeError) as error:
+        raise ConversionError(f"these options contradict each other: {error}") from error
+    if unknown := [tower for tower in wishes.starts if tower not in config.tower_names]:
+        raise ConversionError(f"--init names {unknown[0]!r}; the towers are {', '.join(config.tower_names)}")
+    return config
+
+
+def _take_generation_config(folder: Path, model: PreTrainedModel) -> None:
+    """The source's settings of generation (its list of end tokens among them), with the special tokens of the model."""
+    if not (folder / "generation_config.json").is_file():
+        return
+    own, taken = model.generation_config, GenerationConfig.from_pretrained(folder)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(taken, name) is None:
+            setattr(taken, name, getattr(own, name))
+    model.generation_config = taken
+
+
+# ---------------------------------------------------------------------------------------------------------------- values
+
+
+def _made_here(config: MoTConfig, targets: dict[str, torch.Tensor], wishes: Wishes) -> dict[str, Any]:
+    """Name -> how it is made, of the tensors that no dense model has: routers, the patchifier and the VAE."""
+    made = {}
+    for name, target in targets.items():
+        if name.endswith(".router.weight"):
+            made[name] = partial(_router, name, tuple(target.shape), config, wishes.seed)
+    if wishes.vae is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator_of(wishes.seed, "patchifier").initial_seed())
+            patchifier = build_patchifier(config)
+        for prefix, module in (("patchifier", patchifier), ("vae", wishes.vae)):
+            made |= {f"{prefix}.{name}": partial(_same, value) for name, value in module.state_dict().items()}
+    return made
+
+
+def _router(name: str, shape: tuple[int, ...], config: MoTConfig, seed: int) -> torch.Tensor:
+    # Small enough that all experts begin with about the same weight, see docs of `--moe-text`; D inputs add up.
+    return fresh(name, shape, config, generator_of(seed, name)) / shape[1] ** 0.5
+
+
+def _same(value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+def _cast(make: Any, dtype: torch.dtype) -> torch.Tensor:
+    return make().to(dtype)
+
+
+def _value(reader: CheckpointReader, origin: Origin, name: str, config: MoTConfig, wishes: Wishes) -> torch.Tensor:
+    generator = generator_of(wishes.seed, name)
+    if name in (EMBEDDINGS, HEAD):
+        return extended(reader.read(origin.name), config.vocab_size, generator)
+    tower = next((value for part, value in origin.fan_out.items() if part != "expert"), None)
+    start = wishes.starts.get(tower, Start())
+    if start.kind == "fresh":
+        value = fresh(name, reader.shape(origin.name), config, generator)
+    elif start.kind == "perturbed":
+        value = perturbed(reader.read(origin.name), start.std, generator)
+    else:
+        value = reader.read(origin.name)
+    if "expert" in origin.fan_out and ".down_proj." in name and start.kind != "fresh":
+        # A token's expert counts with its weight, about 1 / num_experts: together they give what the one gave.
+        value = value * config.num_experts
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_shape(reader: CheckpointReader, source: str, entry: Entry, source_vocabulary: int) -> None:
+    expected = entry.shape
+    if entry.name in (EMBEDDINGS, HEAD):
+        expected = (source_vocabulary, *expected[1:])
+    if reader.shape(source) != expected:
+        raise ConversionError(f"{source} is {list(reader.shape(source))}, but by config.json {list(expected)}")
+
+
+def _refuse_untied(reader: CheckpointReader) -> None:
+    """A tied output layer that is stored all the same must be what it is tied to."""
+    if HEAD in reader and not torch.equal(reader.read(HEAD), reader.read(EMBEDDINGS)):
+        raise ConversionError(
+            f"config.json has tie_word_embeddings=true, but {HEAD} is stored and is not {EMBEDDINGS}; which of them is meant? "
+            "Set tie_word_embeddings to false there, or leave the tensor out"
+        )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,281 @@
+"""Make a Mixture-of-Transformers of a dense language model; its text has the logits that it had.
+
+    python -m conversion.upcycle SOURCE OUT --image-tokenizer FOLDER
+    python -m conversion.upcycle SOURCE OUT --transfusion --vae FOLDER --freeze-text
+    python -m conversion.upcycle SOURCE OUT --image-codes 8192 --init image=perturbed:0.02 --dry-run
+
+SOURCE is a checkpoint of transformers: Llama, Mistral, Ministral, Qwen2, Qwen3, SmolLM3, OLMo 2, Gemma or Seed-OSS. Its
+tensors are read and written one by one.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conversion.checkpoints import check_output, fetch, new_folder, write_model
+from conversion.commands import add_arguments, copy_licences, exit_code
+from conversion.initial_values import Start
+from conversion.key_maps import ConversionError
+from conversion.recipes import frozen_text_recipe
+from conversion.towers import Plan, Wishes, plan_upcycle
+from conversion.vocabulary import Media
+from modeling_mot import MoTConfig, MoTTransfusionConfig
+from modeling_mot.configuration_mot import UNTIED_PARTS
+from modeling_mot.image_processor_mot import MoTImageProcessor
+from modeling_mot.image_tokenizer_mot import MoTImageTokenizer
+from modeling_mot.latents_mot import VAE_CLASSES, downsampling, vae_config_of
+from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
+
+
+# What --set may change: what neither the source nor another option decides.
+SETTABLE = {"attention_dropout", "hidden_dropout", "z_loss_coefficient", "max_speech_tokens", "initializer_range"}
+SETTABLE_TRANSFUSION = (
+    {known.name for known in fields(MoTTransfusionConfig)}
+    - {known.name for known in fields(MoTConfig)}
+    - {"image_token_id", "latent_channels", "latent_size", "vae_config"}
+)
+
+
+def upcycle(
+    source: str,
+    out: Path,
+    wishes: Wishes,
+    *,
+    revision: str | None = None,
+    max_shard_size: str = "5GB",
+    freeze_text: bool = False,
+    dry_run: bool = False,
+    overwrite: bool = False,
+) -> Plan:
+    """Convert a checkpoint.
+
+    Args:
+        source: a folder, or a name on the Hub.
+        out: a new folder, which appears whole or not at all.
+        revision: of a name on the Hub.
+        freeze_text: write `train.yaml`, a recipe that trains everything but what the source brought.
+        dry_run: only plan.
+        overwrite: replace the checkpoint that `out` holds.
+
+    Raises:
+        ConversionError: it cannot be done, and nothing was written; the message says why, and the way out.
+    """
+    check_output(out, overwrite)
+    folder, commit = fetch(source, revision)
+    plan = plan_upcycle(folder, wishes)
+    recipe = frozen_text_recipe(out, plan.model.config, plan.processor, plan.source_vocabulary) if freeze_text else None
+    if dry_run:
+        return plan
+    record = {
+        "command": "upcycle",
+        "source": source if commit else folder.resolve().name,
+        "revision": commit,
+        "sha256": plan.reader.fingerprints(),
+        "architecture": plan.architecture.model_type,
+        "vocab_size": plan.source_vocabulary,
+        "starts": {tower: str(wishes.starts.get(tower, Start())) for tower in plan.model.config.tower_names},
+        "seed": wishes.seed,
+    }
+    with new_folder(out, overwrite) as made:
+        write_model(made, plan.model, plan.entries, max_shard_size, plan.processor)
+        copy_licences(folder, made)
+        (made / "conversion.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if recipe is not None:
+            (made / "train.yaml").write_text(recipe, encoding="utf-8")
+    return plan
+
+
+# --------------------------------------------------------------------------------------------------------------- options
+
+
+def wishes_of(options: argparse.Namespace) -> Wishes:
+    """Raises ConversionError for options that do not go together, and parts that cannot be loaded."""
+    vae = None
+    if options.transfusion:
+        vae = load_vae(options.vae)
+    elif options.vae is not None or options.image_size is not None:
+        raise ConversionError("--vae and --image-size are of pictures that are diffused; add --transfusion")
+    settings = parse_settings(options.set, is_transfusion=vae is not None)
+    media = media_of(options, vae, settings)
+    if media.modalities != [name for name in ("text", "image", "speech") if name in options.modalities]:
+        raise ConversionError(
+            f"--modalities {' '.join(options.modalities)}, but the other options make {' '.join(media.modalities)}: image "
+            "needs --image-tokenizer, --image-codes or --transfusion, speech --speech-tokenizer or --speech-units"
+        )
+    starts = {}
+    for text in options.init:
+        tower, separator, start = text.partition("=")
+        if not separator:
+            raise ConversionError(f"--init {text!r} is not TOWER=START, such as image=fresh")
+        starts[tower] = Start.parse(start)
+    return Wishes(
+        media=media,
+        share=options.share,
+        starts=starts,
+        text_experts=options.moe_text,
+        vae=vae,
+        settings=settings,
+        max_length=options.max_length,
+        dtype=None if options.dtype is None else getattr(torch, options.dtype),
+        seed=options.seed,
+        ignored_fields=options.ignore_fields,
+        use_tokenizer=not options.no_tokenizer,
+    )
+
+
+def media_of(options: argparse.Namespace, vae: torch.nn.Module | None, settings: dict[str, Any]) -> Media:
+    """What stands for pictures and sound. Raises ConversionError for options that do not go together."""
+    media = Media(options.image_codes or 0, options.speech_units or 0, image_grid=options.image_grid)
+    for modality, folder, count in (
+        ("image", options.image_tokenizer, options.image_codes),
+        ("speech", options.speech_tokenizer, options.speech_units),
+    ):
+        counted = "--image-codes" if modality == "image" else "--speech-units"
+        if folder is not None and count is not None:
+            raise ConversionError(f"{counted} follows from --{modality}-tokenizer; leave it out")
+        if count is not None and count < 1:
+            raise ConversionError(f"{counted} {count} must be at least 1")
+    try:
+        if options.image_tokenizer is not None:
+            media.image_tokenizer = MoTImageTokenizer.from_pretrained(options.image_tokenizer)
+            media.image_codes, media.image_grid = media.image_tokenizer.num_codes, media.image_tokenizer.image_grid
+        if options.speech_tokenizer is not None:
+            media.speech_tokenizer = MoTSpeechTokenizer.from_pretrained(options.speech_tokenizer)
+            media.speech_units = media.speech_tokenizer.num_units
+        if vae is not None:
+            if media.image_codes:
+                raise ConversionError("--transfusion diffuses pictures; leave --image-tokenizer and --image-codes out")
+            side = downsampling(vae_config_of(vae)) * settings.get("patch_size", MoTTransfusionConfig.patch_size)
+            media.image_processor = MoTImageProcessor(options.image_size or [256, 256], side)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConversionError(f"pictures or sound: {error}") from error
+    if media.image_grid is not None and not media.image_codes:
+        raise ConversionError("--image-grid is of --image-codes")
+    return media
+
+
+def load_vae(folder: str | None) -> torch.nn.Module:
+    """A diffusers autoencoder in float32. Raises ConversionError where there is none, or it is not whole."""
+    if folder is None:
+        raise ConversionError("--transfusion needs --vae, a folder of diffusers (AutoencoderKL or AutoencoderTiny)")
+    try:
+        name = VAE_CLASSES["AutoencoderKL"].load_config(folder).get("_class_name")
+        if name not in VAE_CLASSES:
+            raise ValueError(f"its class is {name}; there are {', '.join(VAE_CLASSES)}")
+        vae, info = VAE_CLASSES[name].from_pretrained(
+            folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"its weights lack {', '.join(missing[:4])}; is it whole?")
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"--vae {folder}: {error}") from error
+    return vae.eval().requires_grad_(False)
+
+
+def parse_settings(words: Sequence[str], is_transfusion: bool) -> dict[str, Any]:
+    """`field=value` words, values as JSON or text. Raises ConversionError for fields that are not to be set."""
+    allowed = SETTABLE | (SETTABLE_TRANSFUSION if is_transfusion else set())
+    settings = {}
+    for word in words:
+        name, separator, text = word.partition("=")
+        if not separator or name not in allowed:
+            raise ConversionError(f"--set {word!r} is not FIELD=VALUE of one of {', '.join(sorted(allowed))}")
+        try:
+            settings[name] = json.loads(text)
+        except ValueError:
+            settings[name] = text
+    return settings
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m conversion.upcycle", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser, "a dense language model of transformers")
+    add = parser.add_argument
+    add("--modalities", nargs="+", choices=("text", "image", "speech"), default=["text", "image"], metavar="NAME")
+    add("--image-tokenizer", metavar="FOLDER", help="pictures are its codes; a folder that MoTImageTokenizer saved")
+    add("--image-codes", type=int, metavar="N", help="room for the codes of an image tokenizer that comes later")
+    add("--image-grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="with --image-codes: codes of a picture")
+    add("--speech-tokenizer", metavar="FOLDER", help="sound is its units; a folder that MoTSpeechTokenizer saved")
+    add("--speech-units", type=int, metavar="N", help="room for the units of a speech tokenizer that comes later")
+    add("--transfusion", action="store_true", help="pictures are diffused: OUT is a MoTTransfusionModel")
+    add("--vae", metavar="FOLDER", help="with --transfusion: an autoencoder of diffusers, folder or Hub name")
+    add(
+        "--image-size", type=int, nargs=2, metavar=("H", "W"), help="with --transfusion: of pictures (default: 256 256)"
+    )
+    add(
+        "--share",
+        nargs="+",
+        choices=UNTIED_PARTS,
+        default=[],
+        metavar="PART",
+        help="of attention, feed_forward, norm: towers have it in common",
+    )
+    add(
+        "--init",
+        nargs="+",
+        default=[],
+        metavar="TOWER=START",
+        help="copy (default), fresh, or perturbed:STD, noise of STD times each tensor's root mean square",
+    )
+    add(
+        "--moe-text",
+        type=int,
+        metavar="N",
+        help="the text tower's feed-forward becomes N experts, all copies; the text's logits change",
+    )
+    add(
+        "--freeze-text",
+        action="store_true",
+        help="write OUT/train.yaml, a recipe that leaves untouched what SOURCE brought",
+    )
+    add(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="fields of the configuration, such as patch_size=2 patchifier=linear prediction_type=flow",
+    )
+    add("--max-length", type=int, metavar="N", help="longest sequence (default: the source's)")
+    add(
+        "--ignore-fields",
+        nargs="+",
+        default=[],
+        metavar="FIELD",
+        help="of SOURCE's config.json that change nothing, on your word",
+    )
+    add("--no-tokenizer", action="store_true", help="leave SOURCE's tokenizer behind")
+    add("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 a request that cannot be met."""
+    options = build_parser().parse_args(arguments)
+
+    def work() -> None:
+        check_output(options.out, options.overwrite)
+        plan = upcycle(
+            options.source,
+            options.out,
+            wishes_of(options),
+            revision=options.revision,
+            max_shard_size=options.max_shard_size,
+            freeze_text=options.freeze_text,
+            dry_run=options.dry_run,
+            overwrite=options.overwrite,
+        )
+        print(plan.describe() if options.dry_run else options.out)
+
+    return exit_code(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

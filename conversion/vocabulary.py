@@ -1,0 +1,127 @@
+"""The vocabulary of a dense model with markers, image codes and speech units behind it, and the processor of both.
+
+The source's rows keep their ids: special tokens that it lacks follow after them, then image codes, then speech units, as
+`modeling_mot.vocabulary_mot` lays them out.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from conversion.key_maps import ConversionError
+from modeling_mot import MoTProcessor
+from modeling_mot.image_processor_mot import MoTImageProcessor
+from modeling_mot.image_tokenizer_mot import MoTImageTokenizer
+from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
+from modeling_mot.vocabulary_mot import COMMON_SPECIAL_TOKENS, SPECIAL_TOKENS, extend_tokenizer, special
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+MARKERS = ("boi_token", "eoi_token", "begin_of_speech_token", "end_of_speech_token")
+
+
+@dataclass
+class Media:
+    """What stands for pictures and sound in the new vocabulary.
+
+    Attributes:
+        image_codes, speech_units: how many tokens they get; 0 for none.
+        image_tokenizer, speech_tokenizer: what makes those tokens, where it is known already.
+        image_grid: rows and columns of codes of a picture.
+        image_processor: pictures stay pixels, which the model diffuses.
+    """
+
+    image_codes: int = 0
+    speech_units: int = 0
+    image_tokenizer: MoTImageTokenizer | None = None
+    speech_tokenizer: MoTSpeechTokenizer | None = None
+    image_grid: list[int] | None = None
+    image_processor: MoTImageProcessor | None = None
+
+    @property
+    def modalities(self) -> list[str]:
+        has_images = self.image_codes > 0 or self.image_processor is not None
+        return ["text", *(["image"] if has_images else []), *(["speech"] if self.speech_units else [])]
+
+
+@dataclass
+class Vocabulary:
+    """The fields of a MoTConfig that the vocabulary decides, and the processor, where the source has a tokenizer."""
+
+    fields: dict[str, Any]
+    processor: MoTProcessor | None
+
+
+def extend_vocabulary(folder: Path, config: PreTrainedConfig, media: Media, use_tokenizer: bool = True) -> Vocabulary:
+    """The vocabulary of the checkpoint in `folder`, with room for `media`.
+
+    Args:
+        config: the source's.
+        use_tokenizer: take the source's tokenizer along, where there is one.
+
+    Raises:
+        ConversionError: its tokenizer cannot be loaded or extended.
+    """
+    has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    if not (use_tokenizer and has_tokenizer):
+        return Vocabulary(laid_out(config, media), None)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # Where it was loaded from is no property of the tokenizer.
+        for name in ("is_local", "local_files_only"):
+            tokenizer.init_kwargs.pop(name, None)
+        fill_up(tokenizer, config)
+        extend_tokenizer(tokenizer, media.image_codes, media.speech_units)
+        processor = MoTProcessor(
+            tokenizer,
+            media.image_tokenizer,
+            media.speech_tokenizer,
+            media.image_processor,
+            chat_template=tokenizer.chat_template,
+        )
+        fields = processor.config_kwargs()
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        raise ConversionError(f"the tokenizer in {folder}: {error}. To go on without it: --no-tokenizer") from error
+    return Vocabulary(fields | ({"image_grid": media.image_grid} if media.image_codes else {}), processor)
+
+
+def fill_up(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Give a token to every row of the source, in place, so that new ones come behind them.
+
+    Many checkpoints have more rows than tokens, for round sizes. Where the tokenizer names no begin or end of text but
+    the configuration does (Qwen), that is taken, rather than a token that nothing was trained on.
+    """
+    missing = config.vocab_size - len(tokenizer)
+    tokenizer.add_tokens([special(f"<|unused_{index}|>") for index in range(missing)], special_tokens=True)
+    for name in COMMON_SPECIAL_TOKENS:
+        token_id = _first(getattr(config, f"{name}_id", None))
+        if getattr(tokenizer, name, None) is None and token_id is not None:
+            tokenizer.add_special_tokens({name: tokenizer.convert_ids_to_tokens(token_id)})
+
+
+def laid_out(config: PreTrainedConfig, media: Media) -> dict[str, Any]:
+    """The fields of a source without a tokenizer; one that is extended later has the same ids."""
+    ids, end = {}, config.vocab_size
+    for name in SPECIAL_TOKENS:
+        ids[name] = _first(getattr(config, f"{name}_id", None)) if name in COMMON_SPECIAL_TOKENS else None
+        if ids[name] is None:
+            ids[name], end = end, end + 1
+    ranges = {"text": [0, end]}
+    for modality, count in (("image", media.image_codes), ("speech", media.speech_units)):
+        if count:
+            ranges[modality], end = [end, end + count], end + count
+    fields = {f"{name}_id": ids[name] for name in (*COMMON_SPECIAL_TOKENS, *MARKERS)}
+    fields |= {"vocab_size": end, "modalities": media.modalities, "modality_token_ranges": ranges}
+    if media.image_codes:
+        fields["image_grid"] = media.image_grid
+    if media.image_processor is not None:
+        fields["image_token_id"] = ids["image_token"]
+        if len(ranges) == 1:
+            fields["modality_token_ranges"] = None
+    return fields
+
+
+def _first(token_id: int | list[int] | None) -> int | None:
+    return token_id[0] if isinstance(token_id, list) else token_id
