@@ -1,0 +1,320 @@
+"""Make a dense checkpoint of a MoT: of towers that are equal, or of one tower.
+
+    python -m conversion.export_dense SOURCE OUT [--tower text] [--architecture llama] [--vocab-size N]
+
+SOURCE is a folder or a name on the Hub. transformers loads OUT as one of its own models, without any code of this
+package; the logits are those that the MoT gives the tokens of that tower. One tensor is in memory at a time.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig
+
+from conversion.architectures import ARCHITECTURES, Architecture, architecture_of
+from conversion.checkpoints import CheckpointReader, Entry, check_output, fetch, new_folder, write_tensors
+from conversion.key_maps import ConversionError, KeyMap
+from modeling_mot import MoTConfig, MoTTransfusionConfig
+
+
+CONFIGS = {config.model_type: config for config in (MoTConfig, MoTTransfusionConfig)}
+ROWS_ARE_TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
+BESIDE_THE_TRANSFORMER = ("patchifier.", "vae.")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be written, before anything is.
+
+    Attributes:
+        config: of the dense model.
+        entries: its tensors.
+        copies: dense tensor -> the MoT's tensors that are equal and become it.
+        left_behind: the MoT's tensors that no dense tensor comes from.
+    """
+
+    config: PreTrainedConfig
+    entries: list[Entry]
+    copies: dict[str, list[str]]
+    left_behind: list[str]
+
+    def describe(self) -> str:
+        """Every tensor with its shape and origin, and the sums."""
+        lines = [f"{' = '.join(self.copies[entry.name])} -> {entry.name} {list(entry.shape)}" for entry in self.entries]
+        lines += [f"{name} stays behind" for name in self.left_behind]
+        parameters, size = (
+            sum(getattr(entry, what) for entry in self.entries) for what in ("num_elements", "num_bytes")
+        )
+        return "\n".join([*lines, f"{self.config.architectures[0]}: {parameters:,} parameters, {size:,} bytes"])
+
+
+def export_dense(
+    source: str,
+    out: Path,
+    tower: str | None = None,
+    architecture: str | None = None,
+    vocab_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB",
+    revision: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Plan:
+    """Convert a checkpoint of a `MoTForCausalLM` or `MoTTransfusionModel` to one of a dense model of transformers.
+
+    Args:
+        source: a folder, or a name on the Hub.
+        out: a new folder; it appears whole or not at all.
+        tower: the one to keep; None: all of them, which must then be equal, tensor by tensor.
+        architecture: model type of transformers; None: that of the checkpoint which the MoT was made of, where it is
+            recorded and still fits, else the first that computes the same.
+        vocab_size: keep the rows of tokens below this; None: all, those of images and speech among them.
+        dtype: None: as stored.
+        max_shard_size: of a file of weights.
+        revision: of a source on the Hub.
+        overwrite: replace a checkpoint at `out`.
+        dry_run: check, compare and plan, write nothing.
+
+    Raises:
+        ConversionError: the towers differ, no dense architecture has such layers, or the checkpoint is not what its
+            configuration says; the message says what to do.
+    """
+    check_output(out, overwrite)
+    folder, commit = fetch(source, revision)
+    reader, config = CheckpointReader(folder), read_config(folder)
+    wanted = _modules_of(config, tower)
+    row, dense = dense_architecture(config, architecture, _recorded_architecture(folder))
+    copies, left_behind = _copies(reader, config, dense, row, wanted, tower)
+    generation = _generation_config(folder, dense)
+    if vocab_size is not None:
+        _cut_vocabulary(dense, generation, vocab_size)
+    first = {name: same[0] for name, same in copies.items()}
+    dense.dtype = dtype or reader.dtype(first["model.embed_tokens.weight"])
+    entries = [_entry(reader, name, first[name], dtype, dense.vocab_size) for name in copies]
+    _check_equal(reader, copies)
+    plan = Plan(dense, entries, copies, left_behind)
+    if dry_run:
+        return plan
+    record = {
+        "command": "export_dense", "source": source, "revision": commit, "sha256": reader.fingerprints(),
+        "architecture": row.model_type, "tower": tower, "vocab_size": dense.vocab_size,
+    }  # fmt: skip
+    with new_folder(out, overwrite) as made:
+        dense.save_pretrained(made)
+        generation.save_pretrained(made)
+        _copy_tokenizer(folder, made)
+        (made / "conversion.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_tensors(made, entries, max_shard_size)
+    return plan
+
+
+# ------------------------------------------------------------------------------------------------------- configurations
+
+
+def read_config(folder: Path) -> MoTConfig:
+    """The configuration of a MoT's checkpoint. Raises ConversionError where it is another model's."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConversionError(f"{folder} has no config.json; give a folder that save_pretrained wrote")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if stored.get("model_type") not in CONFIGS:
+        raise ConversionError(
+            f"{folder} has model_type={stored.get('model_type')!r} and is no MoT, which has one of {', '.join(CONFIGS)}"
+        )
+    return CONFIGS[stored["model_type"]].from_dict(stored)
+
+
+def _modules_of(config: MoTConfig, tower: str | None) -> dict[str, list[str]]:
+    """Part of a layer -> the modules that make up the tower, or all towers."""
+    if tower is not None and tower not in config.tower_names:
+        raise ConversionError(f"--tower {tower} is none of the checkpoint's towers, {', '.join(config.tower_names)}")
+    parts = {part: config.part_names(part) for part in ("attention", "feed_forward", "norm")}
+    if tower is not None:
+        parts = {part: [tower] if tower in names else names for part, names in parts.items()}
+    if mixtures := [name for name in parts["feed_forward"] if name in config.moe_towers]:
+        others = [name for name in config.tower_names if name not in config.moe_towers]
+        way_out = f"name another with --tower ({', '.join(others)})" if others and mixtures != ["shared"] else ""
+        raise ConversionError(
+            f"the feed-forward of tower {mixtures[0]!r} is a mixture of {config.num_experts} experts, which no dense "
+            f"architecture has{'; ' * bool(way_out)}{way_out}"
+        )
+    return parts
+
+
+def dense_architecture(
+    config: MoTConfig, wanted: str | None = None, recorded: str | None = None
+) -> tuple[Architecture, PreTrainedConfig]:
+    """An architecture of transformers and its configuration that compute what one tower of `config` computes.
+
+    Args:
+        wanted: the model type; None: `recorded` if it fits, else the first of `ARCHITECTURES` that does.
+
+    Raises:
+        ConversionError: there is none; each is named with the fields that it cannot express.
+    """
+    if wanted is not None:
+        return architecture_of(wanted), _source_config(architecture_of(wanted), config)
+    reasons = []
+    for model_type in sorted(ARCHITECTURES, key=lambda model_type: model_type != recorded):
+        try:
+            return ARCHITECTURES[model_type], _source_config(ARCHITECTURES[model_type], config)
+        except ConversionError as error:
+            reasons.append(str(error))
+    raise ConversionError("\n  ".join(["no dense architecture has the layers of this MoT:", *reasons]))
+
+
+def _source_config(architecture: Architecture, config: MoTConfig) -> PreTrainedConfig:
+    if "hidden_dropout" not in architecture.renamed.values():
+        config = copy.deepcopy(config)
+        config.hidden_dropout = 0.0  # of training alone
+    dense = architecture.source_config(config)
+    dense.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(dense)].__name__]
+    return dense
+
+
+def _recorded_architecture(folder: Path) -> str | None:
+    """The model type of the checkpoint that `conversion.upcycle` made this one of."""
+    path = folder / "conversion.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("architecture") if path.is_file() else None
+
+
+def _cut_vocabulary(dense: PreTrainedConfig, generation: GenerationConfig, vocab_size: int) -> None:
+    if not 1 <= vocab_size <= dense.vocab_size:
+        raise ConversionError(f"--vocab-size {vocab_size} must be from 1 to the checkpoint's {dense.vocab_size}")
+    for settings, field in itertools.product((dense, generation), ("pad_token_id", "bos_token_id", "eos_token_id")):
+        value = getattr(settings, field)
+        for token in value if isinstance(value, list) else [value]:
+            if token is not None and token >= vocab_size:
+                raise ConversionError(f"--vocab-size {vocab_size} would cut off {field}={token}; keep more rows")
+    dense.vocab_size = vocab_size
+
+
+def _generation_config(source: Path, dense: PreTrainedConfig) -> GenerationConfig:
+    """The source's without what only a MoT reads."""
+    if not (source / "generation_config.json").is_file():
+        return GenerationConfig.from_model_config(dense)
+    generation = GenerationConfig.from_pretrained(source)
+    for name in set(vars(generation)) - set(vars(GenerationConfig())):
+        delattr(generation, name)
+    return generation
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        # The processor it belonged to is a MoT's, and so is its code.
+        kept = json.loads(settings.read_text(encoding="utf-8"))
+        kept = {name: value for name, value in kept.items() if name not in ("processor_class", "auto_map")}
+        settings.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# -------------------------------------------------------------------------------------------------------------- tensors
+
+
+def _copies(
+    reader: CheckpointReader,
+    config: MoTConfig,
+    dense: PreTrainedConfig,
+    architecture: Architecture,
+    modules: dict[str, list[str]],
+    tower: str | None,
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Dense tensor -> those of the MoT that it comes from; and those of the MoT that are left behind."""
+    with torch.device("meta"):
+        shapes = {k: tuple(v.shape) for k, v in MODEL_FOR_CAUSAL_LM_MAPPING[type(dense)](dense).state_dict().items()}
+    if dense.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    others = set(config.tower_names) - {tower} if tower is not None else set()
+    key_map = KeyMap(architecture.key_map(config).rules, modules | {"mixture": [], "expert": []})
+    copies = {name: key_map.forward(name) for name in shapes}
+    wanted = {target: shapes[name] for name, targets in copies.items() for target in targets}
+    left_behind = [
+        name
+        for name in reader.names
+        if name not in wanted and (name.startswith(BESIDE_THE_TRANSFORMER) or not others.isdisjoint(name.split(".")))
+    ]
+    missing = [f"missing: {name}" for name in wanted if name not in reader]
+    surplus = [f"not known: {name}" for name in sorted(set(reader.names) - set(wanted) - set(left_behind))]
+    if missing or surplus:
+        raise ConversionError(
+            "\n  ".join([f"{reader.folder} does not hold the tensors that its config.json says:", *missing, *surplus])
+        )
+    for name, shape in wanted.items():
+        if reader.shape(name) != shape:
+            raise ConversionError(f"{name} has shape {reader.shape(name)}, where config.json says {shape}")
+    return copies, left_behind
+
+
+def _check_equal(reader: CheckpointReader, copies: dict[str, list[str]]) -> None:
+    differing = []
+    for same in copies.values():
+        tensors = (reader.read(name) for name in same)
+        first = next(tensors)
+        for name, tensor in zip(same[1:], tensors):
+            if not torch.equal(first, tensor):
+                largest = (first.double() - tensor.double()).abs().max()
+                differing.append(f"{same[0]} and {name} by up to {largest:.3g}")
+    if differing:
+        raise ConversionError(
+            f"the towers differ in {len(differing)} tensors: first {differing[0]}. Name the tower to keep with --tower"
+        )
+
+
+def _entry(reader: CheckpointReader, name: str, origin: str, dtype: torch.dtype | None, vocab_size: int) -> Entry:
+    shape, dtype = reader.shape(origin), dtype or reader.dtype(origin)
+    if name in ROWS_ARE_TOKENS:
+        shape = (vocab_size, *shape[1:])
+    return Entry(name, shape, dtype, partial(_read, reader, origin, shape[0], dtype))
+
+
+def _read(reader: CheckpointReader, name: str, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    return reader.read(name)[:rows].to(dtype)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 a request that cannot be met."""
+    parser = argparse.ArgumentParser(prog="python -m conversion.export_dense", description=__doc__.splitlines()[0])
+    parser.add_argument("source", help="folder or Hub name of a MoT")
+    parser.add_argument("out", type=Path, help="new folder")
+    parser.add_argument("--tower", help="the one to keep (default: all, which must be equal)")
+    parser.add_argument(
+        "--architecture",
+        choices=tuple(ARCHITECTURES),
+        help="(default: that of the checkpoint the MoT was made of, or the first that computes the same)",
+    )
+    parser.add_argument("--vocab-size", type=int, help="keep the rows of tokens below this (default: all)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: as stored)")
+    parser.add_argument("--max-shard-size", default="5GB", help="of a file of weights (default: %(default)s)")
+    parser.add_argument("--revision", help="branch, tag or commit of a source on the Hub")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    parser.add_argument("--dry-run", action="store_true", help="print what would become of every tensor, write nothing")
+    options = vars(parser.parse_args(arguments))
+    if options["dtype"] is not None:
+        options["dtype"] = getattr(torch, options["dtype"])
+    try:
+        plan = export_dense(**options)
+    except ConversionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(plan.describe() if options["dry_run"] else options["out"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
