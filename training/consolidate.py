@@ -7,6 +7,7 @@ RUN is a run's folder. The checkpoint is verified first; its tensors are copied 
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,10 @@ import torch
 from accelerate import init_empty_weights
 
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
+from modeling_mot.model_card_mot import PICTURES, model_card
 from training.checkpoints import DamagedError, model_tensors, newest_intact, read_tensors, replacing, verify
 from training.config import ConfigError
 from training.distributed import make_room
-from training.model_card import card
 from training.models import MODEL_CLASSES, without_bars
 from training.run_folder import RunFolder
 
@@ -52,8 +53,16 @@ def consolidate(
     with replacing(output) as folder, without_bars():
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        (folder / "README.md").write_text(card(model, manifest, weights), encoding="utf-8")
+        model_card(folder, run.path, step=manifest["step"], weights=weights).save(folder / "README.md")
     return output
+
+
+def complete_card(run: RunFolder) -> None:
+    """Write the card of the final folder anew, with the figures and pictures that the run's end has brought."""
+    for name in PICTURES:
+        if (run.path / name).is_file():
+            shutil.copyfile(run.path / name, run.final / name)
+    model_card(run.final, run.path).save(run.final / "README.md")
 
 
 def read_model(checkpoint: Path, average: bool = False) -> MoTPreTrainedModel:

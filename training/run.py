@@ -13,8 +13,9 @@ from accelerate.utils import set_seed
 from modeling_mot import MoTConfig, MoTPreTrainedModel
 from training.batches import StepBatches
 from training.config import dump, to_tree, without_secrets
-from training.consolidate import consolidate
+from training.consolidate import complete_card, consolidate
 from training.data import collate
+from training.data.data_cards import data_cards
 from training.devices import keep_freed_memory, set_cpu_threads
 from training.distributed import (
     build_accelerator,
@@ -216,6 +217,8 @@ class Session:
                 peak_flops=self.peak,
                 peak_flops_source=self.peak_source,
                 data_fingerprint=self.data_fingerprint,
+                data_cards=data_cards(self.recipe.data),
+                rows_in_a_step=self.same_on_resume["rows_in_a_step"],
                 processor_fingerprint=self.processor.fingerprint(),
                 seeds={"train": self.recipe.train.seed, "data": self.recipe.data.seed},
                 active_parameters=active,
@@ -287,6 +290,7 @@ class Session:
             summary["samples"] = self._samples(title)
         summary["seconds"] = {"total": time.perf_counter() - self.begin, "until_saved": training_seconds}
         write_json(self.run.summary, summary)
+        complete_card(self.run)
         self._print_summary(summary)
 
     def _samples(self, title: str) -> dict[str, float | int]:

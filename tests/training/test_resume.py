@@ -128,7 +128,6 @@ def test_consolidating_copies_the_weights_bit_for_bit_and_writes_nothing_over(sa
             (folder / "processor_config.json").write_text("{}")
 
     monkeypatch.setattr("training.consolidate.MoTProcessor", Kept)
-    monkeypatch.setattr("training.consolidate.card", lambda *facts: "a card")
     output = str(tmp_path / "folder")
     assert main([str(saved), "--step", "2", "--output", output]) == 0
     stored = {}

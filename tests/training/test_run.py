@@ -64,6 +64,16 @@ def test_a_run_leaves_the_promised_files(finished):
     assert kinds == {".png", ".wav", ".tsv", ".txt"}
 
 
+def test_the_card_of_the_final_folder_has_the_runs_figures_pictures_and_licence(finished):
+    folder, _ = finished
+    text = (folder / "final" / "README.md").read_text()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert f"| text | {summary['training']['loss_text']:.4g} | {summary['held_out']['eval/loss_text']:.4g} |" in text
+    for picture in ("samples.png", "losses.png"):
+        assert f"({picture})" in text and (folder / "final" / picture).read_bytes() == (folder / picture).read_bytes()
+    assert "license_name: apache-2.0-and-wordnet" in text and "WordNet 3.1, Copyright 2011" in text
+
+
 def test_metrics_rows_have_the_promised_keys(finished):
     training, evaluation = read_metrics(finished[0] / "metrics.jsonl")
     names = ("text", "image", "speech")
