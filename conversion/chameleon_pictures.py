@@ -13,8 +13,8 @@ import torch
 from diffusers import VQModel
 from transformers import ChameleonImageProcessorPil, ChameleonVQVAE, ChameleonVQVAEConfig
 
-from conversion.checkpoints import CheckpointReader
 from conversion.chameleon_vocabulary import ImageVocabulary
+from conversion.checkpoints import CheckpointReader
 from conversion.key_maps import ConversionError, KeyMap, Rule
 from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig, MoTImageTokenizer
 

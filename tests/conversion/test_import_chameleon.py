@@ -19,8 +19,8 @@ from transformers import (
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAEDecoder
 
-from conversion.checkpoints import CheckpointReader
 from conversion.chameleon_pictures import vqgan_rules
+from conversion.checkpoints import CheckpointReader
 from conversion.import_chameleon import CHAMELEON, VQ_VAE, main
 from conversion.key_maps import KeyMap
 from modeling_mot import MoTForCausalLM, MoTProcessor

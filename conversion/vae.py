@@ -1,0 +1,245 @@
+"""Take the VAE out of a Transfusion model as a folder of diffusers, or put such a folder in its place.
+
+    python -m conversion.vae export FOLDER OUT
+    python -m conversion.vae import FOLDER VAE OUT
+
+FOLDER is a saved `MoTTransfusionModel`. The transformer's tensors are copied one at a time, bit for bit.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+
+from conversion.checkpoints import WEIGHTS, CheckpointReader, Entry, check_output, new_folder, write_tensors
+from conversion.key_maps import ConversionError
+from modeling_mot import MoTTransfusionConfig
+from modeling_mot.image_processor_mot import IMAGE_PROCESSOR_CONFIG_NAME
+from modeling_mot.latents_mot import build_vae, downsampling, vae_class, vae_config_of
+
+
+PREFIX = "vae."
+# What scales latents; a model knows only those it was trained on.
+SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+
+
+def export_vae(folder: Path, out: Path, overwrite: bool = False, dry_run: bool = False) -> str:
+    """Write the VAE of a Transfusion model as `AutoencoderKL` or `AutoencoderTiny.from_pretrained` reads it.
+
+    Args:
+        folder: of the model.
+        out: a new folder; it appears whole or not at all.
+        overwrite: replace a model at `out`.
+        dry_run: check and plan, write nothing.
+
+    Returns:
+        What is written, in a line.
+
+    Raises:
+        ConversionError: the model holds no VAE, or its tensors are not those of its `vae_config`.
+    """
+    check_output(out, overwrite)
+    config = _config(folder)
+    if config.vae_config is None:
+        raise ConversionError(f"{folder} holds no VAE (vae_config is null): its model is fed latents")
+    reader = CheckpointReader(folder)
+    tensors = {name.removeprefix(PREFIX): reader.read(name) for name in reader.names if name.startswith(PREFIX)}
+    with torch.device("meta"):
+        vae = build_vae(config.vae_config)
+    try:
+        vae.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ConversionError(f"the VAE of {folder} is not what its vae_config says: {error}") from None
+    if not dry_run:
+        with new_folder(out, overwrite) as made:
+            vae.save_pretrained(made)
+    return f"{type(vae).__name__}: {len(tensors)} tensors, {_num_bytes(tensors):,} bytes -> {out}"
+
+
+def import_vae(
+    folder: Path,
+    vae_folder: Path,
+    out: Path,
+    other_latents: bool = False,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> str:
+    """Write a copy of a Transfusion model with another VAE, kept in float32.
+
+    Args:
+        folder: of the model, with or without a VAE.
+        vae_folder: of a diffusers `AutoencoderKL` or `AutoencoderTiny`, with weights in safetensors.
+        out: a new folder; it appears whole or not at all.
+        other_latents: take a VAE that scales its latents otherwise than the one before.
+        max_shard_size: of a file of weights.
+        overwrite: replace a model at `out`.
+        dry_run: check and plan, write nothing.
+
+    Returns:
+        What is written, in a line.
+
+    Raises:
+        ConversionError: the VAE is of another class, or its latents do not fit the model: their channels, the pixels of
+            one, or their scale.
+    """
+    check_output(out, overwrite)
+    config = _config(folder)
+    vae = read_vae(vae_folder)
+    _check_fits(config, folder, vae, vae_folder, other_latents)
+    reader = CheckpointReader(folder)
+    kept = [name for name in reader.names if not name.startswith(PREFIX)]
+    entries = [Entry(name, reader.shape(name), reader.dtype(name), partial(reader.read, name)) for name in kept]
+    for name, tensor in vae.state_dict().items():
+        entries.append(Entry(PREFIX + name, tuple(tensor.shape), tensor.dtype, partial(_itself, tensor)))
+    if not dry_run:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        stored["vae_config"] = vae_config_of(vae)
+        record = {
+            "command": "vae import",
+            "source": str(folder),
+            "vae": str(vae_folder),
+            "sha256": reader.fingerprints(),
+        }
+        if (folder / "conversion.json").is_file():
+            record["earlier"] = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
+        with new_folder(out, overwrite) as made:
+            shutil.copytree(folder, made, ignore=partial(_weights, folder), dirs_exist_ok=True)
+            for name, content in (("config.json", stored), ("conversion.json", record)):
+                (made / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            write_tensors(made, entries, max_shard_size)
+    added = vae.state_dict()
+    return (
+        f"{type(vae).__name__}: {len(added)} tensors, {_num_bytes(added):,} bytes, beside {len(kept)} tensors of the "
+        f"transformer -> {out}"
+    )
+
+
+def read_vae(folder: Path) -> AutoencoderKL | AutoencoderTiny:
+    """A VAE in a folder of diffusers, in float32; nothing is unpickled.
+
+    Raises:
+        ConversionError: there is none, or one of a class that a Transfusion model cannot hold.
+    """
+    if not (folder / "config.json").is_file():
+        nested = " (its vae folder is meant?)" if (folder / "vae" / "config.json").is_file() else ""
+        raise ConversionError(f"{folder} holds no config.json of a VAE{nested}")
+    try:
+        kind = vae_class(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        # Diffusers' own reader knows the older names that many published VAEs have.
+        return kind.from_pretrained(
+            folder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConversionError(f"no VAE could be read from {folder}: {error}") from error
+
+
+def _config(folder: Path) -> MoTTransfusionConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConversionError(f"{folder} holds no config.json; give the folder of a saved MoTTransfusionModel")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if stored.get("model_type") != MoTTransfusionConfig.model_type:
+        raise ConversionError(
+            f"{folder} has model_type={stored.get('model_type')!r}; only {MoTTransfusionConfig.model_type!r} holds a VAE"
+        )
+    return MoTTransfusionConfig.from_dict(stored)
+
+
+def _check_fits(
+    config: MoTTransfusionConfig,
+    folder: Path,
+    vae: AutoencoderKL | AutoencoderTiny,
+    vae_folder: Path,
+    other_latents: bool,
+) -> None:
+    given = vae_config_of(vae)
+    if given["latent_channels"] != config.latent_channels:
+        raise ConversionError(
+            f"latent_channels={given['latent_channels']} of {vae_folder}, but {config.latent_channels} of the model, whose "
+            "patchifier reads as many; take a VAE with the same"
+        )
+    pixels = downsampling(given)
+    if config.vae_config is not None and pixels != config.vae_downsampling:
+        raise ConversionError(
+            f"a latent of {vae_folder} is {pixels} x {pixels} pixels, one of the model's own VAE "
+            f"{config.vae_downsampling} x {config.vae_downsampling}: pictures would have other lengths; take one with the same"
+        )
+    processor = folder / "image_processor" / IMAGE_PROCESSOR_CONFIG_NAME
+    if processor.is_file():
+        expected = json.loads(processor.read_text(encoding="utf-8")).get("downsampling")
+        if expected != pixels * config.patch_size:
+            raise ConversionError(
+                f"the model's processor counts a token for {expected} pixels a side (image_processor.downsampling); with "
+                f"{vae_folder} one stands for {pixels * config.patch_size} (its {pixels} times patch_size={config.patch_size})"
+            )
+    if config.vae_config is None or other_latents:
+        return
+    before, after = _scaling(config.vae_config), _scaling(given)
+    if differing := [name for name in SCALING if before[name] != after[name]]:
+        listed = ", ".join(f"{name}={after[name]} (the model's own: {before[name]})" for name in differing)
+        raise ConversionError(
+            f"{vae_folder} scales its latents otherwise: {listed}. The model has learnt to denoise the others; if it is to be "
+            "trained on these, say --other-latents"
+        )
+
+
+def _scaling(vae_config: dict[str, Any]) -> dict[str, Any]:
+    """With diffusers' defaults for what a configuration leaves out; a shift of 0 is none."""
+    with torch.device("meta"):
+        complete = build_vae(vae_config).config
+    return {name: complete.get(name) or None for name in SCALING}
+
+
+def _weights(root: Path, folder: str, names: list[str]) -> set[str]:
+    """The model's own weights, which are written anew; those of the processor's parts are in folders of theirs."""
+    stem = WEIGHTS.removesuffix(".safetensors")
+    if Path(folder) != root:
+        return set()
+    return {
+        name for name in names if name.startswith(stem) and name.endswith((".safetensors", ".safetensors.index.json"))
+    }
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _num_bytes(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 a request that cannot be met."""
+    parser = argparse.ArgumentParser(prog="python -m conversion.vae", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    exported = commands.add_parser("export", help="the VAE of a model as a folder of diffusers")
+    imported = commands.add_parser("import", help="a folder of diffusers in the place of a model's VAE")
+    for command in (exported, imported):
+        command.add_argument("folder", type=Path, help="folder of a saved MoTTransfusionModel")
+        if command is imported:
+            command.add_argument("vae_folder", metavar="vae", type=Path, help="folder of a diffusers VAE")
+        command.add_argument("out", type=Path, help="new folder")
+        command.add_argument("--overwrite", action="store_true", help="replace a model that is there")
+        command.add_argument("--dry-run", action="store_true", help="check, print what would be written, write nothing")
+    imported.add_argument("--other-latents", action="store_true", help="take a VAE that scales its latents otherwise")
+    imported.add_argument("--max-shard-size", default="5GB", help="of a file of weights (default: %(default)s)")
+    options = vars(parser.parse_args(arguments))
+    run = {"export": export_vae, "import": import_vae}[options.pop("command")]
+    try:
+        print(run(**options))
+    except ConversionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
