@@ -21,6 +21,7 @@ from modeling_mot.model_card_mot import PICTURES, model_card
 from training.checkpoints import DamagedError, model_tensors, newest_intact, read_tensors, replacing, verify
 from training.config import ConfigError
 from training.distributed import make_room
+from training.freezing import freeze_towers
 from training.models import MODEL_CLASSES, without_bars
 from training.run_folder import RunFolder
 
@@ -48,7 +49,8 @@ def consolidate(
         output = run.path / "consolidated" / checkpoint.name
         if output.exists():
             raise ConfigError(f"{output} exists; remove it, or name another folder with --output")
-    model = read_model(checkpoint, average=weights == "average")
+    frozen = manifest.get("config", {}).get("train", {}).get("frozen_towers")
+    model = read_model(checkpoint, average=weights == "average", frozen_towers=frozen)
     processor = MoTProcessor.from_pretrained(checkpoint / "pretrained")
     with replacing(output) as folder, without_bars():
         model.save_pretrained(folder)
@@ -65,8 +67,8 @@ def complete_card(run: RunFolder) -> None:
     model_card(run.final, run.path).save(run.final / "README.md")
 
 
-def read_model(checkpoint: Path, average: bool = False) -> MoTPreTrainedModel:
-    """The model of a verified checkpoint, with its weights or their average, on the CPU."""
+def read_model(checkpoint: Path, average: bool = False, frozen_towers: list[str] | None = None) -> MoTPreTrainedModel:
+    """The model of a verified checkpoint, with its weights or their average, on the CPU; what was frozen has no average."""
     described = checkpoint / "pretrained"
     model_class = MODEL_CLASSES[json.loads((described / "config.json").read_text(encoding="utf-8"))["model_type"]]
     config = model_class.config_class.from_pretrained(described)
@@ -75,6 +77,7 @@ def read_model(checkpoint: Path, average: bool = False) -> MoTPreTrainedModel:
     if (described / "generation_config.json").is_file():
         model.generation_config = model.generation_config.from_pretrained(described)
     make_room(model, "cpu")
+    freeze_towers(model, frozen_towers)
     averaged = {name for name, parameter in model.named_parameters() if average and parameter.requires_grad}
     tensors = model_tensors(model).items()
     read_tensors(checkpoint, {f"{'average' if name in averaged else 'model'}.{name}": value for name, value in tensors})

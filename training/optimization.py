@@ -1,6 +1,7 @@
 """AdamW, its parameter groups, and the learning rate as a function of the step."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -45,14 +46,19 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, config: OptimizerConfig, undecayed_parameters: Iterable[nn.Parameter] = ()
+) -> list[dict]:
     """Two AdamW groups, with and without weight decay, each in the order of `named_parameters`."""
+    kept = set(map(id, undecayed_parameters))
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed, undecayed = [], []
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        if id(parameter) in embeddings:
+        if id(parameter) in kept:
+            decay = False
+        elif id(parameter) in embeddings:
             decay = config.decay_embeddings
         else:
             decay = parameter.ndim >= 2 or config.decay_norms_and_biases
@@ -61,9 +67,14 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW in its fused form where the device has one (CPU, CUDA), else the foreach form."""
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, undecayed_parameters: Iterable[nn.Parameter] = ()
+) -> torch.optim.AdamW:
+    """AdamW in its fused form where the device has one (CPU, CUDA), else the foreach form.
+
+    Args:
+        undecayed_parameters: those that do not decay, whatever `config` says.
+    """
     fused = {parameter.device.type for parameter in model.parameters()} <= {"cpu", "cuda"}
-    return torch.optim.AdamW(
-        parameter_groups(model, config), lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=fused
-    )
+    groups = parameter_groups(model, config, undecayed_parameters)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=fused)

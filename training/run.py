@@ -30,6 +30,7 @@ from training.evaluation.end_of_run import describe_measures, make_samples
 from training.evaluation.losses import evaluate_losses, evaluation_note
 from training.evaluation.subjects import check_subjects, find_subjects
 from training.flops import forward_flops_per_token, peak_flops
+from training.freezing import HeldRows, freeze_towers
 from training.metrics import count_key, read_metrics
 from training.models import (
     build_model,
@@ -102,7 +103,9 @@ class Session:
         logging.basicConfig(format="%(message)s", level=logging.INFO if self.is_main else logging.ERROR)
         if self.accelerator.device.type == "cpu":
             set_cpu_threads(train.cpu_threads)
-            keep_freed_memory()
+            if train.keep_freed_memory:
+                keep_freed_memory()
+        torch.set_float32_matmul_precision(train.float32_matmul_precision)
         set_seed(train.seed)
         self.run = RunFolder(train.output_dir)
         with self.accelerator.main_process_first():
@@ -142,7 +145,9 @@ class Session:
         model = built if whole_here else empty_model(recipe, planned, self.vae)
         if self.vae is not None:
             model.config.caption_dropout = max(model.config.caption_dropout, caption_dropout(self.recipe.data))
-        set_up_layers(model, recipe.gradient_checkpointing or wants_checkpointing(), recipe.compile)
+        freeze_towers(model, self.recipe.train.frozen_towers)
+        checkpointing = recipe.gradient_checkpointing or wants_checkpointing()
+        set_up_layers(model, checkpointing, recipe.compile, recipe.tower_products)
         if not is_sharding(accelerator):
             return make_room(model, accelerator.device)
         model = shard_model(accelerator, model)
@@ -173,11 +178,12 @@ class Session:
         }
         if self.checkpoint is not None:
             self._check_resume(batches)
+        held = HeldRows(model, recipe.train.frozen_vocabulary).parameters
         trainer = Trainer(
             accelerator,
             model,
             self.processor,
-            build_optimizer(model, recipe.optimizer),
+            build_optimizer(model, recipe.optimizer, held),
             batches,
             recipe.train,
             recipe.optimizer,

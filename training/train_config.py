@@ -20,6 +20,13 @@ class TrainConfig:
     modality_weights: dict[str, float] | None = option(
         None, "modality -> weight of its targets in the loss; null: the plain mean over all targets"
     )
+    frozen_towers: list[str] | None = option(
+        None, "towers that are not trained, such as [text]; shared: what towers have in common"
+    )
+    frozen_vocabulary: int | None = option(
+        None,
+        "first rows of the embeddings and of the output layer that keep their values, such as a text model's; null: none",
+    )
     ema_decay: float | None = option(
         None,
         "decay of the moving average of the weights, which then is evaluated, sampled and saved as final; null: none",
@@ -49,6 +56,12 @@ class TrainConfig:
     timeout_seconds: float = option(600.0, "how long a process waits for the others before the run ends")
     cpu: bool = option(False, "train on the CPU even where there is an accelerator")
     cpu_threads: int | None = option(None, "threads of one process on a CPU; null: the cores shared by its processes")
+    keep_freed_memory: bool = option(
+        True, "on CPUs (glibc), keep large freed blocks for the next step instead of giving them back to the system"
+    )
+    float32_matmul_precision: Literal["highest", "high", "medium"] = option(
+        "highest", "products of float32: high allows TF32 on GPUs, medium also bfloat16 parts, on GPUs and CPUs"
+    )
 
     def __post_init__(self):
         for name in ("steps", "rows", "accumulation", "keep_checkpoints"):
@@ -59,7 +72,7 @@ class TrainConfig:
         for name in ("save_every", "not_finite_limit"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("cpu_threads", "processes"):
+        for name in ("cpu_threads", "processes", "frozen_vocabulary"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or null")
         for name in ("spike_threshold", "timeout_seconds"):

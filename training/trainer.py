@@ -29,6 +29,7 @@ from training.data.collate import seed_of
 from training.devices import StepProfiler, peak_memory
 from training.distributed import accumulating, is_sharding, resharded, whole
 from training.flops import training_flops
+from training.freezing import HeldRows
 from training.metrics import MetricsLog, count_key
 from training.objectives import check_modality_weights, combine, count_targets, loss_scales, objective_names
 from training.optimization import OptimizerConfig, learning_rate
@@ -89,6 +90,7 @@ class Trainer:
         self.diffusion_weight = getattr(model.config, "diffusion_loss_weight", 1.0)
         self.trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.of_tower = parameters_by_tower(self.trained, model.config.tower_names)
+        self.held_rows = HeldRows(model, config.frozen_vocabulary)
         self.ema = None
         if config.ema_decay is not None:
             # Torch has no grouped copy of sharded tensors.
@@ -135,6 +137,7 @@ class Trainer:
             sums[:-1] += torch.stack([part.detach().float() for part in parts])
         sums[-1] = self.stop_signal.number  # one that has come since the count ends the run after this step
         *objective_sums, loss, signals = self.accelerator.reduce(sums).tolist()
+        self.held_rows.clear_gradients()
         norm, norms = self.gradient_norms()
         updates, event = self.guard.judge(loss, norm.item())
         lr = learning_rate(self.optimizer_config, self.step, self.config.steps)

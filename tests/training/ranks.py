@@ -46,6 +46,7 @@ def make(name: str, folder: Path, rows: int, accumulation: int = 1, **options):
         if name == "checkpointing":
             model.gradient_checkpointing_enable()
         split |= {"precision": "bf16"} if name == "bf16" else {}
+        split |= {"frozen_towers": ["text"], "frozen_vocabulary": 33, "ema_decay": 0.5} if name == "frozen" else {}
         trainer = tiny_trainer(folder, model, streams.get(name, MadeUpStream()), **split, **options)
     trainer.evaluate = lambda model, stops: evaluate(trainer, model)
     return trainer

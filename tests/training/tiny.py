@@ -12,6 +12,7 @@ from modeling_mot import MoTConfig, MoTForCausalLM
 from training.batches import StepBatches
 from training.data import collate
 from training.distributed import build_accelerator, is_sharding, shard_model, spread_weights
+from training.freezing import HeldRows, freeze_towers
 from training.optimization import OptimizerConfig, build_optimizer
 from training.run_folder import RunFolder
 from training.train_config import TrainConfig
@@ -85,6 +86,8 @@ def sharded(model: MoTForCausalLM, accelerator: Accelerator) -> MoTForCausalLM:
         empty = type(model)._from_config(model.config, dtype=torch.float32).train()
     if model.is_gradient_checkpointing:
         empty.gradient_checkpointing_enable()
+    for name, parameter in model.named_parameters():
+        empty.get_parameter(name).requires_grad_(parameter.requires_grad)
     empty = shard_model(accelerator, empty)
     spread_weights(empty, model if accelerator.is_main_process else None)
     return empty
@@ -106,6 +109,7 @@ def tiny_trainer(folder, model=None, stream=None, precision="float32", optimizer
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = build_accelerator(precision, cpu=True)
     model = model or tiny_model()
+    freeze_towers(model, config.frozen_towers)
     if is_sharding(accelerator):
         model = sharded(model, accelerator)
     run = RunFolder(folder)
@@ -120,7 +124,7 @@ def tiny_trainer(folder, model=None, stream=None, precision="float32", optimizer
         accelerator,
         model,
         NoProcessor(),
-        build_optimizer(model, optimizer_config),
+        build_optimizer(model, optimizer_config, HeldRows(model, config.frozen_vocabulary).parameters),
         batches,
         config,
         optimizer_config,
