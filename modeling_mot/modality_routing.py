@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .tower_products_mot import run_together
+
 
 class _Sort(torch.autograd.Function):
     """Rows sorted by tower, zero where a slice is padded.  (T, ...) -> (T', ...), the adjoint of `_Restore`"""
@@ -152,10 +154,20 @@ def join(parts: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 class PerTower(nn.ModuleDict):
-    """One module per tower, each run on its own tokens; or one module named `shared`, run on all."""
+    """One module per tower, each run on its own tokens; or one module named `shared`, run on all.
+
+    Attributes:
+        products: `"separate"`, or how linear maps of several towers are run together (tower_products_mot.py).
+    """
+
+    products = "separate"
 
     def forward(self, parts: dict[str, torch.Tensor], **kwargs) -> dict[str, torch.Tensor]:
         if "shared" not in self:
+            if self.products != "separate" and len(parts) > 1:
+                together = run_together([self[tower] for tower in parts], parts, self.products)
+                if together is not None:
+                    return together
             return {tower: self[tower](part, **kwargs) for tower, part in parts.items()}
         rows = self["shared"](join(parts), **kwargs)
         return dict(zip(parts, rows.split([part.shape[0] for part in parts.values()])))

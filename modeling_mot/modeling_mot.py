@@ -29,6 +29,7 @@ from .hub_mot import PushWithCard
 from .modality_routing import ModalityRouting, PerTower, join
 from .range_attention_mot import RANGES
 from .token_losses import logits_and_losses
+from .tower_products_mot import TOWER_PRODUCTS
 
 
 class MoTDecoderLayer(GradientCheckpointingLayer):
@@ -58,18 +59,17 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: dict[str, torch.Tensor] | torch.Tensor,
         routing: ModalityRouting,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         token_choice: bool = False,
         **kwargs,
-    ) -> torch.Tensor:
-        """(T, D) sorted by tower -> the same; or (B, L, D) in the order of the sequence -> the same."""
-        in_sequence_order = hidden_states.dim() == 3
-        rows = routing.sort(hidden_states) if in_sequence_order else hidden_states
-        parts = routing.split(rows)
+    ) -> dict[str, torch.Tensor] | torch.Tensor:
+        """{tower: (T_tower, D)} -> the same; or (B, L, D) in the order of the sequence -> the same."""
+        in_sequence_order = isinstance(hidden_states, torch.Tensor)
+        parts = routing.split(routing.sort(hidden_states)) if in_sequence_order else hidden_states
         parts = self._residual(
             parts,
             self.input_layernorm,
@@ -80,8 +80,7 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
         parts = self._residual(
             parts, self.post_attention_layernorm, lambda parts: self.mlp(parts, token_choice=token_choice)
         )
-        rows = join(parts)
-        return routing.restore(rows, hidden_states.shape[0]) if in_sequence_order else rows
+        return routing.restore(join(parts), hidden_states.shape[0]) if in_sequence_order else parts
 
 
 class MoTPreTrainedModel(PushWithCard, PreTrainedModel):
@@ -119,6 +118,24 @@ class MoTPreTrainedModel(PushWithCard, PreTrainedModel):
                 f"complete, and was it saved with these towers={model.config.towers}?"
             )
         return model
+
+    def set_tower_products(self, products: str) -> None:
+        """How the linear maps of several towers are run; the numbers are the same but for rounding.
+
+        Args:
+            products: `"separate"`, a product for each tower, the default; `"batched_mm"`, one padded and batched
+                product, for balanced towers (paper, section 6.3); `"grouped_mm"`, in bfloat16, for devices with a fast
+                kernel. Maps that are more than that (adapters, hooks, quantised or sharded weights, mixtures) run by
+                themselves.
+
+        Raises:
+            ValueError: another word.
+        """
+        if products not in TOWER_PRODUCTS:
+            raise ValueError(f"tower products {products!r} are unknown; there are {', '.join(TOWER_PRODUCTS)}")
+        for module in self.modules():
+            if isinstance(module, PerTower):
+                module.products = products
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """As in transformers, but by default the attention that runs from a plan; with a cache it is torch's."""
@@ -252,8 +269,8 @@ class MoTModel(MoTPreTrainedModel):
         if routing.num_tokens != batch_size * length:
             raise ValueError(f"routing was made for {routing.num_tokens} tokens, the rows hold {batch_size * length}")
 
-        # Ids are permuted rather than embeddings, unless hidden states are recorded: those are the
-        # layers' own inputs, in the order of the sequence.
+        # Ids are permuted rather than embeddings, and each tower's rows stay apart through the layers; unless hidden
+        # states are recorded: those are the layers' own inputs, in the order of the sequence.
         record = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         if inputs_embeds is None:
             hidden_states = self._embed(input_ids if record else routing.sort(input_ids))
@@ -282,6 +299,8 @@ class MoTModel(MoTPreTrainedModel):
                 position_ids = (torch.arange(length, device=hidden_states.device) + past).unsqueeze(0)
         position_ids = position_ids.expand(batch_size, -1)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        if not record:
+            hidden_states = routing.split(hidden_states)
         kwargs.setdefault("token_choice", continues_cache)
 
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer in drafts with an early exit
@@ -296,8 +315,8 @@ class MoTModel(MoTPreTrainedModel):
             )
 
         if record:
-            hidden_states = routing.sort(hidden_states)
-        hidden_states = routing.restore(join(self.norm(routing.split(hidden_states))), batch_size)
+            hidden_states = routing.split(routing.sort(hidden_states))
+        hidden_states = routing.restore(join(self.norm(hidden_states)), batch_size)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 

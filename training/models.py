@@ -68,6 +68,9 @@ class ModelConfig:
     transfusion: TransfusionModelConfig | None = option(None, "images are continuous and diffused; null: all is tokens")
     gradient_checkpointing: bool = option(False, "recompute each layer in the backward: less memory, a third more time")
     compile: bool = option(False, "compile each layer with torch.compile")
+    tower_products: Literal["separate", "batched_mm", "grouped_mm"] = option(
+        "separate", "batched_mm: the towers' products in one padded product (balanced towers); grouped_mm: in bf16, on GPUs"
+    )
 
     def __post_init__(self):
         if self.preset is not None and self.preset not in MoTConfig.preset_names():
@@ -79,7 +82,7 @@ class ModelConfig:
 
 _NOT_FIELDS_OF_MOT = {
     "variant", "preset", "init_from", "processor", "rope_theta", "attn_implementation", "transfusion",
-    "gradient_checkpointing", "compile",
+    "gradient_checkpointing", "compile", "tower_products",
 }  # fmt: skip
 
 
@@ -244,8 +247,9 @@ def _new_model(config: ModelConfig, planned: MoTConfig, vae: Autoencoder | None)
     return MODEL_CLASSES[planned.model_type]._from_config(planned, dtype=torch.float32, **parts, **attention)
 
 
-def set_up_layers(model: MoTPreTrainedModel, checkpointing: bool, compiled: bool) -> None:
-    """Recomputation in the backward and compilation, of each layer by itself; before the model is sharded."""
+def set_up_layers(model: MoTPreTrainedModel, checkpointing: bool, compiled: bool, products: str = "separate") -> None:
+    """How layers run: recomputed in the backward, compiled, the towers' products joined; before the model is sharded."""
+    model.set_tower_products(products)
     if checkpointing:
         # Its older name warns where transformers knows the newer one.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

@@ -184,3 +184,17 @@ def test_what_cannot_be_is_refused_at_once_and_by_name(place, words, named, caps
     assert train_here(place, f"train.output_dir={folder}", *words) == 2
     assert named in capsys.readouterr().err
     assert not folder.exists()
+
+
+def test_a_run_takes_the_settings_of_the_machine_that_its_recipe_names(place, monkeypatch):
+    set_to, kept = [], []
+    monkeypatch.setattr("torch.set_float32_matmul_precision", set_to.append)
+    monkeypatch.setattr("training.run.keep_freed_memory", lambda: kept.append(True))
+    products = []
+    monkeypatch.setattr("modeling_mot.MoTForCausalLM.set_tower_products", lambda self, word: products.append(word))
+    words = ["train.steps=1", "samples.enabled=false", "evaluation.every=0"]
+    assert train_here(place, *words, "train.output_dir=plain") == 0
+    assert (set_to, kept, set(products)) == (["highest"], [True], {"separate"})
+    words += ["train.float32_matmul_precision=medium", "train.keep_freed_memory=false"]
+    assert train_here(place, *words, "model.tower_products=batched_mm", "train.output_dir=set") == 0
+    assert (set_to[1:], kept, products[-1]) == (["medium"], [True], "batched_mm")
