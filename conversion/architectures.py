@@ -194,7 +194,8 @@ ARCHITECTURES = {
     for architecture in (
         Architecture("llama", same=("attention_bias", "mlp_bias")),
         Architecture("mistral", inverse={"sliding_window": lambda config: None}),
-        Architecture("ministral", inverse={"sliding_window": lambda config: None}),
+        # Its models need a window; one as long as the positions hides nothing.
+        Architecture("ministral", inverse={"sliding_window": lambda config: config.max_position_embeddings}),
         Architecture("qwen2", fixed={"attention_bias": True, "attention_output_bias": False}),
         Architecture("qwen3", same=("attention_bias",), fixed={"qk_norm": "rms"}),
         Architecture(

@@ -8,9 +8,7 @@ package; the logits are those that the MoT gives the tokens of that tower. One t
 
 import argparse
 import copy
-import itertools
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,17 +20,16 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrain
 
 from conversion.architectures import ARCHITECTURES, Architecture, architecture_of
 from conversion.checkpoints import CheckpointReader, Entry, check_output, fetch, new_folder, write_tensors
+from conversion.commands import add_arguments, copy_licences, exit_code, read_json
 from conversion.key_maps import ConversionError, KeyMap
+from conversion.tokenizer_files import check_cut, copy_tokenizer
 from modeling_mot import MoTConfig, MoTTransfusionConfig
 
 
 CONFIGS = {config.model_type: config for config in (MoTConfig, MoTTransfusionConfig)}
 ROWS_ARE_TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
 BESIDE_THE_TRANSFORMER = ("patchifier.", "vae.")
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 @dataclass(frozen=True)
@@ -44,17 +41,20 @@ class Plan:
         entries: its tensors.
         copies: dense tensor -> the MoT's tensors that are equal and become it.
         left_behind: the MoT's tensors that no dense tensor comes from.
+        cut_off: special tokens that no longer have a row, such as "pad_token_id=61", and are no longer named.
     """
 
     config: PreTrainedConfig
     entries: list[Entry]
     copies: dict[str, list[str]]
     left_behind: list[str]
+    cut_off: list[str]
 
     def describe(self) -> str:
         """Every tensor with its shape and origin, and the sums."""
         lines = [f"{' = '.join(self.copies[entry.name])} -> {entry.name} {list(entry.shape)}" for entry in self.entries]
         lines += [f"{name} stays behind" for name in self.left_behind]
+        lines += [f"{token} is cut off" for token in self.cut_off]
         parameters, size = (
             sum(getattr(entry, what) for entry in self.entries) for what in ("num_elements", "num_bytes")
         )
@@ -99,23 +99,23 @@ def export_dense(
     row, dense = dense_architecture(config, architecture, _recorded_architecture(folder))
     copies, left_behind = _copies(reader, config, dense, row, wanted, tower)
     generation = _generation_config(folder, dense)
-    if vocab_size is not None:
-        _cut_vocabulary(dense, generation, vocab_size)
+    cut_off = [] if vocab_size is None else _cut_vocabulary(folder, dense, generation, vocab_size)
     first = {name: same[0] for name, same in copies.items()}
     dense.dtype = dtype or reader.dtype(first["model.embed_tokens.weight"])
     entries = [_entry(reader, name, first[name], dtype, dense.vocab_size) for name in copies]
     _check_equal(reader, copies)
-    plan = Plan(dense, entries, copies, left_behind)
+    plan = Plan(dense, entries, copies, left_behind, cut_off)
     if dry_run:
         return plan
     record = {
-        "command": "export_dense", "source": source, "revision": commit, "sha256": reader.fingerprints(),
-        "architecture": row.model_type, "tower": tower, "vocab_size": dense.vocab_size,
+        "command": "export_dense", "source": source if commit else folder.resolve().name, "revision": commit,
+        "sha256": reader.fingerprints(), "architecture": row.model_type, "tower": tower,
     }  # fmt: skip
     with new_folder(out, overwrite) as made:
         dense.save_pretrained(made)
         generation.save_pretrained(made)
-        _copy_tokenizer(folder, made)
+        copy_tokenizer(folder, made, dense.vocab_size)
+        copy_licences(folder, made)
         (made / "conversion.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         write_tensors(made, entries, max_shard_size)
     return plan
@@ -126,10 +126,7 @@ def export_dense(
 
 def read_config(folder: Path) -> MoTConfig:
     """The configuration of a MoT's checkpoint. Raises ConversionError where it is another model's."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ConversionError(f"{folder} has no config.json; give a folder that save_pretrained wrote")
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = read_json(folder / "config.json")
     if stored.get("model_type") not in CONFIGS:
         raise ConversionError(
             f"{folder} has model_type={stored.get('model_type')!r} and is no MoT, which has one of {', '.join(CONFIGS)}"
@@ -188,18 +185,25 @@ def _source_config(architecture: Architecture, config: MoTConfig) -> PreTrainedC
 def _recorded_architecture(folder: Path) -> str | None:
     """The model type of the checkpoint that `conversion.upcycle` made this one of."""
     path = folder / "conversion.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("architecture") if path.is_file() else None
+    return read_json(path).get("architecture") if path.is_file() else None
 
 
-def _cut_vocabulary(dense: PreTrainedConfig, generation: GenerationConfig, vocab_size: int) -> None:
+def _cut_vocabulary(folder: Path, dense: PreTrainedConfig, generation: GenerationConfig, vocab_size: int) -> list[str]:
+    """-> what `Plan.cut_off` holds"""
     if not 1 <= vocab_size <= dense.vocab_size:
         raise ConversionError(f"--vocab-size {vocab_size} must be from 1 to the checkpoint's {dense.vocab_size}")
-    for settings, field in itertools.product((dense, generation), ("pad_token_id", "bos_token_id", "eos_token_id")):
-        value = getattr(settings, field)
-        for token in value if isinstance(value, list) else [value]:
-            if token is not None and token >= vocab_size:
-                raise ConversionError(f"--vocab-size {vocab_size} would cut off {field}={token}; keep more rows")
-    dense.vocab_size = vocab_size
+    check_cut(folder, vocab_size)
+    dense.vocab_size, cut_off = vocab_size, []
+    for settings in (dense, generation):
+        for field in SPECIAL:
+            value = getattr(settings, field)
+            tokens = value if isinstance(value, list) else [] if value is None else [value]
+            if kept := [token for token in tokens if token < vocab_size]:
+                setattr(settings, field, kept if isinstance(value, list) else value)
+            else:
+                setattr(settings, field, None)
+            cut_off += [f"{field}={token}" for token in tokens if token not in kept]
+    return list(dict.fromkeys(cut_off))
 
 
 def _generation_config(source: Path, dense: PreTrainedConfig) -> GenerationConfig:
@@ -210,18 +214,6 @@ def _generation_config(source: Path, dense: PreTrainedConfig) -> GenerationConfi
     for name in set(vars(generation)) - set(vars(GenerationConfig())):
         delattr(generation, name)
     return generation
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file():
-        # The processor it belonged to is a MoT's, and so is its code.
-        kept = json.loads(settings.read_text(encoding="utf-8"))
-        kept = {name: value for name, value in kept.items() if name not in ("processor_class", "auto_map")}
-        settings.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------------------- tensors
@@ -289,31 +281,30 @@ def _read(reader: CheckpointReader, name: str, rows: int, dtype: torch.dtype) ->
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 a request that cannot be met."""
-    parser = argparse.ArgumentParser(prog="python -m conversion.export_dense", description=__doc__.splitlines()[0])
-    parser.add_argument("source", help="folder or Hub name of a MoT")
-    parser.add_argument("out", type=Path, help="new folder")
-    parser.add_argument("--tower", help="the one to keep (default: all, which must be equal)")
+    parser = argparse.ArgumentParser(
+        prog="python -m conversion.export_dense",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser, "a MoT")
+    parser.add_argument("--tower", metavar="NAME", help="the one to keep (default: all, which must be equal)")
     parser.add_argument(
         "--architecture",
         choices=tuple(ARCHITECTURES),
-        help="(default: that of the checkpoint the MoT was made of, or the first that computes the same)",
+        help="(default: that of the checkpoint SOURCE was made of, or the first that computes the same)",
     )
-    parser.add_argument("--vocab-size", type=int, help="keep the rows of tokens below this (default: all)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: as stored)")
-    parser.add_argument("--max-shard-size", default="5GB", help="of a file of weights (default: %(default)s)")
-    parser.add_argument("--revision", help="branch, tag or commit of a source on the Hub")
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
-    parser.add_argument("--dry-run", action="store_true", help="print what would become of every tensor, write nothing")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="keep the rows of tokens below N (default: all)")
     options = vars(parser.parse_args(arguments))
     if options["dtype"] is not None:
         options["dtype"] = getattr(torch, options["dtype"])
-    try:
+
+    def work() -> None:
         plan = export_dense(**options)
-    except ConversionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(plan.describe() if options["dry_run"] else options["out"])
-    return 0
+        print(plan.describe() if options["dry_run"] else options["out"])
+        for token in plan.cut_off if not options["dry_run"] else ():
+            print(f"note: {token} is cut off", file=sys.stderr)
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conversion.export_dense import export_dense, main
 from conversion.key_maps import ConversionError
+from conversion.towers import Wishes
+from conversion.upcycle import upcycle
+from conversion.vocabulary import Media
 from modeling_mot import MoTTransfusionConfig, MoTTransfusionModel
 from tests.modeling_mot.test_dense_architectures import ARCHITECTURES, RANGES, TOWERS, dense_and_mot
 
-from .sources import words_tokenizer
+from .sources import SOURCES, save_source, words_tokenizer
 
 
 LAST = "model.layers.2.mlp.image.down_proj.weight"
@@ -159,6 +162,50 @@ def test_tokenizer_and_settings_of_generation_go_along(tmp_path):
     assert not hasattr(generation, "image_grid")
 
 
+# ------------------------------------------------------------------------------------------------- there and back again
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_from_dense_to_mot_and_back_is_the_identity(name, tmp_path):
+    source = save_source(tmp_path / "source", name, tokenizer=True)
+    media = Media(image_codes=9, image_grid=[3, 3])
+    upcycle(str(tmp_path / "source"), tmp_path / "mot", Wishes(media), max_shard_size="50KB")
+    export_dense(str(tmp_path / "mot"), tmp_path / "dense", vocab_size=60)
+    original, back = (load_file(tmp_path / folder / "model.safetensors") for folder in ("source", "dense"))
+    assert original.keys() == back.keys()
+    assert all(original[key].dtype == back[key].dtype and torch.equal(original[key], back[key]) for key in original)
+    fields = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("source", "dense")]
+    assert fields[0] == fields[1]
+    made, ids = load(tmp_path / "dense"), torch.randint(4, 60, (2, 30))
+    source.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        assert type(made) is type(source) and torch.equal(made(ids).logits, source(ids).logits)
+
+
+def test_a_cut_vocabulary_takes_its_tokens_out_of_the_tokenizer(tmp_path):
+    save_source(tmp_path / "source", "llama", bos_token_id=None)
+    words_tokenizer(60, bos=False).save_pretrained(tmp_path / "source")
+    upcycle(str(tmp_path / "source"), tmp_path / "mot", Wishes(Media(image_codes=9, image_grid=[3, 3])))
+    plan = export_dense(str(tmp_path / "mot"), tmp_path / "dense", vocab_size=60)
+    assert any(token.startswith("bos_token_id=6") for token in plan.cut_off)
+    source, made = (AutoTokenizer.from_pretrained(tmp_path / folder) for folder in ("source", "dense"))
+    assert made.get_vocab() == source.get_vocab() and len(AutoTokenizer.from_pretrained(tmp_path / "mot")) > 69
+    assert made("w9 w12").input_ids == source("w9 w12").input_ids == [9, 12]
+    assert made.bos_token is None and not (tmp_path / "dense" / "chat_template.jinja").exists()
+    config = load(tmp_path / "dense").config
+    assert (config.bos_token_id, config.eos_token_id, config.vocab_size) == (None, 2, 60)
+
+
+def test_without_a_cut_the_rows_of_images_stay(tmp_path):
+    save_source(tmp_path / "source", "gemma", tokenizer=True)
+    upcycle(str(tmp_path / "source"), tmp_path / "mot", Wishes(Media(image_codes=9, image_grid=[3, 3])))
+    export_dense(str(tmp_path / "mot"), tmp_path / "dense")
+    made, tokenizer = load(tmp_path / "dense"), AutoTokenizer.from_pretrained(tmp_path / "dense")
+    assert made.config.vocab_size == len(tokenizer) > 69
+    rows = load_file(tmp_path / "mot" / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(made.model.embed_tokens.weight, rows)
+
+
 # ------------------------------------------------------------------------------------------------------- what cannot be
 
 
@@ -231,10 +278,11 @@ def test_every_tensor_too_many_or_too_few_is_listed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "message"), [(61, "from 1 to the checkpoint's 60"), (0, "from 1"), (1, "cut off bos_token_id=1")]
+    ("vocab_size", "message"), [(61, "from 1 to the checkpoint's 60"), (0, "from 1"), (40, "cuts into the 60 tokens")]
 )
 def test_vocabularies_that_cannot_be_are_refused(vocab_size, message, tmp_path):
     saved(tmp_path / "mot")
+    words_tokenizer(60).save_pretrained(tmp_path / "mot")
     with pytest.raises(ConversionError, match=message):
         export_dense(str(tmp_path / "mot"), tmp_path / "dense", vocab_size=vocab_size)
 
