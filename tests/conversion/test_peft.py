@@ -1,0 +1,134 @@
+"""LoRA adapters of PEFT on chosen towers: trained, merged, saved, loaded where neither PEFT nor this package is known."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+
+from modeling_mot import MoTTransfusionModel
+from tests.modeling_mot.test_remote_code import run_clean
+from tests.training.tiny_transfusion import PictureStream
+from tests.training.tiny_transfusion import tiny_model as transfusion_model
+from training.data import collate
+
+
+IMAGE_TOWER = r".*\.(self_attn\.[qv]_proj\.image|mlp\.image\.up_proj)"
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": IMAGE_TOWER}
+IDS = torch.tensor([[1, 9, 12, 3, 30, 31, 44, 4], [1, 3, 33, 34, 35, 4, 20, 21]])
+
+
+def train(model, batch, steps=3):
+    """A few updates of whatever requires gradients; the losses before each."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
+    model.train()
+    for _ in range(steps):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.fixture
+def adapted(tiny_model):
+    """(weights before, a model whose image tower has trained adapters, its losses)"""
+    model = tiny_model()
+    before = weights(model)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
+    losses = train(adapted, {"input_ids": IDS, "labels": IDS})
+    return before, adapted, losses
+
+
+def test_only_the_chosen_tower_has_adapters_and_learns(adapted):
+    _, model, losses = adapted
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * 2 * 3 and all(".image." in name and ".lora_" in name for name in trained)
+    assert losses[-1] < losses[0]
+
+
+def test_merged_adapters_give_the_adapters_logits_and_leave_other_towers_bit_for_bit(adapted):
+    before, model, _ = adapted
+    with torch.no_grad():
+        expected = model(IDS).logits
+        text = IDS[:, :1].repeat(1, 5)
+        text_before = model(text).logits
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+        # No token of a picture, no adapter.
+        assert torch.equal(merged(text).logits, text_before)
+    after = merged.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    names = ("self_attn.q_proj.image", "self_attn.v_proj.image", "mlp.image.up_proj")
+    assert changed == {f"model.layers.{layer}.{name}.weight" for layer in range(2) for name in names}
+
+
+def test_generation_with_adapters_is_that_of_the_merged_model(adapted):
+    _, model, _ = adapted
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    generated = model.generate(input_ids=IDS[:, :4], **settings)
+    assert torch.equal(generated, model.merge_and_unload().generate(IDS[:, :4], **settings))
+
+
+def test_an_adapter_is_saved_alone_and_put_on_again(adapted, tiny_model, tmp_path):
+    before, model, _ = adapted
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    base = tiny_model()
+    base.load_state_dict(before)
+    with torch.no_grad():
+        plain, loaded = base(IDS).logits, PeftModel.from_pretrained(base, tmp_path)
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+        with loaded.disable_adapter():
+            assert torch.equal(loaded(IDS).logits, plain)
+
+
+LOAD = """
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+expected = load_file(sys.argv[1] + "/expected.safetensors")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+with torch.no_grad():
+    assert torch.equal(model(expected["ids"]).logits, expected["logits"])
+print("loaded")
+"""
+
+
+def test_a_merged_model_loads_in_a_clean_process(adapted, tmp_path):
+    merged = adapted[1].merge_and_unload()
+    folder = tmp_path / "merged"
+    merged.save_pretrained(folder)
+    with torch.no_grad():
+        save_file({"ids": IDS, "logits": merged(IDS).logits}, folder / "expected.safetensors")
+    assert "loaded" in run_clean(LOAD, folder, tmp_path)
+
+
+def test_transformers_own_adapters_work_as_well(tiny_model):
+    model = tiny_model()
+    with torch.no_grad():
+        plain = model(IDS).logits
+        model.add_adapter(LoraConfig(init_lora_weights=False, **LORA), adapter_name="pictures")
+        adapted = model(IDS).logits
+        model.disable_adapters()
+        assert torch.equal(model(IDS).logits, plain) and not torch.equal(adapted, plain)
+
+
+def test_the_image_tower_of_a_transfusion_model_learns_alone():
+    model = transfusion_model()
+    stream = PictureStream().rows()
+    batch = collate([next(stream) for _ in range(4)], config=model.config, noise_seed=0, row_numbers=range(4))
+    before = weights(model)
+    adapted = get_peft_model(model, LoraConfig(**LORA))
+    losses = train(adapted, batch)
+    assert losses[-1] < losses[0]
+    merged = adapted.merge_and_unload()
+    assert isinstance(merged, MoTTransfusionModel)
+    changed = {name for name, value in merged.state_dict().items() if not torch.equal(before[name], value)}
+    assert len(changed) == 6 and all(".image." in name for name in changed)
