@@ -194,8 +194,13 @@ ARCHITECTURES = {
     for architecture in (
         Architecture("llama", same=("attention_bias", "mlp_bias")),
         Architecture("mistral", inverse={"sliding_window": lambda config: None}),
-        # Its models need a window; one as long as the positions hides nothing.
-        Architecture("ministral", inverse={"sliding_window": lambda config: config.max_position_embeddings}),
+        Architecture(
+            "ministral",
+            inverse={
+                "layer_types": lambda config: ["full_attention"] * config.num_hidden_layers,
+                "sliding_window": lambda config: config.max_position_embeddings,  # of no layer, but its models read it
+            },
+        ),
         Architecture("qwen2", fixed={"attention_bias": True, "attention_output_bias": False}),
         Architecture("qwen3", same=("attention_bias",), fixed={"qk_norm": "rms"}),
         Architecture(

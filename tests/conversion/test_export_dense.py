@@ -175,7 +175,9 @@ def test_from_dense_to_mot_and_back_is_the_identity(name, tmp_path):
     assert original.keys() == back.keys()
     assert all(original[key].dtype == back[key].dtype and torch.equal(original[key], back[key]) for key in original)
     fields = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("source", "dense")]
-    assert fields[0] == fields[1]
+    # A window that is as long as the positions comes back as full attention.
+    windows = {"layer_types"} if name == "ministral" else set()
+    assert {field for field in fields[0] | fields[1] if fields[0].get(field) != fields[1].get(field)} == windows
     made, ids = load(tmp_path / "dense"), torch.randint(4, 60, (2, 30))
     source.set_attn_implementation("sdpa")
     with torch.no_grad():
