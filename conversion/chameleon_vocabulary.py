@@ -3,13 +3,14 @@
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.chameleon.modeling_chameleon import ChameleonImageVocabularyMapping
 
 from conversion.key_maps import ConversionError
-from modeling_mot.vocabulary_mot import SPECIAL_TOKENS, add_bos, code_token, set_special_attributes
+from modeling_mot.vocabulary_mot import SPECIAL_TOKENS, add_bos, code_token, set_special_attributes, special
 
 
 # Chameleon's own names, which transformers' processor has fixed too.
@@ -83,14 +84,20 @@ class ImageVocabulary:
         return cls(ids[0], codes, {name: vocabulary_map[token] for name, token in OWN_TOKENS.items()})
 
 
-def convert_tokenizer(folder: str, vocabulary: ImageVocabulary) -> PreTrainedTokenizerBase:
-    """The source's tokenizer with the same ids, its image tokens renamed to `<|image_0|>`, `<|image_1|>` and so on.
+def convert_tokenizer(
+    folder: Path, vocabulary: ImageVocabulary, num_speech_units: int = 0
+) -> PreTrainedTokenizerBase | None:
+    """The source's tokenizer with the same ids, its image tokens renamed to `<|image_0|>`, `<|image_1|>` and so on; None
+    where it has none.
 
-    Reserved tokens, which no training has seen, stand for sound and turns, of which Chameleon has no tokens.
+    Reserved tokens, which no training has seen, stand for turns and for the begin and end of sound, of which Chameleon
+    has no tokens. Speech units get ids of their own behind the others.
 
     Raises:
         ConversionError: the tokenizer is not that of the configuration, or has no reserved tokens left.
     """
+    if not (folder / "tokenizer.json").is_file():
+        return None
     source = AutoTokenizer.from_pretrained(folder)
     backend = json.loads(source.backend_tokenizer.to_str())
     names = source.convert_ids_to_tokens(list(range(*vocabulary.token_range)))
@@ -119,8 +126,7 @@ def convert_tokenizer(folder: str, vocabulary: ImageVocabulary) -> PreTrainedTok
         tokenizer_object=Tokenizer.from_str(json.dumps(backend)), **common, **unknown, **kept
     )
     # Special, so that text which spells such a token is not taken for it when documents are encoded.
-    special = [*own.values(), *renamed.values()]
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special], special_tokens=True)
+    tokenizer.add_tokens([special(token) for token in (*own.values(), *renamed.values())], special_tokens=True)
     set_special_attributes(tokenizer, own)
     processor = tokenizer.backend_tokenizer.post_processor
     if processor is None or not processor.num_special_tokens_to_add(False):
@@ -128,6 +134,8 @@ def convert_tokenizer(folder: str, vocabulary: ImageVocabulary) -> PreTrainedTok
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     if tokenizer.get_vocab() != {renamed.get(name, name): index for name, index in source.get_vocab().items()}:
         raise ConversionError("the tokenizer's ids changed while its image tokens were renamed; it cannot be converted")
+    units = [code_token("speech", index) for index in range(num_speech_units)]
+    tokenizer.add_tokens([special(token) for token in units], special_tokens=True)
     return tokenizer
 
 

@@ -1,9 +1,11 @@
-"""Make a MoT of transformers' Chameleon: its dense self, or a tower for each modality, with its pictures' tokens.
+"""Make a MoT of transformers' Chameleon: its dense self, or a tower for each modality, with the tokens of its pictures.
 
-    python -m conversion.import_chameleon SOURCE OUT [--variant dense|mot] [--image-decoder PATH] [--dtype TYPE]
+    python -m conversion.import_chameleon SOURCE OUT
+    python -m conversion.import_chameleon SOURCE OUT --variant dense --image-decoder FOLDER
+    python -m conversion.import_chameleon SOURCE OUT --speech-tokenizer FOLDER --dry-run
 
-SOURCE is a folder or a name on the Hub. Ids stay Chameleon's own, and logits are equal, image tokens included, which
-transformers hides. One tensor is in memory at a time, beside the VQ-VAE.
+Ids stay Chameleon's own, and logits are equal, those of image tokens included, which transformers hides. Tensors are
+read and written one by one; the VQ-VAE alone is whole in memory.
 """
 
 import argparse
@@ -11,23 +13,27 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import ChameleonConfig, GenerationConfig
-from transformers.dynamic_module_utils import custom_object_save
 
 from conversion.architectures import Architecture
-from conversion.chameleon_pictures import image_tokenizer, picture_settings
+from conversion.chameleon_pictures import image_tokenizer
 from conversion.chameleon_vocabulary import CHAT_TEMPLATE, ImageVocabulary, convert_tokenizer
-from conversion.checkpoints import CheckpointReader, Entry, check_output, fetch, new_folder, write_tensors
+from conversion.checkpoints import CheckpointReader, Entry, check_output, fetch, new_folder, write_model
+from conversion.commands import add_arguments, copy_licences, exit_code, read_config, read_json
+from conversion.initial_values import extended, generator_of
 from conversion.key_maps import ConversionError
 from modeling_mot import MoTConfig, MoTForCausalLM, MoTProcessor
+from modeling_mot.image_tokenizer_mot import MoTImageTokenizer
+from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
 
 
 VQ_VAE = "model.vqmodel."
 VARIANTS = ("mot", "dense", "untied-feed-forward", "untied-feed-forward-attention")
+ROWS_ARE_TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
 CHAMELEON = Architecture(
     "chameleon",
     same=("attention_bias", "mlp_bias"),
@@ -44,36 +50,50 @@ class Plan:
     """What is to be written, before anything is.
 
     Attributes:
-        config: of the MoT.
+        model: the MoT, on `meta`.
         entries: its tensors.
-        picture_names: the source's tensors of the VQ-VAE.
         moves: source tensor -> its targets.
+        pictures: the image tokenizer.
+        processor: None where the source has no tokenizer.
+        reader: of the source.
     """
 
-    config: MoTConfig
+    model: MoTForCausalLM
     entries: list[Entry]
-    picture_names: list[str]
     moves: dict[str, list[str]]
+    pictures: MoTImageTokenizer
+    processor: MoTProcessor | None
+    reader: CheckpointReader
 
     def describe(self) -> str:
         """Every tensor with its shape and place, and the sums."""
-        by_name = {entry.name: entry for entry in self.entries}
-        lines = []
-        for source, targets in self.moves.items():
-            entry = by_name[targets[0]]
-            lines.append(f"{source} {list(entry.shape)} -> {', '.join(targets)}")
-        lines.append(f"{VQ_VAE}* ({len(self.picture_names)} tensors) -> image_tokenizer/")
-        total, active = self.config.num_parameters(), self.config.num_parameters(active=True)
-        size = sum(entry.num_bytes for entry in self.entries)
-        lines.append(f"{total:,} parameters, {active:,} active, {size:,} bytes, towers {self.config.tower_names}")
-        return "\n".join(lines)
+        lines = [
+            f"{name} {list(self.reader.shape(name))} -> {', '.join(self.moves.get(name, ['image_tokenizer/']))}"
+            for name in self.reader.names
+        ]
+        config, size = self.model.config, sum(entry.num_bytes for entry in self.entries)
+        total, active = config.num_parameters(), config.num_parameters(active=True)
+        draws = (
+            "read and drawn" if self.pictures.config.backend == "diffusers" else "read; no decoder, so none is drawn"
+        )
+        return "\n".join(
+            [
+                *lines,
+                f"towers {', '.join(config.tower_names)}; token ids {config.modality_token_ranges}",
+                f"pictures of {' x '.join(map(str, self.pictures.config.image_size))} pixels are {draws}",
+                f"{self.reader.num_bytes():,} bytes become {size:,}",
+                f"{total:,} parameters, {active:,} of them active for a token",
+            ]
+        )
 
 
 def import_chameleon(
     source: str,
     out: Path,
+    *,
     variant: str = "mot",
     image_decoder: Path | None = None,
+    speech: MoTSpeechTokenizer | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: str = "5GB",
     revision: str | None = None,
@@ -88,6 +108,7 @@ def import_chameleon(
         variant: `mot` (towers that start as copies), `dense`, or one that unties a part of the layers.
         image_decoder: safetensors of a VQGAN that has the decoder, for a source without one; see
             `chameleon_pictures.read_decoder`. Without any, the processor reads pictures and draws none.
+        speech: its units become a third modality, in rows behind the vocabulary that start as upcycled ones do.
         dtype: of the transformer; None: as stored.
         max_shard_size: of a file of weights.
         revision: of a source on the Hub.
@@ -99,125 +120,141 @@ def import_chameleon(
     """
     check_output(out, overwrite)
     folder, commit = fetch(source, revision)
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if stored.get("model_type") != "chameleon":
-        raise ConversionError(
-            f"{source} has model_type={stored.get('model_type')!r}, not 'chameleon'; python -m conversion.upcycle converts "
-            "dense language models"
-        )
-    config = ChameleonConfig.from_dict(stored)
-    CHAMELEON.check(config, stored, ignored=_READ)
-    vocabulary = ImageVocabulary.of(config.vocabulary_map, config.vq_config.num_embeddings)
-    reader = CheckpointReader(folder)
-    plan = _plan(reader, config, _mot_config(folder, config, vocabulary, variant, dtype), dtype)
-    pictures = image_tokenizer(
-        folder,
-        lambda name: reader.read(VQ_VAE + name),
-        [name.removeprefix(VQ_VAE) for name in plan.picture_names],
-        config.vq_config,
-        vocabulary,
-        image_decoder,
-    )
-    tokenizer = convert_tokenizer(folder, vocabulary) if (folder / "tokenizer.json").is_file() else None
+    plan = _plan(folder, variant, image_decoder, speech, dtype)
     if dry_run:
         return plan
     record = {
-        "command": "import_chameleon", "source": source, "revision": commit, "sha256": reader.fingerprints(),
+        "command": "import_chameleon",
+        "source": source if commit else folder.resolve().name,
+        "revision": commit,
+        "sha256": plan.reader.fingerprints(),
+        "architecture": CHAMELEON.model_type,
         "variant": variant,
-    }  # fmt: skip
+    }
     with new_folder(out, overwrite) as made:
-        _describe_model(plan.config, folder, made)
-        if tokenizer is None:
-            pictures.save_pretrained(made / "image_tokenizer")
-        else:
-            template = tokenizer.chat_template or CHAT_TEMPLATE
-            MoTProcessor(tokenizer, pictures, chat_template=template).save_pretrained(made)
+        write_model(made, plan.model, plan.entries, max_shard_size, plan.processor)
+        if plan.processor is None:
+            plan.pictures.save_pretrained(made / "image_tokenizer")
+        copy_licences(folder, made)
         (made / "conversion.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        write_tensors(made, plan.entries, max_shard_size)
     return plan
 
 
-def _mot_config(
-    folder: Path, config: ChameleonConfig, vocabulary: ImageVocabulary, variant: str, dtype: torch.dtype | None
-) -> MoTConfig:
-    size = picture_settings(folder, config.vq_config)["crop_size"]
-    pixels = 2 ** (len(config.vq_config.channel_multiplier) - 1)
-    special = {f"{name}_id": token for name, token in vocabulary.special.items() if name != "image_token"}
-    return MoTConfig.from_variant(
-        variant,
-        ["text", "image"],
-        **CHAMELEON.mot_fields(config) | special,
-        modality_token_ranges={"text": [0, config.vocab_size], "image": vocabulary.token_range},
-        image_grid=[size["height"] // pixels, size["width"] // pixels],
-        architectures=["MoTForCausalLM"],
-        dtype=dtype or config.dtype,
+def _plan(
+    folder: Path, variant: str, image_decoder: Path | None, speech: MoTSpeechTokenizer | None, dtype: torch.dtype | None
+) -> Plan:
+    stored = read_json(folder / "config.json")
+    if stored.get("model_type") != CHAMELEON.model_type:
+        raise ConversionError(
+            f"{folder} has model_type={stored.get('model_type')!r}, not 'chameleon'; python -m conversion.upcycle converts "
+            "dense language models"
+        )
+    source = read_config(stored)
+    CHAMELEON.check(source, stored, ignored=_READ)
+    vocabulary = ImageVocabulary.of(source.vocabulary_map, source.vq_config.num_embeddings)
+    reader = CheckpointReader(folder)
+    images = [name.removeprefix(VQ_VAE) for name in reader.names if name.startswith(VQ_VAE)]
+    pictures = image_tokenizer(
+        folder, lambda name: reader.read(VQ_VAE + name), images, source.vq_config, vocabulary, image_decoder
     )
+    tokenizer = convert_tokenizer(folder, vocabulary, speech.num_units if speech else 0)
+    processor = None
+    if tokenizer is not None:
+        processor = MoTProcessor(tokenizer, pictures, speech, chat_template=tokenizer.chat_template or CHAT_TEMPLATE)
+    elif speech is not None:
+        raise ConversionError(f"{folder} has no tokenizer.json, to which tokens of speech could be added")
 
-
-def _plan(reader: CheckpointReader, source: ChameleonConfig, config: MoTConfig, dtype: torch.dtype | None) -> Plan:
-    pictures = [name for name in reader.names if name.startswith(VQ_VAE)]
+    config = _mot_config(source, vocabulary, pictures, processor, variant)
+    names = [name for name in reader.names if not name.startswith(VQ_VAE)]
+    config.dtype = dtype or reader.dtype(names[0])
     with torch.device("meta"):
-        wanted = MoTForCausalLM(config).state_dict()
+        model = MoTForCausalLM(config)
+    model.generation_config = _generation_config(folder, config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del wanted["lm_head.weight"]
-    names = [name for name in reader.names if name not in set(pictures)]
-    origins = CHAMELEON.key_map(config).origins(names, wanted)
     entries, moves = [], {}
-    for name, (origin, _) in origins.items():
-        if reader.shape(origin) != tuple(wanted[name].shape):
-            raise ConversionError(
-                f"{origin} has shape {reader.shape(origin)}, where config.json says {tuple(wanted[name].shape)}"
-            )
-        target = dtype or reader.dtype(origin)
-        entries.append(Entry(name, reader.shape(origin), target, partial(_read, reader, origin, target)))
+    for name, (origin, _) in CHAMELEON.key_map(config).origins(names, wanted).items():
+        entries.append(_entry(reader, name, origin, wanted[name], source.vocab_size, dtype))
         moves.setdefault(origin, []).append(name)
-    return Plan(config, entries, pictures, moves)
+    return Plan(model, entries, moves, pictures, processor, reader)
 
 
-def _read(reader: CheckpointReader, name: str, dtype: torch.dtype) -> torch.Tensor:
-    return reader.read(name).to(dtype)
+def _mot_config(
+    source: ChameleonConfig,
+    vocabulary: ImageVocabulary,
+    pictures: MoTImageTokenizer,
+    processor: MoTProcessor | None,
+    variant: str,
+) -> MoTConfig:
+    tokens: dict[str, Any] = {
+        "modalities": ["text", "image"],
+        "modality_token_ranges": {"text": [0, source.vocab_size], "image": vocabulary.token_range},
+        "image_grid": pictures.image_grid,
+    } | {f"{name}_id": token for name, token in vocabulary.special.items() if name != "image_token"}
+    if processor is not None:
+        tokens = processor.config_kwargs()
+        tokens["vocab_size"] = max(tokens["vocab_size"], source.vocab_size)
+    return MoTConfig.from_variant(variant, **CHAMELEON.mot_fields(source) | tokens)
 
 
-def _describe_model(config: MoTConfig, source: Path, folder: Path) -> None:
-    """Configurations and code, as `save_pretrained` writes them."""
-    generation = GenerationConfig.from_model_config(config)
-    if (source / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(source)
+def _generation_config(folder: Path, config: MoTConfig) -> GenerationConfig:
+    """The source's, with the tokens that its tokenizer begins, ends and pads with."""
+    if not (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_model_config(config)
+    generation = GenerationConfig.from_pretrained(folder)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(generation, name, getattr(config, name))
-    generation._from_model_config = None
-    with torch.device("meta"):
-        custom_object_save(MoTForCausalLM(config), folder, config=config)
-    config.save_pretrained(folder)
-    generation.save_pretrained(folder)
+    return generation
+
+
+def _entry(
+    reader: CheckpointReader,
+    name: str,
+    origin: str,
+    shape: tuple[int, ...],
+    source_rows: int,
+    dtype: torch.dtype | None,
+) -> Entry:
+    before = (source_rows, *shape[1:]) if name in ROWS_ARE_TOKENS else shape
+    if reader.shape(origin) != before:
+        raise ConversionError(f"{origin} has shape {reader.shape(origin)}, where config.json says {before}")
+    target = dtype or reader.dtype(origin)
+
+    def make() -> torch.Tensor:
+        tensor = reader.read(origin)
+        if before != shape:
+            tensor = extended(tensor, shape[0], generator_of(0, name))
+        return tensor.to(target)
+
+    return Entry(name, shape, target, make)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 a request that cannot be met."""
-    parser = argparse.ArgumentParser(prog="python -m conversion.import_chameleon", description=__doc__.splitlines()[0])
-    parser.add_argument("source", help="folder or Hub name of a ChameleonForConditionalGeneration")
-    parser.add_argument("out", type=Path, help="new folder")
+    parser = argparse.ArgumentParser(
+        prog="python -m conversion.import_chameleon",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser, "a ChameleonForConditionalGeneration of transformers")
     parser.add_argument("--variant", choices=VARIANTS, default="mot", help="(default: %(default)s)")
     parser.add_argument(
-        "--image-decoder", type=Path, help="safetensors of a VQGAN with its decoder, without which no picture is drawn"
+        "--image-decoder", type=Path, metavar="PATH", help="safetensors of a VQGAN with the decoder that SOURCE lacks"
     )
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the transformer (default: as stored)"
-    )
-    parser.add_argument("--max-shard-size", default="5GB", help="of a file of weights (default: %(default)s)")
-    parser.add_argument("--revision", help="branch, tag or commit of a source on the Hub")
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
-    parser.add_argument("--dry-run", action="store_true", help="print what would become of every tensor, write nothing")
+    parser.add_argument("--speech-tokenizer", metavar="FOLDER", help="speech is a third modality, of its units")
     options = vars(parser.parse_args(arguments))
-    if options["dtype"] is not None:
-        options["dtype"] = getattr(torch, options["dtype"])
-    try:
-        plan = import_chameleon(**options)
-    except ConversionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(plan.describe() if options["dry_run"] else options["out"])
-    return 0
+    folder, name = options.pop("speech_tokenizer"), options.pop("dtype")
+
+    def work() -> None:
+        try:
+            speech = None if folder is None else MoTSpeechTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise ConversionError(f"--speech-tokenizer {folder}: {error}") from error
+        plan = import_chameleon(**options, speech=speech, dtype=None if name is None else getattr(torch, name))
+        print(plan.describe() if options["dry_run"] else options["out"])
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

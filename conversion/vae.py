@@ -19,6 +19,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from conversion.checkpoints import WEIGHTS, CheckpointReader, Entry, check_output, new_folder, write_tensors
+from conversion.commands import exit_code, read_json
 from conversion.key_maps import ConversionError
 from modeling_mot import MoTTransfusionConfig
 from modeling_mot.image_processor_mot import IMAGE_PROCESSOR_CONFIG_NAME
@@ -122,30 +123,34 @@ def import_vae(
     )
 
 
-def read_vae(folder: Path) -> AutoencoderKL | AutoencoderTiny:
-    """A VAE in a folder of diffusers, in float32; nothing is unpickled.
+def read_vae(folder: str | Path) -> AutoencoderKL | AutoencoderTiny:
+    """A VAE in a folder of diffusers, or of that name on the Hub, in float32, frozen; nothing is unpickled.
 
     Raises:
-        ConversionError: there is none, or one of a class that a Transfusion model cannot hold.
+        ConversionError: there is none, it is not whole, or its class is none that a Transfusion model can hold.
     """
-    if not (folder / "config.json").is_file():
-        nested = " (its vae folder is meant?)" if (folder / "vae" / "config.json").is_file() else ""
-        raise ConversionError(f"{folder} holds no config.json of a VAE{nested}")
+    if Path(folder).is_dir() and (Path(folder) / "model_index.json").is_file():
+        raise ConversionError(f"{folder} is a whole pipeline; give its folder vae")
     try:
-        kind = vae_class(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         # Diffusers' own reader knows the older names that many published VAEs have.
-        return kind.from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True
+        vae, info = vae_class(AutoencoderKL.load_config(folder)).from_pretrained(
+            folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConversionError(f"no VAE could be read from {folder}: {error}") from error
+    if info["missing_keys"] or info["unexpected_keys"]:
+        missing, unexpected = (", ".join(sorted(info[f"{kind}_keys"])) or "none" for kind in ("missing", "unexpected"))
+        raise ConversionError(
+            f"{folder} is not what its config.json says; tensors missing: {missing}; too many: {unexpected}"
+        )
+    return vae.eval().requires_grad_(False)
 
 
 def _config(folder: Path) -> MoTTransfusionConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ConversionError(f"{folder} holds no config.json; give the folder of a saved MoTTransfusionModel")
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = read_json(path)
     if stored.get("model_type") != MoTTransfusionConfig.model_type:
         raise ConversionError(
             f"{folder} has model_type={stored.get('model_type')!r}; only {MoTTransfusionConfig.model_type!r} holds a VAE"
@@ -174,7 +179,7 @@ def _check_fits(
         )
     processor = folder / "image_processor" / IMAGE_PROCESSOR_CONFIG_NAME
     if processor.is_file():
-        expected = json.loads(processor.read_text(encoding="utf-8")).get("downsampling")
+        expected = read_json(processor).get("downsampling")
         if expected != pixels * config.patch_size:
             raise ConversionError(
                 f"the model's processor counts a token for {expected} pixels a side (image_processor.downsampling); with "
@@ -233,12 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     imported.add_argument("--max-shard-size", default="5GB", help="of a file of weights (default: %(default)s)")
     options = vars(parser.parse_args(arguments))
     run = {"export": export_vae, "import": import_vae}[options.pop("command")]
-    try:
-        print(run(**options))
-    except ConversionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(run(**options)))
 
 
 if __name__ == "__main__":

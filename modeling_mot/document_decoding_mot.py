@@ -106,8 +106,7 @@ class DocumentDecoder:
         return [None] * (count - given) + list(images or [])
 
     def is_text(self, token: int) -> bool:
-        first, last = self.ranges["text"]
-        return first <= token < last and not (self.continuous and token == self.tokenizer.image_token_id)
+        return not any(first <= token < last for name, (first, last) in self.ranges.items() if name != "text")
 
     def given_image(self, length: int, picture: Any, complete: bool, allow_incomplete: bool) -> dict | None:
         if not allow_incomplete and not (length and complete):

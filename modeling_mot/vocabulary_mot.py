@@ -131,11 +131,12 @@ def modality_ranges(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
             raise ValueError(f"the {modality} tokens are not one range of ids in their order; use extend_tokenizer")
         if ids:
             ranges[modality] = [ids[0], ids[-1] + 1]
+    first = min((start for start, _ in ranges.values()), default=len(vocabulary))
+    if max(getattr(tokenizer, f"{name}_id") for name in SPECIAL_TOKENS) > first:
+        return {"text": [0, len(vocabulary)], **ranges}
     if len(ranges) == 2 and ranges["image"][1] != ranges["speech"][0]:
         raise ValueError(f"speech tokens must follow image tokens, but the ranges are {ranges}; use extend_tokenizer")
-    first = min((start for start, _ in ranges.values()), default=len(vocabulary))
-    last_special = max(getattr(tokenizer, f"{name}_id") for name in SPECIAL_TOKENS)
-    return {"text": [0, first if last_special < first else len(vocabulary)], **ranges}
+    return {"text": [0, first], **ranges}
 
 
 def stretches(ranges: dict[str, list[int]]) -> tuple[list[int], list[str]]:

@@ -26,6 +26,7 @@ from conversion.key_maps import KeyMap
 from modeling_mot import MoTForCausalLM, MoTProcessor
 
 from ..modeling_mot.test_remote_code import run_clean
+from ..modeling_mot.test_speech_tokenizer import chirp, tokenizer_with_random_units
 
 
 NUM_CODES = 64
@@ -231,6 +232,27 @@ def test_configuration_names_chameleons_tokens(small_source, tmp_path):
     assert config.image_grid == [4, 4]
 
 
+@torch.no_grad()
+def test_speech_is_added_behind_the_vocabulary(small_source, tmp_path):
+    tokenizer_with_random_units(num_units=6).save_pretrained(tmp_path / "speech")
+    out = convert(small_source, tmp_path / "out", "--speech-tokenizer", str(tmp_path / "speech"))
+    processor, size = MoTProcessor.from_pretrained(out), len(vocabulary())
+    ours = MoTForCausalLM.from_pretrained(out, attn_implementation="sdpa")
+    assert ours.config.tower_names == ["text", "image", "speech"]
+    assert ours.config.modality_token_ranges == {
+        "text": [0, size + 6],
+        "image": [4, 4 + NUM_CODES],
+        "speech": [size, size + 6],
+    }
+    sound = processor([{"type": "text", "text": "a"}, {"type": "audio", "audio": chirp()}], return_tensors="pt")
+    units = sound["input_ids"] >= size
+    assert units.sum() > 10 and torch.equal(sound["modality_ids"], 2 * units.long())
+    theirs = ChameleonForConditionalGeneration.from_pretrained(small_source, attn_implementation="sdpa")
+    inputs, ids = with_picture(theirs, small_source)
+    expected = theirs.lm_head(theirs.model(**inputs).last_hidden_state)
+    assert torch.equal(ours(ids).logits[..., :size], expected)
+
+
 # ------------------------------------------------------------------------------------------------------------ drawing
 
 
@@ -338,9 +360,8 @@ def test_a_dry_run_prints_every_tensor_and_writes_nothing(small_source, tmp_path
     assert main([str(small_source), str(tmp_path / "out"), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     line = "model.norm.weight [32] -> model.norm.text.weight, model.norm.image.weight"
-    assert line in printed.splitlines() and "towers ['text', 'image']" in printed
-    for name in CheckpointReader(small_source).names:
-        assert name in printed or name.startswith(VQ_VAE)
+    assert line in printed.splitlines() and "towers text, image;" in printed and "none is drawn" in printed
+    assert all(f"{name} [" in printed for name in CheckpointReader(small_source).names)
     assert list(tmp_path.iterdir()) == []
 
 

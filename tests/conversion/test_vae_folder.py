@@ -169,6 +169,8 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, capsys):
     before = model_folder(tmp_path / "model", kl())
     bare = model_folder(tmp_path / "bare")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
     pickled = saved(kl(), tmp_path / "pickled")
     (pickled / "diffusion_pytorch_model.safetensors").rename(pickled / "diffusion_pytorch_model.bin")
     other = saved(kl(), tmp_path / "other")
@@ -179,7 +181,8 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, capsys):
         (["export", bare, out], "holds no VAE"),
         (["export", tmp_path / "empty", out], "holds no config.json"),
         (["export", pickled, out], "model_type=None"),
-        (["import", before, tmp_path, out], "holds no config.json of a VAE"),
+        (["import", before, tmp_path / "empty", out], "no VAE could be read"),
+        (["import", before, tmp_path / "pipeline", out], "give its folder vae"),
         (["import", before, pickled, out], "safetensors"),
         (["import", before, other, out], "_class_name='VQModel'"),
         (["import", before, saved(kl(latent_channels=3), tmp_path / "channels"), out], "latent_channels=3"),
@@ -219,3 +222,9 @@ def test_tensors_that_are_missing_or_too_many_are_listed(tmp_path, capsys):
     assert run("export", before, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert "encoder.conv_in.bias" in error and "extra" in error
+    folder = saved(kl(), tmp_path / "vae")
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    del tensors["decoder.conv_in.bias"]
+    save_file(tensors | {"extra": torch.zeros(1)}, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    assert run("import", model_folder(tmp_path / "bare"), folder, tmp_path / "out") == 2
+    assert "missing: decoder.conv_in.bias; too many: extra" in capsys.readouterr().err
