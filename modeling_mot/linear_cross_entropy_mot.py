@@ -3,13 +3,15 @@
 # T tokens, D hidden size, V vocabulary, c tokens of a block
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 
-BLOCK_LOGITS = 1 << 24  # logits of one block
+BLOCK_LOGITS = 1 << 24  # logits of one block, made by one product
 BLOCK_TOKENS = 128  # and the fewest tokens, below which products become slow
+CACHED_LOGITS = 1 << 21  # of which so many are worked on at a time, in float32, so that they stay in a cache
 _NAMESPACE = re.sub(r"\W", "_", __name__)  # of this module: remote code may be loaded beside the installed package
 
 
@@ -58,15 +60,34 @@ def _blocks(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Te
     return tokens.split(max(BLOCK_LOGITS // len(weight), BLOCK_TOKENS))
 
 
-def _softmax(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(c, V), (c,) -> probabilities in float32 at least, cross-entropy and log(Z) (c,)
+def _losses(
+    logits: torch.Tensor, targets: torch.Tensor, slopes: Callable | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(c, V), (c,) -> cross-entropy and log(Z), (c,), in float32 at least; the logits are overwritten.
 
-    The largest logit has the largest probability, at least 1/V, and log(Z) is what lies between their logarithms.
+    Args:
+        slopes: (log(Z), tokens) -> (of_target, of_all), (c,) both or None for 1; the logits become the gradients
+            of_all * probabilities - of_target at the target.
     """
-    probabilities = torch.softmax(logits, dim=-1, dtype=_wide(logits))
-    log_z = logits.amax(dim=-1).to(probabilities.dtype) - probabilities.amax(dim=-1).log()
-    at_target = logits.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
-    return probabilities, (log_z - at_target).masked_fill(targets == -100, 0.0), log_z
+    cross_entropy, log_z = (logits.new_empty(len(targets), dtype=_wide(logits)) for _ in range(2))
+    places = targets.clamp(min=0)[:, None]
+    size = max(CACHED_LOGITS // logits.shape[1], 1)
+    for begin in range(0, len(targets), size):
+        tokens = slice(begin, begin + size)
+        at_target = logits[tokens].gather(1, places[tokens]).squeeze(1)
+        wide = logits[tokens].to(_wide(logits))  # in float32 the logits themselves
+        largest = wide.amax(dim=-1)
+        probabilities = torch.softmax(wide, dim=-1, out=wide)
+        # The largest logit has the largest probability, at least 1/V, and log(Z) is what lies between their logarithms.
+        log_z[tokens] = largest - probabilities.amax(dim=-1).log()
+        cross_entropy[tokens] = log_z[tokens] - at_target
+        if slopes is not None:
+            of_target, of_all = slopes(log_z[tokens], tokens)
+            if of_all is not None:
+                probabilities *= of_all[:, None]
+            of_target = torch.ones_like(log_z[tokens]) if of_target is None else of_target
+            logits[tokens] = probabilities.scatter_add_(1, places[tokens], -of_target[:, None])
+    return cross_entropy.masked_fill_(targets == -100, 0.0), log_z
 
 
 class _Gradients:
@@ -77,18 +98,8 @@ class _Gradients:
         # As the product makes it, and turned once: adding a turned matrix for each block takes as long as the products.
         self._turned_weight = weight.new_zeros(weight.shape[::-1], dtype=_wide(weight))
 
-    def add(self, tokens, hidden_states, weight, probabilities, targets, of_target, of_all) -> None:
-        """Of a block whose logits have the gradient of_all * probabilities - of_target at the target.
-
-        Args:
-            probabilities: (c, V), overwritten.
-            of_target, of_all: (c,); None stands for 1.
-        """
-        if of_all is not None:
-            probabilities *= of_all[:, None]
-        places = targets.clamp(min=0)[:, None]
-        of_target = probabilities.new_ones(places.shape) if of_target is None else of_target[:, None]
-        gradient = probabilities.scatter_add_(1, places, -of_target).to(hidden_states.dtype)
+    def add(self, tokens, hidden_states, weight, gradient) -> None:
+        """Of a block whose logits have this gradient, (c, V)."""
         self.hidden_states[tokens] = _product(gradient, weight.T)
         self._turned_weight += _product(hidden_states.T, gradient.T)
 
@@ -109,13 +120,17 @@ def _forward(
     """Losses (T,) twice, and the gradients of their sum, empty where they are not made now."""
     losses, z_losses = (hidden_states.new_zeros(len(targets), dtype=_wide(hidden_states)) for _ in range(2))
     gradients = _Gradients(hidden_states, weight) if gradients_now else None
+
+    def slopes(log_z, tokens):
+        return None, 1 + 2 * z_loss_coefficient * log_z if z_loss_coefficient else None
+
     for tokens in _blocks(hidden_states, weight, targets):
         block, wanted = hidden_states[tokens], targets[tokens]
-        probabilities, losses[tokens], log_z = _softmax(_product(block, weight), wanted)
+        logits = _product(block, weight)
+        losses[tokens], log_z = _losses(logits, wanted, slopes if gradients_now else None)
         z_losses[tokens] = (z_loss_coefficient * log_z.square()).masked_fill(wanted == -100, 0.0)
         if gradients is not None:
-            of_all = 1 + 2 * z_loss_coefficient * log_z if z_loss_coefficient else None
-            gradients.add(tokens, block, weight, probabilities, wanted, None, of_all)
+            gradients.add(tokens, block, weight, logits)
     if gradients is None:
         return losses, z_losses, hidden_states.new_empty(0), weight.new_empty(0)
     return losses, z_losses, gradients.hidden_states, gradients.weight.to(weight.dtype).contiguous()
@@ -151,13 +166,15 @@ def _backward(
     gradients = _Gradients(hidden_states, weight)
     for tokens in _blocks(hidden_states, weight, targets):
         block, wanted = hidden_states[tokens], targets[tokens]
-        probabilities, _, log_z = _softmax(_product(block, weight), wanted)
-        of_target = grad_losses[tokens].masked_fill(wanted == -100, 0.0)
-        of_all = of_target
-        if z_loss_coefficient:
-            of_z = grad_z_losses[tokens] * 2 * z_loss_coefficient * log_z
-            of_all = of_all + of_z.masked_fill(wanted == -100, 0.0)
-        gradients.add(tokens, block, weight, probabilities, wanted, of_target, of_all)
+        is_target = wanted != -100
+        of_losses, of_z_losses = grad_losses[tokens] * is_target, grad_z_losses[tokens] * is_target
+
+        def slopes(log_z, part, of_losses=of_losses, of_z_losses=of_z_losses):
+            return of_losses[part], of_losses[part] + of_z_losses[part] * 2 * z_loss_coefficient * log_z
+
+        logits = _product(block, weight)
+        _losses(logits, wanted, slopes)
+        gradients.add(tokens, block, weight, logits)
     return gradients.hidden_states, gradients.weight.to(weight.dtype).contiguous()
 
 

@@ -1,4 +1,4 @@
-"""`python -m training.benchmark {train,attention,scaling,decode,sample,serve,distributed}`: every figure is a ratio of medians
+"""`python -m training.benchmark {train,loss,attention,scaling,decode,sample,serve,distributed}`: every figure is a ratio of medians
 taken side by side in one run; README.md in this folder says how."""
 
 import argparse
@@ -8,9 +8,11 @@ import platform
 import torch
 import transformers
 
+from modeling_mot.tower_products_mot import TOWER_PRODUCTS
 from training.benchmark.attention import time_attention
 from training.benchmark.decode import time_decode
 from training.benchmark.distributed import time_distributed
+from training.benchmark.loss import memory_of_loss, time_loss
 from training.benchmark.peers import SIZES
 from training.benchmark.rounds import print_ratios
 from training.benchmark.sample import time_sample
@@ -23,9 +25,10 @@ from training.devices import keep_freed_memory
 def _train(options) -> dict:
     size, dtype, towers = options.size, getattr(torch, options.dtype), options.towers
     batch = (options.rows, options.length, options.vocab)
-    figures = time_train(size, dtype, towers, options.rounds, *batch, options.optimizer)
+    ways = (options.optimizer, options.compile, tuple(options.products))
+    figures = time_train(size, dtype, towers, options.rounds, *batch, *ways)
     for name, value in figures["tokens_per_second"].items():
-        print(f"{name:6} {value:10,.0f} tokens/s")
+        print(f"{name:15} {value:10,.0f} tokens/s")
     print_ratios(figures)
     if options.memory:
         figures["peak_bytes"] = memory_of_a_step(size, dtype, towers, *batch)
@@ -41,6 +44,17 @@ def _groups(figures: dict) -> dict:
         if "flops" in of_setting:
             print(f"  {of_setting['flops'] / 1e9:.1f} GFLOP, {of_setting['flops_per_second'] / 1e9:.0f} GFLOP/s")
         print_ratios(of_setting)
+    return figures
+
+
+def _loss(options) -> dict:
+    hidden_size, dtype = SIZES[options.size]["hidden_size"], getattr(torch, options.dtype)
+    figures = time_loss(hidden_size, dtype, options.tokens, options.vocabs, options.rounds)
+    _groups(figures)
+    for vocab_size in options.vocabs:
+        peak = memory_of_loss(hidden_size, dtype, options.tokens, vocab_size)
+        figures[f"vocabulary {vocab_size}"]["peak_bytes"] = peak
+        print(f"vocabulary {vocab_size}:", ", ".join(f"{name} {value / 2**20:.0f} MiB" for name, value in peak.items()))
     return figures
 
 
@@ -79,6 +93,19 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--rounds", type=int, default=rounds, help=f"timed rounds (default: {rounds})")
         command.add_argument("--json", help="new file to write the figures to")
         command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+        # The options of the training command, for all contestants alike.
+        command.add_argument(
+            "--keep-freed-memory",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="as train.keep_freed_memory (default: yes)",
+        )
+        command.add_argument(
+            "--float32-matmul-precision",
+            choices=("highest", "high", "medium"),
+            default="highest",
+            help="as train.float32_matmul_precision (default: highest)",
+        )
         if sized:
             command.add_argument("--size", choices=SIZES, default="small", help="of the models (default: small)")
         return command
@@ -89,7 +116,14 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--length", type=int, default=512, help="tokens of a row (default: 512)")
     train.add_argument("--vocab", type=int, default=8192, help="entries of the vocabulary (default: 8192)")
     train.add_argument("--optimizer", action="store_true", help="AdamW's update too")
+    train.add_argument("--compile", action="store_true", help="compile the layers of all, but for the boolean masks")
+    train.add_argument(
+        "--products", nargs="+", default=[], choices=TOWER_PRODUCTS[1:], help="also MoTs with these products of towers"
+    )
     train.add_argument("--memory", action="store_true", help="also the peak memory of a step")
+    loss = add("loss", _loss, 10, "the last projection and the cross-entropy, against those with all logits")
+    loss.add_argument("--tokens", type=int, default=2048, help="(default: 2048)")
+    loss.add_argument("--vocabs", type=int, nargs="+", default=[8192, 32768, 65536], help="entries of the vocabulary")
     attention = add(
         "attention",
         lambda o: _groups(time_attention(getattr(torch, o.dtype), o.lengths, o.rounds)),
@@ -126,12 +160,14 @@ def main(arguments=None) -> None:
     options = parser().parse_args(arguments)
     if options.rounds < 2:
         parser().error("--rounds must be at least 2")
-    for name in ("towers", "rows", "length"):
+    for name in ("towers", "rows", "length", "tokens"):
         if getattr(options, name, 1) < 1:
             parser().error(f"--{name} must be at least 1")
     if options.command == "distributed" and (options.ranks < 2 or 20 % options.ranks or options.steps < 8):
         parser().error("--ranks must be at least 2 and divide the recipe's 20 rows, --steps be at least 8")
-    keep_freed_memory()  # as the trainer does, for all contestants alike
+    if options.keep_freed_memory:
+        keep_freed_memory()
+    torch.set_float32_matmul_precision(options.float32_matmul_precision)
     figures = options.run(options)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -32,9 +32,11 @@ def build_mot(llama: LlamaForCausalLM, size: dict, towers: int) -> MoTForCausalL
     return model.to(dtype).train()
 
 
-def made_up_batch(rows: int, length: int, vocab_size: int, towers: int, shares: list[float] | None = None) -> dict:
+def made_up_batch(
+    rows: int, length: int, vocab_size: int, towers: int, shares: list[float] | None = None, seed: int = 1
+) -> dict:
     """Random tokens, (B, L), of modalities in random places; `shares` of them, else as many of each."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     weights = torch.tensor(shares or [1.0] * towers)
     modality_ids = torch.multinomial(weights, rows * length, replacement=True, generator=generator).view(rows, length)
     return {

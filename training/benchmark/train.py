@@ -1,16 +1,32 @@
 """A training step of a MoT beside transformers' Llama of equal active size and the paper's Algorithm 1."""
 
+from itertools import cycle
+
 import torch
 
 from training.benchmark.peers import SIZES, BooleanMaskMoT, build_llama, build_mot, made_up_batch
 from training.benchmark.rounds import compare, interleave, peak_bytes
 
 
-def contestants(size: dict, dtype: torch.dtype, towers: int, vocab_size: int) -> dict[str, torch.nn.Module]:
-    """`llama`, a `mot` of so many towers, the same code with one (`dense`), and `masks`, Algorithm 1."""
+BATCHES = 4  # that take turns: the rows of a tower are never as many twice in a row
+
+
+def contestants(
+    size: dict, dtype: torch.dtype, towers: int, vocab_size: int, compiled: bool = False, products: tuple[str, ...] = ()
+) -> dict[str, torch.nn.Module]:
+    """`llama`, a `mot` of so many towers, the same code with one (`dense`), and `masks`, Algorithm 1; with `products` also
+    MoTs that join those of their towers so; or, `compiled`, all but `masks` with each layer compiled."""
     llama = build_llama(size, dtype, vocab_size)
     models = {"llama": llama, "mot": build_mot(llama, size, towers), "dense": build_mot(llama, size, 1)}
-    return models | {"masks": BooleanMaskMoT(build_mot(llama, size, towers))}
+    for word in products:
+        models[f"mot_{word}"] = build_mot(llama, size, towers)
+        models[f"mot_{word}"].set_tower_products(word)
+    if not compiled:
+        return models | {"masks": BooleanMaskMoT(build_mot(llama, size, towers))}
+    for model in models.values():
+        for layer in model.model.layers:
+            layer.compile()
+    return models
 
 
 def loss_of(model: torch.nn.Module, batch: dict) -> torch.Tensor:
@@ -49,20 +65,31 @@ def step(model: torch.nn.Module, batch: dict, optimizer: torch.optim.Optimizer |
 
 
 def time_train(
-    size: str, dtype: torch.dtype, towers: int, rounds: int, rows: int, length: int, vocab_size: int, optimizer: bool
+    size: str,
+    dtype: torch.dtype,
+    towers: int,
+    rounds: int,
+    rows: int,
+    length: int,
+    vocab_size: int,
+    optimizer: bool = False,
+    compiled: bool = False,
+    products: tuple[str, ...] = (),
 ) -> dict:
     """Seconds of each contestant's forward and backward, with `optimizer` of AdamW's update too, and their ratios as
     `compare` has them; `tokens_per_second`."""
-    models = contestants(SIZES[size], dtype, towers, vocab_size)
-    batch = made_up_batch(rows, length, vocab_size, towers)
-    check_equal(models, batch)
+    models = contestants(SIZES[size], dtype, towers, vocab_size, compiled, products)
+    batches = [made_up_batch(rows, length, vocab_size, towers, seed=seed) for seed in range(BATCHES)]
+    check_equal(models, batches[0])
     optimizers = {
         name: torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) if optimizer else None
         for name, model in models.items()
     }
-    calls = {name: lambda name=name: step(models[name], batch, optimizers[name]) for name in models}
+    turns = {name: cycle(batches) for name in models}
+    calls = {name: lambda name=name: step(models[name], next(turns[name]), optimizers[name]) for name in models}
     pairs = [("mot", "llama"), ("dense", "llama"), ("mot", "dense"), ("mot", "masks"), ("masks", "llama")]
-    figures = compare(interleave(calls, rounds, warm_up=2), pairs)
+    pairs = [pair for pair in pairs if set(pair) <= set(models)] + [(f"mot_{word}", "mot") for word in products]
+    figures = compare(interleave(calls, rounds, warm_up=BATCHES), pairs)
     tokens = rows * length
     return figures | {"tokens_per_second": {name: tokens / value for name, value in figures["seconds"].items()}}
 
