@@ -3,7 +3,7 @@
     python -m conversion.export_dense SOURCE OUT [--tower text] [--architecture llama] [--vocab-size N]
 
 SOURCE is a folder or a name on the Hub. transformers loads OUT as one of its own models, without any code of this
-package; the logits are those that the MoT gives the tokens of that tower. One tensor is in memory at a time.
+package; the logits are those that the MoT gives the tokens of that tower. Two tensors are in memory at a time, at most.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrain
 
 from conversion.architectures import ARCHITECTURES, Architecture, architecture_of
 from conversion.checkpoints import CheckpointReader, Entry, check_output, fetch, new_folder, write_tensors
-from conversion.commands import add_arguments, copy_licences, exit_code, read_json
+from conversion.commands import add_arguments, copy_licences, exit_code, read_config, read_json
 from conversion.key_maps import ConversionError, KeyMap
 from conversion.tokenizer_files import check_cut, copy_tokenizer
 from modeling_mot import MoTConfig, MoTTransfusionConfig
 
 
-CONFIGS = {config.model_type: config for config in (MoTConfig, MoTTransfusionConfig)}
+MODEL_TYPES = (MoTConfig.model_type, MoTTransfusionConfig.model_type)
 ROWS_ARE_TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
 BESIDE_THE_TRANSFORMER = ("patchifier.", "vae.")
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
@@ -94,7 +94,12 @@ def export_dense(
     """
     check_output(out, overwrite)
     folder, commit = fetch(source, revision)
-    reader, config = CheckpointReader(folder), read_config(folder)
+    stored = read_json(folder / "config.json")
+    if stored.get("model_type") not in MODEL_TYPES:
+        raise ConversionError(
+            f"{source} has model_type={stored.get('model_type')!r} and is no MoT, which has one of {', '.join(MODEL_TYPES)}"
+        )
+    reader, config = CheckpointReader(folder), read_config(stored)
     wanted = _modules_of(config, tower)
     row, dense = dense_architecture(config, architecture, _recorded_architecture(folder))
     copies, left_behind = _copies(reader, config, dense, row, wanted, tower)
@@ -122,16 +127,6 @@ def export_dense(
 
 
 # ------------------------------------------------------------------------------------------------------- configurations
-
-
-def read_config(folder: Path) -> MoTConfig:
-    """The configuration of a MoT's checkpoint. Raises ConversionError where it is another model's."""
-    stored = read_json(folder / "config.json")
-    if stored.get("model_type") not in CONFIGS:
-        raise ConversionError(
-            f"{folder} has model_type={stored.get('model_type')!r} and is no MoT, which has one of {', '.join(CONFIGS)}"
-        )
-    return CONFIGS[stored["model_type"]].from_dict(stored)
 
 
 def _modules_of(config: MoTConfig, tower: str | None) -> dict[str, list[str]]:
