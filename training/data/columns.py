@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from modeling_mot.vocabulary_mot import stretches
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -13,10 +15,12 @@ class Vocabulary:
 
     Attributes:
         modalities: names in the order of `modality_ids`, text first.
-        bounds: first ids of the contiguous ranges of the modalities that have tokens, and the size of the vocabulary.
+        bounds: first ids of the stretches of one modality, ascending, and the size of the vocabulary.
         begins, ends: the markers that open and close a picture or a sound.
         image_token: the placeholder of images that stay continuous, which then have no range; None where pictures are
             codes.
+        stretch_modalities: that of each stretch, where text goes on behind other tokens (an imported vocabulary); else
+            there is one for each modality that has tokens, in their order.
     """
 
     modalities: tuple[str, ...]
@@ -27,15 +31,16 @@ class Vocabulary:
     begins: tuple[int, ...] = ()
     ends: tuple[int, ...] = ()
     image_token: int | None = None
+    stretch_modalities: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, processor) -> "Vocabulary":
         ranges = processor.modality_token_ranges
         bounds = [ranges[name][0] for name in ranges] + [list(ranges.values())[-1][1]]
+        stretch_names: list[str] = []
         if any(ranges[name][1] != bounds[i + 1] for i, name in enumerate(ranges)) or bounds[0] != 0:
-            raise ValueError(
-                f"modality_token_ranges={ranges} must be contiguous and start at 0, in the order of the names"
-            )
+            firsts, stretch_names = stretches(ranges)
+            bounds = [*firsts, max(end for _, end in ranges.values())]
         tokenizer = processor.tokenizer
         pad, bos, eos = (getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos"))
         # Those of images first: `boi` and `eoi` rely on it.
@@ -43,9 +48,11 @@ class Vocabulary:
             tuple(getattr(tokenizer, f"{name}_token_id", None) for name in names)
             for names in (("boi", "begin_of_speech"), ("eoi", "end_of_speech"))
         )
-        if getattr(processor, "image_processor", None) is None:
-            return cls(tuple(ranges), tuple(bounds), pad, bos, eos, begins, ends)
-        return cls(tuple(processor.modalities), tuple(bounds), pad, bos, eos, begins, ends, processor.image_token_id)
+        modalities, image_token = tuple(ranges), None
+        if getattr(processor, "image_processor", None) is not None:
+            modalities, image_token = tuple(processor.modalities), processor.image_token_id
+        places = tuple(modalities.index(name) for name in stretch_names)
+        return cls(modalities, tuple(bounds), pad, bos, eos, begins, ends, image_token, places)
 
     @classmethod
     def from_dict(cls, values: dict) -> "Vocabulary":
@@ -63,15 +70,19 @@ class Vocabulary:
     @property
     def token_modalities(self) -> list[int]:
         """For each range of `bounds` the index of its modality."""
+        if self.stretch_modalities:
+            return list(self.stretch_modalities)
         continuous = [] if self.image_token is None else [self.modalities.index("image")]
         return [index for index in range(len(self.modalities)) if index not in continuous]
 
     def modality_ids(self, input_ids: np.ndarray) -> np.ndarray:
         """The index of each token's modality."""
         ranges = np.searchsorted(self.bounds, input_ids, side="right") - 1
-        if self.image_token is None:
+        if self.image_token is None and not self.stretch_modalities:
             return ranges
         ids = np.asarray(self.token_modalities)[ranges]
+        if self.image_token is None:
+            return ids
         return np.where(input_ids == self.image_token, self.modalities.index("image"), ids)
 
     def is_text(self, input_ids: np.ndarray) -> np.ndarray:

@@ -58,7 +58,9 @@ def replace_codes(row: dict, most: float, vocabulary: Vocabulary, random: np.ran
     """
     share = random.uniform(0, most, size=row["document_ids"].max() + 2)
     hit = random.random(len(row["input_ids"])) < share[row["document_ids"]]
-    for number, modality in enumerate(vocabulary.token_modalities[1:], start=1):
+    for number, modality in enumerate(vocabulary.token_modalities):
+        if modality == 0:
+            continue
         places = np.flatnonzero(hit & (row["modality_ids"] == modality))
         first, end = vocabulary.bounds[number : number + 2]
         row["input_ids"][places] = random.integers(first, end, size=len(places))
