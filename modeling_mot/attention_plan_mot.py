@@ -10,7 +10,7 @@ from transformers.masking_utils import flex_attention_mask
 
 RANGES = "mot_ranges"  # the attention that runs from a plan, as `attn_implementation`
 BLOCK_SIZES = (64, 128, 256)
-BLOCK_OVERHEAD = 4096  # what a block costs beside its arithmetic, in scores of one row
+BLOCK_OVERHEAD = 16384  # what a block costs beside its arithmetic, in scores of one row
 
 
 class AttentionPlan(NamedTuple):
