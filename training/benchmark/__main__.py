@@ -18,7 +18,7 @@ from training.benchmark.rounds import print_ratios
 from training.benchmark.sample import time_sample
 from training.benchmark.scaling import time_scaling
 from training.benchmark.serve import time_serve
-from training.benchmark.train import memory_of_a_step, time_train
+from training.benchmark.train import memory_of_a_step, profile_steps, time_train
 from training.devices import keep_freed_memory
 
 
@@ -30,6 +30,12 @@ def _train(options) -> dict:
     for name, value in figures["tokens_per_second"].items():
         print(f"{name:15} {value:10,.0f} tokens/s")
     print_ratios(figures)
+    if options.profile:
+        figures["operators"] = profile_steps(size, dtype, towers, *batch)
+        for name, milliseconds in figures["operators"].items():
+            print(f"{name}: {sum(milliseconds.values()):.0f} ms, of these")
+            for operator, value in list(milliseconds.items())[:12]:
+                print(f"  {value:7.1f}  {operator}")
     if options.memory:
         figures["peak_bytes"] = memory_of_a_step(size, dtype, towers, *batch)
         mot, llama = figures["peak_bytes"]["mot"], figures["peak_bytes"]["llama"]
@@ -120,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--products", nargs="+", default=[], choices=TOWER_PRODUCTS[1:], help="also MoTs with these products of towers"
     )
+    train.add_argument("--profile", action="store_true", help="also where the time of a step goes, by operator")
     train.add_argument("--memory", action="store_true", help="also the peak memory of a step")
     loss = add("loss", _loss, 10, "the last projection and the cross-entropy, against those with all logits")
     loss.add_argument("--tokens", type=int, default=2048, help="(default: 2048)")

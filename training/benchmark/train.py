@@ -3,6 +3,7 @@
 from itertools import cycle
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from training.benchmark.peers import SIZES, BooleanMaskMoT, build_llama, build_mot, made_up_batch
 from training.benchmark.rounds import compare, interleave, peak_bytes
@@ -92,6 +93,23 @@ def time_train(
     figures = compare(interleave(calls, rounds, warm_up=BATCHES), pairs)
     tokens = rows * length
     return figures | {"tokens_per_second": {name: tokens / value for name, value in figures["seconds"].items()}}
+
+
+def profile_steps(size: str, dtype: torch.dtype, towers: int, rows: int, length: int, vocab_size: int) -> dict:
+    """Milliseconds of the operators of one step, forward and backward, the costliest first: contestant -> {operator:
+    milliseconds}; of five steps the one that took least."""
+    models, batch = contestants(SIZES[size], dtype, towers, vocab_size), made_up_batch(rows, length, vocab_size, towers)
+    figures = {}
+    for name in ("llama", "mot"):
+        step(models[name], batch)
+        steps = []
+        for _ in range(5):
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                step(models[name], batch)
+            steps.append({row.key: row.self_cpu_time_total / 1000 for row in profiler.key_averages()})
+        best = min(steps, key=lambda of_step: sum(of_step.values()))
+        figures[name] = dict(sorted(best.items(), key=lambda item: -item[1]))
+    return figures
 
 
 def memory_of_a_step(size: str, dtype: torch.dtype, towers: int, rows: int, length: int, vocab_size: int) -> dict:
