@@ -217,7 +217,7 @@ class LatentImagesMixin:
 
     def patchifier_tokens(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, tuple | None]:
         """Images of one size to what the transformer sees of them.  (N, C, h, w), (N,) -> (N, n, D) and features"""
-        latents = latents.to(self.patchifier.proj_in.weight.dtype)
+        latents = latents.to(self.patchifier.proj_in.bias.dtype)
         tokens, features = self.patchifier.embed(latents, timesteps)
         if self.config.latent_position_table is not None:
             rows, columns = (side // self.config.patch_size for side in latents.shape[2:])

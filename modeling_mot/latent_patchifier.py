@@ -28,7 +28,7 @@ class TimestepEncoder(nn.Module):
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
         sinusoids = self.sinusoids(timesteps.float() * self.scale)
-        return self.mlp(sinusoids.to(self.mlp.linear_1.weight.dtype))
+        return self.mlp(sinusoids.to(self.mlp.linear_1.bias.dtype))  # a quantised weight is of another type
 
 
 def position_table(height: int, width: int, dim: int, device=None) -> torch.Tensor:

@@ -53,6 +53,7 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
     _keep_in_fp32_modules_strict = ["vae"]
+    _keep_in_fp32_modules = ["vae"]  # quantizers read this one
     _supports_flash_attn = False  # its kernels know nothing of images that see themselves in both directions
     _no_split_modules = ["MoTDecoderLayer", "AutoencoderKL", "AutoencoderTiny"]
     main_input_name = "input_ids"
