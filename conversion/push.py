@@ -117,9 +117,10 @@ def _card_files(
             written = Path(api.hf_hub_download(repo, CARD, revision=branch.head))
     if written is not None and not new_card and not is_generated(written.read_text(encoding="utf-8")):
         return {}
-    model_card(folder, run=run, repo=repo).save(workspace / CARD)
-    pictures = {name: run / name for name in PICTURES if run is not None and (run / name).is_file()}
-    return {CARD: workspace / CARD} | {name: path for name, path in pictures.items() if name not in files}
+    card = model_card(folder, run=run, repo=repo)
+    card.save(workspace / CARD)
+    shown = [name for name in PICTURES if name not in files and f"({name})" in card.text]
+    return {CARD: workspace / CARD} | {name: run / name for name in shown}
 
 
 def _say_plan(files: dict[str, Path], repo: str, revision: str | None) -> None:

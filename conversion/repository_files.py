@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
+from safetensors import SafetensorError, safe_open
 
 from conversion.key_maps import ConversionError
 
@@ -28,9 +29,12 @@ SAVED = (
     "speech_tokenizer/*.safetensors", "image_processor/*.json",
 )  # fmt: skip
 BESIDE = (
-    CARD, "LICENSE*", "NOTICE*", "USE_POLICY.md", ".gitattributes", "conversion.json", "train.yaml",
+    CARD, "LICENSE*", "NOTICE*", "USE_POLICY.md", ".gitattributes", "conversion.json",
     "*.png", "*.jpg", "*.jpeg", "*.webp",
 )  # fmt: skip
+# Left where they are: bookkeeping of git and of downloads, which the Hub's own client passes over too, and the recipe
+# beside an upcycled model, which names this machine's folders.
+_STAY = (*DEFAULT_IGNORE_PATTERNS, "train.yaml")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib", "*.npy", "*.npz", "*.h5", "*.msgpack")
 _TEXTS = (".json", ".md", ".py", ".yaml", ".jinja", ".txt", "")
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
@@ -57,8 +61,7 @@ def repository_files(folder: Path, keep_code: bool = False) -> dict[str, Path]:
             f"{folder} has no config.json; give a folder that save_pretrained wrote, such as a run's final/"
         )
     files = {path.relative_to(folder).as_posix(): path for path in _walk(folder)}
-    # Bookkeeping of git and of downloads, which the Hub's own client passes over too.
-    files = {path: files[path] for path in filter_repo_objects(sorted(files), ignore_patterns=DEFAULT_IGNORE_PATTERNS)}
+    files = {path: files[path] for path in filter_repo_objects(sorted(files), ignore_patterns=list(_STAY))}
     problems = [f"{path}: {reason}" for path, file in files.items() if (reason := _refusal(folder, path, file))]
     if not problems:
         problems = [*_weight_problems(folder, files), *_code_problems(folder, files, keep_code)]
@@ -100,6 +103,13 @@ def _weight_problems(folder: Path, files: Mapping[str, Path]) -> list[str]:
     if INDEX in files:
         expected = set(json.loads(files[INDEX].read_text(encoding="utf-8"))["weight_map"].values())
     problems = [f"{path}: is missing; save the model again" for path in sorted(expected - found)]
+    for path, file in files.items():
+        if path.endswith(".safetensors"):
+            try:
+                with safe_open(file, framework="np"):  # which compares the header with the size
+                    pass
+            except SafetensorError as error:
+                problems.append(f"{path}: is no whole file of safetensors ({error}); save it again")
     return problems + [
         f"{path}: is left from another save, and would be loaded in the place of, or beside, {min(expected)}; remove it"
         for path in sorted(found - expected)

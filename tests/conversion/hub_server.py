@@ -25,7 +25,7 @@ TOKENS = {
     for name, role, orgs in (
         ("ada", "write", []),
         ("grace", "read", []),
-        ("linus", "write", [{"name": "kernel", "roleInOrg": "write"}, {"name": "museum", "roleInOrg": "read"}]),
+        ("linus", "write", [{"name": "linux", "roleInOrg": "write"}, {"name": "museum", "roleInOrg": "read"}]),
         ("eve", "fineGrained", []),  # of a token that may write nowhere
     )
 }
