@@ -2,7 +2,7 @@
 
     python -m conversion.import_chameleon SOURCE OUT
     python -m conversion.import_chameleon SOURCE OUT --variant dense --image-decoder FOLDER
-    python -m conversion.import_chameleon SOURCE OUT --speech-tokenizer FOLDER --dry-run
+    python -m conversion.import_chameleon SOURCE OUT --modalities text image speech --dry-run
 
 Ids stay Chameleon's own, and logits are equal, those of image tokens included, which transformers hides. Tensors are
 read and written one by one; the VQ-VAE alone is whole in memory.
@@ -32,6 +32,7 @@ from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
 
 
 VQ_VAE = "model.vqmodel."
+SPEECH_UNITS = 500  # of HuBERT's k-means, as in the paper's trimodal models
 VARIANTS = ("mot", "dense", "untied-feed-forward", "untied-feed-forward-attention")
 ROWS_ARE_TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
 CHAMELEON = Architecture(
@@ -73,9 +74,7 @@ class Plan:
         ]
         config, size = self.model.config, sum(entry.num_bytes for entry in self.entries)
         total, active = config.num_parameters(), config.num_parameters(active=True)
-        draws = (
-            "read and drawn" if self.pictures.config.backend == "diffusers" else "read; no decoder, so none is drawn"
-        )
+        draws = "read and drawn" if self.pictures.can_decode else "read; no decoder, so none is drawn"
         return "\n".join(
             [
                 *lines,
@@ -93,7 +92,8 @@ def import_chameleon(
     *,
     variant: str = "mot",
     image_decoder: Path | None = None,
-    speech: MoTSpeechTokenizer | None = None,
+    speech_units: int = 0,
+    speech_tokenizer: MoTSpeechTokenizer | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: str = "5GB",
     revision: str | None = None,
@@ -108,7 +108,8 @@ def import_chameleon(
         variant: `mot` (towers that start as copies), `dense`, or one that unties a part of the layers.
         image_decoder: safetensors of a VQGAN that has the decoder, for a source without one; see
             `chameleon_pictures.read_decoder`. Without any, the processor reads pictures and draws none.
-        speech: its units become a third modality, in rows behind the vocabulary that start as upcycled ones do.
+        speech_units: a third modality of so many tokens, in rows behind the vocabulary that start as upcycled ones do.
+        speech_tokenizer: what makes those tokens; their number is then its own.
         dtype: of the transformer; None: as stored.
         max_shard_size: of a file of weights.
         revision: of a source on the Hub.
@@ -120,7 +121,7 @@ def import_chameleon(
     """
     check_output(out, overwrite)
     folder, commit = fetch(source, revision)
-    plan = _plan(folder, variant, image_decoder, speech, dtype)
+    plan = _plan(folder, variant, image_decoder, speech_units, speech_tokenizer, dtype)
     if dry_run:
         return plan
     record = {
@@ -141,7 +142,12 @@ def import_chameleon(
 
 
 def _plan(
-    folder: Path, variant: str, image_decoder: Path | None, speech: MoTSpeechTokenizer | None, dtype: torch.dtype | None
+    folder: Path,
+    variant: str,
+    image_decoder: Path | None,
+    speech_units: int,
+    speech: MoTSpeechTokenizer | None,
+    dtype: torch.dtype | None,
 ) -> Plan:
     stored = read_json(folder / "config.json")
     if stored.get("model_type") != CHAMELEON.model_type:
@@ -157,11 +163,11 @@ def _plan(
     pictures = image_tokenizer(
         folder, lambda name: reader.read(VQ_VAE + name), images, source.vq_config, vocabulary, image_decoder
     )
-    tokenizer = convert_tokenizer(folder, vocabulary, speech.num_units if speech else 0)
+    tokenizer = convert_tokenizer(folder, vocabulary, speech.num_units if speech else speech_units)
     processor = None
     if tokenizer is not None:
         processor = MoTProcessor(tokenizer, pictures, speech, chat_template=tokenizer.chat_template or CHAT_TEMPLATE)
-    elif speech is not None:
+    elif speech is not None or speech_units:
         raise ConversionError(f"{folder} has no tokenizer.json, to which tokens of speech could be added")
 
     config = _mot_config(source, vocabulary, pictures, processor, variant)
@@ -242,19 +248,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--image-decoder", type=Path, metavar="PATH", help="safetensors of a VQGAN with the decoder that SOURCE lacks"
     )
-    parser.add_argument("--speech-tokenizer", metavar="FOLDER", help="speech is a third modality, of its units")
-    options = vars(parser.parse_args(arguments))
-    folder, name = options.pop("speech_tokenizer"), options.pop("dtype")
+    parser.add_argument(
+        "--modalities", nargs="+", choices=("text", "image", "speech"), default=["text", "image"], metavar="NAME"
+    )
+    parser.add_argument(
+        "--speech-units", type=int, metavar="N", help=f"with speech: tokens of it (default: {SPEECH_UNITS})"
+    )
+    parser.add_argument("--speech-tokenizer", metavar="FOLDER", help="with speech: what makes its tokens")
+    options = parser.parse_args(arguments)
 
     def work() -> None:
-        try:
-            speech = None if folder is None else MoTSpeechTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise ConversionError(f"--speech-tokenizer {folder}: {error}") from error
-        plan = import_chameleon(**options, speech=speech, dtype=None if name is None else getattr(torch, name))
-        print(plan.describe() if options["dry_run"] else options["out"])
+        units, speech = _speech(options)
+        plan = import_chameleon(
+            options.source,
+            options.out,
+            variant=options.variant,
+            image_decoder=options.image_decoder,
+            speech_units=units,
+            speech_tokenizer=speech,
+            dtype=None if options.dtype is None else getattr(torch, options.dtype),
+            max_shard_size=options.max_shard_size,
+            revision=options.revision,
+            overwrite=options.overwrite,
+            dry_run=options.dry_run,
+        )
+        print(plan.describe() if options.dry_run else options.out)
 
     return exit_code(work)
+
+
+def _speech(options: argparse.Namespace) -> tuple[int, MoTSpeechTokenizer | None]:
+    """Number of units, and what makes them. Raises ConversionError for options that do not go together."""
+    units, folder = options.speech_units, options.speech_tokenizer
+    if not {"text", "image"} <= set(options.modalities):
+        raise ConversionError(f"--modalities {' '.join(options.modalities)}: a Chameleon has text and image")
+    if "speech" not in options.modalities:
+        if units is not None or folder is not None:
+            raise ConversionError("--speech-units and --speech-tokenizer go with --modalities text image speech")
+        return 0, None
+    if folder is None:
+        if units is not None and units < 1:
+            raise ConversionError(f"--speech-units {units} must be at least 1")
+        return units or SPEECH_UNITS, None
+    if units is not None:
+        raise ConversionError("--speech-units follows from --speech-tokenizer; leave it out")
+    try:
+        speech = MoTSpeechTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"--speech-tokenizer {folder}: {error}") from error
+    return speech.num_units, speech
 
 
 if __name__ == "__main__":

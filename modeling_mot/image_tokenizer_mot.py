@@ -162,6 +162,11 @@ class MoTImageTokenizer:
         return self.config.patch_size * 2 ** (len(self.model.config.block_out_channels) - 1)
 
     @property
+    def can_decode(self) -> bool:
+        """Whether there is a decoder; transformers' `ChameleonVQVAE` has none."""
+        return self.config.backend != "chameleon"
+
+    @property
     def image_grid(self) -> list[int] | None:
         """[h, w] of every encoded picture, or None when pictures keep their size."""
         if self.config.fit == "keep":
@@ -257,7 +262,7 @@ class MoTImageTokenizer:
 
     def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """(N, h, w) -> (N, 3, H, W), not clamped"""
-        if self.config.backend == "chameleon":
+        if not self.can_decode:
             raise NotImplementedError(
                 "transformers' ChameleonVQVAE holds no decoder, so its codes cannot be turned back into pictures; give "
                 "the weights of one to `python -m conversion.import_chameleon --image-decoder`, or use a tokenizer with "

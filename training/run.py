@@ -28,7 +28,7 @@ from training.distributed import (
 )
 from training.evaluation.end_of_run import describe_measures, make_samples
 from training.evaluation.losses import evaluate_losses, evaluation_note
-from training.evaluation.subjects import check_subjects, find_subjects
+from training.evaluation.subjects import check_decoder, check_subjects, find_subjects
 from training.flops import forward_flops_per_token, peak_flops
 from training.freezing import HeldRows, freeze_towers
 from training.metrics import count_key, read_metrics
@@ -119,6 +119,7 @@ class Session:
         initial = self._initial()
         # Before the data, which may take long to prepare.
         planned, self.processor, self.vae = plan_model(recipe.model, recipe.data, initial)
+        check_decoder(self.processor, recipe.samples)
         self.say(f"tokenising the data (kept in {recipe.data.cache_path}) ...")
         self.stream, self.held_out_rows, self.data_fingerprint = prepare_rows(
             recipe.data, self.processor, recipe.evaluation.rows, self.vae

@@ -235,7 +235,8 @@ def test_configuration_names_chameleons_tokens(small_source, tmp_path):
 @torch.no_grad()
 def test_speech_is_added_behind_the_vocabulary(small_source, tmp_path):
     tokenizer_with_random_units(num_units=6).save_pretrained(tmp_path / "speech")
-    out = convert(small_source, tmp_path / "out", "--speech-tokenizer", str(tmp_path / "speech"))
+    options = ["--modalities", "text", "image", "speech", "--speech-tokenizer", str(tmp_path / "speech")]
+    out = convert(small_source, tmp_path / "out", *options)
     processor, size = MoTProcessor.from_pretrained(out), len(vocabulary())
     ours = MoTForCausalLM.from_pretrained(out, attn_implementation="sdpa")
     assert ours.config.tower_names == ["text", "image", "speech"]
@@ -251,6 +252,20 @@ def test_speech_is_added_behind_the_vocabulary(small_source, tmp_path):
     inputs, ids = with_picture(theirs, small_source)
     expected = theirs.lm_head(theirs.model(**inputs).last_hidden_state)
     assert torch.equal(ours(ids).logits[..., :size], expected)
+
+
+def test_room_for_speech_needs_no_tokenizer_of_it(small_source, tmp_path, capsys):
+    out, speech = tmp_path / "out", ["--modalities", "text", "image", "speech"]
+    convert(small_source, out, *speech)
+    assert MoTForCausalLM.from_pretrained(out).config.vocab_size == len(vocabulary()) + 500
+    assert MoTProcessor.from_pretrained(out).modalities == ["text", "image", "speech"]
+    other = tmp_path / "other"
+    assert "--modalities text image speech" in refused(capsys, small_source, other, "--speech-units", "5")
+    assert "at least 1" in refused(capsys, small_source, other, *speech, "--speech-units", "0")
+    assert "has text and image" in refused(capsys, small_source, other, "--modalities", "text", "speech")
+    assert "--speech-tokenizer" in refused(
+        capsys, small_source, other, *speech, "--speech-tokenizer", tmp_path / "none"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing
@@ -387,7 +402,7 @@ def changed(folder, out, **fields):
 def refused(capsys, *arguments):
     assert main([str(argument) for argument in arguments]) == 2
     message = capsys.readouterr().err
-    assert message.startswith("error: ")
+    assert "error: " in message and "Traceback" not in message
     return message
 
 

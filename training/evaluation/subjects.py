@@ -7,6 +7,7 @@ from itertools import islice
 
 from PIL import Image
 
+from modeling_mot import MoTProcessor
 from training.config import ConfigError
 from training.data.config import DataConfig, Segment, SourceConfig
 from training.data.media import decode_picture
@@ -55,6 +56,16 @@ def check_subjects(data: DataConfig, config: SamplesConfig) -> None:
             near = difflib.get_close_matches(missing[0], names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"samples.held_out_names has {missing[0]!r}, which no held-out picture is called{hint}")
+
+
+def check_decoder(processor: MoTProcessor, config: SamplesConfig) -> None:
+    """Refuse to start a run that is to draw pictures with a processor that cannot."""
+    tokenizer = processor.image_tokenizer
+    if config.enabled and tokenizer is not None and not tokenizer.can_decode:
+        raise ConfigError(
+            "samples.enabled=true, but the processor's image tokenizer has no decoder, so no picture can be shown; set "
+            "samples.enabled=false, or convert the checkpoint again with the weights of one (--image-decoder)"
+        )
 
 
 def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:

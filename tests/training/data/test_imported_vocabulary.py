@@ -1,12 +1,16 @@
 """Rows of a vocabulary whose image codes lie in the midst of text, as an imported Chameleon's do."""
 
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from training.config import ConfigError
 from training.data.columns import Vocabulary
 from training.data.stream import replace_codes
+from training.evaluation.sampling import SamplesConfig
+from training.evaluation.subjects import check_decoder
 
 from .conftest import ToyProcessor
 
@@ -33,7 +37,7 @@ def test_modality_ids_are_those_of_the_innermost_range(ranges):
     vocabulary = Vocabulary.of(Imported(ranges))
     ids = np.arange(ranges["text"][1])
     assert vocabulary.modality_ids(ids).tolist() == [naive(ranges, token) for token in ids]
-    assert Vocabulary.from_dict({name: value for name, value in asdict(vocabulary).items()}) == vocabulary
+    assert Vocabulary.from_dict(asdict(vocabulary)) == vocabulary
 
 
 @pytest.mark.parametrize("ranges", RANGES.values(), ids=RANGES)
@@ -49,3 +53,13 @@ def test_codes_are_replaced_by_codes_of_their_range(ranges):
     changed = row["input_ids"] != ids
     assert changed.any() and not changed[row["modality_ids"] == 0].any()
     assert np.array_equal(vocabulary.modality_ids(row["input_ids"]), row["modality_ids"])
+
+
+def test_a_run_that_cannot_draw_its_samples_is_not_started():
+    processor = Imported(RANGES["image inside"])
+    processor.image_tokenizer = SimpleNamespace(can_decode=False)
+    with pytest.raises(ConfigError, match="samples.enabled=false"):
+        check_decoder(processor, SamplesConfig())
+    check_decoder(processor, SamplesConfig(enabled=False))
+    processor.image_tokenizer.can_decode = True
+    check_decoder(processor, SamplesConfig())
