@@ -19,6 +19,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .decoding_cache_mot import COLUMNS, DecodingCache
+from .plain_modules_mot import is_plain, is_plain_linear
 
 
 FEW, LARGE = 4, 2**19  # rows and weights from which mkldnn's own product is the faster one
@@ -113,15 +114,8 @@ class _NotPlain(Exception):
     """A module does more than its class says."""
 
 
-def _is_plain(module: nn.Module, *forwards: str) -> bool:
-    """Whether calling the module is no more than a forward of these names: no hooks, nothing in its place."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    replaced = "forward" in vars(module) or module._compiled_call_impl is not None
-    return not (replaced or any(hooks)) and type(module).forward.__qualname__ in forwards
-
-
 def _plain(module: nn.Module, *forwards: str) -> nn.Module:
-    if not _is_plain(module, *forwards):
+    if not is_plain(module, *forwards):
         raise _NotPlain
     return module
 
@@ -136,27 +130,25 @@ class _Reader:
         return all(type(x) is nn.Parameter and (x.dtype, x.device) == self.kind for x in tensors if x is not None)
 
     def linear(self, module: nn.Module) -> Callable:
-        # Adapters have forwards of this name, too.
-        is_plain = type(module) is nn.Linear and _is_plain(module, "Linear.forward")
-        if is_plain and self._takes(module.weight, module.bias):
+        if is_plain_linear(module) and self._takes(module.weight, module.bias):
             return Linear.of(module)
         return module
 
     def norm(self, module: nn.Module | None) -> Callable | None:
         if module is None:
             return None
-        if _is_plain(module, "MoTHeadLayerNorm.forward") and self._takes(module.weight, module.bias):
+        if is_plain(module, "MoTHeadLayerNorm.forward") and self._takes(module.weight, module.bias):
             return HeadNorm(module.weight, module.bias)
-        if _is_plain(module, "LlamaRMSNorm.forward") and self._takes(module.weight):
+        if is_plain(module, "LlamaRMSNorm.forward") and self._takes(module.weight):
             return RMSNorm(module.weight, module.variance_epsilon)
-        if _is_plain(module, "GemmaRMSNorm.forward") and self._takes(module.weight):
+        if is_plain(module, "GemmaRMSNorm.forward") and self._takes(module.weight):
             return OffsetRMSNorm(module.weight, module.eps)
         return module
 
     def feed_forward(self, module: nn.Module) -> Callable:
-        if not _is_plain(module, "FeedForward.forward"):
+        if not is_plain(module, "FeedForward.forward"):
             return partial(module, token_choice=True)
-        activation = F.silu if _is_plain(module.act_fn, "SiLUActivation.forward", "SiLU.forward") else module.act_fn
+        activation = F.silu if is_plain(module.act_fn, "SiLUActivation.forward", "SiLU.forward") else module.act_fn
         return FeedForwardRows(*map(self.linear, (module.gate_proj, module.up_proj, module.down_proj)), activation)
 
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaTextScaledWordEmbedding
@@ -23,64 +22,13 @@ from .attention_masks import ImageBlocks, attention_mask_for, document_positions
 from .attention_mot import MoTAttention, MoTHeadLayerNorm, rms_norm
 from .attention_plan_mot import AttentionPlan
 from .configuration_mot import MoTConfig
-from .expert_choice import ExpertChoiceFeedForward, FeedForward
+from .decoder_layer_mot import MoTDecoderLayer
 from .generation_mot import MoTGenerationMixin
 from .hub_mot import PushWithCard
 from .modality_routing import ModalityRouting, PerTower, join
 from .range_attention_mot import RANGES
 from .token_losses import logits_and_losses
 from .tower_products_mot import TOWER_PRODUCTS
-
-
-class MoTDecoderLayer(GradientCheckpointingLayer):
-    """One layer, equation 2 (`norm_position="post"`) or Llama's order of the same parts (`"pre"`)."""
-
-    def __init__(self, config: MoTConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-
-        def feed_forward(name):
-            return ExpertChoiceFeedForward(config) if name in config.moe_towers else FeedForward(config)
-
-        def norm():
-            return PerTower({name: rms_norm(config, config.hidden_size) for name in config.part_names("norm")})
-
-        self.self_attn = MoTAttention(config, layer_idx)
-        self.mlp = PerTower({name: feed_forward(name) for name in config.part_names("feed_forward")})
-        self.input_layernorm = norm()
-        self.post_attention_layernorm = norm()
-        self.dropout = nn.Dropout(config.hidden_dropout)
-
-    def _residual(self, parts, norm, block):
-        # The paper normalises after the block; pre-norm is the default because a dense Llama then
-        # becomes a MoT with identical logits.
-        update = block(norm(parts)) if self.config.norm_position == "pre" else norm(block(parts))
-        return {tower: rows + self.dropout(update[tower]) for tower, rows in parts.items()}
-
-    def forward(
-        self,
-        hidden_states: dict[str, torch.Tensor] | torch.Tensor,
-        routing: ModalityRouting,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        token_choice: bool = False,
-        **kwargs,
-    ) -> dict[str, torch.Tensor] | torch.Tensor:
-        """{tower: (T_tower, D)} -> the same; or (B, L, D) in the order of the sequence -> the same."""
-        in_sequence_order = isinstance(hidden_states, torch.Tensor)
-        parts = routing.split(routing.sort(hidden_states)) if in_sequence_order else hidden_states
-        parts = self._residual(
-            parts,
-            self.input_layernorm,
-            lambda parts: self.self_attn(
-                parts, routing, position_embeddings, attention_mask, past_key_values, **kwargs
-            )[0],
-        )
-        parts = self._residual(
-            parts, self.post_attention_layernorm, lambda parts: self.mlp(parts, token_choice=token_choice)
-        )
-        return routing.restore(join(parts), hidden_states.shape[0]) if in_sequence_order else parts
 
 
 class MoTPreTrainedModel(PushWithCard, PreTrainedModel):

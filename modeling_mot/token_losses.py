@@ -5,10 +5,10 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers.modeling_utils import slice_logits_to_keep
 
 from .linear_cross_entropy_mot import linear_cross_entropy
+from .plain_modules_mot import is_plain_linear
 
 
 def logits_and_losses(
@@ -79,22 +79,11 @@ def token_losses_without_logits(
 
     A projection that is more than its weight (adapters, hooks, quantised or spread over devices) is run as it is.
     """
-    if not _is_plain(lm_head):
+    if not is_plain_linear(lm_head) or lm_head.bias is not None:
         return token_losses(config, lm_head(hidden_states), targets, modality_ids, num_items_in_batch)
     targets = targets.flatten()
     losses = linear_cross_entropy(hidden_states.flatten(0, 1), lm_head.weight, targets, config.z_loss_coefficient)
     return _sums(config, *losses, targets, modality_ids.flatten(), num_items_in_batch)
-
-
-def _is_plain(lm_head: nn.Module) -> bool:
-    own = vars(lm_head)
-    return (
-        type(lm_head) is nn.Linear
-        and lm_head.bias is None
-        and not isinstance(lm_head.weight, DTensor)
-        and "forward" not in own
-        and not any(own[hooks] for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
-    )
 
 
 def _sums(config, cross_entropy, z_losses, targets, modality_ids, num_items_in_batch) -> dict:

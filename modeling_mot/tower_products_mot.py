@@ -7,13 +7,14 @@ Both copy the weights of all towers into one tensor in every call, so they pay w
 
 # K towers, n rows of all towers, D inputs, F outputs
 
-from collections.abc import Callable, Iterable
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
+
+from .plain_modules_mot import is_plain, is_plain_linear
 
 
 TOWER_PRODUCTS = ("separate", "batched_mm", "grouped_mm")
@@ -73,7 +74,7 @@ def run_together(
     if type(first) is nn.Linear:
         layers = [modules]
     elif hasattr(first, "gate_proj"):
-        if not all(_is_plain(module, type(first)) for module in modules):
+        if not all(is_plain(module, "FeedForward.forward") for module in modules):
             return None
         layers = [[getattr(module, name) for module in modules] for name in ("gate_proj", "up_proj", "down_proj")]
     else:
@@ -90,8 +91,8 @@ def run_together(
 
 
 def _can_join(modules: list[nn.Module], products: str) -> bool:
-    """Whether these are linear maps and no more: nothing in their place, no hooks, whole weights."""
-    if not all(_is_plain(module, nn.Linear) and not isinstance(module.weight, DTensor) for module in modules):
+    """Whether these are linear maps and no more, with whole weights."""
+    if not all(is_plain_linear(module) and not isinstance(module.weight, DTensor) for module in modules):
         return False
     weight, bias = modules[0].weight, modules[0].bias
     if products == "batched_mm":
@@ -99,13 +100,3 @@ def _can_join(modules: list[nn.Module], products: str) -> bool:
     # What torch's grouped product takes everywhere, also while it is traced.
     is_aligned = all(size % 8 == 0 for size in weight.shape)
     return bias is None and is_aligned and _dtype_of_products(weight) == torch.bfloat16
-
-
-def _is_plain(module: nn.Module, kind: type) -> bool:
-    own = vars(module)
-    hooks: Iterable[Callable] = (
-        hook
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        for hook in own[name].values()
-    )
-    return type(module) is kind and "forward" not in own and next(iter(hooks), None) is None
