@@ -246,6 +246,7 @@ def _write_file(path: Path, entries: list[Entry], metadata: dict[str, str]) -> N
                 )
             if entry.num_elements:
                 file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            del tensor  # before the next is made
         file.flush()
         os.fsync(file.fileno())
 

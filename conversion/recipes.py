@@ -1,5 +1,6 @@
 """A recipe of the trainer for a checkpoint whose text is to stay as it is."""
 
+import json
 from pathlib import Path
 
 import yaml
@@ -58,7 +59,8 @@ def frozen_text_recipe(out: Path, config: MoTConfig, processor: MoTProcessor | N
             "output_dir": f"runs/{out.name}",
         },
     }
-    return _HEAD.format(out=out) + yaml.safe_dump(recipe, sort_keys=False, width=120)
+    plain = json.loads(json.dumps(recipe))  # or YAML would refer to lists that stand in it twice
+    return _HEAD.format(out=out) + yaml.safe_dump(plain, sort_keys=False, width=120)
 
 
 def _picture_tokens(config: MoTConfig) -> int:

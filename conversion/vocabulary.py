@@ -91,13 +91,13 @@ def fill_up(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Non
     """Give a token to every row of the source, in place, so that new ones come behind them.
 
     Many checkpoints have more rows than tokens, for round sizes. Where the tokenizer names no begin or end of text but
-    the configuration does (Qwen), that is taken, rather than a token that nothing was trained on.
+    the configuration names a special token (Qwen), that is taken rather than one that nothing was trained on.
     """
     missing = config.vocab_size - len(tokenizer)
     tokenizer.add_tokens([special(f"<|unused_{index}|>") for index in range(missing)], special_tokens=True)
     for name in COMMON_SPECIAL_TOKENS:
         token_id = _first(getattr(config, f"{name}_id", None))
-        if getattr(tokenizer, name, None) is None and token_id is not None:
+        if getattr(tokenizer, name, None) is None and token_id in tokenizer.added_tokens_decoder:
             tokenizer.add_special_tokens({name: tokenizer.convert_ids_to_tokens(token_id)})
 
 

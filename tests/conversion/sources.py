@@ -49,14 +49,14 @@ def dense_model(name: str, dtype: torch.dtype = torch.float32, **fields) -> PreT
     """A model of `SOURCES`, every tensor of it random: norms of ones and biases of zeros would hide a mistake."""
     model_type, own = SOURCES[name]
     config = CONFIG_MAPPING[model_type](**SIZES | own | fields)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             # Norms around 1 (or, with an offset, 0).
             parameter.copy_(parameter.round() if "norm" in parameter_name else 0).add_(
                 0.3 * torch.randn_like(parameter)
             )
-    return model.to(dtype)
+    return model
 
 
 def save_source(folder: Path, name: str, tokenizer: bool = False, shard_size: str = "5GB", **fields) -> PreTrainedModel:
