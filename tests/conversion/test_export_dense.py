@@ -21,8 +21,8 @@ from .sources import SOURCES, save_source, words_tokenizer
 LAST = "model.layers.2.mlp.image.down_proj.weight"
 
 
-def saved(folder, architecture="llama", **fields):
-    dense, model = dense_and_mot(architecture, **fields)
+def saved(folder, name="llama-biases", **fields):
+    dense, model = dense_and_mot(name, **fields)
     model.save_pretrained(folder)
     return dense, model
 
@@ -44,11 +44,11 @@ def logits_of_tower(model, modality, ids):
 # ---------------------------------------------------------------------------------------------------- what comes of it
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
-def test_equal_towers_become_the_model_that_they_are_copies_of(architecture, tmp_path):
-    dense, _ = saved(tmp_path / "mot", architecture)
-    export_dense(str(tmp_path / "mot"), tmp_path / "dense", architecture=architecture)
+def test_equal_towers_become_the_model_that_they_are_copies_of(name, tmp_path):
+    dense, _ = saved(tmp_path / "mot", name)
+    export_dense(str(tmp_path / "mot"), tmp_path / "dense", architecture=SOURCES[name][0])
     made = load(tmp_path / "dense")
     assert type(made) is type(dense)
     expected = dense.state_dict()
@@ -58,12 +58,12 @@ def test_equal_towers_become_the_model_that_they_are_copies_of(architecture, tmp
     assert torch.equal(made(ids).logits, dense(ids).logits)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_fields_are_those_of_the_models_own_configuration(architecture, tmp_path):
-    dense, _ = saved(tmp_path / "mot", architecture)
-    export_dense(str(tmp_path / "mot"), tmp_path / "dense", architecture=architecture)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_fields_are_those_of_the_models_own_configuration(name, tmp_path):
+    dense, _ = saved(tmp_path / "mot", name)
+    export_dense(str(tmp_path / "mot"), tmp_path / "dense", architecture=SOURCES[name][0])
     dense.save_pretrained(tmp_path / "own")
-    made, own = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("dense", "own"))
+    made, own = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("dense", "own"))
     assert made == own
     assert sorted(path.name for path in (tmp_path / "dense").iterdir()) == [
         "config.json", "conversion.json", "generation_config.json", "model.safetensors",
@@ -125,11 +125,11 @@ def test_the_text_tower_of_a_transfusion_model_is_its_language_model(tmp_path):
     assert torch.equal(load(tmp_path / "dense")(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma"])
+@pytest.mark.parametrize("name", ["llama-biases", "gemma"])
 @torch.no_grad()
-def test_a_smaller_vocabulary_has_the_first_rows(architecture, tmp_path):
-    dense, _ = saved(tmp_path / "mot", architecture)
-    export_dense(str(tmp_path / "mot"), tmp_path / "dense", architecture=architecture, vocab_size=40)
+def test_a_smaller_vocabulary_has_the_first_rows(name, tmp_path):
+    dense, _ = saved(tmp_path / "mot", name)
+    export_dense(str(tmp_path / "mot"), tmp_path / "dense", vocab_size=40)
     made, ids = load(tmp_path / "dense"), torch.randint(2, 40, (2, 30))
     assert made.config.vocab_size == 40
     torch.testing.assert_close(made(ids).logits, dense(ids).logits[..., :40], rtol=1e-6, atol=1e-6)
@@ -147,7 +147,7 @@ def test_in_another_dtype_it_is_the_rounded_model_in_shards(tmp_path):
 
 
 def test_tokenizer_and_settings_of_generation_go_along(tmp_path):
-    _, model = dense_and_mot("llama", modality_token_ranges=RANGES)
+    _, model = dense_and_mot("llama-biases", modality_token_ranges=RANGES)
     model.generation_config.update(temperature=0.7, do_sample=True, eos_token_id=[2, 7], image_grid=[2, 3])
     model.save_pretrained(tmp_path / "mot")
     words_tokenizer(60).save_pretrained(tmp_path / "mot")
@@ -212,7 +212,7 @@ def test_without_a_cut_the_rows_of_images_stay(tmp_path):
 
 
 def test_towers_that_differ_are_refused_with_the_first_that_does(tmp_path):
-    _, model = dense_and_mot("llama")
+    _, model = dense_and_mot("llama-biases")
     change(model, LAST)
     change(model, "model.norm.speech.weight")
     model.save_pretrained(tmp_path / "mot")
@@ -307,7 +307,7 @@ def test_command_prints_the_plan_and_writes_only_without_dry_run(tmp_path, capsy
 
 
 def test_command_refuses_what_is_no_mot(tmp_path, capsys):
-    dense, _ = dense_and_mot("llama")
+    dense, _ = dense_and_mot("llama-biases")
     dense.save_pretrained(tmp_path / "llama")
     assert main([str(tmp_path / "llama"), str(tmp_path / "dense")]) == 2
     assert "model_type='llama' and is no MoT" in capsys.readouterr().err

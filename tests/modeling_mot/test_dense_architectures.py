@@ -2,71 +2,30 @@
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GemmaConfig,
-    LlamaConfig,
-    MistralConfig,
-    Olmo2Config,
-    Qwen2Config,
-    Qwen3Config,
-    SmolLM3Config,
-)
 
 from modeling_mot import MoTConfig, MoTForCausalLM
 from modeling_mot.lean_decoding_mot import LeanDecoder
+from tests.conversion.sources import LLAMA3, SIZES, dense_model
 
 from .test_lean_decoding import forwards, ordinary
 
 
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-4,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-# What the source's configuration says beside the sizes, and how a MoTConfig says the same.
+# Name of a tiny dense model -> what a MoTConfig says of its layers.
 ARCHITECTURES = {
-    "llama": (
-        LlamaConfig,
-        {"head_dim": 16, "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
-        {"head_dim": 16, "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
-    ),
-    "mistral": (MistralConfig, {"head_dim": 12, "sliding_window": None}, {"head_dim": 12}),
-    "qwen2": (Qwen2Config, {}, {"attention_bias": True, "attention_output_bias": False}),
-    "qwen3": (Qwen3Config, {"head_dim": 16}, {"head_dim": 16, "qk_norm": "rms"}),
-    "smollm3": (
-        SmolLM3Config,
-        {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True},
-        {"layers_without_rope": [1], "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 2e6}},
-    ),
-    "olmo2": (Olmo2Config, {}, {"qk_norm": "rms_all_heads", "norm_position": "post"}),
-    "gemma": (
-        GemmaConfig,
-        {"head_dim": 24},
-        {
-            "head_dim": 24,
-            "norm_offset": True,
-            "embedding_multiplier": 32**0.5,
-            "hidden_act": "gelu_pytorch_tanh",
-            "tie_word_embeddings": True,
-        },
-    ),
+    "llama-biases": {"head_dim": 16, "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
+    "mistral": {"head_dim": 12},
+    "qwen2": {"attention_bias": True, "attention_output_bias": False},
+    "qwen3": {"head_dim": 16, "qk_norm": "rms"},
+    "seed_oss": {"head_dim": 16, "attention_bias": True, "attention_dropout": 0.1, "hidden_dropout": 0.1},
+    "smollm3": {"layers_without_rope": [1], "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 2e6}},
+    "olmo2": {"qk_norm": "rms_all_heads", "norm_position": "post"},
+    "gemma": {
+        "head_dim": 24,
+        "norm_offset": True,
+        "embedding_multiplier": 32**0.5,
+        "hidden_act": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    },
 }
 OLMO2_NORMS = {"input_layernorm": "post_attention_layernorm", "post_attention_layernorm": "post_feedforward_layernorm"}
 TOWERS = ("text", "image", "speech")
@@ -81,17 +40,13 @@ def source_name(architecture, name):
 
 def dense_and_mot(architecture, attention="sdpa", dtype=torch.float32, **fields):
     """A dense model, every tensor of it random, and a MoT of three towers with its weights."""
-    config_class, source_fields, mot_fields = ARCHITECTURES[architecture]
-    source_config = config_class(**SIZES | source_fields, attn_implementation=attention)
-    dense = AutoModelForCausalLM.from_config(source_config, dtype=dtype).eval()
-    model = MoTForCausalLM._from_config(
-        MoTConfig(modalities=TOWERS, attn_implementation=attention, **SIZES | mot_fields | fields), dtype=dtype
-    ).eval()
+    dense = dense_model(architecture, dtype, eos_token_id=None)
+    dense.set_attn_implementation(attention)
+    fields = SIZES | {"eos_token_id": None} | ARCHITECTURES[architecture] | fields
+    config = MoTConfig(modalities=TOWERS, attn_implementation=attention, **fields)
+    model = MoTForCausalLM._from_config(config, dtype=dtype).eval()
     source = dict(dense.named_parameters())
     with torch.no_grad():
-        for name, parameter in source.items():
-            # Norms around 1 (or, with an offset, 0); zeros and ones would hide a mistake.
-            parameter.copy_(parameter.round() if "norm" in name else 0).add_(0.3 * torch.randn_like(parameter))
         for name, parameter in model.named_parameters():
             parameter.copy_(source[source_name(architecture, name)])
     assert {source_name(architecture, name) for name, _ in model.named_parameters()} == set(source)
@@ -177,8 +132,7 @@ def test_counted_parameters_are_those_of_the_dense_model(architecture):
 
 @torch.no_grad()
 def test_offset_norms_start_at_one_and_come_back_with_the_embeddings_factor(tmp_path):
-    config = ARCHITECTURES["gemma"][2]
-    model = MoTForCausalLM(MoTConfig(**SIZES | config)).eval()
+    model = MoTForCausalLM(MoTConfig(**SIZES | ARCHITECTURES["gemma"])).eval()
     assert not model.model.norm["image"].weight.any()
     model.save_pretrained(tmp_path)
     ids = torch.randint(2, 60, (1, 9))
