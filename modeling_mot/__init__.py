@@ -20,7 +20,8 @@ from .processing_mot import MoTProcessor
 
 AutoConfig.register(MoTConfig.model_type, MoTConfig)
 AutoModel.register(MoTConfig, MoTModel)
-AutoModelForCausalLM.register(MoTConfig, MoTForCausalLM)
+for _auto_class in (AutoModelForCausalLM, AutoModelForMultimodalLM):
+    _auto_class.register(MoTConfig, MoTForCausalLM)
 AutoProcessor.register(MoTConfig, MoTProcessor)
 
 AutoConfig.register(MoTTransfusionConfig.model_type, MoTTransfusionConfig)

@@ -98,6 +98,7 @@ class MoTConfig(PreTrainedConfig):
         "AutoConfig": "configuration_mot.MoTConfig",
         "AutoModel": "modeling_mot.MoTModel",
         "AutoModelForCausalLM": "modeling_mot.MoTForCausalLM",
+        "AutoModelForMultimodalLM": "modeling_mot.MoTForCausalLM",
         "AutoProcessor": "processing_mot.MoTProcessor",
     }
 

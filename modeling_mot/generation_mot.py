@@ -6,6 +6,7 @@ from functools import partial
 from inspect import signature
 
 import torch
+import torch.nn.functional as F
 from transformers.generation import (
     GenerationMixin,
     LogitsProcessor,
@@ -100,6 +101,8 @@ class MoTGenerationMixin(GenerationMixin):
         max_speech_tokens: instead of `config.max_speech_tokens`.
         constrain_spans: False to sample from the whole vocabulary everywhere (default True).
         generator: of sampled tokens: a `torch.Generator`, or one for each sequence; default: torch's global one.
+        generation_mode: "image" or "audio" opens a picture or speech behind prompts that do not end with one opened; a
+            picture is then all that is made, whatever `max_new_tokens`. Default, and "text": as the model chooses.
 
     `guidance_scale` with `negative_prompt_ids` guides pictures away from the unconditional prompt.
     """
@@ -111,7 +114,34 @@ class MoTGenerationMixin(GenerationMixin):
             raise ValueError(
                 "generate() needs config.modality_token_ranges to know the modality of each new token; it is None"
             )
+        if (mode := kwargs.pop("generation_mode", None)) not in (None, "text"):
+            if mode not in self.output_modalities:
+                raise ValueError(f"generation_mode={mode!r} is not one of {', '.join(self.output_modalities)}")
+            input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+            grid = kwargs.get("image_grid") or self.config.image_grid
+            if mode == "image" and grid is not None:
+                kwargs["max_new_tokens"] = grid[0] * grid[1] + 1
+            opening = {"image": "boi_token_id", "audio": "begin_of_speech_token_id"}[mode]
+            inputs, kwargs = self._opened(input_ids, kwargs, opening, mode)
         return super().generate(inputs, *args, **kwargs)
+
+    @property
+    def output_modalities(self) -> tuple[str, ...]:
+        """The names that transformers' pipelines have for them."""
+        return tuple("audio" if modality == "speech" else modality for modality in self.config.modalities)
+
+    def _opened(self, input_ids, kwargs, opening, mode):
+        """The opening token of a span behind each prompt that does not end with it."""
+        token = getattr(self.config, opening)
+        ended = input_ids[:, -1] == token
+        if ended.all():
+            return input_ids, kwargs
+        if ended.any():
+            raise ValueError(f"generation_mode={mode!r}, but some prompts end with {opening} and some do not")
+        for name, value in (("attention_mask", 1), ("modality_ids", 0)):
+            if kwargs.get(name) is not None:
+                kwargs[name] = F.pad(kwargs[name], (0, 1), value=value)
+        return F.pad(input_ids, (0, 1), value=token), kwargs
 
     def _prepare_generation_config(self, generation_config, **kwargs):
         own = {name: kwargs.pop(name) for name in OWN_SETTINGS if kwargs.get(name) is not None}

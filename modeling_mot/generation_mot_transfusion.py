@@ -5,7 +5,6 @@
 from dataclasses import fields
 
 import torch
-import torch.nn.functional as F
 from transformers.utils import logging
 
 from .attention_masks import find_image_blocks, image_positions
@@ -92,7 +91,7 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
             if kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name].to(self.device)
         if mode == "image":
-            input_ids, kwargs = self._with_boi(input_ids, kwargs)
+            input_ids, kwargs = self._opened(input_ids, kwargs, "boi_token_id", mode)
         # Past MoTGenerationMixin.generate, which asks for the ranges that discrete modalities need.
         if len(self.config.token_modalities) > 1 and self.config.modality_token_ranges is None:
             raise ValueError("generate() needs config.modality_token_ranges for the modalities beside text and image")
@@ -103,18 +102,6 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
     def _encoded(self, documents, processor, mode) -> dict:
         options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
         return dict(processor(documents=documents, continue_with=mode or "text", **options))
-
-    def _with_boi(self, input_ids, kwargs):
-        """BOI behind each prompt."""
-        ended = input_ids[:, -1] == self.config.boi_token_id
-        if ended.all():
-            return input_ids, kwargs
-        if ended.any():
-            raise ValueError("generation_mode='image', but some prompts end with boi_token_id and some do not")
-        for name, value in (("attention_mask", 1), ("modality_ids", 0)):
-            if kwargs.get(name) is not None:
-                kwargs[name] = F.pad(kwargs[name], (0, 1), value=value)
-        return F.pad(input_ids, (0, 1), value=self.config.boi_token_id), kwargs
 
     # ------------------------------------------------------------------------------- hooks of GenerationMixin.generate
 
