@@ -57,7 +57,7 @@ class ModelConfig:
     head_dim: int | None = option(None, "width of a head; null: hidden_size / num_attention_heads")
     max_position_embeddings: int | None = option(None, "longest row; null: the preset's, at least data.row_length")
     norm_position: Literal["pre", "post"] | None = option(None, "pre: as Llama; post: as the paper's Algorithm 1")
-    qk_norm: Literal["rms", "layer"] | None = option(None, "norm of queries and keys; null: none")
+    qk_norm: Literal["rms", "rms_all_heads", "layer"] | None = option(None, "norm of queries and keys; null: none")
     tie_word_embeddings: bool | None = option(None, "one matrix for input and output embeddings")
     hidden_dropout: float | None = option(None, "dropout on the outputs of attention and feed-forward")
     attention_dropout: float | None = option(None, "dropout on attention probabilities")
