@@ -108,5 +108,7 @@ class MoTAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        output = routing.split(routing.sort(output.flatten(2)))
+        # Engines that keep the keys themselves, as vLLM does, give the rows back without the batch.
+        output = output.reshape(batch_size, query.shape[2], -1)
+        output = routing.split(routing.sort(output))
         return self.o_proj(output), weights
