@@ -92,6 +92,7 @@ def model_card(
         "language": languages_of(facts),
         "license": licence_of(facts)[0],
         "license_name": licence_of(facts)[1],
+        "base_model": _base_model(made_from, facts),
         "library_name": "transformers",
         "pipeline_tag": "text-generation" if config.modalities == ["text"] else "any-to-any",
         "tags": ["mixture-of-transformers", "multimodal", "custom_code"],
@@ -143,6 +144,14 @@ def is_generated(text: str) -> bool:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _base_model(made_from: dict, facts: RunFacts) -> str | None:
+    """The model on the Hub that this one was converted from, or that its run began with."""
+    if made_from.get("revision"):
+        return made_from["source"]
+    begun = facts.section("model").get("init_from")
+    return hub_name({"path": begun}, facts) if begun and not Path(begun).exists() else None
 
 
 def _told_before(folder: Path) -> tuple[int | None, str | None]:

@@ -12,8 +12,10 @@ from PIL import Image
 
 from conversion.card import main, write_card
 from conversion.key_maps import ConversionError
+from conversion.upcycle import main as upcycle
 from modeling_mot import MoTForCausalLM, MoTTransfusionConfig
 from modeling_mot.model_card_mot import is_generated, model_card
+from tests.conversion.sources import save_source
 from tests.modeling_mot.naive_transfusion import VAE, tiny_model
 from tests.modeling_mot.test_continuous_processor import build_continuous
 from tests.modeling_mot.test_processor import build_processor
@@ -200,6 +202,19 @@ def test_licences_are_claimed_only_where_all_data_declare_one(run):
     rewrite(run / "manifest.json", data_cards=both)
     assert model_card(run / "final", run).data.license == "cc-by-4.0"
     assert model_card(run / "final", run, license="mit", base_model="a/b").data.to_dict()["license"] == "mit"
+
+
+def test_a_converted_model_names_what_it_was_made_of(tmp_path):
+    save_source(tmp_path / "dense", "qwen3")
+    words = ["--modalities", "text", "image", "--image-codes", "10", "--image-grid", "2", "3"]
+    assert upcycle([str(tmp_path / "dense"), str(tmp_path / "made"), *words]) == 0
+    card = model_card(tmp_path / "made")
+    assert "Made from `dense` (qwen3) by\n`python -m conversion.upcycle`" in card.text
+    assert "| tower image began as | copy |" in card.text and "base_model" not in card.data.to_dict()
+    record = tmp_path / "made" / "conversion.json"
+    rewrite(record, source="someone/dense", revision="0123abc")
+    card = model_card(tmp_path / "made")
+    assert card.data.base_model == "someone/dense" and "revision `0123abc`" in card.text
 
 
 def test_damaged_files_and_other_models_are_named(run, tmp_path):
