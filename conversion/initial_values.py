@@ -15,7 +15,7 @@ from modeling_mot import MoTConfig
 
 # Of the standard deviation of a source's rows: enough to tell new rows apart, little enough to stay near their mean.
 NEW_ROW_NOISE = 0.1
-_ROWS_AT_ONCE = 8192
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def extended(rows: torch.Tensor, size: int, generator: torch.Generator) -> torch
     # In blocks: the whole table in float64 would be several times the checkpoint's.
     total = squares = torch.zeros(rows.shape[1], dtype=torch.float64)
     for block in rows.split(_ROWS_AT_ONCE):
-        total, squares = total + block.double().sum(0), squares + block.double().square().sum(0)
+        block = block.double()
+        total, squares = total + block.sum(0), squares + block.square().sum(0)
     mean = total / rows.shape[0]
     std = (squares / rows.shape[0] - mean.square()).clamp(min=0).sqrt()
     new = mean + NEW_ROW_NOISE * std * torch.randn(count, rows.shape[1], generator=generator)
