@@ -67,7 +67,7 @@ def use(config, model, processor) -> dict:
     report = {
         "model": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "token": processor.tokenizer.convert_ids_to_tokens(ids.tolist())[-1],
+        "token": repr(processor.tokenizer.decode(ids[-1:])),
     }
     if getattr(config, "latent_channels", None) is not None:
         prompt = processor([{"type": "text", "text": "a"}], continue_with="image", return_tensors="pt")

@@ -2,9 +2,9 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, get_token
 from huggingface_hub.constants import DEFAULT_REVISION
@@ -17,7 +17,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
 
 from conversion.key_maps import ConversionError
 from conversion.repository_files import SAVED, matches
@@ -37,7 +36,7 @@ class Branch:
     """
 
     head: str | None = None
-    files: dict[str, RepoFile] | None = None
+    files: Mapping[str, RepoFile] = field(default_factory=dict)
     is_private: bool | None = None
 
 
@@ -48,10 +47,9 @@ def check_account(api: HfApi, repo: str) -> str:
     """The full name, owner/name, of a repository that the token may write to.
 
     Raises:
-        ConversionError: no name of a repository, no token, one that is not accepted or may only read, another's name.
+        ConversionError: no token, one that is not accepted or may only read, another's name.
     """
     with in_words(api, repo):
-        validate_repo_id(repo)
         account = api.whoami()
     me = account["name"]
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -79,13 +77,17 @@ def read_branch(api: HfApi, repo: str, revision: str | None) -> Branch:
             return Branch(is_private=api.model_info(repo).private)
         except RepositoryNotFoundError:
             return Branch()
-        tree = api.list_repo_tree(repo, recursive=True, revision=info.sha)
-        return Branch(info.sha, {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}, info.private)
+        return Branch(info.sha, _files(api, repo, info.sha), info.private)
 
 
-def differing(additions: Iterable[CommitOperationAdd], branch: Branch) -> list[str]:
-    """Paths whose content the branch does not hold, by the Hub's hashes: SHA-256 of large files, git's of others."""
-    return [one.path_in_repo for one in additions if not _is_there(one, (branch.files or {}).get(one.path_in_repo))]
+def _files(api: HfApi, repo: str, commit_hash: str) -> dict[str, RepoFile]:
+    tree = api.list_repo_tree(repo, recursive=True, revision=commit_hash)
+    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+
+def differing(additions: Iterable[CommitOperationAdd], files: Mapping[str, RepoFile]) -> list[str]:
+    """Paths whose content is not among the Hub's `files`, by the Hub's hashes: SHA-256 of large files, git's of others."""
+    return [one.path_in_repo for one in additions if not _is_there(one, files.get(one.path_in_repo))]
 
 
 def _is_there(addition: CommitOperationAdd, entry: RepoFile | None) -> bool:
@@ -102,12 +104,21 @@ def _is_there(addition: CommitOperationAdd, entry: RepoFile | None) -> bool:
 
 
 def commit(
-    api: HfApi, repo: str, additions: list[CommitOperationAdd], revision: str | None, private: bool, message: str
+    api: HfApi,
+    repo: str,
+    additions: list[CommitOperationAdd],
+    seen: Branch,
+    revision: str | None,
+    private: bool,
+    message: str,
 ) -> tuple[str, list[str]]:
     """Make the repository and branch where they are new, upload, and commit all at once.
 
     Files of an earlier save that this one does not have are deleted in the same commit: a stale model.safetensors would
     be loaded in the place of new shards. (`HfApi.upload_folder` may make several commits, so it is not used.)
+
+    Args:
+        seen: the branch as it was when the caller decided to publish; if it has moved since, nothing is committed.
 
     Returns:
         The commit, and the paths that were deleted.
@@ -119,23 +130,16 @@ def commit(
         api.create_repo(repo, private=private or None, exist_ok=True)
         if revision not in (None, DEFAULT_REVISION) and not revision.startswith("refs/pr/"):
             api.create_branch(repo, branch=revision, exist_ok=True)
-        before = read_branch(api, repo, revision)
+        before = read_branch(api, repo, revision) if seen.head is None else seen
         added = {addition.path_in_repo for addition in additions}
-        stale = sorted(path for path in before.files or {} if path not in added and matches(path, SAVED))
+        stale = sorted(path for path in before.files if path not in added and matches(path, SAVED))
         operations = [*additions, *(CommitOperationDelete(path) for path in stale)]
         info = api.create_commit(repo, operations, commit_message=message, revision=revision, parent_commit=before.head)
-    if wrong := differing(additions, read_branch_at(api, repo, info.oid)):
-        raise ConversionError(
-            f"the Hub's commit {info.oid} holds other content than was sent of {', '.join(wrong)}; {_AGAIN}"
-        )
+        if wrong := differing(additions, _files(api, repo, info.oid)):
+            raise ConversionError(
+                f"the Hub's commit {info.oid} holds other content than was sent of {', '.join(wrong)}; {_AGAIN}"
+            )
     return info.oid, stale
-
-
-def read_branch_at(api: HfApi, repo: str, commit_hash: str) -> Branch:
-    """The files of one commit."""
-    with in_words(api, repo):
-        tree = api.list_repo_tree(repo, recursive=True, revision=commit_hash)
-        return Branch(commit_hash, {entry.path: entry for entry in tree if isinstance(entry, RepoFile)})
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
@@ -161,21 +165,28 @@ def _explain(error: Exception, api: HfApi, repo: str) -> str:
         return "HF_HUB_OFFLINE is set, so nothing can be published; unset it"
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # "Error while uploading ...", from the reason
         return f"{str(error).rstrip('.')}: {_explain(error.__cause__, api, repo)}"
-    if not isinstance(error, HfHubHTTPError):
-        if isinstance(error, HTTPError):
-            return f"{api.endpoint} could not be reached ({type(error).__name__}: {error}); check the network, and {_AGAIN}"
-        return f"publishing to {repo} failed ({type(error).__name__}: {error}); {_AGAIN}"
+    if isinstance(error, HfHubHTTPError):
+        return _explain_status(error, api, repo)
+    if isinstance(error, HTTPError):
+        return f"{api.endpoint} could not be reached ({type(error).__name__}: {error}); check the network, and {_AGAIN}"
+    return f"publishing to {repo} failed ({type(error).__name__}: {error})"
+
+
+def _explain_status(error: HfHubHTTPError, api: HfApi, repo: str) -> str:
     status, said = error.response.status_code, error.server_message or str(error).strip().splitlines()[0]
+    if isinstance(error, RepositoryNotFoundError):
+        return f"there is no {repo}, or this token may not see it ({said})"
     if status == 401:
-        return f"the Hub does not accept the token ({said}); make a new one at {api.endpoint}/settings/tokens, then: hf auth login"
+        return (
+            f"the Hub does not accept the token ({said}); make a new one at {api.endpoint}/settings/tokens, then: "
+            "hf auth login"
+        )
     if status == 403:
         return (
-            f"the token may not write to {repo} ({said}); it needs the permission to write to repositories of its owner"
+            f"the token may not write to {repo} ({said}); it needs the permission to write to its owner's repositories"
         )
-    if status == 409:
-        return f"{repo} exists already, and this token does not see it ({said}); take another name"
     if status == 412:
-        return f"somebody else has changed {repo} meanwhile ({said}); nothing was committed, look at it, and {_AGAIN}"
+        return f"somebody else has changed {repo} meanwhile ({said}); nothing was committed: look at it, and {_AGAIN}"
     return f"the Hub answered {status} ({said}); {_AGAIN}"
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.utils import validate_repo_id
 
 from conversion.hub import Branch, check_account, commit, differing, in_words, read_branch
 from conversion.key_maps import ConversionError
@@ -52,9 +53,11 @@ def push(
     Raises:
         ConversionError: the folder or the Hub does not allow it; the message says what to do.
     """
+    api, branch = HfApi(), Branch()
+    with in_words(api, repo):
+        validate_repo_id(repo)
     files = repository_files(folder, keep_code)
     run = run or _run_of(folder)
-    api, branch = HfApi(), Branch()
     if not dry_run:
         repo = check_account(api, repo)
         branch = read_branch(api, repo, revision)
@@ -62,8 +65,8 @@ def push(
             raise ConversionError(
                 f"{repo} exists and is public; --private is of new repositories: make it private there first"
             )
-        if branch.files and not exist_ok and _has_model(branch):
-            if not differing(_additions(files, but=CARD), branch):
+        if "config.json" in branch.files and not exist_ok:
+            if not differing(_additions(files, but=CARD), branch.files):
                 print(f"{repo} holds these files already")
                 return _say_link(api, repo, branch.head)
             raise ConversionError(
@@ -79,7 +82,7 @@ def push(
         if dry_run:
             return None
         title = f"{folder.resolve().name} of {run.resolve().name}" if run else folder.resolve().name
-        commit_hash, stale = commit(api, repo, _additions(files), revision, private, f"Upload {title}")
+        commit_hash, stale = commit(api, repo, _additions(files), branch, revision, private, f"Upload {title}")
     for path in stale:
         print(f"  deleted {path}, which is not of this model")
     return _say_link(api, repo, commit_hash)
@@ -88,10 +91,6 @@ def push(
 def _run_of(folder: Path) -> Path | None:
     """RUN/final and RUN/consolidated/step-... are of RUN."""
     return next((parent for parent in folder.resolve().parents[:2] if (parent / "manifest.json").is_file()), None)
-
-
-def _has_model(branch: Branch) -> bool:
-    return "config.json" in branch.files
 
 
 def _additions(files: dict[str, Path], but: str | None = None) -> list[CommitOperationAdd]:
@@ -112,7 +111,7 @@ def _card_files(
     from modeling_mot.model_card_mot import PICTURES, is_generated, model_card  # takes seconds: after the checks
 
     written = files.get(CARD)
-    if written is None and CARD in (branch.files or {}) and not new_card:
+    if written is None and CARD in branch.files and not new_card:
         with in_words(api, repo):
             written = Path(api.hf_hub_download(repo, CARD, revision=branch.head))
     if written is not None and not new_card and not is_generated(written.read_text(encoding="utf-8")):

@@ -17,19 +17,19 @@ from safetensors import SafetensorError, safe_open
 from conversion.key_maps import ConversionError
 
 
-INDEX, CARD = "model.safetensors.index.json", "README.md"
+INDEX, PROCESSOR, CARD = "model.safetensors.index.json", "processor_config.json", "README.md"
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", INDEX)
 # What a save replaces as a whole: of another save nothing may be left beside it.
 SAVED = (
     *WEIGHTS, "*.py", "config.json", "generation_config.json",
-    "processor_config.json", "preprocessor_config.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
+    PROCESSOR, "preprocessor_config.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "vocab.txt", "merges.txt",
     "image_tokenizer/*.json", "image_tokenizer/*.safetensors", "speech_tokenizer/*.json",
     "speech_tokenizer/*.safetensors", "image_processor/*.json",
 )  # fmt: skip
 BESIDE = (
-    CARD, "LICENSE*", "NOTICE*", "USE_POLICY.md", ".gitattributes", "conversion.json",
+    CARD, "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY.md", ".gitattributes", "conversion.json",
     "*.png", "*.jpg", "*.jpeg", "*.webp",
 )  # fmt: skip
 # Left where they are: bookkeeping of git and of downloads, which the Hub's own client passes over too, and the recipe
@@ -64,7 +64,7 @@ def repository_files(folder: Path, keep_code: bool = False) -> dict[str, Path]:
     files = {path: files[path] for path in filter_repo_objects(sorted(files), ignore_patterns=list(_STAY))}
     problems = [f"{path}: {reason}" for path, file in files.items() if (reason := _refusal(folder, path, file))]
     if not problems:
-        problems = [*_weight_problems(folder, files), *_code_problems(folder, files, keep_code)]
+        problems = [*_missing_or_left(folder, files), *_code_problems(folder, files, keep_code)]
     if problems:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         raise ConversionError("\n  ".join([f"{folder} is not ready to be published:", *problems[:_SHOWN], *more]))
@@ -81,11 +81,9 @@ def _walk(folder: Path) -> Iterable[Path]:
 def _refusal(folder: Path, path: str, file: Path) -> str | None:
     """Why a file must not be published, or None."""
     if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
-        return (
-            f"a link to {os.readlink(file)}, outside the folder; put a copy in its place"
-            if file.is_symlink()
-            else ("is no regular file; remove it")
-        )
+        if file.is_symlink():
+            return f"a link to {os.readlink(file)}, outside the folder; put a copy in its place"
+        return "is no regular file; remove it"
     if matches(file.name.lower(), PICKLED):
         return (
             "may hold pickled objects, which run code when they are loaded; weights are published as safetensors only"
@@ -97,12 +95,14 @@ def _refusal(folder: Path, path: str, file: Path) -> str | None:
     return None
 
 
-def _weight_problems(folder: Path, files: Mapping[str, Path]) -> list[str]:
+def _missing_or_left(folder: Path, files: Mapping[str, Path]) -> list[str]:
     found = {path for path in files if matches(path, WEIGHTS[:2])}
     expected = {"model.safetensors"}
     if INDEX in files:
-        expected = set(json.loads(files[INDEX].read_text(encoding="utf-8"))["weight_map"].values())
+        expected = set(_read_json(files[INDEX])["weight_map"].values())
     problems = [f"{path}: is missing; save the model again" for path in sorted(expected - found)]
+    if PROCESSOR not in files:
+        problems.append(f"{PROCESSOR}: is missing, so nobody could make tokens; save a MoTProcessor to the folder")
     for path, file in files.items():
         if path.endswith(".safetensors"):
             try:
@@ -119,13 +119,13 @@ def _weight_problems(folder: Path, files: Mapping[str, Path]) -> list[str]:
 def _code_problems(folder: Path, files: Mapping[str, Path], keep_code: bool) -> list[str]:
     """Whoever loads with `trust_remote_code` runs these files, so each must be one that somebody answers for: it equals
     that of this package, or the caller says that the folder's own is meant, and then it is code that the model loads."""
-    references = {}
-    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
-        if name in files:
-            references |= json.loads(files[name].read_text(encoding="utf-8")).get("auto_map", {})
-    named = [
-        entry for value in references.values() for entry in (value if isinstance(value, list) else [value]) if entry
+    maps = [
+        _read_json(files[name]).get("auto_map", {})
+        for name in ("config.json", PROCESSOR, "tokenizer_config.json")
+        if name in files
     ]
+    values = [value if isinstance(value, list) else [value] for found in maps for value in found.values()]
+    named = {entry for value in values for entry in value if entry}
     if not named:
         return ["config.json: has no auto_map, so nobody could load it; save the model with save_pretrained"]
     if foreign := sorted(entry for entry in named if "--" in entry):
@@ -140,7 +140,16 @@ def _code_problems(folder: Path, files: Mapping[str, Path], keep_code: bool) -> 
     package = Path(importlib.util.find_spec("modeling_mot").origin).parent
     code = {path: package / path for path in files if path.endswith(".py")}
     others = [path for path, own in code.items() if not own.is_file() or own.read_bytes() != files[path].read_bytes()]
+    if not others:
+        return []
     return [
         f"{', '.join(others)}: not the code of the modeling_mot that is installed here; load the folder with modeling_mot and "
         "save it again, or publish its own code with --keep-code"
-    ] * bool(others)
+    ]
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{file} is no JSON ({error}); save it again") from error

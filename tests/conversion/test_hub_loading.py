@@ -1,5 +1,6 @@
 """Pushed by `push_to_hub`, loaded by name in a process that has never heard of this package, at two revisions."""
 
+import json
 import os
 import subprocess
 import sys
@@ -61,6 +62,8 @@ except ValueError as error:
     assert "trust_remote_code" in str(error)
 else:
     raise AssertionError("code ran that nobody trusted")
+old.push_to_hub("ada/passed-on")
+processor.push_to_hub("ada/passed-on")
 print("loaded")
 """
 
@@ -111,6 +114,14 @@ def test_two_revisions_load_by_name_in_a_clean_process(pushed, client, saved_tok
 
     (tmp_path / "empty").mkdir()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    environment |= client.hub.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
+    environment |= client.hub.environment(tmp_path / "home", "ada") | {"OMP_NUM_THREADS": "1"}
     arguments = (REPO, first, second, tmp_path / "expected.safetensors")
     assert "loaded" in run(BLOCK + LOAD, environment, *arguments, cwd=tmp_path / "empty")
+
+    # What was loaded by name is passed on whole, its code included.
+    passed_on = client.hub.files("ada/passed-on")
+    code = {path: content for path, content in client.hub.files(REPO, revision=first).items() if path.endswith(".py")}
+    assert {path: content for path, content in passed_on.items() if path.endswith(".py")} == code
+    assert {"model.safetensors", "tokenizer.json", "image_tokenizer/config.json", "README.md"} <= passed_on.keys()
+    auto_map = json.loads(passed_on["config.json"])["auto_map"]
+    assert auto_map["AutoModelForCausalLM"] == "modeling_mot.MoTForCausalLM"

@@ -228,12 +228,14 @@ def test_a_token_in_a_file_is_found_and_not_shown(client, tokens):
     assert "README.md: holds what looks like a token" in errors and token not in errors
 
 
-def test_missing_and_cut_shards_are_named(client, tokens):
+def test_missing_and_cut_files_are_named(client, tokens):
     first, second = (tokens / f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
     first.write_bytes(first.read_bytes()[:-100])
     second.unlink()
+    (tokens / "processor_config.json").unlink()
     errors = client.push(tokens, "ada/refused").errors
     assert f"{first.name}: is no whole file" in errors and f"{second.name}: is missing" in errors
+    assert "processor_config.json: is missing" in errors
 
 
 def test_code_of_another_version_goes_only_when_meant(client, hub, tokens):
