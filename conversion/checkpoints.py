@@ -205,17 +205,20 @@ def write_tensors(
     """
     by_name = {entry.name: entry for entry in entries}
     assert len(by_name) == len(entries), "two entries have one name"
+    try:
+        split = split_state_dict_into_shards_factory(
+            by_name,
+            get_storage_size=lambda entry: entry.num_bytes,
+            filename_pattern=weights.replace(".safetensors", "{suffix}.safetensors"),
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise ConversionError(f"max_shard_size={max_shard_size!r} is no size, such as '5GB': {error}") from error
     needed, free = sum(entry.num_bytes for entry in entries), shutil.disk_usage(folder).free
     if needed > free:
         raise ConversionError(
             f"{needed:,} bytes are to be written to {folder.parent}, which has {free:,} left; make room"
         )
-    split = split_state_dict_into_shards_factory(
-        by_name,
-        get_storage_size=lambda entry: entry.num_bytes,
-        filename_pattern=weights.replace(".safetensors", "{suffix}.safetensors"),
-        max_shard_size=max_shard_size,
-    )
     for file, names in split.filename_to_tensors.items():
         _write_file(folder / file, [by_name[name] for name in names], {"format": "pt"} | dict(metadata or {}))
     if split.is_sharded:

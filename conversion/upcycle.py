@@ -24,12 +24,13 @@ from conversion.initial_values import Start
 from conversion.key_maps import ConversionError
 from conversion.recipes import frozen_text_recipe
 from conversion.towers import Plan, Wishes, plan_upcycle
+from conversion.vae import read_vae
 from conversion.vocabulary import Media
 from modeling_mot import MoTConfig, MoTTransfusionConfig
 from modeling_mot.configuration_mot import UNTIED_PARTS
 from modeling_mot.image_processor_mot import MoTImageProcessor
 from modeling_mot.image_tokenizer_mot import MoTImageTokenizer
-from modeling_mot.latents_mot import VAE_CLASSES, downsampling, vae_config_of
+from modeling_mot.latents_mot import downsampling, vae_config_of
 from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
 
 
@@ -98,7 +99,9 @@ def wishes_of(options: argparse.Namespace) -> Wishes:
     """Raises ConversionError for options that do not go together, and parts that cannot be loaded."""
     vae = None
     if options.transfusion:
-        vae = load_vae(options.vae)
+        if options.vae is None:
+            raise ConversionError("--transfusion needs --vae, a folder of diffusers (AutoencoderKL or AutoencoderTiny)")
+        vae = read_vae(options.vae)
     elif options.vae is not None or options.image_size is not None:
         raise ConversionError("--vae and --image-size are of pictures that are diffused; add --transfusion")
     settings = parse_settings(options.set, is_transfusion=vae is not None)
@@ -132,6 +135,8 @@ def wishes_of(options: argparse.Namespace) -> Wishes:
 def media_of(options: argparse.Namespace, vae: torch.nn.Module | None, settings: dict[str, Any]) -> Media:
     """What stands for pictures and sound. Raises ConversionError for options that do not go together."""
     media = Media(options.image_codes or 0, options.speech_units or 0, image_grid=options.image_grid)
+    if options.image_grid is not None and options.image_codes is None:
+        raise ConversionError("--image-grid is of --image-codes; an image tokenizer has its own")
     for modality, folder, count in (
         ("image", options.image_tokenizer, options.image_codes),
         ("speech", options.speech_tokenizer, options.speech_units),
@@ -155,27 +160,7 @@ def media_of(options: argparse.Namespace, vae: torch.nn.Module | None, settings:
             media.image_processor = MoTImageProcessor(options.image_size or [256, 256], side)
     except (OSError, ValueError, TypeError) as error:
         raise ConversionError(f"pictures or sound: {error}") from error
-    if media.image_grid is not None and not media.image_codes:
-        raise ConversionError("--image-grid is of --image-codes")
     return media
-
-
-def load_vae(folder: str | None) -> torch.nn.Module:
-    """A diffusers autoencoder in float32. Raises ConversionError where there is none, or it is not whole."""
-    if folder is None:
-        raise ConversionError("--transfusion needs --vae, a folder of diffusers (AutoencoderKL or AutoencoderTiny)")
-    try:
-        name = VAE_CLASSES["AutoencoderKL"].load_config(folder).get("_class_name")
-        if name not in VAE_CLASSES:
-            raise ValueError(f"its class is {name}; there are {', '.join(VAE_CLASSES)}")
-        vae, info = VAE_CLASSES[name].from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"its weights lack {', '.join(missing[:4])}; is it whole?")
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"--vae {folder}: {error}") from error
-    return vae.eval().requires_grad_(False)
 
 
 def parse_settings(words: Sequence[str], is_transfusion: bool) -> dict[str, Any]:

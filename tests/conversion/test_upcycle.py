@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from modeling_mot import MoTForCausalLM, MoTTransfusionModel
 from training.config import load as load_recipe
 from training.recipe import Recipe
 
+from .hub_server import HubServer
 from .sources import SOURCES, save_source, words_tokenizer
 
 
@@ -336,6 +339,40 @@ def test_out_loads_and_generates_in_a_process_that_does_not_know_this_package(tm
     assert validate(out)["model"] == "MoTForCausalLM"
 
 
+UPLOAD_AND_CONVERT = """
+import sys
+from huggingface_hub import HfApi
+from conversion.upcycle import main
+folder, out = sys.argv[1:]
+HfApi().create_repo("ada/dense")
+first = HfApi().upload_folder(repo_id="ada/dense", folder_path=folder).oid
+HfApi().delete_file("model.safetensors", "ada/dense")
+assert main(["ada/dense", out, "--image-codes", "4"]) == 2
+assert main(["ada/nothing", out, "--image-codes", "4"]) == 2
+assert main(["ada/dense", out, "--image-codes", "4", "--revision", first]) == 0
+print(first)
+"""
+
+
+def test_a_source_is_taken_from_the_hub_at_a_revision(tmp_path):
+    dense = save_source(tmp_path / "source", "llama", tokenizer=True)
+    with HubServer() as hub:
+        result = subprocess.run(
+            [sys.executable, "-c", UPLOAD_AND_CONVERT, str(tmp_path / "source"), str(tmp_path / "out")],
+            env=os.environ | hub.environment(tmp_path / "home", "ada"),
+            cwd=ASSETS.parents[1],
+            capture_output=True,
+            text=True,
+        )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "holds neither model.safetensors nor" in result.stderr and "'ada/nothing' is no folder" in result.stderr
+    record = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert record["source"] == "ada/dense" and record["revision"] == result.stdout.split()[-1]
+    embeddings = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(embeddings[:60], dense.model.embed_tokens.weight)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
 @pytest.mark.slow
 def test_a_transfusion_model_draws_in_a_process_that_does_not_know_this_package(tmp_path):
     _, out = converted(tmp_path, *TRANSFUSION, tokenizer=True, max_position_embeddings=256)
@@ -412,10 +449,12 @@ def test_what_was_made_of_what_is_recorded(tmp_path):
         (["--image-codes", "4", "--max-length", "65"], "longer than the source's max_position_embeddings=64"),
         (["--image-codes", "4", "--vae", "x"], "add --transfusion"),
         (["--image-codes", "4", "--freeze-text"], "needs a tokenizer beside SOURCE"),
+        (["--image-codes", "4", "--max-shard-size", "big"], "max_shard_size='big'"),
+        (["--speech-units", "4", "--image-grid", "2", "2"], "--image-grid is of --image-codes"),
         (["--image-tokenizer", "nowhere"], "pictures or sound: "),
         (["--image-tokenizer", "nowhere", "--image-codes", "4"], "--image-codes follows from --image-tokenizer"),
         (["--transfusion"], "--transfusion needs --vae"),
-        (["--transfusion", "--vae", "nowhere"], "--vae nowhere: "),
+        (["--transfusion", "--vae", "nowhere"], "no VAE could be read from nowhere"),
         ([*TRANSFUSION, "--image-codes", "4"], "leave --image-tokenizer and --image-codes out"),
         ([*TRANSFUSION, "--image-size", "33", "33"], "pictures or sound: "),
     ],
