@@ -249,10 +249,6 @@ class _Handler(BaseHTTPRequestHandler):
         about = {"id": name, "sha": commit, "private": repository.is_private, "siblings": siblings, "tags": []}
         raise Answer(200, about | {"downloads": 0, "likes": 0, "lastModified": "2025-01-01T00:00:00.000Z"})
 
-    def on_refs(self, repository: Repository, name: str, _: str):
-        branches = [{"name": k, "ref": f"refs/heads/{k}", "targetCommit": v} for k, v in repository.branches.items()]
-        raise Answer(200, {"branches": branches, "converts": [], "tags": []})
-
     def entries(self, files: dict[str, Blob]) -> dict[str, dict]:
         folders = {p for path in files for p in (path.rsplit("/", n)[0] for n in range(1, path.count("/") + 1))}
         listed = {f: {"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in folders}
