@@ -189,7 +189,8 @@ def _architecture(config: MoTConfig, facts: RunFacts) -> Iterator[tuple[str, str
     elif config.image_grid is not None:
         yield "pictures", f"{' x '.join(map(str, config.image_grid))} codes"
     yield "active parameters (of one token)", _millions(config.num_parameters(active=True))
-    yield "total parameters", _millions(config.num_parameters(active=False))
+    beside = ", the frozen VAE not counted" if isinstance(config, MoTTransfusionConfig) else ""
+    yield f"total parameters{beside}", _millions(config.num_parameters(active=False))
     if flops := facts.manifest.get("forward_flops_per_token"):
         each = ", ".join(f"{name} {value / 1e6:,.1f} M" for name, value in flops.items())
         yield f"forward FLOPs of a token in a row of {facts.section('data')['row_length']:,}", each
