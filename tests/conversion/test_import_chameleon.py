@@ -1,99 +1,32 @@
-"""Chameleon checkpoints as transformers saves them, and the MoT that each becomes: logits, ids, pictures, refusals."""
+"""Chameleon checkpoints as transformers saves them, and the MoT that each becomes: logits, ids, refusals."""
 
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    ChameleonConfig,
-    ChameleonForConditionalGeneration,
-    ChameleonImageProcessorPil,
-    ChameleonProcessor,
-    PreTrainedTokenizerFast,
-)
-from transformers.models.janus.configuration_janus import JanusVQVAEConfig
-from transformers.models.janus.modeling_janus import JanusVQVAEDecoder
+from safetensors.torch import load_file
+from transformers import ChameleonForConditionalGeneration, ChameleonImageProcessorPil, ChameleonProcessor
 
-from conversion.chameleon_pictures import vqgan_rules
 from conversion.checkpoints import CheckpointReader
 from conversion.import_chameleon import CHAMELEON, VQ_VAE, main
-from conversion.key_maps import KeyMap
 from modeling_mot import MoTForCausalLM, MoTProcessor
+from modeling_mot.vocabulary_mot import without_codes
 
 from ..modeling_mot.test_remote_code import run_clean
 from ..modeling_mot.test_speech_tokenizer import chirp, tokenizer_with_random_units
-
-
-NUM_CODES = 64
-VQ = {
-    "embed_dim": 8,
-    "num_embeddings": NUM_CODES,
-    "latent_channels": 8,
-    "resolution": 16,
-    "base_channels": 32,
-    "channel_multiplier": [1, 1, 2],
-    "num_res_blocks": 1,
-}
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-}
-# What tells the two released sizes apart beside their dimensions.
-LAYOUTS = {
-    "7b": {"num_key_value_heads": 4, "swin_norm": False},
-    "34b": {"num_key_value_heads": 2, "swin_norm": True, "model_parallel_size": 4},
-}
-
-
-def vocabulary():
-    """The order of Chameleon's: specials, codes (here not in the order of their numbers), markers, reserved, text."""
-    digits = "".maketrans("0123456789", "ABCDEFGHIJ")
-    codes = np.random.default_rng(0).permutation(NUM_CODES)
-    names = ["<s>", "<pad>", "</s>", "<unk>", *(f"IMGIMG{str(code).translate(digits)}Z" for code in codes)]
-    names += ["<eoss>", "<racm3:break>", *(f"<reserved{number:05}>" for number in range(8698, 8707)), "<image>"]
-    return {name: index for index, name in enumerate([*names, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-
-
-def chameleon_tokenizer():
-    backend = Tokenizer(models.BPE(vocabulary(), merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    named = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, sep_token="<reserved08706>", **named)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<racm3:break>", "<eoss>"]})
-    return tokenizer
-
-
-def chameleon_model(**fields):
-    torch.manual_seed(0)
-    ids = vocabulary()
-    config = ChameleonConfig(
-        **SIZES | fields, vocab_size=len(ids), vocabulary_map=ids, vq_config=VQ, bos_token_id=1, pad_token_id=1
-    )
-    model = ChameleonForConditionalGeneration(config).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
-            torch.nn.init.normal_(parameter, 1.0 if name.endswith("weight") else 0.0, 0.3)
-        elif "vqmodel" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def save_source(model, folder, **kwargs):
-    model.save_pretrained(folder, **kwargs)
-    pictures = ChameleonImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    ChameleonProcessor(pictures, chameleon_tokenizer(), image_seq_length=16).save_pretrained(folder)
-    return folder
+from .chameleon_sources import (
+    LAYOUTS,
+    NUM_CODES,
+    VQ,
+    chameleon_model,
+    convert,
+    picture,
+    refused,
+    save_source,
+    vocabulary,
+    with_picture,
+)
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -106,22 +39,6 @@ def source(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def small_source(tmp_path_factory):
     return save_source(chameleon_model(**LAYOUTS["7b"]), tmp_path_factory.mktemp("small"))
-
-
-def picture(height=21, width=37, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def convert(folder, out, *options):
-    assert main([str(folder), str(out), *options]) == 0
-    return out
-
-
-def with_picture(model, folder):
-    """Ids of a prompt with a picture: what transformers' processor gives, its placeholders replaced by the codes."""
-    inputs = ChameleonProcessor.from_pretrained(folder)(picture(), "a<image>b", return_tensors="pt")
-    codes = model.model.get_image_tokens(inputs["pixel_values"]).flatten()
-    return inputs, inputs["input_ids"].masked_scatter(inputs["input_ids"] == vocabulary()["<image>"], codes.long())
 
 
 # ------------------------------------------------------------------------------------------------------------- logits
@@ -268,70 +185,6 @@ def test_room_for_speech_needs_no_tokenizer_of_it(small_source, tmp_path, capsys
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ drawing
-
-
-def add_decoder(folder, out):
-    """A checkpoint with the VQGAN's decoder, as those that draw have it; and the decoder, by Janus's code."""
-    shutil.copytree(folder, out)
-    config = JanusVQVAEConfig(out_channels=3, **{name: VQ[name] for name in VQ if name != "resolution"})
-    torch.manual_seed(1)
-    decoder = JanusVQVAEDecoder(config).eval()
-    for level in decoder.up:
-        level.attn = torch.nn.ModuleList()  # Chameleon's has attention in the middle only
-    tensors = load_file(out / "model.safetensors")
-    last = len(VQ["channel_multiplier"]) - 1
-    for name, tensor in decoder.state_dict().items():
-        parts = name.split(".")
-        if parts[0] == "up":  # Janus numbers from the coarsest scale
-            parts[1] = str(last - int(parts[1]))
-        tensors[f"{VQ_VAE}decoder.{'.'.join(parts)}"] = tensor.clone()
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    return decoder
-
-
-@torch.no_grad()
-def expected_picture(model, decoder, image_ids):
-    codes = torch.tensor([model.model.vocabulary_mapping.bpe2img[token] for token in image_ids])
-    latents = model.model.vqmodel.quantize.embedding(codes).view(1, 4, 4, -1).permute(0, 3, 1, 2)
-    pixels = decoder(model.model.vqmodel.post_quant_conv(latents))[0].clamp(-1, 1)
-    return ((pixels + 1) * 127.5).permute(1, 2, 0).numpy()
-
-
-@pytest.mark.parametrize("given", ["own", "folder", "file", "diffusers"])
-def test_pictures_are_drawn_with_a_decoder(small_source, tmp_path, given):
-    decoder = add_decoder(small_source, tmp_path / "with")
-    if given == "own":
-        out = convert(tmp_path / "with", tmp_path / "out")
-    else:
-        path = {"folder": tmp_path / "with", "file": tmp_path / "with" / "model.safetensors"}.get(given)
-        if given == "diffusers":
-            path = convert(tmp_path / "with", tmp_path / "before") / "image_tokenizer"
-            shuffled = load_file(path / "diffusion_pytorch_model.safetensors")  # back to the source's order of codes
-            ids = sorted(codes_of_ids().items())
-            original = torch.empty_like(shuffled["quantize.embedding.weight"])
-            original[[code for _, code in ids]] = shuffled["quantize.embedding.weight"]
-            save_file(shuffled | {"quantize.embedding.weight": original}, path / "diffusion_pytorch_model.safetensors")
-        out = convert(small_source, tmp_path / "out", "--image-decoder", str(path))
-    processor = MoTProcessor.from_pretrained(out)
-    model = ChameleonForConditionalGeneration.from_pretrained(small_source)
-    ids = processor.encode_images([picture()])[0]
-    pixels = ChameleonImageProcessorPil.from_pretrained(small_source)(picture(), return_tensors="pt")["pixel_values"]
-    assert ids[1:-1] == model.model.get_image_tokens(pixels).flatten().tolist()
-    drawn = np.asarray(processor.decode_document(ids)[0]["image"], dtype=np.float32)
-    assert np.abs(drawn - expected_picture(model, decoder, ids[1:-1])).max() <= 0.51
-
-
-def codes_of_ids():
-    return chameleon_model(**LAYOUTS["7b"]).model.vocabulary_mapping.bpe2img
-
-
-def test_without_a_decoder_the_error_says_what_to_do(small_source, tmp_path):
-    processor = MoTProcessor.from_pretrained(convert(small_source, tmp_path / "out"))
-    with pytest.raises(NotImplementedError, match="no decoder.*--image-decoder"):
-        processor.decode_document(processor.encode_images([picture()])[0])
-
-
 # ---------------------------------------------------------------------------------------------------- whole, and alone
 
 
@@ -364,13 +217,6 @@ def test_the_map_reads_in_both_directions(small_source, tmp_path):
     assert {key_map.backward(name).name for name in target} == set(source)
 
 
-def test_the_map_of_the_vqgan_reads_in_both_directions(small_source, tmp_path):
-    add_decoder(small_source, tmp_path / "with")
-    key_map = KeyMap(vqgan_rules(3))
-    names = [name.removeprefix(VQ_VAE) for name in CheckpointReader(tmp_path / "with").names if VQ_VAE in name]
-    assert [key_map.backward(target).name for name in names for target in key_map.forward(name)] == names
-
-
 def test_a_dry_run_prints_every_tensor_and_writes_nothing(small_source, tmp_path, capsys):
     assert main([str(small_source), str(tmp_path / "out"), "--dry-run"]) == 0
     printed = capsys.readouterr().out
@@ -399,13 +245,6 @@ def changed(folder, out, **fields):
     return out
 
 
-def refused(capsys, *arguments):
-    assert main([str(argument) for argument in arguments]) == 2
-    message = capsys.readouterr().err
-    assert "error: " in message and "Traceback" not in message
-    return message
-
-
 def test_refusals_name_the_field_and_leave_nothing(small_source, tmp_path, capsys):
     ids, out = vocabulary(), tmp_path / "out"
     holes = {name: index + (index == 5) * 500 for name, index in ids.items()}
@@ -425,25 +264,6 @@ def test_refusals_name_the_field_and_leave_nothing(small_source, tmp_path, capsy
         assert not out.exists()
 
 
-def test_a_tensor_too_many_in_the_vqvae_is_listed(small_source, tmp_path, capsys):
-    decoder = add_decoder(small_source, tmp_path / "with")
-    tensors = load_file(tmp_path / "with" / "model.safetensors")
-    tensors[f"{VQ_VAE}decoder.up.0.attn.0.q.weight"] = torch.zeros(1)
-    save_file(tensors, tmp_path / "with" / "model.safetensors")
-    assert decoder is not None
-    assert "only in the source: decoder.up.0.attn.0.q.weight" in refused(capsys, tmp_path / "with", tmp_path / "out")
-
-
-def test_a_decoder_of_another_codebook_is_refused(small_source, tmp_path, capsys):
-    add_decoder(small_source, tmp_path / "with")
-    tensors = load_file(tmp_path / "with" / "model.safetensors")
-    tensors[f"{VQ_VAE}quantize.embedding.weight"] += 1
-    save_file(tensors, tmp_path / "with" / "model.safetensors")
-    out = tmp_path / "out"
-    assert "codebook" in refused(capsys, small_source, out, "--image-decoder", tmp_path / "with")
-    assert "holds no decoder" in refused(capsys, small_source, out, "--image-decoder", small_source)
-
-
 def test_pickled_weights_are_refused(small_source, tmp_path, capsys):
     shutil.copytree(small_source, tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
@@ -455,3 +275,9 @@ def test_a_source_without_a_tokenizer_still_gets_its_image_tokenizer(small_sourc
     out = convert(tmp_path / "bare", tmp_path / "out")
     assert (out / "image_tokenizer" / "image_tokenizer_config.json").is_file()
     assert not (out / "tokenizer.json").exists()
+
+
+def test_codes_in_the_midst_of_text_are_not_taken_out(small_source, tmp_path):
+    processor = MoTProcessor.from_pretrained(convert(small_source, tmp_path / "out"))
+    with pytest.raises(ValueError, match="in the midst of text"):
+        without_codes(processor.tokenizer)

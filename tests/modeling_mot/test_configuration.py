@@ -1,6 +1,7 @@
 """What a MoTConfig accepts, refuses, and keeps when it is written and read."""
 
 import pytest
+import torch
 from transformers import AutoConfig, LlamaConfig
 
 from modeling_mot import MoTConfig, MoTForCausalLM
@@ -130,3 +131,31 @@ def test_unknown_variant_and_preset_are_refused_with_the_choices():
 def test_leave_one_out_of_an_absent_modality_is_refused():
     with pytest.raises(ValueError, match="loo-speech"):
         MoTConfig.from_variant("loo-speech", modalities=["text", "image"])
+
+
+INSIDE = {"text": [0, 60], "image": [8, 30], "speech": [40, 60]}
+
+
+@pytest.mark.parametrize("name", ["image", "speech"])
+def test_text_may_enclose_other_ranges(tiny_config, name):
+    config = tiny_config(modality_token_ranges=INSIDE)
+    first, end = INSIDE[name]
+    ids = torch.tensor([[first - 1, first, end - 1, end % 60]])
+    index = config.modalities.index(name)
+    with torch.device("meta"):
+        model = MoTForCausalLM(config)
+    assert model.model.modality_ids_of(ids).tolist() == [[0, index, index, 0]]
+
+
+@pytest.mark.parametrize(
+    ("ranges", "fields", "message"),
+    [
+        ({"text": [0, 20], "image": [8, 30], "speech": [40, 60]}, {}, "'text' ends at 20, 'image' begins at 8"),
+        ({"text": [0, 60], "image": [8, 41], "speech": [40, 60]}, {}, "'image' ends at 41, 'speech' begins at 40"),
+        ({"text": [10, 60], "image": [8, 30], "speech": [40, 60]}, {}, "overlap"),
+        (INSIDE, {"boi_token_id": 9}, "boi_token_id=9 must be a text token"),
+    ],
+)
+def test_ranges_that_overlap_otherwise_are_refused(tiny_config, ranges, fields, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(modality_token_ranges=ranges, **fields)

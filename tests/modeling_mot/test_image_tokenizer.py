@@ -239,3 +239,32 @@ def test_blank_codes_decode_like_a_blank_picture():
     tokenizer = tiny_tokenizer()
     expected = tokenizer.encode([np.full((16, 16, 3), 255, np.uint8)])[0].flatten().tolist()
     assert tokenizer.blank_codes((4, 4)) == expected
+
+
+CHAMELEON_PICTURES = {
+    "size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}, "rescale_factor": 0.0078,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(16, 16), (21, 37), (64, 17), (7, 9)])
+def test_pictures_are_prepared_as_chameleons_processor_does(size, tmp_path):
+    from transformers import ChameleonImageProcessorPil
+
+    tiny_tokenizer(image_processor=CHAMELEON_PICTURES).save_pretrained(tmp_path)
+    tokenizer, picture = MoTImageTokenizer.from_pretrained(tmp_path), Image.fromarray(noise(*size))
+    expected = ChameleonImageProcessorPil(**CHAMELEON_PICTURES)(picture, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(tokenizer.preprocess(picture), expected.float())
+
+
+def test_an_image_processor_makes_pictures_of_one_size():
+    tokenizer = tiny_tokenizer(image_processor=CHAMELEON_PICTURES)
+    assert len(tokenizer.blank_codes((2, 4))) == 8
+    with pytest.raises(ValueError, match="only; give it in the size wanted"):
+        tokenizer.encode([noise(20, 20)], size=(8, 16))
+    other = CHAMELEON_PICTURES | {"crop_size": {"height": 8, "width": 8}}
+    with pytest.raises(ValueError, match="its crop_size must be"):
+        tiny_tokenizer(image_processor=other).encode([noise(20, 20)])
+
+
+def test_without_an_image_processor_the_configuration_is_written_as_before():
+    assert "image_processor" not in tiny_tokenizer().config.to_dict()
