@@ -22,6 +22,9 @@ from conversion.repository_files import CARD, repository_files
 from conversion.validation import validate
 
 
+_HERE = "of the folder"
+
+
 def push(
     folder: Path,
     repo: str,
@@ -57,27 +60,24 @@ def push(
     with in_words(api, repo):
         validate_repo_id(repo)
     files = repository_files(folder, keep_code)
+    if run is not None and not (run / "manifest.json").is_file():
+        raise ConversionError(f"--run {run} has no manifest.json; give the folder of a run")
     run = run or _run_of(folder)
     if not dry_run:
         repo = check_account(api, repo)
         branch = read_branch(api, repo, revision)
-        if private and branch.is_private is False:
-            raise ConversionError(
-                f"{repo} exists and is public; --private is of new repositories: make it private there first"
-            )
-        if "config.json" in branch.files and not exist_ok:
-            if not differing(_additions(files, but=CARD), branch.files):
-                print(f"{repo} holds these files already")
-                return _say_link(api, repo, branch.head)
-            raise ConversionError(
-                f"{repo} exists and holds another model at {branch.head[:12]}; add a commit to it with --exist-ok (what is "
-                "there stays in its history), or to another branch with --revision, or take another name"
-            )
+        if _is_published(repo, branch, files, private, exist_ok):
+            print(f"{repo} holds these files already")
+            return _say_link(api, repo, branch.head)
     if not skip_validation:
         print(f"trying {folder} in a process without this package", flush=True)
         print("  " + ", ".join(f"{name} {value}" for name, value in validate(folder).items()), flush=True)
     with tempfile.TemporaryDirectory() as workspace:
-        files |= _card_files(api, repo, branch, folder, files, run, new_card, Path(workspace))
+        if new_card or not (keeper := _keeper_of_card(api, repo, branch, files)):
+            files |= _card_files(folder, repo, run, files, Path(workspace))
+        else:
+            print(f"the card {keeper}, which somebody wrote, is kept (--new-card writes another)")
+            files = files if keeper == _HERE else {path: file for path, file in files.items() if path != CARD}
         _say_plan(files, repo, revision)
         if dry_run:
             return None
@@ -86,6 +86,22 @@ def push(
     for path in stale:
         print(f"  deleted {path}, which is not of this model")
     return _say_link(api, repo, commit_hash)
+
+
+def _is_published(repo: str, branch: Branch, files: dict[str, Path], private: bool, exist_ok: bool) -> bool:
+    """Whether the branch holds the files already, as after a commit whose answer was lost; refuse if others stand there."""
+    if private and branch.is_private is False:
+        raise ConversionError(
+            f"{repo} exists and is public; --private is of new repositories: make it private there first"
+        )
+    if exist_ok or "config.json" not in branch.files:
+        return False
+    if differing(_additions(files, but=CARD), branch.files):
+        raise ConversionError(
+            f"{repo} exists and holds another model at {branch.head[:12]}; add a commit to it with --exist-ok (what is "
+            "there stays in its history), or to another branch with --revision, or take another name"
+        )
+    return True
 
 
 def _run_of(folder: Path) -> Path | None:
@@ -97,26 +113,28 @@ def _additions(files: dict[str, Path], but: str | None = None) -> list[CommitOpe
     return [CommitOperationAdd(path, file) for path, file in files.items() if path != but]
 
 
-def _card_files(
-    api: HfApi,
-    repo: str,
-    branch: Branch,
-    folder: Path,
-    files: dict[str, Path],
-    run: Path | None,
-    new_card: bool,
-    workspace: Path,
-) -> dict[str, Path]:
-    """The card and its pictures; a card that somebody wrote, here or on the Hub, is kept unless `new_card`."""
-    from modeling_mot.model_card_mot import PICTURES, is_generated, model_card  # takes seconds: after the checks
+def _keeper_of_card(api: HfApi, repo: str, branch: Branch, files: dict[str, Path]) -> str | None:
+    """Where a card stands that somebody wrote: in the folder or else on the Hub; None: nowhere."""
+    from modeling_mot.model_card_mot import is_generated  # takes seconds: after the checks
 
-    written = files.get(CARD)
-    if written is None and CARD in branch.files and not new_card:
+    if CARD in files and not is_generated(files[CARD].read_text(encoding="utf-8")):
+        return _HERE
+    if CARD in branch.files:
         with in_words(api, repo):
-            written = Path(api.hf_hub_download(repo, CARD, revision=branch.head))
-    if written is not None and not new_card and not is_generated(written.read_text(encoding="utf-8")):
-        return {}
-    card = model_card(folder, run=run, repo=repo)
+            theirs = Path(api.hf_hub_download(repo, CARD, revision=branch.head))
+        if not is_generated(theirs.read_text(encoding="utf-8")):
+            return "on the Hub"
+    return None
+
+
+def _card_files(folder: Path, repo: str, run: Path | None, files: dict[str, Path], workspace: Path) -> dict[str, Path]:
+    """A new card, and what it shows of the run."""
+    from modeling_mot.model_card_mot import PICTURES, model_card
+
+    try:
+        card = model_card(folder, run=run, repo=repo)
+    except (ValueError, OSError) as error:
+        raise ConversionError(f"the card could not be written: {error}") from error
     card.save(workspace / CARD)
     shown = [name for name in PICTURES if name not in files and f"({name})" in card.text]
     return {CARD: workspace / CARD} | {name: run / name for name in shown}

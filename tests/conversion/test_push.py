@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from conversion.hub import redacted
 from conversion.repository_files import repository_files
 from tests.conversion.hub_client import ROOT
-from tests.conversion.hub_server import TOKENS
+from tests.conversion.hub_server import TOKENS, Blob
 
 
 def here(folder) -> dict[str, bytes]:
@@ -83,15 +83,31 @@ def test_the_card_is_made_from_the_run(client, hub, saved_tokens, tmp_path):
 
 
 def test_a_card_that_somebody_wrote_is_kept(client, hub, tokens):
+    def pushed(*options):
+        settings = {"max_new_tokens": len(hub.requests)}  # so that there is something to commit
+        (tokens / "generation_config.json").write_text(json.dumps(settings))
+        result = client.push(tokens, "ada/own-card", "--skip-validation", "--exist-ok", *options)
+        assert result.code == 0, result.errors
+        return result.output, hub.files("ada/own-card")["README.md"]
+
     (tokens / "README.md").write_text("mine")
-    assert client.push(tokens, "ada/own-card", "--skip-validation").code == 0
-    assert hub.files("ada/own-card")["README.md"] == b"mine"
+    output, card = pushed()
+    assert card == b"mine" and "the card of the folder, which somebody wrote, is kept" in output
     (tokens / "README.md").unlink()
-    (tokens / "generation_config.json").write_text(json.dumps({"max_new_tokens": 5}))
-    assert client.push(tokens, "ada/own-card", "--skip-validation", "--exist-ok").code == 0
-    assert hub.files("ada/own-card")["README.md"] == b"mine"
-    assert client.push(tokens, "ada/own-card", "--skip-validation", "--exist-ok", "--new-card").code == 0
-    assert hub.files("ada/own-card")["README.md"].startswith(b"---\n")
+    output, card = pushed()
+    assert card == b"mine" and "the card on the Hub, which somebody wrote, is kept" in output
+    output, generated = pushed("--new-card")
+    assert generated.startswith(b"---\n")
+    # Neither does one that was generated here replace one that somebody wrote there.
+    repository = hub.repositories["models", "ada/own-card"]
+    head = repository.commits[repository.branches["main"]]
+    repository.commit("main", head | {"README.md": Blob(generated + b"and mine", is_large=False)})
+    (tokens / "README.md").write_bytes(generated)
+    assert pushed()[1] == generated + b"and mine"
+
+
+def test_a_run_that_is_none_is_refused(client, tokens, tmp_path):
+    assert "has no manifest.json" in client.push(tokens, "ada/no-run", "--run", tmp_path).errors
 
 
 # -------------------------------------------------------------------------------------------------- what is there
