@@ -121,7 +121,12 @@ def import_chameleon(
     """
     check_output(out, overwrite)
     folder, commit = fetch(source, revision)
-    plan = _plan(folder, variant, image_decoder, speech_units, speech_tokenizer, dtype)
+    try:
+        plan = _plan(folder, variant, image_decoder, speech_units, speech_tokenizer, dtype)
+    except ConversionError:
+        raise
+    except ValueError as error:  # of a configuration or a processor that contradicts itself
+        raise ConversionError(f"{source} cannot be converted: {error}") from error
     if dry_run:
         return plan
     record = {

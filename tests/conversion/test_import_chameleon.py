@@ -6,7 +6,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import ChameleonForConditionalGeneration, ChameleonImageProcessorPil, ChameleonProcessor
+from transformers import (
+    AutoTokenizer,
+    ChameleonForConditionalGeneration,
+    ChameleonImageProcessorPil,
+    ChameleonProcessor,
+)
 
 from conversion.checkpoints import CheckpointReader
 from conversion.import_chameleon import CHAMELEON, VQ_VAE, main
@@ -149,6 +154,20 @@ def test_configuration_names_chameleons_tokens(small_source, tmp_path):
     assert config.image_grid == [4, 4]
 
 
+def test_codes_may_be_added_tokens_of_the_source(small_source, tmp_path):
+    folder = shutil.copytree(small_source, tmp_path / "added")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([name for name in vocabulary() if name.startswith("IMGIMG")])
+    tokenizer.save_pretrained(folder)
+    first, second = (
+        MoTProcessor.from_pretrained(convert(source, tmp_path / name))
+        for name, source in (("first", small_source), ("second", folder))
+    )
+    assert first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
+    prompt = {"text": "a<image>b", "images": [picture()]}
+    assert first(**prompt)["input_ids"] == second(**prompt)["input_ids"]
+
+
 @torch.no_grad()
 def test_speech_is_added_behind_the_vocabulary(small_source, tmp_path):
     tokenizer_with_random_units(num_units=6).save_pretrained(tmp_path / "speech")
@@ -256,6 +275,7 @@ def test_refusals_name_the_field_and_leave_nothing(small_source, tmp_path, capsy
         "unknown": ({"logit_scale": 2.0}, "logit_scale=2.0"),
         "shape": ({"intermediate_size": 64}, "mlp.gate_proj.weight has shape (48, 32)"),
         "layers": ({"num_hidden_layers": 1}, "only in the source: model.layers.1.mlp.down_proj.weight"),
+        "heads": ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of"),
         "vq": ({"vq_config": VQ | {"base_channels": 64}}, "not what its vq_config says"),
     }
     for name, (fields, message) in cases.items():
