@@ -1,5 +1,6 @@
 """From a dense checkpoint to the towers of a MoT: what every tensor of the new one is made of, decided before any is."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -166,6 +167,8 @@ def _mot_config(
         raise ConversionError(f"these options contradict each other: {error}") from error
     if unknown := [tower for tower in wishes.starts if tower not in config.tower_names]:
         raise ConversionError(f"--init names {unknown[0]!r}; the towers are {', '.join(config.tower_names)}")
+    if wishes.starts and not config.untied:
+        raise ConversionError("--init is of what a tower has for itself, but --share leaves nothing; name fewer parts")
     return config
 
 
@@ -183,7 +186,7 @@ def _take_generation_config(folder: Path, model: PreTrainedModel) -> None:
 # ---------------------------------------------------------------------------------------------------------------- values
 
 
-def _made_here(config: MoTConfig, targets: dict[str, torch.Tensor], wishes: Wishes) -> dict[str, Any]:
+def _made_here(config: MoTConfig, targets: dict[str, torch.Tensor], wishes: Wishes) -> dict[str, Callable]:
     """Name -> how it is made, of the tensors that no dense model has: routers, the patchifier and the VAE."""
     made = {}
     for name, target in targets.items():
@@ -199,7 +202,7 @@ def _made_here(config: MoTConfig, targets: dict[str, torch.Tensor], wishes: Wish
 
 
 def _router(name: str, shape: tuple[int, ...], config: MoTConfig, seed: int) -> torch.Tensor:
-    # Small enough that all experts begin with about the same weight, see docs of `--moe-text`; D inputs add up.
+    # D inputs add up: so small, all experts begin with about the same weight, and a token's best one with little more.
     return fresh(name, shape, config, generator_of(seed, name)) / shape[1] ** 0.5
 
 
@@ -207,7 +210,7 @@ def _same(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def _cast(make: Any, dtype: torch.dtype) -> torch.Tensor:
+def _cast(make: Callable[[], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     return make().to(dtype)
 
 

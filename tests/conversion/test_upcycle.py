@@ -443,6 +443,10 @@ def test_what_was_made_of_what_is_recorded(tmp_path):
         (["--image-codes", "4", "--init", "image=new"], "is none of copy, fresh and perturbed:STD"),
         (["--image-codes", "4", "--init", "speech=fresh"], "--init names 'speech'; the towers are text, image"),
         (["--image-codes", "4", "--share", "feed_forward", "--moe-text", "2"], "leaves none"),
+        (
+            ["--image-codes", "4", "--share", "attention", "feed_forward", "norm", "--init", "image=fresh"],
+            "--share leaves nothing",
+        ),
         (["--image-codes", "4", "--moe-text", "1"], "num_experts=1 must be at least 2"),
         (["--image-codes", "4", "--set", "vocab_size=3"], "is not FIELD=VALUE of one of attention_dropout"),
         (["--image-codes", "4", "--set", "hidden_dropout=2"], "hidden_dropout=2 must be in"),
