@@ -23,7 +23,7 @@ from conversion.commands import exit_code, read_json
 from conversion.key_maps import ConversionError
 from modeling_mot import MoTTransfusionConfig
 from modeling_mot.image_processor_mot import IMAGE_PROCESSOR_CONFIG_NAME
-from modeling_mot.latents_mot import build_vae, downsampling, vae_class, vae_config_of
+from modeling_mot.latents_mot import build_vae, downsampling, vae_class, vae_config_of, vae_fingerprint
 
 
 PREFIX = "vae."
@@ -66,7 +66,7 @@ def export_vae(folder: Path, out: Path, overwrite: bool = False, dry_run: bool =
 
 def import_vae(
     folder: Path,
-    vae_folder: Path,
+    vae_folder: str,
     out: Path,
     other_latents: bool = False,
     max_shard_size: str = "5GB",
@@ -77,7 +77,7 @@ def import_vae(
 
     Args:
         folder: of the model, with or without a VAE.
-        vae_folder: of a diffusers `AutoencoderKL` or `AutoencoderTiny`, with weights in safetensors.
+        vae_folder: folder or Hub name of a diffusers `AutoencoderKL` or `AutoencoderTiny`, with weights in safetensors.
         out: a new folder; it appears whole or not at all.
         other_latents: take a VAE that scales its latents otherwise than the one before.
         max_shard_size: of a file of weights.
@@ -99,18 +99,18 @@ def import_vae(
     kept = [name for name in reader.names if not name.startswith(PREFIX)]
     entries = [Entry(name, reader.shape(name), reader.dtype(name), partial(reader.read, name)) for name in kept]
     for name, tensor in vae.state_dict().items():
-        entries.append(Entry(PREFIX + name, tuple(tensor.shape), tensor.dtype, partial(_itself, tensor)))
+        entries.append(Entry(PREFIX + name, tuple(tensor.shape), tensor.dtype, tensor.contiguous))
     if not dry_run:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        stored["vae_config"] = vae_config_of(vae)
+        stored = read_json(folder / "config.json") | {"vae_config": vae_config_of(vae)}
         record = {
             "command": "vae import",
-            "source": str(folder),
-            "vae": str(vae_folder),
+            "source": folder.resolve().name,
             "sha256": reader.fingerprints(),
+            "vae": Path(vae_folder).resolve().name if Path(vae_folder).is_dir() else vae_folder,
+            "vae_fingerprint": vae_fingerprint(vae),
         }
         if (folder / "conversion.json").is_file():
-            record["earlier"] = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
+            record["earlier"] = read_json(folder / "conversion.json")
         with new_folder(out, overwrite) as made:
             shutil.copytree(folder, made, ignore=partial(_weights, folder), dirs_exist_ok=True)
             for name, content in (("config.json", stored), ("conversion.json", record)):
@@ -162,7 +162,7 @@ def _check_fits(
     config: MoTTransfusionConfig,
     folder: Path,
     vae: AutoencoderKL | AutoencoderTiny,
-    vae_folder: Path,
+    vae_folder: str,
     other_latents: bool,
 ) -> None:
     given = vae_config_of(vae)
@@ -213,10 +213,6 @@ def _weights(root: Path, folder: str, names: list[str]) -> set[str]:
     }
 
 
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
 def _num_bytes(tensors: dict[str, torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
@@ -230,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in (exported, imported):
         command.add_argument("folder", type=Path, help="folder of a saved MoTTransfusionModel")
         if command is imported:
-            command.add_argument("vae_folder", metavar="vae", type=Path, help="folder of a diffusers VAE")
+            command.add_argument("vae_folder", metavar="vae", help="folder or Hub name of a diffusers VAE")
         command.add_argument("out", type=Path, help="new folder")
         command.add_argument("--overwrite", action="store_true", help="replace a model that is there")
         command.add_argument("--dry-run", action="store_true", help="check, print what would be written, write nothing")

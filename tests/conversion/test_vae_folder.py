@@ -114,6 +114,10 @@ def test_there_and_back_is_the_same_checkpoint(tmp_path):
     assert old.keys() == new.keys() and all(torch.equal(tensor, new[name]) for name, tensor in old.items())
     old, new = (json.loads((folder / "config.json").read_text()) for folder in (before, tmp_path / "out"))
     assert old == new
+    record = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert (record["source"], record["vae"]) == ("model", "vae") and str(tmp_path) not in json.dumps(record)
+    assert run("import", tmp_path / "out", tmp_path / "vae", tmp_path / "again") == 0
+    assert json.loads((tmp_path / "again" / "conversion.json").read_text())["earlier"] == record
 
 
 def test_a_model_without_a_vae_can_be_given_one(tmp_path):
