@@ -101,6 +101,10 @@ def image_tokenizer(
         ConversionError: tensors are left over or missing, or the decoder is of another VQ-VAE.
     """
     tensors = {name: read(name) for name in names}
+    if CODEBOOK not in tensors:
+        raise ConversionError(
+            f"{folder} holds no VQ-VAE ({CODEBOOK}); take the whole ChameleonForConditionalGeneration"
+        )
     has_own = any(name.startswith("decoder.") for name in tensors)
     if has_own and decoder is not None:
         raise ConversionError(f"the source holds a decoder of its own; leave --image-decoder {decoder} out")

@@ -1,5 +1,7 @@
 """Pictures of an imported Chameleon: drawn with the decoder of its VQGAN, wherever that comes from."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -99,3 +101,13 @@ def test_a_picture_is_generated_and_drawn(small_source, tmp_path):
     new = made[0, prompt["input_ids"].shape[1] :]
     assert ((new[:16] >= 4) & (new[:16] < 4 + NUM_CODES)).all() and new[16] == vocabulary()["<eoss>"]
     assert [segment["type"] for segment in processor.decode_document(made)] == ["text", "image"]
+
+
+def test_a_source_without_its_vqvae_is_refused(small_source, tmp_path, capsys):
+    shutil.copytree(small_source, tmp_path / "bare")
+    tensors = load_file(tmp_path / "bare" / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if VQ_VAE not in name},
+        tmp_path / "bare" / "model.safetensors",
+    )
+    assert "holds no VQ-VAE" in refused(capsys, tmp_path / "bare", tmp_path / "out")
