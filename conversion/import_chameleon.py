@@ -26,13 +26,13 @@ from conversion.checkpoints import CheckpointReader, Entry, check_output, fetch,
 from conversion.commands import add_arguments, copy_licences, exit_code, read_config, read_json
 from conversion.initial_values import extended, generator_of
 from conversion.key_maps import ConversionError
+from conversion.vocabulary import SPEECH_UNITS
 from modeling_mot import MoTConfig, MoTForCausalLM, MoTProcessor
 from modeling_mot.image_tokenizer_mot import MoTImageTokenizer
 from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
 
 
 VQ_VAE = "model.vqmodel."
-SPEECH_UNITS = 500  # of HuBERT's k-means, as in the paper's trimodal models
 VARIANTS = ("mot", "dense", "untied-feed-forward", "untied-feed-forward-attention")
 ROWS_ARE_TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
 CHAMELEON = Architecture(

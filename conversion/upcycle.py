@@ -1,5 +1,6 @@
 """Make a Mixture-of-Transformers of a dense language model; its text has the logits that it had.
 
+    python -m conversion.upcycle SOURCE OUT --modalities text image
     python -m conversion.upcycle SOURCE OUT --image-tokenizer FOLDER
     python -m conversion.upcycle SOURCE OUT --transfusion --vae FOLDER --freeze-text
     python -m conversion.upcycle SOURCE OUT --image-codes 8192 --init image=perturbed:0.02 --dry-run
@@ -25,7 +26,7 @@ from conversion.key_maps import ConversionError
 from conversion.recipes import frozen_text_recipe
 from conversion.towers import Plan, Wishes, plan_upcycle
 from conversion.vae import read_vae
-from conversion.vocabulary import Media
+from conversion.vocabulary import SPEECH_UNITS, Media
 from modeling_mot import MoTConfig, MoTTransfusionConfig
 from modeling_mot.configuration_mot import UNTIED_PARTS
 from modeling_mot.image_processor_mot import MoTImageProcessor
@@ -33,6 +34,8 @@ from modeling_mot.image_tokenizer_mot import MoTImageTokenizer
 from modeling_mot.latents_mot import downsampling, vae_config_of
 from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
 
+
+IMAGE_CODES, IMAGE_GRID = 8192, [32, 32]  # of Chameleon's image tokenizer
 
 # What --set may change: what neither the source nor another option decides.
 SETTABLE = {"attention_dropout", "hidden_dropout", "z_loss_coefficient", "max_speech_tokens", "initializer_range"}
@@ -105,11 +108,12 @@ def wishes_of(options: argparse.Namespace) -> Wishes:
     elif options.vae is not None or options.image_size is not None:
         raise ConversionError("--vae and --image-size are of pictures that are diffused; add --transfusion")
     settings = parse_settings(options.set, is_transfusion=vae is not None)
+    make_room(options)
     media = media_of(options, vae, settings)
     if media.modalities != [name for name in ("text", "image", "speech") if name in options.modalities]:
         raise ConversionError(
-            f"--modalities {' '.join(options.modalities)}, but the other options make {' '.join(media.modalities)}: image "
-            "needs --image-tokenizer, --image-codes or --transfusion, speech --speech-tokenizer or --speech-units"
+            f"--modalities {' '.join(options.modalities)}, but the other options make {' '.join(media.modalities)}; name "
+            "these, or leave the options out"
         )
     starts = {}
     for text in options.init:
@@ -130,6 +134,21 @@ def wishes_of(options: argparse.Namespace) -> Wishes:
         ignored_fields=options.ignore_fields,
         use_tokenizer=not options.no_tokenizer,
     )
+
+
+def make_room(options: argparse.Namespace) -> None:
+    """Where nothing says what stands for pictures or sound: as many tokens as the usual tokenizers have, and say so."""
+    asked = (options.transfusion, options.image_tokenizer, options.image_codes)
+    if "image" in options.modalities and not any(one is not None and one is not False for one in asked):
+        options.image_codes, options.image_grid = IMAGE_CODES, options.image_grid or IMAGE_GRID
+        print(
+            f"room for {IMAGE_CODES:,} image codes, {' x '.join(map(str, options.image_grid))} a picture; others by "
+            "--image-tokenizer or --image-codes, diffused pictures by --transfusion",
+            file=sys.stderr,
+        )
+    if "speech" in options.modalities and options.speech_tokenizer is None and options.speech_units is None:
+        options.speech_units = SPEECH_UNITS
+        print(f"room for {SPEECH_UNITS} speech units; others by --speech-tokenizer or --speech-units", file=sys.stderr)
 
 
 def media_of(options: argparse.Namespace, vae: torch.nn.Module | None, settings: dict[str, Any]) -> Media:

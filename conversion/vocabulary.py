@@ -18,6 +18,7 @@ from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
 from modeling_mot.vocabulary_mot import COMMON_SPECIAL_TOKENS, SPECIAL_TOKENS, extend_tokenizer, special
 
 
+SPEECH_UNITS = 500  # of HuBERT's k-means, as in the paper's trimodal models
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 MARKERS = ("boi_token", "eoi_token", "begin_of_speech_token", "end_of_speech_token")
 

@@ -16,7 +16,7 @@ from conversion.checkpoints import CheckpointReader
 from conversion.initial_values import NEW_ROW_NOISE
 from conversion.upcycle import main
 from conversion.validation import validate
-from modeling_mot import MoTForCausalLM, MoTTransfusionModel
+from modeling_mot import MoTConfig, MoTForCausalLM, MoTTransfusionModel
 from training.config import load as load_recipe
 from training.recipe import Recipe
 
@@ -424,6 +424,23 @@ def test_nothing_is_overwritten_without_being_told(tmp_path, capsys):
     assert json.loads((out / "config.json").read_text())["modalities"] == ["text", "image"]
 
 
+@pytest.mark.parametrize("modalities", [["text", "image"], ["text", "image", "speech"]])
+def test_without_tokenizers_there_is_room_for_the_usual_ones(tmp_path, capsys, modalities):
+    source, out = tmp_path / "source", tmp_path / "out"
+    dense = save_source(source, "llama")
+    assert main([str(source), str(out), "--modalities", *modalities]) == 0
+    config, said = MoTConfig.from_pretrained(out), capsys.readouterr().err
+    sizes = {name: end - first for name, (first, end) in config.modality_token_ranges.items()}
+    assert config.modalities == modalities and config.image_grid == [32, 32]
+    assert sizes["image"] == 8192 and sizes.get("speech") == (500 if "speech" in modalities else None)
+    assert "room for 8,192 image codes, 32 x 32 a picture" in said and ("500 speech units" in said) == (
+        "speech" in modalities
+    )
+    ids = torch.randint(3, 60, (1, 9))
+    mot = MoTForCausalLM.from_pretrained(out, attn_implementation="sdpa")
+    assert torch.equal(mot(ids).logits[..., :60], dense(ids).logits)
+
+
 def test_what_was_made_of_what_is_recorded(tmp_path):
     _, out = converted(tmp_path, *ROOM, "--init", "image=fresh", "--seed", 3)
     record = json.loads((out / "conversion.json").read_text())
@@ -435,7 +452,6 @@ def test_what_was_made_of_what_is_recorded(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "image needs --image-tokenizer, --image-codes or --transfusion"),
         (["--modalities", "text"], None),
         (["--image-codes", "4", "--modalities", "text"], "make text image"),
         (["--image-codes", "0"], "--image-codes 0 must be at least 1"),
@@ -454,7 +470,7 @@ def test_what_was_made_of_what_is_recorded(tmp_path):
         (["--image-codes", "4", "--vae", "x"], "add --transfusion"),
         (["--image-codes", "4", "--freeze-text"], "needs a tokenizer beside SOURCE"),
         (["--image-codes", "4", "--max-shard-size", "big"], "max_shard_size='big'"),
-        (["--speech-units", "4", "--image-grid", "2", "2"], "--image-grid is of --image-codes"),
+        (["--modalities", "text", "speech", "--image-grid", "2", "2"], "--image-grid is of --image-codes"),
         (["--image-tokenizer", "nowhere"], "pictures or sound: "),
         (["--image-tokenizer", "nowhere", "--image-codes", "4"], "--image-codes follows from --image-tokenizer"),
         (["--transfusion"], "--transfusion needs --vae"),
