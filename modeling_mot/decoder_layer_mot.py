@@ -40,17 +40,18 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self,
-        hidden_states: dict[str, torch.Tensor] | torch.Tensor,
+        hidden_states: torch.Tensor,
         routing: ModalityRouting,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         token_choice: bool = False,
         **kwargs,
-    ) -> dict[str, torch.Tensor] | torch.Tensor:
-        """{tower: (T_tower, D)} -> the same; or (B, L, D) in the order of the sequence -> the same."""
-        in_sequence_order = isinstance(hidden_states, torch.Tensor)
-        parts = routing.split(routing.sort(hidden_states)) if in_sequence_order else hidden_states
+    ) -> torch.Tensor:
+        """(T, D) sorted by tower -> the same; or (B, L, D) in the order of the sequence -> the same."""
+        # One tensor, whose slices are the towers' own: what checkpointing, offloading and hooks on layers know of.
+        in_sequence_order = hidden_states.dim() == 3
+        parts = routing.split(routing.sort(hidden_states) if in_sequence_order else hidden_states)
         parts = self._residual(
             parts,
             self.input_layernorm,
@@ -61,4 +62,5 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
         parts = self._residual(
             parts, self.post_attention_layernorm, lambda parts: self.mlp(parts, token_choice=token_choice)
         )
-        return routing.restore(join(parts), hidden_states.shape[0]) if in_sequence_order else parts
+        rows = join(parts)
+        return routing.restore(rows, hidden_states.shape[0]) if in_sequence_order else rows

@@ -217,8 +217,8 @@ class MoTModel(MoTPreTrainedModel):
         if routing.num_tokens != batch_size * length:
             raise ValueError(f"routing was made for {routing.num_tokens} tokens, the rows hold {batch_size * length}")
 
-        # Ids are permuted rather than embeddings, and each tower's rows stay apart through the layers; unless hidden
-        # states are recorded: those are the layers' own inputs, in the order of the sequence.
+        # Ids are permuted rather than embeddings, unless hidden states are recorded: those are the
+        # layers' own inputs, in the order of the sequence.
         record = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         if inputs_embeds is None:
             hidden_states = self._embed(input_ids if record else routing.sort(input_ids))
@@ -247,8 +247,6 @@ class MoTModel(MoTPreTrainedModel):
                 position_ids = (torch.arange(length, device=hidden_states.device) + past).unsqueeze(0)
         position_ids = position_ids.expand(batch_size, -1)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        if not record:
-            hidden_states = routing.split(hidden_states)
         kwargs.setdefault("token_choice", continues_cache)
 
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer in drafts with an early exit
@@ -263,8 +261,8 @@ class MoTModel(MoTPreTrainedModel):
             )
 
         if record:
-            hidden_states = routing.split(routing.sort(hidden_states))
-        hidden_states = routing.restore(join(self.norm(hidden_states)), batch_size)
+            hidden_states = routing.sort(hidden_states)
+        hidden_states = routing.restore(join(self.norm(routing.split(hidden_states))), batch_size)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 

@@ -119,17 +119,13 @@ def replaced_norm(model):
     norm.forward = lambda rows: rows * TILT
 
 
-def tilted(parts):
-    return {tower: rows * TILT for tower, rows in parts.items()}
-
-
 def hooked_layer(model):
-    model.model.layers[0].register_forward_hook(lambda module, inputs, output: tilted(output))
+    model.model.layers[0].register_forward_hook(lambda module, inputs, output: output * TILT)
 
 
 def replaced_layer(model):
     layer = model.model.layers[0]
-    layer.forward = lambda *args, original=layer.forward, **kwargs: tilted(original(*args, **kwargs))
+    layer.forward = lambda *args, original=layer.forward, **kwargs: original(*args, **kwargs) * TILT
 
 
 def eager(model):
