@@ -69,7 +69,8 @@ class ModelConfig:
     gradient_checkpointing: bool = option(False, "recompute each layer in the backward: less memory, a third more time")
     compile: bool = option(False, "compile each layer with torch.compile")
     tower_products: Literal["separate", "batched_mm", "grouped_mm"] = option(
-        "separate", "batched_mm: the towers' products in one padded product (balanced towers); grouped_mm: in bf16, on GPUs"
+        "separate",
+        "batched_mm: the towers' products in one padded product (balanced towers); grouped_mm: in bf16, on GPUs",
     )
 
     def __post_init__(self):

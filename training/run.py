@@ -15,6 +15,7 @@ from training.batches import StepBatches
 from training.config import dump, to_tree, without_secrets
 from training.consolidate import complete_card, consolidate
 from training.data import collate
+from training.data.collate import TOWER_ROWS
 from training.data.data_cards import data_cards
 from training.devices import keep_freed_memory, set_cpu_threads
 from training.distributed import (
@@ -159,8 +160,7 @@ class Session:
     def _trainer(self, planned: MoTConfig, initial: MoTPreTrainedModel | None) -> Trainer:
         recipe, accelerator = self.recipe, self.accelerator
         model = self._model(planned, initial)
-        # Padded, or every step would have products of other sizes, for which kernels are made anew.
-        batch = partial(collate, config=model.config, multiple_of=64)
+        batch = partial(collate, config=model.config, multiple_of=TOWER_ROWS)
         self.collate_held_out = partial(batch, noise_seed="held out")
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.peak, self.peak_source = peak_flops(accelerator.device, dtype)

@@ -1,6 +1,7 @@
 """Tiny Chameleon checkpoints as transformers saves them, and the VQGAN's decoder that some have beside them."""
 
 import shutil
+import sys
 
 import numpy as np
 import torch
@@ -135,3 +136,7 @@ def refused(capsys, *arguments):
     message = capsys.readouterr().err
     assert "error: " in message and "Traceback" not in message
     return message
+
+
+if __name__ == "__main__":  # a checkpoint to try things on
+    save_source(chameleon_model(**LAYOUTS["7b"]), sys.argv[1])

@@ -1,15 +1,15 @@
 """A training step of a MoT beside transformers' Llama of equal active size and the paper's Algorithm 1."""
 
-from itertools import cycle
-
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from modeling_mot.modality_routing import ModalityRouting
 from training.benchmark.peers import SIZES, BooleanMaskMoT, build_llama, build_mot, made_up_batch
 from training.benchmark.rounds import compare, interleave, peak_bytes
+from training.data.collate import TOWER_ROWS
 
 
-BATCHES = 4  # that take turns: the rows of a tower are never as many twice in a row
+WARM_UP = 6
 
 
 def contestants(
@@ -31,14 +31,15 @@ def contestants(
 
 
 def loss_of(model: torch.nn.Module, batch: dict) -> torch.Tensor:
-    """The mean cross-entropy of a training step; a MoT's without its logits, as the trainer asks for it."""
+    """The mean cross-entropy of a training step; a MoT's without its logits and with its routing, as in the trainer."""
     ids = batch["input_ids"]
     if isinstance(model, BooleanMaskMoT):
         return model(ids, batch["modality_ids"], labels=ids)[0]
     if not hasattr(model.config, "towers"):
         return model(input_ids=ids, labels=ids, use_cache=False).loss
     modality_ids = batch["modality_ids"] if len(model.config.tower_names) > 1 else torch.zeros_like(ids)
-    return model(input_ids=ids, modality_ids=modality_ids, labels=ids, use_cache=False, skip_logits=True).loss
+    routing = ModalityRouting.from_modality_ids(modality_ids, model.config, TOWER_ROWS)
+    return model(ids, modality_ids, labels=ids, routing=routing, use_cache=False, skip_logits=True).loss
 
 
 def check_equal(models: dict[str, torch.nn.Module], batch: dict) -> None:
@@ -80,17 +81,18 @@ def time_train(
     """Seconds of each contestant's forward and backward, with `optimizer` of AdamW's update too, and their ratios as
     `compare` has them; `tokens_per_second`."""
     models = contestants(SIZES[size], dtype, towers, vocab_size, compiled, products)
-    batches = [made_up_batch(rows, length, vocab_size, towers, seed=seed) for seed in range(BATCHES)]
+    # No batch comes twice: the towers have other numbers of rows in every step, as in a training.
+    batches = [made_up_batch(rows, length, vocab_size, towers, seed=seed) for seed in range(WARM_UP + rounds)]
     check_equal(models, batches[0])
     optimizers = {
         name: torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) if optimizer else None
         for name, model in models.items()
     }
-    turns = {name: cycle(batches) for name in models}
+    turns = {name: iter(batches) for name in models}
     calls = {name: lambda name=name: step(models[name], next(turns[name]), optimizers[name]) for name in models}
     pairs = [("mot", "llama"), ("dense", "llama"), ("mot", "dense"), ("mot", "masks"), ("masks", "llama")]
     pairs = [pair for pair in pairs if set(pair) <= set(models)] + [(f"mot_{word}", "mot") for word in products]
-    figures = compare(interleave(calls, rounds, warm_up=BATCHES), pairs)
+    figures = compare(interleave(calls, rounds, warm_up=WARM_UP), pairs)
     tokens = rows * length
     return figures | {"tokens_per_second": {name: tokens / value for name, value in figures["seconds"].items()}}
 
