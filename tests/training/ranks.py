@@ -1,9 +1,11 @@
 """Small trainings in several processes over gloo; `python -m tests.training.ranks FOLDER SCENARIO ...` is one of them."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -169,15 +171,33 @@ def start_ranks(
     ]
 
 
+def lost(outputs: list[str]) -> bool:
+    """Whether a world ended because gloo lost a connection, which on the loopback interface happens once in some dozens
+    of worlds when much else runs; a warning then shows what was printed, and the world is started anew, once."""
+    is_lost = any("Connection closed by peer" in text or "Connection reset by peer" in text for text in outputs)
+    if is_lost:
+        warnings.warn("a world of ranks is started anew:\n" + "\n".join(outputs), stacklevel=2)
+    return is_lost
+
+
 def run_ranks(processes: int, folder: Path, scenarios: list[str], fsdp: bool = True, replicate: int = 1) -> None:
     """Run scenarios one after another in so many fresh processes; with `replicate`, hybrid sharding."""
-    ranks = start_ranks("tests.training.ranks", [str(folder), *scenarios], processes, fsdp, replicate)
-    try:
-        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(outputs)
+    found = folder.parent / f"{folder.name} before"
+    if folder.exists():
+        shutil.copytree(folder, found)
+    for attempt in range(2):
+        ranks = start_ranks("tests.training.ranks", [str(folder), *scenarios], processes, fsdp, replicate)
+        try:
+            outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        done = all(rank.returncode == 0 for rank in ranks)
+        if done or attempt or not lost(outputs):
+            break
+        shutil.rmtree(folder)
+        shutil.copytree(found, folder)
+    assert done, "\n".join(outputs)
 
 
 if __name__ == "__main__":
