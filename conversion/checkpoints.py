@@ -161,6 +161,16 @@ class CheckpointReader:
         return {file: _sha256(self.folder / file) for file in sorted(set(self._files.values()))}
 
 
+def provenance(source: str, folder: Path, commit: str | None, reader: CheckpointReader) -> dict:
+    """What `conversion.json` says of where a model came from; of a folder the name and not the path.
+
+    Args:
+        folder, commit: as `fetch` gave them for `source`.
+    """
+    name = source if commit else folder.resolve().name
+    return {"source": name, "revision": commit, "sha256": reader.fingerprints()}
+
+
 def _read_header(path: Path) -> dict[str, dict]:
     try:
         with safe_open(path, framework="pt"):  # the library checks it against the file's size

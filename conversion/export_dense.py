@@ -19,7 +19,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrainedConfig
 
 from conversion.architectures import ARCHITECTURES, Architecture, architecture_of
-from conversion.checkpoints import CheckpointReader, Entry, check_output, fetch, new_folder, write_tensors
+from conversion.checkpoints import CheckpointReader, Entry, check_output, fetch, new_folder, provenance, write_tensors
 from conversion.commands import add_arguments, copy_licences, exit_code, read_config, read_json
 from conversion.key_maps import ConversionError, KeyMap
 from conversion.tokenizer_files import check_cut, copy_tokenizer
@@ -113,8 +113,7 @@ def export_dense(
     if dry_run:
         return plan
     record = {
-        "command": "export_dense", "source": source if commit else folder.resolve().name, "revision": commit,
-        "sha256": reader.fingerprints(), "architecture": row.model_type, "tower": tower,
+        "command": "export_dense", **provenance(source, folder, commit, reader), "architecture": row.model_type, "tower": tower,
     }  # fmt: skip
     with new_folder(out, overwrite) as made:
         dense.save_pretrained(made)

@@ -22,7 +22,7 @@ from transformers import ChameleonConfig, GenerationConfig
 from conversion.architectures import Architecture
 from conversion.chameleon_pictures import image_tokenizer
 from conversion.chameleon_vocabulary import CHAT_TEMPLATE, ImageVocabulary, convert_tokenizer
-from conversion.checkpoints import CheckpointReader, Entry, check_output, fetch, new_folder, write_model
+from conversion.checkpoints import CheckpointReader, Entry, check_output, fetch, new_folder, provenance, write_model
 from conversion.commands import add_arguments, copy_licences, exit_code, read_config, read_json
 from conversion.initial_values import extended, generator_of
 from conversion.key_maps import ConversionError
@@ -131,9 +131,7 @@ def import_chameleon(
         return plan
     record = {
         "command": "import_chameleon",
-        "source": source if commit else folder.resolve().name,
-        "revision": commit,
-        "sha256": plan.reader.fingerprints(),
+        **provenance(source, folder, commit, plan.reader),
         "architecture": CHAMELEON.model_type,
         "variant": variant,
     }

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from conversion.checkpoints import check_output, fetch, new_folder, write_model
+from conversion.checkpoints import check_output, fetch, new_folder, provenance, write_model
 from conversion.commands import add_arguments, copy_licences, exit_code
 from conversion.initial_values import Start
 from conversion.key_maps import ConversionError
@@ -78,9 +78,7 @@ def upcycle(
         return plan
     record = {
         "command": "upcycle",
-        "source": source if commit else folder.resolve().name,
-        "revision": commit,
-        "sha256": plan.reader.fingerprints(),
+        **provenance(source, folder, commit, plan.reader),
         "architecture": plan.architecture.model_type,
         "vocab_size": plan.source_vocabulary,
         "starts": {tower: str(wishes.starts.get(tower, Start())) for tower in plan.model.config.tower_names},

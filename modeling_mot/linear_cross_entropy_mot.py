@@ -166,8 +166,9 @@ def _backward(
     gradients = _Gradients(hidden_states, weight)
     for tokens in _blocks(hidden_states, weight, targets):
         block, wanted = hidden_states[tokens], targets[tokens]
-        is_target = wanted != -100
-        of_losses, of_z_losses = grad_losses[tokens] * is_target, grad_z_losses[tokens] * is_target
+        of_losses, of_z_losses = (
+            grad[tokens].masked_fill(wanted == -100, 0.0) for grad in (grad_losses, grad_z_losses)
+        )
 
         def slopes(log_z, part, of_losses=of_losses, of_z_losses=of_z_losses):
             return of_losses[part], of_losses[part] + of_z_losses[part] * 2 * z_loss_coefficient * log_z
