@@ -5,38 +5,29 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
 
 from .configuration_mot import MoTConfig
 from .modality_routing import ModalityRouting, PerTower, join
+from .tower_norms_mot import TowerNorms, qk_norm
 
 
-class MoTHeadLayerNorm(nn.Module):
-    """Chameleon's QK-norm: LayerNorm over each head with weights of that head.  (T, H, D/H) -> same"""
+class _Rotary(torch.autograd.Function):
+    """RoPE as transformers' Llama computes it. The backward turns the other way, in as many operations."""
 
-    def __init__(self, num_heads: int, head_dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(num_heads, head_dim))
-        self.bias = nn.Parameter(torch.zeros(num_heads, head_dim))
+    @staticmethod
+    def forward(ctx, heads, cosines, sines):
+        ctx.save_for_backward(cosines, sines)
+        ctx.dtype = heads.dtype
+        return heads * cosines + rotate_half(heads) * sines
 
-    def forward(self, heads: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(heads, heads.shape[-1:], eps=1e-5) * self.weight + self.bias
-
-
-def rms_norm(config: MoTConfig, size: int) -> nn.Module:
-    norm = GemmaRMSNorm if config.norm_offset else LlamaRMSNorm
-    return norm(size, eps=config.rms_norm_eps)
-
-
-def qk_norm(config: MoTConfig, num_heads: int) -> nn.Module:
-    if config.qk_norm == "layer":
-        return MoTHeadLayerNorm(num_heads, config.head_dim)
-    return rms_norm(config, config.head_dim * (num_heads if config.qk_norm == "rms_all_heads" else 1))
+    @staticmethod
+    def backward(ctx, grad):
+        cosines, sines = ctx.saved_tensors
+        return (grad * cosines - rotate_half(grad * sines)).to(ctx.dtype), None, None
 
 
 class MoTAttention(nn.Module):
@@ -64,17 +55,16 @@ class MoTAttention(nn.Module):
         self.v_proj = projection(hidden, keys, config.attention_bias)
         self.o_proj = projection(queries, hidden, config.attention_output_bias)
         if config.qk_norm is not None:
-            self.q_norm = PerTower({name: qk_norm(config, config.num_attention_heads) for name in names})
-            self.k_norm = PerTower({name: qk_norm(config, config.num_key_value_heads) for name in names})
+            self.q_norm = TowerNorms({name: qk_norm(config, config.num_attention_heads) for name in names})
+            self.k_norm = TowerNorms({name: qk_norm(config, config.num_key_value_heads) for name in names})
 
     def _heads(self, parts, norm, routing, batch_size):
         """Each tower's rows to heads in the order of the sequence.  {tower: (T_tower, H * D/H)} -> (B, H, L, D/H)"""
-        if norm is not None and self.config.qk_norm == "rms_all_heads":
-            parts = norm(parts)
-        elif norm is not None:
-            parts = {tower: rows.unflatten(-1, (-1, self.head_dim)) for tower, rows in parts.items()}
-            parts = {tower: heads.flatten(-2) for tower, heads in norm(parts).items()}
-        return routing.restore(join(parts), batch_size).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        rows = join(parts)
+        if norm is not None:
+            heads = rows if self.config.qk_norm == "rms_all_heads" else rows.unflatten(-1, (-1, self.head_dim))
+            rows = norm(heads, routing).flatten(1)
+        return routing.restore(rows, batch_size).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(
         self,
@@ -91,7 +81,8 @@ class MoTAttention(nn.Module):
         key = self._heads(self.k_proj(parts), getattr(self, "k_norm", None), routing, batch_size)
         value = self._heads(self.v_proj(parts), None, routing, batch_size)
         if self.has_rope:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+            angles = [of_head.unsqueeze(1) for of_head in position_embeddings]
+            query, key = _Rotary.apply(query, *angles), _Rotary.apply(key, *angles)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 

@@ -10,6 +10,7 @@ from transformers.masking_utils import flex_attention_mask
 
 RANGES = "mot_ranges"  # the attention that runs from a plan, as `attn_implementation`
 BLOCK_SIZES = (64, 128, 256)
+ALIGNED = 32  # a block begins and ends at multiples of so many keys: whole vectors are worked on several times as fast
 BLOCK_OVERHEAD = 16384  # what a block costs beside its arithmetic, in scores of one row
 
 
@@ -19,7 +20,8 @@ class AttentionPlan(NamedTuple):
     Attributes:
         first, last: (B, L) int32, the first and the last key that a query sees.
         blocks: (n, 8) int64 of blocks of queries: first row and end, first query and end, first key and end of what any
-            of them sees, first key and end of what all of them see.
+            of them sees, first key and end of what all of them see; keys rounded to multiples of `ALIGNED`, the former
+            outwards and the latter inwards.
         num_scores: of all blocks, for one head.
     """
 
@@ -110,16 +112,23 @@ def _blocks(starts: torch.Tensor, ends: torch.Tensor, size: int) -> tuple[int, l
     for begin in range(0, length, size):
         end = min(begin + size, length)
         part = slice(begin, end)
-        bounds = torch.stack(
-            [starts[:, part].amin(1), ends[:, part].amax(1), starts[:, part].amax(1), ends[:, part].amin(1)], dim=1
-        )
-        low, high = bounds[:, 0].min().item(), bounds[:, 1].max().item()
-        together = batch * (end - begin) * (high - low) + BLOCK_OVERHEAD
-        apart = (end - begin) * int((bounds[:, 1] - bounds[:, 0]).sum()) + batch * BLOCK_OVERHEAD
+        low, high = _down(starts[:, part].amin(1)), _up(ends[:, part].amax(1)).clamp(max=ends.max())
+        common, common_end = _up(starts[:, part].amax(1)), _down(ends[:, part].amin(1))
+        keys, end_key = low.min().item(), high.max().item()
+        together = batch * (end - begin) * (end_key - keys) + BLOCK_OVERHEAD
+        apart = (end - begin) * int((high - low).sum()) + batch * BLOCK_OVERHEAD
         if together <= apart:
-            common = [bounds[:, 2].max().item(), bounds[:, 3].min().item()]
-            blocks.append([0, batch, begin, end, low, high, *common])
+            blocks.append([0, batch, begin, end, keys, end_key, common.max().item(), common_end.min().item()])
         else:
-            blocks += [[row, row + 1, begin, end, *of_row] for row, of_row in enumerate(bounds.tolist())]
+            bounds = torch.stack([low, high, common, common_end], dim=1).tolist()
+            blocks += [[row, row + 1, begin, end, *of_row] for row, of_row in enumerate(bounds)]
         cost += min(together, apart)
     return cost, blocks
+
+
+def _down(keys: torch.Tensor) -> torch.Tensor:
+    return keys // ALIGNED * ALIGNED
+
+
+def _up(keys: torch.Tensor) -> torch.Tensor:
+    return _down(keys + ALIGNED - 1)

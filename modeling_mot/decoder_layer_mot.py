@@ -7,10 +7,11 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_mot import MoTAttention, rms_norm
+from .attention_mot import MoTAttention
 from .configuration_mot import MoTConfig
 from .expert_choice import ExpertChoiceFeedForward, FeedForward
 from .modality_routing import ModalityRouting, PerTower, join
+from .tower_norms_mot import TowerNorms, rms_norm
 
 
 class MoTDecoderLayer(GradientCheckpointingLayer):
@@ -24,7 +25,7 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
             return ExpertChoiceFeedForward(config) if name in config.moe_towers else FeedForward(config)
 
         def norm():
-            return PerTower({name: rms_norm(config, config.hidden_size) for name in config.part_names("norm")})
+            return TowerNorms({name: rms_norm(config, config.hidden_size) for name in config.part_names("norm")})
 
         self.self_attn = MoTAttention(config, layer_idx)
         self.mlp = PerTower({name: feed_forward(name) for name in config.part_names("feed_forward")})
@@ -32,11 +33,14 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = norm()
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def _residual(self, parts, norm, block):
+    def _residual(self, rows, norm, block, routing):
         # The paper normalises after the block; pre-norm is the default because a dense Llama then
         # becomes a MoT with identical logits.
-        update = block(norm(parts)) if self.config.norm_position == "pre" else norm(block(parts))
-        return {tower: rows + self.dropout(update[tower]) for tower, rows in parts.items()}
+        if self.config.norm_position == "pre":
+            update = join(block(routing.split(norm(rows, routing))))
+        else:
+            update = norm(join(block(routing.split(rows))), routing)
+        return rows + self.dropout(update)
 
     def forward(
         self,
@@ -51,16 +55,14 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
         """(T, D) sorted by tower -> the same; or (B, L, D) in the order of the sequence -> the same."""
         # One tensor, whose slices are the towers' own: what checkpointing, offloading and hooks on layers know of.
         in_sequence_order = hidden_states.dim() == 3
-        parts = routing.split(routing.sort(hidden_states) if in_sequence_order else hidden_states)
-        parts = self._residual(
-            parts,
-            self.input_layernorm,
-            lambda parts: self.self_attn(
-                parts, routing, position_embeddings, attention_mask, past_key_values, **kwargs
-            )[0],
-        )
-        parts = self._residual(
-            parts, self.post_attention_layernorm, lambda parts: self.mlp(parts, token_choice=token_choice)
-        )
-        rows = join(parts)
+        rows = routing.sort(hidden_states) if in_sequence_order else hidden_states
+
+        def attend(parts):
+            return self.self_attn(parts, routing, position_embeddings, attention_mask, past_key_values, **kwargs)[0]
+
+        def feed_forward(parts):
+            return self.mlp(parts, token_choice=token_choice)
+
+        rows = self._residual(rows, self.input_layernorm, attend, routing)
+        rows = self._residual(rows, self.post_attention_layernorm, feed_forward, routing)
         return routing.restore(rows, hidden_states.shape[0]) if in_sequence_order else rows

@@ -22,27 +22,49 @@ from .decoding_cache_mot import COLUMNS, DecodingCache
 from .plain_modules_mot import is_plain, is_plain_linear
 
 
-FEW, LARGE = 4, 2**19  # rows and weights from which mkldnn's own product is the faster one
+FEW, LARGE = 4, 2**19  # rows and weights from which oneDNN's product is the faster one in float32
+PACK_AFTER = 8  # products of a weight take as long as bringing it into oneDNN's own order, after which they take half
+PACKED_BYTES = 2**30  # of weights that a decoder holds in that order beside the model's
 HAS_MKLDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
 ATTENTION = ("sdpa", "mot_ranges")  # what takes the same numbers from `scaled_dot_product_attention`
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that do not depend on the length of a sequence
 
 
-class Linear(NamedTuple):
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    transposed: torch.Tensor
-    few: float
+class _Room:
+    """For weights that are held twice."""
 
-    @classmethod
-    def of(cls, module: nn.Linear) -> "Linear":
-        weight, few = module.weight, float("inf")
-        if weight.dtype == torch.float32 and weight.device.type == "cpu" and HAS_MKLDNN:
-            few = FEW if weight.numel() < LARGE else 1
-        return cls(weight, module.bias, weight.t(), few)
+    def __init__(self, free: int):
+        self.free = free
+
+    def take(self, size: int) -> bool:
+        fits = size <= self.free
+        self.free -= size * fits
+        return fits
+
+
+class Linear:
+    """A linear map of a few rows. On a CPU a weight that is used again and again is packed, in room that is there for it."""
+
+    def __init__(self, module: nn.Linear, room: _Room):
+        self.weight, self.bias, self.room = module.weight, module.bias, room
+        self.transposed = self.weight.t()
+        self.packed, self.version, self.uses = None, 0, 0
+        dtype, has_mkldnn = self.weight.dtype, self.weight.device.type == "cpu" and HAS_MKLDNN
+        self.few = float("inf")
+        if has_mkldnn and dtype == torch.float32:
+            self.few = FEW if self.weight.numel() < LARGE else 1
+        can_pack = dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.may_pack = has_mkldnn and can_pack and not self.weight.is_inference()  # those have no version
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """(n, inputs) -> (n, outputs)"""
+        if self.packed is not None:
+            if self.version == self.weight._version:
+                return torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
+            self.packed = None  # a server's model was trained on, or adapters were merged into it
+        self.uses += 1
+        if self.uses == PACK_AFTER and self.may_pack and self.room.take(self.weight.nbytes):
+            self.packed, self.version = torch.ops.mkldnn._reorder_linear_weight(self.weight), self.weight._version
         if len(rows) >= self.few:
             # Up to twice as fast as what `F.linear` calls, which is better for one row and a small weight, or for many.
             return torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
@@ -55,13 +77,13 @@ class RMSNorm(NamedTuple):
     weight: torch.Tensor
     epsilon: float
 
+    def normalised(self, rows: torch.Tensor) -> torch.Tensor:
+        """Without the weight.  (..., D) -> same"""
+        # Halves are rounded where LlamaRMSNorm rounds them: before they are weighted.
+        return F.rms_norm(rows.float(), self.weight.shape, eps=self.epsilon).to(rows.dtype)
+
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        if rows.dtype == torch.float32:
-            return F.rms_norm(rows, self.weight.shape, self.weight, self.epsilon)
-        # The operations of LlamaRMSNorm in their order, so that halves are rounded where it rounds them.
-        wide = rows.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
-        return self.weight * wide.to(rows.dtype)
+        return self.weight * self.normalised(rows)
 
 
 class OffsetRMSNorm(NamedTuple):
@@ -124,14 +146,14 @@ class _Reader:
     """Takes weights out of modules that are plain, of one type and on one device; others are themselves what is read."""
 
     def __init__(self, like: torch.Tensor):
-        self.kind = (like.dtype, like.device)
+        self.kind, self.room = (like.dtype, like.device), _Room(PACKED_BYTES)
 
     def _takes(self, *tensors: torch.Tensor | None) -> bool:
         return all(type(x) is nn.Parameter and (x.dtype, x.device) == self.kind for x in tensors if x is not None)
 
     def linear(self, module: nn.Module) -> Callable:
         if is_plain_linear(module) and self._takes(module.weight, module.bias):
-            return Linear.of(module)
+            return Linear(module, self.room)
         return module
 
     def norm(self, module: nn.Module | None) -> Callable | None:
@@ -189,7 +211,7 @@ class LeanDecoder:
             return None
 
     def _of_towers(self, module: nn.Module, part: str) -> list[nn.Module]:
-        _plain(module, "PerTower.forward")
+        _plain(module, "PerTower.forward", "TowerNorms.forward")
         return [module[tower if part in self.config.untied else "shared"] for tower in self.config.tower_names]
 
     def _read(self, reader: _Reader, layer: nn.Module) -> list[TowerLayer]:
@@ -223,23 +245,21 @@ class LeanDecoder:
         hidden_states = F.embedding(tokens if order is None else tokens[order], self.embedding)
         if self.embedding_scale is not None:
             hidden_states = hidden_states * self.embedding_scale.to(hidden_states.dtype)
-        parts = list(hidden_states.split(counts)) if order is not None else [hidden_states]
         angles, columns = self._angles(positions), cache.open(count)
-        pre = self.config.norm_position == "pre"
+
+        def residual(rows, norms, block):
+            if self.config.norm_position == "pre":
+                return rows + _joined(block(_normed(norms, rows, counts)))
+            return rows + _joined(_normed(norms, _joined(block(_split(rows, counts))), counts))
+
         for index, layer in enumerate(self.layers):
             own = [layer[tower] for tower in towers]
-            inputs = [tower.attention_norm(part) for tower, part in zip(own, parts)] if pre else parts
-            attended = self._attention(index, own, inputs, routing, angles, columns)
-            if not pre:
-                attended = [tower.attention_norm(part) for tower, part in zip(own, attended)]
-            parts = [part + update for part, update in zip(parts, attended)]
-            inputs = [tower.feed_forward_norm(part) for tower, part in zip(own, parts)] if pre else parts
-            updates = [tower.feed_forward(part) for tower, part in zip(own, inputs)]
-            if not pre:
-                updates = [tower.feed_forward_norm(part) for tower, part in zip(own, updates)]
-            parts = [part + update for part, update in zip(parts, updates)]
-        hidden_states = _joined([self.norms[tower](part) for tower, part in zip(towers, parts)])
-        hidden_states = hidden_states if inverse is None else hidden_states[inverse]
+            attention = partial(self._attention, index, own, routing, angles, columns)
+            hidden_states = residual(hidden_states, [tower.attention_norm for tower in own], attention)
+            feed_forward = partial(_feed_forward, own)
+            hidden_states = residual(hidden_states, [tower.feed_forward_norm for tower in own], feed_forward)
+        hidden_states = _joined(_normed([self.norms[tower] for tower in towers], hidden_states, counts))
+        hidden_states = hidden_states if inverse is None else hidden_states.index_select(0, inverse)
         if isinstance(self.head, Linear):
             return self.head(hidden_states)
         return self.head(hidden_states.unsqueeze(1)).squeeze(1)  # in the shape that it knows
@@ -265,33 +285,47 @@ class LeanDecoder:
         index = torch.tensor(positions, device=self.embedding.device)
         return self.cosines[index], self.sines[index]
 
-    def _attention(self, index, own, inputs, routing, angles, columns) -> list[torch.Tensor]:
+    def _attention(self, index, own, routing, angles, columns, parts) -> list[torch.Tensor]:
         _, counts, order, inverse = routing
-        turned = [self._queries_and_keys(tower, part) for tower, part in zip(own, inputs)]
-        heads, value = _joined(turned), _joined([tower.value(part) for tower, part in zip(own, inputs)])
-        if inverse is not None:
-            heads, value = heads[inverse], value[inverse]
+        heads = _joined([self._projected(tower, part) for tower, part in zip(own, parts)])
+        heads = heads if inverse is None else heads.index_select(0, inverse)
         heads = heads.view(len(heads), -1, self.head_dim)
+        turned, value = heads[:, : self.heads + self.key_heads], heads[:, self.heads + self.key_heads :]
         cosines, sines = angles
         if index not in self.config.layers_without_rope:
-            heads = heads * cosines + heads.roll(self.head_dim // 2, -1) * sines
-        keys, values = columns.write(index, heads[:, self.heads :], value.view(len(value), -1, self.head_dim))
+            turned = turned * cosines + turned.roll(self.head_dim // 2, -1) * sines
+        keys, values = columns.write(index, turned[:, self.heads :], value)
         # The queries that share a key head stand as the rows of one query.
-        query = heads[:, : self.heads].unflatten(1, (self.key_heads, -1)).to(keys.dtype)
+        query = turned[:, : self.heads].unflatten(1, (self.key_heads, -1)).to(keys.dtype)
         output = F.scaled_dot_product_attention(query, keys, values, attn_mask=columns.mask)
         output = output.reshape(len(heads), -1).to(heads.dtype)
-        parts = [output] if order is None else output[order].split(counts)
+        parts = [output] if order is None else output.index_select(0, order).split(counts)
         return [tower.output(part) for tower, part in zip(own, parts)]
 
-    def _queries_and_keys(self, tower: TowerLayer, rows: torch.Tensor) -> torch.Tensor:
-        """(n, D) -> (n, (H + K) * d)"""
+    def _projected(self, tower: TowerLayer, rows: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values.  (n, D) -> (n, (H + 2 K) * d)"""
         query, key = tower.query(rows), tower.key(rows)
         if self.config.qk_norm == "rms_all_heads":
             query, key = tower.query_norm(query), tower.key_norm(key)
         elif tower.query_norm is not None:
             query = tower.query_norm(query.unflatten(-1, (-1, self.head_dim))).flatten(1)
             key = tower.key_norm(key.unflatten(-1, (-1, self.head_dim))).flatten(1)
-        return torch.cat([query, key], dim=-1)
+        return torch.cat([query, key, tower.value(rows)], dim=-1)
+
+
+def _normed(norms: list[Callable], rows: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+    """Each tower's norm of its rows; what does not depend on the weights is computed once for all.  (n, D) -> parts"""
+    if len(norms) > 1 and all(type(norm) is RMSNorm for norm in norms):
+        return [norm.weight * part for norm, part in zip(norms, norms[0].normalised(rows).split(counts))]
+    return [norm(part) for norm, part in zip(norms, _split(rows, counts))]
+
+
+def _feed_forward(own: list[TowerLayer], parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [tower.feed_forward(part) for tower, part in zip(own, parts)]
+
+
+def _split(rows: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+    return rows.split(counts) if len(counts) > 1 else [rows]
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 BLOCK_LOGITS = 1 << 24  # logits of one block, made by one product
 BLOCK_TOKENS = 128  # and the fewest tokens, below which products become slow
-CACHED_LOGITS = 1 << 21  # of which so many are worked on at a time, in float32, so that they stay in a cache
+CACHED_LOGITS = 1 << 19  # of which so many are worked on at a time, in float32, so that they stay in a cache
 _NAMESPACE = re.sub(r"\W", "_", __name__)  # of this module: remote code may be loaded beside the installed package
 
 
@@ -91,21 +91,24 @@ def _losses(
 
 
 class _Gradients:
-    """Sums of the gradients of hidden states and weight; of the weight in float32 at least."""
+    """Sums of the gradients of hidden states and weight; over several blocks, that of the weight in float32 at least."""
 
     def __init__(self, hidden_states: torch.Tensor, weight: torch.Tensor):
         self.hidden_states = torch.zeros_like(hidden_states)
         # As the product makes it, and turned once: adding a turned matrix for each block takes as long as the products.
-        self._turned_weight = weight.new_zeros(weight.shape[::-1], dtype=_wide(weight))
+        self._turned_weight = None
 
     def add(self, tokens, hidden_states, weight, gradient) -> None:
         """Of a block whose logits have this gradient, (c, V)."""
         self.hidden_states[tokens] = _product(gradient, weight.T)
-        self._turned_weight += _product(hidden_states.T, gradient.T)
+        of_block = _product(hidden_states.T, gradient.T)
+        if self._turned_weight is None:
+            self._turned_weight = of_block
+        else:
+            self._turned_weight = self._turned_weight.to(_wide(of_block)).add_(of_block)
 
-    @property
-    def weight(self) -> torch.Tensor:
-        return self._turned_weight.T
+    def weight(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(like) if self._turned_weight is None else self._turned_weight.T.to(like.dtype)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
@@ -133,7 +136,7 @@ def _forward(
             gradients.add(tokens, block, weight, logits)
     if gradients is None:
         return losses, z_losses, hidden_states.new_empty(0), weight.new_empty(0)
-    return losses, z_losses, gradients.hidden_states, gradients.weight.to(weight.dtype).contiguous()
+    return losses, z_losses, gradients.hidden_states, gradients.weight(weight).contiguous()
 
 
 @_forward.register_fake
@@ -176,7 +179,7 @@ def _backward(
         logits = _product(block, weight)
         _losses(logits, wanted, slopes)
         gradients.add(tokens, block, weight, logits)
-    return gradients.hidden_states, gradients.weight.to(weight.dtype).contiguous()
+    return gradients.hidden_states, gradients.weight(weight).contiguous()
 
 
 @_backward.register_fake

@@ -19,15 +19,16 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_masks import ImageBlocks, attention_mask_for, document_positions, flash_documents
-from .attention_mot import MoTAttention, MoTHeadLayerNorm, rms_norm
+from .attention_mot import MoTAttention
 from .attention_plan_mot import AttentionPlan
 from .configuration_mot import MoTConfig
 from .decoder_layer_mot import MoTDecoderLayer
 from .generation_mot import MoTGenerationMixin
 from .hub_mot import PushWithCard
-from .modality_routing import ModalityRouting, PerTower, join
+from .modality_routing import ModalityRouting, PerTower
 from .range_attention_mot import RANGES
 from .token_losses import logits_and_losses
+from .tower_norms_mot import MoTHeadLayerNorm, TowerNorms, rms_norm
 from .tower_products_mot import TOWER_PRODUCTS
 
 
@@ -117,7 +118,7 @@ class MoTModel(MoTPreTrainedModel):
         else:
             self.embed_tokens = GemmaTextScaledWordEmbedding(*embedding, embed_scale=config.embedding_multiplier)
         self.layers = nn.ModuleList(MoTDecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = PerTower({name: rms_norm(config, config.hidden_size) for name in config.part_names("norm")})
+        self.norm = TowerNorms({name: rms_norm(config, config.hidden_size) for name in config.part_names("norm")})
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -262,7 +263,7 @@ class MoTModel(MoTPreTrainedModel):
 
         if record:
             hidden_states = routing.sort(hidden_states)
-        hidden_states = routing.restore(join(self.norm(routing.split(hidden_states))), batch_size)
+        hidden_states = routing.restore(self.norm(hidden_states, routing), batch_size)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 

@@ -26,7 +26,7 @@ KEPT_WIDTH = 32  # probabilities are kept for the backward up to so many keys pe
 def _causal_blocks(query: torch.Tensor) -> list[list[int]]:
     batch, _, length, _ = query.shape
     spans = ((begin, min(begin + CAUSAL_BLOCK, length)) for begin in range(0, length, CAUSAL_BLOCK))
-    return [[0, batch, begin, end, 0, end, 0, begin + 1] for begin, end in spans]
+    return [[0, batch, begin, end, 0, end, 0, begin] for begin, end in spans]
 
 
 def _num_scores(query: torch.Tensor, num_scores: int) -> int:

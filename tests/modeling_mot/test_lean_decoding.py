@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from modeling_mot import MoTConfig, decoding_cache_mot
-from modeling_mot.lean_decoding_mot import LeanDecoder
+from modeling_mot import MoTConfig, decoding_cache_mot, lean_decoding_mot
+from modeling_mot.lean_decoding_mot import PACK_AFTER, LeanDecoder
 
 from . import naive_generation as naive
 
@@ -157,6 +157,51 @@ def test_a_hook_acts_on_every_token(tiny_model):
     model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     out = model.generate(torch.tensor([[1, 9, 3]]), max_new_tokens=6, do_sample=False)
     assert len(calls) == 6 and out[0].tolist() == naive.greedy(model, [1, 9, 3], 6)
+
+
+# --------------------------------------------------------------------------------------------------- packed weights
+
+
+def products_of_packed_weights(monkeypatch) -> list:
+    """Grows with every product of a packed weight."""
+    calls, original = [], torch.ops.mkldnn._linear_pointwise
+
+    def counted(rows, weight, *args):
+        if weight.layout == torch._mkldnn:
+            calls.append(1)
+        return original(rows, weight, *args)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    return calls
+
+
+def test_weights_are_packed_once_they_have_been_used_for_a_while(tiny_model, monkeypatch):
+    model, calls = tiny_model("dense"), products_of_packed_weights(monkeypatch)
+    model.generate(torch.tensor([[1, 9, 3]]), max_new_tokens=PACK_AFTER + 1, do_sample=False)
+    assert not calls
+    out = model.generate(torch.tensor([[1, 9, 3]]), max_new_tokens=PACK_AFTER + 3, do_sample=False)
+    linears = sum(isinstance(module, nn.Linear) for module in model.modules())
+    assert len(calls) == 2 * linears and out[0].tolist() == naive.greedy(model, [1, 9, 3], PACK_AFTER + 3)
+
+
+def test_there_is_a_bound_on_what_is_packed(tiny_model, monkeypatch):
+    model, calls = tiny_model("dense"), products_of_packed_weights(monkeypatch)
+    monkeypatch.setattr(lean_decoding_mot, "PACKED_BYTES", 32 * 32 * 4)  # the first projection
+    out = model.generate(torch.tensor([[1, 9, 3]]), max_new_tokens=PACK_AFTER + 3, do_sample=False)
+    assert len(calls) == 2 and out[0].tolist() == naive.greedy(model, [1, 9, 3], PACK_AFTER + 3)
+
+
+def test_a_server_sees_weights_that_change_in_place(tiny_model):
+    model, prompt, count = tiny_model(), [1, 9, 3], PACK_AFTER + 4
+    server = model.init_continuous_batching(max_new_tokens=count, do_sample=False)
+    first = server.serve([prompt])["req_0"].generated_tokens
+    assert first == naive.greedy(model, prompt, count)[len(prompt) :]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(torch.linspace(0.5, 2.0, parameter.shape[-1]))
+    changed = naive.greedy(model, prompt, count)[len(prompt) :]
+    (second,) = (output.generated_tokens for output in server.serve([prompt]).values())
+    assert second == changed != first
 
 
 # -------------------------------------------------------------------------------------------------------- generators

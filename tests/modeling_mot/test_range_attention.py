@@ -117,7 +117,7 @@ def test_blocks_hold_every_query_once_and_every_key_that_it_sees():
         covered[row:row_end, begin:end, low:high] += 1
         assert visible(documents, blocks)[row:row_end, 0, begin:end, common:common_end].all()
     assert covered.max() == 1 and covered[visible(documents, blocks)[:, 0]].all()
-    assert plan.num_scores == covered.sum() < 0.6 * 4 * 500 * 500 / 2  # far less than a causal row
+    assert plan.num_scores == covered.sum() < 0.65 * 4 * 500 * 500 / 2  # far less than a causal row
 
 
 def test_one_document_a_row_is_plainly_causal():

@@ -9,7 +9,7 @@ import torch
 
 # N rows of L tokens; M images of C channels, (h, w) latents or pixels
 
-TOWER_ROWS = 64  # towers' slices are padded to multiples of it, or kernels would be made anew for every step's sizes
+TOWER_ROWS = 16  # towers' slices are padded to multiples of it, or kernels would be made anew for every step's sizes
 ROW_FIELDS = ("input_ids", "modality_ids", "position_ids", "document_ids", "labels")
 
 

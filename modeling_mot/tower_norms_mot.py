@@ -1,0 +1,98 @@
+"""RMSNorm of all towers' rows in one go: what it computes is the same for all, only its weights are a tower's own."""
+
+# K towers, T rows of all towers, D size of what is normalised
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from .configuration_mot import MoTConfig
+from .modality_routing import ModalityRouting, PerTower, join
+from .plain_modules_mot import is_plain
+
+
+class MoTHeadLayerNorm(nn.Module):
+    """Chameleon's QK-norm: LayerNorm over each head with weights of that head.  (T, H, D/H) -> same"""
+
+    def __init__(self, num_heads: int, head_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_heads, head_dim))
+        self.bias = nn.Parameter(torch.zeros(num_heads, head_dim))
+
+    def forward(self, heads: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(heads, heads.shape[-1:], eps=1e-5) * self.weight + self.bias
+
+
+def rms_norm(config: MoTConfig, size: int) -> nn.Module:
+    norm = GemmaRMSNorm if config.norm_offset else LlamaRMSNorm
+    return norm(size, eps=config.rms_norm_eps)
+
+
+def qk_norm(config: MoTConfig, num_heads: int) -> nn.Module:
+    if config.qk_norm == "layer":
+        return MoTHeadLayerNorm(num_heads, config.head_dim)
+    return rms_norm(config, config.head_dim * (num_heads if config.qk_norm == "rms_all_heads" else 1))
+
+
+def _forward(rows, counts, epsilon, weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operations of LlamaRMSNorm in their order.  -> (T, ..., D), and 1 / RMS, (T, ..., 1)"""
+    wide = rows.to(_wide(rows))
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    out = (wide * scale).to(rows.dtype).to(torch.result_type(rows, weights[0]))
+    for part, weight in zip(out.split(counts), weights):
+        part *= weight
+    return out, scale
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With a backward of half the operations that autograd would make of the forward."""
+
+    @staticmethod
+    def forward(ctx, rows, counts, epsilon, *weights):
+        out, scale = _forward(rows, counts, epsilon, weights)
+        ctx.counts = counts
+        ctx.save_for_backward(rows, scale, *weights)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        rows, scale, *weights = ctx.saved_tensors
+        with torch.autocast(rows.device.type, enabled=False):
+            grad = grad.to(_wide(rows), copy=True)
+            normalised = rows.to(grad.dtype) * scale
+            products = grad * normalised
+            grad_weights, inner = [], []
+            for part, product, weight in zip(grad.split(ctx.counts), products.split(ctx.counts), weights):
+                grad_weights.append(product.flatten(0, -2).sum(0).to(weight.dtype))
+                weight = weight.to(grad.dtype)
+                inner.append(product @ weight)
+                part *= weight
+            # With the gradient g of the normalised rows x: (g - x mean(g x)) / RMS
+            inner = torch.cat(inner).unsqueeze(-1)
+            grad.addcmul_(normalised, inner, value=-1 / rows.shape[-1]).mul_(scale)
+        return grad.to(rows.dtype), None, None, *grad_weights
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+class TowerNorms(PerTower):
+    """The norms of all towers, or one named `shared`, on rows sorted by tower."""
+
+    def forward(self, rows: torch.Tensor, routing: ModalityRouting) -> torch.Tensor:
+        """(T, ..., D) -> the same"""
+        shared = "shared" in self
+        norms = [self["shared"]] if shared else [self[tower] for tower in routing.towers]
+        if not all(is_plain(norm, "LlamaRMSNorm.forward") and not isinstance(norm.weight, DTensor) for norm in norms):
+            return join(super().forward(routing.split(rows)))
+        counts = (len(rows),) if shared else routing.counts
+        epsilon, weights = norms[0].variance_epsilon, [norm.weight for norm in norms]
+        if torch.is_grad_enabled():
+            return _RMSNorm.apply(rows, counts, epsilon, *weights)
+        return _forward(rows, counts, epsilon, weights)[0]
