@@ -2,9 +2,10 @@
 
 Read off a model once per call, the weights of its layers are walked by a loop of some thirty operations a layer: keys
 and values are written in place, rotary angles come from a table, a step whose tokens all belong to one tower is not
-routed, any other is sorted once. A projection, norm or feed-forward that is more than its weights (adapters, hooks,
-quantised or sharded tensors, mixtures of experts) is called as the module it is. Where a larger part is (hooks on
-layers, compiled or replaced forwards, attention that shows its weights), the model's own forward makes the step.
+routed, any other is sorted once, and on a CPU weights are soon held in the order in which products read them. A
+projection, norm or feed-forward that is more than its weights (adapters, hooks, quantised or sharded tensors, mixtures
+of experts) is called as the module it is. Where a larger part is (hooks on layers, compiled or replaced forwards,
+attention that shows its weights), the model's own forward makes the step.
 """
 
 # R sequences, n <= R of them in a step, C columns, D hidden size, H query heads, K key heads, d head size, V vocabulary

@@ -154,21 +154,13 @@ def _attend_backward(
             probabilities = kept[begin:place].view(*queries.shape[:2], -1)
         else:
             probabilities = block.probabilities(queries, block.keys(key), scale)
-        _add_product(block.keys(grad_value), probabilities, out_grad)
+        block.keys(grad_value).add_(torch.bmm(probabilities.transpose(1, 2), out_grad))
         grad_probabilities = torch.bmm(out_grad, block.keys(value).transpose(1, 2))
         grad_scores = torch._softmax_backward_data(grad_probabilities, probabilities, -1, probabilities.dtype)
         block.scatter(grad_query, torch.bmm(grad_scores, block.keys(key)))
-        _add_product(block.keys(grad_key), grad_scores, queries)
+        block.keys(grad_key).add_(torch.bmm(grad_scores.transpose(1, 2), queries))
     grad_query, grad_key = grad_query.mul_(scale).transpose(1, 2), grad_key.mul_(scale)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
-
-
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left^T right"""
-    if total.dtype == left.dtype:
-        total.baddbmm_(left.transpose(1, 2), right)
-    else:
-        total += torch.bmm(left.transpose(1, 2), right)
 
 
 @_attend_backward.register_fake
