@@ -72,7 +72,7 @@ def _sample(options) -> dict:
 
 
 def _decode(options) -> dict:
-    figures = time_decode(SIZES[options.size], getattr(torch, options.dtype), options.rounds)
+    figures = time_decode(SIZES[options.size], getattr(torch, options.dtype), options.towers, options.rounds)
     _groups({f"{batch} sequences": of_batch for batch, of_batch in figures["batches"].items()})
     return figures
 
@@ -117,7 +117,6 @@ def parser() -> argparse.ArgumentParser:
         return command
 
     train = add("train", _train, 20, "forward and backward of one batch, against transformers' Llama and Algorithm 1")
-    train.add_argument("--towers", type=int, default=2, help="towers of the MoT (default: 2)")
     train.add_argument("--rows", type=int, default=4, help="rows of the batch (default: 4)")
     train.add_argument("--length", type=int, default=512, help="tokens of a row (default: 512)")
     train.add_argument("--vocab", type=int, default=8192, help="entries of the vocabulary (default: 8192)")
@@ -133,19 +132,20 @@ def parser() -> argparse.ArgumentParser:
     loss.add_argument("--vocabs", type=int, nargs="+", default=[8192, 32768, 65536], help="entries of the vocabulary")
     attention = add(
         "attention",
-        lambda o: _groups(time_attention(getattr(torch, o.dtype), o.lengths, o.rounds)),
+        lambda o: _groups(time_attention(SIZES[o.size], getattr(torch, o.dtype), o.lengths, o.rounds)),
         10,
         "attention alone over causal, packed and image rows, against torch's with a mask",
-        sized=False,
     )
     attention.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048], help="tokens of a row")
-    add(
+    scaling = add(
         "scaling",
-        lambda o: _groups(time_scaling(o.size, getattr(torch, o.dtype), o.rounds)),
+        lambda o: _groups(time_scaling(o.size, getattr(torch, o.dtype), o.towers, o.rounds)),
         8,
         "a step as towers, row length, rows and imbalance grow, with its FLOPs",
     )
-    add("decode", _decode, 5, "greedy decoding, against transformers' Llama")
+    decode = add("decode", _decode, 5, "greedy decoding, against transformers' Llama")
+    for command in (train, scaling, decode):
+        command.add_argument("--towers", type=int, default=2, help="towers of the MoT (default: 2)")
     sample = add("sample", _sample, 5, "a picture with guidance, against full recomputation")
     sample.add_argument("--steps", type=int, nargs="+", default=[25], help="denoising steps (default: 25)")
     add(

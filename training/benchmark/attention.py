@@ -10,7 +10,7 @@ from training.benchmark.rounds import compare, interleave
 
 # B rows, H heads, L row length, h head dimension
 
-ROWS, HEADS, HEAD_DIM, IMAGE = 4, 8, 32, 64
+ROWS, IMAGE = 4, 64
 
 
 def made_up_rows(kind: str, length: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -39,19 +39,20 @@ def mask_of(documents: torch.Tensor | None, blocks: torch.Tensor | None, length:
     return visible.expand(ROWS, length, length).unsqueeze(1)
 
 
-def time_attention(dtype: torch.dtype, lengths: list[int], rounds: int) -> dict:
+def time_attention(size: dict, dtype: torch.dtype, lengths: list[int], rounds: int) -> dict:
     """For each row length and kind of rows, `compare`'s figures of `ranges`, `sdpa_mask` (torch's with the dense mask) and
     `sdpa_causal` (torch's without any, which ignores documents and images)."""
-    figures = {}
+    figures, heads_of_row = {}, size["num_attention_heads"]
+    head_dim = size["hidden_size"] // heads_of_row
     for length in lengths:
         for kind in ("causal", "packed", "images"):
             documents, blocks = made_up_rows(kind, length)
             mask, plan = mask_of(documents, blocks, length), AttentionPlan.from_ids(documents, blocks)
             torch.manual_seed(0)
-            heads = [torch.randn(ROWS, HEADS, length, HEAD_DIM).to(dtype).requires_grad_() for _ in range(3)]
+            heads = [torch.randn(ROWS, heads_of_row, length, head_dim).to(dtype).requires_grad_() for _ in range(3)]
 
             def ranges(heads=heads, plan=plan):
-                return attend_in_ranges(*heads, plan, HEAD_DIM**-0.5)
+                return attend_in_ranges(*heads, plan, head_dim**-0.5)
 
             def with_mask(heads=heads, mask=mask):
                 return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2)

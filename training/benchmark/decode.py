@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling_mot import MoTConfig, MoTForCausalLM
+from training.benchmark.peers import build_mot
 from training.benchmark.rounds import compare, interleave
 
 
@@ -13,16 +13,20 @@ VOCAB_SIZE, PROMPT, NEW_TOKENS = 8192, 32, 96
 TEXT_SHARES = {1: 1.0, 16: 0.5}  # sequences -> share of the vocabulary that is text: one tower a step, and both
 
 
-def build(size: dict, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
-    """Llama and a MoT of two towers, both with its weights, so that the same follows from both."""
+def build(size: dict, dtype: torch.dtype, towers: int) -> dict[str, torch.nn.Module]:
+    """Llama and a MoT of so many towers, all with its weights, so that the same follows from both."""
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB_SIZE, rms_norm_eps=1e-5, initializer_range=0.1, **size))
-    ranges = {"text": [0, VOCAB_SIZE - 1], "image": [VOCAB_SIZE - 1, VOCAB_SIZE]}
-    mot = MoTForCausalLM(MoTConfig.from_variant("mot", vocab_size=VOCAB_SIZE, modality_token_ranges=ranges, **size))
-    source, towers = llama.state_dict(), mot.config.tower_names
-    names = {key: ".".join(part for part in key.split(".") if part not in towers) for key in mot.state_dict()}
-    mot.load_state_dict({key: source[name] for key, name in names.items()})
-    return {name: model.to(dtype).eval() for name, model in (("llama", llama), ("mot", mot))}
+    models = {"llama": llama, "mot": build_mot(llama, size, towers)}
+    return {name: model.to(dtype).eval() for name, model in models.items()}
+
+
+def token_ranges(modalities: list[str], text_share: float) -> dict[str, list[int]]:
+    """A share of the vocabulary for text, the first of the modalities, and equal parts of the rest for the others."""
+    text, *others = modalities
+    first = min(int(text_share * VOCAB_SIZE), VOCAB_SIZE - len(others)) if others else VOCAB_SIZE
+    edges = torch.linspace(first, VOCAB_SIZE, len(others) + 1).int().tolist()
+    return {text: [0, first]} | {name: list(span) for name, span in zip(others, zip(edges, edges[1:]))}
 
 
 def decode(model: torch.nn.Module, batch: int) -> torch.Tensor:
@@ -42,16 +46,16 @@ def share_of_agreement(models: dict[str, torch.nn.Module], batch: int) -> float:
     return (chosen >= logits.amax(dim=-1) - tolerance).float().mean().item()
 
 
-def time_decode(size: dict, dtype: torch.dtype, rounds: int) -> dict:
+def time_decode(size: dict, dtype: torch.dtype, towers: int, rounds: int) -> dict:
     """Seconds of a greedy token, the prompt's forward included, for each batch, and their ratios.
 
     Returns:
         dict: `batches`: for each number of sequences what `compare` makes of it, `seconds` being those of one step.
     """
-    models, figures = build(size, dtype), {}
+    models, figures = build(size, dtype, towers), {}
     for batch, share in TEXT_SHARES.items():
-        first = min(int(share * VOCAB_SIZE), VOCAB_SIZE - 1)
-        models["mot"].config.modality_token_ranges = {"text": [0, first], "image": [first, VOCAB_SIZE]}
+        config = models["mot"].config
+        config.modality_token_ranges = token_ranges(config.modalities, share)
         if (agreement := share_of_agreement(models, batch)) < 1:
             raise SystemExit(f"of the tokens {1 - agreement:.1%} differ from llama's: nothing was timed")
         seconds = interleave({name: partial(decode, model, batch) for name, model in models.items()}, rounds)

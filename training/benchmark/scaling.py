@@ -11,31 +11,34 @@ from training.flops import training_flops
 VOCAB_SIZE = 8192
 
 
-def settings() -> list[dict]:
-    """Around two towers with equal shares, 4 rows of 512: one thing is changed at a time."""
-    base = {"towers": 2, "rows": 4, "length": 512, "shares": None}
-    varied = [("towers", towers) for towers in (1, 2, 3, 4, 8)]
+def settings(towers: int) -> list[dict]:
+    """Around so many towers with equal shares, 4 rows of 512: one thing is changed at a time."""
+    base = {"towers": towers, "rows": 4, "length": 512, "shares": None}
+    varied = [("towers", number) for number in (1, 2, 3, 4, 8)]
     varied += [("length", length) for length in (256, 1024, 2048, 4096)]
     varied += [("rows", rows) for rows in (1, 8, 16)]
-    varied += [("shares", shares) for shares in ([0.9, 0.1], [0.99, 0.01], [1.0, 0.0])]
+    if towers > 1:
+        varied += [("shares", [share, *[(1 - share) / (towers - 1)] * (towers - 1)]) for share in (0.9, 0.99, 1.0)]
     return [base | {name: value} for name, value in varied]
 
 
-def time_scaling(size: str, dtype: torch.dtype, rounds: int) -> dict:
+def time_scaling(size: str, dtype: torch.dtype, towers: int, rounds: int) -> dict:
     """For each setting `compare`'s figures of `mot` and `llama`, forward and backward, the analytic `flops`, and
     `flops_per_second` of the MoT."""
     llama = build_llama(SIZES[size], dtype, VOCAB_SIZE)
     figures = {}
-    for setting in settings():
-        towers, rows, length = setting["towers"], setting["rows"], setting["length"]
-        mot = build_mot(llama, SIZES[size], towers)
-        batch = made_up_batch(rows, length, VOCAB_SIZE, towers, setting["shares"])
+    for setting in settings(towers):
+        number, rows, length = setting["towers"], setting["rows"], setting["length"]
+        mot = build_mot(llama, SIZES[size], number)
+        batch = made_up_batch(rows, length, VOCAB_SIZE, number, setting["shares"])
         calls = {"mot": lambda mot=mot, batch=batch: step(mot, batch), "llama": lambda batch=batch: step(llama, batch)}
         # Long steps are less noisy.
         turns = max(2, rounds * 2048 // max(rows * length, 2048))
         compared = compare(interleave(calls, turns, warm_up=2), [("mot", "llama")])
-        counts = batch["modality_ids"].flatten().bincount(minlength=towers).tolist()
+        counts = batch["modality_ids"].flatten().bincount(minlength=number).tolist()
         flops = training_flops(mot.config, dict(zip(mot.config.modalities, counts, strict=True)), length)
-        name = f"{towers} towers, {rows} x {length}" + (f", shares {setting['shares']}" if setting["shares"] else "")
+        name = f"{number} tower{'s' * (number > 1)}, {rows} x {length}"
+        if setting["shares"]:
+            name += f", shares {[round(share, 3) for share in setting['shares']]}"
         figures[name] = compared | {"flops": flops, "flops_per_second": flops / compared["seconds"]["mot"]}
     return figures
