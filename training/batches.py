@@ -5,6 +5,9 @@ import threading
 from collections.abc import Callable, Iterator
 
 
+SECONDS_TO_END = 5.0  # of a batch that nobody waits for any more
+
+
 class StepBatches:
     """This rank's micro-batches of every step; which rows they hold depends on nothing but the step.
 
@@ -61,7 +64,8 @@ class StepBatches:
                     return
 
         # A daemon: a process that ends does not wait for data that may never come.
-        threading.Thread(target=work, name="batches", daemon=True).start()
+        worker = threading.Thread(target=work, name="batches", daemon=True)
+        worker.start()
         try:
             for _ in range(step, steps):
                 while True:
@@ -77,3 +81,5 @@ class StepBatches:
                 yield batches
         finally:
             abandoned.set()
+            # An interpreter that ends while a thread is inside of torch aborts.
+            worker.join(timeout=SECONDS_TO_END)

@@ -150,11 +150,13 @@ def _prepare_in_processes(work: Preparation, workers: int, report: Callable[[int
     pool = ProcessPoolExecutor(
         workers, context, _start_worker, (work, reports, stop, max(1, os.cpu_count() // workers))
     )
+    has_died = False
     try:
         futures = [pool.submit(_prepare_part, part) for part in range(work.tokenizer.source.num_parts)]
         for future in as_completed(futures):
             future.result()
     except BrokenProcessPool as error:
+        has_died = True
         raise RuntimeError(
             f"a process that tokenised source {work.tokenizer.config.name!r} died, perhaps for want of memory; prepare "
             "again with fewer workers"
@@ -162,8 +164,10 @@ def _prepare_in_processes(work: Preparation, workers: int, report: Callable[[int
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
-        reports.put(None)
-        listener.join()
+        # Who was killed may have held the queue's lock or left half a report in it: then nobody waits for its end.
+        if not has_died:
+            reports.put(None)
+            listener.join()
 
 
 def _start_worker(work: Preparation, reports, stop, threads: int) -> None:

@@ -139,9 +139,16 @@ class Dying(ToyProcessor):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_dies_is_an_error_and_not_a_hang(tmp_path, shards):
+class DyingWhileItReports(ToyProcessor):
+    def encode_segment(self, segment):
+        module._worker["reports"]._wlock.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("processor", [Dying, DyingWhileItReports])
+def test_a_worker_that_dies_is_an_error_and_not_a_hang(tmp_path, shards, processor):
     with pytest.raises(RuntimeError, match="source 'texts' died.*fewer workers"):
-        TokenizedSource.prepare(shards, Dying(), tmp_path / "cache", num_proc=2)
+        TokenizedSource.prepare(shards, processor(), tmp_path / "cache", num_proc=2)
 
 
 def test_damaged_files_are_named_with_the_way_out(tmp_path, shards):
