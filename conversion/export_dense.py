@@ -113,8 +113,11 @@ def export_dense(
     if dry_run:
         return plan
     record = {
-        "command": "export_dense", **provenance(source, folder, commit, reader), "architecture": row.model_type, "tower": tower,
-    }  # fmt: skip
+        "command": "export_dense",
+        **provenance(source, folder, commit, reader),
+        "architecture": row.model_type,
+        "tower": tower,
+    }
     with new_folder(out, overwrite) as made:
         dense.save_pretrained(made)
         generation.save_pretrained(made)

@@ -108,11 +108,11 @@ class AttentionPlan(NamedTuple):
 def _blocks(starts: torch.Tensor, ends: torch.Tensor, size: int) -> tuple[int, list[list[int]]]:
     """Blocks of so many queries, each of one row or of all, and what they cost in scores."""
     batch, length = starts.shape
-    cost, blocks = 0, []
+    num_keys, cost, blocks = ends.max(), 0, []
     for begin in range(0, length, size):
         end = min(begin + size, length)
         part = slice(begin, end)
-        low, high = _down(starts[:, part].amin(1)), _up(ends[:, part].amax(1)).clamp(max=ends.max())
+        low, high = _down(starts[:, part].amin(1)), _up(ends[:, part].amax(1)).clamp(max=num_keys)
         common, common_end = _up(starts[:, part].amax(1)), _down(ends[:, part].amin(1))
         keys, end_key = low.min().item(), high.max().item()
         together = batch * (end - begin) * (end_key - keys) + BLOCK_OVERHEAD

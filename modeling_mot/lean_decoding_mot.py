@@ -38,9 +38,10 @@ class _Room:
         self.free = free
 
     def take(self, size: int) -> bool:
-        fits = size <= self.free
-        self.free -= size * fits
-        return fits
+        if size > self.free:
+            return False
+        self.free -= size
+        return True
 
 
 class Linear:

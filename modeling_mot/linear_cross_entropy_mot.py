@@ -93,7 +93,7 @@ def _losses(
 class _Gradients:
     """Sums of the gradients of hidden states and weight; over several blocks, that of the weight in float32 at least."""
 
-    def __init__(self, hidden_states: torch.Tensor, weight: torch.Tensor):
+    def __init__(self, hidden_states: torch.Tensor):
         self.hidden_states = torch.zeros_like(hidden_states)
         # As the product makes it, and turned once: adding a turned matrix for each block takes as long as the products.
         self._turned_weight = None
@@ -108,7 +108,10 @@ class _Gradients:
             self._turned_weight = self._turned_weight.to(_wide(of_block)).add_(of_block)
 
     def weight(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(like) if self._turned_weight is None else self._turned_weight.T.to(like.dtype)
+        """Of the shape and precision of the weight, (V, D)."""
+        if self._turned_weight is None:
+            return torch.zeros_like(like)
+        return self._turned_weight.T.to(like.dtype).contiguous()
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
@@ -122,7 +125,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Losses (T,) twice, and the gradients of their sum, empty where they are not made now."""
     losses, z_losses = (hidden_states.new_zeros(len(targets), dtype=_wide(hidden_states)) for _ in range(2))
-    gradients = _Gradients(hidden_states, weight) if gradients_now else None
+    gradients = _Gradients(hidden_states) if gradients_now else None
 
     def slopes(log_z, tokens):
         return None, 1 + 2 * z_loss_coefficient * log_z if z_loss_coefficient else None
@@ -136,7 +139,7 @@ def _forward(
             gradients.add(tokens, block, weight, logits)
     if gradients is None:
         return losses, z_losses, hidden_states.new_empty(0), weight.new_empty(0)
-    return losses, z_losses, gradients.hidden_states, gradients.weight(weight).contiguous()
+    return losses, z_losses, gradients.hidden_states, gradients.weight(weight)
 
 
 @_forward.register_fake
@@ -166,7 +169,7 @@ def _backward(
         same_z = not z_loss_coefficient or torch.equal(grad_z_losses[targets != -100], of_targets)
         if same_z and bool((of_targets == scale).all()):
             return made_hidden_states * scale.item(), made_weight * scale.item()
-    gradients = _Gradients(hidden_states, weight)
+    gradients = _Gradients(hidden_states)
     for tokens in _blocks(hidden_states, weight, targets):
         block, wanted = hidden_states[tokens], targets[tokens]
         of_losses, of_z_losses = (
@@ -179,7 +182,7 @@ def _backward(
         logits = _product(block, weight)
         _losses(logits, wanted, slopes)
         gradients.add(tokens, block, weight, logits)
-    return gradients.hidden_states, gradients.weight(weight).contiguous()
+    return gradients.hidden_states, gradients.weight(weight)
 
 
 @_backward.register_fake

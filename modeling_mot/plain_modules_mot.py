@@ -10,8 +10,12 @@ def is_plain(module: nn.Module, *forwards: str) -> bool:
     return not (replaced or any(hooks)) and type(module).forward.__qualname__ in forwards
 
 
+def has_whole_weight(module: nn.Module) -> bool:
+    """Whether the weight is a tensor, and not made of others, as sharded and quantised ones are."""
+    return not hasattr(module.weight, "__tensor_flatten__")
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """The same of a linear map; adapters and quantised maps have forwards of its name, but are of other types, or their
     weights are made of other tensors (as sharded ones are)."""
-    is_whole = type(module) is nn.Linear and not hasattr(module.weight, "__tensor_flatten__")
-    return is_whole and is_plain(module, "Linear.forward")
+    return type(module) is nn.Linear and has_whole_weight(module) and is_plain(module, "Linear.forward")

@@ -1,4 +1,4 @@
-"""RMSNorm of all towers' rows in one go: what it computes is the same for all, only its weights are a tower's own."""
+"""The norms of towers. RMSNorm runs for all of them in one go: only its weights are a tower's own."""
 
 # K towers, T rows of all towers, D size of what is normalised
 
@@ -6,13 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .configuration_mot import MoTConfig
 from .modality_routing import ModalityRouting, PerTower, join
-from .plain_modules_mot import is_plain
+from .plain_modules_mot import has_whole_weight, is_plain
 
 
 class MoTHeadLayerNorm(nn.Module):
@@ -40,7 +39,7 @@ def qk_norm(config: MoTConfig, num_heads: int) -> nn.Module:
 
 def _forward(rows, counts, epsilon, weights) -> tuple[torch.Tensor, torch.Tensor]:
     """The operations of LlamaRMSNorm in their order.  -> (T, ..., D), and 1 / RMS, (T, ..., 1)"""
-    wide = rows.to(_wide(rows))
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     out = (wide * scale).to(rows.dtype).to(torch.result_type(rows, weights[0]))
     for part, weight in zip(out.split(counts), weights):
@@ -63,8 +62,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad):
         rows, scale, *weights = ctx.saved_tensors
         with torch.autocast(rows.device.type, enabled=False):
-            grad = grad.to(_wide(rows), copy=True)
-            normalised = rows.to(grad.dtype) * scale
+            grad = grad.to(scale.dtype, copy=True)
+            normalised = rows.to(scale.dtype) * scale
             products = grad * normalised
             grad_weights, inner = [], []
             for part, product, weight in zip(grad.split(ctx.counts), products.split(ctx.counts), weights):
@@ -78,10 +77,6 @@ class _RMSNorm(torch.autograd.Function):
         return grad.to(rows.dtype), None, None, *grad_weights
 
 
-def _wide(tensor: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
 class TowerNorms(PerTower):
     """The norms of all towers, or one named `shared`, on rows sorted by tower."""
 
@@ -89,7 +84,7 @@ class TowerNorms(PerTower):
         """(T, ..., D) -> the same"""
         shared = "shared" in self
         norms = [self["shared"]] if shared else [self[tower] for tower in routing.towers]
-        if not all(is_plain(norm, "LlamaRMSNorm.forward") and not isinstance(norm.weight, DTensor) for norm in norms):
+        if not all(is_plain(norm, "LlamaRMSNorm.forward") and has_whole_weight(norm) for norm in norms):
             return join(super().forward(routing.split(rows)))
         counts = (len(rows),) if shared else routing.counts
         epsilon, weights = norms[0].variance_epsilon, [norm.weight for norm in norms]

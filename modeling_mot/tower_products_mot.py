@@ -12,7 +12,6 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from .plain_modules_mot import is_plain, is_plain_linear
 
@@ -92,7 +91,7 @@ def run_together(
 
 def _can_join(modules: list[nn.Module], products: str) -> bool:
     """Whether these are linear maps and no more, with whole weights."""
-    if not all(is_plain_linear(module) and not isinstance(module.weight, DTensor) for module in modules):
+    if not all(map(is_plain_linear, modules)):
         return False
     weight, bias = modules[0].weight, modules[0].bias
     if products == "batched_mm":

@@ -42,14 +42,14 @@ def mask_of(documents: torch.Tensor | None, blocks: torch.Tensor | None, length:
 def time_attention(size: dict, dtype: torch.dtype, lengths: list[int], rounds: int) -> dict:
     """For each row length and kind of rows, `compare`'s figures of `ranges`, `sdpa_mask` (torch's with the dense mask) and
     `sdpa_causal` (torch's without any, which ignores documents and images)."""
-    figures, heads_of_row = {}, size["num_attention_heads"]
-    head_dim = size["hidden_size"] // heads_of_row
+    figures, num_heads = {}, size["num_attention_heads"]
+    head_dim = size["hidden_size"] // num_heads
     for length in lengths:
         for kind in ("causal", "packed", "images"):
             documents, blocks = made_up_rows(kind, length)
             mask, plan = mask_of(documents, blocks, length), AttentionPlan.from_ids(documents, blocks)
             torch.manual_seed(0)
-            heads = [torch.randn(ROWS, heads_of_row, length, head_dim).to(dtype).requires_grad_() for _ in range(3)]
+            heads = [torch.randn(ROWS, num_heads, length, head_dim).to(dtype).requires_grad_() for _ in range(3)]
 
             def ranges(heads=heads, plan=plan):
                 return attend_in_ranges(*heads, plan, head_dim**-0.5)
