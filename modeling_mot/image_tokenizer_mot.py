@@ -16,7 +16,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .picture_loading_mot import RESAMPLING, describe_source, fit_picture, load_picture
+from .image_loading_mot import (
+    MAX_KEPT_PIXELS,
+    RESAMPLING,
+    cut_long_side,
+    fit_picture,
+    load_picture,
+    pixel_limit,
+)
+from .media_sources_mot import describe_source
 
 
 IMAGE_TOKENIZER_CONFIG_NAME = "image_tokenizer_config.json"
@@ -64,7 +72,8 @@ class ImageTokenizerConfig:
     of the down-sampling). `patch_size` p folds p x p pixels into channels before the first convolution. `model` holds
     the arguments of diffusers' `VQModel`. `storage_dtype` is that of the saved weights; they compute in float32.
     `image_processor` holds the settings of transformers' `ChameleonImageProcessorPil`: pictures then become pixels as
-    they do for Chameleon, all of them `image_size`, and `fit`, `resample` and `background` are not read.
+    they do for Chameleon, all of them `image_size`, and `fit`, `resample` and `background` are not read. Pictures of more
+    than `max_pixels`, with `fit` "keep" of more than `max_kept_pixels`, are refused before they are decoded.
     """
 
     image_size: list[int] = field(default_factory=lambda: [64, 64])
@@ -78,6 +87,7 @@ class ImageTokenizerConfig:
     storage_dtype: str = "float32"
     model: dict[str, Any] = field(default_factory=dict)
     image_processor: dict[str, Any] | None = None
+    max_kept_pixels: int = MAX_KEPT_PIXELS
 
     def __post_init__(self):
         if isinstance(self.image_size, int):
@@ -108,10 +118,7 @@ class ImageTokenizerConfig:
         return from_known_fields(cls, values, "image tokenizer")
 
     def to_dict(self) -> dict[str, Any]:
-        values = asdict(self)
-        if self.image_processor is None:
-            del values["image_processor"]  # fingerprints of tokenizers without one stay what they were
-        return values
+        return without_defaults(self, "image_processor", "max_kept_pixels")
 
     def model_arguments(self) -> dict[str, Any]:
         """Arguments of `VQModel`, with the channels that patch folding needs and one block per scale filled in."""
@@ -181,9 +188,9 @@ class MoTImageTokenizer:
         self.model.to(device)
         return self
 
-    def preprocess(self, image: Any, size: tuple[int, int] | None = None) -> torch.Tensor:
-        """One picture in any form `load_picture` takes -> (3, H, W), float32 in [-1, 1]."""
-        picture = load_picture(image, self.config.max_pixels)
+    def preprocess(self, image: Any, size: tuple[int, int] | None = None, **access: bool) -> torch.Tensor:
+        """One picture in any form `load_picture` takes, and its `allow_urls`, `allow_paths` -> (3, H, W) in [-1, 1]."""
+        picture = load_picture(image, *pixel_limit(self.config, size), **access)
         if self.config.image_processor is not None:
             return self._preprocess_for_chameleon(picture, size)
         pixels = fit_picture(picture, self.config, size)
@@ -207,7 +214,7 @@ class MoTImageTokenizer:
             )
         if size is not None:
             settings = settings | {"do_resize": False, "crop_size": {"height": height, "width": width}}
-        pixels = ChameleonImageProcessorPil(**settings)(picture, return_tensors="pt")["pixel_values"][0]
+        pixels = ChameleonImageProcessorPil(**settings)(cut_long_side(picture), return_tensors="pt")["pixel_values"][0]
         if pixels.shape != (3, height, width):
             raise ValueError(
                 f"image_processor={settings} makes {tuple(pixels.shape)} of {describe_source(picture)}, not "
@@ -216,13 +223,19 @@ class MoTImageTokenizer:
         return pixels.float()
 
     @torch.no_grad()
-    def encode(self, images: list[Any], size: tuple[int, int] | None = None) -> list[torch.Tensor]:
-        """Codes of each picture, row-major grids (h, w) of int64. `size` (height, width) overrides `image_size`."""
+    def encode(self, images: list[Any], size: tuple[int, int] | None = None, **access: bool) -> list[torch.Tensor]:
+        """Codes of each picture, row-major grids (h, w) of int64.
+
+        Args:
+            images: pictures in any form `load_picture` takes.
+            size: (height, width) in place of `image_size`.
+            access: `allow_urls` and `allow_paths` of `load_picture`.
+        """
         if not isinstance(images, (list, tuple)):
             raise ValueError(f"encode takes a list of pictures, not {type(images).__name__}")
         grids: list[torch.Tensor] = []
         for start in range(0, len(images), self.config.batch_size):
-            batch = [self.preprocess(image, size) for image in images[start : start + self.config.batch_size]]
+            batch = [self.preprocess(image, size, **access) for image in images[start : start + self.config.batch_size]]
             if len({pixels.shape for pixels in batch}) == 1:
                 grids += list(self.encode_pixels(torch.stack(batch)))
             else:
@@ -357,6 +370,12 @@ def from_known_fields(cls: type, values: dict[str, Any], what: str) -> Any:
     if unknown := sorted(set(values) - known):
         raise ValueError(f"unknown {what} setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     return cls(**values)
+
+
+def without_defaults(config: Any, *names: str) -> dict[str, Any]:
+    """The fields of a dataclass but for those of `names` that are as ever: fingerprints stay what they were before."""
+    ever = {field.name: field.default for field in fields(config)}
+    return {name: value for name, value in asdict(config).items() if name not in names or value != ever[name]}
 
 
 def fingerprint(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:

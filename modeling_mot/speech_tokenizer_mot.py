@@ -10,7 +10,7 @@ Shapes: S samples, T frames of 10 ms, U units, C features, K centroids, F mel ba
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .image_tokenizer_mot import fingerprint, from_known_fields, nearest_code, read_hub_file
-from .speech_features_mot import HOP_SECONDS, SpeechFrontEnd, load_audio_source
+from .image_tokenizer_mot import fingerprint, from_known_fields, nearest_code, read_hub_file, without_defaults
+from .speech_features_mot import HOP_SECONDS, SpeechFrontEnd, resample
+from .speech_loading_mot import check_rate, load_sound
 
 
 SPEECH_TOKENIZER_CONFIG_NAME = "speech_tokenizer_config.json"
@@ -34,7 +35,7 @@ class SpeechTokenizerConfig:
     `features`: "mfcc", or "encoder" for a transformers speech encoder named by `encoder` (Hub name or folder), whose
     hidden state number `encoder_layer` is used (-1: the last). Features of 10 or 20 ms are averaged within a unit.
     `loudness`: samples are scaled to this root mean square first (0: left alone). `deduplicate`: runs of one unit
-    become a single one; durations are then lost.
+    become a single one; durations are then lost. Sounds longer than `max_seconds` are refused before they are decoded.
     """
 
     num_units: int = 500
@@ -48,8 +49,10 @@ class SpeechTokenizerConfig:
     encoder: str | None = None
     encoder_layer: int = -1
     griffin_lim_iterations: int = 60
+    max_seconds: float = 600.0
 
     def __post_init__(self):
+        check_rate(self.sampling_rate)
         if self.features not in ("mfcc", "encoder"):
             raise ValueError(f"features={self.features!r} is not one of mfcc, encoder")
         if (self.features == "encoder") != bool(self.encoder):
@@ -67,7 +70,7 @@ class SpeechTokenizerConfig:
         return from_known_fields(cls, values, "speech tokenizer")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return without_defaults(self, "max_seconds")
 
 
 class MoTSpeechTokenizer:
@@ -114,9 +117,11 @@ class MoTSpeechTokenizer:
     def samples_per_unit(self) -> int:
         return self.config.sampling_rate // self.config.units_per_second
 
-    def preprocess(self, audio: Any, sampling_rate: int | None = None) -> torch.Tensor:
+    def preprocess(self, audio: Any, sampling_rate: int | None = None, **access: bool) -> torch.Tensor:
         """Mono samples at our rate, scaled to the configured loudness, padded with silence to whole units.  -> (S,)"""
-        samples = load_audio_source(audio, sampling_rate, self.config.sampling_rate)
+        ours = self.config.sampling_rate
+        wave, rate = load_sound(audio, sampling_rate, ours, self.config.max_seconds, **access)
+        samples = resample(torch.from_numpy(wave), rate, ours)
         level = samples.square().mean().sqrt()
         if self.config.loudness and level > 1e-5:
             samples = samples * (self.config.loudness / level)
@@ -176,18 +181,24 @@ class MoTSpeechTokenizer:
         encoder = self.encoder.get_encoder() if self.encoder.config.is_encoder_decoder else self.encoder
         return encoder.eval().requires_grad_(False)
 
-    def encode(self, audio: list[Any], sampling_rate: int | None = None) -> list[torch.Tensor]:
-        """Units of each sound, (U,) int64. `sampling_rate` is that of arrays; files and bytes say their own."""
+    def encode(self, audio: list[Any], sampling_rate: int | None = None, **access: bool) -> list[torch.Tensor]:
+        """Units of each sound, (U,) int64.
+
+        Args:
+            audio: sounds in any form `load_sound` takes.
+            sampling_rate: that of arrays; files and bytes say their own, and so may records.
+            access: `allow_urls` and `allow_paths` of `load_sound`.
+        """
         if not isinstance(audio, (list, tuple)):
             raise ValueError(f"encode takes a list of sounds, not {type(audio).__name__}")
-        return [self.encode_one(source, sampling_rate) for source in audio]
+        return [self.encode_one(source, sampling_rate, **access) for source in audio]
 
-    def encode_one(self, source: Any, sampling_rate: int | None = None) -> torch.Tensor:
+    def encode_one(self, source: Any, sampling_rate: int | None = None, **access: bool) -> torch.Tensor:
         if self.centroids is None:
             raise ValueError(
                 "this speech tokenizer has no centroids yet; train it with training.tokenizers.speech or load it"
             )
-        scaled = (self.features(self.preprocess(source, sampling_rate)) - self.mean) / self.scale
+        scaled = (self.features(self.preprocess(source, sampling_rate, **access)) - self.mean) / self.scale
         units = nearest_code(scaled, self.centroids)
         return torch.unique_consecutive(units) if self.config.deduplicate else units
 

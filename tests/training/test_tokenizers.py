@@ -193,7 +193,7 @@ def test_image_command_trains_on_a_folder(picture_folder, tmp_path):
 
 def test_image_command_names_a_broken_picture_and_writes_nothing(picture_folder, tmp_path):
     (picture_folder / "0.png").write_bytes(b"x")
-    with pytest.raises(SystemExit, match="0.png does not decode"):
+    with pytest.raises(SystemExit, match="does not decode: .*0.png"):
         image_command.main(["--source", str(picture_folder), "--output", str(tmp_path / "out"), *TINY_SIZES])
     assert not (tmp_path / "out").exists()
 

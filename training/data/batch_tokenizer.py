@@ -3,6 +3,8 @@
 import numpy as np
 from PIL import Image
 
+from modeling_mot.image_loading_mot import flatten
+
 from .augmentation import change_picture, change_sound, generator, may_flip
 from .config import AugmentationConfig, Limits, Segment
 from .media import decode_picture, decode_sound
@@ -27,7 +29,10 @@ class BatchTokenizer:
         self.source, self.config, self.limits = source, source.config, limits or Limits()
         self.processor, self.augmentation = processor, augmentation
         self.variants = augmentation.variants if augmentation else 1
-        self.continuous = getattr(processor, "image_processor", None) is not None
+        of_codes = getattr(getattr(processor, "image_tokenizer", None), "config", None)
+        of_pixels = getattr(processor, "image_processor", None)
+        self.continuous = of_pixels is not None
+        self.background = tuple(getattr(of_pixels or of_codes, "background", (255, 255, 255)))
 
     def __call__(
         self, batch: list[tuple[int, dict | ValueError]]
@@ -86,10 +91,10 @@ class BatchTokenizer:
         """One picture or sound in all its variants, the first one unchanged."""
         config, changed = self.augmentation, range(1, self.variants)
         if kind == "image":
-            picture = decode_picture(value, self.limits)
-            flip = may_flip(caption)
+            picture, flip = decode_picture(value, self.limits), may_flip(caption)
+            flat = flatten(picture, self.background) if changed else picture
             pictures = [picture] + [
-                change_picture(picture, config, generator(config, number, v, place), flip) for v in changed
+                change_picture(flat, config, generator(config, number, v, place), flip) for v in changed
             ]
             # Here, where a picture that does not fit is an error of its record.
             return self.processor.image_processor.fit_pictures(pictures) if self.continuous else pictures

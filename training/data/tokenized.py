@@ -25,7 +25,7 @@ __all__ = ["TokenizedSource", "Vocabulary", "text_of"]
 
 
 # Part of every fingerprint: raise it when the same records must give other tokens than before.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 class TokenizedSource:
