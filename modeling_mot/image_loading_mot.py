@@ -22,6 +22,7 @@ RESAMPLING = {
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 # Most pixels of a picture whose size is kept (`fit="keep"`): 16,384 tokens of 16 x 16 pixels.
 MAX_KEPT_PIXELS = 2**22
+_TIFF_BITS = 258
 # A picture that would be scaled to more than this many times the pixels that are wanted is cut first.
 _MOST_SCALED = 16
 # Most pixels that are changed in one go, so that no more than two whole copies of a picture are held.
@@ -75,7 +76,7 @@ def load_picture(
                 return _decoded(file, name, max_pixels, limit)
         if isinstance(content, bytes):
             return _decoded(io.BytesIO(content), name, max_pixels, limit)
-    raise MediaError(f"a picture cannot be made from {name}; give a PIL picture, array, bytes, path or address")
+    raise MediaError(f"the picture is no picture: {name}; give a PIL picture, array, bytes, path or address")
 
 
 def _decoded(file: Any, name: str, max_pixels: int, limit: str) -> Image.Image:
@@ -140,10 +141,12 @@ def _of_deep_grey(picture: Image.Image, name: str) -> Image.Image:
     if picture.mode == "I":
         if values.min() < 0 or values.max() > 65_535:
             raise MediaError(
-                f"the picture has greys from {values.min()} to {values.max()}, out of [0, 65535] ({name}); scale them to "
+                f"the picture has greys out of [0, 65535]: from {values.min()} to {values.max()} ({name}); scale them to "
                 "16 bits"
             )
         values = values.astype(np.uint16)
+    elif getattr(picture, "tag_v2", {}).get(_TIFF_BITS) == (12,):
+        values = values << 4  # Pillow leaves the 12 bits of a TIFF at the lower end
     grey = Image.fromarray(_to_uint8(values, name))
     transparent = picture.info.get("transparency")
     if not isinstance(transparent, int):
@@ -157,7 +160,7 @@ def _from_array(array: np.ndarray | torch.Tensor, name: str, max_pixels: int, li
     channels_first = len(shape) == 3 and shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4)
     height, width, *channels = (*shape[1:], shape[0]) if channels_first else shape if len(shape) > 1 else (0, 0, 0)
     if len(channels) > 1 or (channels and channels[0] not in (1, 3, 4)):
-        raise MediaError(f"an array of shape {shape} is not a picture; give (H, W), (H, W, 3) or (H, W, 4)")
+        raise MediaError(f"the picture has a wrong shape: {shape}; give (H, W), (H, W, 3) or (H, W, 4)")
     _check_size(width, height, name, max_pixels, limit)
     if isinstance(array, torch.Tensor):
         array = array.detach().cpu()
@@ -178,19 +181,19 @@ def _to_uint8(values: np.ndarray, name: str) -> np.ndarray:
     if values.dtype.kind == "u" and values.dtype.itemsize == 2:
         return (values >> 8).astype(np.uint8)
     if values.dtype.kind not in "fiu":
-        raise MediaError(f"a picture cannot be made from values of {values.dtype} ({name}); give uint8 or floats")
+        raise MediaError(f"the picture has values of a wrong type: {values.dtype} ({name}); give uint8 or floats")
     least, most = values.min(), values.max()
     if values.dtype.kind == "f":
         if not (least >= 0 and most <= 1):  # so that NaN is refused too
             raise MediaError(
-                f"a picture of floats must lie in [0, 1], not [{least:g}, {most:g}] ({name}); give uint8 for 0 to 255"
+                f"the picture has floats out of [0, 1]: from {least:g} to {most:g} ({name}); give uint8 for 0 to 255"
             )
         exact = values.astype(np.float32) if values.dtype.itemsize < 4 else values
         return np.rint(exact * 255).astype(np.uint8)
     if least < 0 or most > 255:
         raise MediaError(
-            f"a picture of {values.dtype} must lie in [0, 255], not [{least}, {most}] ({name}); give uint16 for 0 to "
-            "65,535, or floats from 0 to 1"
+            f"the picture has {values.dtype} out of [0, 255]: from {least} to {most} ({name}); give uint16 for 0 to "
+            "65535, or floats from 0 to 1"
         )
     return values.astype(np.uint8)
 

@@ -38,8 +38,10 @@ class MissingMedia(MediaError, FileNotFoundError):
 def describe_source(source: Any) -> str:
     """A short name for error messages: that of the file where there is one."""
     if isinstance(source, dict):
-        held = [source[key] for key in (*NAME_KEYS, *CONTENT_KEYS) if source.get(key) is not None]
-        return "a record of nothing" if not held or isinstance(held[0], dict) else describe_source(held[0])
+        held = next(((key, source[key]) for key in (*NAME_KEYS, *CONTENT_KEYS) if source.get(key) is not None), None)
+        if held is None or isinstance(held[1], dict):
+            return "a record"
+        return "base64" if held[0] == "base64" else describe_source(held[1])
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"{len(source)} bytes"
     if hasattr(source, "getexif"):
@@ -48,7 +50,8 @@ def describe_source(source: Any) -> str:
         return f"array of shape {tuple(source.shape)}"
     text = str(source) if isinstance(source, (str, os.PathLike)) else f"a {type(source).__name__}"
     most = 40 if text[:5].lower() == "data:" else 200
-    return text if len(text) <= most else text[:most] + "..."
+    short = text if len(text) <= most else text[:most] + "..."
+    return short.encode("utf-8", "backslashreplace").decode()  # half of a surrogate pair cannot be printed
 
 
 def name_within(source: Any) -> Any:
@@ -103,7 +106,9 @@ def decoding(kind: str, name: str) -> Iterator[None]:
     except MediaError:
         raise
     except Exception as error:
-        raise MediaError(f"the {kind} does not decode: {str(error) or type(error).__name__} ({name})") from error
+        # soundfile's own message begins with the address of an object in memory
+        why = getattr(error, "error_string", None) or str(error) or type(error).__name__
+        raise MediaError(f"the {kind} does not decode: {why} ({name})") from error
 
 
 def _of_record(record: dict, kind: str) -> Any:

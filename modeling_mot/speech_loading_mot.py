@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .media_sources_mot import MediaError, decoding, describe_source, open_source
+from .media_sources_mot import MAX_BYTES, MediaError, decoding, describe_source, open_source
 
 
 MIN_RATE, MAX_RATE = 1_000, 768_000
@@ -31,7 +31,7 @@ def check_rate(rate: Any, name: str = "sampling_rate") -> int:
     is_number = isinstance(rate, numbers.Real) and not isinstance(rate, (bool, np.bool_))
     if not is_number or not MIN_RATE <= rate <= MAX_RATE or rate != int(rate):
         raise MediaError(
-            f"{name}={rate!r} is no sampling rate; give a whole number of Hz from {MIN_RATE} to {MAX_RATE}"
+            f"{name}={rate!r:.40} is no sampling rate; give a whole number of Hz from {MIN_RATE} to {MAX_RATE}"
         )
     return int(rate)
 
@@ -76,13 +76,13 @@ def load_sound(
         with decoding("sound", name):
             samples = _of_array(content, rate, name, max_seconds, limit)
     else:
-        raise MediaError(f"a sound cannot be made from {name}; give an array, bytes, a path or an address")
+        raise MediaError(f"the sound is no sound: {name}; give an array, bytes, a path or an address")
     if not samples.size:
         raise MediaError(f"the sound holds no samples ({name})")
     if not np.isfinite(samples).all():
         raise MediaError(f"the sound holds values that are not finite ({name})")
     if np.abs(samples).max() > _LARGEST:
-        raise MediaError(f"the sound holds values up to {np.abs(samples).max():g} ({name}); scale it to [-1, 1]")
+        raise MediaError(f"the sound is out of range: up to {np.abs(samples).max():g} ({name}); scale it to [-1, 1]")
     return samples, rate
 
 
@@ -104,12 +104,10 @@ def _of_file(content: bytes | str, name: str, max_seconds: float, limit: str) ->
         import soundfile
     except ImportError as error:
         raise ImportError("decoding sound files needs soundfile: pip install soundfile (or pass arrays)") from error
-    is_path = isinstance(content, str)
     with (
         decoding("sound", name),
-        open(content, "rb") if is_path else io.BytesIO(content) as file,
-        # By its number: a name may end in .raw, which says that there is no header.
-        soundfile.SoundFile(file.fileno() if is_path else file, closefd=False) as sound,
+        open(content, "rb") if isinstance(content, str) else io.BytesIO(content) as file,
+        soundfile.SoundFile(_recognised(file), closefd=False) as sound,
     ):
         rate = check_rate(sound.samplerate, "the header's sampling rate")
         _check_length(sound.frames, sound.channels, rate, name, max_seconds, limit)
@@ -123,13 +121,27 @@ def _of_file(content: bytes | str, name: str, max_seconds: float, limit: str) ->
     return samples[:filled], rate
 
 
+def _recognised(file: Any) -> Any:
+    """What libsndfile takes of an open file, so that it goes by the content alone and never by a name."""
+    first = file.read(2)
+    file.seek(0)
+    if len(first) == 2 and first[0] == 0xFF and first[1] >= 0xE0:
+        # It knows MP3 without a name by its tag alone, so the file gets one, of nothing.
+        return io.BytesIO(b"ID3\3\0\0\0\0\0\n" + bytes(10) + file.read(MAX_BYTES))
+    return file if isinstance(file, io.BytesIO) else file.fileno()
+
+
 def _of_array(values: Any, rate: int, name: str, max_seconds: float, limit: str) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
     values = np.asarray(values)
+    if not values.size:
+        return np.empty(0, dtype=np.float32)
     if values.ndim not in (1, 2):
-        raise MediaError(f"a sound must have shape (samples,), (samples, channels) or (channels, samples) ({name})")
+        raise MediaError(
+            f"the sound has a wrong shape: {values.shape}; give (samples,), (samples, channels) or (channels, samples)"
+        )
     # There are fewer channels than samples.
     channel_axis = int(values.ndim == 2 and values.shape[0] > values.shape[1])
     channels = values.shape[channel_axis] if values.ndim == 2 else 1
@@ -137,15 +149,14 @@ def _of_array(values: Any, rate: int, name: str, max_seconds: float, limit: str)
     kind, size = values.dtype.kind, values.dtype.itemsize
     if kind not in "fiu" or (kind in "iu" and size > 4):
         raise MediaError(
-            f"a sound cannot be made from values of {values.dtype} ({name}), which have no range; give floats in "
-            "[-1, 1], or integers of the type they were recorded in, such as int16"
+            f"the sound has values of a wrong type: {values.dtype} ({name}), which has no range of its own; give floats "
+            "in [-1, 1], or integers of the type they were recorded in, such as int16"
         )
     if kind in "iu":
         half = 2.0 ** (8 * size - 1)
         values = (values.astype(np.float64 if size == 4 else np.float32) - half * (kind == "u")) / half
-    elif np.abs(values).max(initial=0) > _LARGEST:
-        raise MediaError(f"the sound holds values up to {np.abs(values).max():g} ({name}); scale it to [-1, 1]")
-    values = np.asarray(values, dtype=np.float32)
+    with np.errstate(over="ignore"):  # beyond single precision is infinity, which is refused
+        values = np.asarray(values, dtype=np.float32)
     return np.ascontiguousarray(values.mean(axis=channel_axis) if values.ndim == 2 else values)
 
 
