@@ -106,10 +106,14 @@ def _of_file(content: bytes | str, name: str, max_seconds: float, limit: str) ->
         raise ImportError("decoding sound files needs soundfile: pip install soundfile (or pass arrays)") from error
     with (
         decoding("sound", name),
-        open(content, "rb") if isinstance(content, str) else io.BytesIO(content) as file,
+        open(content, "rb", buffering=0) if isinstance(content, str) else io.BytesIO(content) as file,
         soundfile.SoundFile(_recognised(file), closefd=False) as sound,
     ):
-        rate = check_rate(sound.samplerate, "the header's sampling rate")
+        rate = sound.samplerate
+        if not MIN_RATE <= rate <= MAX_RATE:
+            raise MediaError(
+                f"the sound has a wrong sampling rate: {rate} Hz is out of [{MIN_RATE}, {MAX_RATE}] ({name})"
+            )
         _check_length(sound.frames, sound.channels, rate, name, max_seconds, limit)
         samples, filled = np.empty(sound.frames, dtype=np.float32), 0
         while filled < len(samples):
