@@ -116,8 +116,10 @@ def _of_record(record: dict, kind: str) -> Any:
         value = record.get(key)
         if value is None:
             continue
+        # An array is never a name: who confines the names of records looks at `name_within` alone.
+        spelled = isinstance(value, (str, bytes, bytearray, memoryview, os.PathLike, dict))
         wanted = {"bytes": (bytes, bytearray, memoryview), "base64": (str, bytes)}.get(key, (str, os.PathLike))
-        if key != "array" and not isinstance(value, wanted):
+        if spelled if key == "array" else not isinstance(value, wanted):
             raise MediaError(f"the {kind} is a record with a {type(value).__name__} under {key!r}")
         return _of_base64(value, kind) if key == "base64" else value
     raise MediaError(

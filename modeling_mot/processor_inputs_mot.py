@@ -122,7 +122,8 @@ def _medium_of(block: dict, kind: str) -> list[Any]:
             continue
         if key == "base64":
             value = {"base64": value}
-        if kind == "audio" and block.get("sampling_rate") is not None and not isinstance(value, (str, dict, bytes)):
+        is_array = isinstance(value, (list, tuple)) or hasattr(value, "shape")
+        if kind == "audio" and is_array and block.get("sampling_rate") is not None:
             value = {"array": value, "sampling_rate": block["sampling_rate"]}
         return [value]
     return []

@@ -166,6 +166,14 @@ def test_the_rate_of_a_chats_block_is_obeyed(processor):
     assert len(ids) == 25 + 2
 
 
+def test_a_file_in_a_chats_block_with_a_rate_says_its_own(processor, site):
+    path = site[0] / "own.wav"
+    path.write_bytes(sound_file(WAVE, 48_000))
+    expected = processor.encode_audio([path])[0]
+    for source in (path, str(path), path.read_bytes(), bytearray(path.read_bytes())):
+        assert chat_ids(processor, {"type": "audio", "audio": source, "sampling_rate": 8_000}) == expected
+
+
 def test_sounds_of_other_lengths_than_allowed_are_refused_before_they_are_decoded():
     speech = tokenizer_with_random_units(max_seconds=2.0)
     assert len(speech.encode([sound_file(np.zeros(32_000), 16_000)])[0]) == 50

@@ -10,7 +10,7 @@ from PIL import Image
 from tests.modeling_mot.media_forms import COLOURS, WAVE, encoded, sound_file
 from tests.modeling_mot.test_processor import build_processor
 from training.data import AugmentationConfig, SourceConfig, TemplateConfig, TokenizedSource
-from training.data.media import OutsidePath, confined, decode_picture
+from training.data.media import OutsidePath, confined, decode_picture, decode_sound
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,16 @@ def test_no_record_names_what_is_outside_its_folder(tmp_path, key, name):
         assert inside or isinstance(found, OutsidePath)
         with pytest.raises(ValueError, match="leads outside the folder of its source|does not exist"):
             decode_picture(found)
+
+
+@pytest.mark.parametrize("key", ["array", "bytes", "base64"])
+def test_no_record_hides_a_name_where_content_belongs(tmp_path, key):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(encoded(Image.fromarray(COLOURS)))
+    for name in (str(secret), secret, {"path": str(secret)}):
+        for decode in (decode_picture, decode_sound):
+            with pytest.raises(ValueError, match=f"under '{key}'|does not decode"):
+                decode(confined({key: name, "sampling_rate": 16_000}, [tmp_path / "inside"]))
 
 
 def test_a_picture_that_is_decoded_twice_stays_as_it_is():
