@@ -5,7 +5,7 @@ import os
 import re
 import string
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from ..config import option
@@ -14,7 +14,7 @@ from ..config import option
 SEGMENT_TYPES = ("text", "image", "audio", "document")
 TARGETS = ("all", "last")
 LATENTS = ("cached", "on_the_fly")
-FORMATS = ("auto", "dataset", "pictures", "jsonl", "parquet", "webdataset")
+FORMATS = ("auto", "dataset", "pictures", "sounds", "jsonl", "parquet", "webdataset")
 MODALITY_OF_TYPE = {"text": "text", "image": "image", "audio": "speech"}
 
 
@@ -36,14 +36,49 @@ class Segment:
             )
         if "{" in column and kind != "text":
             raise ValueError(f"segments has {written!r}; only a text can be a format, write {kind}:column")
-        return cls(kind, column if "{" in column else column.strip())
+        segment = cls(kind, column if "{" in column else column.strip())
+        try:
+            if "" in segment.columns:
+                raise ValueError("a column has no name")
+            segment.fill(dict.fromkeys(segment.columns, ""))
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"segments has {written!r}, which is no format over columns such as text:{{word}}: {{definition}}: {error}"
+            ) from error
+        return segment
 
-    @property
+    @cached_property
+    def parts(self) -> list[tuple[str, str | None, str, str | None]]:
+        """What stands before each column, the column, its format and its conversion; the last may have no column."""
+        if "{" not in self.column:
+            return [("", self.column, "", None)]
+        return list(string.Formatter().parse(self.column))
+
+    @cached_property
     def columns(self) -> list[str]:
         """The columns it reads."""
+        return [name for _, name, _, _ in self.parts if name is not None]
+
+    @cached_property
+    def dispensable(self) -> set[str]:
+        """The columns without which a format still reads well: a sentence of their own, or set off by spaces alone."""
+        found = set()
+        for place, (before, name, _, _) in enumerate(self.parts):
+            after = self.parts[place + 1][0] if place + 1 < len(self.parts) else ""
+            if len(self.columns) > 1 and not after.strip() and re.search(r"(^\s*|[.!?…][\"')\]]*\s+)$", before):
+                found.add(name)
+        return found
+
+    def fill(self, values: dict[str, str]) -> str:
+        """The format with a text for each column."""
         if "{" not in self.column:
-            return [self.column]
-        return [name for _, name, _, _ in string.Formatter().parse(self.column) if name]
+            return values[self.column]
+        formatter, text = string.Formatter(), ""
+        for before, name, form, conversion in self.parts:
+            text += before
+            if name is not None:
+                text += formatter.format_field(formatter.convert_field(values[name], conversion), form)
+        return text
 
     def __str__(self) -> str:
         return f"{self.type}:{self.column}"
@@ -119,11 +154,13 @@ class SourceConfig:
     templates: list[TemplateConfig] = option(doc="how its columns become documents")
     format: str = option(
         "auto",
-        "auto, dataset, pictures (a folder of pictures with captions), or shards that are read one by one without a copy: "
-        "jsonl (also .gz, .zst), parquet, webdataset (.tar)",
+        "auto, dataset, pictures or sounds (a folder of them with captions), or shards that are read one by one without a "
+        "copy: jsonl (also .gz, .zst), parquet, webdataset (.tar)",
     )
     config: str | None = option(None, "configuration of the data set")
-    split: str = option("train", "split of the data set")
+    split: str = option(
+        "train", "split of the data set; in a folder, files in folders named as a split, such as validation, are of it"
+    )
     revision: str | None = option(None, "revision of a data set on the Hub")
     weight: float = option(1.0, "share in the mixture, in the unit of data.weights_by")
     streaming: bool = option(False, "read over the network without a local copy of the raw data set")

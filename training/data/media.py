@@ -31,14 +31,22 @@ def confined(value, roots: Sequence[Path]):
 
     Relative names are taken from the first folder. A name that leads outside (by `..`, an absolute path or a link)
     becomes an `OutsidePath`, which does not decode.
+
+    Raises:
+        ValueError: what should be encoded bytes is something else, such as a name in their place.
     """
-    if isinstance(value, dict) and value.get("bytes") is None and isinstance(value.get("path"), (str, Path)):
-        return confined(value["path"], roots)
+    if isinstance(value, dict) and ("bytes" in value or "path" in value):
+        if encoded := value.get("bytes"):
+            if not isinstance(encoded, (bytes, bytearray, memoryview)):
+                raise ValueError(f"its bytes are a {type(encoded).__name__}")
+            return value
+        return confined(value["path"], roots) if isinstance(value.get("path"), (str, Path)) else value
     if not isinstance(value, (str, Path)):
         return value
     for root in roots:
         try:
             path = (root / value).resolve()
+            path.is_file()
         except (OSError, ValueError, RuntimeError):  # too long a name, a null byte, a loop of links
             break
         if path.is_relative_to(root.resolve()):

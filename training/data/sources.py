@@ -3,19 +3,26 @@
 import difflib
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import datasets
 from huggingface_hub.constants import HF_HUB_CACHE
+from pyarrow import parquet
 
+from .bad_records import BadRecord, BrokenShard, LeftOut, blaming
 from .config import Limits, SourceConfig
-from .folders import PICTURE_SUFFIXES, interleaved_documents, picture_records
+from .dataset_rows import StreamedDataset, dataset_rows, label_names, with_label_names
+from .folders import KINDS, folder_records, resolve_inside
 from .media import confined
-from .shards import UNREACHABLE, BrokenShard, ShardFiles, StreamedDataset, find_shards, is_remote, shard_format
+from .segments import check_parts
+from .shards import UNREACHABLE, ShardFiles, find_shards, is_remote, read_file, shard_format
+from .splits import splits_of
 
 
 # Up to this many bytes a local source is fingerprinted by content, beyond it by file sizes and times of change.
@@ -26,6 +33,8 @@ _WHOLE_FILE_BYTES = 2**28
 _PART_RECORDS, _MOST_PARTS = 256, 4096
 # The number of a record of a shard is its place there, and this for each shard before.
 SHARD_RECORDS = 2**32
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -39,24 +48,43 @@ class Source:
         records: a sequence of mappings, `ShardFiles` or a `StreamedDataset`.
         num_records: their number, None when it is not known before the end (shards).
         fingerprint: changes when the records do.
-        skipped: reasons and numbers of records that were left out when it was opened (only with `on_error: skip`).
+        left_out: records that were left out when it was opened (only with `on_error: skip`).
         roots: folders whose files the records may name.
+        names: of the records, where they have better ones than their numbers.
+        labels: column -> the names that its numbers stand for.
     """
 
     config: SourceConfig
     records: object
     num_records: int | None
     fingerprint: str
-    skipped: dict[str, int] = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=LeftOut)
     roots: Sequence[Path] = ()
+    names: Sequence[str] = ()
+    labels: dict[str, list[str]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[dict]:
+        return self.each(lambda record: record)
+
+    def each(self, use: Callable[[dict], T]) -> Iterator[T]:
+        """`use(record)` of every record; a record for which it raises `ValueError` is one that cannot be used."""
+        left_out = LeftOut()
         for part in range(self.num_parts):
             for number, record in self.read(part):
-                if not isinstance(record, ValueError):
-                    yield record
-                elif self.config.on_error == "raise":
-                    raise ValueError(f"source {self.config.name!r}, {self.name_of(number)}: {record}") from record
+                try:
+                    if isinstance(record, BadRecord):
+                        raise record
+                    used = use(record)
+                except ValueError as error:
+                    bad = error if isinstance(error, BadRecord) else BadRecord(str(error))
+                    left_out.add(self.config, self.name_of(number), bad)
+                else:
+                    yield used
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Reasons and numbers of the records that were left out when it was opened."""
+        return self.left_out.counts
 
     @property
     def shards(self) -> list[str]:
@@ -74,46 +102,60 @@ class Source:
     def _part_records(self) -> int:
         return max(_PART_RECORDS, -(-self.num_records // _MOST_PARTS))
 
-    def read(self, part: int, skip: int = 0) -> Iterator[tuple[int, dict | ValueError]]:
+    def read(self, part: int, skip: int = 0) -> Iterator[tuple[int, dict | BadRecord]]:
         """The numbered records of one part but for the first `skip`, errors in the place of those that cannot be read."""
         if self.num_records is not None:
             start = part * self._part_records
             chosen = range(start + skip, min(start + self._part_records, self.num_records))
-            records = self.records.select(chosen) if isinstance(self.records, datasets.Dataset) else None
-            numbered = zip(chosen, (self.records[i] for i in chosen) if records is None else records, strict=True)
+            is_set = isinstance(self.records, datasets.Dataset)
+            numbered = zip(
+                chosen,
+                dataset_rows(self.records.select(chosen)) if is_set else (self.records[i] for i in chosen),
+                strict=True,
+            )
         elif self.config.limit is None and not self.config.match:
             numbered = enumerate(self.records.read(part, skip), part * SHARD_RECORDS + skip)
         else:
             numbered = islice(self._selected(part), skip, None)
         for number, record in numbered:
-            yield number, record if isinstance(record, ValueError) else self._confined(record)
+            yield number, self._ready(record)
 
-    def _selected(self, part: int) -> Iterator[tuple[int, dict | ValueError]]:
+    def _selected(self, part: int) -> Iterator[tuple[int, dict | BadRecord]]:
         """The records of a shard that match, or the first N of all shards."""
         shards = [part] if self.config.limit is None else range(len(self.shards))
         numbered = (pair for shard in shards for pair in enumerate(self.records.read(shard), shard * SHARD_RECORDS))
-        return islice(
-            (pair for pair in numbered if isinstance(pair[1], ValueError) or _matches(pair[1], self.config.match)),
-            self.config.limit,
-        )
+        return islice((pair for pair in numbered if _matches(pair[1], self.config.match)), self.config.limit)
 
-    def _confined(self, record: dict) -> dict:
-        record = dict(record)
-        for segment in self.config.segments:
-            value = record.get(segment.column)
-            if segment.type in ("image", "audio"):
-                record[segment.column] = confined(value, self.roots)
-            elif segment.type == "document" and isinstance(value, list):
-                record[segment.column] = [
-                    part | {kind: confined(part.get(kind), self.roots) for kind in ("image", "audio") if kind in part}
-                    if isinstance(part, dict)
-                    else part
-                    for part in value
-                ]
+    def _ready(self, record: dict | BadRecord) -> dict | BadRecord:
+        """A record with names for its labels, its files inside of the folders they may stand in."""
+        if isinstance(record, BadRecord):
+            return record
+        try:
+            record = with_label_names(record, self.labels)
+            for segment in self.config.segments:
+                if segment.type != "text":
+                    with blaming(f"column {segment.column!r}"):
+                        record[segment.column] = self._confined(segment.type, record.get(segment.column))
+        except BadRecord as error:
+            return error
         return record
+
+    def _confined(self, kind: str, value):
+        if kind in ("image", "audio"):
+            return confined(value, self.roots)
+        if not isinstance(value, list):
+            return value
+        return [
+            part | {kind: confined(part.get(kind), self.roots) for kind in ("image", "audio") if kind in part}
+            if isinstance(part, dict)
+            else part
+            for part in value
+        ]
 
     def name_of(self, number: int) -> str:
         """How a message calls record `number`."""
+        if self.names:
+            return self.names[number]
         if self.num_records is not None:
             return f"record {number}"
         shard, place = divmod(number, SHARD_RECORDS)
@@ -139,20 +181,60 @@ def open_source(config: SourceConfig, limits: Limits | None = None) -> Source:
     limits = limits or Limits()
     if kind == "dataset":
         return _open_dataset(config, path)
-    if kind in ("parquet", "webdataset") or (kind == "jsonl" and not _is_whole_file(path)):
-        return _open_shards(config, kind, limits)
-    skipped: dict[str, int] = {}
-    counted = None if config.on_error == "raise" else skipped
-    if kind == "jsonl":
-        records = interleaved_documents(path, counted, limits.max_record_bytes)
+    if kind in KINDS or (kind == "jsonl" and _is_whole_file(path)):
+        return _open_whole(config, kind, path.absolute(), limits)
+    return _open_shards(config, kind, limits)
+
+
+def _open_whole(config: SourceConfig, kind: str, path: Path, limits: Limits) -> Source:
+    """A folder of files, or a JSONL file that is small: its records are known when it is opened, and so are bad ones."""
+    folder = path if kind in KINDS else path.parent
+    try:
+        if kind in KINDS:
+            has_text = any(column != KINDS[kind].column for column in _columns(config))
+            found = list(folder_records(folder, KINDS[kind], has_text, limits))
+        else:
+            read = (_with_documents(record, config, folder) for record in read_file(path, limits))
+            found = [(f"{path.name}, document {number}", record) for number, record in enumerate(read, start=1)]
+        content = _local_fingerprint(folder)
+    except OSError as error:
+        raise ValueError(f"source {config.name!r}: {config.path} cannot be read: {error}") from error
+    if not found:
+        what = f"{kind} ({', '.join(KINDS[kind].suffixes)})" if kind in KINDS else "documents"
+        raise ValueError(f"source {config.name!r}: {config.path} holds no {what}; mend path or format")
+    if kind in KINDS:
+        found = [found[place] for place in _of_split(config, [name for name, _ in found], False, False)]
     else:
-        records = picture_records(path, counted, limits.max_record_bytes)
-    _check_columns(config, list(records[0]) if records else [])
-    records = [record for record in records if _matches(record, config.match)][: config.limit]
-    folder = path if path.is_dir() else path.parent
-    described = {"path": _local_fingerprint(folder), "file": path.name, "format": kind, "limit": config.limit}
+        _of_split(config, [path.name], by_file=True, is_named=True)
+    columns = dict.fromkeys(column for _, record in found if isinstance(record, dict) for column in record)
+    if columns:
+        _check_columns(config, list(columns))
+    names, records, left_out = [], [], LeftOut()
+    for name, record in islice((pair for pair in found if _matches(pair[1], config.match)), config.limit):
+        if isinstance(record, BadRecord):
+            left_out.add(config, name, record)
+        else:
+            names.append(name)
+            records.append(record)
+    described = {"path": content, "file": path.name, "format": kind, "limit": config.limit, "split": config.split}
     described |= {"match": config.match} if config.match else {}
-    return Source(config, records, len(records), _digest(described), skipped, (folder,))
+    return Source(config, records, len(records), _digest(described), left_out, (folder,), names)
+
+
+def _with_documents(record: dict | BadRecord, config: SourceConfig, folder: Path) -> dict | BadRecord:
+    """A record whose documents have the form they must have, and files that are there."""
+    columns = [segment.column for segment in config.segments if segment.type == "document"]
+    if isinstance(record, BadRecord):
+        return record
+    try:
+        for column in columns:
+            for part in check_parts(record.get(column), column):
+                name = part.get(part["type"])
+                if part["type"] != "text" and isinstance(name, str) and not resolve_inside(folder, name).is_file():
+                    raise BadRecord(f"missing file: {part['type']} file {folder / name} does not exist")
+    except BadRecord as error:
+        return error
+    return record
 
 
 def _is_whole_file(path: Path) -> bool:
@@ -175,8 +257,8 @@ def _format(config: SourceConfig, path: Path) -> str:
             )
     if path.is_dir() and not (path / "README.md").is_file() and not any(path.rglob("*.parquet")):
         suffixes = {file.suffix.lower() for file in path.rglob("*")}
-        if suffixes & set(PICTURE_SUFFIXES):
-            return "pictures"
+        if found := next((kind for kind in KINDS if suffixes & set(KINDS[kind].suffixes)), None):
+            return found
         shards = {shard_format(file.name) for file in path.rglob("*") if file.is_file()}
         if len(shards) == 1 and None not in shards:
             return shards.pop()
@@ -196,8 +278,10 @@ def _open_shards(config: SourceConfig, kind: str, limits: Limits) -> Source:
         raise ValueError(f"source {config.name!r}: {config.path} cannot be listed: {error}") from error
     if not shards:
         raise ValueError(f"source {config.name!r}: {config.path} holds no {kind} shards; mend path or format")
-    columns = dict.fromkeys([*(config.match or {}), *(c for segment in config.segments for c in segment.columns)])
-    files = ShardFiles(kind, tuple(shards), tuple(columns), limits)
+    root = Path(shards[0].url).parents[shards[0].name.count("/")]
+    is_folder = not is_remote(path) and Path(path).is_dir()
+    shards = [shards[place] for place in _of_split(config, [shard.name for shard in shards], True, not is_folder)]
+    files = ShardFiles(kind, tuple(shards), tuple(_columns(config)), limits)
     described = {"format": kind, "limit": config.limit, "match": config.match, "names": files.names}
     described["sizes"] = [shard.size for shard in shards]
     if is_remote(path) or sum(described["sizes"]) > CONTENT_FINGERPRINT_BYTES:
@@ -205,11 +289,50 @@ def _open_shards(config: SourceConfig, kind: str, limits: Limits) -> Source:
     else:
         described["content"] = [_content(Path(shard.url)) for shard in shards]
     # Pictures and sounds that records name stand in the folder of all shards, those of a webdataset in its shards.
-    in_folder = not is_remote(path) and kind != "webdataset"
-    roots = (Path(shards[0].url).parents[shards[0].name.count("/")],) if in_folder else ()
-    source = Source(config, files, None, _digest(described), roots=roots)
+    roots = (root,) if not is_remote(path) and kind != "webdataset" else ()
+    if roots and any(segment.type != "text" for segment in config.segments):
+        described["files"] = _local_fingerprint(root)
+    labels = _labels_of_parquet(files) if kind == "parquet" else {}
+    source = Source(config, files, None, _digest(described), roots=roots, labels=labels)
     _check_first_columns(source)
     return source
+
+
+def _columns(config: SourceConfig) -> dict[str, None]:
+    """The columns that are read."""
+    return dict.fromkeys([*(config.match or {}), *(c for segment in config.segments for c in segment.columns)])
+
+
+def _of_split(config: SourceConfig, names: list[str], by_file: bool, is_named: bool) -> list[int]:
+    """Which of some files are of the split.
+
+    Args:
+        names: paths relative to the folder of all.
+        by_file: whether their own names tell it, too.
+        is_named: the path names the files themselves. Those of one split are then taken as they are.
+    """
+    splits = splits_of(names, by_file)
+    known = sorted(set(splits))
+    if (is_named and len(known) == 1 and config.split == "train") or (
+        known == ["train"] and [config.split] == splits_of([config.path], by_file=True)
+    ):
+        return list(range(len(names)))
+    if config.split not in known:
+        raise ValueError(_unknown(config, "split", config.split, known))
+    return [place for place, split in enumerate(splits) if split == config.split]
+
+
+def _labels_of_parquet(files: ShardFiles) -> dict[str, list[str]]:
+    """The names of labels, which `datasets` writes beside the columns of a parquet file."""
+    for number in range(len(files.shards)):
+        try:
+            with files.open(number) as file:
+                return label_names(datasets.Features.from_arrow_schema(parquet.read_schema(file)))
+        except UNREACHABLE:
+            raise
+        except Exception:  # a broken shard, which is named when its records are read
+            continue
+    return {}
 
 
 def _check_first_columns(source: Source) -> None:
@@ -227,11 +350,6 @@ def _open_dataset(config: SourceConfig, path: Path) -> Source:
     streamed = not isinstance(records, datasets.Dataset)
     if records.features is not None:
         _check_columns(config, list(records.features))
-        for name, feature in records.features.items():
-            if isinstance(feature, datasets.Image):
-                records = records.cast_column(name, datasets.Image(mode=feature.mode, decode=False))
-            if isinstance(feature, datasets.Audio):
-                records = records.cast_column(name, datasets.Audio(sampling_rate=feature.sampling_rate, decode=False))
     if not streamed and config.match:
         columns = list(config.match)
         records = records.filter(
@@ -242,15 +360,17 @@ def _open_dataset(config: SourceConfig, path: Path) -> Source:
     described = {"config": config.config, "split": config.split, "limit": config.limit}
     described |= {"match": config.match} if config.match else {}
     if path.exists():
-        described["files"] = _local_fingerprint(path)
         roots = [path if path.is_dir() else path.parent]
+        names_files = any(segment.type != "text" for segment in config.segments)
+        described["files"] = _local_fingerprint(roots[0] if names_files else path)
     else:
         described["dataset"] = [config.path, _hub_commit(config)] if streamed else records._fingerprint
         roots = [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
     if streamed:
         described["shards"] = records.num_shards  # records have other numbers
-        return Source(config, StreamedDataset(records), None, _digest(described), roots=roots)
-    return Source(config, records, len(records), _digest(described), roots=roots)
+    number, labels = None if streamed else len(records), label_names(records.features)
+    records = StreamedDataset(records) if streamed else records
+    return Source(config, records, number, _digest(described), roots=roots, labels=labels)
 
 
 def _load(config: SourceConfig, path: Path):
@@ -275,9 +395,11 @@ def _load(config: SourceConfig, path: Path):
             raise ValueError(_unknown(config, "split", config.split, splits)) from error
         raise
     except datasets.exceptions.DatasetGenerationError as error:
+        way_out = "fetch it again, or set format to that of its files, which names the broken one"
+        if isinstance(error.__cause__, ImportError):
+            way_out = "set format: sounds for a folder of sounds, which are then read without that package"
         raise ValueError(
-            f"source {config.name!r}: {config.path} cannot be read: {error.__cause__ or error}; fetch it again, or set "
-            "format to that of its files, which names the broken one"
+            f"source {config.name!r}: {config.path} cannot be read: {error.__cause__ or error}; {way_out}"
         ) from error
     except (FileNotFoundError, ConnectionError, OSError) as error:
         raise ValueError(
@@ -291,8 +413,11 @@ def _hub_commit(config: SourceConfig) -> str:
     return HfApi().dataset_info(config.path, revision=config.revision).sha
 
 
-def _matches(record: dict, match: dict[str, str] | None) -> bool:
-    return all(re.search(expression, str(record.get(column, ""))) for column, expression in (match or {}).items())
+def _matches(record: dict | BadRecord, match: dict[str, str] | None) -> bool:
+    """Whether a record is wanted. One that cannot be read is: it is not passed over in silence."""
+    return isinstance(record, BadRecord) or all(
+        re.search(expression, str(record.get(column, ""))) for column, expression in (match or {}).items()
+    )
 
 
 def _check_columns(config: SourceConfig, columns: list[str]) -> None:
@@ -318,16 +443,20 @@ def _local_fingerprint(path: Path) -> str:
     digest = hashlib.sha256()
     for file in files:
         stat = file.stat()
-        digest.update(f"{file.relative_to(path)}\0{stat.st_size}\0".encode())
+        digest.update(os.fsencode(file.relative_to(path)) + f"\0{stat.st_size}\0".encode())
         digest.update((_content(file) if by_content else str(stat.st_mtime_ns)).encode())
     return digest.hexdigest()
 
 
 def _content(file: Path) -> str:
+    """A hash of a file; one that may not be read has none, and is named when its record is."""
     digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while chunk := opened.read(2**20):
-            digest.update(chunk)
+    try:
+        with open(file, "rb") as opened:
+            while chunk := opened.read(2**20):
+                digest.update(chunk)
+    except PermissionError:
+        return "unreadable"
     return digest.hexdigest()
 
 
