@@ -4,6 +4,7 @@ import math
 import os
 import re
 import string
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -15,6 +16,8 @@ SEGMENT_TYPES = ("text", "image", "audio", "document")
 TARGETS = ("all", "last")
 LATENTS = ("cached", "on_the_fly")
 FORMATS = ("auto", "dataset", "pictures", "sounds", "jsonl", "parquet", "webdataset")
+# Variants are counted in 16 bits; a row, and the documents of a block, are in memory.
+_MOST_VARIANTS, _MOST_LENGTH = 2**15 - 1, 2**24
 MODALITY_OF_TYPE = {"text": "text", "image": "image", "audio": "speech"}
 
 
@@ -82,6 +85,23 @@ class Segment:
 
     def __str__(self) -> str:
         return f"{self.type}:{self.column}"
+
+
+def local_path(written: str, name: str) -> Path:
+    """A path with the home it may begin with.
+
+    Raises:
+        ValueError: it begins with the home of somebody who has none.
+    """
+    try:
+        return Path(written).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{name}={written}: {error}; write the path out") from error
+
+
+def _check_sum(what: str, weighted: "list[TemplateConfig] | list[SourceConfig]") -> None:
+    if not math.isfinite(sum(entry.weight for entry in weighted)):
+        raise ValueError(f"the {what} add up to more than a number holds; give smaller ones, only their ratios count")
 
 
 @dataclass
@@ -184,14 +204,20 @@ class SourceConfig:
         """Raises ValueError naming the field, the value and the way out."""
         if not self.name or not self.path:
             raise ValueError(f"name={self.name!r} and path={self.path!r} of a source must not be empty")
+        for name in ("name", "path", "config", "split", "revision"):
+            if re.search("[\0\ud800-\udfff]", value := getattr(self, name) or ""):
+                raise ValueError(f"{name}={value!r} of source {self.name!r} holds a character that no name has")
         if not self.templates:
             raise ValueError(f"source {self.name!r} has no templates; give at least one with its segments")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit={self.limit} of source {self.name!r} must be at least 1, or null for all records")
+        if self.limit is not None and not 1 <= self.limit <= sys.maxsize:
+            raise ValueError(
+                f"limit={self.limit} of source {self.name!r} must be from 1 to {sys.maxsize}, or null for all records"
+            )
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise ValueError(
                 f"weight={self.weight} of source {self.name!r} must be positive; remove the source instead"
             )
+        _check_sum(f"weights of the templates of source {self.name!r}", self.templates)
         for column, expression in (self.match or {}).items():
             try:
                 re.compile(expression)
@@ -231,12 +257,16 @@ class AugmentationConfig:
         """Raises ValueError naming the field, the value and the way out."""
         if self.variants < 1:
             raise ValueError(f"variants={self.variants} must be at least 1 (1: every record as it is)")
+        if self.variants > _MOST_VARIANTS:
+            raise ValueError(f"variants={self.variants} must be at most {_MOST_VARIANTS}")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be at least 0")
         for name in ("shift", "brightness", "contrast", "saturation", "speed"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        for name in ("gain", "noise"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name, most in (("gain", 100), ("noise", 1)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to {most}")
 
 
 @dataclass(frozen=True)
@@ -293,7 +323,7 @@ class DataConfig:
     @property
     def cache_path(self) -> Path:
         folder = self.cache_dir or os.environ.get("MOT_CACHE") or "~/.cache/mixture_of_transformers"
-        return Path(folder).expanduser()
+        return local_path(folder, "cache_dir")
 
     def validate(self) -> None:
         """Raises ValueError naming the field, the value and the way out."""
@@ -305,11 +335,16 @@ class DataConfig:
                 raise ValueError(f"{field_name} has two sources named {twice[0]!r}; give each a name of its own")
         for field_name, least in (("row_length", 8), ("block_documents", 1), ("seed", 0)):
             value = getattr(self, field_name)
-            if value is not None and value < least:
-                raise ValueError(f"{field_name}={getattr(self, field_name)} must be at least {least}")
+            if value is not None and not value >= least:
+                raise ValueError(f"{field_name}={value} must be at least {least}")
+            if value is not None and field_name != "seed" and value > _MOST_LENGTH:
+                raise ValueError(f"{field_name}={value} must be at most {_MOST_LENGTH}, as all of it is in memory")
         for field_name in ("max_pixels", "max_audio_seconds", "max_record_bytes", "max_group_bytes"):
-            if not getattr(self, field_name) > 0:
-                raise ValueError(f"{field_name}={getattr(self, field_name)} must be positive")
+            value = getattr(self, field_name)
+            if not (value > 0 and value <= sys.maxsize // 2):
+                raise ValueError(f"{field_name}={value} must be positive and finite")
+        if self.cache_dir is not None and not self.cache_dir.strip("\0"):
+            raise ValueError(f"cache_dir={self.cache_dir!r} names no folder; name one, or null for the default")
         if self.max_pixels > 178_956_970:
             raise ValueError(f"max_pixels={self.max_pixels} must be at most 178956970, the most that Pillow opens")
         if not 0 <= self.replaced_codes <= 1:
@@ -318,6 +353,7 @@ class DataConfig:
             raise ValueError(f"latents={self.latents!r} must be one of {', '.join(LATENTS)}")
         if self.weights_by not in ("documents", "tokens"):
             raise ValueError(f"weights_by={self.weights_by!r} must be documents or tokens")
+        _check_sum("weights of the sources", self.sources)
         for source in (*self.sources, *self.validation_sources):
             source.validate()
             for template in source.templates:

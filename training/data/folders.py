@@ -85,7 +85,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
     root = folder.resolve()
     try:
         path = (root / name).resolve()
-        path.is_file()
+        path.is_file()  # which says that a name is too long
     except (OSError, ValueError, RuntimeError) as error:  # too long a name, a null byte, a loop of links
         raise BadRecord(f"no file has such a name: {name[:80]!r}: {error}") from error
     if not path.is_relative_to(root):
@@ -114,7 +114,11 @@ def _with_caption(folder: Path, path: Path, column: str, has_text: bool, limits:
 
 
 def _from_metadata(folder: Path, path: Path, column: str, limits: Limits) -> Iterator[tuple[str, dict | BadRecord]]:
-    for number, row in enumerate(read_file(path, limits), start=1):
+    try:
+        rows = read_file(resolve_inside(folder, str(path)), limits)
+    except BadRecord as error:
+        rows = [error]
+    for number, row in enumerate(rows, start=1):
         name = f"{path.relative_to(folder).as_posix()}, entry {number}"
         if isinstance(row, BadRecord):
             yield name, row

@@ -121,7 +121,7 @@ def _alone(place: Path):
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         return lock.acquire(timeout=1)
-    except (OSError, NotImplementedError) as error:
+    except (OSError, ValueError, NotImplementedError) as error:
         raise ValueError(
             f"cache_dir={place.parent} cannot be written: {error}; set data.cache_dir, or the variable MOT_CACHE, to a "
             "folder that can"

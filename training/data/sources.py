@@ -16,7 +16,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from pyarrow import parquet
 
 from .bad_records import BadRecord, BrokenShard, LeftOut, blaming
-from .config import Limits, SourceConfig
+from .config import Limits, SourceConfig, local_path
 from .dataset_rows import StreamedDataset, dataset_rows, label_names, with_label_names
 from .folders import KINDS, folder_records, resolve_inside
 from .media import confined
@@ -66,20 +66,20 @@ class Source:
     def __iter__(self) -> Iterator[dict]:
         return self.each(lambda record: record)
 
-    def each(self, use: Callable[[dict], T]) -> Iterator[T]:
-        """`use(record)` of every record; a record for which it raises `ValueError` is one that cannot be used."""
+    def each(self, use: Callable[[dict], T], step: int = 1) -> Iterator[T]:
+        """`use(record)` of every record, or of every `step`-th; where it raises `ValueError`, the record cannot be used."""
         left_out = LeftOut()
-        for part in range(self.num_parts):
-            for number, record in self.read(part):
-                try:
-                    if isinstance(record, BadRecord):
-                        raise record
-                    used = use(record)
-                except ValueError as error:
-                    bad = error if isinstance(error, BadRecord) else BadRecord(str(error))
-                    left_out.add(self.config, self.name_of(number), bad)
-                else:
-                    yield used
+        numbered = (pair for part in range(self.num_parts) for pair in self.read(part))
+        for number, record in islice(numbered, 0, None, step):
+            try:
+                if isinstance(record, BadRecord):
+                    raise record
+                used = use(record)
+            except ValueError as error:
+                bad = error if isinstance(error, BadRecord) else BadRecord(str(error))
+                left_out.add(self.config, self.name_of(number), bad)
+            else:
+                yield used
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -176,8 +176,11 @@ def open_source(config: SourceConfig, limits: Limits | None = None) -> Source:
 
         path = carried_path()
     else:
-        path = Path(config.path).expanduser()
-    kind = _format(config, path)
+        path = local_path(config.path, f"path of source {config.name!r}")
+    try:
+        kind = _format(config, path)
+    except OSError as error:
+        raise ValueError(f"source {config.name!r}: path {config.path:.200} cannot be read: {error}") from error
     limits = limits or Limits()
     if kind == "dataset":
         return _open_dataset(config, path)
@@ -271,7 +274,7 @@ def _format(config: SourceConfig, path: Path) -> str:
 
 
 def _open_shards(config: SourceConfig, kind: str, limits: Limits) -> Source:
-    path = config.path if is_remote(config.path) else str(Path(config.path).expanduser().absolute())
+    path = config.path if is_remote(config.path) else str(local_path(config.path, "path").absolute())
     try:
         shards = find_shards(path, kind)
     except (OSError, ValueError, *UNREACHABLE) as error:

@@ -7,6 +7,7 @@ fingerprint covers everything the tokens were made from; a change of any of it m
 
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -144,7 +145,7 @@ class TokenizedSource:
             vae = None
         fingerprint = _fingerprint(source, processor, augmentation, vae, limits)
         folder = Path(cache_dir) / f"{_file_name(config.name)}-{fingerprint[:16]}"
-        if not (folder / "meta.json").is_file():
+        if not os.path.isfile(folder / "meta.json"):
             prepare(
                 folder, fingerprint, BatchTokenizer(source, processor, augmentation, limits), vae, num_proc, progress
             )
@@ -175,4 +176,4 @@ def _fingerprint(source: Source, processor, augmentation: AugmentationConfig | N
 
 
 def _file_name(name: str) -> str:
-    return "".join(character if character.isalnum() or character in "-_" else "_" for character in name)
+    return "".join(character if character.isalnum() or character in "-_" else "_" for character in name)[:50]
