@@ -255,11 +255,11 @@ class AugmentationConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the field, the value and the way out."""
-        if self.variants < 1:
-            raise ValueError(f"variants={self.variants} must be at least 1 (1: every record as it is)")
-        if self.variants > _MOST_VARIANTS:
-            raise ValueError(f"variants={self.variants} must be at most {_MOST_VARIANTS}")
-        if self.seed < 0:
+        if not 1 <= self.variants <= _MOST_VARIANTS:
+            raise ValueError(
+                f"variants={self.variants} must be at least 1 (1: every record as it is) and at most {_MOST_VARIANTS}"
+            )
+        if not 0 <= self.seed < math.inf:
             raise ValueError(f"seed={self.seed} must be at least 0")
         for name in ("shift", "brightness", "contrast", "saturation", "speed"):
             if not 0 <= getattr(self, name) < 1:
@@ -333,12 +333,12 @@ class DataConfig:
             names = [source.name for source in getattr(self, field_name)]
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"{field_name} has two sources named {twice[0]!r}; give each a name of its own")
-        for field_name, least in (("row_length", 8), ("block_documents", 1), ("seed", 0)):
+        for field_name, least in (("row_length", 8), ("block_documents", 1)):
             value = getattr(self, field_name)
-            if value is not None and not value >= least:
-                raise ValueError(f"{field_name}={value} must be at least {least}")
-            if value is not None and field_name != "seed" and value > _MOST_LENGTH:
-                raise ValueError(f"{field_name}={value} must be at most {_MOST_LENGTH}, as all of it is in memory")
+            if value is not None and not least <= value <= _MOST_LENGTH:
+                raise ValueError(f"{field_name}={value} must be at least {least} and at most {_MOST_LENGTH}")
+        if not 0 <= self.seed < math.inf:
+            raise ValueError(f"seed={self.seed} must be at least 0")
         for field_name in ("max_pixels", "max_audio_seconds", "max_record_bytes", "max_group_bytes"):
             value = getattr(self, field_name)
             if not (value > 0 and value <= sys.maxsize // 2):

@@ -11,6 +11,8 @@ from .bad_records import BadRecord, BrokenShard, blaming
 from .shards import UNREACHABLE, readable_rows
 
 
+# Rows that are in memory at once.
+_ROWS = 8
 _MEDIA_TYPES = ("Image", "Audio", "Video", "Pdf", "Nifti", "Mesh")
 
 
@@ -19,10 +21,12 @@ def dataset_rows(dataset: "datasets.Dataset | datasets.IterableDataset") -> Iter
     if dataset.features is None:
         yield from dataset
         return
-    features = Features.from_dict(_undecoded(dataset.features.to_dict()))
-    for rows in dataset.with_format("arrow"):
+    described = _undecoded(dataset.features.to_dict())
+    # Nothing but texts of JSON is left to be decoded.
+    features = Features.from_dict(described) if "'_type': 'Json'" in repr(described) else None
+    for rows in dataset.with_format("arrow").iter(_ROWS):
         for row in readable_rows(rows):
-            yield row if isinstance(row, BadRecord) else _decoded(features, row)
+            yield row if features is None or isinstance(row, BadRecord) else _decoded(features, row)
 
 
 @dataclass(frozen=True)

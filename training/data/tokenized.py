@@ -153,8 +153,8 @@ class TokenizedSource:
         # Whether records may be left out is no part of the fingerprint: what is finished when one is met is kept.
         if prepared.skipped and config.on_error == "raise":
             raise ValueError(
-                f"source {config.name!r} was prepared with on_error: skip, and left out {prepared.skipped}; set that, or "
-                "mend those records"
+                f"source {config.name!r} was prepared with on_error: skip, and left out {prepared.skipped} (the first of "
+                f"each: {prepared.first_skipped}); set that, or mend those records"
             )
         return prepared
 
