@@ -62,20 +62,26 @@ class Preparation:
         report(skip, 0)
         if chunks and chunks[-1]["last"]:
             return
-        tables, noted = [], _nothing()
+        tables, noted, left_out = [], _nothing(), LeftOut()
+
+        def write() -> None:
+            write_chunk(self.folder, part, number, tables, noted | {"left_out": asdict(left_out)})
+
         for batch in _batches(source.read(part, skip)):
             if sum(table.nbytes for table in tables) >= CHUNK_BYTES:
-                write_chunk(self.folder, part, number, tables, noted)
-                tables, noted, number = [], _nothing(), number + 1
-            rows, pixels, left_out = self.tokenizer(batch)
+                write()
+                tables, noted, left_out = [], _nothing(), LeftOut()
+                number += 1
+            rows, pixels, unusable = self.tokenizer(batch)
             tokens = sum(len(versions[0]) for name, column in rows.items() if name != "record" for versions in column)
             noted["read"] += len(batch)
             noted["tokens"] += tokens
-            LeftOut(**noted["left_out"]).join(left_out)
+            left_out.join(unusable)
             if rows["record"]:
                 tables.append(build_table(rows, pixels, schema, self.vae))
             report(len(batch), tokens)
-        write_chunk(self.folder, part, number, tables, noted | {"last": True})
+        noted["last"] = True
+        write()
 
 
 def prepare(
@@ -280,7 +286,7 @@ def warn_of_change(place: Path, source: Source) -> None:
 
 
 def _nothing() -> dict:
-    return {"read": 0, "tokens": 0, "left_out": asdict(LeftOut()), "last": False}
+    return {"read": 0, "tokens": 0, "last": False}
 
 
 def _batches(items: Iterator[tuple[int, dict | BadRecord]]) -> Iterator[list]:

@@ -12,7 +12,7 @@ from .config import Segment
 from .lines import is_unicode
 
 
-_PLAIN = (bool, int, float, Decimal, datetime.date, datetime.time, datetime.timedelta, np.generic)
+_PLAIN = (bool, int, float, Decimal, datetime.date, datetime.time, datetime.timedelta)
 
 
 def text_of(segment: Segment, record: dict) -> str:
@@ -59,6 +59,7 @@ def check_parts(parts, column: str) -> list[dict]:
 
 def _plain(value, column: str) -> str:
     """A value as a text; nothing for what is missing."""
+    value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, str):
         return value
     if value is None:

@@ -160,6 +160,9 @@ def read_file(path: Path, limits: Limits) -> Iterator[dict | BadRecord]:
 def _parquet(file, columns: Sequence[str], limits: Limits, skip: int) -> Iterator[dict | BadRecord]:
     # Column by column in pieces: a whole row group is never in memory.
     opened = parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
+    names = opened.schema_arrow.names
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two columns are named {twice[0]!r}")
     for group in range(opened.num_row_groups):
         described = opened.metadata.row_group(group)
         if described.total_byte_size > limits.max_group_bytes:
@@ -173,7 +176,7 @@ def _parquet(file, columns: Sequence[str], limits: Limits, skip: int) -> Iterato
         # A column of a dictionary may repeat its largest value in every row.
         largest = max((described.column(i).total_uncompressed_size for i in range(described.num_columns)), default=1)
         rows = min(_PARQUET_ROWS, max(1, _PARQUET_BYTES // max(1, largest)))
-        wanted = [name for name in columns if name in opened.schema_arrow.names] if columns else None
+        wanted = [name for name in columns if name in names] if columns else None
         for batch in opened.iter_batches(rows, row_groups=[group], columns=wanted, use_threads=False):
             passed = min(skip, len(batch))
             skip -= passed

@@ -183,6 +183,13 @@ def test_every_bad_value_of_a_table_is_left_out_and_counted(tmp_path, prepare, k
         prepare(config)
 
 
+def test_a_table_with_a_column_twice_is_refused(tmp_path, prepare):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "0.parquet")
+    with pytest.raises(ValueError, match="shard 0.parquet breaks off: two columns are named 'text'"):
+        prepare(source_of(f"{tmp_path}/*.parquet", TEXT, "raise"))
+
+
 @pytest.mark.parametrize(
     "members",
     [
@@ -308,7 +315,7 @@ def test_plain_values_are_texts(value, expected):
 
 
 @pytest.mark.parametrize(
-    "value", [b"a", bytearray(b"a"), {"a": 1}, {"bytes": b"a"}, [b"a"], [["a"]], np.zeros(2), object()]
+    "value", [b"a", bytearray(b"a"), {"a": 1}, {"bytes": b"a"}, [b"a"], [["a"]], np.zeros(2), np.bytes_(b"a"), object()]
 )
 def test_other_values_are_refused_as_texts(value):
     with pytest.raises(BadRecord, match="the column of a text holds"):
