@@ -63,19 +63,24 @@ class LeftOut:
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
 
-    def add(self, config: SourceConfig, name: str, error: BadRecord) -> None:
+    def add(self, config: SourceConfig, name: str, error: BadRecord, file: str | None = None) -> None:
         """Count a record that cannot be used, or refuse it, as the source's `on_error` says.
+
+        Args:
+            name: what the record is called.
+            file: where it stands, if that is another name.
 
         Raises:
             ValueError: source, record, reason and way out, with `on_error: raise`.
         """
         if config.on_error == "raise":
-            raise ValueError(printable(f"source {config.name!r}, {name}: {error}; {error.way_out}")) from error
+            place = f" ({file})" if file and file not in str(error) else ""
+            raise ValueError(printable(f"source {config.name!r}, {name}: {error}{place}; {error.way_out}")) from error
         reason = printable(error.reason)
         if reason not in self.counts and len(self.counts) >= _MOST_REASONS:
             reason = "other reasons"
         self.counts[reason] = self.counts.get(reason, 0) + 1
-        self.first.setdefault(reason, printable(name))
+        self.first.setdefault(reason, printable(file or name))
 
     def join(self, other: "LeftOut") -> None:
         """Add what was left out elsewhere, after what is here."""

@@ -9,8 +9,8 @@ from .augmentation import change_picture, change_sound, generator, may_flip
 from .bad_records import BadRecord, LeftOut, blaming
 from .config import AugmentationConfig, Limits, Segment
 from .media import decode_picture, decode_sound
+from .records import Source
 from .segments import check_parts, text_of
-from .sources import Source
 
 
 # Decoded pixels that are held at once before they are encoded.
@@ -42,7 +42,7 @@ class BatchTokenizer:
                     raise record
                 usable.append((number, self._inputs(number, record)))
             except BadRecord as error:
-                left_out.add(self.config, self.source.name_of(number), error)
+                self.source.leave_out(number, error, left_out)
                 continue
             pixels += sum(map(_pixels, usable[-1][1].values()))
             if pixels > _GROUP_PIXELS:
@@ -65,7 +65,7 @@ class BatchTokenizer:
             ]
         except BadRecord as error:
             if len(usable) == 1:
-                left_out.add(self.config, self.source.name_of(usable[0][0]), error)
+                self.source.leave_out(usable[0][0], error, left_out)
             else:  # one by one, to find which
                 for item in usable:
                     self._encode_records([item], rows, images, left_out)

@@ -25,7 +25,7 @@ from .batch_tokenizer import BatchTokenizer
 from .chunks import build_table, read_description, table_schema, write_chunk, write_description, written_chunks
 from .columns import Vocabulary
 from .config import SourceConfig
-from .sources import Source
+from .records import Source
 
 
 logger = logging.getLogger(__name__)

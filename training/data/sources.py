@@ -1,165 +1,28 @@
-"""Data sets to records: mappings from column to value in a fixed order, with a fingerprint of their origin."""
+"""Opening a source: what kind it is, which files are of its split, its columns and a fingerprint of its origin."""
 
 import difflib
-import hashlib
-import json
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import datasets
 from huggingface_hub.constants import HF_HUB_CACHE
 from pyarrow import parquet
 
-from .bad_records import BadRecord, BrokenShard, LeftOut, blaming
+from .bad_records import BadRecord, BrokenShard, LeftOut
 from .config import Limits, SourceConfig, local_path
-from .dataset_rows import StreamedDataset, dataset_rows, label_names, with_label_names
+from .dataset_rows import StreamedDataset, label_names
+from .fingerprints import CONTENT_FINGERPRINT_BYTES, content_fingerprint, digest_of, local_fingerprint
 from .folders import KINDS, folder_records, resolve_inside
-from .media import confined
+from .records import Source, matches
 from .segments import check_parts
 from .shards import UNREACHABLE, ShardFiles, find_shards, is_remote, read_file, shard_format
 from .splits import splits_of
 
 
-# Up to this many bytes a local source is fingerprinted by content, beyond it by file sizes and times of change.
-CONTENT_FINGERPRINT_BYTES = 2**31
 # A single JSONL file of up to this many bytes is read into memory: its records are known, counted and in any order.
 _WHOLE_FILE_BYTES = 2**28
-# Where records have numbers of their own they are prepared in parts of this many, or in as many parts as this at most.
-_PART_RECORDS, _MOST_PARTS = 256, 4096
-# The number of a record of a shard is its place there, and this for each shard before.
-SHARD_RECORDS = 2**32
-
-T = TypeVar("T")
-
-
-@dataclass
-class Source:
-    """Records of one `SourceConfig`, pictures and sound still encoded. Can go to other processes.
-
-    Iterating gives the records; those that cannot be read are errors or, with `on_error: skip`, passed over. `read` gives
-    one part, such as a shard, with the records' numbers.
-
-    Attributes:
-        records: a sequence of mappings, `ShardFiles` or a `StreamedDataset`.
-        num_records: their number, None when it is not known before the end (shards).
-        fingerprint: changes when the records do.
-        left_out: records that were left out when it was opened (only with `on_error: skip`).
-        roots: folders whose files the records may name.
-        names: of the records, where they have better ones than their numbers.
-        labels: column -> the names that its numbers stand for.
-    """
-
-    config: SourceConfig
-    records: object
-    num_records: int | None
-    fingerprint: str
-    left_out: LeftOut = field(default_factory=LeftOut)
-    roots: Sequence[Path] = ()
-    names: Sequence[str] = ()
-    labels: dict[str, list[str]] = field(default_factory=dict)
-
-    def __iter__(self) -> Iterator[dict]:
-        return self.each(lambda record: record)
-
-    def each(self, use: Callable[[dict], T], step: int = 1) -> Iterator[T]:
-        """`use(record)` of every record, or of every `step`-th; where it raises `ValueError`, the record cannot be used."""
-        left_out = LeftOut()
-        numbered = (pair for part in range(self.num_parts) for pair in self.read(part))
-        for number, record in islice(numbered, 0, None, step):
-            try:
-                if isinstance(record, BadRecord):
-                    raise record
-                used = use(record)
-            except ValueError as error:
-                bad = error if isinstance(error, BadRecord) else BadRecord(str(error))
-                left_out.add(self.config, self.name_of(number), bad)
-            else:
-                yield used
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """Reasons and numbers of the records that were left out when it was opened."""
-        return self.left_out.counts
-
-    @property
-    def shards(self) -> list[str]:
-        """The names of the shards, none where records are numbered throughout."""
-        return self.records.names if self.num_records is None else []
-
-    @property
-    def num_parts(self) -> int:
-        """Parts can be read in any order. The first N records are one part, as where they end is not known before."""
-        if self.num_records is None:
-            return len(self.shards) if self.config.limit is None else 1
-        return max(1, -(-self.num_records // self._part_records))
-
-    @property
-    def _part_records(self) -> int:
-        return max(_PART_RECORDS, -(-self.num_records // _MOST_PARTS))
-
-    def read(self, part: int, skip: int = 0) -> Iterator[tuple[int, dict | BadRecord]]:
-        """The numbered records of one part but for the first `skip`, errors in the place of those that cannot be read."""
-        if self.num_records is not None:
-            start = part * self._part_records
-            chosen = range(start + skip, min(start + self._part_records, self.num_records))
-            is_set = isinstance(self.records, datasets.Dataset)
-            numbered = zip(
-                chosen,
-                dataset_rows(self.records.select(chosen)) if is_set else (self.records[i] for i in chosen),
-                strict=True,
-            )
-        elif self.config.limit is None and not self.config.match:
-            numbered = enumerate(self.records.read(part, skip), part * SHARD_RECORDS + skip)
-        else:
-            numbered = islice(self._selected(part), skip, None)
-        for number, record in numbered:
-            yield number, self._ready(record)
-
-    def _selected(self, part: int) -> Iterator[tuple[int, dict | BadRecord]]:
-        """The records of a shard that match, or the first N of all shards."""
-        shards = [part] if self.config.limit is None else range(len(self.shards))
-        numbered = (pair for shard in shards for pair in enumerate(self.records.read(shard), shard * SHARD_RECORDS))
-        return islice((pair for pair in numbered if _matches(pair[1], self.config.match)), self.config.limit)
-
-    def _ready(self, record: dict | BadRecord) -> dict | BadRecord:
-        """A record with names for its labels, its files inside of the folders they may stand in."""
-        if isinstance(record, BadRecord):
-            return record
-        try:
-            record = with_label_names(record, self.labels)
-            for segment in self.config.segments:
-                if segment.type != "text":
-                    with blaming(f"column {segment.column!r}"):
-                        record[segment.column] = self._confined(segment.type, record.get(segment.column))
-        except BadRecord as error:
-            return error
-        return record
-
-    def _confined(self, kind: str, value):
-        if kind in ("image", "audio"):
-            return confined(value, self.roots)
-        if not isinstance(value, list):
-            return value
-        return [
-            part | {kind: confined(part.get(kind), self.roots) for kind in ("image", "audio") if kind in part}
-            if isinstance(part, dict)
-            else part
-            for part in value
-        ]
-
-    def name_of(self, number: int) -> str:
-        """How a message calls record `number`."""
-        if self.names:
-            return self.names[number]
-        if self.num_records is not None:
-            return f"record {number}"
-        shard, place = divmod(number, SHARD_RECORDS)
-        return f"shard {self.shards[shard]}, record {place}"
 
 
 def open_source(config: SourceConfig, limits: Limits | None = None) -> Source:
@@ -199,7 +62,7 @@ def _open_whole(config: SourceConfig, kind: str, path: Path, limits: Limits) -> 
         else:
             read = (_with_documents(record, config, folder) for record in read_file(path, limits))
             found = [(f"{path.name}, document {number}", record) for number, record in enumerate(read, start=1)]
-        content = _local_fingerprint(folder)
+        content = local_fingerprint(folder)
     except OSError as error:
         raise ValueError(f"source {config.name!r}: {config.path} cannot be read: {error}") from error
     if not found:
@@ -213,7 +76,7 @@ def _open_whole(config: SourceConfig, kind: str, path: Path, limits: Limits) -> 
     if columns:
         _check_columns(config, list(columns))
     names, records, left_out = [], [], LeftOut()
-    for name, record in islice((pair for pair in found if _matches(pair[1], config.match)), config.limit):
+    for name, record in islice((pair for pair in found if matches(pair[1], config.match)), config.limit):
         if isinstance(record, BadRecord):
             left_out.add(config, name, record)
         else:
@@ -221,7 +84,7 @@ def _open_whole(config: SourceConfig, kind: str, path: Path, limits: Limits) -> 
             records.append(record)
     described = {"path": content, "file": path.name, "format": kind, "limit": config.limit, "split": config.split}
     described |= {"match": config.match} if config.match else {}
-    return Source(config, records, len(records), _digest(described), left_out, (folder,), names)
+    return Source(config, records, len(records), digest_of(described), left_out, (folder,), names)
 
 
 def _with_documents(record: dict | BadRecord, config: SourceConfig, folder: Path) -> dict | BadRecord:
@@ -290,13 +153,13 @@ def _open_shards(config: SourceConfig, kind: str, limits: Limits) -> Source:
     if is_remote(path) or sum(described["sizes"]) > CONTENT_FINGERPRINT_BYTES:
         described["stamps"] = [shard.stamp for shard in shards]
     else:
-        described["content"] = [_content(Path(shard.url)) for shard in shards]
+        described["content"] = [content_fingerprint(Path(shard.url)) for shard in shards]
     # Pictures and sounds that records name stand in the folder of all shards, those of a webdataset in its shards.
     roots = (root,) if not is_remote(path) and kind != "webdataset" else ()
     if roots and any(segment.type != "text" for segment in config.segments):
-        described["files"] = _local_fingerprint(root)
+        described["files"] = local_fingerprint(root)
     labels = _labels_of_parquet(files) if kind == "parquet" else {}
-    source = Source(config, files, None, _digest(described), roots=roots, labels=labels)
+    source = Source(config, files, None, digest_of(described), roots=roots, labels=labels)
     _check_first_columns(source)
     return source
 
@@ -356,7 +219,7 @@ def _open_dataset(config: SourceConfig, path: Path) -> Source:
     if not streamed and config.match:
         columns = list(config.match)
         records = records.filter(
-            lambda *values: _matches(dict(zip(columns, values, strict=True)), config.match), input_columns=columns
+            lambda *values: matches(dict(zip(columns, values, strict=True)), config.match), input_columns=columns
         )
     if not streamed and config.limit is not None:
         records = records.select(range(min(config.limit, len(records))))
@@ -365,7 +228,7 @@ def _open_dataset(config: SourceConfig, path: Path) -> Source:
     if path.exists():
         roots = [path if path.is_dir() else path.parent]
         names_files = any(segment.type != "text" for segment in config.segments)
-        described["files"] = _local_fingerprint(roots[0] if names_files else path)
+        described["files"] = local_fingerprint(roots[0] if names_files else path)
     else:
         described["dataset"] = [config.path, _hub_commit(config)] if streamed else records._fingerprint
         roots = [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
@@ -373,7 +236,7 @@ def _open_dataset(config: SourceConfig, path: Path) -> Source:
         described["shards"] = records.num_shards  # records have other numbers
     number, labels = None if streamed else len(records), label_names(records.features)
     records = StreamedDataset(records) if streamed else records
-    return Source(config, records, number, _digest(described), roots=roots, labels=labels)
+    return Source(config, records, number, digest_of(described), roots=roots, labels=labels)
 
 
 def _load(config: SourceConfig, path: Path):
@@ -416,13 +279,6 @@ def _hub_commit(config: SourceConfig) -> str:
     return HfApi().dataset_info(config.path, revision=config.revision).sha
 
 
-def _matches(record: dict | BadRecord, match: dict[str, str] | None) -> bool:
-    """Whether a record is wanted. One that cannot be read is: it is not passed over in silence."""
-    return isinstance(record, BadRecord) or all(
-        re.search(expression, str(record.get(column, ""))) for column, expression in (match or {}).items()
-    )
-
-
 def _check_columns(config: SourceConfig, columns: list[str]) -> None:
     for column in config.match or {}:
         if column not in columns:
@@ -434,34 +290,6 @@ def _check_columns(config: SourceConfig, columns: list[str]) -> None:
 
 
 def _unknown(config: SourceConfig, what: str, value: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(value, known, n=1)
+    near = difflib.get_closematches(value, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(map(repr, known)) or 'nothing'}"
     return f"source {config.name!r} ({config.path}): no {what} {value!r}; {hint}"
-
-
-def _local_fingerprint(path: Path) -> str:
-    """Over every file's relative path, and its content or, for a large source, its size and time of change."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    by_content = sum(file.stat().st_size for file in files) <= CONTENT_FINGERPRINT_BYTES
-    digest = hashlib.sha256()
-    for file in files:
-        stat = file.stat()
-        digest.update(os.fsencode(file.relative_to(path)) + f"\0{stat.st_size}\0".encode())
-        digest.update((_content(file) if by_content else str(stat.st_mtime_ns)).encode())
-    return digest.hexdigest()
-
-
-def _content(file: Path) -> str:
-    """A hash of a file; one that may not be read has none, and is named when its record is."""
-    digest = hashlib.sha256()
-    try:
-        with open(file, "rb") as opened:
-            while chunk := opened.read(2**20):
-                digest.update(chunk)
-    except PermissionError:
-        return "unreadable"
-    return digest.hexdigest()
-
-
-def _digest(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

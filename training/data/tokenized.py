@@ -20,8 +20,9 @@ from .chunks import SIZES, VALUES, chunk_damage, open_chunk, read_description
 from .columns import ImageColumn, TokenColumn, Vocabulary
 from .config import AugmentationConfig, Limits, SourceConfig
 from .preparation import prepare
+from .records import SHARD_RECORDS, Source
 from .segments import text_of
-from .sources import SHARD_RECORDS, Source, open_source
+from .sources import open_source
 
 
 __all__ = ["TokenizedSource", "Vocabulary", "text_of"]
