@@ -290,6 +290,6 @@ def _check_columns(config: SourceConfig, columns: list[str]) -> None:
 
 
 def _unknown(config: SourceConfig, what: str, value: str, known: list[str]) -> str:
-    near = difflib.get_closematches(value, known, n=1)
+    near = difflib.get_close_matches(value, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(map(repr, known)) or 'nothing'}"
     return f"source {config.name!r} ({config.path}): no {what} {value!r}; {hint}"
