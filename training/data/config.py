@@ -343,8 +343,6 @@ class DataConfig:
             value = getattr(self, field_name)
             if not (value > 0 and value <= sys.maxsize // 2):
                 raise ValueError(f"{field_name}={value} must be positive and finite")
-        if self.cache_dir is not None and not self.cache_dir.strip("\0"):
-            raise ValueError(f"cache_dir={self.cache_dir!r} names no folder; name one, or null for the default")
         if self.max_pixels > 178_956_970:
             raise ValueError(f"max_pixels={self.max_pixels} must be at most 178956970, the most that Pillow opens")
         if not 0 <= self.replaced_codes <= 1:
