@@ -78,7 +78,7 @@ def prepare_recipe(recipe: Recipe, workers: int = 1, verify: bool = False) -> No
                     f"fingerprint {source.fingerprint[:16]}{'  verified' if verify else ''}"
                 )
                 for reason, count in source.skipped.items():
-                    print(f"{'':10}left out: {count:,} x {reason}")
+                    print(f"{'':10}left out: {count:,} x {reason} (first: {source.first_skipped[reason]})")
         report = RowStream(recipe.data, training).report()
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error

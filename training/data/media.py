@@ -36,6 +36,7 @@ def confined(value, roots: Sequence[Path]):
     for root in roots:
         try:
             path = (root / name).resolve()
+            path.is_file()  # which says that a name is too long
         except (OSError, ValueError, RuntimeError):  # too long a name, a null byte, a loop of links
             break
         if path.is_relative_to(root.resolve()):

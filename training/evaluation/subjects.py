@@ -51,7 +51,7 @@ def check_subjects(data: DataConfig, config: SamplesConfig) -> None:
         )
     if config.enabled and config.held_out_names is not None:
         pair = pair_of(data.validation_sources, "image")
-        names = [text_of(pair[1], record).strip() for record in _records(pair[0])] if pair is not None else []
+        names = [name.strip() for name in _texts(*pair[:2])] if pair is not None else []
         if missing := [name for name in config.held_out_names if name not in names]:
             near = difflib.get_close_matches(missing[0], names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -86,10 +86,10 @@ def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
     subjects.held_out_edits = find_edits(data.validation_sources, config.edits)
     if (pair := pair_of(data.sources, "audio")) is not None and config.spoken:
         source, text, _ = pair
-        subjects.spoken = [text_of(text, record) for record in islice(_records(source), config.spoken)]
+        subjects.spoken = list(islice(_texts(source, text), config.spoken))
     if (found := text_of_sources(data.validation_sources or data.sources)) is not None and config.texts:
         source, text = found
-        lines = (text_of(text, record) for record in islice(_records(source), config.texts))
+        lines = islice(_texts(source, text), config.texts)
         subjects.texts = [" ".join(line.split(" ")[:_TEXT_PROMPT_WORDS]) for line in lines]
     return subjects
 
@@ -114,6 +114,10 @@ def _named_pictures(
             # The source was tokenised before, so only `on_error: skip` lets such a record come here.
             continue
     return named, rest
+
+
+def _texts(source: SourceConfig, text: Segment) -> Iterator[str]:
+    return open_source(source).each(lambda record: text_of(text, record))
 
 
 def _records(source: SourceConfig) -> Iterator[dict]:
