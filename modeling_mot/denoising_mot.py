@@ -70,6 +70,8 @@ class DiffusionSettings:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
         if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
             raise ValueError(f"callback_on_step_end={self.callback_on_step_end!r} cannot be called")
+        if not isinstance(self.progress_bar, bool):
+            raise ValueError(f"progress_bar={self.progress_bar!r} must be True or False")
         check_generator(self.generator)
         self._check_scheduler(config)
         self.latent_size(config)
@@ -320,7 +322,6 @@ class Denoising:
         self.bar.update()
         if self.is_done:
             self.bar.close()
-
 
     def _checked(self, changed: Any, shape: torch.Size) -> torch.Tensor:
         """The latents to go on with, after a callback, which may also have written into those that it was given.

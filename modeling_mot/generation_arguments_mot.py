@@ -14,16 +14,25 @@ from .configuration_mot import check_spans
 WHOLE = {"max_new_tokens": 0, "max_length": 0, "min_new_tokens": 0, "min_length": 0, "num_return_sequences": 1}
 
 
-def check_settings(generation_config) -> None:
-    """Refuse numbers of another kind than the loop over tokens needs.
+def check_lengths(arguments: dict) -> None:
+    """Refuse lengths and counts, of those that are given, that are no whole numbers.
 
     Raises:
         ValueError: the message names field, value and way out.
     """
     for name, least in WHOLE.items():
-        value = getattr(generation_config, name, None)
+        value = arguments.get(name)
         if value is not None and not is_whole(value, least):
             raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+
+
+def check_settings(generation_config) -> None:
+    """Refuse settings of another kind than the loop over tokens needs.
+
+    Raises:
+        ValueError: the message names field, value and way out.
+    """
+    check_lengths(vars(generation_config))
     check_spans(getattr(generation_config, "image_grid", None), getattr(generation_config, "max_speech_tokens", None))
     constrain = getattr(generation_config, "constrain_spans", None)
     if constrain is not None and not isinstance(constrain, bool):
@@ -54,7 +63,9 @@ def check_streamer(streamer: Any) -> None:
     """
     for name in ("put", "end"):
         if streamer is not None and not callable(getattr(streamer, name, None)):
-            raise ValueError(f"streamer={type(streamer).__name__} has no method {name}(); see transformers' BaseStreamer")
+            raise ValueError(
+                f"streamer={type(streamer).__name__} has no method {name}(); see transformers' BaseStreamer"
+            )
 
 
 def rows_of(name: str, value: Any, count: int | None = None) -> torch.Tensor:
@@ -76,9 +87,7 @@ def rows_of(name: str, value: Any, count: int | None = None) -> torch.Tensor:
         raise ValueError(f"{name} has shape {tuple(rows.shape)}; it must be (L,) or (rows, L), with a token at least")
     rows = rows.clone().view(-1, rows.shape[-1])
     if count is not None and len(rows) not in (1, count):
-        raise ValueError(
-            f"{name} has {len(rows)} rows for {count} sequences; give one for all or one for each prompt"
-        )
+        raise ValueError(f"{name} has {len(rows)} rows for {count} sequences; give one for all or one for each prompt")
     return rows
 
 

@@ -15,7 +15,7 @@ from transformers.generation import (
 )
 
 from .configuration_mot import check_spans
-from .generation_arguments_mot import check_settings, check_streamer, negative_prompt
+from .generation_arguments_mot import check_lengths, check_settings, check_streamer, negative_prompt
 from .lean_decoding_mot import LeanDecoder, is_plain_dynamic
 from .modality_routing import ModalityRouting
 from .sampling_mot import Sampling, sample
@@ -128,7 +128,9 @@ class MoTGenerationMixin(GenerationMixin):
         if any(value is not None for value in negative):
             given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
             count = next((len(value) for value in given if value is not None), 1)
-            tensors = (tensor.expand(count, -1).to(self.device) for tensor in negative_prompt(self.config, *negative, count))
+            tensors = (
+                tensor.expand(count, -1).to(self.device) for tensor in negative_prompt(self.config, *negative, count)
+            )
             kwargs["negative_prompt_ids"], kwargs["negative_prompt_attention_mask"] = tensors
         return super().generate(inputs, *args, **kwargs)
 
@@ -157,6 +159,7 @@ class MoTGenerationMixin(GenerationMixin):
         return F.pad(input_ids, (0, 1), value=token), kwargs
 
     def _prepare_generation_config(self, generation_config, **kwargs):
+        check_lengths(kwargs)
         own = {name: kwargs.pop(name) for name in OWN_SETTINGS if kwargs.get(name) is not None}
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         for name, value in own.items():

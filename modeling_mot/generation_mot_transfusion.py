@@ -91,6 +91,8 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None or input_ids.shape[1] == 0:
             raise ValueError("generate() needs prompts: pass input_ids, or documents with processor")
+        if kwargs.get("unconditional_prompt") is not None:
+            raise ValueError("unconditional_prompt is not an argument: pass negative_prompt_ids")
         if negative_prompt_ids is not None or negative_prompt_attention_mask is not None:
             kwargs["unconditional_prompt"] = negative_prompt(
                 self.config, negative_prompt_ids, negative_prompt_attention_mask, len(input_ids)
@@ -117,7 +119,7 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         given = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
         given = {name: value for name, value in given.items() if value is not None}
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        saved = {name: getattr(generation_config, name, None) for name in SETTINGS}
+        saved = {name: getattr(generation_config, name, None) for name in SETTINGS if name != "unconditional_prompt"}
         settings = DiffusionSettings(**({name: value for name, value in saved.items() if value is not None} | given))
         settings.validate(self.config)
         if settings.guidance_scale not in (0, 1) and not self.config.caption_dropout:

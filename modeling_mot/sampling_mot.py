@@ -47,7 +47,9 @@ def stopped(stopping_criteria, input_ids: torch.Tensor, scores) -> torch.Tensor:
     done = stopping_criteria(input_ids, scores)
     if not isinstance(done, torch.Tensor) or done.shape != input_ids.shape[:1]:
         made = tuple(done.shape) if isinstance(done, torch.Tensor) else type(done).__name__
-        raise ValueError(f"stopping_criteria answered {made} for {len(input_ids)} sequences; one bool for each is needed")
+        raise ValueError(
+            f"stopping_criteria answered {made} for {len(input_ids)} sequences; one bool for each is needed"
+        )
     return done
 
 
