@@ -57,7 +57,7 @@ class DiffusionSettings:
             )
         if not is_real(self.guidance_scale) or self.guidance_scale < 0:
             raise ValueError(
-                f"guidance_scale={self.guidance_scale!r} must not be negative, and a finite number; 1 is no guidance"
+                f"guidance_scale={self.guidance_scale!r} must not be negative, and must be finite; 1 is no guidance"
             )
         if not (self.latent_bound == math.inf or is_real(self.latent_bound) and self.latent_bound > 0):
             raise ValueError(f"latent_bound={self.latent_bound!r} must be positive; infinity is no bound")
