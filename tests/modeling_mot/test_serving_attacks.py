@@ -1,21 +1,26 @@
 """Bad requests among good ones: each ends by itself, and what is good equals what it becomes alone."""
 
 import asyncio
+import inspect
 import math
 import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from transformers import DynamicCache, TextIteratorStreamer
 
+from modeling_mot import MoTProcessor
 from modeling_mot.decoding_cache_mot import DecodingCache
 from modeling_mot.denoising_mot import ImageForward
 from modeling_mot.lean_decoding_mot import LeanDecoder
 from modeling_mot.serving_mot import MoTServer
 from modeling_mot.serving_requests_mot import RequestStatus
 
-from .naive_transfusion import BOI, BOS, image
+from .naive_transfusion import BOI, BOS, VAE, image
+from .naive_transfusion import tiny_model as tiny_transfusion
+from .test_continuous_processor import build_continuous
 from .test_serving import BAGEL, REQUESTS, alone, arguments_of, drawings, painting_model
 
 
@@ -360,3 +365,20 @@ def test_documents_name_no_files_and_addresses_unless_the_server_allows_it():
         assert seen.pop()[:2] == (allowed.get("allow_urls", False), allowed.get("allow_paths", False))
     with pytest.raises(ValueError, match="allow_urls='yes'"):
         MoTServer(model, allow_urls="yes")
+
+
+@pytest.mark.skipif("allow_paths" not in inspect.signature(MoTProcessor.__call__).parameters, reason="no permissions")
+def test_a_picture_comes_from_a_file_only_where_the_server_allows_it(tmp_path):
+    processor = build_continuous(image_size=[8, 8], downsampling=4)
+    fields = {"vae_config": VAE, "caption_dropout": 0.1}
+    model = tiny_transfusion(**(fields | processor.config_kwargs()))
+    picture = Image.new("RGB", (8, 8), "red")
+    picture.save(tmp_path / "secret.png")
+    requests = [
+        {"documents": [{"type": "image", "image": source}], "processor": processor, "max_new_tokens": 3}
+        for source in (picture, str(tmp_path / "secret.png"), "http://localhost:9/secret.png")
+    ]
+    inside, path, address = (r.error for r in model.generate_batch(requests, do_sample=False).values())
+    assert inside is None and "allow_paths" in path and "allow_urls" in address
+    results = list(model.generate_batch(requests[:2], do_sample=False, allow_paths=True).values())
+    assert results[0].error is None and results[0].generated_tokens == results[1].generated_tokens
