@@ -12,6 +12,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from .checks_mot import is_whole
 from .presets_mot import PRESETS, VARIANTS, variant_fields
 
 
@@ -31,13 +32,15 @@ SPECIAL_TOKENS = (
 
 
 def check_spans(image_grid, max_speech_tokens):
-    """Refuse a grid that is not two positive numbers, and no room for speech; None is no bound."""
+    """Refuse a grid that is not two positive whole numbers, and no room for speech; None is no bound."""
     if image_grid is not None and (
-        not isinstance(image_grid, (list, tuple)) or len(image_grid) != 2 or min(image_grid) < 1
+        not isinstance(image_grid, (list, tuple)) or len(image_grid) != 2 or not all(map(is_whole, image_grid))
     ):
-        raise ValueError(f"image_grid={image_grid!r} must be [rows, columns], both at least 1")
-    if max_speech_tokens is not None and max_speech_tokens < 1:
-        raise ValueError(f"max_speech_tokens={max_speech_tokens} must be at least 1, or None for no bound")
+        raise ValueError(f"image_grid={image_grid!r} must be [rows, columns], both whole numbers of at least 1")
+    if max_speech_tokens is not None and not is_whole(max_speech_tokens):
+        raise ValueError(
+            f"max_speech_tokens={max_speech_tokens!r} must be a whole number of at least 1, or None for no bound"
+        )
 
 
 @strict

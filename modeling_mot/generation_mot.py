@@ -15,6 +15,7 @@ from transformers.generation import (
 )
 
 from .configuration_mot import check_spans
+from .generation_arguments_mot import check_lengths, check_settings, check_streamer, negative_prompt
 from .lean_decoding_mot import LeanDecoder, is_plain_dynamic
 from .modality_routing import ModalityRouting
 from .sampling_mot import Sampling, sample
@@ -108,8 +109,7 @@ class MoTGenerationMixin(GenerationMixin):
     """
 
     def generate(self, inputs=None, *args, **kwargs):
-        if kwargs.get("document_ids") is not None:
-            raise ValueError("generate() got document_ids: packed rows are for training, pass one document per row")
+        self._check_call(kwargs)
         if len(self.config.tower_names) > 1 and self.config.modality_token_ranges is None:
             raise ValueError(
                 "generate() needs config.modality_token_ranges to know the modality of each new token; it is None"
@@ -118,12 +118,27 @@ class MoTGenerationMixin(GenerationMixin):
             if mode not in self.output_modalities:
                 raise ValueError(f"generation_mode={mode!r} is not one of {', '.join(self.output_modalities)}")
             input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+            check_spans(kwargs.get("image_grid"), None)
             grid = kwargs.get("image_grid") or self.config.image_grid
             if mode == "image" and grid is not None:
                 kwargs["max_new_tokens"] = grid[0] * grid[1] + 1
             opening = {"image": "boi_token_id", "audio": "begin_of_speech_token_id"}[mode]
             inputs, kwargs = self._opened(input_ids, kwargs, opening, mode)
+        negative = [kwargs.get(f"negative_prompt_{name}") for name in ("ids", "attention_mask")]
+        if any(value is not None for value in negative):
+            given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+            count = next((len(value) for value in given if value is not None), 1)
+            tensors = (
+                tensor.expand(count, -1).to(self.device) for tensor in negative_prompt(self.config, *negative, count)
+            )
+            kwargs["negative_prompt_ids"], kwargs["negative_prompt_attention_mask"] = tensors
         return super().generate(inputs, *args, **kwargs)
+
+    @staticmethod
+    def _check_call(kwargs) -> None:
+        if kwargs.get("document_ids") is not None:
+            raise ValueError("generate() got document_ids: packed rows are for training, pass one document per row")
+        check_streamer(kwargs.get("streamer"))
 
     @property
     def output_modalities(self) -> tuple[str, ...]:
@@ -144,10 +159,12 @@ class MoTGenerationMixin(GenerationMixin):
         return F.pad(input_ids, (0, 1), value=token), kwargs
 
     def _prepare_generation_config(self, generation_config, **kwargs):
+        check_lengths(kwargs)
         own = {name: kwargs.pop(name) for name in OWN_SETTINGS if kwargs.get(name) is not None}
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         for name, value in own.items():
             setattr(generation_config, name, value)
+        check_settings(generation_config)
         if own.get("generator") is not None and (generation_config.num_beams or 1) > 1:
             raise ValueError(
                 f"generator= with num_beams={generation_config.num_beams}: beams draw from torch's global one"
@@ -240,7 +257,7 @@ class MoTGenerationMixin(GenerationMixin):
         Args:
             inputs: of each request its tokens, (L,) as a list or tensor; or a dictionary of what `generate()` would be
                 called with: `input_ids` (or `documents` with `processor`), `generator`, `max_new_tokens`, `streamer`, ...
-            generation_config, kwargs: arguments of `generate()` for all of them.
+            generation_config, kwargs: arguments of `generate()` for all of them, or of `MoTServer`.
             continuous_batching_config: transformers' `ContinuousBatchingConfig`, see `init_continuous_batching`.
             progress_bar: show one that counts requests.
 
@@ -254,7 +271,7 @@ class MoTGenerationMixin(GenerationMixin):
         """A server of requests that come while others run.
 
         Args:
-            generation_config, kwargs: arguments of `generate()` for all requests.
+            generation_config, kwargs: arguments of `generate()` for all requests, or of `MoTServer`.
             continuous_batching_config: transformers' `ContinuousBatchingConfig`, of which `max_requests_per_batch`
                 (default 16), `max_batch_tokens` and `max_queue_size` are read; see `MoTServer`.
         """
