@@ -293,7 +293,9 @@ def fit_length(config: PreTrainedConfig, max_length: int | None) -> int:
         ConversionError: longer than the source's positions or its window of attention, or RoPE depends on it.
     """
     longest = config.max_position_embeddings
-    length = max_length or longest
+    length = longest if max_length is None else max_length
+    if length < 1:
+        raise ConversionError(f"--max-length {length} must be at least 1")
     if length > longest:
         raise ConversionError(f"--max-length {length} is longer than the source's max_position_embeddings={longest}")
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]

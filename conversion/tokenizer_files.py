@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from conversion.commands import read_json
+from conversion.commands import read_json, reading
 from conversion.key_maps import ConversionError
 
 
@@ -21,7 +21,8 @@ def check_cut(folder: Path, vocab_size: int) -> None:
     """Refuse to cut what cannot be cut: a vocabulary's own tokens, which merges are made of. Raises ConversionError."""
     if not (folder / TOKENIZER).is_file():
         return
-    own = Tokenizer.from_file(str(folder / TOKENIZER)).get_vocab_size(with_added_tokens=False)
+    with reading(f"{folder / TOKENIZER} cannot be read"):
+        own = Tokenizer.from_file(str(folder / TOKENIZER)).get_vocab_size(with_added_tokens=False)
     if vocab_size < own:
         raise ConversionError(
             f"--vocab-size {vocab_size} cuts into the {own} tokens of {folder / TOKENIZER}; keep those"

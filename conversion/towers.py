@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from conversion.architectures import Architecture, architecture_of, fit_length
 from conversion.checkpoints import CheckpointReader, Entry
-from conversion.commands import read_config, read_json, stored_dtype
+from conversion.commands import check_range, read_config, read_generation_config, read_json, stored_dtype
 from conversion.initial_values import Start, extended, fresh, generator_of, perturbed
 from conversion.key_maps import ConversionError, Origin
+from conversion.sizes import check_sizes
 from conversion.vocabulary import Media, Vocabulary, extend_vocabulary
 from modeling_mot import MoTConfig, MoTForCausalLM, MoTProcessor, MoTTransfusionConfig, MoTTransfusionModel
 from modeling_mot.configuration_mot import UNTIED_PARTS
@@ -22,6 +23,7 @@ from modeling_mot.latent_patchifier import build_patchifier
 from modeling_mot.latents_mot import downsampling, vae_config_of
 
 
+MOST_EXPERTS = 1024  # several times what any model has had
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -112,10 +114,11 @@ def plan_upcycle(folder: Path, wishes: Wishes) -> Plan:
     """
     stored = read_json(folder / "config.json")
     architecture = architecture_of(stored.get("model_type"))
+    reader = CheckpointReader(folder)
+    check_sizes(stored, reader, folder / "config.json")
     source = read_config(stored)
     architecture.check(source, stored, wishes.ignored_fields)
     length = fit_length(source, wishes.max_length)
-    reader = CheckpointReader(folder)
     vocabulary = extend_vocabulary(folder, source, wishes.media, wishes.use_tokenizer)
     config = _mot_config(architecture, source, vocabulary, wishes, length)
     config.dtype = wishes.dtype or stored_dtype(stored, reader.dtype(reader.names[0]))
@@ -149,6 +152,7 @@ def _mot_config(
 ) -> MoTConfig:
     values = architecture.mot_fields(source) | vocabulary.fields | {"max_position_embeddings": length}
     values["untied"] = [part for part in UNTIED_PARTS if part not in wishes.share]
+    check_range("--moe-text", wishes.text_experts, 2, MOST_EXPERTS)
     if wishes.text_experts is not None:
         if "feed_forward" in wishes.share:
             raise ConversionError(
@@ -174,9 +178,9 @@ def _mot_config(
 
 def _take_generation_config(folder: Path, model: PreTrainedModel) -> None:
     """The source's settings of generation (its list of end tokens among them), with the special tokens of the model."""
-    if not (folder / "generation_config.json").is_file():
+    own, taken = model.generation_config, read_generation_config(folder)
+    if taken is None:
         return
-    own, taken = model.generation_config, GenerationConfig.from_pretrained(folder)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(taken, name) is None:
             setattr(taken, name, getattr(own, name))
@@ -239,8 +243,7 @@ def _check_shape(reader: CheckpointReader, source: str, entry: Entry, source_voc
     expected = entry.shape
     if entry.name in (EMBEDDINGS, HEAD):
         expected = (source_vocabulary, *expected[1:])
-    if reader.shape(source) != expected:
-        raise ConversionError(f"{source} is {list(reader.shape(source))}, but by config.json {list(expected)}")
+    reader.check(source, expected)
 
 
 def _refuse_untied(reader: CheckpointReader) -> None:

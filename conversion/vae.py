@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from conversion.checkpoints import WEIGHTS, CheckpointReader, Entry, check_output, new_folder, write_tensors
-from conversion.commands import exit_code, read_json
+from conversion.checkpoints import WEIGHTS, CheckpointReader, Entry, check_output, fetch, new_folder, write_tensors
+from conversion.commands import exit_code, read_json, reading
 from conversion.key_maps import ConversionError
+from conversion.sizes import check_part, check_sizes
 from modeling_mot import MoTTransfusionConfig
 from modeling_mot.image_processor_mot import IMAGE_PROCESSOR_CONFIG_NAME
 from modeling_mot.latents_mot import build_vae, downsampling, vae_class, vae_config_of, vae_fingerprint
@@ -51,8 +52,9 @@ def export_vae(folder: Path, out: Path, overwrite: bool = False, dry_run: bool =
     if config.vae_config is None:
         raise ConversionError(f"{folder} holds no VAE (vae_config is null): its model is fed latents")
     reader = CheckpointReader(folder)
+    check_sizes(config.vae_config, reader, folder / "config.json")
     tensors = {name.removeprefix(PREFIX): reader.read(name) for name in reader.names if name.startswith(PREFIX)}
-    with torch.device("meta"):
+    with torch.device("meta"), reading(f"vae_config of {folder} cannot be read"):
         vae = build_vae(config.vae_config)
     try:
         vae.load_state_dict(tensors, assign=True)
@@ -131,13 +133,12 @@ def read_vae(folder: str | Path) -> AutoencoderKL | AutoencoderTiny:
     """
     if Path(folder).is_dir() and (Path(folder) / "model_index.json").is_file():
         raise ConversionError(f"{folder} is a whole pipeline; give its folder vae")
-    try:
+    check_part(folder)
+    with reading(f"no VAE could be read from {folder}"):
         # Diffusers' own reader knows the older names that many published VAEs have.
         vae, info = vae_class(AutoencoderKL.load_config(folder)).from_pretrained(
             folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConversionError(f"no VAE could be read from {folder}: {error}") from error
     if info["missing_keys"] or info["unexpected_keys"]:
         missing, unexpected = (", ".join(sorted(info[f"{kind}_keys"])) or "none" for kind in ("missing", "unexpected"))
         raise ConversionError(
@@ -150,12 +151,14 @@ def _config(folder: Path) -> MoTTransfusionConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ConversionError(f"{folder} holds no config.json; give the folder of a saved MoTTransfusionModel")
+    fetch(str(folder))
     stored = read_json(path)
     if stored.get("model_type") != MoTTransfusionConfig.model_type:
         raise ConversionError(
             f"{folder} has model_type={stored.get('model_type')!r}; only {MoTTransfusionConfig.model_type!r} holds a VAE"
         )
-    return MoTTransfusionConfig.from_dict(stored)
+    with reading(f"{path} cannot be read"):
+        return MoTTransfusionConfig.from_dict(stored)
 
 
 def _check_fits(

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 from .picture_loading_mot import RESAMPLING, describe_source, fit_picture, load_picture
+from .trust_mot import forget_code, without_code
 
 
 IMAGE_TOKENIZER_CONFIG_NAME = "image_tokenizer_config.json"
@@ -108,7 +109,7 @@ class ImageTokenizerConfig:
         return from_known_fields(cls, values, "image tokenizer")
 
     def to_dict(self) -> dict[str, Any]:
-        values = asdict(self)
+        values = without_code(asdict(self))
         if self.image_processor is None:
             del values["image_processor"]  # fingerprints of tokenizers without one stay what they were
         return values
@@ -289,6 +290,9 @@ class MoTImageTokenizer:
         nn.Module.to(self.model, getattr(torch, self.config.storage_dtype))
         if self.config.backend == "diffusers":
             self.model.register_to_config(_name_or_path=None)  # the folder it came from is nobody's business
+            self.model._internal_dict = type(self.model.config)(without_code(self.model.config))
+        else:
+            forget_code(self.model.config)
         self.model.save_pretrained(directory)
         self.model.float()
         text = json.dumps(self.config.to_dict(), indent=2) + "\n"

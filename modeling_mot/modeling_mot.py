@@ -30,6 +30,7 @@ from .range_attention_mot import RANGES
 from .token_losses import logits_and_losses
 from .tower_norms_mot import MoTHeadLayerNorm, TowerNorms, rms_norm
 from .tower_products_mot import TOWER_PRODUCTS
+from .trust_mot import forget_code
 
 
 class MoTPreTrainedModel(PushWithCard, PreTrainedModel):
@@ -91,7 +92,9 @@ class MoTPreTrainedModel(PushWithCard, PreTrainedModel):
         return super().get_correct_attn_implementation(requested_attention or RANGES, is_init_check)
 
     def save_pretrained(self, *args, **kwargs):
+        self.config.forget_loaded_code()
         if self.can_generate():
+            forget_code(self.generation_config)
             # Whoever reads a generation configuration that is marked as derived loses `image_grid` and the like.
             self.generation_config._from_model_config = None
         return super().save_pretrained(*args, **kwargs)

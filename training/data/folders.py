@@ -29,7 +29,8 @@ def picture_records(
     folder = Path(folder)
     for name, read in (("metadata.jsonl", _read_jsonl), ("metadata.csv", _read_csv)):
         if (folder / name).is_file():
-            return _from_metadata(folder, name, read(folder / name, max_record_bytes), skipped)
+            metadata = resolve_inside(folder, name, str(folder))
+            return _from_metadata(folder, name, read(metadata, max_record_bytes), skipped)
     records = []
     for picture in sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES):
         caption = picture.with_suffix(".txt")
@@ -37,6 +38,7 @@ def picture_records(
             message = f"{picture} has no caption: no {caption.name} beside it, no metadata.jsonl or .csv in {folder}"
             _refuse(message, "picture without a caption", skipped)
             continue
+        caption = resolve_inside(folder, caption.relative_to(folder), str(folder))
         records.append({"image": str(picture), "text": caption.read_text(encoding="utf-8").strip()})
     if not records:
         raise ValueError(f"{folder} holds no pictures with captions ({', '.join(PICTURE_SUFFIXES)})")
@@ -105,12 +107,12 @@ def _segment(segment: dict, folder: Path, where: str) -> dict:
     return {"type": kind, kind: str(file)}
 
 
-def resolve_inside(folder: Path, name: str, where: str) -> Path:
+def resolve_inside(folder: Path, name: str | Path, where: str) -> Path:
     """`folder / name`, refused when it leaves the folder (by `..`, an absolute path or a link)."""
     root = Path(folder).resolve()
     path = (root / name).resolve()
     if not path.is_relative_to(root):
-        raise ValueError(f"{where}: path {name!r} leads outside {folder}; use paths relative to that folder")
+        raise ValueError(f"{where}: path {str(name)!r} leads outside {folder}; use paths relative to that folder")
     return path
 
 

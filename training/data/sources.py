@@ -10,11 +10,10 @@ from itertools import islice
 from pathlib import Path
 
 import datasets
-from huggingface_hub.constants import HF_HUB_CACHE
 
 from .config import Limits, SourceConfig
 from .folders import PICTURE_SUFFIXES, interleaved_documents, picture_records
-from .media import confined
+from .media import confined, source_roots
 from .shards import UNREACHABLE, BrokenShard, ShardFiles, StreamedDataset, find_shards, is_remote, shard_format
 
 
@@ -243,10 +242,9 @@ def _open_dataset(config: SourceConfig, path: Path) -> Source:
     described |= {"match": config.match} if config.match else {}
     if path.exists():
         described["files"] = _local_fingerprint(path)
-        roots = [path if path.is_dir() else path.parent]
     else:
         described["dataset"] = [config.path, _hub_commit(config)] if streamed else records._fingerprint
-        roots = [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
+    roots = source_roots(path)
     if streamed:
         described["shards"] = records.num_shards  # records have other numbers
         return Source(config, StreamedDataset(records), None, _digest(described), roots=roots)
