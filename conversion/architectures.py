@@ -275,9 +275,9 @@ def architecture_of(model_type: str) -> Architecture:
     Raises:
         ConversionError: there is none; the reason where it is known, and the list of those that there are.
     """
-    if model_type in ARCHITECTURES:
+    if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
-    reason = REFUSED.get(model_type, "whether a MoTConfig expresses its layer is not known")
+    reason = REFUSED.get(str(model_type), "whether a MoTConfig expresses its layer is not known")
     raise ConversionError(
         f"model_type={model_type!r} cannot be converted: {reason}. Those that can are {', '.join(ARCHITECTURES)}"
     )
@@ -302,6 +302,8 @@ def fit_length(config: PreTrainedConfig, max_length: int | None) -> int:
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise ConversionError(f"layer_types has {', '.join(sorted(unknown))}; a MoT has full attention")
     window = getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
+    if window is not None and not isinstance(window, int):
+        raise ConversionError(f"sliding_window={window!r:.80} must be a whole number, or null")
     if window is not None and length > window:
         raise ConversionError(
             f"sliding_window={window} is shorter than max_position_embeddings={length}, and a MoT has full attention; within "

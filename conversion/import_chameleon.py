@@ -169,7 +169,8 @@ def _plan(
             "dense language models"
         )
     reader = CheckpointReader(folder)
-    check_sizes(stored, reader, folder / "config.json")
+    for part in (stored, stored.get("vq_config")):
+        check_sizes(part if isinstance(part, dict) else {}, reader, folder / "config.json")
     source = read_config(stored)
     CHAMELEON.check(source, stored, ignored=_READ)
     vocabulary = ImageVocabulary.of(source.vocabulary_map, source.vq_config.num_embeddings)

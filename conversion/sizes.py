@@ -10,17 +10,16 @@ from conversion.key_maps import ConversionError
 
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
-# Sides of tensors, or parts of one; configurations of VAEs and VQ-VAEs, which may stand inside of others, among them.
+# Sides of tensors, or parts of one, of language models, VAEs and VQ-VAEs.
 SIDES = {
     "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "latent_channels", "unet_channels", "unet_norm_groups", "block_out_channels", "norm_num_groups", "vq_embed_dim",
-    "num_vq_embeddings", "embed_dim", "num_embeddings", "base_channels", "channel_multiplier", "in_channels",
-    "out_channels", "encoder_block_out_channels", "decoder_block_out_channels",
+    "latent_channels", "block_out_channels", "norm_num_groups", "vq_embed_dim", "num_vq_embeddings", "embed_dim",
+    "num_embeddings", "base_channels", "channel_multiplier", "in_channels", "out_channels",
+    "encoder_block_out_channels", "decoder_block_out_channels",
 }  # fmt: skip
 # Numbers of modules, each of which has a tensor of its own.
 COUNTS = {
-    "num_hidden_layers", "num_experts", "num_res_blocks", "layers_per_block", "unet_layers", "num_encoder_blocks",
-    "num_decoder_blocks",
+    "num_hidden_layers", "num_experts", "num_res_blocks", "layers_per_block", "num_encoder_blocks", "num_decoder_blocks",
 }  # fmt: skip
 # A size that is only a little off is named later, with the tensor that it does not fit.
 _NEAR = 4
@@ -33,7 +32,7 @@ def check_sizes(stored: dict[str, Any], reader: CheckpointReader, where: Path) -
     sizes have been made.
 
     Args:
-        stored: what the file `where` holds.
+        stored: what the file `where` holds, or a part of it.
 
     Raises:
         ConversionError: naming the field, its value and what the tensors have.
@@ -66,7 +65,5 @@ def check_part(folder: str | Path) -> None:
 
 def _sizes(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _sizes(value)
-        elif name in SIDES | COUNTS and value is not None:
+        if name in SIDES | COUNTS and value is not None:
             yield from ((name, one) for one in (value if isinstance(value, list) else [value]))

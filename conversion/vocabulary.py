@@ -129,4 +129,4 @@ def laid_out(config: PreTrainedConfig, media: Media) -> dict[str, Any]:
 
 
 def _first(token_id: int | list[int] | None) -> int | None:
-    return token_id[0] if isinstance(token_id, list) else token_id
+    return (token_id or [None])[0] if isinstance(token_id, list) else token_id

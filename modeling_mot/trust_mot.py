@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -11,7 +11,27 @@ from transformers.utils import cached_file
 
 
 # Fields of JSON files by which a loader runs code of the folder or of another repository, or looks for it there.
-CODE_FIELDS = frozenset({"auto_map", "custom_pipelines", "custom_generate", "_name_or_path", "name_or_path"})
+NAMES_OF_CODE = frozenset({"auto_map", "custom_pipelines", "custom_generate"})
+CODE_FIELDS = NAMES_OF_CODE | {"_name_or_path", "name_or_path"}
+
+
+def code_in(tree: Any) -> Iterator[str]:
+    """All texts under `auto_map` and its like, at any depth: names of code, such as `modeling.Model`."""
+    if isinstance(tree, list):
+        tree = dict(enumerate(tree))
+    for name, value in tree.items() if isinstance(tree, dict) else ():
+        if name in NAMES_OF_CODE:
+            yield from _texts(value)
+        else:
+            yield from code_in(value)
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, (dict, list)):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _texts(value)
 
 
 def without_code(tree: Any) -> Any:
@@ -42,6 +62,7 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
     forget_code(tokenizer)
     for name in ("is_local", "local_files_only"):  # where it was loaded from is no property of the tokenizer
         tokenizer.init_kwargs.pop(name, None)
+    json.dumps(tokenizer.init_kwargs, ensure_ascii=False, default=str).encode()  # half a character could not be saved
     return tokenizer
 
 
@@ -107,21 +128,26 @@ def check_links(folder: Path) -> None:
                 )
 
 
-def shard_files(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
     """Tensor -> name of the file that holds it, of an index such as `model.safetensors.index.json`.
 
     Raises:
-        ValueError: the index is not one, or names a file that is missing or not in its folder.
+        ValueError: the index is not one, or names a file outside of its folder.
     """
     files = read_json_object(index).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
         raise ValueError(f"{index} has no weight_map from names of tensors to names of files; download it again")
-    names = sorted(set(files.values()))
-    for name in names:
+    for name in sorted(set(files.values())):
         parts = (*PurePosixPath(name).parts, *PureWindowsPath(name).parts)
         is_plain = name and "\0" not in name and ".." not in parts and not PureWindowsPath(name).anchor
         if not is_plain or leads_outside(index.parent / name, index.parent):
             raise ValueError(f"{index} names {name!r}, which is outside of its folder; its files must lie beside it")
-    if lost := [name for name in names if not (index.parent / name).is_file()]:
+    return files
+
+
+def shard_files(index: Path) -> dict[str, str]:
+    """As `read_weight_map`, and the files are there. Raises ValueError where one is missing."""
+    files = read_weight_map(index)
+    if lost := sorted({name for name in files.values() if not (index.parent / name).is_file()}):
         raise ValueError(f"{index} names {', '.join(lost)}, which are not there; is the download complete?")
     return files
