@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from conversion.commands import reading
 from conversion.key_maps import ConversionError, KeyMap, Rule
 from modeling_mot import MoTConfig
 
@@ -114,7 +115,8 @@ class Architecture:
             del values["head_dim"]  # its models read it all the same where it is another
         values |= {theirs: getattr(config, ours) for theirs, ours in self.renamed.items()}
         values |= {name: value(config) for name, value in self.inverse.items()}
-        made = self.config_class(**values)
+        with reading(f"{self.model_type} cannot express it"):
+            made = self.config_class(**values)
         differing = [
             f"{name}={getattr(config, name)!r} (there {value!r})"
             for name, value in self.mot_fields(made).items()

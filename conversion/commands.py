@@ -86,6 +86,7 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
         return None
     with reading(f"{path} cannot be read by transformers"):
         generation = GenerationConfig.from_pretrained(folder)
+        generation.validate(strict=True)  # as it will be when it is saved
     forget_code(generation)
     return generation
 

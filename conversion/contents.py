@@ -114,7 +114,7 @@ def _png_texts(kind: bytes, chunk: bytes) -> Iterator[bytes]:
     yield chunk
     _, _, rest = chunk.partition(b"\0")  # behind the keyword
     if kind == b"iTXt" and rest[:1] == b"\1":
-        rest = b"\0" + rest.split(b"\0", 2)[-1]
+        rest = b"\0" + rest[2:].split(b"\0", 2)[-1]  # its method, language and translated keyword
     elif kind not in (b"zTXt", b"iCCP"):
         return
     yield zlib.decompressobj().decompress(rest[1:], _MOST_TEXT)

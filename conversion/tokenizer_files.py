@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from conversion.commands import read_json, reading
 from conversion.key_maps import ConversionError
+from modeling_mot.trust_mot import without_code
 
 
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -45,15 +46,17 @@ def copy_tokenizer(source: Path, out: Path, vocab_size: int) -> None:
     if (out / SETTINGS).is_file():
         settings = {
             name: value
-            for name, value in read_json(out / SETTINGS).items()
+            for name, value in without_code(read_json(out / SETTINGS)).items()
             # The processor is a MoT's, and so is its code.
-            if name not in ("processor_class", "auto_map") and not _writes(json.dumps(value, ensure_ascii=False), cut)
+            if name != "processor_class" and not _writes(json.dumps(value, ensure_ascii=False), cut)
         }
         _write_json(out / SETTINGS, settings)
 
 
 def _cut_tokens(path: Path, vocab_size: int) -> list[str]:
     """Take the added tokens from `vocab_size` on out of a tokenizer.json. -> those tokens"""
+    with reading(f"{path.name} of the source cannot be read"):
+        Tokenizer.from_file(str(path))
     tree = read_json(path)
     cut = [token["content"] for token in tree["added_tokens"] if token["id"] >= vocab_size]
     if cut:

@@ -344,14 +344,15 @@ def build_model(config: ImageTokenizerConfig) -> nn.Module:
 
 
 def load_model(backend: str, name_or_path: str | os.PathLike, subfolder: str = "", **hub_kwargs) -> nn.Module:
-    """The model in float32, from a folder or Hub repository."""
+    """The model in float32, from a folder or Hub repository; nothing is unpickled."""
     if backend == "chameleon":
         from transformers import ChameleonVQVAE
 
-        return ChameleonVQVAE.from_pretrained(name_or_path, subfolder=subfolder, dtype=torch.float32, **hub_kwargs)
+        kwargs = {"dtype": torch.float32, "use_safetensors": True, **hub_kwargs}
+        return ChameleonVQVAE.from_pretrained(name_or_path, subfolder=subfolder, **kwargs)
     from diffusers import VQModel
 
-    kwargs = {"low_cpu_mem_usage": False, "torch_dtype": torch.float32, **hub_kwargs}
+    kwargs = {"low_cpu_mem_usage": False, "torch_dtype": torch.float32, "use_safetensors": True, **hub_kwargs}
     return VQModel.from_pretrained(str(name_or_path), subfolder=subfolder or None, **kwargs)
 
 

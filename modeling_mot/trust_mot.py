@@ -72,7 +72,10 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Raises ValueError for a file that is not there, is not JSON or holds no object."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text)
+        if "\\u" in text:
+            json.dumps(tree, ensure_ascii=False).encode()  # an escape may stand for half a character, which is no text
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(tree, dict):
@@ -141,13 +144,26 @@ def read_weight_map(index: Path) -> dict[str, str]:
         parts = (*PurePosixPath(name).parts, *PureWindowsPath(name).parts)
         is_plain = name and "\0" not in name and ".." not in parts and not PureWindowsPath(name).anchor
         if not is_plain or leads_outside(index.parent / name, index.parent):
-            raise ValueError(f"{index} names {name!r}, which is outside of its folder; its files must lie beside it")
+            raise ValueError(
+                f"{index} names {name!r:.500}, which is outside of its folder; its files must lie beside it"
+            )
     return files
 
 
 def shard_files(index: Path) -> dict[str, str]:
     """As `read_weight_map`, and the files are there. Raises ValueError where one is missing."""
     files = read_weight_map(index)
-    if lost := sorted({name for name in files.values() if not (index.parent / name).is_file()}):
-        raise ValueError(f"{index} names {', '.join(lost)}, which are not there; is the download complete?")
+    if lost := sorted({name for name in files.values() if not os.path.isfile(index.parent / name)}):
+        raise ValueError(f"{index} names {', '.join(lost):.500}, which are not there; is the download complete?")
     return files
+
+
+def check_index(name_or_path: str | os.PathLike | None, subfolder: str | None = None) -> None:
+    """Refuse a local checkpoint whose index names files outside of its folder; the Hub gives out none of those.
+
+    Raises:
+        ValueError: naming the index and the file.
+    """
+    index = Path(name_or_path or "", subfolder or "", "model.safetensors.index.json")
+    if name_or_path is not None and index.is_file():
+        read_weight_map(index)

@@ -308,3 +308,17 @@ def test_any_cut_or_flipped_media_is_decoded_or_named(kind):
             assert "the sound" in str(error) or "the picture" in str(error)
             refused += 1
     assert refused > 5
+
+
+@pytest.mark.parametrize("name", ["a.txt", "metadata.jsonl", "metadata.csv"])
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_captions_and_metadata_are_no_links_out_of_the_folder(name, on_error, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(png("red"))
+    (tmp_path / "secret").write_text(
+        "file_name,text\na.png,secret\n" if name.endswith("csv") else '{"file_name": "a.png"}'
+    )
+    (tmp_path / "pictures" / name).symlink_to(tmp_path / "secret")
+    pairs = [TemplateConfig(["text:text", "image:image"])]
+    with pytest.raises(ValueError, match=f"path '{name}' leads outside"):
+        open_source(SourceConfig("x", str(tmp_path / "pictures"), pairs, on_error=on_error))
