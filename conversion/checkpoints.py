@@ -167,7 +167,12 @@ class CheckpointReader:
         return sum(end - begin for begin, end in (self._headers[name]["data_offsets"] for name in self._files))
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor. The file is opened for it alone: what is mapped of it is given back with the tensor."""
+        """One tensor. The file is opened for it alone: what is mapped of it is given back with the tensor.
+
+        Raises:
+            ConversionError: see `dtype`.
+        """
+        self.dtype(name)
         with safe_open(self.folder / self._files[name], framework="pt") as file:
             return file.get_tensor(name)
 
@@ -237,7 +242,7 @@ def write_tensors(
             filename_pattern=weights.replace(".safetensors", "{suffix}.safetensors"),
             max_shard_size=max_shard_size,
         )
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ConversionError(f"max_shard_size={max_shard_size!r} is no size, such as '5GB': {error}") from error
     needed, free = sum(entry.num_bytes for entry in entries), shutil.disk_usage(folder).free
     if needed > free:

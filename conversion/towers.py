@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from conversion.architectures import Architecture, architecture_of, fit_length
 from conversion.checkpoints import CheckpointReader, Entry
-from conversion.commands import check_range, read_config, read_generation_config, read_json, stored_dtype
+from conversion.commands import check_range, read_config, read_generation_config, read_json, reading, stored_dtype
 from conversion.initial_values import Start, extended, fresh, generator_of, perturbed
 from conversion.key_maps import ConversionError, Origin
 from conversion.sizes import check_sizes
@@ -23,7 +23,10 @@ from modeling_mot.latent_patchifier import build_patchifier
 from modeling_mot.latents_mot import downsampling, vae_config_of
 
 
-MOST_EXPERTS = 1024  # several times what any model has had
+# Several times what any model has had.
+MOST_EXPERTS = MOST_LAYERS = 1024
+MOST_SIDE = 1 << 20
+MOST_PATCHIFIER = 1 << 30  # parameters, which are drawn all at once
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -165,15 +168,23 @@ def _mot_config(
         values["latent_size"] = [side // factor for side in wishes.media.image_processor.image_size]
         values["latent_channels"] = wishes.vae.config.latent_channels
         values["vae_config"] = vae_config_of(wishes.vae)
-    try:
+    _check_settings(wishes.settings)
+    with reading("these options contradict each other"):
         config = config_class(**values | wishes.settings)
-    except (ValueError, TypeError) as error:
-        raise ConversionError(f"these options contradict each other: {error}") from error
     if unknown := [tower for tower in wishes.starts if tower not in config.tower_names]:
         raise ConversionError(f"--init names {unknown[0]!r}; the towers are {', '.join(config.tower_names)}")
     if wishes.starts and not config.untied:
         raise ConversionError("--init is of what a tower has for itself, but --share leaves nothing; name fewer parts")
     return config
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Refuse numbers that are larger than any model has: modules of such sizes would be built to find that out."""
+    for name, value in settings.items():
+        most = MOST_LAYERS if name == "unet_layers" else MOST_SIDE
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and number > most:
+                raise ConversionError(f"--set {name} {number} must be at most {most}")
 
 
 def _take_generation_config(folder: Path, model: PreTrainedModel) -> None:
@@ -197,6 +208,11 @@ def _made_here(config: MoTConfig, targets: dict[str, torch.Tensor], wishes: Wish
         if name.endswith(".router.weight"):
             made[name] = partial(_router, name, tuple(target.shape), config, wishes.seed)
     if wishes.vae is not None:
+        if (count := config.patchifier_parameters()) > MOST_PATCHIFIER:
+            raise ConversionError(
+                f"unet_channels={config.unet_channels} and unet_layers={config.unet_layers} make a patchifier of {count:,} "
+                f"parameters; at most {MOST_PATCHIFIER:,} are drawn"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator_of(wishes.seed, "patchifier").initial_seed())
             patchifier = build_patchifier(config)

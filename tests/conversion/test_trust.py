@@ -290,7 +290,39 @@ def test_quantized_weights_are_refused_by_their_type(code, command, source, toke
         (["--moe-text", "1000000000"], "--moe-text 1000000000 must be at most"),
         (["--modalities", "text", "image", "speech", "--speech-units", "1000000000"], "--speech-units 1000000000 must"),
         (["--max-shard-size", "nan"], "max_shard_size='nan' is no size"),
+        (["--max-shard-size", "1e400GB"], "max_shard_size='1e400GB' is no size"),
+        (["--set", "initializer_range=x"], "these options contradict each other"),
+        (["--set", "attention_dropout=null"], "these options contradict each other"),
+        (["--set", f"max_speech_tokens={DEEP}"], "these options contradict each other"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message, source, capsys):
     assert message in refusal(capsys, source, *([] if "--image-codes" in options else ["--image-codes", "4"]), *options)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "unet_channels=[1000000000,1000000000]",
+        "unet_channels=[1048576,1048576]",
+        "unet_layers=1000000000",
+        "num_train_timesteps=1000000000000",
+        "unet_channels=x",
+        "unet_channels=[null]",
+    ],
+)
+def test_sizes_of_a_patchifier_are_refused_before_it_is_built(setting, source, capsys):
+    options = {"unet_norm_groups": "16", "unet_channels": "[32,64]", "unet_layers": "1"}
+    name, _, value = setting.partition("=")
+    settings = [f"{name}={value}" for name, value in (options | {name: value}).items()]
+    said = refusal(capsys, source, "--transfusion", "--vae", VAE, "--image-size", "32", "32", "--set", *settings)
+    assert name in said
+
+
+def test_a_vae_of_whole_numbers_is_not_exported(saved_pictures, tmp_path, capsys):
+    folder = shutil.copytree(saved_pictures, tmp_path / "pictures")
+    tensors = load_file(folder / "model.safetensors")
+    whole = {name: tensor.int() if name.startswith("vae.") else tensor for name, tensor in tensors.items()}
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    assert vae(["export", str(folder), str(tmp_path / "out")]) == 2
+    assert "is stored as I32" in capsys.readouterr().err
