@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.chameleon.modeling_chameleon import ChameleonImageVocabularyMapping
 
+from conversion.commands import reading
 from conversion.key_maps import ConversionError
+from modeling_mot.trust_mot import load_tokenizer
 from modeling_mot.vocabulary_mot import SPECIAL_TOKENS, add_bos, code_token, set_special_attributes, special
 
 
@@ -98,7 +100,8 @@ def convert_tokenizer(
     """
     if not (folder / "tokenizer.json").is_file():
         return None
-    source = AutoTokenizer.from_pretrained(folder)
+    with reading(f"the tokenizer of {folder} cannot be read"):
+        source = load_tokenizer(folder)
     backend = json.loads(source.backend_tokenizer.to_str())
     names = source.convert_ids_to_tokens(list(range(*vocabulary.token_range)))
     renamed = {name: code_token("image", index) for index, name in enumerate(names)}

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from conversion.commands import read_json
+from conversion.commands import read_json, reading
 from conversion.key_maps import ConversionError
+from modeling_mot.trust_mot import without_code
 
 
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -21,7 +22,8 @@ def check_cut(folder: Path, vocab_size: int) -> None:
     """Refuse to cut what cannot be cut: a vocabulary's own tokens, which merges are made of. Raises ConversionError."""
     if not (folder / TOKENIZER).is_file():
         return
-    own = Tokenizer.from_file(str(folder / TOKENIZER)).get_vocab_size(with_added_tokens=False)
+    with reading(f"{folder / TOKENIZER} cannot be read"):
+        own = Tokenizer.from_file(str(folder / TOKENIZER)).get_vocab_size(with_added_tokens=False)
     if vocab_size < own:
         raise ConversionError(
             f"--vocab-size {vocab_size} cuts into the {own} tokens of {folder / TOKENIZER}; keep those"
@@ -44,15 +46,17 @@ def copy_tokenizer(source: Path, out: Path, vocab_size: int) -> None:
     if (out / SETTINGS).is_file():
         settings = {
             name: value
-            for name, value in read_json(out / SETTINGS).items()
+            for name, value in without_code(read_json(out / SETTINGS)).items()
             # The processor is a MoT's, and so is its code.
-            if name not in ("processor_class", "auto_map") and not _writes(json.dumps(value, ensure_ascii=False), cut)
+            if name != "processor_class" and not _writes(json.dumps(value, ensure_ascii=False), cut)
         }
         _write_json(out / SETTINGS, settings)
 
 
 def _cut_tokens(path: Path, vocab_size: int) -> list[str]:
     """Take the added tokens from `vocab_size` on out of a tokenizer.json. -> those tokens"""
+    with reading(f"{path.name} of the source cannot be read"):
+        Tokenizer.from_file(str(path))
     tree = read_json(path)
     cut = [token["content"] for token in tree["added_tokens"] if token["id"] >= vocab_size]
     if cut:

@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from conversion.commands import check_range, reading
 from conversion.key_maps import ConversionError
 from modeling_mot import MoTProcessor
 from modeling_mot.image_processor_mot import MoTImageProcessor
 from modeling_mot.image_tokenizer_mot import MoTImageTokenizer
 from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
+from modeling_mot.trust_mot import load_tokenizer
 from modeling_mot.vocabulary_mot import COMMON_SPECIAL_TOKENS, SPECIAL_TOKENS, extend_tokenizer, special
 
 
+# More tokens of pictures or sound than any tokenizer makes; each takes about a kilobyte of the text tokenizer.
+MOST_CODES = 1 << 20
 SPEECH_UNITS = 500  # of HuBERT's k-means, as in the paper's trimodal models
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 MARKERS = ("boi_token", "eoi_token", "begin_of_speech_token", "end_of_speech_token")
@@ -65,14 +69,14 @@ def extend_vocabulary(folder: Path, config: PreTrainedConfig, media: Media, use_
     Raises:
         ConversionError: its tokenizer cannot be loaded or extended.
     """
+    check_range("--image-codes", media.image_codes, 0, MOST_CODES)
+    check_range("--speech-units", media.speech_units, 0, MOST_CODES)
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     if not (use_tokenizer and has_tokenizer):
         return Vocabulary(laid_out(config, media), None)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        # Where it was loaded from is no property of the tokenizer.
-        for name in ("is_local", "local_files_only"):
-            tokenizer.init_kwargs.pop(name, None)
+        with reading("it cannot be loaded"):
+            tokenizer = load_tokenizer(folder)
         fill_up(tokenizer, config)
         extend_tokenizer(tokenizer, media.image_codes, media.speech_units)
         processor = MoTProcessor(
@@ -125,4 +129,4 @@ def laid_out(config: PreTrainedConfig, media: Media) -> dict[str, Any]:
 
 
 def _first(token_id: int | list[int] | None) -> int | None:
-    return token_id[0] if isinstance(token_id, list) else token_id
+    return (token_id or [None])[0] if isinstance(token_id, list) else token_id

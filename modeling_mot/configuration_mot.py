@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import RopeParameters
 
 from .checks_mot import is_whole
 from .presets_mot import PRESETS, VARIANTS, variant_fields
+from .trust_mot import without_code
 
 
 SHARED = "shared"
@@ -104,6 +105,8 @@ class MoTConfig(PreTrainedConfig):
         "AutoModelForMultimodalLM": "modeling_mot.MoTForCausalLM",
         "AutoProcessor": "processing_mot.MoTProcessor",
     }
+    # What the auto_map of a loaded file said otherwise. Code from the Hub is found by it; it is never saved again.
+    _loaded_auto_map = {}
 
     vocab_size: int = 65536
     hidden_size: int = 1024
@@ -167,8 +170,13 @@ class MoTConfig(PreTrainedConfig):
             self.modality_token_ranges = {name: list(span) for name, span in self.modality_token_ranges.items()}
         if self.towers is None:
             self.towers = {modality: modality for modality in self.modalities}
-        kwargs["auto_map"] = self.auto_classes | kwargs.get("auto_map", {})
+        loaded = kwargs.get("auto_map") or {}
+        if not isinstance(loaded, dict):
+            raise ValueError(f"auto_map={loaded!r} must name a class for each auto class; leave it out")
+        kwargs["auto_map"] = self.auto_classes | loaded
         super().__post_init__(**kwargs)
+        if other := {name: value for name, value in loaded.items() if self.auto_classes.get(name) != value}:
+            self._loaded_auto_map = other
         self.validate_architecture()
 
     @classmethod
@@ -190,6 +198,18 @@ class MoTConfig(PreTrainedConfig):
                 f"{cls.model_type!r}. Load it with AutoConfig, or convert the checkpoint"
             )
         return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self):
+        """As in transformers, but the code that is named is ours and what this process registered, whatever was loaded."""
+        own = {name: value for name, value in self.auto_map.items() if self._loaded_auto_map.get(name) != value}
+        output = without_code(super().to_dict())
+        output.pop("_loaded_auto_map", None)
+        return output | {"auto_map": self.auto_classes | own, "_name_or_path": self._name_or_path}
+
+    def forget_loaded_code(self):
+        """Take the place of what a loaded file named, so that all that `auto_map` gets from here on is saved."""
+        self.auto_map = dict(self.auto_classes)
+        self._loaded_auto_map = {}
 
     # ------------------------------------------------------------------ what follows from the fields
 

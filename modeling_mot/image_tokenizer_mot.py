@@ -25,6 +25,7 @@ from .image_loading_mot import (
     pixel_limit,
 )
 from .media_sources_mot import describe_source
+from .trust_mot import forget_code, without_code
 
 
 IMAGE_TOKENIZER_CONFIG_NAME = "image_tokenizer_config.json"
@@ -118,7 +119,7 @@ class ImageTokenizerConfig:
         return from_known_fields(cls, values, "image tokenizer")
 
     def to_dict(self) -> dict[str, Any]:
-        return without_defaults(self, "image_processor", "max_kept_pixels")
+        return without_code(without_defaults(self, "image_processor", "max_kept_pixels"))
 
     def model_arguments(self) -> dict[str, Any]:
         """Arguments of `VQModel`, with the channels that patch folding needs and one block per scale filled in."""
@@ -302,6 +303,9 @@ class MoTImageTokenizer:
         nn.Module.to(self.model, getattr(torch, self.config.storage_dtype))
         if self.config.backend == "diffusers":
             self.model.register_to_config(_name_or_path=None)  # the folder it came from is nobody's business
+            self.model._internal_dict = type(self.model.config)(without_code(self.model.config))
+        else:
+            forget_code(self.model.config)
         self.model.save_pretrained(directory)
         self.model.float()
         text = json.dumps(self.config.to_dict(), indent=2) + "\n"
@@ -353,14 +357,15 @@ def build_model(config: ImageTokenizerConfig) -> nn.Module:
 
 
 def load_model(backend: str, name_or_path: str | os.PathLike, subfolder: str = "", **hub_kwargs) -> nn.Module:
-    """The model in float32, from a folder or Hub repository."""
+    """The model in float32, from a folder or Hub repository; nothing is unpickled."""
     if backend == "chameleon":
         from transformers import ChameleonVQVAE
 
-        return ChameleonVQVAE.from_pretrained(name_or_path, subfolder=subfolder, dtype=torch.float32, **hub_kwargs)
+        kwargs = {"dtype": torch.float32, "use_safetensors": True, **hub_kwargs}
+        return ChameleonVQVAE.from_pretrained(name_or_path, subfolder=subfolder, **kwargs)
     from diffusers import VQModel
 
-    kwargs = {"low_cpu_mem_usage": False, "torch_dtype": torch.float32, **hub_kwargs}
+    kwargs = {"low_cpu_mem_usage": False, "torch_dtype": torch.float32, "use_safetensors": True, **hub_kwargs}
     return VQModel.from_pretrained(str(name_or_path), subfolder=subfolder or None, **kwargs)
 
 

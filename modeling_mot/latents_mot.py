@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from .configuration_mot_transfusion import VAE_CLASS_NAMES, vae_downsampling
 from .image_tokenizer_mot import fingerprint
+from .trust_mot import without_code
 
 
 VAE_CLASSES = {name: getattr(diffusers, name) for name in VAE_CLASS_NAMES}
@@ -35,7 +36,7 @@ def build_vae(vae_config: Mapping[str, Any]) -> AutoencoderKL | AutoencoderTiny:
 
     Raises ValueError for a `_class_name` other than AutoencoderKL and AutoencoderTiny.
     """
-    return vae_class(vae_config).from_config(dict(vae_config)).float().eval().requires_grad_(False)
+    return vae_class(vae_config).from_config(without_code(vae_config)).float().eval().requires_grad_(False)
 
 
 def downsampling(vae_config: Mapping[str, Any]) -> int:
@@ -46,7 +47,7 @@ def downsampling(vae_config: Mapping[str, Any]) -> int:
 
 def vae_config_of(vae: AutoencoderKL | AutoencoderTiny) -> dict[str, Any]:
     """What `build_vae` needs to build its like; where it was loaded from and by which version is left out."""
-    known = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    known = {name: value for name, value in without_code(vae.config).items() if not name.startswith("_")}
     return {**known, "_class_name": type(vae).__name__}
 
 

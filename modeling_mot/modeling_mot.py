@@ -30,6 +30,7 @@ from .range_attention_mot import RANGES
 from .token_losses import logits_and_losses
 from .tower_norms_mot import MoTHeadLayerNorm, TowerNorms, rms_norm
 from .tower_products_mot import TOWER_PRODUCTS
+from .trust_mot import check_index, forget_code
 
 
 class MoTPreTrainedModel(PushWithCard, PreTrainedModel):
@@ -46,16 +47,17 @@ class MoTPreTrainedModel(PushWithCard, PreTrainedModel):
     _can_record_outputs = {"hidden_states": MoTDecoderLayer, "attentions": MoTAttention}
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers, but a checkpoint that lacks tensors is refused.
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, but a checkpoint that lacks tensors, or takes them from outside of its folder, is refused.
 
         Transformers goes on with random ones and a warning. Whoever asks for `output_loading_info` gets the list of
         missing tensors instead of the error; a head may be missing from a checkpoint of the bare transformer.
 
         Raises:
-            ValueError: tensors are missing.
+            ValueError: tensors are missing, or an index names files outside of its folder.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        check_index(pretrained_model_name_or_path, kwargs.get("subfolder"))
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if output_loading_info:
             return model, info
         missing = info["missing_keys"]
@@ -91,7 +93,9 @@ class MoTPreTrainedModel(PushWithCard, PreTrainedModel):
         return super().get_correct_attn_implementation(requested_attention or RANGES, is_init_check)
 
     def save_pretrained(self, *args, **kwargs):
+        self.config.forget_loaded_code()
         if self.can_generate():
+            forget_code(self.generation_config)
             # Whoever reads a generation configuration that is marked as derived loses `image_grid` and the like.
             self.generation_config._from_model_config = None
         return super().save_pretrained(*args, **kwargs)

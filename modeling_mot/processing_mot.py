@@ -32,6 +32,7 @@ from .processor_inputs_mot import (
     media_of,
 )
 from .speech_tokenizer_mot import SPEECH_TOKENIZER_CONFIG_NAME, MoTSpeechTokenizer
+from .trust_mot import check_tokenizer_files, forget_code
 from .vocabulary_mot import CHAT_TEMPLATE, extend_tokenizer, modality_ids_of, modality_ranges, stretches
 
 
@@ -432,6 +433,7 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
             self.save_pretrained(save_directory)
             return self.push_to_hub(repo_id, **kwargs)
+        forget_code(self.tokenizer)
         files = super().save_pretrained(save_directory, **kwargs)
         for name in PARTS:
             if getattr(self, name) is not None:
@@ -440,8 +442,9 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
         hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        check_tokenizer_files(pretrained_model_name_or_path, subfolder=kwargs.get("subfolder") or "", **hub_kwargs)
+        arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
         for name, (part_class, config_name) in PARTS.items():
             if name in kwargs:
                 arguments.append(kwargs[name])

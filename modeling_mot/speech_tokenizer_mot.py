@@ -176,7 +176,7 @@ class MoTSpeechTokenizer:
         if self.encoder is None:
             from transformers import AutoModel
 
-            self.encoder = AutoModel.from_pretrained(self.config.encoder, dtype=torch.float32)
+            self.encoder = AutoModel.from_pretrained(self.config.encoder, dtype=torch.float32, trust_remote_code=False)
         # Whisper and other encoder-decoders: the encoder alone hears.
         encoder = self.encoder.get_encoder() if self.encoder.config.is_encoder_decoder else self.encoder
         return encoder.eval().requires_grad_(False)

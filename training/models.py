@@ -22,6 +22,7 @@ from modeling_mot import (
 )
 from modeling_mot.latents_mot import build_vae, vae_config_of, vae_fingerprint
 from modeling_mot.presets_mot import VARIANTS
+from modeling_mot.trust_mot import read_weight_map
 from training.config import ConfigError, option
 from training.data.config import DataConfig
 from training.transfusion import (
@@ -284,8 +285,8 @@ def _read_tensors(source: str, prefix: str) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint whose names begin with `prefix`, without it, in float32."""
     names = ["model.safetensors"]
     if has_file(source, "model.safetensors.index.json"):
-        index = json.loads(Path(cached_file(source, "model.safetensors.index.json")).read_text(encoding="utf-8"))
-        names = sorted({file for name, file in index["weight_map"].items() if name.startswith(prefix)})
+        files = read_weight_map(Path(cached_file(source, "model.safetensors.index.json")))
+        names = sorted({file for name, file in files.items() if name.startswith(prefix)})
     tensors = {}
     for name in names:
         with safe_open(cached_file(source, name), framework="pt") as file:

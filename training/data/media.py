@@ -23,6 +23,16 @@ class OutsidePath(str):
     """A file's name that leads outside the folder of its source. It is never opened."""
 
 
+def source_roots(path: Path) -> list[Path]:
+    """The folders in which files that records name must lie: that of a local source, or the caches for one of the Hub."""
+    if path.exists():
+        return [path if path.is_dir() else path.parent]
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
+
+
 def confined(value, roots: Sequence[Path]):
     """A picture or sound of a record with its file's name, if it has one, made a path inside one of some folders.
 

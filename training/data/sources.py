@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 
 import datasets
-from huggingface_hub.constants import HF_HUB_CACHE
 from pyarrow import parquet
 
 from .bad_records import BadRecord, BrokenShard, LeftOut
@@ -15,6 +14,7 @@ from .config import Limits, SourceConfig, local_path
 from .dataset_rows import StreamedDataset, label_names
 from .fingerprints import CONTENT_FINGERPRINT_BYTES, content_fingerprint, digest_of, local_fingerprint
 from .folders import KINDS, folder_records, resolve_inside
+from .media import source_roots
 from .records import Source, matches
 from .segments import check_parts
 from .shards import UNREACHABLE, ShardFiles, find_shards, is_remote, read_file, shard_format
@@ -225,13 +225,12 @@ def _open_dataset(config: SourceConfig, path: Path) -> Source:
         records = records.select(range(min(config.limit, len(records))))
     described = {"config": config.config, "split": config.split, "limit": config.limit}
     described |= {"match": config.match} if config.match else {}
+    roots = source_roots(path)
     if path.exists():
-        roots = [path if path.is_dir() else path.parent]
         names_files = any(segment.type != "text" for segment in config.segments)
         described["files"] = local_fingerprint(roots[0] if names_files else path)
     else:
         described["dataset"] = [config.path, _hub_commit(config)] if streamed else records._fingerprint
-        roots = [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
     if streamed:
         described["shards"] = records.num_shards  # records have other numbers
     number, labels = None if streamed else len(records), label_names(records.features)

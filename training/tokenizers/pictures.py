@@ -10,7 +10,7 @@ from PIL import Image
 
 from modeling_mot.image_loading_mot import load_fitted
 from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig
-from training.tokenizers.sources import PICTURE_SUFFIXES, read_column_values
+from training.tokenizers.sources import PICTURE_SUFFIXES, read_media
 
 
 PICTURE_COLUMNS = ["image", "picture", "img"]
@@ -57,7 +57,7 @@ class Pictures(Sequence):
 
 def read_pictures(where: list[str], arguments: argparse.Namespace, config: ImageTokenizerConfig) -> Pictures:
     """The pictures of the sources a command names; it ends with an error where there are none."""
-    sources = list(read_column_values(where, arguments.column or PICTURE_COLUMNS, arguments.limit, PICTURE_SUFFIXES))
+    sources = list(read_media(where, arguments.column or PICTURE_COLUMNS, arguments.limit, PICTURE_SUFFIXES))
     if not sources:
         raise SystemExit(f"error: no pictures in {', '.join(where)}")
     return Pictures(sources, config)

@@ -11,12 +11,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from modeling_mot.image_processor_mot import MoTImageProcessor
 from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig, MoTImageTokenizer
 from modeling_mot.processing_mot import MoTProcessor
 from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
+from modeling_mot.trust_mot import load_tokenizer
 from modeling_mot.vocabulary_mot import SPECIAL_TOKENS, extend_tokenizer, without_codes
 from training.tokenizers.sources import add_output_arguments, check_output, publish
 
@@ -112,10 +113,7 @@ def main(argv: list[str] | None = None) -> dict:
             "error: --downsampling keeps pictures as pixels, without speech: leave --image and --speech out"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.text)
-        # Where it was loaded from is no property of the tokenizer.
-        for name in ("is_local", "local_files_only"):
-            tokenizer.init_kwargs.pop(name, None)
+        tokenizer = load_tokenizer(arguments.text)
         image = load_image_tokenizer(arguments)
         speech = MoTSpeechTokenizer.from_pretrained(arguments.speech) if arguments.speech else None
         if arguments.downsampling is not None:
