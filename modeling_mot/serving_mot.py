@@ -136,12 +136,14 @@ class MoTServer:
             return request_id in desk.results or request_id not in desk.known
 
         with self.changed:
-            self._wait(lambda: is_settled() or self.failure is not None, timeout)
+            # After a failure the results of all that were in are still to come.
+            self._wait(lambda: is_settled() or self.failure is not None and not desk.accepted, timeout)
             if request_id is not None and request_id not in desk.known:
                 raise KeyError(f"no request is called {request_id!r}, or its result was taken already")
             if is_settled():
                 return desk.take(request_id)
-            self._check_failure()
+            if not desk.accepted:
+                self._check_failure()
             if timeout is None and not (request_id is None and self.stopping):
                 raise RuntimeError(
                     "nobody runs the server, so no result will come: start() it, or step() until it is there"
@@ -293,7 +295,10 @@ class MoTServer:
         return self.max_tokens is None or sum(lengths) + request.generation_config.max_length <= self.max_tokens
 
     def _fail(self, error: BaseException) -> None:
-        """Tell all who wait for something; then nothing more is let in."""
+        """Let nothing more in, and tell all who wait for something."""
+        with self.changed:
+            self.failure = error
+            self.desk.waiting.clear()
         try:
             for sequence in list(self.rounds.sequences):
                 self.desk.ended(sequence, error)
@@ -301,9 +306,8 @@ class MoTServer:
                 self.desk.refuse(request, error)
         finally:
             with self.changed:
-                self.desk.waiting.clear()
                 self.rounds.sequences.clear()
-                self.failure = error
+                self.desk.accepted.clear()
                 self.changed.notify_all()
 
     # -------------------------------------------------------------------------------------------------- a request in

@@ -75,16 +75,18 @@ class Rounds:
 
     def _alone(self, forward: Callable, sequences: list, error: BaseException) -> list[tuple]:
         """After a forward has failed for all of these: the results of those for which it does not fail by itself."""
-        results = []
+        results, failed = [], []
         for sequence in sequences:
             try:
                 if len(sequences) == 1:
                     raise error
                 results += zip([sequence], forward([sequence]))
             except BaseException as own:
-                self.leave(sequence, own_error(own))
-        if not results:
+                failed.append((sequence, own_error(own)))
+        if not results:  # before anybody is told, since a server that has failed lets nothing in
             self._probe()
+        for sequence, own in failed:
+            self.leave(sequence, own)
         return results
 
     def _write(self, sequences: list) -> list:

@@ -14,7 +14,7 @@ from modeling_mot.serving_mot import MoTServer
 from modeling_mot.serving_requests_mot import RequestStatus
 
 from .test_serving import Collect, alone
-from .test_serving_attacks import assert_failed, assert_writes
+from .test_serving_attacks import Stream, assert_failed, assert_writes, failing
 
 
 LONG = {"input_ids": [1, 9], "max_new_tokens": 100, "eos_token_id": []}
@@ -219,6 +219,22 @@ def test_serve_leaves_the_results_of_others_alone(tiny_model):
     assert server.get_result("mine").status == RequestStatus.FINISHED
 
 
+def test_nothing_is_let_in_between_a_failure_and_the_results_that_tell_of_it(tiny_model, monkeypatch):
+    """A streamer that takes its time to end holds up the results of those behind it, and nobody else."""
+    server, ending, go_on = MoTServer(tiny_model(), max_new_tokens=3), threading.Event(), threading.Event()
+    server.add_request([1, 9], "slow", streamer=Stream(end=lambda: ending.set() or go_on.wait(30)))
+    server.add_request([1, 9, 12], "behind")
+    monkeypatch.setattr(server.rounds, "_share", failing(MemoryError("too much")))
+    server.start()
+    assert ending.wait(20)
+    with pytest.raises(RuntimeError, match="too much"):
+        within(10, server.add_request, [1, 9])
+    assert server.get_result("behind", timeout=0.05) is None
+    go_on.set()
+    for name in ("slow", "behind"):
+        assert_failed(within(10, server.get_result, name), "too much")
+
+
 def test_after_a_failure_everything_says_so(tiny_model, monkeypatch):
     def fail(self, *args):
         raise MemoryError("too much")
@@ -251,7 +267,7 @@ from modeling_mot.serving_mot import MoTServer
 torch.set_num_threads(1)
 size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 config = MoTConfig.from_variant("dense", vocab_size=60, max_position_embeddings=10**6, **size)
-server = MoTServer(MoTForCausalLM(config).eval(), eos_token_id=[], max_new_tokens=900_000)
+server = MoTServer(MoTForCausalLM(config).eval(), eos_token_id=[], pad_token_id=0, max_new_tokens=900_000)
 begun = threading.Event()
 class Stream:
     put, end = staticmethod(lambda tokens: begun.set()), staticmethod(lambda: None)
@@ -259,7 +275,7 @@ server.start()
 for _ in range(8):
     server.add_request([1, 9, 12], streamer=Stream())
 threading.Thread(target=server.get_result, daemon=True).start()
-begun.wait()
+assert begun.wait(60), server.desk.results
 print(time.time(), flush=True)
 """
 
