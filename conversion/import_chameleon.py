@@ -26,10 +26,11 @@ from conversion.checkpoints import CheckpointReader, Entry, check_output, fetch,
 from conversion.commands import add_arguments, copy_licences, exit_code, read_config, read_json
 from conversion.initial_values import extended, generator_of
 from conversion.key_maps import ConversionError
-from conversion.vocabulary import SPEECH_UNITS
+from conversion.vocabulary import SPEECH_UNITS, extend_chat_template
 from modeling_mot import MoTConfig, MoTForCausalLM, MoTProcessor
 from modeling_mot.image_tokenizer_mot import MoTImageTokenizer
 from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
+from modeling_mot.vocabulary_mot import COMMON_SPECIAL_TOKENS
 
 
 VQ_VAE = "model.vqmodel."
@@ -169,7 +170,9 @@ def _plan(
     tokenizer = convert_tokenizer(folder, vocabulary, speech.num_units if speech else speech_units)
     processor = None
     if tokenizer is not None:
-        processor = MoTProcessor(tokenizer, pictures, speech, chat_template=tokenizer.chat_template or CHAT_TEMPLATE)
+        # Both name all of the common special tokens.
+        template = extend_chat_template(tokenizer, named=list(COMMON_SPECIAL_TOKENS)) or CHAT_TEMPLATE
+        processor = MoTProcessor(tokenizer, pictures, speech, chat_template=template)
     elif speech is not None or speech_units:
         raise ConversionError(f"{folder} has no tokenizer.json, to which tokens of speech could be added")
 
