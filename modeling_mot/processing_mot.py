@@ -432,6 +432,9 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
             self.save_pretrained(save_directory)
             return self.push_to_hub(repo_id, **kwargs)
+        # Left over from the last call; saved, they would become settings of every call.
+        self.tokenizer.backend_tokenizer.no_truncation()
+        self.tokenizer.backend_tokenizer.no_padding()
         files = super().save_pretrained(save_directory, **kwargs)
         for name in PARTS:
             if getattr(self, name) is not None:

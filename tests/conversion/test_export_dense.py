@@ -195,7 +195,9 @@ def test_a_cut_vocabulary_takes_its_tokens_out_of_the_tokenizer(tmp_path):
     source, made = (AutoTokenizer.from_pretrained(tmp_path / folder) for folder in ("source", "dense"))
     assert made.get_vocab() == source.get_vocab() and len(AutoTokenizer.from_pretrained(tmp_path / "mot")) > 69
     assert made("w9 w12").input_ids == source("w9 w12").input_ids == [9, 12]
-    assert made.bos_token is None and made.pad_token is None and not (tmp_path / "dense" / "chat_template.jinja").exists()
+    assert (
+        made.bos_token is None and made.pad_token is None and not (tmp_path / "dense" / "chat_template.jinja").exists()
+    )
     config = load(tmp_path / "dense").config
     assert (config.bos_token_id, config.eos_token_id, config.vocab_size) == (None, 2, 60)
 

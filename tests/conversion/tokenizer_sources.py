@@ -148,7 +148,10 @@ FAMILIES = {
     ),
     "nameless": Family("smollm3", lambda: plain(bytes_backend()), ALL_NAMES, False),
     "templates": Family(
-        "smollm3", lambda: plain(bytes_backend(), eos_token="<|end|>"), {"default": CHATML, "short": WITHOUT_BEGIN}, False
+        "smollm3",
+        lambda: plain(bytes_backend(), eos_token="<|end|>"),
+        {"default": CHATML, "short": WITHOUT_BEGIN},
+        False,
     ),
     "no-template": Family("llama", lambda: plain(pieces_backend("first"), **PIECES), None, True),
 }
