@@ -170,7 +170,7 @@ def _plan(
     tokenizer = convert_tokenizer(folder, vocabulary, speech.num_units if speech else speech_units)
     processor = None
     if tokenizer is not None:
-        # Both name all of the common special tokens.
+        # The source's configuration names all of them, see `OWN_TOKENS`.
         template = extend_chat_template(tokenizer, named=list(COMMON_SPECIAL_TOKENS)) or CHAT_TEMPLATE
         processor = MoTProcessor(tokenizer, pictures, speech, chat_template=template)
     elif speech is not None or speech_units:

@@ -122,9 +122,9 @@ class ModalitySpanLogitsProcessor(LogitsProcessor):
                 may_go_on &= ~may_close | (opened <= self.prompt_length)
             state = torch.where(is_open, 3 * number + may_go_on.long() + 2 * may_close.long(), state)
         constrained = scores.masked_fill(self.hidden[state], -float("inf"))
-        too_long = [span.opening for span in self.spans if left < span.fewest + 2]
-        if too_long:
-            constrained[:, too_long] = -float("inf")
+        for span in self.spans:
+            if left < span.fewest + 2:
+                constrained[:, span.opening] = -float("inf")
         # Where other processors, `forced_eos_token_id` for one, left nothing of what may follow, theirs is the choice.
         nothing_left = constrained.amax(dim=-1, keepdim=True) <= torch.finfo(scores.dtype).min
         return torch.where(nothing_left, scores, constrained) if nothing_left.any() else constrained

@@ -90,17 +90,26 @@ def tokenize_prompts(tokenizer: Any, prompts: list[str], begin: int | None, text
     Args:
         begin: the token that the tokenizer puts before a text; None where it puts nothing.
         text_kwargs: of the tokenizer's call, without `return_tensors`.
+
+    Raises:
+        ValueError: what is cut off is to be returned too, where the tokenizer does not do the cutting.
     """
     adds = [text_kwargs.get("add_special_tokens", True)] * len(prompts)
     if begin is not None and "add_special_tokens" not in text_kwargs:
         adds = [not prompt.startswith(tokenizer.convert_ids_to_tokens(begin)) for prompt in prompts]
-    limit = text_kwargs.get("max_length") or tokenizer.model_max_length
+    is_cut = text_kwargs.get("truncation") not in (None, False, "do_not_truncate")
     openings = (tokenizer.boi_token, tokenizer.begin_of_speech_token)
     has_spans = any(opening in prompt for prompt in prompts for opening in openings)
-    is_cut = has_spans and text_kwargs.get("truncation") not in (None, False, "do_not_truncate")
-    if not is_cut and len(set(adds)) == 1:
+    if len(set(adds)) == 1 and not (is_cut and has_spans):
         return dict(tokenizer(prompts, **text_kwargs | ({} if adds[0] else {"add_special_tokens": False})))
 
+    # One by one: some begin by themselves, or are cut where the tokenizer would not cut.
+    if is_cut and text_kwargs.get("return_overflowing_tokens"):
+        raise ValueError(
+            "return_overflowing_tokens=True goes neither with pictures and sounds nor with texts of which only some begin "
+            "with the begin token: leave it out, or cut the texts before they are encoded"
+        )
+    limit = text_kwargs.get("max_length") or tokenizer.model_max_length
     names = ("padding", "max_length", "pad_to_multiple_of", "padding_side")
     padding = {"padding": False} | {name: text_kwargs[name] for name in names if name in text_kwargs}
     if padding["padding"] != "max_length":
@@ -114,7 +123,8 @@ def tokenize_prompts(tokenizer: Any, prompts: list[str], begin: int | None, text
             around = tokenizer.num_special_tokens_to_add() if add else 0
             before = int(begin is not None and around > 0)
             places = places_that_fit(tokenizer, ids, limit, before, around - before)
-            row = {name: [values[place] for place in places] for name, values in row.items()}
+            per_token = [name for name, values in row.items() if len(values) == len(ids)]
+            row |= {name: [row[name][place] for place in places] for name in per_token}
         rows.append(row)
     return dict(tokenizer.pad({name: [row[name] for row in rows] for name in rows[0]}, **padding))
 

@@ -126,8 +126,6 @@ def begin_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     Raises:
         ValueError: it puts several tokens there.
     """
-    if tokenizer.bos_token == SPECIAL_TOKENS["bos_token"]:
-        return tokenizer.bos_token_id  # added for this alone
     template = tokenizer.backend_tokenizer.post_processor
     if template is None:
         return None

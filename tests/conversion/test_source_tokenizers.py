@@ -9,9 +9,11 @@ from conversion.towers import Wishes
 from conversion.upcycle import upcycle
 from conversion.vocabulary import Media
 from modeling_mot import MoTForCausalLM, MoTProcessor
-from modeling_mot.vocabulary_mot import CHAT_TEMPLATE
+from modeling_mot.vocabulary_mot import CHAT_TEMPLATE, extend_tokenizer
 from tests.conversion.sources import save_source
 from tests.conversion.tokenizer_sources import FAMILIES
+from tests.modeling_mot.test_speech_tokenizer import tokenizer_with_random_units
+from training.tokenizers.processor import continuous_processor
 
 
 TEXTS = [
@@ -176,6 +178,21 @@ def test_greedy_answers_are_the_sources(chatting):
         inputs = chatting.processor.apply_chat_template(chat, **options)
         answer = model.generate(**inputs, generation_config=settings)
         assert answer.tolist() == chatting.dense.generate(expected, generation_config=settings).tolist()
+
+
+def test_with_pixels_for_pictures_text_keeps_its_ids(converted):
+    made = continuous_processor(converted.processor, 16, 8)
+    document = [{"type": "text", "text": "the cat"}]
+    assert made(text=TEXTS)["input_ids"] == converted.source(TEXTS)["input_ids"]
+    assert made(document)["input_ids"] == converted.processor(document)["input_ids"]
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_with_pixels_and_speech_text_keeps_its_ids(begins):
+    speech, source = tokenizer_with_random_units(), FAMILIES["llama3" if begins else "smollm3"].build()
+    tokenizer = extend_tokenizer(FAMILIES["llama3" if begins else "smollm3"].build(), 0, 16, begins_texts=False)
+    made = continuous_processor(MoTProcessor(tokenizer, None, speech), 16, 8, keep_speech=True)
+    assert made(text=TEXTS)["input_ids"] == source(TEXTS)["input_ids"]
 
 
 def test_exported_text_has_the_sources_tokenizer_again(converted):

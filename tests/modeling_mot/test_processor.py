@@ -350,7 +350,7 @@ def test_a_rendered_chat_gets_no_second_begin_token(processor):
     assert processor(text=rendered, **media, add_special_tokens=True)["input_ids"][0][:2] == [1, 1]  # as it is told
 
 
-@pytest.mark.parametrize("options", [{}, {"return_tensors": "pt"}, {"truncation": True, "max_length": 4}])
+@pytest.mark.parametrize("options", [{}, {"return_tensors": "pt"}, {"truncation": True, "max_length": 2}])
 def test_each_prompt_of_a_batch_gets_one_begin_token(processor, options):
     prompts = ["<|bos|>the cat sat", "the cat sat", "<|bos|>", ""]
     batch = processor(text=prompts, padding=True, padding_side="left", **options)
@@ -403,6 +403,12 @@ def test_a_truncated_chat_has_whole_pictures(processor):
     assert cut["input_ids"][0] == whole[: inside - 5]
 
 
+def test_what_is_cut_off_is_not_returned_where_there_are_pictures(processor):
+    prompt, _, _ = spans(processor)
+    with pytest.raises(ValueError, match="return_overflowing_tokens=True"):
+        processor(**prompt, truncation=True, max_length=5, return_overflowing_tokens=True)
+
+
 def test_text_that_fits_or_is_alone_is_truncated_by_the_tokenizer(processor):
     for options in ({"max_length": 3}, {"max_length": 30}, {"max_length": 3, "stride": 1}):
         expected = processor.tokenizer(["the cat sat on the mat"], truncation=True, **options)
@@ -417,7 +423,6 @@ def test_a_tokenizer_that_begins_with_several_tokens_is_refused():
         single="<|bos|> <|turn|> $A", special_tokens=[("<|bos|>", 1), ("<|turn|>", 9)]
     )
     tokenizer.backend_tokenizer.post_processor = twice
-    tokenizer.bos_token = "<|turn|>"
     with pytest.raises(ValueError, match="documents begin with one token or none"):
         MoTProcessor(tokenizer)([text("a")])
 
