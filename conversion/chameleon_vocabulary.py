@@ -12,7 +12,7 @@ from transformers.models.chameleon.modeling_chameleon import ChameleonImageVocab
 from conversion.commands import reading
 from conversion.key_maps import ConversionError
 from modeling_mot.trust_mot import load_tokenizer
-from modeling_mot.vocabulary_mot import SPECIAL_TOKENS, add_bos, code_token, set_special_attributes, special
+from modeling_mot.vocabulary_mot import SPECIAL_TOKENS, code_token, set_special_attributes, special
 
 
 # Chameleon's own names, which transformers' processor has fixed too.
@@ -131,9 +131,6 @@ def convert_tokenizer(
     # Special, so that text which spells such a token is not taken for it when documents are encoded.
     tokenizer.add_tokens([special(token) for token in (*own.values(), *renamed.values())], special_tokens=True)
     set_special_attributes(tokenizer, own)
-    processor = tokenizer.backend_tokenizer.post_processor
-    if processor is None or not processor.num_special_tokens_to_add(False):
-        add_bos(tokenizer)
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     if tokenizer.get_vocab() != {renamed.get(name, name): index for name, index in source.get_vocab().items()}:
         raise ConversionError("the tokenizer's ids changed while its image tokens were renamed; it cannot be converted")

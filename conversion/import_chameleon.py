@@ -36,10 +36,11 @@ from conversion.commands import (
 from conversion.initial_values import extended, generator_of
 from conversion.key_maps import ConversionError
 from conversion.sizes import check_sizes
-from conversion.vocabulary import MOST_CODES, SPEECH_UNITS
+from conversion.vocabulary import MOST_CODES, SPEECH_UNITS, extend_chat_template
 from modeling_mot import MoTConfig, MoTForCausalLM, MoTProcessor
 from modeling_mot.image_tokenizer_mot import MoTImageTokenizer
 from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
+from modeling_mot.vocabulary_mot import COMMON_SPECIAL_TOKENS
 
 
 VQ_VAE = "model.vqmodel."
@@ -181,7 +182,9 @@ def _plan(
     tokenizer = convert_tokenizer(folder, vocabulary, speech.num_units if speech else speech_units)
     processor = None
     if tokenizer is not None:
-        processor = MoTProcessor(tokenizer, pictures, speech, chat_template=tokenizer.chat_template or CHAT_TEMPLATE)
+        # The source's configuration names all of them, see `OWN_TOKENS`.
+        template = extend_chat_template(tokenizer, named=list(COMMON_SPECIAL_TOKENS)) or CHAT_TEMPLATE
+        processor = MoTProcessor(tokenizer, pictures, speech, chat_template=template)
     elif speech is not None or speech_units:
         raise ConversionError(f"{folder} has no tokenizer.json, to which tokens of speech could be added")
 

@@ -8,10 +8,12 @@ from tokenizers import Tokenizer
 
 from conversion.commands import read_json, reading
 from conversion.key_maps import ConversionError
+from modeling_mot.chat_templates_mot import as_it_was
 from modeling_mot.trust_mot import without_code
 
 
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+TEMPLATES = "additional_chat_templates"  # a folder of those with names of their own
 FILES = (
     TOKENIZER, SETTINGS, TEMPLATE, "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt",
@@ -40,9 +42,15 @@ def copy_tokenizer(source: Path, out: Path, vocab_size: int) -> None:
     for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, out / TEMPLATES)
     cut = _cut_tokens(out / TOKENIZER, vocab_size) if (out / TOKENIZER).is_file() else []
-    if (out / TEMPLATE).is_file() and _writes((out / TEMPLATE).read_text(encoding="utf-8"), cut):
-        (out / TEMPLATE).unlink()
+    for path in (out / TEMPLATE, *(out / TEMPLATES).glob("*.jinja")):
+        if path.is_file():
+            template = as_it_was(path.read_text(encoding="utf-8"))
+            path.write_text(template, encoding="utf-8")
+            if _writes(template, cut):
+                path.unlink()
     if (out / SETTINGS).is_file():
         settings = {
             name: value

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from conversion.commands import check_range, reading
 from conversion.key_maps import ConversionError
 from modeling_mot import MoTProcessor
+from modeling_mot.chat_templates_mot import with_pictures
 from modeling_mot.image_processor_mot import MoTImageProcessor
 from modeling_mot.image_tokenizer_mot import MoTImageTokenizer
 from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
@@ -77,14 +78,16 @@ def extend_vocabulary(folder: Path, config: PreTrainedConfig, media: Media, use_
     try:
         with reading("it cannot be loaded"):
             tokenizer = load_tokenizer(folder)
+        named = [name for name in COMMON_SPECIAL_TOKENS if getattr(tokenizer, name, None) is not None]
         fill_up(tokenizer, config)
-        extend_tokenizer(tokenizer, media.image_codes, media.speech_units)
+        # The model has not learnt to read a begin token where its tokenizer writes none.
+        extend_tokenizer(tokenizer, media.image_codes, media.speech_units, begins_texts=False)
         processor = MoTProcessor(
             tokenizer,
             media.image_tokenizer,
             media.speech_tokenizer,
             media.image_processor,
-            chat_template=tokenizer.chat_template,
+            chat_template=extend_chat_template(tokenizer, named),
         )
         fields = processor.config_kwargs()
     except (ValueError, OSError, ImportError, KeyError) as error:
@@ -95,15 +98,29 @@ def extend_vocabulary(folder: Path, config: PreTrainedConfig, media: Media, use_
 def fill_up(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     """Give a token to every row of the source, in place, so that new ones come behind them.
 
-    Many checkpoints have more rows than tokens, for round sizes. Where the tokenizer names no begin or end of text but
-    the configuration names a special token (Qwen), that is taken rather than one that nothing was trained on.
+    Many checkpoints have more rows than tokens, for round sizes. Where the tokenizer names no padding or end of text but
+    the configuration names a special token, that is taken rather than one that nothing was trained on. A tokenizer
+    without a begin token (Qwen) stays without one.
     """
     missing = config.vocab_size - len(tokenizer)
     tokenizer.add_tokens([special(f"<|unused_{index}|>") for index in range(missing)], special_tokens=True)
-    for name in COMMON_SPECIAL_TOKENS:
+    for name in ("pad_token", "eos_token"):
         token_id = _first(getattr(config, f"{name}_id", None))
         if getattr(tokenizer, name, None) is None and token_id in tokenizer.added_tokens_decoder:
             tokenizer.add_special_tokens({name: tokenizer.convert_ids_to_tokens(token_id)})
+
+
+def extend_chat_template(tokenizer: PreTrainedTokenizerBase, named: list[str]) -> str | dict[str, str] | None:
+    """The chat template of an extended tokenizer, or all that it has by name, with room for pictures and sounds.
+
+    Args:
+        named: which of the common special tokens it had before.
+    """
+    template = tokenizer.chat_template
+    unnamed = [name for name in COMMON_SPECIAL_TOKENS if name not in named]
+    if isinstance(template, dict):
+        return {name: with_pictures(tokenizer, one, unnamed) for name, one in template.items()}
+    return None if template is None else with_pictures(tokenizer, template, unnamed)
 
 
 def laid_out(config: PreTrainedConfig, media: Media) -> dict[str, Any]:
@@ -111,7 +128,8 @@ def laid_out(config: PreTrainedConfig, media: Media) -> dict[str, Any]:
     ids, end = {}, config.vocab_size
     for name in SPECIAL_TOKENS:
         ids[name] = _first(getattr(config, f"{name}_id", None)) if name in COMMON_SPECIAL_TOKENS else None
-        if ids[name] is None:
+        # A tokenizer that begins its texts with no token is extended by none.
+        if ids[name] is None and name != "bos_token":
             ids[name], end = end, end + 1
     ranges = {"text": [0, end]}
     for modality, count in (("image", media.image_codes), ("speech", media.speech_units)):

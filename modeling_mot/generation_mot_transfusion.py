@@ -55,8 +55,8 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
                 Default: both, as the model chooses.
             guidance_scale: prediction = unconditional + scale * (conditional - unconditional); 1 is none.
             negative_prompt_ids: (L,) or (1, L) for all prompts, or (B, L), what guidance leads away from, with
-                `negative_prompt_attention_mask` where padded on the left; BOI is appended. Default: bos alone, which is
-                what training sees when it drops a caption.
+                `negative_prompt_attention_mask` where padded on the left; BOI is appended. Default: `config.bos_token_id`
+                alone, or nothing where there is none, which is what training sees when it drops a caption.
             num_inference_steps: denoising steps of a picture (default 250).
             scheduler: `ddpm` (default), `ddim`, `dpm`, ..., or a class name of diffusers; `scheduler_kwargs` go to it.
             generator: of the noise and of sampled tokens: one for all, or one for each sequence. From one, a generator

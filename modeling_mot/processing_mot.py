@@ -17,6 +17,7 @@ import numpy as np
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from .chat_templates_mot import is_extended, mark_added_tokens
 from .document_decoding_mot import DocumentDecoder
 from .hub_mot import PushWithoutCard
 from .image_processor_mot import IMAGE_PROCESSOR_CONFIG_NAME, MoTImageProcessor
@@ -30,10 +31,18 @@ from .processor_inputs_mot import (
     flatten_audio,
     load_if_present,
     media_of,
+    tokenize_prompts,
 )
 from .speech_tokenizer_mot import SPEECH_TOKENIZER_CONFIG_NAME, MoTSpeechTokenizer
 from .trust_mot import check_tokenizer_files, forget_code
-from .vocabulary_mot import CHAT_TEMPLATE, extend_tokenizer, modality_ids_of, modality_ranges, stretches
+from .vocabulary_mot import (
+    CHAT_TEMPLATE,
+    begin_token_id,
+    extend_tokenizer,
+    modality_ids_of,
+    modality_ranges,
+    stretches,
+)
 
 
 # In the order of the constructor's arguments; each is saved in a folder of its own name.
@@ -106,6 +115,11 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
         names = ["input_ids", "attention_mask", "modality_ids"]
         return names if self.image_processor is None else [*names, "pixel_values", "image_sizes"]
 
+    @property
+    def bos_token_id(self) -> int | None:
+        """What documents begin with: what the tokenizer puts before a text. None where that is nothing."""
+        return begin_token_id(self.tokenizer)
+
     def config_kwargs(self) -> dict[str, Any]:
         """Arguments of `MoTConfig`, or with an image processor of `MoTTransfusionConfig`, that follow from this one.
 
@@ -123,7 +137,7 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
             "modalities": self.modalities,
             "modality_token_ranges": copy.deepcopy(self.modality_token_ranges),
             "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
+            "bos_token_id": self.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "boi_token_id": tokenizer.boi_token_id,
             "eoi_token_id": tokenizer.eoi_token_id,
@@ -179,18 +193,20 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
         `MoTImageProcessor.stack`.
 
         A document is a list of segments, `{"type": "text" | "image" | "audio", ...}`; one document or a list of them.
-        It starts with bos and ends with eos unless `add_eos` is False or `continue_with` ("text", "image", "audio")
-        names what the model is to go on with. Text inside segments never becomes control tokens.
+        It starts with `bos_token_id` and ends with eos unless `add_eos` is False or `continue_with` ("text", "image",
+        "audio") names what the model is to go on with. Text inside segments never becomes control tokens.
 
         `text=` is a prompt as elsewhere in transformers: special tokens in it are obeyed (chat templates write them),
-        and each `<|image|>` or `<|audio|>` stands for the next of `images=` or `audio=`. Give text from strangers as
-        documents, or through `apply_chat_template`.
+        and each `<|image|>` or `<|audio|>` stands for the next of `images=` or `audio=`. A text that begins with the
+        begin token, as rendered chats do, gets no second one. Give text from strangers as documents, or through
+        `apply_chat_template`.
 
         Pictures and sounds come in any form that `load_picture` and `load_sound` take. Addresses are fetched only with
         `allow_urls`; local files are not opened with `allow_paths=False`, which is right for what strangers send.
 
         `padding`, `padding_side`, `max_length`, `truncation`, `return_tensors` ("pt", "np" or None) are the
-        tokenizer's; documents are never truncated: one longer than `max_length` is an error.
+        tokenizer's; but a picture or sound of tokens that does not fit is left out whole, and documents are never
+        truncated: one longer than `max_length` is an error.
         """
         access = {"allow_urls": allow_urls, "allow_paths": allow_paths}
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
@@ -231,9 +247,10 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
         flat = [segment for document in documents for segment in document]
         spans, pixels = self.encode_pictures([s["image"] for s in flat if s["type"] == "image"], **access)
         pictures = iter(spans)
+        beginning = [] if self.bos_token_id is None else [self.bos_token_id]
         rows = []
         for document in documents:
-            ids = [self.tokenizer.bos_token_id]
+            ids = list(beginning)
             for segment in document:
                 ids += next(pictures) if segment["type"] == "image" else self.encode_segment(segment, **access)
             rows.append(ids + ending)
@@ -320,7 +337,7 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
         )
         return_tensors = text_kwargs.pop("return_tensors", None)
         is_single = isinstance(text, str) and return_tensors is None and not (pictures or sounds)
-        encoded = dict(self.tokenizer(prompts, **text_kwargs))
+        encoded = tokenize_prompts(self.tokenizer, prompts, self.bos_token_id, text_kwargs)
         encoded.pop("token_type_ids", None)
         self._check_special_mm_tokens(prompts, encoded, modalities=["image", "audio"])
         encoded["modality_ids"] = self.modality_ids_of(encoded["input_ids"])
@@ -359,21 +376,35 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
         except ValueError as error:
             raise ValueError(f"documents of different lengths make no tensor; pass padding=True ({error})") from None
 
-    def apply_chat_template(self, conversation, chat_template=None, tools=None, documents=None, **kwargs):
+    def apply_chat_template(
+        self, conversation, chat_template=None, tools=None, documents=None, processor_kwargs=None, **kwargs
+    ):
         """As in transformers; with our own template, what users write never becomes control tokens or placeholders.
+
+        With the template of the model that this one was made of, a chat of text alone has the ids that the tokenizer of
+        that model gives it: the template writes all special tokens, and those that were added here are text to it.
 
         `allow_urls` and `allow_paths` are those of `__call__`. The rate of a sound given as an array is its block's
         `sampling_rate`, or else the `sampling_rate` of `processor_kwargs`.
         """
         access = {name: kwargs.pop(name) for name in ("allow_urls", "allow_paths") if name in kwargs}
         if access:
-            kwargs["processor_kwargs"] = (kwargs.get("processor_kwargs") or {}) | access
+            processor_kwargs = (processor_kwargs or {}) | access
         check_blocks(conversation)
+        masked = kwargs.get("return_assistant_tokens_mask", False)  # transformers cannot do both
+        sanitizes = kwargs.get("tokenize") and not masked
         if kwargs.get("sanitize_control_tokens") is None:
             ours = chat_template is None and self.chat_template == CHAT_TEMPLATE
-            masked = kwargs.get("return_assistant_tokens_mask", False)  # transformers cannot do both
-            kwargs["sanitize_control_tokens"] = bool(ours and kwargs.get("tokenize") and not masked)
-        return super().apply_chat_template(conversation, chat_template, tools, documents, **kwargs)
+            kwargs["sanitize_control_tokens"] = bool(ours and sanitizes)
+        if kwargs.get("tokenize") and is_extended(self._resolve_chat_template(chat_template)):
+            processor_kwargs = {"add_special_tokens": False} | (processor_kwargs or {})
+            marked = mark_added_tokens(self.tokenizer, conversation) if sanitizes else None
+            if marked is not None and not kwargs["sanitize_control_tokens"]:
+                conversation = marked
+                processor_kwargs["sanitize_control_tokens"] = True
+        return super().apply_chat_template(
+            conversation, chat_template, tools, documents, processor_kwargs=processor_kwargs, **kwargs
+        )
 
     def _resolve_audio_loading_params(self, processor_kwargs: dict) -> dict:
         # Not transformers' 16 kHz for whatever has no rate: sounds are read, and warned of, by our own reader.
@@ -434,6 +465,9 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
             self.save_pretrained(save_directory)
             return self.push_to_hub(repo_id, **kwargs)
         forget_code(self.tokenizer)
+        # Left over from the last call; saved, they would become settings of every call.
+        self.tokenizer.backend_tokenizer.no_truncation()
+        self.tokenizer.backend_tokenizer.no_padding()
         files = super().save_pretrained(save_directory, **kwargs)
         for name in PARTS:
             if getattr(self, name) is not None:

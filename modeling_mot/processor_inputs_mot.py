@@ -127,3 +127,75 @@ def _medium_of(block: dict, kind: str) -> list[Any]:
             value = {"array": value, "sampling_rate": block["sampling_rate"]}
         return [value]
     return []
+
+
+def tokenize_prompts(tokenizer: Any, prompts: list[str], begin: int | None, text_kwargs: dict) -> dict[str, list]:
+    """What the tokenizer makes of prompts, with one begin token each, and cut at no place inside of a picture or sound.
+
+    Args:
+        begin: the token that the tokenizer puts before a text; None where it puts nothing.
+        text_kwargs: of the tokenizer's call, without `return_tensors`.
+
+    Raises:
+        ValueError: what is cut off is to be returned too, where the tokenizer does not do the cutting.
+    """
+    adds = [text_kwargs.get("add_special_tokens", True)] * len(prompts)
+    if begin is not None and "add_special_tokens" not in text_kwargs:
+        adds = [not prompt.startswith(tokenizer.convert_ids_to_tokens(begin)) for prompt in prompts]
+    is_cut = text_kwargs.get("truncation") not in (None, False, "do_not_truncate")
+    openings = (tokenizer.boi_token, tokenizer.begin_of_speech_token)
+    has_spans = any(opening in prompt for prompt in prompts for opening in openings)
+    if len(set(adds)) == 1 and not (is_cut and has_spans):
+        return dict(tokenizer(prompts, **text_kwargs | ({} if adds[0] else {"add_special_tokens": False})))
+
+    # One by one: some begin by themselves, or are cut where the tokenizer would not cut.
+    if is_cut and text_kwargs.get("return_overflowing_tokens"):
+        raise ValueError(
+            "return_overflowing_tokens=True goes neither with pictures and sounds nor with texts of which only some begin "
+            "with the begin token: leave it out, or cut the texts before they are encoded"
+        )
+    limit = text_kwargs.get("max_length") or tokenizer.model_max_length
+    names = ("padding", "max_length", "pad_to_multiple_of", "padding_side")
+    padding = {"padding": False} | {name: text_kwargs[name] for name in names if name in text_kwargs}
+    if padding["padding"] != "max_length":
+        padding.pop("max_length", None)
+    options = {name: value for name, value in text_kwargs.items() if name not in (*names, "truncation")}
+    rows = []
+    for prompt, add in zip(prompts, adds):
+        row = dict(tokenizer(prompt, **options | {"add_special_tokens": add}))
+        ids = row["input_ids"]
+        if is_cut and len(ids) > limit:
+            around = tokenizer.num_special_tokens_to_add() if add else 0
+            before = int(begin is not None and around > 0)
+            places = places_that_fit(tokenizer, ids, limit, before, around - before)
+            per_token = [name for name, values in row.items() if len(values) == len(ids)]
+            row |= {name: [row[name][place] for place in places] for name in per_token}
+        rows.append(row)
+    return dict(tokenizer.pad({name: [row[name] for row in rows] for name in rows[0]}, **padding))
+
+
+def places_that_fit(tokenizer: Any, ids: list[int], limit: int, before: int, behind: int) -> list[int]:
+    """The places of at most `limit` tokens, cut at the tokenizer's `truncation_side` and inside of no picture or sound.
+
+    Args:
+        before, behind: tokens at the beginning and the end that stay, as those that the tokenizer adds to a text.
+    """
+    closings = {
+        tokenizer.boi_token_id: tokenizer.eoi_token_id,
+        tokenizer.begin_of_speech_token_id: tokenizer.end_of_speech_token_id,
+    }
+    last = len(ids) - behind
+    room = max(limit - before - behind, 0)
+    start, end = (before, before + room) if tokenizer.truncation_side == "right" else (last - room, last)
+    place = before
+    while place < last:
+        closing = closings.get(ids[place])
+        first, place = place, place + 1
+        if closing is None:
+            continue
+        place = ids.index(closing, place, last) + 1 if closing in ids[place:last] else last
+        if first < end < place:
+            end = first
+        if first < start < place:
+            start = place
+    return [*range(before), *range(start, end), *range(last, len(ids))]

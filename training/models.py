@@ -232,15 +232,23 @@ def build_model(
 ) -> MoTPreTrainedModel:
     """A new model of the `planned_config`, initialised from `seed` alone, or `initial`; in float32, in training mode."""
     if initial is not None:
-        return initial.train()
+        return _to_train(initial)
     torch.manual_seed(seed)
-    return _new_model(config, planned, vae).train()
+    return _to_train(_new_model(config, planned, vae))
 
 
 def empty_model(config: ModelConfig, planned: MoTConfig, vae: Autoencoder | None = None) -> MoTPreTrainedModel:
     """The same without weights, its parameters on the meta device; buffers and the VAE are real."""
     with init_empty_weights(include_buffers=False):
-        return _new_model(config, planned, vae).train()
+        return _to_train(_new_model(config, planned, vae))
+
+
+def _to_train(model: MoTPreTrainedModel) -> MoTPreTrainedModel:
+    """In training mode, and with the setting of generation that documents ask for."""
+    if model.generation_config.min_new_tokens is None:
+        # Documents may end after a picture; who asks for text behind one is to get some.
+        model.generation_config.min_new_tokens = 1
+    return model.train()
 
 
 def _new_model(config: ModelConfig, planned: MoTConfig, vae: Autoencoder | None) -> MoTPreTrainedModel:

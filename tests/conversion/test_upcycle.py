@@ -307,6 +307,17 @@ def test_without_a_tokenizer_the_vocabulary_is_laid_out_alike(tmp_path):
     assert (with_one / "tokenizer.json").is_file() and not (tmp_path / "c" / "tokenizer.json").is_file()
 
 
+def test_without_a_begin_token_the_vocabulary_is_laid_out_alike(tmp_path):
+    for name in ("a", "b"):
+        save_source(tmp_path / name, "qwen2", bos_token_id=None)
+    words_tokenizer(60, bos=False).save_pretrained(tmp_path / "a")
+    for name in ("a", "b"):
+        assert main([str(tmp_path / name), str(tmp_path / f"{name}-out"), *ROOM]) == 0
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("a-out", "b-out")]
+    assert configs[0] == configs[1] and configs[0]["bos_token_id"] is None
+    assert configs[0]["modality_token_ranges"]["text"] == [0, 68]
+
+
 def test_rows_without_a_token_keep_their_place(tmp_path):
     dense = save_source(tmp_path / "source", "qwen2", vocab_size=64, bos_token_id=2)
     words_tokenizer(57, bos=False, additional_special_tokens=["</s>"]).save_pretrained(tmp_path / "source")
@@ -314,7 +325,7 @@ def test_rows_without_a_token_keep_their_place(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.convert_ids_to_tokens([56, 57, 63]) == ["w56", "<|unused_0|>", "<|unused_6|>"]
     assert min(tokenizer.boi_token_id, tokenizer.eoi_token_id) >= 64
-    assert tokenizer.bos_token_id == 2  # the configuration's, where the tokenizer names none
+    assert tokenizer.bos_token_id is None  # as of the source, whose configuration alone names one
     embeddings = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(embeddings[:64], dense.model.embed_tokens.weight)
 

@@ -139,9 +139,7 @@ class Sampler:
         if is_transfusion(self.mot):
             return self._read_continuous(documents)
         prompts = self._prompts(documents, "text")
-        # A document may well end after a picture; asked for its name, it does not.
-        read = self._generate(prompts, self.config.max_text_tokens, 0.0, min_new_tokens=1)
-        return [self._text(ids).strip() for ids in read]
+        return [self._text(ids).strip() for ids in self._generate(prompts, self.config.max_text_tokens, 0.0)]
 
     def _read_continuous(self, documents: list) -> list[str]:
         texts = []
@@ -151,7 +149,6 @@ class Sampler:
                 processor=self.processor,
                 generation_mode="text",
                 max_new_tokens=self.config.max_text_tokens,
-                min_new_tokens=1,
                 do_sample=False,
                 pad_token_id=self.mot.pad_token_id,
             )

@@ -48,12 +48,11 @@ def continuous_processor(
         speech = source.speech_tokenizer if keep_speech else None
     if keep_speech and speech is None:
         raise ValueError("keep_speech=True needs a MoTProcessor with a speech tokenizer; pass one, or leave it out")
-    if all(getattr(tokenizer, name, None) is not None for name in SPECIAL_TOKENS):
-        tokenizer = without_codes(tokenizer)
-    else:
-        tokenizer = copy.deepcopy(tokenizer)
+    # A begin token may be missing: a model that was converted may know none.
+    is_extended = all(getattr(tokenizer, name, None) is not None for name in SPECIAL_TOKENS if name != "bos_token")
+    tokenizer = without_codes(tokenizer) if is_extended else copy.deepcopy(tokenizer)
     if speech is not None or getattr(tokenizer, "image_token", None) is None:
-        extend_tokenizer(tokenizer, 0, speech.num_units if speech else 0)
+        extend_tokenizer(tokenizer, 0, speech.num_units if speech else 0, begins_texts=not is_extended)
     pictures = MoTImageProcessor(image_size, downsampling, **image_settings)
     return MoTProcessor(tokenizer, None, speech, pictures, chat_template=template)
 
