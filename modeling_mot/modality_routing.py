@@ -19,8 +19,7 @@ class _Sort(torch.autograd.Function):
     """Rows sorted by tower, zero where a slice is padded.  (T, ...) -> (T', ...), the adjoint of `_Restore`"""
 
     @staticmethod
-    def forward(ctx, rows, routing):
-        ctx.routing = routing
+    def forward(rows, routing):
         out = rows.index_select(0, routing.order)
         end = 0
         for count, padding in zip(routing.counts, routing.padding):
@@ -28,6 +27,10 @@ class _Sort(torch.autograd.Function):
             if padding:
                 out[end - padding : end] = 0
         return out
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.routing = inputs[1]
 
     @staticmethod
     def backward(ctx, grad):
@@ -41,9 +44,12 @@ class _Restore(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows, routing):
-        ctx.routing = routing
+    def forward(rows, routing):
         return rows.index_select(0, routing.inverse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.routing = inputs[1]
 
     @staticmethod
     def backward(ctx, grad):

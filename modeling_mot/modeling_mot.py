@@ -13,7 +13,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaTextScaledWordEmbedding
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -27,6 +26,7 @@ from .generation_mot import MoTGenerationMixin
 from .hub_mot import PushWithCard
 from .modality_routing import ModalityRouting, PerTower
 from .range_attention_mot import RANGES
+from .rotary_mot import MoTRotaryEmbedding
 from .token_losses import logits_and_losses
 from .tower_norms_mot import MoTHeadLayerNorm, TowerNorms, rms_norm
 from .tower_products_mot import TOWER_PRODUCTS
@@ -119,7 +119,7 @@ class MoTModel(MoTPreTrainedModel):
             self.embed_tokens = GemmaTextScaledWordEmbedding(*embedding, embed_scale=config.embedding_multiplier)
         self.layers = nn.ModuleList(MoTDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = TowerNorms({name: rms_norm(config, config.hidden_size) for name in config.part_names("norm")})
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb = MoTRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
