@@ -168,6 +168,16 @@ class PerTower(nn.ModuleDict):
 
     products = "separate"
 
+    def __str__(self) -> str:
+        """What an adapter is to be given to instead, for PEFT's error that names a module it cannot adapt."""
+        towers = list(self)
+        names = ", ".join(f"'<name>.{tower}'" for tower in towers)
+        return (
+            f"of towers {towers}: adapters go to the towers' own modules, as target_modules=[{names}], or to those of all "
+            r"towers by a pattern, as target_modules=r'.*\.(q_proj|v_proj)\.[^.]+'; this module, "
+            f"{super().__str__()},"
+        )
+
     def forward(self, parts: dict[str, torch.Tensor], **kwargs) -> dict[str, torch.Tensor]:
         if "shared" not in self:
             if self.products != "separate" and len(parts) > 1:

@@ -16,6 +16,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapters_mot import offer_adapter_targets
 from .attention_masks import ImageBlocks, attention_mask_for, document_positions, flash_documents
 from .attention_mot import MoTAttention
 from .attention_plan_mot import AttentionPlan
@@ -121,6 +122,7 @@ class MoTModel(MoTPreTrainedModel):
         self.norm = TowerNorms({name: rms_norm(config, config.hidden_size) for name in config.part_names("norm")})
         self.rotary_emb = MoTRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        offer_adapter_targets(config.model_type)
         self.post_init()
 
     def modality_ids_of(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -173,6 +175,14 @@ class MoTModel(MoTPreTrainedModel):
             modality_ids = behind_virtual_tokens(modality_ids, length=shape[1])
         check_ids("modality_ids", modality_ids, shape)
         return ModalityRouting.from_modality_ids(modality_ids, self.config)
+
+    def _competing(self, routing, attention_mask, length) -> dict[str, torch.Tensor] | None:
+        """The tokens that choose among experts: all but padding, which nothing ever sees.  -> places in towers' slices"""
+        is_rows = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
+        if not (self.config.moe_towers and is_rows):
+            return None
+        is_token = routing.split(routing.sort(attention_mask[:, -length:].bool().unsqueeze(-1)))
+        return {tower: rows.squeeze(-1).nonzero().squeeze(-1) for tower, rows in is_token.items()}
 
     @merge_with_config_defaults
     @capture_outputs
@@ -262,6 +272,8 @@ class MoTModel(MoTPreTrainedModel):
         position_ids = position_ids.expand(batch_size, -1)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         kwargs.setdefault("token_choice", continues_cache)
+        if not kwargs["token_choice"]:
+            kwargs["competing"] = self._competing(routing, attention_mask, length)
 
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer in drafts with an early exit
             hidden_states = layer(
