@@ -6,7 +6,7 @@ import inspect
 
 import torch
 import torch.nn.functional as F
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import TransformersKwargs
@@ -62,15 +62,15 @@ def check_ids(name: str, ids: torch.Tensor, shape: tuple | None = None) -> None:
     if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         kind = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise ValueError(f"{name} is {kind}, and must be a tensor of whole numbers")
-    if shape is None and ids.dim() != 2:
-        raise ValueError(f"{name} has shape {tuple(ids.shape)}, and must be (batch, length)")
+    if shape is None and (ids.dim() != 2 or not ids.numel()):
+        raise ValueError(f"{name} has shape {tuple(ids.shape)}, and must be (batch, length), both at least 1")
     if shape is not None and tuple(ids.shape) != tuple(shape):
         raise ValueError(
             f"{name} has shape {tuple(ids.shape)} but the tokens have {tuple(shape)}; pass one for each token"
         )
 
 
-def check_rows(config, shape, attention_mask, position_ids, past_key_values, logits_to_keep=0) -> None:
+def check_rows(config, shape, attention_mask, position_ids, past_key_values) -> None:
     """Refuse tensors beside the tokens that do not fit these, by their shapes alone.
 
     Args:
@@ -83,8 +83,10 @@ def check_rows(config, shape, attention_mask, position_ids, past_key_values, log
     batch, length = shape
     if past_key_values is not None and not isinstance(past_key_values, Cache):
         raise ValueError(f"past_key_values is a {type(past_key_values).__name__}, and must be a Cache of transformers")
-    if isinstance(logits_to_keep, int) and logits_to_keep < 0:
-        raise ValueError(f"logits_to_keep={logits_to_keep} must be 0 for all, or the number of last positions")
+    if isinstance(past_key_values, DynamicCache) and past_key_values.layers:
+        keys = getattr(past_key_values.layers[0], "keys", None)
+        if keys is not None and keys.dim() == 4 and keys.shape[0] != batch:
+            raise ValueError(f"past_key_values holds {keys.shape[0]} rows but there are {batch} rows of tokens")
     if position_ids is not None:
         check_ids(
             "position_ids", position_ids, position_ids.shape if tuple(position_ids.shape) == (1, length) else shape

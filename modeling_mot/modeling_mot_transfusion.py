@@ -184,7 +184,7 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
                 "beside it, but prompt tuning and other virtual tokens go with a MoTForCausalLM only"
             )
         check_ids("input_ids", input_ids)
-        check_rows(config, input_ids.shape, attention_mask, position_ids, past_key_values, logits_to_keep)
+        check_rows(config, input_ids.shape, attention_mask, position_ids, past_key_values)
         if modality_ids is not None:
             check_ids("modality_ids", modality_ids, input_ids.shape)
         if latents is not None and pixel_values is not None:
@@ -228,8 +228,10 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         embeds = inputs_embeds.flatten(0, 1).index_copy(0, places, tokens.to(inputs_embeds.dtype))
         if modality_ids is None and (labels is not None or not planned):
             modality_ids = self.model.modality_ids_of(input_ids)
-        labels, shift_labels = map(self._without_images, (labels, shift_labels))
-        targets = targets_of(self, input_ids, labels, shift_labels, modality_ids)
+        targets, of_targets = targets_of(self, input_ids, labels, shift_labels, modality_ids)
+        if targets is not None:  # placeholders and EOI are the sampler's to write
+            ours = (targets == config.image_token_id) | (targets == config.eoi_token_id)
+            targets = targets.masked_fill(ours, -100)
         if position_ids is None and config.image_positions == "shared":
             if is_filled:
                 raise ValueError(
@@ -253,7 +255,7 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         patches = hidden_states.flatten(0, 1).index_select(0, places)
         prediction = self.predict_latents(patches, features, images)
         logits, losses = logits_and_losses(
-            self, hidden_states, targets, num_items_in_batch, logits_to_keep, skip_logits
+            self, hidden_states, (targets, of_targets), num_items_in_batch, logits_to_keep, skip_logits
         )
         if losses:
             self._add_diffusion_loss(losses, prediction, images)
@@ -265,12 +267,6 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
             attentions=outputs.attentions,
             **losses,
         )
-
-    def _without_images(self, labels: torch.Tensor | None) -> torch.Tensor | None:
-        """Placeholders and EOI are the sampler's to write, and no targets.  (B, L) -> (B, L)"""
-        if labels is None:
-            return None
-        return labels.masked_fill((labels == self.config.image_token_id) | (labels == self.config.eoi_token_id), -100)
 
     def _image_blocks(self, blocks: torch.Tensor, images: NoisyImages) -> ImageBlocks | None:
         if not images.sizes:

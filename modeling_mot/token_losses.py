@@ -53,8 +53,10 @@ def logits_and_losses(
         targets: of `targets_of`.
 
     Raises:
-        ValueError: logits are skipped without targets, or together with `logits_to_keep`.
+        ValueError: logits are skipped without targets, or together with `logits_to_keep`; or fewer than 0 are kept.
     """
+    if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+        raise ValueError(f"logits_to_keep={logits_to_keep} must be 0 for all, or the number of last positions")
     targets, modality_ids = targets
     args = (targets, modality_ids, num_items_in_batch)
     if not skip_logits:
