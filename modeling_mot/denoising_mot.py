@@ -15,9 +15,9 @@ from transformers.utils import logging
 
 from .attention_masks import ImageBlocks, attention_mask_for
 from .attention_plan_mot import RANGES, AttentionPlan
-from .checks_mot import is_real, is_whole
 from .decoding_cache_mot import DecodingCache, Prefix
 from .diffusion_mot import build_scheduler
+from .field_checks_mot import is_real, is_whole
 from .generation_arguments_mot import check_generator
 from .modality_routing import ModalityRouting
 from .sampling_mot import Generators

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .checks_mot import is_real, is_whole
 from .configuration_mot import check_spans
+from .field_checks_mot import is_real, is_whole
 
 
 # Arguments of transformers that it never checks: with a limit of NaN no sequence ends.

@@ -17,9 +17,11 @@ from transformers.generation import (
 )
 
 from .configuration_mot import check_spans
+from .forward_arguments_mot import check_prompt, check_prompt_keywords
 from .generation_arguments_mot import check_lengths, check_settings, check_streamer, negative_prompt
 from .lean_decoding_mot import LeanDecoder, is_plain_dynamic
 from .modality_routing import ModalityRouting
+from .plain_modules_mot import keeps_methods
 from .sampling_mot import Sampling, sample
 from .serving_mot import MoTServer
 from .serving_requests_mot import TextSequence
@@ -220,6 +222,15 @@ class MoTGenerationMixin(GenerationMixin):
                 kwargs[name] = F.pad(kwargs[name], (0, 1), value=value)
         return F.pad(input_ids, (0, 1), value=token), kwargs
 
+    def _validate_model_kwargs(self, model_kwargs):
+        check_prompt_keywords(self, model_kwargs)
+        super()._validate_model_kwargs(model_kwargs)
+
+    def _prepare_model_inputs(self, inputs=None, bos_token_id=None, model_kwargs=None):
+        prompt, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        check_prompt(prompt, model_kwargs)
+        return prompt, name, model_kwargs
+
     def _prepare_generation_config(self, generation_config, **kwargs):
         check_lengths(kwargs)
         own = {name: kwargs.pop(name) for name in OWN_SETTINGS if kwargs.get(name) is not None}
@@ -382,9 +393,10 @@ class MoTGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, *args, modality_ids=None, inputs_embeds=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         if len(self.config.tower_names) > 1:
-            # Outside of the forward, so that a compiled forward has no data-dependent step.
-            modality_ids = self._modality_ids_of_step(input_ids, inputs, modality_ids, inputs_embeds)
-            inputs["routing"] = ModalityRouting.from_modality_ids(modality_ids, self.config)
+            inputs["modality_ids"] = self._modality_ids_of_step(input_ids, inputs, modality_ids, inputs_embeds)
+            if keeps_methods(self, "prepare_inputs_for_generation"):  # else more tokens may come, as virtual ones do
+                # Outside of the forward, so that a compiled forward has no data-dependent step.
+                inputs["routing"] = ModalityRouting.from_modality_ids(inputs.pop("modality_ids"), self.config)
         if self.config.moe_towers:
             # Expert choice looks at later tokens; generation takes each token's own choice.
             inputs["token_choice"] = True
@@ -396,8 +408,13 @@ class MoTGenerationMixin(GenerationMixin):
         length = (inputs["inputs_embeds"] if step_ids is None else step_ids).shape[1]
         if step_ids is None and input_ids.shape[1] >= length:
             step_ids = input_ids[:, -length:]  # the embeddings are those of these tokens
+        if step_ids is None and modality_ids is None:
+            raise ValueError(
+                "generate() got inputs_embeds alone, which do not say which of the towers "
+                f"{self.config.tower_names} they are for: pass modality_ids, (batch, length), or input_ids beside them"
+            )
         if step_ids is None:
-            derived = input_ids.new_zeros(input_ids.shape[0], length)  # embeddings alone are text by default
+            derived = input_ids.new_zeros(input_ids.shape[0], length)
         else:
             derived = self.model.modality_ids_of(step_ids)
         if modality_ids is None:

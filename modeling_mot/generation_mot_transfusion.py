@@ -17,6 +17,7 @@ from .serving_transfusion_mot import PictureSequence, Studio
 
 logger = logging.get_logger(__name__)
 
+PROMPT_INPUTS = ("attention_mask", "modality_ids", "position_ids", *IMAGE_INPUTS, "past_key_values", "use_cache")
 SETTINGS = tuple(setting.name for setting in fields(DiffusionSettings))
 
 
@@ -115,10 +116,24 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
 
     # ------------------------------------------------------------------------------- hooks of GenerationMixin.generate
 
+    def _validate_model_kwargs(self, model_kwargs):
+        super()._validate_model_kwargs(model_kwargs)
+        for name, value in model_kwargs.items():
+            if value is not None and name not in PROMPT_INPUTS:
+                raise ValueError(
+                    f"generate() of a Transfusion model takes no {name}; what it reads of a prompt are input_ids and "
+                    f"{', '.join(PROMPT_INPUTS)}"
+                )
+
     def _prepare_generation_config(self, generation_config, **kwargs):
         given = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
         given = {name: value for name, value in given.items() if value is not None}
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if self._shows_insides(generation_config):
+            raise ValueError(
+                "output_hidden_states and output_attentions are not to be had from generate() of a Transfusion model, whose "
+                "steps are of different kinds; leave them out, or ask its forward for them"
+            )
         saved = {name: getattr(generation_config, name, None) for name in SETTINGS if name != "unconditional_prompt"}
         settings = DiffusionSettings(**({name: value for name, value in saved.items() if value is not None} | given))
         settings.validate(self.config)

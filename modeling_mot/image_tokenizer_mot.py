@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from .field_checks_mot import Maybe, OneOf, Several, Typed, Whole, check_fields, check_names
 from .image_loading_mot import (
     MAX_KEPT_PIXELS,
     RESAMPLING,
@@ -64,6 +65,30 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+CONFIG_RULES = {
+    "image_size": Several(Whole(1, 2**16), count=2),
+    "fit": OneOf(FITS),
+    "resample": OneOf(tuple(RESAMPLING)),
+    "background": Several(Whole(0, 255), count=3),
+    "max_pixels": Whole(),
+    "max_kept_pixels": Whole(),
+    "patch_size": Whole(1, 2**8),
+    "backend": OneOf(BACKENDS),
+    "batch_size": Whole(),
+    "storage_dtype": OneOf(("float32", "float16", "bfloat16")),
+    "model": Typed(dict),
+    "image_processor": Maybe(Typed(dict)),
+}
+VQ_MODEL_RULES = {
+    "block_out_channels": Several(Whole(1, 2**16)),
+    "layers_per_block": Whole(1, 2**10),
+    "latent_channels": Whole(1, 2**16),
+    "vq_embed_dim": Maybe(Whole(1, 2**16)),
+    "num_vq_embeddings": Whole(1, 2**24),
+    "norm_num_groups": Whole(1, 2**16),
+}
+
+
 @dataclass
 class ImageTokenizerConfig:
     """How a picture becomes pixels (`image_size`, `fit`, `resample`, `background`) and pixels become codes.
@@ -75,6 +100,9 @@ class ImageTokenizerConfig:
     `image_processor` holds the settings of transformers' `ChameleonImageProcessorPil`: pictures then become pixels as
     they do for Chameleon, all of them `image_size`, and `fit`, `resample` and `background` are not read. Pictures of more
     than `max_pixels`, with `fit` "keep" of more than `max_kept_pixels`, are refused before they are decoded.
+
+    Raises:
+        ValueError: a field that cannot be, by name; or channels of `model` that its groups do not divide.
     """
 
     image_size: list[int] = field(default_factory=lambda: [64, 64])
@@ -93,23 +121,24 @@ class ImageTokenizerConfig:
     def __post_init__(self):
         if isinstance(self.image_size, int):
             self.image_size = [self.image_size, self.image_size]
-        self.image_size = [int(side) for side in self.image_size]
-        if len(self.image_size) != 2 or min(self.image_size) < 1:
-            raise ValueError(f"image_size={self.image_size}: give one side or [height, width], in pixels")
-        for name, value, valid in (
-            ("fit", self.fit, FITS),
-            ("resample", self.resample, tuple(RESAMPLING)),
-            ("backend", self.backend, BACKENDS),
-            ("storage_dtype", self.storage_dtype, ("float32", "float16", "bfloat16")),
-        ):
-            if value not in valid:
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(valid)}")
+        check_fields(self, CONFIG_RULES)
+        self.image_size = list(self.image_size)
+        if self.backend == "diffusers":
+            self._check_model()
+
+    def _check_model(self):
+        check_fields(self.model, VQ_MODEL_RULES, "model.")
+        groups = self.model.get("norm_num_groups", 32)  # the default is diffusers'
+        if wrong := [width for width in self.model.get("block_out_channels", ()) if width % groups]:
+            raise ValueError(
+                f"model.block_out_channels={self.model['block_out_channels']}: {wrong[0]} is not a multiple of "
+                f"model.norm_num_groups={groups}"
+            )
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "ImageTokenizerConfig":
         """`small-64` (64 pixels, 8 x 8 codes) or `chameleon-512` (512 pixels, 32 x 32 codes); `model` is merged."""
-        if name not in PRESETS:
-            raise ValueError(f"no image tokenizer preset {name!r}; there are {', '.join(PRESETS)}")
+        check_names([name], PRESETS, "image tokenizer preset")
         values = {**PRESETS[name], **overrides}
         values["model"] = {**PRESETS[name]["model"], **overrides.get("model", {})}
         return cls(**values)
@@ -371,9 +400,11 @@ def load_model(backend: str, name_or_path: str | os.PathLike, subfolder: str = "
 
 def from_known_fields(cls: type, values: dict[str, Any], what: str) -> Any:
     """A dataclass from a mapping; keys that are not fields are refused by name."""
-    known = {f.name for f in fields(cls)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"unknown {what} setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"settings of the {what} are {type(values).__name__}, and must be a mapping of names to values"
+        )
+    check_names(values, [f.name for f in fields(cls)], f"{what} setting")
     return cls(**values)
 
 

@@ -136,7 +136,7 @@ class InterleavedDecoding:
         position_ids = position_ids.expand_as(ids)
         cache = DynamicCache(config=self.config)
         outputs = self.model(
-            ids, modality_ids, mask, position_ids, past_key_values=cache, logits_to_keep=1, return_dict=True, **images
+            ids, mask, position_ids, cache, modality_ids=modality_ids, logits_to_keep=1, return_dict=True, **images
         )
         cache = DecodingCache.of(cache, mask, self.decoder.cache_dtype)
         return outputs.logits[:, -1].float(), cache, (position_ids[:, -1] + 1).tolist()

@@ -113,7 +113,7 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         names = ["input_ids", "attention_mask", "modality_ids"]
-        return names if self.image_processor is None else [*names, "pixel_values", "image_sizes"]
+        return names if self.image_processor is None else [*names, "pixel_values"]  # `image_sizes` where they differ
 
     @property
     def bos_token_id(self) -> int | None:

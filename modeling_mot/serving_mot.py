@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from transformers.utils import logging
 
-from .checks_mot import is_real, is_whole
+from .field_checks_mot import is_real, is_whole
 from .serving_desk_mot import Desk, end_stream
 from .serving_requests_mot import MoTRequestOutput, Request, Terms, attempt, own_error, prepared, said
 from .serving_rounds_mot import Rounds

@@ -19,13 +19,30 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .field_checks_mot import Maybe, Number, OneOf, Typed, Whole, check_fields
 from .image_tokenizer_mot import fingerprint, from_known_fields, nearest_code, read_hub_file, without_defaults
 from .speech_features_mot import HOP_SECONDS, SpeechFrontEnd, resample
-from .speech_loading_mot import check_rate, load_sound
+from .speech_loading_mot import MAX_RATE, MIN_RATE, load_sound
 
 
 SPEECH_TOKENIZER_CONFIG_NAME = "speech_tokenizer_config.json"
 SPEECH_TOKENIZER_WEIGHTS_NAME = "model.safetensors"
+
+
+CONFIG_RULES = {
+    "num_units": Whole(1, 2**24),
+    "units_per_second": Whole(1, 100),
+    "sampling_rate": Whole(MIN_RATE, MAX_RATE),
+    "features": OneOf(("mfcc", "encoder")),
+    "num_mel_bands": Whole(1, 2**10),
+    "num_coefficients": Whole(1, 2**10),
+    "loudness": Number(),
+    "deduplicate": Typed(bool),
+    "encoder": Maybe(Typed(str)),
+    "encoder_layer": Whole(-(2**10), 2**10),
+    "griffin_lim_iterations": Whole(0, 10**6),
+    "max_seconds": Number(open="low"),
+}
 
 
 @dataclass
@@ -36,6 +53,9 @@ class SpeechTokenizerConfig:
     hidden state number `encoder_layer` is used (-1: the last). Features of 10 or 20 ms are averaged within a unit.
     `loudness`: samples are scaled to this root mean square first (0: left alone). `deduplicate`: runs of one unit
     become a single one; durations are then lost. Sounds longer than `max_seconds` are refused before they are decoded.
+
+    Raises:
+        ValueError: a field that cannot be, by name.
     """
 
     num_units: int = 500
@@ -52,9 +72,7 @@ class SpeechTokenizerConfig:
     max_seconds: float = 600.0
 
     def __post_init__(self):
-        check_rate(self.sampling_rate)
-        if self.features not in ("mfcc", "encoder"):
-            raise ValueError(f"features={self.features!r} is not one of mfcc, encoder")
+        check_fields(self, CONFIG_RULES)
         if (self.features == "encoder") != bool(self.encoder):
             raise ValueError(
                 f"features={self.features!r} with encoder={self.encoder!r}: name an encoder exactly when it is used"
@@ -63,6 +81,11 @@ class SpeechTokenizerConfig:
             raise ValueError(
                 f"units_per_second={self.units_per_second} must divide 100 and sampling_rate={self.sampling_rate} be a "
                 "multiple of 100: frames are 10 ms"
+            )
+        if self.num_coefficients > self.num_mel_bands:
+            raise ValueError(
+                f"num_coefficients={self.num_coefficients} must be at most num_mel_bands={self.num_mel_bands}, of which "
+                "they are made"
             )
 
     @classmethod

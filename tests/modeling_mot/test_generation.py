@@ -416,8 +416,32 @@ def test_embeddings_beside_their_ids_are_routed_as_these(tiny_model):
 def test_prompt_of_embeddings_equals_prompt_of_text_tokens(tiny_model):
     model, prompt = tiny_model(), PROMPTS["text"]
     embeddings = model.get_input_embeddings()(row(prompt))
-    out = model.generate(inputs_embeds=embeddings, max_new_tokens=6, do_sample=False)
+    text = torch.zeros(1, len(prompt), dtype=torch.long)
+    out = model.generate(inputs_embeds=embeddings, modality_ids=text, max_new_tokens=6, do_sample=False)
     assert out[0].tolist() == naive.greedy(model, prompt, 6)[len(prompt) :]
+
+
+def test_embeddings_whose_tower_is_unknown_are_refused(tiny_model):
+    model = tiny_model()
+    embeddings = model.get_input_embeddings()(row(PROMPTS["text"]))
+    for call in (model, lambda **kwargs: model.generate(max_new_tokens=2, **kwargs)):
+        with pytest.raises(ValueError, match="inputs_embeds .* pass modality_ids"):
+            call(inputs_embeds=embeddings)
+
+
+def test_a_subclass_prepares_the_inputs_of_every_step(tiny_config):
+    class Counting(MoTForCausalLM):
+        steps = 0
+
+        def prepare_inputs_for_generation(self, *args, **kwargs):
+            self.steps += 1
+            return super().prepare_inputs_for_generation(*args, **kwargs)
+
+    model, prompt = Counting(tiny_config(initializer_range=0.3)).eval(), PROMPTS["text"]
+    out = model.generate(row(prompt), max_new_tokens=6, do_sample=False)
+    assert model.steps == 6 and out[0].tolist() == naive.greedy(model, prompt, 6)
+    with pytest.raises(ValueError, match="prepare_inputs_for_generation of this Counting"):
+        model.generate_batch([prompt], max_new_tokens=2)
 
 
 def test_packed_rows_are_refused(tiny_model):

@@ -268,3 +268,31 @@ def test_an_image_processor_makes_pictures_of_one_size():
 
 def test_without_an_image_processor_the_configuration_is_written_as_before():
     assert "image_processor" not in tiny_tokenizer().config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": -1}, "batch_size=-1"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"image_size": [64.5, 64]}, "image_size=\\[64.5, 64\\] must not have 64.5"),
+        ({"image_size": [True, 64]}, "image_size=\\[True, 64\\]"),
+        ({"image_size": [64, 64, 3]}, "image_size=\\[64, 64, 3\\]"),
+        ({"background": [0, 0, 256]}, "background=.*256"),
+        ({"max_pixels": 0}, "max_pixels=0"),
+        ({"patch_size": 0}, "patch_size=0"),
+        ({"fit": "corp"}, "fit='corp' .* did you mean 'crop'"),
+        ({"model": {"norm_num_groups": 0}}, "model.norm_num_groups=0"),
+        ({"model": {"block_out_channels": [8, 12], "norm_num_groups": 8}}, "12 is not a multiple"),
+        ({"model": {"num_vq_embeddings": 10**12}}, "model.num_vq_embeddings=1000000000000"),
+    ],
+)
+def test_fields_that_cannot_be_are_refused_by_name(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ImageTokenizerConfig(**fields)
+
+
+@pytest.mark.parametrize("settings", [[], None, "small-64"])
+def test_settings_that_are_no_mapping_are_refused(settings):
+    with pytest.raises(ValueError, match="settings of the image tokenizer"):
+        ImageTokenizerConfig.from_dict(settings)

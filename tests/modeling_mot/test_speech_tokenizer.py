@@ -299,3 +299,24 @@ def test_untrained_tokenizer_says_so():
 def test_contradictory_settings_are_refused(settings):
     with pytest.raises(ValueError):
         SpeechTokenizerConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_units": 0}, "num_units=0"),
+        ({"units_per_second": 0}, "units_per_second=0"),
+        ({"sampling_rate": 1}, "sampling_rate=1"),
+        ({"sampling_rate": 16_000.0}, "sampling_rate=16000.0"),
+        ({"loudness": math.nan}, "loudness=nan"),
+        ({"loudness": -0.1}, "loudness=-0.1"),
+        ({"num_mel_bands": 0}, "num_mel_bands=0"),
+        ({"num_coefficients": 41}, "num_coefficients=41 must be at most num_mel_bands=40"),
+        ({"deduplicate": 1}, "deduplicate=1"),
+        ({"griffin_lim_iterations": -1}, "griffin_lim_iterations=-1"),
+        ({"features": "mfc"}, "features='mfc' .* did you mean 'mfcc'"),
+    ],
+)
+def test_fields_that_cannot_be_are_refused_by_name(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SpeechTokenizerConfig(**fields)
