@@ -22,7 +22,7 @@ from modeling_mot import (
 )
 from modeling_mot.latents_mot import build_vae, vae_config_of, vae_fingerprint
 from modeling_mot.presets_mot import VARIANTS
-from training.config import ConfigError, option
+from training.config import ConfigError, check_options, option
 from training.data.config import DataConfig
 from training.transfusion import (
     Autoencoder,
@@ -49,21 +49,29 @@ class ModelConfig:
     preset: str | None = option(None, "a row of the paper's tables, such as chameleon-37m; null: the sizes below")
     init_from: str | None = option(None, "folder or Hub name of a checkpoint to start from; its sizes are kept")
     processor: str | None = option(None, "folder or Hub name of a processor; null: the one carried with the project")
-    hidden_size: int | None = option(None, "width of the residual stream")
-    intermediate_size: int | None = option(None, "width of the feed-forward; null: 8/3 of hidden_size, up to 256s")
-    num_hidden_layers: int | None = option(None, "number of layers")
-    num_attention_heads: int | None = option(None, "number of query heads")
-    num_key_value_heads: int | None = option(None, "number of key and value heads; null: as many as query heads")
-    head_dim: int | None = option(None, "width of a head; null: hidden_size / num_attention_heads")
-    max_position_embeddings: int | None = option(None, "longest row; null: the preset's, at least data.row_length")
+    hidden_size: int | None = option(None, "width of the residual stream", ge=1, le=10**6)
+    intermediate_size: int | None = option(
+        None, "width of the feed-forward; null: 8/3 of hidden_size, up to 256s", ge=1, le=10**7
+    )
+    num_hidden_layers: int | None = option(None, "number of layers", ge=1, le=10**4)
+    num_attention_heads: int | None = option(None, "number of query heads", ge=1, le=10**4)
+    num_key_value_heads: int | None = option(
+        None, "number of key and value heads; null: as many as query heads", ge=1, le=10**4
+    )
+    head_dim: int | None = option(None, "width of a head; null: hidden_size / num_attention_heads", ge=2, le=10**5)
+    max_position_embeddings: int | None = option(
+        None, "longest row; null: the preset's, at least data.row_length", ge=1, le=10**9
+    )
     norm_position: Literal["pre", "post"] | None = option(None, "pre: as Llama; post: as the paper's Algorithm 1")
     qk_norm: Literal["rms", "rms_all_heads", "layer"] | None = option(None, "norm of queries and keys; null: none")
     tie_word_embeddings: bool | None = option(None, "one matrix for input and output embeddings")
-    hidden_dropout: float | None = option(None, "dropout on the outputs of attention and feed-forward")
-    attention_dropout: float | None = option(None, "dropout on attention probabilities")
-    z_loss_coefficient: float | None = option(None, "weight of log(Z)^2 (Chameleon: 1e-5)")
-    rope_theta: float | None = option(None, "base of the rotary embedding")
-    num_experts: int | None = option(None, "experts of a tower that is a mixture (moe-4x and hybrid: 4)")
+    hidden_dropout: float | None = option(None, "dropout on the outputs of attention and feed-forward", ge=0, lt=1)
+    attention_dropout: float | None = option(None, "dropout on attention probabilities", ge=0, lt=1)
+    z_loss_coefficient: float | None = option(None, "weight of log(Z)^2 (Chameleon: 1e-5)", ge=0)
+    rope_theta: float | None = option(None, "base of the rotary embedding", gt=0)
+    num_experts: int | None = option(
+        None, "experts of a tower that is a mixture (moe-4x and hybrid: 4)", ge=1, le=10**4
+    )
     attn_implementation: str | None = option(None, "eager, sdpa, flex_attention, ...; null: transformers' choice")
     transfusion: TransfusionModelConfig | None = option(None, "images are continuous and diffused; null: all is tokens")
     gradient_checkpointing: bool = option(False, "recompute each layer in the backward: less memory, a third more time")
@@ -74,6 +82,7 @@ class ModelConfig:
     )
 
     def __post_init__(self):
+        check_options(self)
         if self.preset is not None and self.preset not in MoTConfig.preset_names():
             names = ", ".join(MoTConfig.preset_names())
             raise ConfigError(f"model.preset={self.preset!r} is unknown; the presets are {names}")

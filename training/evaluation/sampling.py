@@ -12,7 +12,7 @@ from PIL import Image
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
 from modeling_mot.interleaved_decoding_mot import pictures_of
 from modeling_mot.latents_mot import encode_pixels
-from training.config import option
+from training.config import check_options, option
 from training.data.collate import is_transfusion
 
 
@@ -21,37 +21,28 @@ class SamplesConfig:
     """What is drawn, read and spoken at the end of a run, and how."""
 
     enabled: bool = option(True, "make samples, the sheet and the nearest-neighbour measure at the end")
-    measured: int | None = option(None, "held-in names that are drawn and measured; null: all the run trained on")
-    held_out: int = option(48, "held-out names that are drawn and read")
+    measured: int | None = option(None, "held-in names that are drawn and measured; null: all the run trained on", ge=1)
+    held_out: int = option(48, "held-out names that are drawn and read", ge=0)
     held_out_names: list[str] | None = option(None, "which held-out names; null: the first `held_out` of them")
-    shown: int = option(24, "pictures of each kind on the sheet")
-    edits: int = option(48, "edits of a picture that are drawn and measured, of each split")
-    spoken: int = option(6, "names spoken into WAV files")
-    texts: int = option(4, "running texts continued")
-    gallery: int = option(5000, "most pictures of a split among which a drawn one must find its own")
-    temperature: float = option(0.0, "of picture codes and speech units; 0: the likeliest one each time")
-    top_k: int = option(0, "sample among the likeliest so many; 0: all")
+    shown: int = option(24, "pictures of each kind on the sheet", ge=0)
+    edits: int = option(48, "edits of a picture that are drawn and measured, of each split", ge=0)
+    spoken: int = option(6, "names spoken into WAV files", ge=0)
+    texts: int = option(4, "running texts continued", ge=0)
+    gallery: int = option(5000, "most pictures of a split among which a drawn one must find its own", ge=1)
+    temperature: float = option(0.0, "of picture codes and speech units; 0: the likeliest one each time", ge=0)
+    top_k: int = option(0, "sample among the likeliest so many; 0: all", ge=0)
     guidance_scale: float = option(
-        1.0, "classifier-free guidance of pictures; 1: none; needs caption dropout in training"
+        1.0, "classifier-free guidance of pictures; 1: none; needs caption dropout in training", ge=1
     )
-    num_inference_steps: int = option(250, "denoising steps of a picture that is diffused")
+    num_inference_steps: int = option(250, "denoising steps of a picture that is diffused", ge=1)
     scheduler: str = option("ddpm", "ddpm, ddim, dpm, ... or the name of one of diffusers' schedulers")
-    batch: int = option(64, "prompts generated together")
-    max_text_tokens: int = option(24, "longest text that is read off or continued")
-    max_speech_tokens: int = option(100, "longest span of speech")
-    seed: int = option(0, "of sampling")
+    batch: int = option(64, "prompts generated together", ge=1)
+    max_text_tokens: int = option(24, "longest text that is read off or continued", ge=1)
+    max_speech_tokens: int = option(100, "longest span of speech", ge=1)
+    seed: int = option(0, "of sampling", ge=0, le=2**32 - 1)
 
     def __post_init__(self):
-        for name in ("held_out", "edits", "shown", "spoken", "texts", "top_k"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("batch", "gallery", "max_text_tokens", "max_speech_tokens", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.temperature < 0 or self.guidance_scale < 1:
-            raise ValueError(f"temperature={self.temperature} must be >= 0, guidance_scale={self.guidance_scale} >= 1")
-        if self.measured is not None and self.measured < 1:
-            raise ValueError(f"measured={self.measured} must be at least 1, or null for all")
+        check_options(self)
 
 
 class Sampler:
