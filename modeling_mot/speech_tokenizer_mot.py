@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .image_tokenizer_mot import fingerprint, from_known_fields, nearest_code, read_hub_file
+from .image_tokenizer_mot import fingerprint, from_known_fields, nearest_code, read_hub_file, without_autocast
 from .speech_features_mot import HOP_SECONDS, SpeechFrontEnd, load_audio_source
 
 
@@ -123,6 +123,7 @@ class MoTSpeechTokenizer:
         units = math.ceil(len(samples) / self.samples_per_unit)
         return nn.functional.pad(samples, (0, units * self.samples_per_unit - len(samples)))
 
+    @without_autocast()
     @torch.no_grad()
     def features(self, samples: torch.Tensor) -> torch.Tensor:
         """One feature vector per unit, not scaled yet.  (S,) -> (U, C)"""
@@ -182,6 +183,7 @@ class MoTSpeechTokenizer:
             raise ValueError(f"encode takes a list of sounds, not {type(audio).__name__}")
         return [self.encode_one(source, sampling_rate) for source in audio]
 
+    @without_autocast()
     def encode_one(self, source: Any, sampling_rate: int | None = None) -> torch.Tensor:
         if self.centroids is None:
             raise ValueError(
@@ -198,6 +200,7 @@ class MoTSpeechTokenizer:
         """
         return [self.decode_one(torch.as_tensor(sequence, dtype=torch.long)) for sequence in units]
 
+    @without_autocast()
     @torch.no_grad()
     def decode_one(self, units: torch.Tensor) -> np.ndarray:
         if units.ndim != 1 or len(units) == 0:

@@ -78,8 +78,10 @@ def without_secrets(value: Any) -> Any:
 
 
 def one_line(error: Exception) -> str:
-    """An error as a command prints it: without secrets, and without the line breaks of the libraries it came from."""
-    return without_secrets(" ".join(str(error).split()))
+    """An error as a command prints it: without secrets, without the line breaks of the libraries that it came from, and
+    no longer than a screen."""
+    line = without_secrets(" ".join(str(error).split()))
+    return line if len(line) <= 2000 else line[:2000] + " ..."
 
 
 class _Repr(reprlib.Repr):
@@ -166,7 +168,11 @@ def override(tree: dict, words: Sequence[str]) -> dict:
         key, separator, text = word.partition("=")
         if not separator or not key:
             raise ConfigError(f"{_show(word)} is not key=value; give a dotted key and a YAML value, such as seed=1")
-        _assign(tree, key.strip(), _copy(parse_value(text), key.strip()))
+        try:
+            value = parse_value(text)
+        except ConfigError as error:
+            raise ConfigError(f"{key.strip()[:120]}: {error}") from error
+        _assign(tree, key.strip(), _copy(value, key.strip()))
     return tree
 
 

@@ -19,7 +19,7 @@ from accelerate import init_empty_weights
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
 from modeling_mot.model_card_mot import PICTURES, model_card
 from training.checkpoints import DamagedError, model_tensors, newest_intact, read_tensors, replacing, verify
-from training.config import ConfigError
+from training.config import ConfigError, one_line
 from training.distributed import make_room
 from training.freezing import freeze_towers
 from training.models import MODEL_CLASSES, without_bars
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--output {options.output} exists; remove it or name another folder")
         print(consolidate(RunFolder(options.run), options.step, options.output, options.weights))
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -14,16 +14,16 @@ from training.config import check_options, option
 class OptimizerConfig:
     """AdamW with cosine decay after linear warm-up; the defaults are the paper's."""
 
-    lr: float = option(3e-4, "peak learning rate, reached after warmup_steps", gt=0)
+    lr: float = option(3e-4, "peak learning rate, reached after warmup_steps", gt=0, le=100)
     min_lr: float = option(1.5e-5, "learning rate at the last step", ge=0)
     warmup_steps: int = option(4000, "steps of linear warm-up from 0", ge=0)
     betas: tuple[float, float] = option((0.9, 0.95), "AdamW's two decay rates", ge=0, lt=1)
-    eps: float = option(1e-8, "AdamW's epsilon", ge=1e-30)
+    eps: float = option(1e-8, "AdamW's epsilon", ge=1e-30, le=1)
     weight_decay: float = option(0.1, "decoupled weight decay of matrices", ge=0)
     decay_norms_and_biases: bool = option(False, "apply weight decay to norms and biases too")
     decay_embeddings: bool = option(False, "apply weight decay to embeddings (and to a tied output layer) too")
     clip_norm: float | None = option(
-        1.0, "global gradient norm above which gradients are scaled down; null: never", gt=0
+        1.0, "global gradient norm above which gradients are scaled down; null: never", ge=1e-6
     )
 
     def __post_init__(self):

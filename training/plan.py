@@ -14,7 +14,7 @@ from typing import Any
 
 from modeling_mot import MoTConfig
 from modeling_mot.presets_mot import variant_fields
-from training.config import ConfigError
+from training.config import ConfigError, one_line
 from training.flops import GPUS, forward_flops_per_token, recomputed_flops, training_flops
 from training.models import load_frame, plan_model
 from training.planning.activations import count_kept
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json is not None:
             write_new(Path(options.json), json.dumps(plan, indent=2) + "\n")
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     print(render(plan))
     return 0

@@ -45,11 +45,12 @@ from training.objectives import objective_names
 from training.optimization import build_optimizer
 from training.recipe import Recipe
 from training.reporting import plot_losses
-from training.resume import find_checkpoint, flatten, refuse_changes
+from training.resume import find_checkpoint, flatten, refuse_changes, refuse_different
 from training.rows import prepare_rows
 from training.run_folder import RunFolder, environment, write_json
 from training.run_lock import RunLock
 from training.safeguards import Interrupted, NotFiniteError, StopSignal
+from training.trackers import check_tracker
 from training.trainer import Trainer
 from training.transfusion import caption_dropout
 
@@ -91,6 +92,7 @@ class Session:
     def __init__(self, recipe: Recipe, stop_signal: StopSignal, lock: RunLock):
         self.recipe, self.stop_signal, self.begin = recipe, stop_signal, time.perf_counter()
         train = recipe.train
+        check_tracker(train.tracker)
         self.accelerator = build_accelerator(
             train.precision,
             cpu=train.cpu,
@@ -98,6 +100,7 @@ class Session:
             timeout_seconds=train.timeout_seconds,
             tracker=train.tracker,
             project_dir=f"{train.output_dir}/trackers",
+            alike=to_tree(recipe),
         )
         self.precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "float32"
         self.is_main = self.accelerator.is_main_process
@@ -106,7 +109,6 @@ class Session:
             set_cpu_threads(train.cpu_threads)
             if train.keep_freed_memory:
                 keep_freed_memory()
-        torch.set_float32_matmul_precision(train.float32_matmul_precision)
         set_seed(train.seed)
         self.run = RunFolder(train.output_dir)
         with self.accelerator.main_process_first():
@@ -125,6 +127,16 @@ class Session:
         self.stream, self.held_out_rows, self.data_fingerprint = prepare_rows(
             recipe.data, self.processor, recipe.evaluation.rows, self.vae
         )
+        refuse_different(
+            self.accelerator,
+            {
+                "precision": self.precision,
+                "data": self.data_fingerprint,
+                "processor": self.processor.fingerprint(),
+            },
+        )
+        # Of training alone: what encodes the data, before, and the samples, after, computes in whole float32.
+        torch.set_float32_matmul_precision(train.float32_matmul_precision)
         self.trainer = self._trainer(planned, initial)
         self._write_down()
 
@@ -302,14 +314,22 @@ class Session:
 
     def _samples(self, title: str) -> dict[str, float | int]:
         self.say("drawing, reading and speaking ...")
+        torch.set_float32_matmul_precision("highest")
         config = self.recipe.samples
         model = load_model(str(self.run.final), self.recipe.model.attn_implementation).eval()
         model.to(self.accelerator.device)
         subjects = find_subjects(self.recipe.data, config)
-        with self.accelerator.autocast():
-            sheet, measures = make_samples(
-                model, self.processor, subjects, config, self.run.samples, title, self.stop_signal.check
-            )
+        sheet, measures = make_samples(
+            model,
+            self.processor,
+            subjects,
+            config,
+            self.run.samples,
+            title,
+            self.stop_signal.check,
+            self.accelerator.autocast,
+            self.recipe.train.progress_bar,
+        )
         sheet.write_html(self.run.path / "samples.html")
         sheet.write_png(self.run.path / "samples.png")
         return measures

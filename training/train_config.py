@@ -50,7 +50,9 @@ class TrainConfig:
         10, "steps in a row with a loss or gradient that is not finite, before the run stops", ge=0
     )
     spike_threshold: float | None = option(
-        8.0, "standard deviations above the median of the last losses at which a loss is called a spike; null: never", gt=0
+        8.0,
+        "standard deviations above the median of the last losses at which a loss is called a spike; null: never",
+        gt=0,
     )
     skip_spikes: bool = option(False, "leave out the updates of spikes")
     tracker: str = option("none", "Accelerate's name of a tracker, such as tensorboard, wandb or trackio, or none")

@@ -25,7 +25,9 @@ class TransfusionModelConfig:
     """What a Transfusion model adds. Fields left at null are MoTTransfusionConfig's own defaults."""
 
     vae: str = option("carried", "frozen autoencoder of images: carried, a diffusers folder or a name on the Hub")
-    image_size: list[int] = option(factory=lambda: [64, 64], doc="height and width of pictures, in pixels", ge=1, le=10**5)
+    image_size: list[int] = option(
+        factory=lambda: [64, 64], doc="height and width of pictures, in pixels", ge=1, le=10**5
+    )
     patch_size: int | None = option(None, "a token stands for patch_size x patch_size latents", ge=1, le=1024)
     patchifier: Literal["unet", "linear"] | None = option(None, "from latents to hidden states and back")
     unet_channels: list[int] | None = option(
@@ -35,13 +37,15 @@ class TransfusionModelConfig:
     unet_norm_groups: int | None = option(None, "groups of the U-Net's group norms", ge=1, le=10**5)
     prediction_type: Literal["epsilon", "v_prediction", "flow"] | None = option(None, "what is predicted of the noise")
     noise_schedule: str | None = option(None, "diffusers' name of a beta schedule; null: the cosine schedule")
-    num_train_timesteps: int | None = option(None, "noise levels", ge=2, le=10**6)
+    num_train_timesteps: int | None = option(None, "noise levels", ge=1, le=10**6)
     timestep_sampling: Literal["uniform", "logit_normal"] | None = option(None, "how noise levels are drawn")
     timestep_shift: float | None = option(None, "shift of flow matching's fractions", gt=0)
     timestep_format: Literal["index", "fraction"] | None = option(None, "what the timestep embedding sees")
     diffusion_loss_weight: float | None = option(None, "lambda of equation 4", ge=0)
     image_first_max_timestep: int | None = option(
-        None, "largest noise level of an image that its caption follows (Transfusion's ablation: 500); null: no limit", ge=0
+        None,
+        "largest noise level of an image that its caption follows (Transfusion's ablation: 500); null: no limit",
+        ge=0,
     )
     image_positions: Literal["consecutive", "shared"] | None = option(None, "positions of an image's patches")
     markers_in_image_block: bool | None = option(None, "BOI and EOI see their image in both directions")
