@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +24,7 @@ from modeling_mot.latents_mot import build_vae, vae_config_of, vae_fingerprint
 from modeling_mot.presets_mot import VARIANTS
 from training.config import ConfigError, check_options, option
 from training.data.config import DataConfig
+from training.sizes import SIZES, Budget, leaves_size_open, modalities_of, restricted
 from training.transfusion import (
     Autoencoder,
     TransfusionModelConfig,
@@ -43,12 +44,16 @@ _VARIANT = Literal[VARIANTS]
 
 @dataclass
 class ModelConfig:
-    """Which model is trained. Sizes left at null come from the preset, or are MoTConfig's own defaults."""
+    """Which model is trained. Sizes left at null come from the preset, or are MoTConfig's own defaults; where all are,
+    they follow from the machine and the data (training/sizes.py)."""
 
     variant: _VARIANT = option("mot", "which modalities share weights and which towers hold experts")
     preset: str | None = option(None, "a row of the paper's tables, such as chameleon-37m; null: the sizes below")
     init_from: str | None = option(None, "folder or Hub name of a checkpoint to start from; its sizes are kept")
     processor: str | None = option(None, "folder or Hub name of a processor; null: the one carried with the project")
+    modalities: list[str] | None = option(
+        None, "of a new model, text first; null: those of the processor or, where no size is named, those of the data"
+    )
     hidden_size: int | None = option(None, "width of the residual stream", ge=1, le=10**6)
     intermediate_size: int | None = option(
         None, "width of the feed-forward; null: 8/3 of hidden_size, up to 256s", ge=1, le=10**7
@@ -88,10 +93,15 @@ class ModelConfig:
             raise ConfigError(f"model.preset={self.preset!r} is unknown; the presets are {names}")
         if self.preset is not None and self.init_from is not None:
             raise ConfigError(f"model.preset={self.preset!r} and model.init_from={self.init_from!r} exclude each other")
+        if self.modalities is not None and (self.init_from is not None or self.transfusion is not None):
+            raise ConfigError(
+                f"model.modalities={self.modalities} are of a new model of tokens; leave them out with model.init_from and "
+                "model.transfusion, which have their own"
+            )
 
 
 _NOT_FIELDS_OF_MOT = {
-    "variant", "preset", "init_from", "processor", "rope_theta", "attn_implementation", "transfusion",
+    "variant", "preset", "init_from", "processor", "modalities", "rope_theta", "attn_implementation", "transfusion",
     "gradient_checkpointing", "compile", "tower_products",
 }  # fmt: skip
 
@@ -117,6 +127,8 @@ def load_processor(config: ModelConfig, vae: Autoencoder | None = None, keep_spe
     except (OSError, ValueError) as error:
         key = "model.processor" if config.processor else "model.init_from"
         raise ConfigError(f"{key}: no processor could be loaded from {source!r}: {error}") from error
+    if config.modalities is not None:
+        return restricted(processor, config.modalities)
     if vae is None or config.transfusion is None:
         return processor
     return transfusion_processor(processor, config.transfusion, vae, keep_speech)
@@ -213,19 +225,34 @@ class Planned(NamedTuple):
     vae: Autoencoder | None
 
 
-def plan_model(config: ModelConfig, data: DataConfig, initial: MoTPreTrainedModel | None = None) -> Planned:
-    """Decide what is trained and on what, before anything is made or tokenised; `data.clean_copies` is set where the
-    model needs them.
+def plan_model(
+    config: ModelConfig, data: DataConfig, initial: MoTPreTrainedModel | None = None, budget: Budget | None = None
+) -> Planned:
+    """Decide what is trained and on what, before anything is made or tokenised. What `config` leaves open is set in it,
+    and `data.clean_copies` where the model needs them.
 
     Args:
         initial: the checkpoint of `config.init_from`, with or without weights (`load_frame`).
+        budget: what a size that is left open must fit; None: the smallest is taken, since the data do not depend on it.
 
     Raises:
-        ConfigError: model, processor, VAE and rows do not fit each other.
+        ConfigError: model, processor, VAE and rows do not fit each other, or the budget.
     """
     vae = find_vae(config, initial)
+    is_open = leaves_size_open(config)
+    if is_open and config.modalities is None and vae is None and config.processor is None:
+        config.modalities = modalities_of(data)
     processor = load_processor(config, vae, has_sound(data))
+    if is_open:
+        for sizes in SIZES.values():
+            larger = planned_config(replace(config, **sizes), processor, data.row_length, vae)
+            if config.hidden_size is not None and not (budget is not None and budget.is_enough_for(larger)):
+                break
+            for name, value in sizes.items():
+                setattr(config, name, value)
     planned = planned_config(config, processor, data.row_length, vae, initial)
+    if budget is not None:
+        budget.refuse_impossible(planned)
     if not getattr(planned, "noised_images_visible", True):
         data.clean_copies = True
     return Planned(planned, processor, vae)

@@ -16,7 +16,9 @@ class OptimizerConfig:
 
     lr: float = option(3e-4, "peak learning rate, reached after warmup_steps", gt=0, le=100)
     min_lr: float = option(1.5e-5, "learning rate at the last step", ge=0)
-    warmup_steps: int = option(4000, "steps of linear warm-up from 0", ge=0)
+    warmup_steps: int | None = option(
+        None, "steps of linear warm-up from 0; null: the paper's 4000, in a shorter run a tenth of it", ge=0
+    )
     betas: tuple[float, float] = option((0.9, 0.95), "AdamW's two decay rates", ge=0, lt=1)
     eps: float = option(1e-8, "AdamW's epsilon", ge=1e-30, le=1)
     weight_decay: float = option(0.1, "decoupled weight decay of matrices", ge=0)
@@ -36,14 +38,20 @@ class OptimizerConfig:
             )
 
 
+def warmup_steps(config: OptimizerConfig, steps: int) -> int:
+    """Steps of warm-up in a run of `steps`."""
+    return min(4000, steps // 10) if config.warmup_steps is None else config.warmup_steps
+
+
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The learning rate of update `step` (0-based) of `steps`: linear warm-up, then a half cosine down to min_lr.
 
     A pure function of the step, so that a resumed run needs no scheduler state and no rank can step it twice.
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
+    warmup = warmup_steps(config, steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 

@@ -12,12 +12,13 @@ from accelerate.utils import set_seed
 
 from modeling_mot import MoTConfig, MoTPreTrainedModel
 from training.batches import StepBatches
+from training.checkpoints import gather_objects
 from training.config import dump, to_tree, without_secrets
 from training.consolidate import complete_card, consolidate
 from training.data import collate
 from training.data.collate import TOWER_ROWS
 from training.data.data_cards import data_cards
-from training.devices import keep_freed_memory, set_cpu_threads
+from training.devices import device_memory, keep_freed_memory, set_cpu_threads
 from training.distributed import (
     build_accelerator,
     describe_world,
@@ -29,11 +30,12 @@ from training.distributed import (
 )
 from training.evaluation.end_of_run import describe_measures, make_samples
 from training.evaluation.losses import evaluate_losses, evaluation_note
-from training.evaluation.subjects import check_decoder, check_subjects, find_subjects
+from training.evaluation.subjects import check_decoder, check_diffusion, check_subjects, find_subjects
 from training.flops import forward_flops_per_token, peak_flops
 from training.freezing import HeldRows, freeze_towers
 from training.metrics import count_key, read_metrics
 from training.models import (
+    Planned,
     build_model,
     empty_model,
     load_frame,
@@ -50,6 +52,7 @@ from training.rows import prepare_rows
 from training.run_folder import RunFolder, environment, write_json
 from training.run_lock import RunLock
 from training.safeguards import Interrupted, NotFiniteError, StopSignal
+from training.sizes import Budget, describe_choice, fill_from_checkpoint, leaves_size_open
 from training.trackers import check_tracker
 from training.trainer import Trainer
 from training.transfusion import caption_dropout
@@ -121,8 +124,11 @@ class Session:
         check_subjects(recipe.data, recipe.samples)
         initial = self._initial()
         # Before the data, which may take long to prepare.
-        planned, self.processor, self.vae = plan_model(recipe.model, recipe.data, initial)
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        self.peak, self.peak_source = peak_flops(self.accelerator.device, dtype)
+        planned, self.processor, self.vae = self._plan(initial)
         check_decoder(self.processor, recipe.samples)
+        check_diffusion(planned, recipe.samples)
         self.say(f"tokenising the data (kept in {recipe.data.cache_path}) ...")
         self.stream, self.held_out_rows, self.data_fingerprint = prepare_rows(
             recipe.data, self.processor, recipe.evaluation.rows, self.vae
@@ -149,6 +155,21 @@ class Session:
             return load_frame(source)
         return load_model(source, self.recipe.model.attn_implementation)
 
+    def _plan(self, initial: MoTPreTrainedModel | None) -> Planned:
+        """What is trained; a size that the recipe leaves open is that of the checkpoint, or one that fits."""
+        recipe, processes = self.recipe, self.accelerator.num_processes
+        is_open = leaves_size_open(recipe.model)
+        if is_open and self.checkpoint is not None:
+            fill_from_checkpoint(recipe.model, self.checkpoint["config"]["model"])
+        shards = processes if is_sharding(self.accelerator) else 1
+        budget = Budget.of(recipe, device_memory(self.accelerator.device), self.peak, processes, shards)
+        # All ranks choose by what the first one has.
+        budget = gather_objects(budget, torch.distributed.group.WORLD if processes > 1 else None)[0]
+        planned = plan_model(recipe.model, recipe.data, initial, budget)
+        if is_open:
+            self.say(describe_choice(planned.config, budget))
+        return planned
+
     def _model(self, planned: MoTConfig, initial: MoTPreTrainedModel | None) -> MoTPreTrainedModel:
         """The model on its device, sharded where it is to be; with its weights, unless a checkpoint brings them."""
         recipe, accelerator = self.recipe.model, self.accelerator
@@ -174,8 +195,6 @@ class Session:
         model = self._model(planned, initial)
         batch = partial(collate, config=model.config, multiple_of=TOWER_ROWS)
         self.collate_held_out = partial(batch, noise_seed="held out")
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        self.peak, self.peak_source = peak_flops(accelerator.device, dtype)
         batches = StepBatches(
             self.stream,
             partial(batch, noise_seed=recipe.train.seed),
