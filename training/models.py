@@ -352,6 +352,12 @@ def load_model(source: str, attn_implementation: str | None = None) -> MoTPreTra
     return model
 
 
+def stored_dtype(source: str) -> str | None:
+    """The precision that a checkpoint of ours says it is stored in, such as `bfloat16`."""
+    dtype = MODEL_CLASSES[model_type(source)].config_class.from_pretrained(source).dtype
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
 @contextmanager
 def without_bars() -> Iterator[None]:
     """transformers' bars for reading and writing files would cut through that of the training."""

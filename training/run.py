@@ -42,6 +42,7 @@ from training.models import (
     load_model,
     plan_model,
     set_up_layers,
+    stored_dtype,
 )
 from training.objectives import objective_names
 from training.optimization import build_optimizer
@@ -224,7 +225,11 @@ class Session:
             evaluate=self.evaluate if any(map(len, self.held_out_rows.values())) else None,
             evaluate_every=recipe.evaluation.every,
             stop_signal=self.stop_signal,
-            describe={**self.same_on_resume, "world": describe_world(accelerator)},
+            describe={
+                **self.same_on_resume,
+                "world": describe_world(accelerator),
+                "dtype": None if recipe.model.init_from is None else stored_dtype(recipe.model.init_from),
+            },
         )
         if self.checkpoint is not None:
             trainer.resume(self.checkpoint)

@@ -100,7 +100,7 @@ def describe_choice(config: MoTConfig, budget: Budget) -> str:
     return (
         f"no size is named: {config.hidden_size} wide, {config.num_hidden_layers} layers, {config.num_attention_heads} "
         f"heads, modalities {', '.join(config.modalities)}, which fits this machine and the "
-        f"{budget.tokens_of_run / 1e6:,.1f} M tokens of the run; for another set model.preset ({', '.join(SIZES)}) or "
+        f"{budget.tokens_of_run:,} tokens of the run; for another set model.preset ({', '.join(SIZES)}) or "
         "model.hidden_size, model.num_hidden_layers and model.num_attention_heads"
     )
 
