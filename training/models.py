@@ -72,8 +72,8 @@ class ModelConfig:
     tie_word_embeddings: bool | None = option(None, "one matrix for input and output embeddings")
     hidden_dropout: float | None = option(None, "dropout on the outputs of attention and feed-forward", ge=0, lt=1)
     attention_dropout: float | None = option(None, "dropout on attention probabilities", ge=0, lt=1)
-    z_loss_coefficient: float | None = option(None, "weight of log(Z)^2 (Chameleon: 1e-5)", ge=0)
-    rope_theta: float | None = option(None, "base of the rotary embedding", gt=0)
+    z_loss_coefficient: float | None = option(None, "weight of log(Z)^2 (Chameleon: 1e-5)", ge=0, le=1000)
+    rope_theta: float | None = option(None, "base of the rotary embedding", ge=1, le=10**12)
     num_experts: int | None = option(
         None, "experts of a tower that is a mixture (moe-4x and hybrid: 4)", ge=1, le=10**4
     )
@@ -124,9 +124,9 @@ def load_processor(config: ModelConfig, vae: Autoencoder | None = None, keep_spe
     source = config.processor or config.init_from or str(CARRIED_PROCESSOR)
     try:
         processor = MoTProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever transformers raises of a folder that holds something else
         key = "model.processor" if config.processor else "model.init_from"
-        raise ConfigError(f"{key}: no processor could be loaded from {source!r}: {error}") from error
+        raise ConfigError(f"{key}={source!r}: no processor could be loaded: {error}") from error
     if config.modalities is not None:
         return restricted(processor, config.modalities)
     if vae is None or config.transfusion is None:
@@ -209,6 +209,11 @@ def planned_config(
         check_fits(planned, processor, config.init_from)
         if config.transfusion is not None:
             set_objective(planned, config.transfusion, config.init_from)
+    if vae is not None and planned.image_length(*planned.latent_size) > row_length:
+        raise ConfigError(
+            f"a picture of latent_size={list(planned.latent_size)} takes {planned.image_length(*planned.latent_size):,} "
+            f"tokens, but data.row_length={row_length}; make model.transfusion.image_size smaller or rows longer"
+        )
     if planned.max_position_embeddings < row_length:
         raise ConfigError(
             f"data.row_length={row_length} is longer than the model's max_position_embeddings="
@@ -242,6 +247,8 @@ def plan_model(
     is_open = leaves_size_open(config)
     if is_open and config.modalities is None and vae is None and config.processor is None:
         config.modalities = modalities_of(data)
+    if config.modalities is not None and (lacking := set(modalities_of(data) or ()) - set(config.modalities)):
+        raise ConfigError(f"model.modalities={config.modalities} lack {', '.join(sorted(lacking))}, which data has")
     processor = load_processor(config, vae, has_sound(data))
     if is_open:
         for sizes in SIZES.values():
@@ -253,6 +260,15 @@ def plan_model(
     planned = planned_config(config, processor, data.row_length, vae, initial)
     if budget is not None:
         budget.refuse_impossible(planned)
+    if config.attn_implementation is not None and initial is None:
+        if config.attn_implementation.startswith("paged|"):
+            raise ConfigError(
+                f"model.attn_implementation={config.attn_implementation!r} is for serving; leave out paged|"
+            )
+        try:
+            empty_model(config, planned, vae)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"model.attn_implementation={config.attn_implementation!r}: {error}") from error
     if not getattr(planned, "noised_images_visible", True):
         data.clean_copies = True
     return Planned(planned, processor, vae)
@@ -293,6 +309,23 @@ def set_up_layers(model: MoTPreTrainedModel, checkpointing: bool, compiled: bool
     if compiled:
         for layer in model.model.layers:
             layer.compile()
+
+
+def load_initial(config: ModelConfig, with_weights: bool = False) -> MoTPreTrainedModel | None:
+    """The checkpoint that a recipe starts from, as `load_model` or `load_frame` has it; None where it starts anew.
+
+    Raises:
+        ConfigError: naming `model.init_from`.
+    """
+    source = config.init_from
+    if source is None:
+        return None
+    try:
+        return load_model(source, config.attn_implementation) if with_weights else load_frame(source)
+    except ConfigError as error:
+        raise ConfigError(f"model.init_from={source!r}: {error}") from error
+    except Exception as error:  # whatever reading and building raise of a folder that is no checkpoint
+        raise ConfigError(f"model.init_from={source!r}: {type(error).__name__}: {error}") from error
 
 
 def load_frame(source: str) -> MoTPreTrainedModel:
@@ -340,7 +373,7 @@ def load_model(source: str, attn_implementation: str | None = None) -> MoTPreTra
             model, info = model_class.from_pretrained(
                 source, dtype=torch.float32, output_loading_info=True, **attention
             )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
         raise ConfigError(f"no model could be loaded from {source!r}: {error}") from error
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := sorted(str(name) for name in info.get(kind) or ()):
@@ -377,7 +410,13 @@ def model_type(source: str) -> str:
         ConfigError: it is none of ours.
     """
     path = cached_file(source, "config.json")
-    found = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
+    if path is None:
+        raise ConfigError(f"{source} has no config.json")
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    found = stored.get("model_type") if isinstance(stored, dict) else None
     if found not in MODEL_CLASSES:
         raise ConfigError(
             f"{path} has model_type={found!r}; this trainer loads {' and '.join(map(repr, MODEL_CLASSES))}"

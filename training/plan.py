@@ -16,7 +16,7 @@ from modeling_mot import MoTConfig
 from modeling_mot.presets_mot import variant_fields
 from training.config import ConfigError, one_line
 from training.flops import GPUS, forward_flops_per_token, recomputed_flops, training_flops
-from training.models import load_frame, plan_model
+from training.models import load_initial, plan_model
 from training.planning.activations import count_kept
 from training.planning.cluster import Device, Mesh, find_device, mesh_of_accelerate
 from training.planning.communication import Traffic, plan_traffic, seconds_of_traffic
@@ -133,10 +133,10 @@ def _mesh(recipe: Recipe, options: argparse.Namespace) -> tuple[Mesh, bool]:
 
 
 def _config(recipe: Recipe, mesh: Mesh, device: Device, utilisation: float) -> MoTConfig:
-    source, budget = recipe.model.init_from, None
+    budget = None
     if leaves_size_open(recipe.model):  # any other is planned, whether it fits or not
         budget = Budget.of(recipe, device.memory, device.peak, mesh.world, mesh.shard, utilisation)
-    return plan_model(recipe.model, recipe.data, None if source is None else load_frame(source), budget).config
+    return plan_model(recipe.model, recipe.data, load_initial(recipe.model), budget).config
 
 
 def _tokens(config: MoTConfig, recipe: Recipe, shares: str | None) -> dict[str, int]:

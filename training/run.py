@@ -38,7 +38,7 @@ from training.models import (
     Planned,
     build_model,
     empty_model,
-    load_frame,
+    load_initial,
     load_model,
     plan_model,
     set_up_layers,
@@ -149,12 +149,8 @@ class Session:
 
     def _initial(self) -> MoTPreTrainedModel | None:
         """The checkpoint that a recipe starts from; its weights only where they are needed."""
-        source, sharding = self.recipe.model.init_from, is_sharding(self.accelerator)
-        if source is None:
-            return None
-        if self.checkpoint is not None or (sharding and not self.is_main):
-            return load_frame(source)
-        return load_model(source, self.recipe.model.attn_implementation)
+        needs_weights = self.checkpoint is None and (self.is_main or not is_sharding(self.accelerator))
+        return load_initial(self.recipe.model, needs_weights)
 
     def _plan(self, initial: MoTPreTrainedModel | None) -> Planned:
         """What is trained; a size that the recipe leaves open is that of the checkpoint, or one that fits."""

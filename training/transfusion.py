@@ -81,7 +81,7 @@ def load_vae(source: str) -> Autoencoder:
         )
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"its weights lack {', '.join(missing[:4])}; is it whole?")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever diffusers raises of a folder that holds something else
         raise ConfigError(f"model.transfusion.vae={source!r}: no autoencoder could be loaded: {error}") from error
     return vae.eval().requires_grad_(False)
 
