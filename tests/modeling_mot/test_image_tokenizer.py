@@ -268,3 +268,15 @@ def test_an_image_processor_makes_pictures_of_one_size():
 
 def test_without_an_image_processor_the_configuration_is_written_as_before():
     assert "image_processor" not in tiny_tokenizer().config.to_dict()
+
+
+def test_codes_and_pictures_do_not_follow_an_autocast():
+    tokenizer, pictures = tiny_tokenizer(), [noise(16, 16, seed) for seed in range(8)]
+    codes = tokenizer.encode(pictures)
+    decoded = [np.asarray(picture) for picture in tokenizer.decode(codes)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
+        assert tokenizer.latents(torch.zeros(1, 3, 16, 16)).dtype == torch.float32
+        assert all(map(torch.equal, tokenizer.encode(pictures), codes))
+        assert all(np.array_equal(a, b) for a, b in zip(map(np.asarray, tokenizer.decode(codes)), decoded, strict=True))
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
