@@ -43,8 +43,7 @@ class RunLock:
         if self.rank == 0:
             self.refuse_held()
         with self._writable():
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock(self._own, self._path(self.rank))
+            self._lock(self._own, self._path(self.rank))
         holder = {
             "pid": os.getpid(),
             "host": platform.node(),
@@ -57,18 +56,22 @@ class RunLock:
     def refuse_held(self) -> None:
         """Raises ConfigError when a living process holds the folder, or it cannot be written; nothing is left locked."""
         with self._writable():
-            paths = sorted(self.folder.glob("rank-*.lock"))
-        for path in paths:
-            lock = FileLock(path)
-            self._lock(lock, path)
-            lock.release()
+            for path in sorted(self.folder.glob("rank-*.lock")):
+                lock = FileLock(path)
+                self._lock(lock, path)
+                lock.release()
 
     def _lock(self, lock: FileLock, path: Path) -> None:
-        with self._writable():
+        for attempt in range(3):
             try:
+                self.folder.mkdir(parents=True, exist_ok=True)
                 lock.acquire(timeout=PATIENCE_SECONDS)
+                return
             except Timeout as error:  # an OSError, of another meaning
                 raise ConfigError(self._held(path)) from error
+            except FileNotFoundError:  # whoever held it gives the folder back
+                if attempt == 2:
+                    raise
 
     @contextmanager
     def _writable(self) -> Iterator[None]:

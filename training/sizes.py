@@ -22,6 +22,7 @@ SIZES = {name: {field: PRESETS[name][field] for field in SIZE_FIELDS} for name i
 )}  # fmt: skip
 _STATE_BYTES = 16  # of a parameter in float32: itself, its gradient and AdamW's two moments
 _ACTIVATION_BYTES = 80  # of a value of the residual stream in one layer, about
+_BATCH_BYTES = 40  # of a token: five integers
 _STEP_SECONDS = 10.0
 
 
@@ -76,22 +77,27 @@ class Budget:
         )
 
     def refuse_impossible(self, config: MoTConfig) -> None:
-        """Refuse a model whose state, or one layer's input, is larger than the memory; before any of it is made.
+        """Refuse what no memory holds, before any of it is made: the state of the model, the input of a layer, the batches
+        of a step.
 
         Raises:
             ConfigError: naming how much is needed, and of what.
         """
-        state = self.state_bytes * config.num_parameters() / self.shards
-        inputs = 4 * self.tokens_of_forward * config.hidden_size
-        if self.memory is not None and max(state, inputs) > self.memory:
-            what, way_out = (
-                (f"{config.num_parameters():,} parameters with gradients and AdamW's moments", "model.preset or sizes")
-                if state > inputs
-                else (f"train.rows x data.row_length = {self.tokens_of_forward:,} tokens", "train.rows")
-            )
+        parameters = config.num_parameters()
+        needs = {
+            f"{parameters:,} parameters with what the optimizer keeps": self.state_bytes * parameters / self.shards,
+            f"train.rows x data.row_length = {self.tokens_of_forward:,} tokens of {config.hidden_size} values": (
+                4 * self.tokens_of_forward * config.hidden_size
+            ),
+            f"train.rows x train.accumulation x data.row_length = {self.tokens_of_step:,} tokens": (
+                _BATCH_BYTES * self.tokens_of_step
+            ),
+        }
+        what, most = max(needs.items(), key=lambda need: need[1])
+        if self.memory is not None and most > self.memory:
             raise ConfigError(
-                f"{what} take {max(state, inputs) / 1e9:,.1f} GB of a process that has {self.memory / 1e9:,.1f} GB; make "
-                f"{way_out} smaller, or share the model among more processes (python -m training.plan says how many)"
+                f"{what} take {most / 1e9:,.1f} GB of a process that has {self.memory / 1e9:,.1f} GB; make them fewer, or "
+                "share the model among more processes (python -m training.plan says how many)"
             )
 
 

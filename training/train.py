@@ -68,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = "error" if rank == "0" else f"error on rank {rank}"
         print(f"{where}: {one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before there is a run, or the second one
+        print("ended by SIGINT", file=sys.stderr)
+        return 130
 
 
 def load_recipe(words: Sequence[str]):

@@ -93,7 +93,11 @@ def test_a_recipe_that_names_a_size_keeps_it(fields):
 
 @pytest.mark.parametrize(
     ("limits", "named"),
-    [({"memory": 1e6}, "parameters with gradients"), ({"tokens_of_forward": 10**14}, "train.rows x data.row_length")],
+    [
+        ({"memory": 1e6}, "parameters with what the optimizer keeps"),
+        ({"tokens_of_forward": 10**14}, "train.rows x data.row_length"),
+        ({"tokens_of_step": 10**14}, "train.rows x train.accumulation x data.row_length"),
+    ],
 )
 def test_what_no_memory_holds_is_refused_before_it_is_made(limits, named):
     recipe = recipe_of(PICTURES, hidden_size=64, num_attention_heads=2, num_hidden_layers=1)
