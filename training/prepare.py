@@ -82,6 +82,10 @@ def prepare_recipe(recipe: Recipe, workers: int = 1, verify: bool = False) -> No
         report = RowStream(recipe.data, training).report()
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
+    except OSError as error:
+        raise ConfigError(
+            f"data: {error}; what is prepared is kept in data.cache_dir={recipe.data.cache_path}"
+        ) from error
     print(
         f"rows of {report['row_length']} tokens are filled to {report['fill_rate']:.2%} "
         f"({report['rows_per_block']:.0f} of a block of {report['block_documents']} documents)\n"

@@ -18,7 +18,7 @@ class TrainConfig:
     )
     seed: int = option(0, "of initialisation and dropout (data.seed orders the rows)", ge=0, le=2**32 - 1)
     modality_weights: dict[str, float] | None = option(
-        None, "modality -> weight of its targets in the loss; null: the plain mean over all targets", ge=0
+        None, "modality -> weight of its targets in the loss; null: the plain mean over all targets", ge=0, le=10**6
     )
     frozen_towers: list[str] | None = option(
         None, "towers that are not trained, such as [text]; shared: what towers have in common"

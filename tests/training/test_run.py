@@ -180,6 +180,7 @@ def test_a_signal_ends_the_run_with_a_usable_checkpoint(place, capsys):
         (["model.init_from=/etc"], "/etc"),
         (["model.init_from=/dev/null"], "/dev/null"),
         (["model.processor=/etc"], "model.processor"),
+        (["data.cache_dir=/dev/null"], "data.cache_dir=/dev/null"),
         (["train.seed=-1"], "train.seed=-1"),
         (["train.timeout_seconds=.inf"], "train.timeout_seconds=inf"),
         ([f"train.cpu_threads={10**30}"], "train.cpu_threads"),
