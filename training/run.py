@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -125,8 +126,6 @@ class Session:
         check_subjects(recipe.data, recipe.samples)
         initial = self._initial()
         # Before the data, which may take long to prepare.
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        self.peak, self.peak_source = peak_flops(self.accelerator.device, dtype)
         planned, self.processor, self.vae = self._plan(initial)
         check_decoder(self.processor, recipe.samples)
         check_diffusion(planned, recipe.samples)
@@ -159,13 +158,17 @@ class Session:
         if is_open and self.checkpoint is not None:
             fill_from_checkpoint(recipe.model, self.checkpoint["config"]["model"])
         shards = processes if is_sharding(self.accelerator) else 1
-        budget = Budget.of(recipe, device_memory(self.accelerator.device), self.peak, processes, shards)
+        peak = self._peak_flops()[0] if is_open else math.inf  # only a choice asks for it
+        budget = Budget.of(recipe, device_memory(self.accelerator.device), peak, processes, shards)
         # All ranks choose by what the first one has.
         budget = gather_objects(budget, torch.distributed.group.WORLD if processes > 1 else None)[0]
         planned = plan_model(recipe.model, recipe.data, initial, budget)
         if is_open:
             self.say(describe_choice(planned.config, budget))
         return planned
+
+    def _peak_flops(self) -> tuple[float, str]:
+        return peak_flops(self.accelerator.device, torch.bfloat16 if self.precision == "bf16" else torch.float32)
 
     def _model(self, planned: MoTConfig, initial: MoTPreTrainedModel | None) -> MoTPreTrainedModel:
         """The model on its device, sharded where it is to be; with its weights, unless a checkpoint brings them."""
@@ -192,6 +195,7 @@ class Session:
         model = self._model(planned, initial)
         batch = partial(collate, config=model.config, multiple_of=TOWER_ROWS)
         self.collate_held_out = partial(batch, noise_seed="held out")
+        self.peak, self.peak_source = self._peak_flops()
         batches = StepBatches(
             self.stream,
             partial(batch, noise_seed=recipe.train.seed),

@@ -57,7 +57,7 @@ class TransfusionModelConfig:
     def __post_init__(self):
         check_options(self)
         if len(self.image_size) != 2:
-            raise ValueError(f"image_size={self.image_size} must be [height, width]")
+            raise ConfigError(f"model.transfusion.image_size={self.image_size} must be [height, width]")
 
     def model_fields(self) -> dict[str, Any]:
         """The fields of MoTTransfusionConfig that the recipe sets."""
