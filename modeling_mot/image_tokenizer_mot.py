@@ -7,6 +7,8 @@ Transformers' Chameleon VQ-VAE, which has no decoder, can take the place of `VQM
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,20 @@ VQ_MODEL_RULES = {
     "num_vq_embeddings": Whole(1, 2**24),
     "norm_num_groups": Whole(1, 2**16),
 }
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Products are in the dtype of the weights, whatever autocast surrounds it; also a decorator.
+
+    A code is an argmin, which rounding turns into another code: what encodes and decodes never follows the precision
+    that somebody trains or samples in.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    with ExitStack() as stack:
+        for device_type in {"cpu", "cpu" if accelerator is None else accelerator.type}:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
 
 
 @dataclass
@@ -272,6 +288,7 @@ class MoTImageTokenizer:
                 grids += [self.encode_pixels(pixels[None])[0] for pixels in batch]
         return grids
 
+    @without_autocast()
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, h, w)"""
@@ -280,6 +297,7 @@ class MoTImageTokenizer:
         flat = latents.permute(0, 2, 3, 1).reshape(-1, channels)
         return nearest_code(flat, self.codebook).view(count, h, w).cpu()
 
+    @without_autocast()
     def latents(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encoder output before quantisation.  (N, 3, H, W) -> (N, C, h, w)"""
         if self.config.backend == "chameleon":
@@ -303,6 +321,7 @@ class MoTImageTokenizer:
             pictures.append(Image.fromarray(array))
         return pictures
 
+    @without_autocast()
     def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """(N, h, w) -> (N, 3, H, W), not clamped"""
         if not self.can_decode:

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from .configuration_mot_transfusion import VAE_CLASS_NAMES, vae_downsampling
-from .image_tokenizer_mot import fingerprint
+from .image_tokenizer_mot import fingerprint, without_autocast
 from .trust_mot import without_code
 
 
@@ -128,7 +128,7 @@ def in_parts(
     """
     inputs = inputs.to(device=vae.device, dtype=vae.dtype)
     size = max(1, PIXELS_AT_ONCE // max(1, pixels_each))
-    with torch.autocast(inputs.device.type, enabled=False):
+    with without_autocast():
         if not len(inputs):  # attention in diffusers takes no empty batch
             return function(inputs.new_zeros(1, *inputs.shape[1:]))[:0].float()
         return torch.cat([function(part).float() for part in inputs.split(size)])

@@ -20,7 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .field_checks_mot import Maybe, Number, OneOf, Typed, Whole, check_fields
-from .image_tokenizer_mot import fingerprint, from_known_fields, nearest_code, read_hub_file, without_defaults
+from .image_tokenizer_mot import (
+    fingerprint,
+    from_known_fields,
+    nearest_code,
+    read_hub_file,
+    without_autocast,
+    without_defaults,
+)
 from .speech_features_mot import HOP_SECONDS, SpeechFrontEnd, resample
 from .speech_loading_mot import MAX_RATE, MIN_RATE, load_sound
 
@@ -151,6 +158,7 @@ class MoTSpeechTokenizer:
         units = math.ceil(len(samples) / self.samples_per_unit)
         return nn.functional.pad(samples, (0, units * self.samples_per_unit - len(samples)))
 
+    @without_autocast()
     @torch.no_grad()
     def features(self, samples: torch.Tensor) -> torch.Tensor:
         """One feature vector per unit, not scaled yet.  (S,) -> (U, C)"""
@@ -216,6 +224,7 @@ class MoTSpeechTokenizer:
             raise ValueError(f"encode takes a list of sounds, not {type(audio).__name__}")
         return [self.encode_one(source, sampling_rate, **access) for source in audio]
 
+    @without_autocast()
     def encode_one(self, source: Any, sampling_rate: int | None = None, **access: bool) -> torch.Tensor:
         if self.centroids is None:
             raise ValueError(
@@ -232,6 +241,7 @@ class MoTSpeechTokenizer:
         """
         return [self.decode_one(torch.as_tensor(sequence, dtype=torch.long)) for sequence in units]
 
+    @without_autocast()
     @torch.no_grad()
     def decode_one(self, units: torch.Tensor) -> np.ndarray:
         if units.ndim != 1 or len(units) == 0:

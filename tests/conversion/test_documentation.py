@@ -15,10 +15,11 @@ ROOT = Path(__file__).resolve().parents[2]
 HUB, QUANTIZATION = "<!-- needs the Hub -->", "<!-- needs .[quantization] -->"
 # The two recipes' folders, which the page takes as given, after a few steps.
 RECIPES = (
-    "accelerate launch --cpu training/train.py train.steps=2 samples.enabled=false evaluation.every=0 "
-    "train.output_dir=runs/emoji",
-    "accelerate launch --cpu training/train.py training/configs/transfusion-emoji.yaml train.steps=2 samples.enabled=false "
-    "evaluation.every=0 data.sources.0.limit=32 data.validation_sources.0.limit=8 train.output_dir=runs/transfusion-emoji",
+    "accelerate launch --cpu training/train.py train.steps=2 optimizer.warmup_steps=1 samples.enabled=false "
+    "evaluation.every=0 train.output_dir=runs/emoji",
+    "accelerate launch --cpu training/train.py training/configs/transfusion-emoji.yaml train.steps=2 "
+    "optimizer.warmup_steps=1 samples.enabled=false evaluation.every=0 data.sources.0.limit=32 "
+    "data.validation_sources.0.limit=8 train.output_dir=runs/transfusion-emoji",
 )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import weakref
@@ -397,6 +398,13 @@ def test_frozen_text_comes_with_a_recipe_that_the_trainer_reads(tmp_path):
     )
     recipe = load_recipe(Recipe, out / "train.yaml")
     assert recipe.model.init_from == str(out)
+    # The command in its comment writes beside OUT, where OUT is in runs/ as the page has it.
+    assert recipe.train.output_dir == "runs/out-trained"
+    assert shlex.split((out / "train.yaml").read_text().splitlines()[3])[1:] == [
+        "python",
+        "training/train.py",
+        str(out / "train.yaml"),
+    ]
     assert recipe.train.frozen_towers == ["text", "shared"] and recipe.train.frozen_vocabulary == 60
     processor = AutoProcessor.from_pretrained(out)
     assert recipe.data.row_length >= len(processor.encode_images([torch.zeros(64, 64, 3).byte().numpy()])[0])

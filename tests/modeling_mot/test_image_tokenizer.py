@@ -296,3 +296,15 @@ def test_fields_that_cannot_be_are_refused_by_name(fields, message):
 def test_settings_that_are_no_mapping_are_refused(settings):
     with pytest.raises(ValueError, match="settings of the image tokenizer"):
         ImageTokenizerConfig.from_dict(settings)
+
+
+def test_codes_and_pictures_do_not_follow_an_autocast():
+    tokenizer, pictures = tiny_tokenizer(), [noise(16, 16, seed) for seed in range(8)]
+    codes = tokenizer.encode(pictures)
+    decoded = [np.asarray(picture) for picture in tokenizer.decode(codes)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
+        assert tokenizer.latents(torch.zeros(1, 3, 16, 16)).dtype == torch.float32
+        assert all(map(torch.equal, tokenizer.encode(pictures), codes))
+        assert all(np.array_equal(a, b) for a, b in zip(map(np.asarray, tokenizer.decode(codes)), decoded, strict=True))
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16

@@ -320,3 +320,13 @@ def test_contradictory_settings_are_refused(settings):
 def test_fields_that_cannot_be_are_refused_by_name(fields, message):
     with pytest.raises(ValueError, match=message):
         SpeechTokenizerConfig(**fields)
+
+
+def test_units_and_sounds_do_not_follow_an_autocast():
+    tokenizer = tokenizer_with_random_units(num_units=64)
+    units = tokenizer.encode([chirp()])[0]
+    sound = tokenizer.decode([units])[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tokenizer.features(tokenizer.preprocess(chirp())).dtype == torch.float32
+        assert torch.equal(tokenizer.encode([chirp()])[0], units)
+        assert np.array_equal(tokenizer.decode([units])[0], sound)

@@ -196,6 +196,27 @@ def sampler():
     return Sampler(tiny_model().eval(), SpellingProcessor(), SamplesConfig(batch=2, max_text_tokens=5))
 
 
+def test_only_the_models_generation_follows_the_autocast_of_training():
+    seen = []
+
+    class Watching(SpellingProcessor):
+        def encode_images(self, images):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().encode_images(images)
+
+        def decode_document(self, ids):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().decode_document(ids)
+
+    model, inside = tiny_model().eval(), []
+    model.register_forward_pre_hook(lambda module, inputs: inside.append(torch.is_autocast_enabled("cpu")))
+    config = SamplesConfig(batch=2, max_text_tokens=2)
+    sampler = Sampler(model, Watching(), config, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    pictures = sampler.draw(["cat"])
+    sampler.reconstruct(pictures), sampler.read(pictures), sampler.speak(["cat"]), sampler.continue_text(["cat"])
+    assert inside and all(inside) and seen and not any(seen)
+
+
 def test_a_picture_is_drawn_for_every_name(sampler):
     assert [picture.size for picture in sampler.draw(["cat", "dog", "a"])] == [(64, 64)] * 3
 

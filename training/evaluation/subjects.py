@@ -7,7 +7,8 @@ from itertools import islice
 
 from PIL import Image
 
-from modeling_mot import MoTProcessor
+from modeling_mot import MoTConfig, MoTProcessor, MoTTransfusionConfig
+from modeling_mot.denoising_mot import DiffusionSettings
 from training.config import ConfigError
 from training.data.config import DataConfig, Segment, SourceConfig
 from training.data.media import decode_picture
@@ -66,6 +67,17 @@ def check_decoder(processor: MoTProcessor, config: SamplesConfig) -> None:
             "samples.enabled=true, but the processor's image tokenizer has no decoder, so no picture can be shown; set "
             "samples.enabled=false, or convert the checkpoint again with the weights of one (--image-decoder)"
         )
+
+
+def check_diffusion(planned: MoTConfig, config: SamplesConfig) -> None:
+    """Refuse to start a run whose pictures could not be diffused as its samples ask for."""
+    if not (config.enabled and isinstance(planned, MoTTransfusionConfig)):
+        return
+    names = ("guidance_scale", "num_inference_steps", "scheduler")
+    try:
+        DiffusionSettings(**{name: getattr(config, name) for name in names}).validate(planned)
+    except ValueError as error:
+        raise ConfigError(f"samples: {error}") from error
 
 
 def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
