@@ -11,6 +11,7 @@ not its own, or gives a wrong result, or where more than 5 % of the errors are t
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -27,7 +28,7 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELIS
 
 from tests.fuzz.areas import AREAS
 from tests.fuzz.sandbox import Outcome, run_case
-from tests.fuzz.verdicts import BROKEN, FATAL, LIBRARY, VERDICTS
+from tests.fuzz.verdicts import ACCEPTED, BROKEN, FATAL, LIBRARY, VERDICTS
 
 
 MOST_LIBRARY = 0.05
@@ -40,16 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         if options.repeat:
             name, _, seed = options.repeat.partition(":")
-            outcome = run_case(name, AREAS[name], int(seed), Path(folder), loud=True)
-            print(
-                f"{outcome.verdict}: {outcome.says}\n  {outcome.detail}\n  {outcome.seconds} s, {outcome.grown:,} bytes"
-            )
+            area = AREAS[name].control if seed == "-1" else AREAS[name]
+            outcome = run_case(name, area, int(seed), Path(folder), loud=True)
+            print(f"{described(outcome)}\n  {outcome.seconds} s, {outcome.grown:,} bytes above what it began with")
             return int(outcome.verdict in FATAL or outcome.verdict == LIBRARY)
-        begin = time.perf_counter()
-        outcomes = run(options.only or list(AREAS), options.count, options.seed, options.jobs, Path(folder))
+        begin, names = time.perf_counter(), options.only or list(AREAS)
+        outcomes = run(names, options.count, options.seed, options.jobs, Path(folder))
     findings = [outcome for outcome in outcomes if outcome.verdict in FATAL or outcome.verdict == LIBRARY]
     for finding in sorted(findings, key=lambda finding: (finding.verdict, finding.area)):
-        print(f"{finding.verdict}: {finding.says}\n  {finding.detail[:600]}\n  {repeat_command(finding)}")
+        print(f"{described(finding)}\n  python -m tests.fuzz --repeat {finding.area}:{finding.seed}")
     print(f"\n{table(outcomes)}\n\n{len(outcomes)} cases in {time.perf_counter() - begin:.0f} s")
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
@@ -73,18 +73,27 @@ def run(names: Sequence[str], count: int, seed: int, jobs: int, folder: Path) ->
     """`count` cases, in equal shares of the areas."""
     shares = {name: count // len(names) + (place < count % len(names)) for place, name in enumerate(names)}
     cases = [(name, seed * _CASES_OF_A_SEED + number) for name, share in shares.items() for number in range(share)]
+    outcomes = []
     with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
+        controls = [pool.submit(_run_control, name, folder) for name in names]
         futures = [pool.submit(_run, name, seed, folder) for name, seed in cases]
-        outcomes = []
         for future in futures:
             outcomes.append(future.result())
             if len(outcomes) % 50 == 0:
                 print(f"{len(outcomes)} of {count}", file=sys.stderr, flush=True)
-    return outcomes
+    return outcomes + [control.result() for control in controls if control.result().verdict != ACCEPTED]
 
 
 def _run(name: str, seed: int, folder: Path) -> Outcome:
     return run_case(name, AREAS[name], seed, folder)
+
+
+def _run_control(name: str, folder: Path) -> Outcome:
+    """Good inputs; what is not accepted is a fault of the fuzz, or a check that refuses too much."""
+    outcome = run_case(name, AREAS[name].control, -1, folder)
+    if outcome.verdict != ACCEPTED:
+        outcome.verdict, outcome.detail = BROKEN, f"good inputs are not accepted: {outcome.verdict}: {outcome.detail}"
+    return outcome
 
 
 def is_failure(outcomes: Sequence[Outcome]) -> bool:
@@ -92,8 +101,10 @@ def is_failure(outcomes: Sequence[Outcome]) -> bool:
     return any(verdicts[verdict] for verdict in FATAL) or verdicts[LIBRARY] > MOST_LIBRARY * len(outcomes)
 
 
-def repeat_command(outcome: Outcome) -> str:
-    return f"python -m tests.fuzz --repeat {outcome.area}:{outcome.seed}"
+def described(outcome: Outcome) -> str:
+    """What was bad and what came of it, in letters that any terminal shows."""
+    lines = (f"{outcome.verdict}: {outcome.says}", outcome.detail[:600])
+    return "\n  ".join(re.sub(r"[^ -~]", lambda found: repr(found[0])[1:-1], line) for line in lines)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

@@ -1,19 +1,19 @@
 """The entry points, by name; in this order they are run."""
 
-from . import checkpoints, commands, conversions, data_files, media, models, recipes, serving
+from . import checkpoints, commands, configurations, conversions, data_files, media, models, pushes, recipes, serving
 from .case import Area
 
 
 AREAS: dict[str, Area] = {
-    "configurations": Area(models.configuration),
-    "forward": Area(models.forward, models.warm),
-    "generate": Area(models.generate, models.warm),
-    "serving": Area(serving.serve, serving.warm),
-    "processor": Area(media.process, media.warm),
-    "recipes": Area(recipes.recipe, recipes.warm),
-    "data": Area(data_files.read),
-    "tokenizers": Area(commands.tokenize, commands.warm),
-    "conversion": Area(conversions.convert, conversions.warm),
-    "push": Area(conversions.push, conversions.warm),
-    "checkpoints": Area(checkpoints.load, checkpoints.warm),
+    "configurations": Area(configurations.configure, configurations.good),
+    "forward": Area(models.forward, models.good_forward, models.warm),
+    "generate": Area(models.generate, models.good_generate, models.warm),
+    "serving": Area(serving.serve, serving.good, serving.warm),
+    "processor": Area(media.process, media.good, media.warm),
+    "recipes": Area(recipes.recipe, recipes.good, recipes.warm),
+    "data": Area(data_files.read, data_files.good, media.warm),
+    "tokenizers": Area(commands.tokenize, commands.good, commands.warm),
+    "conversion": Area(conversions.convert, conversions.good, conversions.warm),
+    "push": Area(pushes.push, pushes.good, conversions.warm),
+    "checkpoints": Area(checkpoints.load, checkpoints.good, conversions.warm),
 }

@@ -1,10 +1,14 @@
 """What a case of the fuzz is: one bad input and the call that it goes to."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
+
+
+class Hung(Exception):
+    """Something that was waited for did not come."""
 
 
 class WrongResult(Exception):
@@ -50,12 +54,15 @@ class Area:
 
     Attributes:
         make: a case from what it draws.
+        good: calls the entry points with good inputs in a folder; without it a fuzz that never gets anywhere looks well.
         warm: builds once what all cases share, in the process that the cases' own are forked from.
     """
 
     make: Callable[[Random, Place], Case]
+    good: Callable[[Path], Any]
     warm: Callable[[], Any] = lambda: None
 
-
-class Hung(Exception):
-    """Something that was waited for did not come."""
+    @property
+    def control(self) -> "Area":
+        """The same with its good inputs in the place of each case."""
+        return replace(self, make=lambda rng, place: Case("good inputs", lambda: self.good(place.inside), ()))

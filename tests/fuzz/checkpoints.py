@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from random import Random
 
-import torch
-
 from modeling_mot import MoTConfig, MoTForCausalLM, MoTProcessor, MoTTransfusionModel
 from modeling_mot.image_tokenizer_mot import MoTImageTokenizer
 from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
@@ -13,21 +11,25 @@ from training import consolidate
 
 from .case import Case, Place, WrongResult
 from .commands import damage_folder
-from .conversions import _bad_config, _bad_index, _bad_tensors, _words_of, saved, warm
+from .conversions import bad_config, bad_index, bad_tensors, saved, words_of
 
 
-__all__ = ["load", "warm"]
+def good(folder: Path) -> None:
+    for name, kind in (("mot", MoTForCausalLM), ("dense", MoTForCausalLM), ("transfusion", MoTTransfusionModel)):
+        kind.from_pretrained(saved() / name).save_pretrained(folder / name)
+        MoTProcessor.from_pretrained(saved() / name).save_pretrained(folder / name)
+        _refuse_foreign_code(folder / name)
 
 
 def load(rng: Random, place: Place) -> Case:
     """A folder that is read by our classes; what is accepted is saved again, without a way to foreign code."""
     name, copy = rng.choice(["mot", "transfusion", "dense"]), place.inside / "model"
-    says = rng.choice([damage_folder, damage_folder, _bad_config, _bad_index, _bad_tensors])(
+    says = rng.choice([damage_folder, damage_folder, bad_config, bad_index, bad_tensors])(
         rng, place, saved() / name, copy
     )
     model_class = MoTTransfusionModel if name == "transfusion" else MoTForCausalLM
     what = rng.choice(["model", "model", "processor", "config", "image_tokenizer", "speech_tokenizer", "consolidate"])
-    names = (*_words_of(says), "auto_map", str(copy), "model.safetensors", "tokenizer", "config.json")
+    names = (*words_of(says), "auto_map", str(copy), "model.safetensors", "tokenizer", "config.json")
 
     def model() -> None:
         loaded = model_class.from_pretrained(copy)

@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,7 @@ COMMANDS: dict[str, tuple[Callable[..., Any], str, list[str]]] = {
     "text": (text.main, "txt", ["--vocab-size", "300"]),
     "image": (image.main, "png", ["--image-size", "16", "--channels", "8", "16", "--codes", "8", "--latent-channels", "4", "--code-dim", "4", *_TINY]),
     "speech": (speech.main, "wav", ["--units", "2", "--iterations", "1"]),
-    "vae": (vae.main, "png", ["--image-size", "16", "--channels", "8", "8", "--latent-channels", "4", *_TINY]),
+    "vae": (vae.main, "png", ["--image-size", "16", "--channels", "8", "16", "--latent-channels", "4", *_TINY]),
 }  # fmt: skip
 _NUMBERS = ("-1", "0", "nan", "inf", "1.5", "x", str(10**30), "", "1e400")
 OPTIONS = {
@@ -56,6 +57,18 @@ COMMON = {
     "--source": ("no-such", "", "\0", "/dev/null", "a:b:c:d", ":::", "x" * 5000, "~", "http://outside.invalid/a.txt", "no/such", "no/such:config:split"),
     "--column": ("nope", "", "\0"), "--limit": ("-1", "0", "x", "nan", str(10**30)), "--output": ("/dev/null", "/dev/null/x", "", "\0", "/proc/x"), "--nope": ("1",),
 }  # fmt: skip
+
+
+def good(folder: Path) -> None:
+    """Every command on good sources."""
+    for name, (main, kind, options) in COMMANDS.items():
+        data = folder / kind
+        data.mkdir(exist_ok=True)
+        _good_source(Random(0), data, kind)
+        main(["--source", str(data), "--output", str(folder / name), *options])
+    root = parts().name
+    main = processor.main
+    main([f"--text={root}/text", f"--image={root}/image", f"--speech={root}/speech", f"--output={folder}/processor"])
 
 
 def tokenize(rng: Random, place: Place) -> Case:
@@ -179,15 +192,13 @@ def _assemble(rng: Random, place: Place) -> Case:
 
 def damage_folder(rng: Random, place: Place, good: Path, copy: Path) -> str:
     """Copy a folder of a saved part or model, and damage a file of it.  -> what was done"""
-    import shutil
-
     shutil.copytree(good, copy)
     file = rng.choice(
         sorted(
             path for path in copy.rglob("*") if path.is_file() and path.suffix in (".json", ".safetensors", ".jinja")
         )
     )
-    way = rng.choice(["damage", "json", "value", "value", "value", "auto_map", "pickle", "link", "gone"])
+    way = rng.choice(["damage", "json", "value", "value", "value", "auto_map", "pickle", "gone"])
     name = file.relative_to(copy)
     if way == "damage" or file.suffix != ".json" and way in ("json", "value", "auto_map"):
         file.write_bytes(files.damaged(rng, file.read_bytes()))
@@ -195,11 +206,6 @@ def damage_folder(rng: Random, place: Place, good: Path, copy: Path) -> str:
     if way == "pickle":
         file.write_bytes(files.pickled(place.ran))
         return f"a pickle as {name}"
-    if way == "link":
-        file.unlink()
-        secret = place.outside / ("secret.safetensors" if file.suffix == ".safetensors" else "secret.json")
-        file.symlink_to(secret)
-        return f"{name} is a link out of the folder"
     if way == "gone":
         file.unlink()
         return f"no {name}"

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conversion import export_dense, import_chameleon, upcycle, vae
-from conversion import push as pushing
 from modeling_mot import MoTConfig, MoTForCausalLM
 from modeling_mot.latents_mot import build_vae
 from tests.conversion import chameleon_sources
@@ -38,7 +37,7 @@ def saved() -> Path:
     torch.manual_seed(0)
     save_source(root / "llama", "llama", tokenizer=True)
     save_source(root / "qwen2", "qwen2", tokenizer=True, shard_size="30KB")
-    chameleon_sources.save_source(chameleon_sources.chameleon_model(**chameleon_sources.SIZES), root / "chameleon")
+    chameleon_sources.save_source(chameleon_sources.chameleon_model(**chameleon_sources.LAYOUTS["7b"]), root / "chameleon")
     for name, variant in (("mot", "mot"), ("dense", "dense")):
         processor = build_processor()
         config = MoTConfig.from_variant(variant, **SIZES, **processor.config_kwargs())
@@ -85,12 +84,29 @@ CHAMELEON = {
     "--variant": ("nope", "hybrid"), "--modalities": ("text", "image", "text image speech"), "--speech-units": _NUMBERS, "--speech-tokenizer": ("/etc", "no-such"), "--image-decoder": ("/etc", "no-such", "/dev/null"),
     "--max-shard-size": UPCYCLE["--max-shard-size"], "--dtype": ("int8",),
 }  # fmt: skip
+UPCYCLED = ["--image-codes", "8", "--image-grid", "2", "4"]
 CONVERSIONS: dict[str, tuple[Callable, tuple[str, ...], dict, list[str]]] = {
-    "upcycle": (upcycle.main, ("llama", "qwen2"), UPCYCLE, ["--image-codes", "8", "--image-grid", "2", "2"]),
+    "upcycle": (upcycle.main, ("llama", "qwen2"), UPCYCLE, UPCYCLED),
     "export_dense": (export_dense.main, ("dense", "mot"), EXPORT, []),
     "import_chameleon": (import_chameleon.main, ("chameleon",), CHAMELEON, []),
     "vae": (vae.main, ("transfusion",), {"--max-shard-size": UPCYCLE["--max-shard-size"]}, []),
 }
+
+
+def good(folder: Path) -> None:
+    """Every conversion of a good source."""
+    root = saved()
+    for main, words in (
+        (upcycle.main, [root / "llama", folder / "upcycled", *UPCYCLED]),
+        (upcycle.main, [root / "qwen2", folder / "planned", *UPCYCLED, "--dry-run"]),
+        (export_dense.main, [root / "dense", folder / "exported"]),
+        (export_dense.main, [root / "mot", folder / "tower", "--tower", "text"]),
+        (import_chameleon.main, [root / "chameleon", folder / "imported"]),
+        (vae.main, ["export", root / "transfusion", folder / "vae"]),
+        (vae.main, ["import", root / "transfusion", root / "vae", folder / "with-vae", "--other-latents"]),
+    ):
+        if code := main(list(map(str, words))):
+            raise WrongResult(f"{words} ends with {code}")
 
 
 def convert(rng: Random, place: Place) -> Case:
@@ -98,17 +114,18 @@ def convert(rng: Random, place: Place) -> Case:
     name = rng.choice(["upcycle", "upcycle", "export_dense", "import_chameleon", "vae"])
     main, sources, options, good = CONVERSIONS[name]
     source, out = saved() / rng.choice(sources), place.inside / "out"
-    words, names = list(good), ("config.json", "source", "--set", "index", "tensor", "model.safetensors")
+    words = [*good, *(["--tower", "text"] if source.name == "mot" else [])]
+    names: tuple[str, ...] = ("config.json", "source", "index", "tensor", "model.safetensors")
     if rng.random() < 0.3:
         option = rng.choice(sorted(options))
         value = rng.choice(options[option])
         words = [] if option in ("--image-codes", "--image-grid") and name == "upcycle" else words
         words, says = [*words, option, *(value.split(" ") if value else [value])], f"{option} {values.shown(value)}"
-        names = (option, *option.strip("-").split(), value[:60])
+        names = (option, option.strip("-").replace("-", "_"), value[:60])
     else:
         copy = place.inside / "source"
-        says = rng.choice([_bad_config, _bad_config, _bad_index, _bad_tensors, damage_folder])(rng, place, source, copy)
-        source, names = copy, (*names, *_words_of(says), "tokenizer.json", "the source")
+        says = rng.choice([bad_config, bad_config, bad_index, bad_tensors, damage_folder])(rng, place, source, copy)
+        source, names = copy, (*names, *words_of(says), "tokenizer.json", "the source")
     paths = [str(source), str(out)]
     if name == "vae":
         words = (
@@ -122,12 +139,12 @@ def convert(rng: Random, place: Place) -> Case:
     return Case(f"{name}: {says}", lambda: main([*paths, *words]), names, is_command=True)
 
 
-def _words_of(says: str) -> tuple[str, ...]:
+def words_of(says: str) -> tuple[str, ...]:
     """Names of fields and files in what is said of a case."""
     return tuple(word.split("=")[0] for word in says.replace(",", " ").split() if "." in word or "=" in word)
 
 
-def _bad_config(rng: Random, place: Place, source: Path, copy: Path) -> str:
+def bad_config(rng: Random, place: Place, source: Path, copy: Path) -> str:
     shutil.copytree(source, copy)
     tree = json.loads((copy / "config.json").read_text())
     key = rng.choice(sorted(tree))
@@ -141,15 +158,11 @@ def _bad_config(rng: Random, place: Place, source: Path, copy: Path) -> str:
     return f"{key}={values.shown(tree[key])} in config.json"
 
 
-def _bad_index(rng: Random, place: Place, source: Path, copy: Path) -> str:
+def bad_index(rng: Random, place: Place, source: Path, copy: Path) -> str:
     shutil.copytree(source, copy)
     index = copy / "model.safetensors.index.json"
     tensors = [name for path in copy.glob("model*.safetensors") for name in load_file(path)]
-    outside = rng.choice(
-        [str(place.outside / "secret.safetensors"), "../../outside/secret.safetensors", "link.safetensors"]
-    )
-    if outside == "link.safetensors":
-        (copy / outside).symlink_to(place.outside / "secret.safetensors")
+    outside = rng.choice([str(place.outside / "secret.safetensors"), "../../outside/secret.safetensors"])
     first = next(copy.glob("model*.safetensors")).name
     tree = rng.choice([
         [], {}, None, 3, {"weight_map": None}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": None}}, {"weight_map": {"a": 3}}, {"weight_map": {"a": ["x"]}}, {"weight_map": {"w": outside}},
@@ -163,7 +176,7 @@ def _bad_index(rng: Random, place: Place, source: Path, copy: Path) -> str:
     return f"model.safetensors.index.json of {values.shown(tree)}"
 
 
-def _bad_tensors(rng: Random, place: Place, source: Path, copy: Path) -> str:
+def bad_tensors(rng: Random, place: Place, source: Path, copy: Path) -> str:
     shutil.copytree(source, copy)
     file = rng.choice(sorted(copy.glob("model*.safetensors")))
     way = rng.choice(["dtype", "shape", "gone", "surplus", "nan", "header", "header", "pickle", "bin"])
@@ -200,101 +213,3 @@ def _bad_tensors(rng: Random, place: Place, source: Path, copy: Path) -> str:
     length = rng.choice([len(header)] * 4 + [2**40, 2**63, 0])
     file.write_bytes(struct.pack("<Q", length) + header + bytes(4))
     return f"header {values.shown(header)} of {length} bytes in {file.name}"
-
-
-# ---------------------------------------------------------------------------------------------------------------- push
-
-TOKENS = ("hf_" + "Q7w" * 11 + "x", "hf_" + "a1B2" * 9)
-KEYS = (
-    "AKIAIOSFODNN7EXAMPLE",
-    "sk-proj-" + "aB3" * 16,
-    "ghp_" + "aB3" * 12,
-    "-----BEGIN RSA PRIVATE KEY-----\nMIIEowIBAAKCAQEA\n-----END RSA PRIVATE KEY-----\n",
-    "github_pat_" + "aB3" * 20,
-)
-
-
-def push(rng: Random, place: Place) -> Case:
-    """A folder with something that must not leave the machine, or a request that cannot be met."""
-    folder = place.inside / "model"
-    make = rng.choice([_must_stay, _must_stay, _must_stay, _damaged, _bad_request])
-    if make is _bad_request:
-        return make(rng, place)
-    says, refused = make(rng, place, folder)
-    options = rng.sample(["--dry-run", "--new-card", "--exist-ok", "--private"], rng.randint(0, 2))
-    arguments = [str(folder), "ada/model", "--skip-validation", *dict.fromkeys(["--dry-run", *options])]
-
-    def call() -> int:
-        code = pushing.main(arguments)
-        if not code and refused:
-            raise WrongResult("what must not be published is published")
-        return code
-
-    return Case(
-        f"{says} {options or ''}",
-        call,
-        (*_words_of(says), "ready to be published", "config.json", "card"),
-        is_command=True,
-    )
-
-
-def _copied(rng: Random, folder: Path) -> Path:
-    return Path(shutil.copytree(saved() / rng.choice(["mot", "transfusion"]), folder))
-
-
-def _must_stay(rng: Random, place: Place, folder: Path) -> tuple[str, bool]:
-    _copied(rng, folder)
-    name = rng.choice(["samples.png", "losses.png", "a.jpg", "a.webp", "README.md", "LICENSE", "NOTICE", "conversion.json", "generation_config.json", "chat_template.jinja", "x.bin", "x.pkl", "LICENSE.png",
-                       "image_tokenizer/x.json", "vocab.json", "merges.txt", "tokenizer.model", ".gitattributes", "USE_POLICY.md"])  # fmt: skip
-    way, file = (
-        rng.choice(["pickle", "token", "key", "link", "link folder", "code", "zip", "executable"]),
-        folder / name,
-    )
-    file.parent.mkdir(exist_ok=True)
-    secret = rng.choice(TOKENS if way == "token" else KEYS).encode()
-    file.unlink(missing_ok=True)
-    if way == "pickle":
-        file.write_bytes(
-            rng.choice([b"", files.picture(rng)]) * (not name.endswith((".bin", ".pkl"))) + files.pickled(place.ran)
-        )
-        return f"a pickle in {name}", True
-    if way in ("token", "key"):
-        before = files.picture(rng) if name.endswith((".png", ".jpg", ".webp")) else b"some text "
-        file.write_bytes(before + rng.choice([b"", b"token=", b"\n"]) + secret + b"\n")
-        return f"{secret[:20]!r} in {name}", True
-    if way == "link":
-        file.symlink_to(rng.choice([place.outside / "secret.txt", Path("../../outside/secret.txt")]))
-        return f"{name} is a link out of the folder", True
-    if way == "link folder":
-        (folder / "extra").symlink_to(place.outside)
-        return "a link extra/ to a folder outside", True
-    if way == "code":
-        (folder / "evil.py").write_text(files.code(place.ran))
-        for config in ("config.json", "processor_config.json"):
-            if rng.random() < 0.7:
-                tree = json.loads((folder / config).read_text())
-                tree["auto_map"] = {"AutoModel": rng.choice(["evil.Evil", "attacker/repo--evil.Evil"])}
-                (folder / config).write_text(json.dumps(tree))
-        return "evil.py and an auto_map", True
-    file.write_bytes((b"PK\3\4" if way == "zip" else b"\x7fELF") + bytes(100))
-    return f"{way} as {name}", name.endswith((".png", ".jpg", ".webp", ".bin", ".pkl"))
-
-
-def _damaged(rng: Random, place: Place, folder: Path) -> tuple[str, bool]:
-    source = saved() / rng.choice(["mot", "transfusion"])
-    return rng.choice([damage_folder, _bad_index, _bad_tensors, _bad_config])(rng, place, source, folder), False
-
-
-def _bad_request(rng: Random, place: Place) -> Case:
-    good = ["ada/model", "--skip-validation"]
-    folder, words = str(saved() / "mot"), rng.choice([
-        ["a/b/c"], [""], ["\0"], ["../x"], ["a b/c"], ["x" * 300], ["ada/model", "--revision", "\0"], ["ada/model", "--run", "/etc"], ["ada/model", "--nope"], ["ada/model", "--revision", "a b"], ["--dry-run"], ["é/é"],
-        ["ada/model", "--run", "\0"],
-    ])  # fmt: skip
-    if rng.random() < 0.4:
-        folder, words = rng.choice(["/etc", "no-such", "", "\0", "/dev/null", "/proc/self", "x" * 5000]), good
-    words = [*words, "--skip-validation"] if words != good else words
-    names = (*words, folder, "REPO", "name of a repository", "HF_HUB_OFFLINE", "repo_id", "Repo id")
-    return Case(
-        f"push {values.shown([folder, *words])}", lambda: pushing.main([folder, *words]), names, is_command=True
-    )

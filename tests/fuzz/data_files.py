@@ -12,12 +12,12 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from tests.training.data.conftest import ToyProcessor
 from training.data import AugmentationConfig, DataConfig, RowStream, SourceConfig, TemplateConfig, TokenizedSource
 from training.data.config import Limits
 
 from . import files, values
 from .case import Case, Place, WrongResult
+from .media import processors
 
 
 GOOD = 4  # records that are good in each source
@@ -47,9 +47,9 @@ def read(rng: Random, place: Place) -> Case:
 
 
 def _prepared(
-    place: Place, source: SourceConfig, limits: Limits | None = None, augmentation: AugmentationConfig | None = None
+    folder: Path, source: SourceConfig, limits: Limits | None = None, augmentation: AugmentationConfig | None = None
 ) -> TokenizedSource:
-    return TokenizedSource.prepare(source, ToyProcessor(), place.inside / "cache", 1, augmentation, None, limits)
+    return TokenizedSource.prepare(source, processors()[0], folder / "cache", 1, augmentation, None, limits)
 
 
 def _rows(source: TokenizedSource) -> None:
@@ -115,6 +115,21 @@ def _write_folder(folder: Path, records: list[dict[str, Any]]) -> Path:
     return folder
 
 
+def good(folder: Path) -> None:
+    """Every format."""
+    records = _good_records(Random(0))
+    for kind in ("tar", "parquet", "jsonl", "jsonl.gz", "pictures"):
+        segments, path = SEGMENTS, folder / kind
+        if kind == "pictures":
+            segments, path = ["text:text", "image:image"], _write_folder(path, records)
+        else:
+            path = _write(kind, path, records)
+        prepared = _prepared(folder, SourceConfig("x", str(path), [TemplateConfig(segments, caption_first=None)]))
+        if len(prepared) != GOOD:
+            raise WrongResult(f"{len(prepared)} of {GOOD} records of {kind} are left")
+        _rows(prepared)
+
+
 # --------------------------------------------------------------------------------------------------------- bad records
 
 
@@ -170,23 +185,27 @@ def _bad_record(rng: Random, place: Place) -> Case:
     column = rng.choice(["txt", "png", "wav"])
     bad, says = _bad_value(rng, place, folder, column, kind)
     segments = [segment for segment in SEGMENTS if rng.random() < 0.7 or segment.endswith(column)]
-    records.insert(rng.randrange(GOOD + 1), records[0] | {column: bad})
-    extra = 1
     if kind.startswith("jsonl") and rng.random() < 0.25:
-        path, says = _write(kind, folder, records[:GOOD]), ""
-        data = gzip.decompress(path.read_bytes()) if kind.endswith("gz") else path.read_bytes()
-        line = rng.choice([b'{"txt": "a"', b"\xff\xfe", b"\xef\xbb\xbf" + data.splitlines()[0], b"[]", b"null", b"[" * 100_000, b'{"a":' * 50_000, b"3", b'{"txt": 1e999999}',
-                           b'{"txt": "\\ud800"}', b"", b"\0", b'{"txt": 1' + b"0" * 10_000 + b"}", b'{"txt": "a", "txt": "b"}', b'{"txt": NaN}'])  # fmt: skip
-        lines = data.splitlines(keepends=True)
-        lines.insert(rng.randrange(len(lines) + 1), line + b"\n")
-        path.write_bytes(gzip.compress(b"".join(lines)) if kind.endswith("gz") else b"".join(lines))
-        says = f"line {values.shown(line)}"
-        records = records[:GOOD]
-        good = sum(1 for record in records if record is not None)
-        extra = GOOD - sum(record.get(column) is bad for record in records)
-        return _case(rng, place, path, segments, f"{kind}: {says}", least=None)
-    path = _write(kind, folder, records)
-    return _case(rng, place, path, segments, f"{kind}: {says}", least=GOOD)
+        path = _write(kind, folder, records)
+        line = _insert_bad_line(rng, path)
+        return _case(rng, place, path, segments, f"{kind}: line {values.shown(line)}", least=GOOD)
+    records.insert(rng.randrange(GOOD + 1), records[0] | {column: bad})
+    return _case(rng, place, _write(kind, folder, records), segments, f"{kind}: {says}", least=GOOD)
+
+
+_LINES = (
+    b'{"txt": "a"', b"\xff\xfe", b"[]", b"null", b"[" * 100_000, b'{"a":' * 50_000, b"3", b'{"txt": 1e999999}', b"\0", b"",
+    b'{"txt": "\\ud800"}', b'{"txt": 1' + b"0" * 10_000 + b"}", b'{"txt": "a", "txt": "b"}', b'{"txt": NaN}',
+    b'\xef\xbb\xbf{"txt": "a"}',
+)  # fmt: skip
+
+
+def _insert_bad_line(rng: Random, path: Path) -> bytes:
+    is_zipped, line = path.suffix == ".gz", rng.choice(_LINES)
+    lines = (gzip.decompress(path.read_bytes()) if is_zipped else path.read_bytes()).splitlines(keepends=True)
+    lines.insert(rng.randrange(len(lines) + 1), line + b"\n")
+    path.write_bytes(gzip.compress(b"".join(lines)) if is_zipped else b"".join(lines))
+    return line
 
 
 def _bad_captions(rng: Random, place: Place, records: list[dict[str, Any]]) -> Case:
@@ -250,7 +269,7 @@ def _case(
             "x", str(path), [TemplateConfig(segments, caption_first=None)], on_error=on_error, **settings
         )
         try:
-            prepared = _prepared(place, source, limits, augmentation)
+            prepared = _prepared(place.inside, source, limits, augmentation)
         except ValueError as error:
             if on_error == "skip" and least:
                 raise WrongResult(f"on_error: skip did not skip: {type(error).__name__}: {error}") from error
@@ -354,6 +373,6 @@ def _bad_settings(rng: Random, place: Place) -> Case:
         limits = made[Limits]
         config = DataConfig(row_length=512, sources=[source], augmentation=augmentation, **limits)
         config.validate()
-        _rows(_prepared(place, source, config.limits, augmentation))
+        _rows(_prepared(place.inside, source, config.limits, augmentation))
 
     return Case(f"{kind.__name__}: {name}={values.shown(bad)}", call, (name, *NAMES))

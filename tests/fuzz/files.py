@@ -133,7 +133,7 @@ def bad_picture(rng: Random) -> tuple[bytes, str]:
                 png(*rng.choice([(40_000, 30_000), (10_000, 10_000), (0, 5), (5, 0)]), rows=False),
                 "PNG without rows",
             ),
-            lambda: (png(8, 8, before=text_bomb(2**28)), "PNG with a text of 256 MB"),
+            lambda: (png(8, 8, before=text_bomb(2**24)), "PNG with a text of 16 MB"),
             lambda: _damaged_picture(rng),
             lambda: _damaged_picture(rng),
             lambda: (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n", "EPS"),

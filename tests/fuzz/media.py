@@ -1,6 +1,7 @@
 """The processor, its parts, chat templates, and the way back from ids."""
 
 import functools
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -22,6 +23,10 @@ def processors() -> tuple[Any, Any]:
 
 
 def warm() -> None:
+    processors()
+
+
+def good(folder: Path) -> None:
     for processor in processors():
         processor(
             [{"type": "text", "text": "a cat"}, {"type": "image", "image": PICTURE}, {"type": "audio", "audio": SOUND}]

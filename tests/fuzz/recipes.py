@@ -12,7 +12,7 @@ from training.config import describe
 from training.recipe import Recipe
 
 from . import files, values
-from .case import Case, Place
+from .case import Case, Place, WrongResult
 
 
 def warm() -> None:
@@ -40,6 +40,15 @@ def good_recipe(inside: Path) -> dict:
                   "timeout_seconds": 30},
         "samples": {"enabled": False},
     }  # fmt: skip
+
+
+def good(folder: Path) -> None:
+    """All commands of a good recipe."""
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(good_recipe(folder)))
+    for command, options in ((prepare, ["--workers", "1"]), (plan, []), (train, ["--print-config"]), (train, [])):
+        if code := command.main([str(file), *options]):
+            raise WrongResult(f"{command.__name__} of a good recipe ends with {code}")
 
 
 _OF_TYPE = {
@@ -80,28 +89,15 @@ def recipe(rng: Random, place: Place) -> Case:
     else:
         says = _bad_file(rng, file, yaml.safe_dump(good))
     command = rng.choice(["train", "train", "prepare", "plan", "print"])
-    arguments = [str(file), *words]
+    arguments, options = [str(file), *words], _plan_options(rng) if command == "plan" else []
     call = {
         "train": lambda: train.main(arguments),
         "print": lambda: train.main([*arguments, "--print-config"]),
         "prepare": lambda: prepare.main([*arguments, "--workers", "1"]),
-        "plan": lambda: plan.main([*arguments, *_plan_options(rng)]),
+        "plan": lambda: plan.main([*arguments, *options]),
     }[command]
-    names = (
-        *names,
-        "recipe.yaml",
-        "configuration",
-        "YAML",
-        "key",
-        "--world",
-        "--replicate",
-        "--utilisation",
-        "--shares",
-        "--device",
-        "--network",
-        "--per-node",
-    )
-    return Case(f"{command}: {says}", call, names, is_command=True)
+    names = (*names, "recipe.yaml", "configuration", "YAML", "key", *(option.partition("=")[0] for option in options))
+    return Case(f"{command}: {' '.join([says, *options])}", call, names, is_command=True)
 
 
 def _bad_words(rng: Random) -> tuple[list[str], tuple[str, ...]]:
@@ -128,7 +124,9 @@ def _bad_words(rng: Random) -> tuple[list[str], tuple[str, ...]]:
                 ]
             )
         words.append(f"{key}={value}")
-        names += [key, key.rpartition(".")[2], key.replace(".0", "[0]"), value.strip("'\"")[:60]]
+        parts, given = key.split("."), value.strip("'\"")
+        names += [key, parts[-1], *(".".join(parts[:count]) for count in range(2, len(parts)))]
+        names += [given[:60], given.replace("\\0", "\\x00")]
     if rng.random() < 0.04:
         words.append(rng.choice(["--nope", "other.yaml", "a\0=b", "train.steps", "=", "\ud800=1"]))
         names.append(words[-1])

@@ -4,6 +4,7 @@ The process is forked from one that has imported everything, so a case takes mil
 state. Nothing of a case stays but its `Outcome`.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -95,10 +96,8 @@ def _wait(pid: int, root: Path, outcome: Outcome) -> Outcome:
     if not ended:
         os.kill(pid, signal.SIGKILL)
     _, status, usage = os.wait4(pid, 0)
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)  # what it started
-    except ProcessLookupError:
-        pass
     report = json.loads(_read(root / "report") or "{}")
     for field, value in report.items():
         setattr(outcome, field, value)

@@ -5,6 +5,7 @@ import builtins
 import functools
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.modeling_mot.test_continuous_processor import build_continuous
 
 from . import files, values
 from .case import Case, Hung, Place, WrongResult
-from .models import GENERATION, check_made, picture_model, token_model
+from .models import bad_settings, check_made, picture_model, token_model
 from .values import INF, NAN
 
 
@@ -69,8 +70,19 @@ def serve(rng: Random, place: Place) -> Case:
     else:
         model = rng.choice([token_model, picture_model])()
         request, names, says = _bad_request(rng, model)
+    names = (*names, "a request")  # with which our own refusals begin
     run = rng.choice([_served_in_a_list, _served_by_a_thread])
     return Case(f"{type(model).__name__}, {run.__name__[1:]}: {says}", lambda: run(model, request), names)
+
+
+def good(folder: Path) -> None:
+    for model in (token_model(), picture_model()):
+        for run in (_served_in_a_list, _served_by_a_thread):
+            run(model, good_request(model))
+    model, processor = documents_model()
+    request = good_request(model) | {"documents": [{"type": "text", "text": "a cat"}], "processor": processor}
+    request.pop("input_ids")
+    _served_in_a_list(model, request)
 
 
 # ----------------------------------------------------------------------------------------------------------- bad inputs
@@ -114,59 +126,48 @@ def _failing(error: BaseException, then: int = 0) -> Callable[..., Any]:
 
 
 ERRORS = (
-    ValueError,
-    RuntimeError,
-    KeyboardInterrupt,
-    SystemExit,
-    asyncio.CancelledError,
-    GeneratorExit,
-    MemoryError,
-    StopIteration,
-)
+    ValueError, RuntimeError, KeyboardInterrupt, SystemExit, asyncio.CancelledError, GeneratorExit, MemoryError, StopIteration,
+)  # fmt: skip
+PROMPTS = ([], [10**6], [-1], "abc", [[1, 2], [3, 4]], [1.5, 2], None, [1] * 3000, [NAN], [None], 5, {}, [[]], b"a")
 
 
 def _bad_request(rng: Random, model: Any) -> tuple[Any, tuple[str, ...], str]:
     """(what is given to `add_request`, names, what is bad)"""
-    good = good_request(model)
-    way = rng.random()
+    good, way = good_request(model), rng.random()
     if way < 0.5:
-        own = {"max_new_tokens": (10**12, 0, -1, NAN, "3"), "callback_on_step_end": GENERATION["callback_on_step_end"] * 3,
-               "input_ids": ([], [10**6], [-1], "abc", [[1, 2], [3, 4]], [1.5, 2], None, [1] * 3000, [NAN], [None], 5)}  # fmt: skip
-        bad, names = values.mutated(rng, good, GENERATION | own, most=1)
+        own = {"max_new_tokens": (10**12, 0, -1, NAN, "3"), "input_ids": PROMPTS}
+        bad, names = values.mutated(rng, good, bad_settings(rng, model) | own, most=1)
         return bad, names, values.described(bad, names)
     if way < 0.6:
-        bad = values.anything(rng)
+        bad = rng.choice(PROMPTS) if rng.random() < 0.5 else values.anything(rng)
         return bad, ("input_ids", "inputs", "request", "prompts"), f"inputs={values.shown(bad)}"
-    error = rng.choice(ERRORS)("of the caller")
-    code, then = (
-        rng.choice(["streamer", "logits_processor", "stopping_criteria", "callback_on_step_end"]),
-        rng.choice([0, 1, 3]),
-    )
+    return _with_code(rng, good)
+
+
+def _with_code(rng: Random, good: dict) -> tuple[dict, tuple[str, ...], str]:
+    """A request with code of the caller's that fails, or gives what it should not."""
+    error, then = rng.choice(ERRORS)("of the caller"), rng.choice([0, 1, 3])
+    name = rng.choice(["streamer", "logits_processor", "stopping_criteria", "callback_on_step_end"])
     own = _failing(error, then)
-    if code == "streamer":
-        own = rng.choice(
-            [Streamer("put", error), Streamer("end", error), Streamer("put_image", error), NoEnd(), object()]
-        )
-    elif code == "logits_processor":
-        far = lambda ids, scores: torch.nn.functional.pad(scores.fill_(-INF), (0, 50), value=1.0)
-        own = [
-            rng.choice(
-                [
-                    own,
-                    far,
-                    lambda ids, scores: scores[:0],
-                    lambda ids, scores: None,
-                    lambda ids, scores: scores.fill_(NAN),
-                ]
-            )
-        ]
-    elif code == "stopping_criteria":
-        own = [rng.choice([own, lambda *_, **__: "no", lambda *_, **__: torch.tensor([True, False])])]
-    return (
-        good | {code: own},
-        (code, "of the caller", "vocabulary", "latents", "end", "put"),
-        f"{code} with {error!r} after {then}",
-    )
+    says = f"{name} raises {error!r} after {then} calls"
+    if name == "streamer":
+        own = rng.choice([*(Streamer(method, error) for method in ("put", "end", "put_image")), NoEnd(), object()])
+        says = f"{name} of {type(own).__name__}, which may raise {error!r} in {getattr(own, 'failing', None)}"
+    elif name == "logits_processor":
+        changes: list = [
+            lambda scores: torch.nn.functional.pad(scores.fill_(-INF), (0, 50), value=1.0), lambda scores: scores[:0],
+            lambda scores: None, lambda scores: scores.fill_(NAN), lambda scores: scores[:, :3],
+        ]  # fmt: skip
+        number = rng.randrange(-3, len(changes))
+        if number >= 0:
+            own, says = (lambda ids, scores: changes[number](scores)), f"{name} that gives back bad scores, {number}"
+        own = [own]
+    elif name == "stopping_criteria":
+        if rng.random() < 0.4:
+            answer = rng.choice([None, "no", torch.tensor([True, False]), torch.zeros(0)])
+            own, says = (lambda *_, **__: answer), f"{name} that says {answer!r}"
+        own = [own]
+    return good | {name: own}, (name, "of the caller", "vocabulary", "latents", "end", "put", "scores"), says
 
 
 def _bad_document(rng: Random, place: Place) -> tuple[Any, str]:

@@ -6,6 +6,8 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
+from huggingface_hub.errors import StrictDataclassError
+
 import conversion
 import modeling_mot
 import training
@@ -21,7 +23,7 @@ FATAL = (WRONG, HANG, CRASH, MEMORY, CODE, OUTSIDE, BROKEN)
 
 _OURS = tuple(str(Path(package.__file__).parent) for package in (conversion, modeling_mot, training))
 # What somebody who calls a function expects for a bad argument; others are accidents whatever they say.
-_EXPECTED = (ValueError, TypeError, LookupError, OSError, ImportError, RuntimeError, NotImplementedError)
+_EXPECTED = (ValueError, TypeError, LookupError, OSError, ImportError, RuntimeError, StrictDataclassError)
 _NO_MEMORY = re.compile(r"can't allocate memory|[Cc]annot allocate memory|Unable to allocate|bad_alloc|malloc of size")
 
 
@@ -55,7 +57,8 @@ def judge_command(code: object, printed: str, case: Case) -> tuple[str, str]:
 
 
 def _names_input(said: str, case: Case) -> bool:
-    return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", said) for name in case.names if name)
+    names = {form for name in case.names if name for form in (name, name.replace("_", " "), name.replace("-", "_"))}
+    return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", said) for name in names)
 
 
 def _last_frame(trace: TracebackType) -> TracebackType:
