@@ -37,7 +37,9 @@ def saved() -> Path:
     torch.manual_seed(0)
     save_source(root / "llama", "llama", tokenizer=True)
     save_source(root / "qwen2", "qwen2", tokenizer=True, shard_size="30KB")
-    chameleon_sources.save_source(chameleon_sources.chameleon_model(**chameleon_sources.LAYOUTS["7b"]), root / "chameleon")
+    chameleon_sources.save_source(
+        chameleon_sources.chameleon_model(**chameleon_sources.LAYOUTS["7b"]), root / "chameleon"
+    )
     for name, variant in (("mot", "mot"), ("dense", "dense")):
         processor = build_processor()
         config = MoTConfig.from_variant(variant, **SIZES, **processor.config_kwargs())

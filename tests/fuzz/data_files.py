@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,12 +11,14 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
+from training.config import build
 from training.data import AugmentationConfig, DataConfig, RowStream, SourceConfig, TemplateConfig, TokenizedSource
 from training.data.config import Limits
 
 from . import files, values
 from .case import Case, Place, WrongResult
 from .media import processors
+from .values import INF, NAN
 
 
 GOOD = 4  # records that are good in each source
@@ -52,9 +53,10 @@ def _prepared(
     return TokenizedSource.prepare(source, processors()[0], folder / "cache", 1, augmentation, None, limits)
 
 
-def _rows(source: TokenizedSource) -> None:
+def _rows(source: TokenizedSource, config: DataConfig | None = None) -> None:
     """The first rows of a stream over it."""
-    stream = RowStream(DataConfig(row_length=512, block_documents=8, sources=[source.config]), [source])
+    config = config or DataConfig(row_length=512, block_documents=8, sources=[source.config])
+    stream = RowStream(config, [source])
     for index in range(3):
         stream.row(index)
 
@@ -338,41 +340,70 @@ def _tar_of_links(rng: Random, place: Place, folder: Path) -> Path:
 # ------------------------------------------------------------------------------------------------------------ settings
 
 
-_SETTINGS: dict[Callable[..., Any], dict[str, tuple]] = {
-    SourceConfig: {
-        "name": ("", "a/b", "..", "\0", "x" * 300, "é" * 200, None, 3), "path": ("", "no-such", "\0", "*", "**", "/dev/null", "http://outside.invalid/a.jsonl", "x" * 5000, None, 3),
-        "format": ("nope", None, "parquet", "webdataset", "pictures", "dataset"), "weight": (0, -1, values.NAN, values.INF, "1"), "limit": (0, -1, values.NAN, 2.5, "3", 10**30),
-        "match": ({"txt": "("}, {"nope": "a"}, {"txt": 3}, {3: "a"}, "txt"), "on_error": ("nope", None, 3), "split": ("nope", "", None), "templates": ([], None, [3], "text:txt"),
-        "streaming": (3, "yes", True), "config": ("nope", 3), "revision": ("nope", 3),
+# Section -> key -> values, as YAML has them.
+_SETTINGS: dict[str, dict[str, tuple]] = {
+    "source": {
+        "name": ("", "a/b", "..", "\0", "x" * 300, "é" * 200, None, 3),
+        "path": ("", "no-such", "\0", "*", "**", "/dev/null", "http://outside.invalid/a.jsonl", "x" * 5000, None, 3),
+        "format": ("nope", None, "parquet", "webdataset", "pictures", "dataset"),
+        "weight": (0, -1, NAN, INF, "1"),
+        "limit": (0, -1, NAN, 2.5, "3", 10**30),
+        "match": ({"txt": "("}, {"nope": "a"}, {"txt": 3}, {3: "a"}, "txt", {"txt": "(a*)*b"}),
+        "on_error": ("nope", None, 3),
+        "split": ("nope", "", None),
+        "templates": ([], None, [3], "text:txt"),
+        "streaming": (3, "yes", True),
+        "config": ("nope", 3),
+        "revision": ("nope", 3),
     },
-    TemplateConfig: {
-        "segments": ([], ["nope"], ["text:"], ["text:nope"], [3], None, "text:txt", ["text:{txt.__class__}"], ["text:{txt!r:>99999999999}"], ["text:{"], ["text:{0}"], ["text:{txt[0]}"],
-                     ["document:txt"], ["image:txt"], ["text:txt"] * 1000, ["text:{txt:{txt}}"], ["text:{txt:>3000000000}"]),
-        "weight": (0, -1, values.NAN, values.INF), "caption_first": (-1, 2, values.NAN, "x"), "caption_dropout": (-1, 2, values.NAN), "targets": ("nope", None),
+    "template": {
+        "segments": (
+            [], ["nope"], ["text:"], ["text:nope"], [3], None, "text:txt", ["text:{"], ["text:{0}"], ["text:{txt[0]}"],
+            ["text:{txt.__class__}"], ["text:{txt!r:>99999999999}"], ["text:{txt:>3000000000}"], ["document:txt"],
+            ["image:txt"], ["text:txt"] * 1000, ["text:{txt:{txt}}"],
+        ),
+        "weight": (0, -1, NAN, INF),
+        "caption_first": (-1, 2, NAN, "x"),
+        "caption_dropout": (-1, 2, NAN),
+        "targets": ("nope", None),
     },
-    AugmentationConfig: {
-        "variants": (0, -1, values.NAN, 2.5, "3"), "seed": (-1, values.NAN, 2**70, "x"), "shift": (-1, 1, values.NAN), "gain": (-1, values.NAN, values.INF, 10**9), "speed": (-1, 1, values.NAN, 0.999999999),
-        "noise": (-1, values.NAN, values.INF), "brightness": (values.NAN, -1, 5), "flip": ("x", 3),
+    "augmentation": {
+        "variants": (0, -1, NAN, 2.5, "3"),
+        "seed": (-1, NAN, 2**70, "x"),
+        "shift": (-1, 1, NAN),
+        "gain": (-1, NAN, INF, 10**9),
+        "speed": (-1, 1, NAN, 0.999999999),
+        "noise": (-1, NAN, INF),
+        "brightness": (NAN, -1, 5),
+        "flip": ("x", 3),
     },
-    Limits: {"max_pixels": (0, -1, values.NAN, "x"), "max_audio_seconds": (0, -1, values.NAN, "x"), "max_record_bytes": (0, -1, values.NAN), "max_group_bytes": (0, -1, values.NAN)},
+    "data": {
+        **dict.fromkeys(("max_pixels", "max_audio_seconds", "max_record_bytes", "max_group_bytes"), (0, -1, NAN, INF, "x", 1)),
+        "row_length": (0, -1, 9, NAN, 10**12, "x"),
+        "block_documents": (0, -1, 10**12, NAN),
+        "replaced_codes": (-1, 2, NAN),
+        "seed": (-1, NAN, 2**70),
+    },
 }  # fmt: skip
 
 
 def _bad_settings(rng: Random, place: Place) -> Case:
+    """A data section with a bad value, over a good shard."""
     path = _write(rng.choice(["jsonl", "parquet", "tar"]), place.inside / "data", _good_records(rng))
-    kind = rng.choice(list(_SETTINGS))
-    name = rng.choice(sorted(_SETTINGS[kind]))
-    bad = rng.choice(_SETTINGS[kind][name])
-    made: dict[Any, dict] = {cls: {} for cls in _SETTINGS}
-    made[kind] = {name: bad}
+    section = rng.choice(list(_SETTINGS))
+    name = rng.choice(sorted(_SETTINGS[section]))
+    bad = rng.choice(_SETTINGS[section][name])
+    template = {"segments": SEGMENTS, "caption_first": None}
+    source = {"name": "x", "path": str(path), "templates": [template]}
+    data = {"row_length": 512, "block_documents": 8, "sources": [source]}
+    sections = {"template": template, "source": source, "data": data, "augmentation": {"variants": 2}}
+    sections[section][name] = bad
+    if section == "augmentation":
+        data["augmentation"] = sections[section]
 
     def call() -> None:
-        template = TemplateConfig(**{"segments": SEGMENTS, "caption_first": None} | made[TemplateConfig])
-        source = SourceConfig(**{"name": "x", "path": str(path), "templates": [template]} | made[SourceConfig])
-        augmentation = AugmentationConfig(**made[AugmentationConfig]) if kind is AugmentationConfig else None
-        limits = made[Limits]
-        config = DataConfig(row_length=512, sources=[source], augmentation=augmentation, **limits)
+        config = build(DataConfig, data)
         config.validate()
-        _rows(_prepared(place.inside, source, config.limits, augmentation))
+        _rows(_prepared(place.inside, config.sources[0], config.limits, config.augmentation), config)
 
-    return Case(f"{kind.__name__}: {name}={values.shown(bad)}", call, (name, *NAMES))
+    return Case(f"{section}: {name}={values.shown(bad)}", call, (name, *NAMES))

@@ -70,7 +70,8 @@ def serve(rng: Random, place: Place) -> Case:
     else:
         model = rng.choice([token_model, picture_model])()
         request, names, says = _bad_request(rng, model)
-    names = (*names, "a request")  # with which our own refusals begin
+    # Our own refusals begin with the first; images and their placeholders are named for what holds them.
+    names = (*names, "a request", "placeholders")
     run = rng.choice([_served_in_a_list, _served_by_a_thread])
     return Case(f"{type(model).__name__}, {run.__name__[1:]}: {says}", lambda: run(model, request), names)
 
@@ -112,17 +113,25 @@ class NoEnd:
         pass
 
 
-def _failing(error: BaseException, then: int = 0) -> Callable[..., Any]:
-    """A function that fails when it is called for the time after `then`."""
-    calls = []
+def _failing(error: BaseException, then: int, answer: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that answers `then` times, and fails from then on."""
+    left = [None] * then
 
-    def fail(*_: Any, **__: Any) -> Any:
-        calls.append(0)
-        if len(calls) > then:
+    def fail(*arguments: Any, **_: Any) -> Any:
+        if not left:
             raise error
-        return _[-1] if _ else None
+        left.pop()
+        return answer(*arguments)
 
     return fail
+
+
+# What logits processors, stopping criteria and callbacks give back.
+ANSWERS: dict[str, Callable[..., Any]] = {
+    "logits_processor": lambda ids, scores: scores,
+    "stopping_criteria": lambda ids, scores: torch.zeros(len(ids), dtype=torch.bool),
+    "callback_on_step_end": lambda *_: None,
+}
 
 
 ERRORS = (
@@ -147,9 +156,11 @@ def _bad_request(rng: Random, model: Any) -> tuple[Any, tuple[str, ...], str]:
 def _with_code(rng: Random, good: dict) -> tuple[dict, tuple[str, ...], str]:
     """A request with code of the caller's that fails, or gives what it should not."""
     error, then = rng.choice(ERRORS)("of the caller"), rng.choice([0, 1, 3])
-    name = rng.choice(["streamer", "logits_processor", "stopping_criteria", "callback_on_step_end"])
-    own = _failing(error, then)
+    name = rng.choice(["streamer", *ANSWERS])
+    own: Any = None
     says = f"{name} raises {error!r} after {then} calls"
+    if name in ANSWERS:
+        own = _failing(error, then, ANSWERS[name])
     if name == "streamer":
         own = rng.choice([*(Streamer(method, error) for method in ("put", "end", "put_image")), NoEnd(), object()])
         says = f"{name} of {type(own).__name__}, which may raise {error!r} in {getattr(own, 'failing', None)}"
@@ -167,7 +178,7 @@ def _with_code(rng: Random, good: dict) -> tuple[dict, tuple[str, ...], str]:
             answer = rng.choice([None, "no", torch.tensor([True, False]), torch.zeros(0)])
             own, says = (lambda *_, **__: answer), f"{name} that says {answer!r}"
         own = [own]
-    return good | {name: own}, (name, "of the caller", "vocabulary", "latents", "end", "put", "scores"), says
+    return good | {name: own}, (name, "of the caller", "vocabulary", "latents", "end", "put", "scores", "ids"), says
 
 
 def _bad_document(rng: Random, place: Place) -> tuple[Any, str]:
@@ -191,7 +202,10 @@ def _bad_document(rng: Random, place: Place) -> tuple[Any, str]:
 
 
 def _served_in_a_list(model: Any, bad: Any) -> None:
-    results = list(model.generate_batch([good_request(model), bad, good_request(model)]).values())
+    try:
+        results = list(model.generate_batch([good_request(model), bad, good_request(model)]).values())
+    except BaseException as error:
+        raise WrongResult(f"the good requests are lost: {type(error).__name__}: {error}") from error
     for place in (0, 2):
         _check_good(results[place], model)
     _raise_error(results[1], model)
