@@ -204,6 +204,8 @@ def _bad_document(rng: Random, place: Place) -> tuple[Any, str]:
 def _served_in_a_list(model: Any, bad: Any) -> None:
     try:
         results = list(model.generate_batch([good_request(model), bad, good_request(model)]).values())
+    except (KeyboardInterrupt, SystemExit) as error:
+        raise RuntimeError(f"who interrupts from within ends the list: {error}") from error
     except BaseException as error:
         raise WrongResult(f"the good requests are lost: {type(error).__name__}: {error}") from error
     for place in (0, 2):
@@ -258,7 +260,7 @@ def _raise_error(result: Any, model: Any) -> None:
         check_made(result.output, model)
         return
     kind, _, message = result.error.partition(": ")
-    kind = getattr(builtins, kind, RuntimeError)
+    kind = RuntimeError if "of the caller" in message else getattr(builtins, kind, RuntimeError)
     raise (kind if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError)(message or result.error)
 
 
