@@ -6,6 +6,7 @@ state. Nothing of a case stays but its `Outcome`.
 
 import contextlib
 import ctypes
+import faulthandler
 import json
 import os
 import resource
@@ -127,6 +128,7 @@ def _child(area: Area, drawn_from: str, place: Place, root: Path) -> None:
     """Make and run the case; leaves the process."""
     try:
         os.setsid()
+        faulthandler.disable()  # of a pytest that it was forked from
         _redirect(root / "printed")
         os.chdir(place.inside)
         for name in ("HF_HOME", "HF_DATASETS_CACHE", "MOT_CACHE", "HOME", "TMPDIR"):
@@ -155,6 +157,8 @@ def _redirect(path: Path) -> None:
     handle = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(handle, stream)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
 def _bound(root: Path, report: Outcome) -> None:
