@@ -20,12 +20,12 @@ from .case import Case, Place
 
 
 @functools.cache
-def parts() -> tempfile.TemporaryDirectory:
+def parts() -> Path:
     """A folder of a text tokenizer, an image tokenizer and a speech tokenizer."""
-    folder = tempfile.TemporaryDirectory(prefix="fuzz-parts-")
-    words_tokenizer(40).save_pretrained(f"{folder.name}/text")
-    tiny_tokenizer().save_pretrained(f"{folder.name}/image")
-    tokenizer_with_random_units().save_pretrained(f"{folder.name}/speech")
+    folder = Path(tempfile.mkdtemp())
+    words_tokenizer(40).save_pretrained(folder / "text")
+    tiny_tokenizer().save_pretrained(folder / "image")
+    tokenizer_with_random_units().save_pretrained(folder / "speech")
     return folder
 
 
@@ -66,7 +66,7 @@ def good(folder: Path) -> None:
         data.mkdir(exist_ok=True)
         _good_source(Random(0), data, kind)
         main(["--source", str(data), "--output", str(folder / name), *options])
-    root = parts().name
+    root = parts()
     main = processor.main
     main([f"--text={root}/text", f"--image={root}/image", f"--speech={root}/speech", f"--output={folder}/processor"])
 
@@ -167,7 +167,7 @@ def _bad_source(rng: Random, place: Place, folder: Path, kind: str) -> tuple[Pat
 
 def _assemble(rng: Random, place: Place) -> Case:
     """`training.tokenizers.processor` with parts that are bad."""
-    root = Path(parts().name)
+    root = parts()
     given = {
         "--text": str(root / "text"),
         "--image": str(root / "image"),

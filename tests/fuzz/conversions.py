@@ -31,9 +31,7 @@ from .commands import damage_folder
 @functools.cache
 def saved() -> Path:
     """A folder of good checkpoints: `llama`, `qwen2` in shards, `chameleon`, `mot`, `dense`, `transfusion`, `vae`."""
-    folder = tempfile.TemporaryDirectory(prefix="fuzz-saved-")
-    root = Path(folder.name)
-    _KEPT.append(folder)
+    root = Path(tempfile.mkdtemp())
     torch.manual_seed(0)
     save_source(root / "llama", "llama", tokenizer=True)
     save_source(root / "qwen2", "qwen2", tokenizer=True, shard_size="30KB")
@@ -52,9 +50,6 @@ def saved() -> Path:
     pictures.save_pretrained(root / "transfusion")
     build_vae(VAE).save_pretrained(root / "vae")
     return root
-
-
-_KEPT: list = []
 
 
 def warm() -> None:

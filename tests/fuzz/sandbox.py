@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
+import datasets
+
 from . import files, verdicts
 from .case import Area, Case, Place
 
@@ -131,8 +133,9 @@ def _child(area: Area, drawn_from: str, place: Place, root: Path) -> None:
         faulthandler.disable()  # of a pytest that it was forked from
         _redirect(root / "printed")
         os.chdir(place.inside)
-        for name in ("HF_HOME", "HF_DATASETS_CACHE", "MOT_CACHE", "HOME", "TMPDIR"):
-            os.environ[name] = str(place.inside / ".home" / name.lower())
+        for name in ("MOT_CACHE", "HOME"):
+            os.environ[name] = str(place.inside / ".home")
+        datasets.config.HF_DATASETS_CACHE = place.inside / ".home" / "datasets"
         report = Outcome("", 0, verdicts.BROKEN)
         try:
             case = area.make(Random(drawn_from), place)
