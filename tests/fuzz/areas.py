@@ -1,6 +1,18 @@
 """The entry points, by name; in this order they are run."""
 
-from . import checkpoints, commands, configurations, conversions, data_files, media, models, pushes, recipes, serving
+from . import (
+    checkpoints,
+    commands,
+    configurations,
+    conversions,
+    data_files,
+    media,
+    models,
+    pushes,
+    recipes,
+    saved,
+    serving,
+)
 from .case import Area
 
 
@@ -13,7 +25,7 @@ AREAS: dict[str, Area] = {
     "recipes": Area(recipes.recipe, recipes.good, recipes.warm),
     "data": Area(data_files.read, data_files.good, media.warm),
     "tokenizers": Area(commands.tokenize, commands.good, commands.warm),
-    "conversion": Area(conversions.convert, conversions.good, conversions.warm),
-    "push": Area(pushes.push, pushes.good, conversions.warm),
-    "checkpoints": Area(checkpoints.load, checkpoints.good, conversions.warm),
+    "conversion": Area(conversions.convert, conversions.good, saved.saved),
+    "push": Area(pushes.push, pushes.good, saved.saved),
+    "checkpoints": Area(checkpoints.load, checkpoints.good, saved.saved),
 }

@@ -10,8 +10,7 @@ from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
 from training import consolidate
 
 from .case import Case, Place, WrongResult
-from .commands import damage_folder
-from .conversions import bad_config, bad_index, bad_tensors, saved, words_of
+from .saved import bad_config, bad_index, bad_tensors, damage_folder, saved, words_of
 
 
 def good(folder: Path) -> None:

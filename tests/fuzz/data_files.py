@@ -135,6 +135,14 @@ def good(folder: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- bad records
 
 
+_NAMES_IN_LINES: tuple = (
+    "no-such", "a\0b", "a" * 300, "", ".", "/dev/zero", None, 3, [], {"bytes": None}, {"bytes": "x"}, ["a"], "é" * 200,
+    "\ud800.png", "http://outside.invalid/a.png", {"array": [1.0], "sampling_rate": 1}, {"array": None, "sampling_rate": -1},
+    {"array": [1.0] * 1600, "sampling_rate": 11_127}, {"array": [[]], "sampling_rate": 16_000},
+    {"array": ["a"], "sampling_rate": "b"},
+)  # fmt: skip
+
+
 def _bad_value(rng: Random, place: Place, folder: Path, column: str, kind: str) -> tuple[Any, str]:
     """What stands in a column of a record; files that records name are looked for in `folder`."""
     if column == "txt":
@@ -163,14 +171,12 @@ def _bad_value(rng: Random, place: Place, folder: Path, column: str, kind: str) 
         return value, f"text {values.shown(value)}"
     secret = "secret.png" if column == "png" else "secret.wav"
     if kind not in ("parquet", "tar") and rng.random() < 0.6:
-        value = rng.choice([files.outside_path(rng, folder, place.outside, secret)] * 3 + [
-            "no-such", "a\0b", "a" * 300, "", ".", "/dev/zero", None, 3, [], {"bytes": None}, {"bytes": "x"}, {"path": str(place.outside / secret)}, ["a"], "é" * 200,
-            "\ud800.png", "http://outside.invalid/a.png", {"array": [1.0], "sampling_rate": 1}, {"array": [1.0] * 1600, "sampling_rate": 11_127},
-            {"array": None, "sampling_rate": -1}, {"array": [[]], "sampling_rate": 16_000}, {"array": ["a"], "sampling_rate": "b"}])  # fmt: skip
+        others = [*_NAMES_IN_LINES, {"path": str(place.outside / secret)}]
+        value = files.outside_path(rng, folder, place.outside, secret) if rng.random() < 0.2 else rng.choice(others)
         return value, f"{column} {values.shown(value)}"
     if kind == "parquet" and rng.random() < 0.5:
-        value = rng.choice([{"bytes": None, "path": str(place.outside / secret)}, {"bytes": None, "path": f"../outside/{secret}"}, {"bytes": None, "path": None}, None,
-                            {"bytes": None, "path": "a\0b"}, {"bytes": b"", "path": "x" * 300}])  # fmt: skip
+        paths = [str(place.outside / secret), f"../outside/{secret}", None, "a\0b", "x" * 300]
+        value = {"bytes": rng.choice([None, b""]), "path": rng.choice(paths)}
         return value, f"{column} {values.shown(value)}"
     if rng.random() < 0.25:
         return files.pickled(place.ran), f"{column} that is a pickle"

@@ -9,8 +9,7 @@ from conversion import push as command
 
 from . import files, values
 from .case import Case, Place, WrongResult
-from .commands import damage_folder
-from .conversions import bad_config, bad_index, bad_tensors, saved, words_of
+from .saved import bad_config, bad_index, bad_tensors, damage_folder, saved, words_of
 
 
 TOKENS = ("hf_" + "Q7w" * 11 + "x", "hf_" + "a1B2" * 9)
@@ -31,56 +30,52 @@ def good(folder: Path) -> None:
 
 def push(rng: Random, place: Place) -> Case:
     """A folder with something that must not leave the machine, or a request that cannot be met."""
+    way = rng.choice(["stays", "stays", "stays", "damaged", "request"])
+    if way == "request":
+        return _bad_request(rng)
     folder = place.inside / "model"
-    make = rng.choice([_must_stay, _must_stay, _must_stay, _damaged, _bad_request])
-    if make is _bad_request:
-        return make(rng, place)
-    says, refused = make(rng, place, folder)
-    options = rng.sample(["--dry-run", "--new-card", "--exist-ok", "--private"], rng.randint(0, 2))
-    arguments = [str(folder), "ada/model", "--skip-validation", *dict.fromkeys(["--dry-run", *options])]
+    says, must_stay = (_what_must_stay if way == "stays" else _damaged)(rng, place, folder)
+    options = rng.sample(["--new-card", "--exist-ok", "--private"], rng.randint(0, 2))
+    arguments = [str(folder), "ada/model", "--skip-validation", "--dry-run", *options]
 
     def call() -> int:
         code = command.main(arguments)
-        if not code and refused:
+        if not code and must_stay:
             raise WrongResult("what must not be published is published")
         return code
 
-    return Case(
-        f"{says} {options or ''}",
-        call,
-        (*words_of(says), "ready to be published", "config.json", "card"),
-        is_command=True,
-    )
+    names = (*words_of(says), "ready to be published", "config.json", "card")
+    return Case(f"{says} {options or ''}", call, names, is_command=True)
 
 
-def _copied(rng: Random, folder: Path) -> Path:
-    return Path(shutil.copytree(saved() / rng.choice(["mot", "transfusion"]), folder))
+_FILES = (
+    "samples.png", "losses.png", "a.jpg", "a.webp", "README.md", "LICENSE", "NOTICE", "conversion.json", "x.bin", "x.pkl",
+    "generation_config.json", "chat_template.jinja", "LICENSE.png", "image_tokenizer/x.json", "vocab.json", "merges.txt",
+    "tokenizer.model", ".gitattributes", "USE_POLICY.md",
+)  # fmt: skip
+_NEVER_TEXT = (".png", ".jpg", ".webp", ".bin", ".pkl")
 
 
-def _must_stay(rng: Random, place: Place, folder: Path) -> tuple[str, bool]:
-    _copied(rng, folder)
-    name = rng.choice(["samples.png", "losses.png", "a.jpg", "a.webp", "README.md", "LICENSE", "NOTICE", "conversion.json", "generation_config.json", "chat_template.jinja", "x.bin", "x.pkl", "LICENSE.png",
-                       "image_tokenizer/x.json", "vocab.json", "merges.txt", "tokenizer.model", ".gitattributes", "USE_POLICY.md"])  # fmt: skip
-    way, file = (
-        rng.choice(["pickle", "token", "key", "link", "link folder", "code", "zip", "executable"]),
-        folder / name,
-    )
+def _what_must_stay(rng: Random, place: Place, folder: Path) -> tuple[str, bool]:
+    """Put something into a copy of a good folder.  -> what, and whether it must not be published"""
+    shutil.copytree(saved() / rng.choice(["mot", "transfusion"]), folder)
+    name = rng.choice(_FILES)
+    way, file = rng.choice(["pickle", "token", "key", "link", "folder", "code", "zip", "executable"]), folder / name
     file.parent.mkdir(exist_ok=True)
-    secret = rng.choice(TOKENS if way == "token" else KEYS).encode()
     file.unlink(missing_ok=True)
     if way == "pickle":
-        file.write_bytes(
-            rng.choice([b"", files.picture(rng)]) * (not name.endswith((".bin", ".pkl"))) + files.pickled(place.ran)
-        )
+        before = files.picture(rng) if name.endswith(".png") and rng.random() < 0.5 else b""
+        file.write_bytes(before + files.pickled(place.ran))
         return f"a pickle in {name}", True
     if way in ("token", "key"):
-        before = files.picture(rng) if name.endswith((".png", ".jpg", ".webp")) else b"some text "
+        secret = rng.choice(TOKENS if way == "token" else KEYS).encode()
+        before = files.picture(rng) if name.endswith(_NEVER_TEXT) else b"some text "
         file.write_bytes(before + rng.choice([b"", b"token=", b"\n"]) + secret + b"\n")
         return f"{secret[:20]!r} in {name}", True
     if way == "link":
         file.symlink_to(rng.choice([place.outside / "secret.txt", Path("../../outside/secret.txt")]))
         return f"{name} is a link out of the folder", True
-    if way == "link folder":
+    if way == "folder":
         (folder / "extra").symlink_to(place.outside)
         return "a link extra/ to a folder outside", True
     if way == "code":
@@ -92,7 +87,7 @@ def _must_stay(rng: Random, place: Place, folder: Path) -> tuple[str, bool]:
                 (folder / config).write_text(json.dumps(tree))
         return "evil.py and an auto_map", True
     file.write_bytes((b"PK\3\4" if way == "zip" else b"\x7fELF") + bytes(100))
-    return f"{way} as {name}", name.endswith((".png", ".jpg", ".webp", ".bin", ".pkl"))
+    return f"{way} as {name}", name.endswith(_NEVER_TEXT)
 
 
 def _damaged(rng: Random, place: Place, folder: Path) -> tuple[str, bool]:
@@ -100,16 +95,20 @@ def _damaged(rng: Random, place: Place, folder: Path) -> tuple[str, bool]:
     return rng.choice([damage_folder, bad_index, bad_tensors, bad_config])(rng, place, source, folder), False
 
 
-def _bad_request(rng: Random, place: Place) -> Case:
-    good = ["ada/model", "--skip-validation"]
-    folder, words = str(saved() / "mot"), rng.choice([
-        ["a/b/c"], [""], ["\0"], ["../x"], ["a b/c"], ["x" * 300], ["ada/model", "--revision", "\0"], ["ada/model", "--run", "/etc"], ["ada/model", "--nope"], ["ada/model", "--revision", "a b"], ["--dry-run"], ["é/é"],
-        ["ada/model", "--run", "\0"],
-    ])  # fmt: skip
-    if rng.random() < 0.4:
-        folder, words = rng.choice(["/etc", "no-such", "", "\0", "/dev/null", "/proc/self", "x" * 5000]), good
-    words = [*words, "--skip-validation"] if words != good else words
-    names = (*words, folder, "REPO", "name of a repository", "HF_HUB_OFFLINE", "repo_id", "Repo id", "HF_TOKEN")
-    return Case(
-        f"push {values.shown([folder, *words])}", lambda: command.main([folder, *words]), names, is_command=True
-    )
+_REPOSITORIES = ("a/b/c", "", "\0", "../x", "a b/c", "x" * 300, "--dry-run", "é/é")
+_OPTIONS = (["--revision", "\0"], ["--revision", "a b"], ["--run", "/etc"], ["--run", "\0"], ["--nope"])
+_FOLDERS = ("/etc", "no-such", "", "\0", "/dev/null", "/proc/self", "x" * 5000)
+
+
+def _bad_request(rng: Random) -> Case:
+    folder, repository, options = str(saved() / "mot"), "ada/model", []
+    way = rng.choice(["folder", "repository", "options"])
+    if way == "folder":
+        folder = rng.choice(_FOLDERS)
+    elif way == "repository":
+        repository = rng.choice(_REPOSITORIES)
+    else:
+        options = rng.choice(_OPTIONS)
+    words = [folder, repository, *options, "--skip-validation"]
+    names = (*words, "REPO", "name of a repository", "HF_HUB_OFFLINE", "Repo id", "HF_TOKEN")
+    return Case(f"push {values.shown(words)}", lambda: command.main(words), names, is_command=True)
