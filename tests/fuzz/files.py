@@ -8,10 +8,13 @@ import struct
 import zlib
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import soundfile
 from PIL import Image
+
+from .case import Place
 
 
 SECRET = "Zqxjkv the secret that nobody may read. " * 8
@@ -36,6 +39,18 @@ def outside_path(rng: Random, inside: Path, outside: Path, name: str) -> str:
     if not link.is_symlink():
         link.symlink_to(target)
     return rng.choice([str(target), f"../outside/{name}", link.name, f"a/../../outside/{name}", f"file://{target}"])
+
+
+_ADDRESSES = (
+    "http://outside.invalid/a", "https://169.254.169.254/latest", "ftp://outside.invalid/a", "HTTP://outside.invalid/a",
+    "http://outside.invalid@127.0.0.1:9/a", "//outside.invalid/a", "data:image/png;base64,AA",
+)  # fmt: skip
+
+
+def anywhere(rng: Random, place: Place, name: str) -> Any:
+    """A secret or an address in the place of a picture or sound, as strangers may write it."""
+    named = rng.choice([outside_path(rng, place.inside, place.outside, name), rng.choice(_ADDRESSES)])
+    return rng.choice([named, named, {"path": named}, {"bytes": None, "path": named}, Path(named)])
 
 
 # -------------------------------------------------------------------------------------------------------- code inside

@@ -42,8 +42,8 @@ def good(folder: Path) -> None:
 def process(rng: Random, place: Place) -> Case:
     """Documents, prompts, conversations, pictures, sounds and ids; ids of what is accepted are in the vocabulary."""
     processor = rng.choice(processors())
-    make = rng.choice([_document, _document, _document, _prompt, _conversation, _ids, _picture, _sound, _sound])
-    says, call, names = make(rng, processor)
+    make = rng.choice([_document, _document, _prompt, _conversation, _ids, _picture, _sound, _sound, _from_strangers])
+    says, call, names = make(rng, processor, *([place] if make is _from_strangers else []))
 
     def checked() -> None:
         made = call()
@@ -219,6 +219,39 @@ def _conversation(rng: Random, processor: Any) -> Made:
     names = ("conversation", "content", "role", "message", "messages", "type", "block", "image", "audio", *options)
     says = f"{values.shown(conversation)} {values.shown(options)}"
     return says, lambda: processor.apply_chat_template(conversation, **options), names
+
+
+def _from_strangers(rng: Random, processor: Any, place: Place) -> Made:
+    """Paths where they are not allowed, and addresses, which never are unless the caller says so."""
+    kind, secret = rng.choice([("image", "secret.png"), ("audio", "secret.wav")])
+    where, names = (
+        files.anywhere(rng, place, secret),
+        (kind, "picture", "sound", "path", "address", "allow_paths", "allow_urls"),
+    )
+    way, call = rng.choice(
+        [
+            ("document", lambda: processor([TEXT, {"type": kind, kind: where}], allow_paths=False)),
+            ("prompt", lambda: processor(text=f"<|{kind}|>", allow_paths=False, **{_ARGUMENTS[kind]: [where]})),
+            ("conversation", lambda: _chat(processor, [{"type": kind, _key(where): _plain(where)}])),
+        ]
+    )
+    return f"{way} of {values.shown(where)}", call, names
+
+
+_ARGUMENTS = {"image": "images", "audio": "audio"}
+
+
+def _plain(where: Any) -> Any:
+    return where.get("path") if isinstance(where, dict) else where
+
+
+def _key(where: Any) -> str:
+    return "url" if "://" in str(_plain(where)) else "path"
+
+
+def _chat(processor: Any, content: list[dict]) -> Any:
+    conversation = [{"role": "user", "content": content}]
+    return processor.apply_chat_template(conversation, tokenize=True, return_dict=True, allow_paths=False)
 
 
 # ------------------------------------------------------------------------------------------------------------- decoding

@@ -181,17 +181,12 @@ def _with_code(rng: Random, good: dict) -> tuple[dict, tuple[str, ...], str]:
     return good | {name: own}, (name, "of the caller", "vocabulary", "latents", "end", "put", "scores", "ids"), says
 
 
-_ADDRESSES = (
-    "http://outside.invalid/a.png", "https://169.254.169.254/latest", "ftp://outside.invalid/a", "data:image/png;base64,AA",
-)  # fmt: skip
-
-
 def _bad_document(rng: Random, place: Place) -> tuple[Any, str]:
-    picture, says = files.bad_picture(rng)
-    named = files.outside_path(rng, place.inside, place.outside, "secret.png")
-    address = rng.choice(_ADDRESSES)
-    image = rng.choice([picture, {"bytes": picture}, named, {"path": named}, address, {"bytes": None, "path": address}])
-    says = says if image is picture or image == {"bytes": picture} else values.shown(image)
+    """(document, what is bad)"""
+    image, says = files.bad_picture(rng)
+    if rng.random() < 0.6:
+        image = files.anywhere(rng, place, "secret.png")
+        says = values.shown(image)
     return [{"type": "text", "text": "a cat"}, {"type": "image", "image": image}], f"picture {says}"
 
 
