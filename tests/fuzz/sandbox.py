@@ -56,6 +56,10 @@ class Outcome:
     seconds: float = 0.0
     grown: int = 0  # bytes at the peak, above what the process began with
 
+    def worse(self, verdict: str, detail: str) -> None:
+        """Another verdict than that of the case's own process, whose detail is kept."""
+        self.verdict, self.detail = verdict, f"{detail}; {self.detail}" if self.detail else detail
+
 
 def run_case(name: str, area: Area, seed: int, folder: Path, loud: bool = False) -> Outcome:
     """Run a case and judge it.
@@ -79,9 +83,9 @@ def run_case(name: str, area: Area, seed: int, folder: Path, loud: bool = False)
             outcome.seconds = round(time.perf_counter() - begin, 2)
             opened = watch.opened()
         if opened:
-            outcome.verdict, outcome.detail = verdicts.OUTSIDE, f"opened {', '.join(sorted(opened))}; {outcome.detail}"
+            outcome.worse(verdicts.OUTSIDE, f"opened {', '.join(sorted(opened))}")
         if place.ran.exists():
-            outcome.verdict, outcome.detail = verdicts.CODE, f"code in the input was run; {outcome.detail}"
+            outcome.worse(verdicts.CODE, "code in the input was run")
         if loud:
             for file in ("traceback", "printed"):
                 if (root / file).is_file():
@@ -107,15 +111,12 @@ def _wait(pid: int, root: Path, outcome: Outcome) -> Outcome:
     outcome.grown = max(0, usage.ru_maxrss * 1024 - outcome.grown)
     killed_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     if not ended or killed_by == signal.SIGXCPU:
-        outcome.verdict, outcome.detail = verdicts.HANG, f"not done after {CPU_SECONDS} s of CPU or {WALL_SECONDS} s"
+        outcome.worse(verdicts.HANG, f"not done after {CPU_SECONDS} s of CPU or {WALL_SECONDS} s")
     elif killed_by or "verdict" not in report:
         name = signal.Signals(killed_by).name if killed_by else f"exit code {os.waitstatus_to_exitcode(status)}"
-        outcome.verdict, outcome.detail = (
-            verdicts.CRASH,
-            f"the process ended with {name}: {_read(root / 'printed')[-300:]}",
-        )
+        outcome.worse(verdicts.CRASH, f"the process ended with {name}: {_read(root / 'printed')[-300:]}")
     if outcome.grown > GIGABYTE and outcome.verdict not in (verdicts.HANG, verdicts.BROKEN):
-        outcome.verdict, outcome.detail = verdicts.MEMORY, f"took {outcome.grown / 2**20:,.0f} MiB; {outcome.detail}"
+        outcome.worse(verdicts.MEMORY, f"took {outcome.grown / 2**20:,.0f} MiB")
     return outcome
 
 
