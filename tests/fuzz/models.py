@@ -226,7 +226,7 @@ def prompt(model: Any) -> dict[str, Any]:
 
 def bad_settings(rng: Random, model: Any) -> dict[str, tuple]:
     """Bad values of arguments that are read by our code, or now and then by transformers'."""
-    if rng.random() < 0.25:
+    if rng.random() < 0.15:
         return THEIRS
     return OURS | (OF_PICTURES if isinstance(model, MoTTransfusionModel) else {})
 
