@@ -77,8 +77,6 @@ ROPE_RULES = {
     "mscale_all_dim": Maybe(Number()),
     "truncate": Typed(bool),
 }
-
-
 # What transformers' own configuration trips over.
 INHERITED_RULES = {"dtype": Maybe(Dtype()), "id2label": Maybe(Typed(dict))}
 
@@ -409,7 +407,7 @@ class MoTConfig(PreTrainedConfig):
                     f"num_hidden_layers={self.num_hidden_layers}"
                 )
         known = set(RopeParameters.__annotations__) - {"mrope_section"} | {"type"}
-        check_names(self.rope_parameters, known, "rope_parameters: key")
+        check_names(self.rope_parameters, known, "key of rope_parameters")
         of_frequencies = dict.fromkeys(("short_factor", "long_factor"), Several(Number(open="low"), self.head_dim // 2))
         check_fields(self.rope_parameters, ROPE_RULES | of_frequencies, "rope_parameters.")
         if self.rope_parameters["rope_type"] == "default":
@@ -417,7 +415,7 @@ class MoTConfig(PreTrainedConfig):
             check_names(
                 self.rope_parameters,
                 ("rope_type", "type", "rope_theta", "partial_rotary_factor"),
-                "rope_parameters of rope_type='default': key",
+                "key of rope_parameters for rope_type='default'",
             )
         low, high = (self.rope_parameters.get(f"{end}_freq_factor") for end in ("low", "high"))
         if None not in (low, high) and low >= high:

@@ -55,10 +55,11 @@ class Number(NamedTuple):
             below = value < self.high if self.open == "high" else value <= self.high
             if above and below:
                 return None
+        if (self.low, self.high, self.open) == (0, 1, ""):
+            return "is a probability, from 0 to 1"
         opening = "(" if self.open == "low" else "["
         closing = ")" if self.open == "high" or self.high == math.inf else "]"
-        kind = "is a probability, and" if (self.low, self.high) == (0, 1) else "must be finite, and"
-        return f"{kind} must lie in {opening}{self.low:g}, {self.high:g}{closing}"
+        return f"must be in {opening}{self.low:g}, {self.high:g}{closing}"
 
 
 class OneOf(NamedTuple):
@@ -138,9 +139,7 @@ def check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:
     known = sorted(known)
     for name in names:
         if name not in known:
-            raise ValueError(
-                f"{what} {name!r} is unknown{did_you_mean(name, known)}; known are {', '.join(map(str, known))}"
-            )
+            raise ValueError(f"unknown {what} {name}{did_you_mean(name, known)}; known are {', '.join(known)}")
 
 
 def did_you_mean(name: Any, known: Iterable, cutoff: float = 0.6) -> str:

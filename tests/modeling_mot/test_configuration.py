@@ -130,14 +130,14 @@ def test_sizes_of_no_model_are_refused_before_memory_is_asked_for(tiny_config, f
 @pytest.mark.parametrize(
     ("rope", "message"),
     [
-        ({"a": 1}, "key 'a' is unknown"),
+        ({"a": 1}, "unknown key of rope_parameters a; known are"),
         ({"rope_tetha": 1e4}, "did you mean 'rope_theta'"),
         ({"rope_theta": math.nan}, "rope_parameters.rope_theta=nan"),
         ({"rope_theta": 0}, "rope_parameters.rope_theta=0"),
         ({"rope_type": "liner", "factor": 2.0}, "rope_type='liner' .* did you mean 'linear'"),
         ({"rope_type": "linear"}, "'factor'"),
         ({"rope_type": "linear", "factor": 0.5}, "rope_parameters.factor=0.5"),
-        ({"rope_theta": 1e4, "factor": 2.0}, "rope_type='default': key 'factor'"),
+        ({"rope_theta": 1e4, "factor": 2.0}, "unknown key of rope_parameters for rope_type='default' factor"),
         ({"partial_rotary_factor": 0.5}, "rope_parameters.partial_rotary_factor=0.5"),
         ({"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0], "long_factor": [1.0] * 4}, "short_factor"),
         (
