@@ -197,7 +197,7 @@ def _assemble(rng: Random, place: Place) -> Case:
         option = rng.choice(sorted(OPTIONS["processor"]))
         value = rng.choice(OPTIONS["processor"][option])
         given[option], says = value, f"{option}={value!r}"
-        names: tuple[str, ...] = (option, option.strip("-").replace("-", "_"), value[:60])
+        names: tuple[str, ...] = (option, option.strip("-").replace("-", "_"), value[:60], str(parts() / "image"))
         if option == "--downsampling":
             given = {name: value for name, value in given.items() if name not in ("--image", "--speech")}
     else:

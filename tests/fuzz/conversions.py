@@ -94,7 +94,7 @@ def convert(rng: Random, place: Place) -> Case:
         value = rng.choice(options[option])
         words = [] if option in ("--image-codes", "--image-grid") and name == "upcycle" else words
         words, says = [*words, option, *(value.split(" ") if value else [value])], f"{option} {values.shown(value)}"
-        names = (option, option.strip("-").replace("-", "_"), value[:60])
+        names = (option, option.strip("-").replace("-", "_"), value[:60], value.partition("=")[2])
     else:
         copy = place.inside / "source"
         says = rng.choice([bad_config, bad_config, bad_index, bad_tensors, damage_folder])(rng, place, source, copy)

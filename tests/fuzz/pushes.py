@@ -110,5 +110,5 @@ def _bad_request(rng: Random) -> Case:
     else:
         options = rng.choice(_OPTIONS)
     words = [folder, repository, *options, "--skip-validation"]
-    names = (*words, "REPO", "name of a repository", "HF_HUB_OFFLINE", "Repo id", "HF_TOKEN")
+    names = (*words, str(Path(folder)), "REPO", "name of a repository", "HF_HUB_OFFLINE", "Repo id", "HF_TOKEN")
     return Case(f"push {values.shown(words)}", lambda: command.main(words), names, is_command=True)

@@ -97,7 +97,7 @@ def recipe(rng: Random, place: Place) -> Case:
         words, names = _bad_words(rng)
         says = " ".join(values.shown(word) for word in words)
     else:
-        says = _bad_file(rng, file, yaml.safe_dump(good))
+        says, names = _bad_file(rng, file, yaml.safe_dump(good)), ("data", "train", "sources")
     command = rng.choice(["train", "train", "prepare", "plan", "print"])
     arguments, options = [str(file), *words], _plan_options(rng) if command == "plan" else []
     call = {
@@ -125,6 +125,7 @@ def _bad_words(rng: Random) -> tuple[list[str], tuple[str, ...]]:
         words.append(f"{key}={value}")
         parts, given = key.split("."), value.strip("'\"")
         names += [key, parts[-1], *(".".join(parts[:count]) for count in range(2, len(parts)))]
+        names += ["column"] if parts[-1] == "segments" else []
         names += [given[:60], given.replace("\\0", "\\x00")]
     if rng.random() < 0.04:
         words.append(rng.choice(["--nope", "other.yaml", "a\0=b", "train.steps", "=", "\ud800=1"]))

@@ -212,8 +212,8 @@ def _served_by_a_thread(model: Any, bad: Any) -> None:
         first = server.add_request(good_request(model))
         try:
             name = server.add_request(bad)
-        except Exception as error:
-            name, refused = None, error
+        except BaseException as error:  # of a streamer, which is given the prompt at once
+            name, refused = None, error if isinstance(error, Exception) else RuntimeError(str(error))
         last = server.add_request(good_request(model))
         for good in (first, last):
             _check_good(_result(server, good), model)
