@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from conversion.commands import reading
 from conversion.key_maps import ConversionError, KeyMap, Rule
 from modeling_mot import MoTConfig
 
@@ -114,7 +115,8 @@ class Architecture:
             del values["head_dim"]  # its models read it all the same where it is another
         values |= {theirs: getattr(config, ours) for theirs, ours in self.renamed.items()}
         values |= {name: value(config) for name, value in self.inverse.items()}
-        made = self.config_class(**values)
+        with reading(f"{self.model_type} cannot express it"):
+            made = self.config_class(**values)
         differing = [
             f"{name}={getattr(config, name)!r} (there {value!r})"
             for name, value in self.mot_fields(made).items()
@@ -275,9 +277,9 @@ def architecture_of(model_type: str) -> Architecture:
     Raises:
         ConversionError: there is none; the reason where it is known, and the list of those that there are.
     """
-    if model_type in ARCHITECTURES:
+    if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
-    reason = REFUSED.get(model_type, "whether a MoTConfig expresses its layer is not known")
+    reason = REFUSED.get(str(model_type), "whether a MoTConfig expresses its layer is not known")
     raise ConversionError(
         f"model_type={model_type!r} cannot be converted: {reason}. Those that can are {', '.join(ARCHITECTURES)}"
     )
@@ -293,13 +295,17 @@ def fit_length(config: PreTrainedConfig, max_length: int | None) -> int:
         ConversionError: longer than the source's positions or its window of attention, or RoPE depends on it.
     """
     longest = config.max_position_embeddings
-    length = max_length or longest
+    length = longest if max_length is None else max_length
+    if length < 1:
+        raise ConversionError(f"--max-length {length} must be at least 1")
     if length > longest:
         raise ConversionError(f"--max-length {length} is longer than the source's max_position_embeddings={longest}")
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise ConversionError(f"layer_types has {', '.join(sorted(unknown))}; a MoT has full attention")
     window = getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
+    if window is not None and not isinstance(window, int):
+        raise ConversionError(f"sliding_window={window!r:.80} must be a whole number, or null")
     if window is not None and length > window:
         raise ConversionError(
             f"sliding_window={window} is shorter than max_position_embeddings={length}, and a MoT has full attention; within "

@@ -15,12 +15,13 @@ from transformers import ChameleonImageProcessorPil, ChameleonVQVAE, ChameleonVQ
 
 from conversion.chameleon_vocabulary import ImageVocabulary
 from conversion.checkpoints import CheckpointReader
+from conversion.commands import reading
 from conversion.key_maps import ConversionError, KeyMap, Rule
+from conversion.sizes import DIFFUSERS_WEIGHTS
 from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig, MoTImageTokenizer
 
 
 CODEBOOK = "quantize.embedding.weight"
-DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 # What decides the pixels; the rest of a preprocessor's file is about how it is called.
 PICTURE_SETTINGS = (
     "do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
@@ -70,7 +71,8 @@ def picture_settings(folder: Path, vq_config: ChameleonVQVAEConfig) -> dict[str,
         ConversionError: pictures do not all come out in one size.
     """
     if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        processor = ChameleonImageProcessorPil.from_pretrained(folder)
+        with reading(f"the image processor of {folder} cannot be read"):
+            processor = ChameleonImageProcessorPil.from_pretrained(folder)
     else:
         side = vq_config.resolution
         processor = ChameleonImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
@@ -164,6 +166,7 @@ def read_decoder(path: Path, codebook: torch.Tensor, key_map: KeyMap) -> dict[st
         ConversionError: there is no decoder, or it belongs to another codebook.
     """
     if path.is_file():
+        path = path.resolve()  # a link that the user names may lead anywhere
         reader = CheckpointReader(path.parent, path.name)
     else:
         is_diffusers = any(path.glob("diffusion_pytorch_model*"))

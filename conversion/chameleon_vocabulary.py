@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.chameleon.modeling_chameleon import ChameleonImageVocabularyMapping
 
+from conversion.commands import reading
 from conversion.key_maps import ConversionError
-from modeling_mot.vocabulary_mot import SPECIAL_TOKENS, add_bos, code_token, set_special_attributes, special
+from modeling_mot.trust_mot import load_tokenizer
+from modeling_mot.vocabulary_mot import SPECIAL_TOKENS, code_token, set_special_attributes, special
 
 
 # Chameleon's own names, which transformers' processor has fixed too.
@@ -98,7 +100,8 @@ def convert_tokenizer(
     """
     if not (folder / "tokenizer.json").is_file():
         return None
-    source = AutoTokenizer.from_pretrained(folder)
+    with reading(f"the tokenizer of {folder} cannot be read"):
+        source = load_tokenizer(folder)
     backend = json.loads(source.backend_tokenizer.to_str())
     names = source.convert_ids_to_tokens(list(range(*vocabulary.token_range)))
     renamed = {name: code_token("image", index) for index, name in enumerate(names)}
@@ -128,9 +131,6 @@ def convert_tokenizer(
     # Special, so that text which spells such a token is not taken for it when documents are encoded.
     tokenizer.add_tokens([special(token) for token in (*own.values(), *renamed.values())], special_tokens=True)
     set_special_attributes(tokenizer, own)
-    processor = tokenizer.backend_tokenizer.post_processor
-    if processor is None or not processor.num_special_tokens_to_add(False):
-        add_bos(tokenizer)
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     if tokenizer.get_vocab() != {renamed.get(name, name): index for name, index in source.get_vocab().items()}:
         raise ConversionError("the tokenizer's ids changed while its image tokens were renamed; it cannot be converted")

@@ -26,15 +26,13 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
 
 from conversion.key_maps import ConversionError
+from modeling_mot.trust_mot import check_links, leads_outside, shard_files
 
 
 WEIGHTS = "model.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-# safetensors' names of element types
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+# safetensors' names of the element types that weights have
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 # Everything but pickled weights, and but other formats of the same weights.
 _FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICEN*", "NOTICE*")
@@ -69,13 +67,18 @@ def fetch(source: str, revision: str | None = None) -> tuple[Path, str | None]:
         revision: branch, tag or commit of a name on the Hub.
 
     Raises:
-        ConversionError: there is no such folder or repository, or the Hub is out of reach.
+        ConversionError: there is no such folder or repository, or the Hub is out of reach, or the folder has links that
+            lead out of it.
     """
     if Path(source).is_dir():
         if revision is not None:
             raise ConversionError(
                 f"--revision {revision} is of names on the Hub, but {source} is a folder; leave it out"
             )
+        try:
+            check_links(Path(source))
+        except ValueError as error:
+            raise ConversionError(str(error)) from error
         return Path(source), None
     try:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(_FETCHED)))
@@ -105,6 +108,8 @@ class CheckpointReader:
         self._headers = {}
         for file in sorted(set(self._files.values())):
             self._headers |= {name: header for name, header in _read_header(self.folder / file).items()}
+        if not self._files:
+            raise ConversionError(f"{self.folder} holds no tensors; is the download complete?")
         if lost := [name for name in self._files if name not in self._headers]:
             raise ConversionError(
                 f"{self.folder}: the index names {lost[0]!r} and {len(lost) - 1} more that no file holds"
@@ -113,13 +118,13 @@ class CheckpointReader:
     def _find(self, weights: str) -> dict[str, str]:
         index = self.folder / f"{weights}.index.json"
         if index.is_file():
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            if lost := sorted({file for file in files.values() if not (self.folder / file).is_file()}):
-                raise ConversionError(
-                    f"{index} names {', '.join(lost)}, which are not there; is the download complete?"
-                )
-            return files
+            try:
+                return shard_files(index)
+            except ValueError as error:
+                raise ConversionError(str(error)) from error
         if (self.folder / weights).is_file():
+            if leads_outside(self.folder / weights, self.folder):
+                raise ConversionError(f"{self.folder / weights} is a link that leads outside; put a copy in its place")
             return dict.fromkeys(_read_header(self.folder / weights), weights)
         pickled = sorted(path.name for pattern in PICKLED for path in self.folder.glob(pattern))
         if pickled:
@@ -141,18 +146,33 @@ class CheckpointReader:
         return tuple(self._headers[name]["shape"])
 
     def dtype(self, name: str) -> torch.dtype:
-        """Raises ConversionError for a type of quantized weights."""
+        """Raises ConversionError for a type of quantized weights: whole numbers, and floats of 8 bits and fewer."""
         code = self._headers[name]["dtype"]
         if code not in DTYPES:
             raise ConversionError(f"{name} is stored as {code}; convert the checkpoint before it was quantized")
         return DTYPES[code]
+
+    def has_values(self, name: str) -> bool:
+        """False for a tensor with a side of 0, of which the other sides say nothing."""
+        return 0 not in self.shape(name)
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuse a tensor that is not in the expected shape, or of quantized weights. Raises ConversionError."""
+        self.dtype(name)
+        if self.shape(name) != shape:
+            raise ConversionError(f"{name} has shape {self.shape(name)}, where config.json says {shape}")
 
     def num_bytes(self) -> int:
         """Of all tensors."""
         return sum(end - begin for begin, end in (self._headers[name]["data_offsets"] for name in self._files))
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor. The file is opened for it alone: what is mapped of it is given back with the tensor."""
+        """One tensor. The file is opened for it alone: what is mapped of it is given back with the tensor.
+
+        Raises:
+            ConversionError: see `dtype`.
+        """
+        self.dtype(name)
         with safe_open(self.folder / self._files[name], framework="pt") as file:
             return file.get_tensor(name)
 
@@ -222,7 +242,7 @@ def write_tensors(
             filename_pattern=weights.replace(".safetensors", "{suffix}.safetensors"),
             max_shard_size=max_shard_size,
         )
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ConversionError(f"max_shard_size={max_shard_size!r} is no size, such as '5GB': {error}") from error
     needed, free = sum(entry.num_bytes for entry in entries), shutil.disk_usage(folder).free
     if needed > free:

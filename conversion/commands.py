@@ -1,20 +1,22 @@
 """What the commands that write a checkpoint have in common: arguments, errors, and the files that go along."""
 
 import argparse
-import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 
 from conversion.key_maps import ConversionError
+from modeling_mot.trust_mot import forget_code, read_json_object
 
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
+_SHOWN = 400  # characters of what a library says
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 
 
@@ -37,35 +39,70 @@ def exit_code(work: Callable[[], None]) -> int:
     """Run a command: 0 done, 2 a request that cannot be met, with the reason on stderr."""
     try:
         work()
-    except ConversionError as error:
+    except (
+        ConversionError,
+        OSError,
+    ) as error:  # of the system: a disk that is full, a folder that is not to be written
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
+@contextmanager
+def reading(lead: str) -> Iterator[None]:
+    """Around a library's reading of what the user names: whatever it raises becomes a ConversionError, `lead`: reason.
+
+    `tokenizers` raises Exception itself and others what their first wrong step happens to raise, so a list of types
+    would never be whole. Nothing but calls of libraries belongs inside: a mistake of ours is to be seen as one.
+    """
+    try:
+        yield
+    except ConversionError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        said = " ".join(str(error).split())
+        raise ConversionError(f"{lead}: {kind}{said[:_SHOWN]}") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Raises ConversionError for a file that is not there or no JSON object."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path} cannot be read: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConversionError(f"{path} holds no JSON object")
-    return tree
+        return read_json_object(path)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
 
 
 def read_config(stored: dict[str, Any]) -> PreTrainedConfig:
     """A config.json as its class in transformers reads it. Raises ConversionError where it is contradictory."""
-    try:
+    with reading("the source's config.json cannot be read by transformers"):
         return CONFIG_MAPPING[stored["model_type"]].from_dict(stored)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConversionError(f"the source's config.json cannot be read by transformers: {error}") from error
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """None where the folder has none. Raises ConversionError for one that transformers cannot read."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    with reading(f"{path} cannot be read by transformers"):
+        generation = GenerationConfig.from_pretrained(folder)
+        generation.validate(strict=True)  # as it will be when it is saved
+    forget_code(generation)
+    return generation
+
+
+def check_range(option: str, value: int | None, least: int, most: int) -> None:
+    """Refuse a number that is too small or too large; None is no number. Raises ConversionError."""
+    if value is not None and value < least:
+        raise ConversionError(f"{option} {value} must be at least {least}")
+    if value is not None and value > most:
+        raise ConversionError(f"{option} {value} must be at most {most}")
 
 
 def stored_dtype(stored: dict[str, Any], fallback: torch.dtype) -> torch.dtype:
     """The dtype that a config.json names, else `fallback`."""
     name = stored.get("dtype") or stored.get("torch_dtype")
-    return getattr(torch, name) if name in DTYPE_NAMES else fallback
+    return getattr(torch, name) if isinstance(name, str) and name in DTYPE_NAMES else fallback
 
 
 def copy_licences(source: Path, out: Path) -> None:

@@ -20,8 +20,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrain
 
 from conversion.architectures import ARCHITECTURES, Architecture, architecture_of
 from conversion.checkpoints import CheckpointReader, Entry, check_output, fetch, new_folder, provenance, write_tensors
-from conversion.commands import add_arguments, copy_licences, exit_code, read_config, read_json
+from conversion.commands import add_arguments, copy_licences, exit_code, read_config, read_generation_config, read_json
 from conversion.key_maps import ConversionError, KeyMap
+from conversion.sizes import check_sizes
 from conversion.tokenizer_files import check_cut, copy_tokenizer
 from modeling_mot import MoTConfig, MoTTransfusionConfig
 
@@ -99,7 +100,9 @@ def export_dense(
         raise ConversionError(
             f"{source} has model_type={stored.get('model_type')!r} and is no MoT, which has one of {', '.join(MODEL_TYPES)}"
         )
-    reader, config = CheckpointReader(folder), read_config(stored)
+    reader = CheckpointReader(folder)
+    check_sizes(stored, reader, folder / "config.json")
+    config = read_config(stored)
     wanted = _modules_of(config, tower)
     row, dense = dense_architecture(config, architecture, _recorded_architecture(folder))
     copies, left_behind = _copies(reader, config, dense, row, wanted, tower)
@@ -205,9 +208,9 @@ def _cut_vocabulary(folder: Path, dense: PreTrainedConfig, generation: Generatio
 
 def _generation_config(source: Path, dense: PreTrainedConfig) -> GenerationConfig:
     """The source's without what only a MoT reads."""
-    if not (source / "generation_config.json").is_file():
+    generation = read_generation_config(source)
+    if generation is None:
         return GenerationConfig.from_model_config(dense)
-    generation = GenerationConfig.from_pretrained(source)
     for name in set(vars(generation)) - set(vars(GenerationConfig())):
         delattr(generation, name)
     return generation
@@ -245,8 +248,7 @@ def _copies(
             "\n  ".join([f"{reader.folder} does not hold the tensors that its config.json says:", *missing, *surplus])
         )
     for name, shape in wanted.items():
-        if reader.shape(name) != shape:
-            raise ConversionError(f"{name} has shape {reader.shape(name)}, where config.json says {shape}")
+        reader.check(name, shape)
     return copies, left_behind
 
 

@@ -23,13 +23,24 @@ from conversion.architectures import Architecture
 from conversion.chameleon_pictures import image_tokenizer
 from conversion.chameleon_vocabulary import CHAT_TEMPLATE, ImageVocabulary, convert_tokenizer
 from conversion.checkpoints import CheckpointReader, Entry, check_output, fetch, new_folder, provenance, write_model
-from conversion.commands import add_arguments, copy_licences, exit_code, read_config, read_json
+from conversion.commands import (
+    add_arguments,
+    check_range,
+    copy_licences,
+    exit_code,
+    read_config,
+    read_generation_config,
+    read_json,
+    reading,
+)
 from conversion.initial_values import extended, generator_of
 from conversion.key_maps import ConversionError
-from conversion.vocabulary import SPEECH_UNITS
+from conversion.sizes import check_sizes
+from conversion.vocabulary import MOST_CODES, SPEECH_UNITS, extend_chat_template
 from modeling_mot import MoTConfig, MoTForCausalLM, MoTProcessor
 from modeling_mot.image_tokenizer_mot import MoTImageTokenizer
 from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
+from modeling_mot.vocabulary_mot import COMMON_SPECIAL_TOKENS
 
 
 VQ_VAE = "model.vqmodel."
@@ -158,10 +169,12 @@ def _plan(
             f"{folder} has model_type={stored.get('model_type')!r}, not 'chameleon'; python -m conversion.upcycle converts "
             "dense language models"
         )
+    reader = CheckpointReader(folder)
+    for part in (stored, stored.get("vq_config")):
+        check_sizes(part if isinstance(part, dict) else {}, reader, folder / "config.json")
     source = read_config(stored)
     CHAMELEON.check(source, stored, ignored=_READ)
     vocabulary = ImageVocabulary.of(source.vocabulary_map, source.vq_config.num_embeddings)
-    reader = CheckpointReader(folder)
     images = [name.removeprefix(VQ_VAE) for name in reader.names if name.startswith(VQ_VAE)]
     pictures = image_tokenizer(
         folder, lambda name: reader.read(VQ_VAE + name), images, source.vq_config, vocabulary, image_decoder
@@ -169,7 +182,9 @@ def _plan(
     tokenizer = convert_tokenizer(folder, vocabulary, speech.num_units if speech else speech_units)
     processor = None
     if tokenizer is not None:
-        processor = MoTProcessor(tokenizer, pictures, speech, chat_template=tokenizer.chat_template or CHAT_TEMPLATE)
+        # The source's configuration names all of them, see `OWN_TOKENS`.
+        template = extend_chat_template(tokenizer, named=list(COMMON_SPECIAL_TOKENS)) or CHAT_TEMPLATE
+        processor = MoTProcessor(tokenizer, pictures, speech, chat_template=template)
     elif speech is not None or speech_units:
         raise ConversionError(f"{folder} has no tokenizer.json, to which tokens of speech could be added")
 
@@ -209,9 +224,9 @@ def _mot_config(
 
 def _generation_config(folder: Path, config: MoTConfig) -> GenerationConfig:
     """The source's, with the tokens that its tokenizer begins, ends and pads with."""
-    if not (folder / "generation_config.json").is_file():
+    generation = read_generation_config(folder)
+    if generation is None:
         return GenerationConfig.from_model_config(config)
-    generation = GenerationConfig.from_pretrained(folder)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(generation, name, getattr(config, name))
     return generation
@@ -226,8 +241,7 @@ def _entry(
     dtype: torch.dtype | None,
 ) -> Entry:
     before = (source_rows, *shape[1:]) if name in ROWS_ARE_TOKENS else shape
-    if reader.shape(origin) != before:
-        raise ConversionError(f"{origin} has shape {reader.shape(origin)}, where config.json says {before}")
+    reader.check(origin, before)
     target = dtype or reader.dtype(origin)
 
     def make() -> torch.Tensor:
@@ -290,15 +304,12 @@ def _speech(options: argparse.Namespace) -> tuple[int, MoTSpeechTokenizer | None
             raise ConversionError("--speech-units and --speech-tokenizer go with --modalities text image speech")
         return 0, None
     if folder is None:
-        if units is not None and units < 1:
-            raise ConversionError(f"--speech-units {units} must be at least 1")
+        check_range("--speech-units", units, 1, MOST_CODES)
         return units or SPEECH_UNITS, None
     if units is not None:
         raise ConversionError("--speech-units follows from --speech-tokenizer; leave it out")
-    try:
+    with reading(f"--speech-tokenizer {folder} cannot be read"):
         speech = MoTSpeechTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"--speech-tokenizer {folder}: {error}") from error
     return speech.num_units, speech
 
 

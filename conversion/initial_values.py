@@ -16,6 +16,7 @@ from modeling_mot import MoTConfig
 # Of the standard deviation of a source's rows: enough to tell new rows apart, little enough to stay near their mean.
 NEW_ROW_NOISE = 0.1
 _ROWS_AT_ONCE = 1024
+MOST_NOISE = 100  # times what a tensor holds; with more, half precision overflows
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,15 @@ class Start:
         """`copy`, `fresh` or `perturbed:STD`. Raises ConversionError for anything else."""
         kind, _, std = text.partition(":")
         try:
-            if kind == "perturbed" and float(std) > 0:
+            if kind == "perturbed" and 0 < float(std) <= MOST_NOISE:
                 return cls(kind, float(std))
             if kind in ("copy", "fresh") and not std:
                 return cls(kind)
         except ValueError:
             pass
-        raise ConversionError(f"{text!r} is none of copy, fresh and perturbed:STD, such as perturbed:0.02")
+        raise ConversionError(
+            f"{text!r} is none of copy, fresh and perturbed:STD, such as perturbed:0.02, with STD up to {MOST_NOISE}"
+        )
 
     def __str__(self) -> str:
         return f"perturbed:{self.std}" if self.kind == "perturbed" else self.kind

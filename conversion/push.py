@@ -16,6 +16,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import validate_repo_id
 
+from conversion.commands import exit_code
+from conversion.contents import problem_of
 from conversion.hub import Branch, check_account, commit, differing, in_words, read_branch
 from conversion.key_maps import ConversionError
 from conversion.repository_files import CARD, repository_files
@@ -137,7 +139,10 @@ def _card_files(folder: Path, repo: str, run: Path | None, files: dict[str, Path
         raise ConversionError(f"the card could not be written: {error}") from error
     card.save(workspace / CARD)
     shown = [name for name in PICTURES if name not in files and f"({name})" in card.text]
-    return {CARD: workspace / CARD} | {name: run / name for name in shown}
+    added = {CARD: workspace / CARD} | {name: run / name for name in shown}
+    if problems := [f"{file}: {reason}" for file in added.values() if (reason := problem_of(file))]:
+        raise ConversionError("\n  ".join(["the card is not ready to be published:", *problems]))
+    return added
 
 
 def _say_plan(files: dict[str, Path], repo: str, revision: str | None) -> None:
@@ -170,12 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--skip-validation", action="store_true", help="of a folder that was tried before")
     parser.add_argument("--dry-run", action="store_true", help="check, try and list; the Hub is not asked")
     options = parser.parse_args(arguments)
-    try:
-        push(**vars(options))
-    except ConversionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: push(**vars(options)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A recipe of the trainer for a checkpoint whose text is to stay as it is."""
 
 import json
+import shlex
 from pathlib import Path
 
 import yaml
@@ -13,7 +14,7 @@ _HEAD = """\
 # What the dense model brought is held: its tower, and its rows of the embeddings and of the output layer. Everything
 # else is trained, on the pictures that the project carries; put your own data in their place.
 #
-#   accelerate launch training/train.py {out}/train.yaml
+#   python training/train.py {file}
 """
 _TEXT_TOKENS = 64  # about what a caption needs
 
@@ -50,17 +51,17 @@ def frozen_text_recipe(out: Path, config: MoTConfig, processor: MoTProcessor | N
                 source | {"split": "validation", "templates": [{"segments": of_row} for of_row in segments]}
             ],
         },
-        "optimizer": {"lr": 1e-4, "min_lr": 1e-5, "warmup_steps": 100},
+        "optimizer": {"lr": 1e-4, "min_lr": 1e-5},
         "train": {
             "frozen_towers": ["text", *(["shared"] if len(config.untied) < 3 else [])],
             "frozen_vocabulary": held_rows,
             "steps": 1000,
             "rows": 8,
-            "output_dir": f"runs/{out.name}",
+            "output_dir": f"runs/{out.name}-trained",  # not OUT itself, which may lie in runs/
         },
     }
     plain = json.loads(json.dumps(recipe))  # or YAML would refer to lists that stand in it twice
-    return _HEAD.format(out=out) + yaml.safe_dump(plain, sort_keys=False, width=120)
+    return _HEAD.format(file=shlex.quote(str(out / "train.yaml"))) + yaml.safe_dump(plain, sort_keys=False, width=120)
 
 
 def _picture_tokens(config: MoTConfig) -> int:

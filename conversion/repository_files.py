@@ -5,16 +5,16 @@ Paths are those in the repository, with forward slashes.
 
 import fnmatch
 import importlib.util
-import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
-from safetensors import SafetensorError, safe_open
 
+from conversion.commands import read_json
+from conversion.contents import problem_of
 from conversion.key_maps import ConversionError
+from modeling_mot.trust_mot import code_in, read_weight_map
 
 
 INDEX, PROCESSOR, CARD = "model.safetensors.index.json", "processor_config.json", "README.md"
@@ -36,8 +36,8 @@ BESIDE = (
 # beside an upcycled model, which names this machine's folders.
 _STAY = (*DEFAULT_IGNORE_PATTERNS, "train.yaml")
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib", "*.npy", "*.npz", "*.h5", "*.msgpack")
-_TEXTS = (".json", ".md", ".py", ".yaml", ".jinja", ".txt", "")
-_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
+# Whose auto_map, or its like, tells a loader what code to run.
+_LOADED = ("config.json", "generation_config.json", PROCESSOR, "preprocessor_config.json", "tokenizer_config.json")
 _SHOWN = 20
 
 
@@ -64,7 +64,10 @@ def repository_files(folder: Path, keep_code: bool = False) -> dict[str, Path]:
     files = {path: files[path] for path in filter_repo_objects(sorted(files), ignore_patterns=list(_STAY))}
     problems = [f"{path}: {reason}" for path, file in files.items() if (reason := _refusal(folder, path, file))]
     if not problems:
-        problems = [*_missing_or_left(folder, files), *_code_problems(folder, files, keep_code)]
+        problems = [f"{path}: {reason}" for path, file in files.items() if (reason := problem_of(file))]
+        problems += _missing_or_left(folder, files)
+    if not problems:
+        problems = _code_problems(folder, files, keep_code)
     if problems:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         raise ConversionError("\n  ".join([f"{folder} is not ready to be published:", *problems[:_SHOWN], *more]))
@@ -90,8 +93,6 @@ def _refusal(folder: Path, path: str, file: Path) -> str | None:
         )
     if not matches(path, (*SAVED, *BESIDE)):
         return "is no part of a checkpoint; move it out of the folder"
-    if file.suffix in _TEXTS and (found := _TOKEN.search(file.read_bytes())):
-        return f"holds what looks like a token of the Hub ({found[0][:5].decode()}...); remove it, and revoke the token"
     return None
 
 
@@ -99,17 +100,13 @@ def _missing_or_left(folder: Path, files: Mapping[str, Path]) -> list[str]:
     found = {path for path in files if matches(path, WEIGHTS[:2])}
     expected = {"model.safetensors"}
     if INDEX in files:
-        expected = set(_read_json(files[INDEX])["weight_map"].values())
+        try:
+            expected = set(read_weight_map(files[INDEX]).values())
+        except ValueError as error:
+            return [f"{INDEX}: {error}"]
     problems = [f"{path}: is missing; save the model again" for path in sorted(expected - found)]
     if PROCESSOR not in files:
         problems.append(f"{PROCESSOR}: is missing, so nobody could make tokens; save a MoTProcessor to the folder")
-    for path, file in files.items():
-        if path.endswith(".safetensors"):
-            try:
-                with safe_open(file, framework="np"):  # which compares the header with the size
-                    pass
-            except SafetensorError as error:
-                problems.append(f"{path}: is no whole file of safetensors ({error}); save it again")
     return problems + [
         f"{path}: is left from another save, and would be loaded in the place of, or beside, {min(expected)}; remove it"
         for path in sorted(found - expected)
@@ -119,17 +116,14 @@ def _missing_or_left(folder: Path, files: Mapping[str, Path]) -> list[str]:
 def _code_problems(folder: Path, files: Mapping[str, Path], keep_code: bool) -> list[str]:
     """Whoever loads with `trust_remote_code` runs these files, so each must be one that somebody answers for: it equals
     that of this package, or the caller says that the folder's own is meant, and then it is code that the model loads."""
-    maps = [
-        _read_json(files[name]).get("auto_map", {})
-        for name in ("config.json", PROCESSOR, "tokenizer_config.json")
-        if name in files
-    ]
-    values = [value if isinstance(value, list) else [value] for found in maps for value in found.values()]
-    named = {entry for value in values for entry in value if entry}
+    trees = [read_json(files[path]) for path in sorted(files) if path in _LOADED or path.endswith("/config.json")]
+    if foreign := sorted({entry for tree in trees for entry in code_in(tree) if "--" in entry}):
+        return [f"auto_map: {entry} is code of another repository, at no revision; save it again" for entry in foreign]
+    named = {entry for tree in trees for entry in code_in({"auto_map": tree.get("auto_map")})}
     if not named:
         return ["config.json: has no auto_map, so nobody could load it; save the model with save_pretrained"]
-    if foreign := sorted(entry for entry in named if "--" in entry):
-        return [f"auto_map: {entry} is code of another repository, at no revision; save it again" for entry in foreign]
+    if missing := sorted(entry for entry in named if f"{entry.split('.')[0]}.py" not in files):
+        return [f"auto_map: {entry} is not among the folder's files; save it again" for entry in missing]
     if keep_code:
         from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -146,10 +140,3 @@ def _code_problems(folder: Path, files: Mapping[str, Path], keep_code: bool) -> 
         f"{', '.join(others)}: not the code of the modeling_mot that is installed here; load the folder with modeling_mot and "
         "save it again, or publish its own code with --keep-code"
     ]
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{file} is no JSON ({error}); save it again") from error

@@ -6,11 +6,14 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from conversion.commands import read_json
+from conversion.commands import read_json, reading
 from conversion.key_maps import ConversionError
+from modeling_mot.chat_templates_mot import as_it_was
+from modeling_mot.trust_mot import without_code
 
 
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+TEMPLATES = "additional_chat_templates"  # a folder of those with names of their own
 FILES = (
     TOKENIZER, SETTINGS, TEMPLATE, "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt",
@@ -21,7 +24,8 @@ def check_cut(folder: Path, vocab_size: int) -> None:
     """Refuse to cut what cannot be cut: a vocabulary's own tokens, which merges are made of. Raises ConversionError."""
     if not (folder / TOKENIZER).is_file():
         return
-    own = Tokenizer.from_file(str(folder / TOKENIZER)).get_vocab_size(with_added_tokens=False)
+    with reading(f"{folder / TOKENIZER} cannot be read"):
+        own = Tokenizer.from_file(str(folder / TOKENIZER)).get_vocab_size(with_added_tokens=False)
     if vocab_size < own:
         raise ConversionError(
             f"--vocab-size {vocab_size} cuts into the {own} tokens of {folder / TOKENIZER}; keep those"
@@ -38,21 +42,29 @@ def copy_tokenizer(source: Path, out: Path, vocab_size: int) -> None:
     for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, out / TEMPLATES)
     cut = _cut_tokens(out / TOKENIZER, vocab_size) if (out / TOKENIZER).is_file() else []
-    if (out / TEMPLATE).is_file() and _writes((out / TEMPLATE).read_text(encoding="utf-8"), cut):
-        (out / TEMPLATE).unlink()
+    for path in (out / TEMPLATE, *(out / TEMPLATES).glob("*.jinja")):
+        if path.is_file():
+            template = as_it_was(path.read_text(encoding="utf-8"))
+            path.write_text(template, encoding="utf-8")
+            if _writes(template, cut):
+                path.unlink()
     if (out / SETTINGS).is_file():
         settings = {
             name: value
-            for name, value in read_json(out / SETTINGS).items()
+            for name, value in without_code(read_json(out / SETTINGS)).items()
             # The processor is a MoT's, and so is its code.
-            if name not in ("processor_class", "auto_map") and not _writes(json.dumps(value, ensure_ascii=False), cut)
+            if name != "processor_class" and not _writes(json.dumps(value, ensure_ascii=False), cut)
         }
         _write_json(out / SETTINGS, settings)
 
 
 def _cut_tokens(path: Path, vocab_size: int) -> list[str]:
     """Take the added tokens from `vocab_size` on out of a tokenizer.json. -> those tokens"""
+    with reading(f"{path.name} of the source cannot be read"):
+        Tokenizer.from_file(str(path))
     tree = read_json(path)
     cut = [token["content"] for token in tree["added_tokens"] if token["id"] >= vocab_size]
     if cut:

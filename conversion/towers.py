@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from conversion.architectures import Architecture, architecture_of, fit_length
 from conversion.checkpoints import CheckpointReader, Entry
-from conversion.commands import read_config, read_json, stored_dtype
+from conversion.commands import check_range, read_config, read_generation_config, read_json, reading, stored_dtype
 from conversion.initial_values import Start, extended, fresh, generator_of, perturbed
 from conversion.key_maps import ConversionError, Origin
+from conversion.sizes import check_sizes
 from conversion.vocabulary import Media, Vocabulary, extend_vocabulary
 from modeling_mot import MoTConfig, MoTForCausalLM, MoTProcessor, MoTTransfusionConfig, MoTTransfusionModel
 from modeling_mot.configuration_mot import UNTIED_PARTS
@@ -22,6 +23,10 @@ from modeling_mot.latent_patchifier import build_patchifier
 from modeling_mot.latents_mot import downsampling, vae_config_of
 
 
+# Several times what any model has had.
+MOST_EXPERTS = MOST_LAYERS = 1024
+MOST_SIDE = 1 << 20
+MOST_PATCHIFIER = 1 << 30  # parameters, which are drawn all at once
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -112,10 +117,11 @@ def plan_upcycle(folder: Path, wishes: Wishes) -> Plan:
     """
     stored = read_json(folder / "config.json")
     architecture = architecture_of(stored.get("model_type"))
+    reader = CheckpointReader(folder)
+    check_sizes(stored, reader, folder / "config.json")
     source = read_config(stored)
     architecture.check(source, stored, wishes.ignored_fields)
     length = fit_length(source, wishes.max_length)
-    reader = CheckpointReader(folder)
     vocabulary = extend_vocabulary(folder, source, wishes.media, wishes.use_tokenizer)
     config = _mot_config(architecture, source, vocabulary, wishes, length)
     config.dtype = wishes.dtype or stored_dtype(stored, reader.dtype(reader.names[0]))
@@ -149,6 +155,7 @@ def _mot_config(
 ) -> MoTConfig:
     values = architecture.mot_fields(source) | vocabulary.fields | {"max_position_embeddings": length}
     values["untied"] = [part for part in UNTIED_PARTS if part not in wishes.share]
+    check_range("--moe-text", wishes.text_experts, 2, MOST_EXPERTS)
     if wishes.text_experts is not None:
         if "feed_forward" in wishes.share:
             raise ConversionError(
@@ -161,10 +168,9 @@ def _mot_config(
         values["latent_size"] = [side // factor for side in wishes.media.image_processor.image_size]
         values["latent_channels"] = wishes.vae.config.latent_channels
         values["vae_config"] = vae_config_of(wishes.vae)
-    try:
+    _check_settings(wishes.settings)
+    with reading("these options contradict each other"):
         config = config_class(**values | wishes.settings)
-    except (ValueError, TypeError) as error:
-        raise ConversionError(f"these options contradict each other: {error}") from error
     if unknown := [tower for tower in wishes.starts if tower not in config.tower_names]:
         raise ConversionError(f"--init names {unknown[0]!r}; the towers are {', '.join(config.tower_names)}")
     if wishes.starts and not config.untied:
@@ -172,11 +178,20 @@ def _mot_config(
     return config
 
 
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Refuse numbers that are larger than any model has: modules of such sizes would be built to find that out."""
+    for name, value in settings.items():
+        most = MOST_LAYERS if name == "unet_layers" else MOST_SIDE
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and number > most:
+                raise ConversionError(f"--set {name} {number} must be at most {most}")
+
+
 def _take_generation_config(folder: Path, model: PreTrainedModel) -> None:
     """The source's settings of generation (its list of end tokens among them), with the special tokens of the model."""
-    if not (folder / "generation_config.json").is_file():
+    own, taken = model.generation_config, read_generation_config(folder)
+    if taken is None:
         return
-    own, taken = model.generation_config, GenerationConfig.from_pretrained(folder)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(taken, name) is None:
             setattr(taken, name, getattr(own, name))
@@ -193,6 +208,11 @@ def _made_here(config: MoTConfig, targets: dict[str, torch.Tensor], wishes: Wish
         if name.endswith(".router.weight"):
             made[name] = partial(_router, name, tuple(target.shape), config, wishes.seed)
     if wishes.vae is not None:
+        if (count := config.patchifier_parameters()) > MOST_PATCHIFIER:
+            raise ConversionError(
+                f"unet_channels={config.unet_channels} and unet_layers={config.unet_layers} make a patchifier of {count:,} "
+                f"parameters; at most {MOST_PATCHIFIER:,} are drawn"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator_of(wishes.seed, "patchifier").initial_seed())
             patchifier = build_patchifier(config)
@@ -239,8 +259,7 @@ def _check_shape(reader: CheckpointReader, source: str, entry: Entry, source_voc
     expected = entry.shape
     if entry.name in (EMBEDDINGS, HEAD):
         expected = (source_vocabulary, *expected[1:])
-    if reader.shape(source) != expected:
-        raise ConversionError(f"{source} is {list(reader.shape(source))}, but by config.json {list(expected)}")
+    reader.check(source, expected)
 
 
 def _refuse_untied(reader: CheckpointReader) -> None:

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 
 from conversion.checkpoints import check_output, fetch, new_folder, provenance, write_model
-from conversion.commands import add_arguments, copy_licences, exit_code
+from conversion.commands import add_arguments, check_range, copy_licences, exit_code, reading
 from conversion.initial_values import Start
 from conversion.key_maps import ConversionError
 from conversion.recipes import frozen_text_recipe
+from conversion.sizes import check_part
 from conversion.towers import Plan, Wishes, plan_upcycle
 from conversion.vae import read_vae
-from conversion.vocabulary import SPEECH_UNITS, Media
+from conversion.vocabulary import MOST_CODES, SPEECH_UNITS, Media
 from modeling_mot import MoTConfig, MoTTransfusionConfig
 from modeling_mot.configuration_mot import UNTIED_PARTS
 from modeling_mot.image_processor_mot import MoTImageProcessor
@@ -118,6 +119,8 @@ def wishes_of(options: argparse.Namespace) -> Wishes:
         tower, separator, start = text.partition("=")
         if not separator:
             raise ConversionError(f"--init {text!r} is not TOWER=START, such as image=fresh")
+        if tower in starts:
+            raise ConversionError(f"--init names {tower!r} twice; say once how it begins")
         starts[tower] = Start.parse(start)
     return Wishes(
         media=media,
@@ -161,23 +164,29 @@ def media_of(options: argparse.Namespace, vae: torch.nn.Module | None, settings:
         counted = "--image-codes" if modality == "image" else "--speech-units"
         if folder is not None and count is not None:
             raise ConversionError(f"{counted} follows from --{modality}-tokenizer; leave it out")
-        if count is not None and count < 1:
-            raise ConversionError(f"{counted} {count} must be at least 1")
-    try:
-        if options.image_tokenizer is not None:
-            media.image_tokenizer = MoTImageTokenizer.from_pretrained(options.image_tokenizer)
-            media.image_codes, media.image_grid = media.image_tokenizer.num_codes, media.image_tokenizer.image_grid
-        if options.speech_tokenizer is not None:
+        check_range(counted, count, 1, MOST_CODES)
+    if options.image_tokenizer is not None:
+        media.image_tokenizer = _image_tokenizer(options.image_tokenizer)
+        media.image_codes, media.image_grid = media.image_tokenizer.num_codes, media.image_tokenizer.image_grid
+    if options.speech_tokenizer is not None:
+        with reading(f"pictures or sound: --speech-tokenizer {options.speech_tokenizer} cannot be read"):
             media.speech_tokenizer = MoTSpeechTokenizer.from_pretrained(options.speech_tokenizer)
-            media.speech_units = media.speech_tokenizer.num_units
-        if vae is not None:
-            if media.image_codes:
-                raise ConversionError("--transfusion diffuses pictures; leave --image-tokenizer and --image-codes out")
+        media.speech_units = media.speech_tokenizer.num_units
+    if vae is not None:
+        if media.image_codes:
+            raise ConversionError("--transfusion diffuses pictures; leave --image-tokenizer and --image-codes out")
+        try:
             side = downsampling(vae_config_of(vae)) * settings.get("patch_size", MoTTransfusionConfig.patch_size)
             media.image_processor = MoTImageProcessor(options.image_size or [256, 256], side)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConversionError(f"pictures or sound: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise ConversionError(f"pictures or sound: {error}") from error
     return media
+
+
+def _image_tokenizer(folder: str) -> MoTImageTokenizer:
+    check_part(folder)
+    with reading(f"pictures or sound: --image-tokenizer {folder} cannot be read"):
+        return MoTImageTokenizer.from_pretrained(folder)
 
 
 def parse_settings(words: Sequence[str], is_transfusion: bool) -> dict[str, Any]:
@@ -188,9 +197,11 @@ def parse_settings(words: Sequence[str], is_transfusion: bool) -> dict[str, Any]
         name, separator, text = word.partition("=")
         if not separator or name not in allowed:
             raise ConversionError(f"--set {word!r} is not FIELD=VALUE of one of {', '.join(sorted(allowed))}")
+        if name in settings:
+            raise ConversionError(f"--set names {name!r} twice; say once what it is")
         try:
             settings[name] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             settings[name] = text
     return settings
 

@@ -17,13 +17,16 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from transformers.dynamic_module_utils import custom_object_save
 
-from conversion.checkpoints import WEIGHTS, CheckpointReader, Entry, check_output, new_folder, write_tensors
-from conversion.commands import exit_code, read_json
+from conversion.checkpoints import WEIGHTS, CheckpointReader, Entry, check_output, fetch, new_folder, write_tensors
+from conversion.commands import exit_code, read_json, reading
 from conversion.key_maps import ConversionError
-from modeling_mot import MoTTransfusionConfig
+from conversion.sizes import check_part, check_sizes
+from modeling_mot import MoTProcessor, MoTTransfusionConfig, MoTTransfusionModel
 from modeling_mot.image_processor_mot import IMAGE_PROCESSOR_CONFIG_NAME
 from modeling_mot.latents_mot import build_vae, downsampling, vae_class, vae_config_of, vae_fingerprint
+from modeling_mot.trust_mot import code_in, without_code
 
 
 PREFIX = "vae."
@@ -51,8 +54,9 @@ def export_vae(folder: Path, out: Path, overwrite: bool = False, dry_run: bool =
     if config.vae_config is None:
         raise ConversionError(f"{folder} holds no VAE (vae_config is null): its model is fed latents")
     reader = CheckpointReader(folder)
+    check_sizes(config.vae_config, reader, folder / "config.json")
     tensors = {name.removeprefix(PREFIX): reader.read(name) for name in reader.names if name.startswith(PREFIX)}
-    with torch.device("meta"):
+    with torch.device("meta"), reading(f"vae_config of {folder} cannot be read"):
         vae = build_vae(config.vae_config)
     try:
         vae.load_state_dict(tensors, assign=True)
@@ -112,9 +116,10 @@ def import_vae(
         if (folder / "conversion.json").is_file():
             record["earlier"] = read_json(folder / "conversion.json")
         with new_folder(out, overwrite) as made:
-            shutil.copytree(folder, made, ignore=partial(_weights, folder), dirs_exist_ok=True)
+            shutil.copytree(folder, made, ignore=partial(_written_anew, folder), dirs_exist_ok=True)
             for name, content in (("config.json", stored), ("conversion.json", record)):
                 (made / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            _write_own_code(made)
             write_tensors(made, entries, max_shard_size)
     added = vae.state_dict()
     return (
@@ -131,13 +136,12 @@ def read_vae(folder: str | Path) -> AutoencoderKL | AutoencoderTiny:
     """
     if Path(folder).is_dir() and (Path(folder) / "model_index.json").is_file():
         raise ConversionError(f"{folder} is a whole pipeline; give its folder vae")
-    try:
+    check_part(folder)
+    with reading(f"no VAE could be read from {folder}"):
         # Diffusers' own reader knows the older names that many published VAEs have.
         vae, info = vae_class(AutoencoderKL.load_config(folder)).from_pretrained(
             folder, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConversionError(f"no VAE could be read from {folder}: {error}") from error
     if info["missing_keys"] or info["unexpected_keys"]:
         missing, unexpected = (", ".join(sorted(info[f"{kind}_keys"])) or "none" for kind in ("missing", "unexpected"))
         raise ConversionError(
@@ -150,12 +154,14 @@ def _config(folder: Path) -> MoTTransfusionConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ConversionError(f"{folder} holds no config.json; give the folder of a saved MoTTransfusionModel")
+    fetch(str(folder))
     stored = read_json(path)
     if stored.get("model_type") != MoTTransfusionConfig.model_type:
         raise ConversionError(
             f"{folder} has model_type={stored.get('model_type')!r}; only {MoTTransfusionConfig.model_type!r} holds a VAE"
         )
-    return MoTTransfusionConfig.from_dict(stored)
+    with reading(f"{path} cannot be read"):
+        return MoTTransfusionConfig.from_dict(stored)
 
 
 def _check_fits(
@@ -203,14 +209,29 @@ def _scaling(vae_config: dict[str, Any]) -> dict[str, Any]:
     return {name: complete.get(name) or None for name in SCALING}
 
 
-def _weights(root: Path, folder: str, names: list[str]) -> set[str]:
-    """The model's own weights, which are written anew; those of the processor's parts are in folders of theirs."""
-    stem = WEIGHTS.removesuffix(".safetensors")
+def _written_anew(root: Path, folder: str, names: list[str]) -> set[str]:
+    """The model's own weights, and code; weights of the processor's parts are in folders of theirs."""
+    stem, code = WEIGHTS.removesuffix(".safetensors"), {name for name in names if name.endswith(".py")}
     if Path(folder) != root:
-        return set()
-    return {
-        name for name in names if name.startswith(stem) and name.endswith((".safetensors", ".safetensors.index.json"))
-    }
+        return code
+    weights = {name for name in names if name.endswith((".safetensors", ".safetensors.index.json"))}
+    return code | {name for name in weights if name.startswith(stem)}
+
+
+def _write_own_code(folder: Path) -> None:
+    """The code of this package, and no other code named in a file that was copied."""
+    for part in (MoTTransfusionConfig, MoTTransfusionModel, MoTProcessor):
+        custom_object_save(part, folder)
+    own = MoTTransfusionConfig.auto_classes
+    processor = {"auto_map": {"AutoProcessor": own["AutoProcessor"]}}
+    named = {"config.json": {"auto_map": own}} | dict.fromkeys(
+        ("processor_config.json", "tokenizer_config.json"), processor
+    )
+    for file in folder.rglob("*config.json"):
+        tree = read_json(file)
+        if not set(code_in(tree)) <= set(own.values()):
+            tree = without_code(tree) | named.get(file.relative_to(folder).as_posix(), {})
+            file.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
 def _num_bytes(tensors: dict[str, torch.Tensor]) -> int:

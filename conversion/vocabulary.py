@@ -8,16 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from conversion.commands import check_range, reading
 from conversion.key_maps import ConversionError
 from modeling_mot import MoTProcessor
+from modeling_mot.chat_templates_mot import with_pictures
 from modeling_mot.image_processor_mot import MoTImageProcessor
 from modeling_mot.image_tokenizer_mot import MoTImageTokenizer
 from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
+from modeling_mot.trust_mot import load_tokenizer
 from modeling_mot.vocabulary_mot import COMMON_SPECIAL_TOKENS, SPECIAL_TOKENS, extend_tokenizer, special
 
 
+# More tokens of pictures or sound than any tokenizer makes; each takes about a kilobyte of the text tokenizer.
+MOST_CODES = 1 << 20
 SPEECH_UNITS = 500  # of HuBERT's k-means, as in the paper's trimodal models
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 MARKERS = ("boi_token", "eoi_token", "begin_of_speech_token", "end_of_speech_token")
@@ -65,22 +70,24 @@ def extend_vocabulary(folder: Path, config: PreTrainedConfig, media: Media, use_
     Raises:
         ConversionError: its tokenizer cannot be loaded or extended.
     """
+    check_range("--image-codes", media.image_codes, 0, MOST_CODES)
+    check_range("--speech-units", media.speech_units, 0, MOST_CODES)
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     if not (use_tokenizer and has_tokenizer):
         return Vocabulary(laid_out(config, media), None)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        # Where it was loaded from is no property of the tokenizer.
-        for name in ("is_local", "local_files_only"):
-            tokenizer.init_kwargs.pop(name, None)
+        with reading("it cannot be loaded"):
+            tokenizer = load_tokenizer(folder)
+        named = [name for name in COMMON_SPECIAL_TOKENS if getattr(tokenizer, name, None) is not None]
         fill_up(tokenizer, config)
-        extend_tokenizer(tokenizer, media.image_codes, media.speech_units)
+        # The model has not learnt to read a begin token where its tokenizer writes none.
+        extend_tokenizer(tokenizer, media.image_codes, media.speech_units, begins_texts=False)
         processor = MoTProcessor(
             tokenizer,
             media.image_tokenizer,
             media.speech_tokenizer,
             media.image_processor,
-            chat_template=tokenizer.chat_template,
+            chat_template=extend_chat_template(tokenizer, named),
         )
         fields = processor.config_kwargs()
     except (ValueError, OSError, ImportError, KeyError) as error:
@@ -91,15 +98,29 @@ def extend_vocabulary(folder: Path, config: PreTrainedConfig, media: Media, use_
 def fill_up(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     """Give a token to every row of the source, in place, so that new ones come behind them.
 
-    Many checkpoints have more rows than tokens, for round sizes. Where the tokenizer names no begin or end of text but
-    the configuration names a special token (Qwen), that is taken rather than one that nothing was trained on.
+    Many checkpoints have more rows than tokens, for round sizes. Where the tokenizer names no padding or end of text but
+    the configuration names a special token, that is taken rather than one that nothing was trained on. A tokenizer
+    without a begin token (Qwen) stays without one.
     """
     missing = config.vocab_size - len(tokenizer)
     tokenizer.add_tokens([special(f"<|unused_{index}|>") for index in range(missing)], special_tokens=True)
-    for name in COMMON_SPECIAL_TOKENS:
+    for name in ("pad_token", "eos_token"):
         token_id = _first(getattr(config, f"{name}_id", None))
         if getattr(tokenizer, name, None) is None and token_id in tokenizer.added_tokens_decoder:
             tokenizer.add_special_tokens({name: tokenizer.convert_ids_to_tokens(token_id)})
+
+
+def extend_chat_template(tokenizer: PreTrainedTokenizerBase, named: list[str]) -> str | dict[str, str] | None:
+    """The chat template of an extended tokenizer, or all that it has by name, with room for pictures and sounds.
+
+    Args:
+        named: which of the common special tokens it had before.
+    """
+    template = tokenizer.chat_template
+    unnamed = [name for name in COMMON_SPECIAL_TOKENS if name not in named]
+    if isinstance(template, dict):
+        return {name: with_pictures(tokenizer, one, unnamed) for name, one in template.items()}
+    return None if template is None else with_pictures(tokenizer, template, unnamed)
 
 
 def laid_out(config: PreTrainedConfig, media: Media) -> dict[str, Any]:
@@ -107,7 +128,8 @@ def laid_out(config: PreTrainedConfig, media: Media) -> dict[str, Any]:
     ids, end = {}, config.vocab_size
     for name in SPECIAL_TOKENS:
         ids[name] = _first(getattr(config, f"{name}_id", None)) if name in COMMON_SPECIAL_TOKENS else None
-        if ids[name] is None:
+        # A tokenizer that begins its texts with no token is extended by none.
+        if ids[name] is None and name != "bos_token":
             ids[name], end = end, end + 1
     ranges = {"text": [0, end]}
     for modality, count in (("image", media.image_codes), ("speech", media.speech_units)):
@@ -125,4 +147,4 @@ def laid_out(config: PreTrainedConfig, media: Media) -> dict[str, Any]:
 
 
 def _first(token_id: int | list[int] | None) -> int | None:
-    return token_id[0] if isinstance(token_id, list) else token_id
+    return (token_id or [None])[0] if isinstance(token_id, list) else token_id

@@ -128,7 +128,8 @@ def attention_mask_for(
         if plan is None:
             if position_ids is not None:
                 position_ids = position_ids.expand(inputs_embeds.shape[:2])
-            plan = plan_attention(position_ids, document_ids, image_blocks, may_plan)
+            may_wait = may_plan and inputs_embeds.device.type != "meta"  # nothing can be read there
+            plan = plan_attention(position_ids, document_ids, image_blocks, may_wait)
         if plan is not None:
             return plan.for_device(inputs_embeds.device)
     functions = {}

@@ -8,26 +8,12 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .configuration_mot import MoTConfig
 from .modality_routing import ModalityRouting, PerTower, join
+from .rotary_mot import Rotary
 from .tower_norms_mot import TowerNorms, qk_norm
-
-
-class _Rotary(torch.autograd.Function):
-    """RoPE as transformers' Llama computes it. The backward turns the other way, in as many operations."""
-
-    @staticmethod
-    def forward(ctx, heads, cosines, sines):
-        ctx.save_for_backward(cosines, sines)
-        ctx.dtype = heads.dtype
-        return heads * cosines + rotate_half(heads) * sines
-
-    @staticmethod
-    def backward(ctx, grad):
-        cosines, sines = ctx.saved_tensors
-        return (grad * cosines - rotate_half(grad * sines)).to(ctx.dtype), None, None
 
 
 class MoTAttention(nn.Module):
@@ -82,7 +68,7 @@ class MoTAttention(nn.Module):
         value = self._heads(self.v_proj(parts), None, routing, batch_size)
         if self.has_rope:
             angles = [of_head.unsqueeze(1) for of_head in position_embeddings]
-            query, key = _Rotary.apply(query, *angles), _Rotary.apply(key, *angles)
+            query, key = Rotary.apply(query, *angles), Rotary.apply(key, *angles)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 

@@ -5,42 +5,90 @@ both, the leave-one-out variants and the untying ablation: they differ in which 
 tower, which parts of a layer are untied between towers, and which towers carry experts.
 """
 
-import difflib
 from itertools import combinations
 
-from huggingface_hub.dataclasses import strict
+from torch import nn
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
+from .field_checks_mot import (
+    Dtype,
+    Maybe,
+    Number,
+    OneOf,
+    Several,
+    Typed,
+    Whole,
+    check_fields,
+    check_names,
+    did_you_mean,
+    strict_configuration,
+)
 from .presets_mot import PRESETS, VARIANTS, variant_fields
+from .trust_mot import without_code
 
 
 SHARED = "shared"
 UNTIED_PARTS = ("attention", "feed_forward", "norm")
 NORM_POSITIONS = ("pre", "post")
 QK_NORMS = (None, "rms", "rms_all_heads", "layer")
-SPECIAL_TOKENS = (
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "boi_token_id",
-    "eoi_token_id",
-    "begin_of_speech_token_id",
-    "end_of_speech_token_id",
-)
+TEXT_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+MARKERS = ("boi_token_id", "eoi_token_id", "begin_of_speech_token_id", "end_of_speech_token_id")
+SPECIAL_TOKENS = TEXT_TOKENS + MARKERS
+
+SPAN_RULES = {
+    "image_grid": Maybe(Several(Whole(1, 2**16), count=2)),  # rows and columns
+    "max_speech_tokens": Maybe(Whole()),
+}
+# The highest sizes are far above those of any model, so that what is refused is a slip, before memory is asked for.
+CONFIG_RULES = SPAN_RULES | {
+    "vocab_size": Whole(1, 2**26),
+    "hidden_size": Whole(1, 2**20),
+    "intermediate_size": Whole(1, 2**22),
+    "num_hidden_layers": Whole(1, 2**14),
+    "num_attention_heads": Whole(1, 2**16),
+    "num_key_value_heads": Whole(1, 2**16),
+    "head_dim": Whole(1, 2**16),
+    "max_position_embeddings": Whole(),
+    "num_experts": Whole(1, 2**12),
+    "initializer_range": Number(),
+    "rms_norm_eps": Number(),
+    "embedding_multiplier": Number(open="low"),
+    "attention_dropout": Number(0, 1, open="high"),
+    "hidden_dropout": Number(0, 1, open="high"),
+    "z_loss_coefficient": Number(),
+    "norm_position": OneOf(NORM_POSITIONS),
+    "qk_norm": OneOf(QK_NORMS),
+    "hidden_act": OneOf(tuple(ACT2FN)),
+}
+ROPE_RULES = {
+    "rope_type": OneOf(("default", *ROPE_INIT_FUNCTIONS)),
+    "rope_theta": Number(open="low"),
+    "factor": Number(1),
+    "partial_rotary_factor": Number(1, 1),  # heads are turned as a whole
+    "original_max_position_embeddings": Whole(),
+    "attention_factor": Maybe(Number(open="low")),
+    "beta_fast": Maybe(Number(open="low")),
+    "beta_slow": Maybe(Number(open="low")),
+    "low_freq_factor": Number(open="low"),
+    "high_freq_factor": Number(open="low"),
+    "mscale": Maybe(Number()),
+    "mscale_all_dim": Maybe(Number()),
+    "truncate": Typed(bool),
+}
+
+
+# What transformers' own configuration trips over.
+INHERITED_RULES = {"dtype": Maybe(Dtype()), "id2label": Maybe(Typed(dict))}
 
 
 def check_spans(image_grid, max_speech_tokens):
-    """Refuse a grid that is not two positive numbers, and no room for speech; None is no bound."""
-    if image_grid is not None and (
-        not isinstance(image_grid, (list, tuple)) or len(image_grid) != 2 or min(image_grid) < 1
-    ):
-        raise ValueError(f"image_grid={image_grid!r} must be [rows, columns], both at least 1")
-    if max_speech_tokens is not None and max_speech_tokens < 1:
-        raise ValueError(f"max_speech_tokens={max_speech_tokens} must be at least 1, or None for no bound")
+    """Refuse a grid that is not two positive whole numbers, and no room for speech; None is no bound."""
+    check_fields({"image_grid": image_grid, "max_speech_tokens": max_speech_tokens}, SPAN_RULES)
 
 
-@strict
+@strict_configuration
 class MoTConfig(PreTrainedConfig):
     r"""Configuration of `MoTModel` and `MoTForCausalLM`.
 
@@ -91,6 +139,7 @@ class MoTConfig(PreTrainedConfig):
         ValueError: a contradiction between fields; the message names field, value and way out.
     """
 
+    field_rules = CONFIG_RULES
     model_type = "mixture_of_transformers"
     keys_to_ignore_at_inference = ["past_key_values", "loss_sums", "loss_counts", "z_loss_sum"]
     default_theta = 10000.0
@@ -101,6 +150,8 @@ class MoTConfig(PreTrainedConfig):
         "AutoModelForMultimodalLM": "modeling_mot.MoTForCausalLM",
         "AutoProcessor": "processing_mot.MoTProcessor",
     }
+    # What the auto_map of a loaded file said otherwise. Code from the Hub is found by it; it is never saved again.
+    _loaded_auto_map = {}
 
     vocab_size: int = 65536
     hidden_size: int = 1024
@@ -146,6 +197,7 @@ class MoTConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_misspelt(kwargs)
+        check_fields(self, INHERITED_RULES)
         if self.intermediate_size is None:
             # The rule that reproduces the active parameters of the paper's tables.
             self.intermediate_size = -(-8 * self.hidden_size // 3 // 256) * 256
@@ -164,8 +216,13 @@ class MoTConfig(PreTrainedConfig):
             self.modality_token_ranges = {name: list(span) for name, span in self.modality_token_ranges.items()}
         if self.towers is None:
             self.towers = {modality: modality for modality in self.modalities}
-        kwargs["auto_map"] = self.auto_classes | kwargs.get("auto_map", {})
+        loaded = kwargs.get("auto_map") or {}
+        if not isinstance(loaded, dict):
+            raise ValueError(f"auto_map={loaded!r} must name a class for each auto class; leave it out")
+        kwargs["auto_map"] = self.auto_classes | loaded
         super().__post_init__(**kwargs)
+        if other := {name: value for name, value in loaded.items() if self.auto_classes.get(name) != value}:
+            self._loaded_auto_map = other
         self.validate_architecture()
 
     @classmethod
@@ -175,8 +232,8 @@ class MoTConfig(PreTrainedConfig):
         for key in kwargs:
             if key in names or hasattr(cls, key):
                 continue
-            if close := difflib.get_close_matches(key, names, n=1, cutoff=0.85):
-                raise ValueError(f"{cls.__name__} has no field {key!r}; did you mean {close[0]!r}?")
+            if near := did_you_mean(key, names, cutoff=0.85):
+                raise ValueError(f"{cls.__name__} has no field {key!r}{near}")
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -187,6 +244,27 @@ class MoTConfig(PreTrainedConfig):
                 f"{cls.model_type!r}. Load it with AutoConfig, or convert the checkpoint"
             )
         return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self):
+        """As in transformers, but the code that is named is ours and what this process registered, whatever was loaded."""
+        own = {name: value for name, value in self.auto_map.items() if self._loaded_auto_map.get(name) != value}
+        output = without_code(super().to_dict())
+        output.pop("_loaded_auto_map", None)
+        return output | {"auto_map": self.auto_classes | own, "_name_or_path": self._name_or_path}
+
+    def forget_loaded_code(self):
+        """Take the place of what a loaded file named, so that all that `auto_map` gets from here on is saved."""
+        self.auto_map = dict(self.auto_classes)
+        self._loaded_auto_map = {}
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        found = super()._dict_from_json_file(json_file)
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"{json_file} holds a {type(found).__name__}, and must hold the fields of a {cls.__name__}"
+            )
+        return found
 
     # ------------------------------------------------------------------ what follows from the fields
 
@@ -284,10 +362,7 @@ class MoTConfig(PreTrainedConfig):
             variant: as in `from_variant`.
             kwargs: fields that differ from the row.
         """
-        if name not in cls.preset_names():
-            names = cls.preset_names()
-            close = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-            raise ValueError(f"preset {name!r} is unknown; did you mean {close[0]!r}? There are: {', '.join(names)}")
+        check_names([name], cls.preset_names(), "preset")
         return cls.from_variant(variant, **(cls.preset_fields(name) | kwargs))
 
     @staticmethod
@@ -307,42 +382,54 @@ class MoTConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuse contradictions by name; also run by `save_pretrained`."""
+        check_fields(self, self.field_rules)
         self._validate_sizes()
+        self._validate_positions()
         self._validate_towers()
         self._validate_tokens()
 
     def _validate_sizes(self):
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
         if self.hidden_size % self.num_attention_heads and self.head_dim * self.num_attention_heads != self.hidden_size:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}"
             )
-        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
+
+    def _validate_positions(self):
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns pairs of dimensions")
-        for field, allowed in (("norm_position", NORM_POSITIONS), ("qk_norm", QK_NORMS)):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field}={getattr(self, field)!r} is not one of {allowed}")
         for index in self.layers_without_rope:
             if not 0 <= index < self.num_hidden_layers:
                 raise ValueError(
                     f"layers_without_rope={self.layers_without_rope} has {index}, which is not the index of a layer: "
                     f"num_hidden_layers={self.num_hidden_layers}"
                 )
-        if not self.embedding_multiplier > 0:
-            raise ValueError(f"embedding_multiplier={self.embedding_multiplier} must be positive; 1.0 changes nothing")
-        for field in ("attention_dropout", "hidden_dropout"):
-            if not 0.0 <= getattr(self, field) < 1.0:
-                raise ValueError(f"{field}={getattr(self, field)} must be in [0, 1)")
-        if self.z_loss_coefficient < 0:
-            raise ValueError(f"z_loss_coefficient={self.z_loss_coefficient} must not be negative")
-        check_spans(self.image_grid, self.max_speech_tokens)
+        known = set(RopeParameters.__annotations__) - {"mrope_section"} | {"type"}
+        check_names(self.rope_parameters, known, "rope_parameters: key")
+        of_frequencies = dict.fromkeys(("short_factor", "long_factor"), Several(Number(open="low"), self.head_dim // 2))
+        check_fields(self.rope_parameters, ROPE_RULES | of_frequencies, "rope_parameters.")
+        if self.rope_parameters["rope_type"] == "default":
+            # What transformers takes no notice of would leave a model that was meant otherwise.
+            check_names(
+                self.rope_parameters,
+                ("rope_type", "type", "rope_theta", "partial_rotary_factor"),
+                "rope_parameters of rope_type='default': key",
+            )
+        low, high = (self.rope_parameters.get(f"{end}_freq_factor") for end in ("low", "high"))
+        if None not in (low, high) and low >= high:
+            raise ValueError(f"rope_parameters.low_freq_factor={low} must be less than high_freq_factor={high}")
+        self.validate_rope()
+
+    def validate_rope(self):
+        """As transformers does it, with a ValueError for what is missing."""
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(f"rope_parameters={self.rope_parameters}: {error.args[0]}") from error
 
     def _validate_towers(self):
         if not self.modalities or self.modalities[0] != "text":
@@ -356,6 +443,10 @@ class MoTConfig(PreTrainedConfig):
         for tower in self.tower_names:
             if not tower or "." in tower:
                 raise ValueError(f"towers names {tower!r}: a tower is part of parameter names, so no dot and not empty")
+            if hasattr(nn.ModuleDict(), tower) or tower == "products":  # that of `PerTower`
+                raise ValueError(
+                    f"towers names {tower!r}, which torch's modules use themselves; name the tower otherwise"
+                )
         if SHARED in self.tower_names and len(self.tower_names) > 1:
             raise ValueError(
                 f"towers={self.towers}: {SHARED!r} is the name of what all towers share; name the tower otherwise"
@@ -376,6 +467,10 @@ class MoTConfig(PreTrainedConfig):
             if set(ranges) != set(self.token_modalities):
                 raise ValueError(
                     f"modality_token_ranges={ranges} must give a range to each of {self.token_modalities} and nothing else"
+                )
+            if wrong := [name for name, span in ranges.items() if len(span) != 2]:
+                raise ValueError(
+                    f"modality_token_ranges[{wrong[0]!r}]={ranges[wrong[0]]} must be [first, last + 1] of its tokens"
                 )
             spans = sorted((first, end, name) for name, (first, end) in ranges.items())
             for first, end, name in spans:
@@ -403,6 +498,19 @@ class MoTConfig(PreTrainedConfig):
         for begin, end in (("boi_token_id", "eoi_token_id"), ("begin_of_speech_token_id", "end_of_speech_token_id")):
             if (getattr(self, begin) is None) != (getattr(self, end) is None):
                 raise ValueError(f"{begin}={getattr(self, begin)} and {end}={getattr(self, end)} go together: set both")
+        self._validate_markers(MARKERS)
+
+    def _validate_markers(self, markers):
+        """A span opens and closes by tokens that mean nothing else."""
+        meanings = {}
+        for field in (*TEXT_TOKENS, *markers):
+            value = getattr(self, field)
+            for token in value if isinstance(value, list) else [value]:
+                if token is not None and token in meanings and field in markers:
+                    raise ValueError(
+                        f"{meanings[token]}={token} and {field}={token} must differ: a token of the vocabulary has one meaning"
+                    )
+                meanings.setdefault(token, field)
 
 
 MoTConfig.register_for_auto_class()

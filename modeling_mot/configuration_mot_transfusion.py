@@ -1,8 +1,9 @@
 """Configuration of the Transfusion setting: text by next token, images by diffusion (paper, section 3.4, appendix A)."""
 
-from huggingface_hub.dataclasses import strict
+import math
 
-from .configuration_mot import MoTConfig
+from .configuration_mot import CONFIG_RULES, MoTConfig
+from .field_checks_mot import Maybe, Number, OneOf, Several, Whole, check_fields, strict_configuration
 from .presets_mot import TRANSFUSION_FIELDS, TRANSFUSION_PRESETS
 
 
@@ -15,6 +16,34 @@ IMAGE_POSITIONS = ("consecutive", "shared")
 LATENT_POSITION_TABLES = (None, "sincos")
 VAE_CLASS_NAMES = ("AutoencoderKL", "AutoencoderTiny")
 
+TRANSFUSION_RULES = CONFIG_RULES | {
+    "patch_size": Whole(1, 2**10),
+    "latent_channels": Whole(1, 2**16),
+    "latent_size": Several(Whole(0, 2**16), count=2),
+    "unet_channels": Several(Whole(1, 2**16)),
+    "unet_layers": Whole(1, 2**10),
+    "unet_norm_groups": Whole(1, 2**16),
+    "num_train_timesteps": Whole(1, 10**6),
+    "timestep_shift": Number(open="low"),
+    "diffusion_loss_weight": Number(),
+    "caption_dropout": Number(0, 1),
+    "patchifier": OneOf(PATCHIFIERS),
+    "prediction_type": OneOf(PREDICTION_TYPES),
+    "noise_schedule": OneOf(NOISE_SCHEDULES),
+    "timestep_sampling": OneOf(TIMESTEP_SAMPLINGS),
+    "timestep_format": OneOf(TIMESTEP_FORMATS),
+    "image_positions": OneOf(IMAGE_POSITIONS),
+    "latent_position_table": OneOf(LATENT_POSITION_TABLES),
+}
+VAE_RULES = {
+    "_class_name": OneOf(VAE_CLASS_NAMES),
+    "latent_channels": Whole(1, 2**16),
+    "block_out_channels": Several(Whole(1, 2**16)),
+    "encoder_block_out_channels": Several(Whole(1, 2**16)),
+    "scaling_factor": Number(open="low"),
+    "shift_factor": Maybe(Number(-math.inf)),
+}
+
 
 def vae_downsampling(vae_config) -> int:
     """Pixels of one latent's side by a diffusers configuration: every block but one halves the sides."""
@@ -25,7 +54,7 @@ def vae_downsampling(vae_config) -> int:
     return 2 ** (len(blocks) - 1)
 
 
-@strict
+@strict_configuration
 class MoTTransfusionConfig(MoTConfig):
     r"""Configuration of `MoTTransfusionModel`.
 
@@ -33,7 +62,8 @@ class MoTTransfusionConfig(MoTConfig):
     and there is no `image_grid`. What is added:
 
     Args:
-        image_token_id (`int`): Placeholder in `input_ids`, one for each patch of an image.
+        boi_token_id, eoi_token_id (`int`, default to 32000 and 32001): Markers around an image.
+        image_token_id (`int`, defaults to 32002): Placeholder in `input_ids`, one for each patch of an image.
         latent_channels (`int`, defaults to 8): Channels of the latents (paper: 8).
         latent_size (`list[int]`, defaults to `[32, 32]`):
             Rows and columns of the latents of an image that `generate()` makes when no size is asked for. Any size that
@@ -74,6 +104,7 @@ class MoTTransfusionConfig(MoTConfig):
             None for a model that is fed latents.
     """
 
+    field_rules = TRANSFUSION_RULES
     model_type = "mixture_of_transformers_transfusion"
     keys_to_ignore_at_inference = [*MoTConfig.keys_to_ignore_at_inference, "prediction"]
     auto_classes = {
@@ -85,7 +116,9 @@ class MoTTransfusionConfig(MoTConfig):
         "AutoProcessor": "processing_mot.MoTProcessor",
     }
 
-    image_token_id: int | None = None
+    boi_token_id: int | None = TRANSFUSION_FIELDS["boi_token_id"]
+    eoi_token_id: int | None = TRANSFUSION_FIELDS["eoi_token_id"]
+    image_token_id: int | None = TRANSFUSION_FIELDS["image_token_id"]
     latent_channels: int = 8
     latent_size: list[int] | tuple[int, ...] = (32, 32)
     patch_size: int = 2
@@ -164,9 +197,12 @@ class MoTTransfusionConfig(MoTConfig):
     # ------------------------------------------------------------------ contradictions
 
     def validate_architecture(self):
-        self._validate_images()
         super().validate_architecture()
+        self._validate_images()
         self._validate_diffusion()
+
+    def _validate_markers(self, markers):
+        super()._validate_markers((*markers, "image_token_id"))
 
     def _validate_images(self):
         if "image" not in self.modalities:
@@ -178,42 +214,21 @@ class MoTTransfusionConfig(MoTConfig):
                     f"{field}={value} must be a token of the vocabulary, in [0, vocab_size={self.vocab_size}): images "
                     "stand between boi_token_id and eoi_token_id, each patch an image_token_id"
                 )
-        if len({self.boi_token_id, self.eoi_token_id, self.image_token_id}) < 3:
-            raise ValueError(
-                f"boi_token_id={self.boi_token_id}, eoi_token_id={self.eoi_token_id} and image_token_id="
-                f"{self.image_token_id} must differ"
-            )
         if self.image_grid is not None:
             raise ValueError(f"image_grid={self.image_grid} is of discrete images; set latent_size instead")
-        if len(self.latent_size) != 2:
-            raise ValueError(f"latent_size={self.latent_size} must be [rows, columns]")
-        if self.patch_size < 1 or self.latent_channels < 1:
-            raise ValueError(
-                f"patch_size={self.patch_size} and latent_channels={self.latent_channels} must be positive"
-            )
         if self.vae_config is not None:
             if self.vae_config.get("_class_name") not in VAE_CLASS_NAMES:
                 raise ValueError(
                     f"vae_config has _class_name={self.vae_config.get('_class_name')!r}, which is not one of "
                     f"{VAE_CLASS_NAMES}; with another autoencoder leave vae_config out and pass latents"
                 )
+            check_fields(self.vae_config, VAE_RULES, "vae_config.")
             channels = self.vae_config.get("latent_channels", 4)
             if channels != self.latent_channels:
                 raise ValueError(f"latent_channels={self.latent_channels} but the VAE has {channels}; set them alike")
         self.image_length(*self.latent_size)
 
     def _validate_diffusion(self):
-        for field, allowed in (
-            ("patchifier", PATCHIFIERS),
-            ("prediction_type", PREDICTION_TYPES),
-            ("noise_schedule", NOISE_SCHEDULES),
-            ("timestep_sampling", TIMESTEP_SAMPLINGS),
-            ("timestep_format", TIMESTEP_FORMATS),
-            ("image_positions", IMAGE_POSITIONS),
-            ("latent_position_table", LATENT_POSITION_TABLES),
-        ):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field}={getattr(self, field)!r} is not one of {allowed}")
         if self.patchifier == "unet":
             if 2 ** (len(self.unet_channels) - 1) != self.patch_size:
                 raise ValueError(
@@ -225,23 +240,12 @@ class MoTTransfusionConfig(MoTConfig):
                     f"unet_channels={self.unet_channels}: {wrong[0]} is not a multiple of "
                     f"unet_norm_groups={self.unet_norm_groups}"
                 )
-            if self.unet_layers < 1:
-                raise ValueError(f"unet_layers={self.unet_layers} must be at least 1")
-        if self.num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps={self.num_train_timesteps} must be at least 1")
         if self.image_first_max_timestep is not None and not (
             0 <= self.image_first_max_timestep < self.num_train_timesteps
         ):
             raise ValueError(
                 f"image_first_max_timestep={self.image_first_max_timestep} must lie in "
                 f"[0, num_train_timesteps={self.num_train_timesteps})"
-            )
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(f"caption_dropout={self.caption_dropout} is a probability, from 0 to 1")
-        if self.diffusion_loss_weight < 0 or self.timestep_shift <= 0:
-            raise ValueError(
-                f"diffusion_loss_weight={self.diffusion_loss_weight} must not be negative and "
-                f"timestep_shift={self.timestep_shift} must be positive"
             )
         if self.timestep_shift != 1 and self.prediction_type != "flow":
             raise ValueError(

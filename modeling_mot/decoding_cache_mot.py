@@ -88,7 +88,7 @@ class DecodingCache:
         for tensors in (self.keys, self.values):
             for layer, tensor in enumerate(tensors):  # one at a time, so that the old one is freed
                 wider = tensor.new_zeros(*tensor.shape[:2], self.capacity + more, tensor.shape[3])
-                wider[:, :, : self.capacity] = tensor
+                wider[:, :, : self.capacity] = tensor[:, :, : self.capacity]  # which may be wide: memory ran out midway
                 tensors[layer] = wider
         if self.mask is not None:
             self.mask = F.pad(self.mask, (0, more), value=-float("inf"))
@@ -119,6 +119,12 @@ class DecodingCache:
         """Columns behind those of one sequence: of each layer, (K, m, d)"""
         start = self.lengths[row]
         stop = start + keys[0].shape[1]
+        (_, heads, _, head_dim), shapes = self.keys[0].shape, {tuple(tensor.shape) for tensor in (*keys, *values)}
+        if shapes != {(heads, stop - start, head_dim)} or not len(keys) == len(values) == len(self.keys):
+            raise ValueError(
+                f"{len(keys)} layers of keys and values of shape {sorted(shapes)} do not fit into a cache of "
+                f"{len(self.keys)} layers of {heads} heads of {head_dim}"
+            )
         self._tell_lengths_apart()
         self.reserve(stop)
         for mine, others in ((self.keys, keys), (self.values, values)):
@@ -128,8 +134,13 @@ class DecodingCache:
         self.lengths[row] = stop
 
     def cut(self, row: int, length: int) -> None:
-        """Forget what one sequence has beyond so many columns."""
+        """Forget what one sequence has beyond so many columns.
+
+        They become zeros: a NaN that is hidden still reaches whoever uses the row next, since attention multiplies it by 0.
+        """
         self._tell_lengths_apart()
+        for tensor in (*self.keys, *self.values):
+            tensor[row, :, length : self.lengths[row]] = 0
         self.mask[row, 0, 0, length:] = -float("inf")
         self.lengths[row] = length
 

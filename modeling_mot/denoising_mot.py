@@ -3,7 +3,8 @@
 # R images drawn together, L cached columns, n tokens of an image, C latent channels, (h, w) latents, H heads
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,13 @@ from .attention_masks import ImageBlocks, attention_mask_for
 from .attention_plan_mot import RANGES, AttentionPlan
 from .decoding_cache_mot import DecodingCache, Prefix
 from .diffusion_mot import build_scheduler
+from .field_checks_mot import is_real, is_whole
+from .generation_arguments_mot import check_generator
 from .modality_routing import ModalityRouting
 from .sampling_mot import Generators
+
+
+SCHEDULER_NUMBERS = 10**6  # the largest whole number among the arguments of a scheduler
 
 
 @dataclass
@@ -31,7 +37,7 @@ class DiffusionSettings:
     generator: torch.Generator | list[torch.Generator] | None = None
     image_size: tuple[int, int] | None = None
     latent_bound: float = 6.0
-    unconditional_prompt: tuple | None = None  # ids and mask
+    unconditional_prompt: tuple | None = None  # ids and mask, as `negative_prompt` makes them
     callback_on_step_end: Callable | None = None
     intermediate_every: int | None = None
     output_type: str = "pil"
@@ -44,50 +50,66 @@ class DiffusionSettings:
         Raises:
             ValueError: the message names field, value and way out.
         """
-        if not 1 <= self.num_inference_steps <= config.num_train_timesteps:
+        steps, levels = self.num_inference_steps, config.num_train_timesteps
+        if not is_whole(steps) or steps > levels:
             raise ValueError(
-                f"num_inference_steps={self.num_inference_steps} must lie in [1, num_train_timesteps="
-                f"{config.num_train_timesteps}]"
+                f"num_inference_steps={steps!r} must lie in [1, num_train_timesteps={levels}] and be a whole number"
             )
-        if self.guidance_scale < 0:
-            raise ValueError(f"guidance_scale={self.guidance_scale} must not be negative; 1 is no guidance")
-        if self.latent_bound <= 0:
-            raise ValueError(f"latent_bound={self.latent_bound} must be positive; infinity is no bound")
-        if self.intermediate_every is not None and self.intermediate_every < 1:
-            raise ValueError(f"intermediate_every={self.intermediate_every} must be at least 1, or None")
+        if not is_real(self.guidance_scale) or self.guidance_scale < 0:
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale!r} must not be negative, and must be finite; 1 is no guidance"
+            )
+        if not (self.latent_bound == math.inf or is_real(self.latent_bound) and self.latent_bound > 0):
+            raise ValueError(f"latent_bound={self.latent_bound!r} must be positive; infinity is no bound")
+        if self.intermediate_every is not None and not is_whole(self.intermediate_every):
+            raise ValueError(
+                f"intermediate_every={self.intermediate_every!r} must be a whole number of at least 1, or None"
+            )
         for name, allowed in (("output_type", ("pil", "pt", "latent")), ("generation_mode", (None, "text", "image"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
-        build_scheduler(config, self.scheduler, **self.scheduler_kwargs)
+        if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
+            raise ValueError(f"callback_on_step_end={self.callback_on_step_end!r} cannot be called")
+        if not isinstance(self.progress_bar, bool):
+            raise ValueError(f"progress_bar={self.progress_bar!r} must be True or False")
+        check_generator(self.generator)
+        self._check_scheduler(config)
         self.latent_size(config)
+
+    def _check_scheduler(self, config) -> None:
+        if not isinstance(self.scheduler, str):
+            raise ValueError(f"scheduler={self.scheduler!r} must be a name, such as 'ddpm'")
+        if not isinstance(self.scheduler_kwargs, Mapping):
+            raise ValueError(f"scheduler_kwargs={self.scheduler_kwargs!r} must be a dictionary")
+        for name, value in self.scheduler_kwargs.items():
+            # Some become the length of a list or a table.
+            if is_whole(value) and value > SCHEDULER_NUMBERS or isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"scheduler_kwargs has {name}={value!r}; numbers may be at most {SCHEDULER_NUMBERS}")
+        build_scheduler(config, self.scheduler, **self.scheduler_kwargs)
 
     def latent_size(self, config) -> tuple[int, int]:
         """Rows and columns of the latents of an image; `image_size` is in pixels."""
         if self.image_size is None:
             return tuple(config.latent_size)
-        size = (self.image_size, self.image_size) if isinstance(self.image_size, int) else tuple(self.image_size)
+        size = self.image_size if isinstance(self.image_size, (list, tuple)) else [self.image_size] * 2
         multiple = config.vae_downsampling * config.patch_size
-        if len(size) != 2 or any(side < 1 or side % multiple for side in size):
+        if len(size) != 2 or not all(is_whole(side) and side % multiple == 0 for side in size):
             raise ValueError(
-                f"image_size={self.image_size} must be [height, width] in pixels, each a multiple of {multiple} "
+                f"image_size={self.image_size!r} must be [height, width] in pixels, each a multiple of {multiple} "
                 f"(VAE {config.vae_downsampling} x patch_size {config.patch_size})"
             )
         return size[0] // config.vae_downsampling, size[1] // config.vae_downsampling
 
-    def unconditional_prompts(self, config, count: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask of what guidance leads `count` sequences away from, with BOI at the end.  -> (R, L) twice
+    def unconditional_prompts(self, config, device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask of what guidance leads away from, with BOI at the end: one for all, or one for each prompt.
 
-        Raises:
-            ValueError: negative prompts of another number than the sequences.
+        -> (R, L) twice
         """
-        ids, mask = self.unconditional_prompt or ([[] if config.bos_token_id is None else [config.bos_token_id]], None)
-        ids = torch.as_tensor(ids, dtype=torch.long, device=device)
-        ids = ids.view(-1, ids.shape[-1])
-        mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask, device=device).view_as(ids)
-        if count % len(ids):
-            raise ValueError(
-                f"negative_prompt_ids has {len(ids)} rows for {count} sequences; give one for all or one for each prompt"
-            )
+        if self.unconditional_prompt is None:
+            ids = torch.tensor([[] if config.bos_token_id is None else [config.bos_token_id]], dtype=torch.long)
+            ids, mask = ids.to(device), torch.ones_like(ids, device=device)
+        else:
+            ids, mask = (tensor.to(device) for tensor in self.unconditional_prompt)
         if not ids.shape[1] or (ids[:, -1] != config.boi_token_id).any():
             ids = F.pad(ids, (0, 1), value=config.boi_token_id)
             mask = F.pad(mask, (0, 1), value=1)
@@ -293,13 +315,45 @@ class Denoising:
             estimate = getattr(stepped, "pred_original_sample", None)
             self.estimates.append(self.latents if estimate is None else estimate)
         if settings.callback_on_step_end is not None:
-            state = {"latents": self.latents, "rows": self.rows}
+            shape, state = self.latents.shape, {"latents": self.latents, "rows": self.rows}
             changed = settings.callback_on_step_end(self.model, self.step, timestep, state)
-            self.latents = (changed or {}).get("latents", self.latents)
+            self.latents = self._checked(changed, shape)
         self.step += 1
         self.bar.update()
         if self.is_done:
             self.bar.close()
+
+    def _checked(self, changed: Any, shape: torch.Size) -> torch.Tensor:
+        """The latents to go on with, after a callback, which may also have written into those that it was given.
+
+        Raises:
+            ValueError: no latents of this shape, or some that are not finite.
+        """
+        if changed is not None and not isinstance(changed, Mapping):
+            raise ValueError(
+                f'callback_on_step_end returned {type(changed).__name__}; it may return nothing, or {{"latents": tensor}}'
+            )
+        latents = (changed or {}).get("latents", self.latents)
+        if not isinstance(latents, torch.Tensor):
+            raise ValueError(f"callback_on_step_end returned latents that are {type(latents).__name__}, not a tensor")
+        if latents.shape != shape or not latents.is_floating_point():
+            raise ValueError(
+                f"callback_on_step_end made latents of {latents.dtype} and shape {tuple(latents.shape)}; they must stay "
+                f"floats of {tuple(shape)}"
+            )
+        latents = latents.detach().to(self.latents)
+        check_finite(latents, f"after callback_on_step_end of step {self.step}")
+        return latents
+
+
+def check_finite(latents: torch.Tensor, when: str) -> None:
+    """Refuse latents that no picture can be made of.
+
+    Raises:
+        ValueError: the message says when it was.
+    """
+    if not latents.isfinite().all():
+        raise ValueError(f"latents are not finite {when}: look for NaN in what came in, and lower guidance_scale")
 
 
 @torch.no_grad()
@@ -323,10 +377,13 @@ def commit(
     """
     forward = ImageForward(model, prefixes, tuple(latents.shape[2:]), with_end=True)
     hidden_states, _ = forward(latents, 0)
+    logits = model.lm_head(hidden_states[:, -1]).float()
+    # Only what cannot fail comes after the first change of the cache: a server tries again what has failed.
+    cache.reserve(max(cache.lengths[row] for row in rows) - forward.before + hidden_states.shape[1])
     for place, row in enumerate(rows):
         cache.cut(row, cache.lengths[row] - forward.before)  # BOI is run again where it belongs to the image's block
         cache.extend(row, *forward.written(place))
-    return model.lm_head(hidden_states[:, -1]).float(), (forward.position_ids[:, -1] + 1).tolist()
+    return logits, (forward.position_ids[:, -1] + 1).tolist()
 
 
 def _randn(shape: tuple, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:

@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from .attention_masks import find_image_blocks, image_positions
 from .denoising_mot import DiffusionSettings
+from .generation_arguments_mot import negative_prompt
 from .generation_mot import MoTGenerationMixin
 from .interleaved_decoding_mot import IMAGE_INPUTS, InterleavedDecoding
 from .serving_transfusion_mot import PictureSequence, Studio
@@ -16,6 +17,7 @@ from .serving_transfusion_mot import PictureSequence, Studio
 
 logger = logging.get_logger(__name__)
 
+PROMPT_INPUTS = ("attention_mask", "modality_ids", "position_ids", *IMAGE_INPUTS, "past_key_values", "use_cache")
 SETTINGS = tuple(setting.name for setting in fields(DiffusionSettings))
 
 
@@ -30,6 +32,8 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         *args,
         documents=None,
         processor=None,
+        allow_urls=None,
+        allow_paths=None,
         negative_prompt_ids=None,
         negative_prompt_attention_mask=None,
         **kwargs,
@@ -43,7 +47,8 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
 
         Args:
             inputs, input_ids: (B, L) prompts, padded on the left; or
-            documents: a document or a list of them, with the `processor` that encodes them.
+            documents: a document or a list of them, with the `processor` that encodes them; `allow_urls` and
+                `allow_paths` tell it whether it may open addresses and files that they name. Default: the processor's.
             latents, pixel_values, image_sizes: the images in the prompts, as in `forward`; they are clean.
             max_new_tokens: new tokens of a sequence, those of pictures included. Default: one picture and 20.
             generation_mode: "text" draws no picture but where a prompt ends with BOI; "image" appends BOI to prompts that
@@ -51,8 +56,8 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
                 Default: both, as the model chooses.
             guidance_scale: prediction = unconditional + scale * (conditional - unconditional); 1 is none.
             negative_prompt_ids: (L,) or (1, L) for all prompts, or (B, L), what guidance leads away from, with
-                `negative_prompt_attention_mask` where padded; BOI is appended. Default: bos alone, which is what training
-                sees when it drops a caption.
+                `negative_prompt_attention_mask` where padded on the left; BOI is appended. Default: `config.bos_token_id`
+                alone, or nothing where there is none, which is what training sees when it drops a caption.
             num_inference_steps: denoising steps of a picture (default 250).
             scheduler: `ddpm` (default), `ddim`, `dpm`, ..., or a class name of diffusers; `scheduler_kwargs` go to it.
             generator: of the noise and of sampled tokens: one for all, or one for each sequence. From one, a generator
@@ -60,7 +65,8 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
             image_size: [height, width] of new pictures in pixels (latents without a VAE); default `config.latent_size`.
             latent_bound: largest clean latent that a prediction of noise may imply (default 6.0; they have about unit
                 deviation); see `NoiseSchedule.bounded`.
-            callback_on_step_end: called as (model, step, timestep, {"latents", "rows"}); it may return {"latents": ...}.
+            callback_on_step_end: called as (model, step, timestep, {"latents", "rows"}); it may return {"latents": ...},
+                finite and of the same shape.
             intermediate_every: keep an estimate of the picture every so many steps.
             output_type: "pil", "pt" (tensors (3, H, W) in [0, 1]) or "latent" (no pictures, only latents).
             progress_bar: show one for each picture.
@@ -79,12 +85,19 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         if documents is not None:
             if processor is None or inputs is not None or kwargs.get("input_ids") is not None:
                 raise ValueError("documents= needs processor=, the MoTProcessor that encodes them, and no input_ids")
-            kwargs |= self._encoded(documents, processor, mode)
-        if negative_prompt_ids is not None:
-            kwargs["unconditional_prompt"] = (negative_prompt_ids, negative_prompt_attention_mask)
+            allowed = {"allow_urls": allow_urls, "allow_paths": allow_paths}
+            allowed = {name: value for name, value in allowed.items() if value is not None}
+            kwargs |= self._encoded(documents, processor, mode, allowed)
+        self._check_call(kwargs)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None or input_ids.shape[1] == 0:
             raise ValueError("generate() needs prompts: pass input_ids, or documents with processor")
+        if kwargs.get("unconditional_prompt") is not None:
+            raise ValueError("unconditional_prompt is not an argument: pass negative_prompt_ids")
+        if negative_prompt_ids is not None or negative_prompt_attention_mask is not None:
+            kwargs["unconditional_prompt"] = negative_prompt(
+                self.config, negative_prompt_ids, negative_prompt_attention_mask, len(input_ids)
+            )
         # As in transformers, prompts may be on the CPU.
         input_ids = input_ids.to(self.device)
         for name in ("attention_mask", "modality_ids", "position_ids", "latents", "pixel_values"):
@@ -95,21 +108,33 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         # Past MoTGenerationMixin.generate, which asks for the ranges that discrete modalities need.
         if len(self.config.token_modalities) > 1 and self.config.modality_token_ranges is None:
             raise ValueError("generate() needs config.modality_token_ranges for the modalities beside text and image")
-        if kwargs.get("document_ids") is not None:
-            raise ValueError("generate() got document_ids: packed rows are for training, pass one document per row")
         return super(MoTGenerationMixin, self).generate(input_ids, *args, **kwargs)
 
-    def _encoded(self, documents, processor, mode) -> dict:
+    def _encoded(self, documents, processor, mode, allowed) -> dict:
         options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-        return dict(processor(documents=documents, continue_with=mode or "text", **options))
+        return dict(processor(documents=documents, continue_with=mode or "text", **options, **allowed))
 
     # ------------------------------------------------------------------------------- hooks of GenerationMixin.generate
+
+    def _validate_model_kwargs(self, model_kwargs):
+        super()._validate_model_kwargs(model_kwargs)
+        for name, value in model_kwargs.items():
+            if value is not None and name not in PROMPT_INPUTS:
+                raise ValueError(
+                    f"generate() of a Transfusion model takes no {name}; what it reads of a prompt are input_ids and "
+                    f"{', '.join(PROMPT_INPUTS)}"
+                )
 
     def _prepare_generation_config(self, generation_config, **kwargs):
         given = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
         given = {name: value for name, value in given.items() if value is not None}
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        saved = {name: getattr(generation_config, name, None) for name in SETTINGS}
+        if self._shows_insides(generation_config):
+            raise ValueError(
+                "output_hidden_states and output_attentions are not to be had from generate() of a Transfusion model, whose "
+                "steps are of different kinds; leave them out, or ask its forward for them"
+            )
+        saved = {name: getattr(generation_config, name, None) for name in SETTINGS if name != "unconditional_prompt"}
         settings = DiffusionSettings(**({name: value for name, value in saved.items() if value is not None} | given))
         settings.validate(self.config)
         if settings.guidance_scale not in (0, 1) and not self.config.caption_dropout:

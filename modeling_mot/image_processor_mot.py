@@ -6,7 +6,7 @@ Shapes: N pictures, (H, W) pixels, (H / d, W / d) tokens with d the pixels of a 
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .image_tokenizer_mot import FITS, from_known_fields, read_hub_file
-from .picture_loading_mot import RESAMPLING, describe_source, fit_picture, load_picture
+from .image_loading_mot import MAX_KEPT_PIXELS, RESAMPLING, load_fitted
+from .image_tokenizer_mot import FITS, from_known_fields, read_hub_file, without_defaults
+from .media_sources_mot import describe_source
 
 
 IMAGE_PROCESSOR_CONFIG_NAME = "image_processor_config.json"
@@ -27,7 +28,8 @@ class MoTImageProcessor:
 
     `image_size` is [height, width] in pixels. `fit`: "crop" scales the shorter side and cuts the middle out, "pad"
     scales the longer side and fills with `background`, "keep" takes pictures as they are. `downsampling` is the number
-    of pixels along the side of one token: the VAE's factor times the patch size; it must divide both sides.
+    of pixels along the side of one token: the VAE's factor times the patch size; it must divide both sides. Pictures of
+    more than `max_pixels`, with "keep" of more than `max_kept_pixels`, are refused before they are decoded.
     """
 
     image_size: list[int] = field(default_factory=lambda: [64, 64])
@@ -36,6 +38,7 @@ class MoTImageProcessor:
     resample: str = "bicubic"
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
     max_pixels: int = 89_478_485
+    max_kept_pixels: int = MAX_KEPT_PIXELS
 
     def __post_init__(self):
         if isinstance(self.image_size, int):
@@ -66,20 +69,24 @@ class MoTImageProcessor:
             )
         return height // self.downsampling, width // self.downsampling
 
-    def fit_pictures(self, images: list[Any]) -> list[np.ndarray]:
-        """Pictures in any form `load_picture` takes -> RGB pixels (3, H, W), uint8, each."""
+    def fit_pictures(self, images: list[Any], **access: bool) -> list[np.ndarray]:
+        """Pictures in any form `load_picture` takes, and its `allow_urls`, `allow_paths` -> RGB pixels (3, H, W), uint8.
+
+        Raises:
+            ValueError: `images` is no list; a picture that cannot be read, or has sides that do not divide.
+        """
         if not isinstance(images, (list, tuple)):
             raise ValueError(f"images is a {type(images).__name__}; give a list of pictures")
         fitted = []
         for image in images:
-            pixels = fit_picture(load_picture(image, self.max_pixels), self)
+            pixels = load_fitted(image, self, **access)
             self.grid(*pixels.shape[:2], name=describe_source(image))
             fitted.append(np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
         return fitted
 
-    def __call__(self, images: list[Any]) -> dict[str, np.ndarray]:
-        """`pixel_values`, and `image_sizes` where pictures differ in size; see `stack`."""
-        return self.stack(self.fit_pictures(images))
+    def __call__(self, images: list[Any], **access: bool) -> dict[str, np.ndarray]:
+        """`pixel_values`, and `image_sizes` where pictures differ in size; see `fit_pictures` and `stack`."""
+        return self.stack(self.fit_pictures(images, **access))
 
     @staticmethod
     def stack(fitted: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -109,7 +116,7 @@ class MoTImageProcessor:
     # -- saving and loading -------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return without_defaults(self, "max_kept_pixels")
 
     def fingerprint(self) -> str:
         """sha256 of all settings."""

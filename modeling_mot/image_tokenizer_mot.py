@@ -7,6 +7,8 @@ Transformers' Chameleon VQ-VAE, which has no decoder, can take the place of `VQM
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .picture_loading_mot import RESAMPLING, describe_source, fit_picture, load_picture
+from .field_checks_mot import Maybe, OneOf, Several, Typed, Whole, check_fields, check_names
+from .image_loading_mot import (
+    MAX_KEPT_PIXELS,
+    RESAMPLING,
+    cut_long_side,
+    fit_picture,
+    load_picture,
+    pixel_limit,
+)
+from .media_sources_mot import describe_source
+from .trust_mot import forget_code, without_code
 
 
 IMAGE_TOKENIZER_CONFIG_NAME = "image_tokenizer_config.json"
@@ -55,6 +67,44 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+CONFIG_RULES = {
+    "image_size": Several(Whole(1, 2**16), count=2),
+    "fit": OneOf(FITS),
+    "resample": OneOf(tuple(RESAMPLING)),
+    "background": Several(Whole(0, 255), count=3),
+    "max_pixels": Whole(),
+    "max_kept_pixels": Whole(),
+    "patch_size": Whole(1, 2**8),
+    "backend": OneOf(BACKENDS),
+    "batch_size": Whole(),
+    "storage_dtype": OneOf(("float32", "float16", "bfloat16")),
+    "model": Typed(dict),
+    "image_processor": Maybe(Typed(dict)),
+}
+VQ_MODEL_RULES = {
+    "block_out_channels": Several(Whole(1, 2**16)),
+    "layers_per_block": Whole(1, 2**10),
+    "latent_channels": Whole(1, 2**16),
+    "vq_embed_dim": Maybe(Whole(1, 2**16)),
+    "num_vq_embeddings": Whole(1, 2**24),
+    "norm_num_groups": Whole(1, 2**16),
+}
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Products are in the dtype of the weights, whatever autocast surrounds it; also a decorator.
+
+    A code is an argmin, which rounding turns into another code: what encodes and decodes never follows the precision
+    that somebody trains or samples in.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    with ExitStack() as stack:
+        for device_type in {"cpu", "cpu" if accelerator is None else accelerator.type}:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
 @dataclass
 class ImageTokenizerConfig:
     """How a picture becomes pixels (`image_size`, `fit`, `resample`, `background`) and pixels become codes.
@@ -64,7 +114,11 @@ class ImageTokenizerConfig:
     of the down-sampling). `patch_size` p folds p x p pixels into channels before the first convolution. `model` holds
     the arguments of diffusers' `VQModel`. `storage_dtype` is that of the saved weights; they compute in float32.
     `image_processor` holds the settings of transformers' `ChameleonImageProcessorPil`: pictures then become pixels as
-    they do for Chameleon, all of them `image_size`, and `fit`, `resample` and `background` are not read.
+    they do for Chameleon, all of them `image_size`, and `fit`, `resample` and `background` are not read. Pictures of more
+    than `max_pixels`, with `fit` "keep" of more than `max_kept_pixels`, are refused before they are decoded.
+
+    Raises:
+        ValueError: a field that cannot be, by name; or channels of `model` that its groups do not divide.
     """
 
     image_size: list[int] = field(default_factory=lambda: [64, 64])
@@ -78,27 +132,29 @@ class ImageTokenizerConfig:
     storage_dtype: str = "float32"
     model: dict[str, Any] = field(default_factory=dict)
     image_processor: dict[str, Any] | None = None
+    max_kept_pixels: int = MAX_KEPT_PIXELS
 
     def __post_init__(self):
         if isinstance(self.image_size, int):
             self.image_size = [self.image_size, self.image_size]
-        self.image_size = [int(side) for side in self.image_size]
-        if len(self.image_size) != 2 or min(self.image_size) < 1:
-            raise ValueError(f"image_size={self.image_size}: give one side or [height, width], in pixels")
-        for name, value, valid in (
-            ("fit", self.fit, FITS),
-            ("resample", self.resample, tuple(RESAMPLING)),
-            ("backend", self.backend, BACKENDS),
-            ("storage_dtype", self.storage_dtype, ("float32", "float16", "bfloat16")),
-        ):
-            if value not in valid:
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(valid)}")
+        check_fields(self, CONFIG_RULES)
+        self.image_size = list(self.image_size)
+        if self.backend == "diffusers":
+            self._check_model()
+
+    def _check_model(self):
+        check_fields(self.model, VQ_MODEL_RULES, "model.")
+        groups = self.model.get("norm_num_groups", 32)  # the default is diffusers'
+        if wrong := [width for width in self.model.get("block_out_channels", ()) if width % groups]:
+            raise ValueError(
+                f"model.block_out_channels={self.model['block_out_channels']}: {wrong[0]} is not a multiple of "
+                f"model.norm_num_groups={groups}"
+            )
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "ImageTokenizerConfig":
         """`small-64` (64 pixels, 8 x 8 codes) or `chameleon-512` (512 pixels, 32 x 32 codes); `model` is merged."""
-        if name not in PRESETS:
-            raise ValueError(f"no image tokenizer preset {name!r}; there are {', '.join(PRESETS)}")
+        check_names([name], PRESETS, "image tokenizer preset")
         values = {**PRESETS[name], **overrides}
         values["model"] = {**PRESETS[name]["model"], **overrides.get("model", {})}
         return cls(**values)
@@ -108,10 +164,7 @@ class ImageTokenizerConfig:
         return from_known_fields(cls, values, "image tokenizer")
 
     def to_dict(self) -> dict[str, Any]:
-        values = asdict(self)
-        if self.image_processor is None:
-            del values["image_processor"]  # fingerprints of tokenizers without one stay what they were
-        return values
+        return without_code(without_defaults(self, "image_processor", "max_kept_pixels"))
 
     def model_arguments(self) -> dict[str, Any]:
         """Arguments of `VQModel`, with the channels that patch folding needs and one block per scale filled in."""
@@ -181,9 +234,9 @@ class MoTImageTokenizer:
         self.model.to(device)
         return self
 
-    def preprocess(self, image: Any, size: tuple[int, int] | None = None) -> torch.Tensor:
-        """One picture in any form `load_picture` takes -> (3, H, W), float32 in [-1, 1]."""
-        picture = load_picture(image, self.config.max_pixels)
+    def preprocess(self, image: Any, size: tuple[int, int] | None = None, **access: bool) -> torch.Tensor:
+        """One picture in any form `load_picture` takes, and its `allow_urls`, `allow_paths` -> (3, H, W) in [-1, 1]."""
+        picture = load_picture(image, *pixel_limit(self.config, size), **access)
         if self.config.image_processor is not None:
             return self._preprocess_for_chameleon(picture, size)
         pixels = fit_picture(picture, self.config, size)
@@ -207,7 +260,7 @@ class MoTImageTokenizer:
             )
         if size is not None:
             settings = settings | {"do_resize": False, "crop_size": {"height": height, "width": width}}
-        pixels = ChameleonImageProcessorPil(**settings)(picture, return_tensors="pt")["pixel_values"][0]
+        pixels = ChameleonImageProcessorPil(**settings)(cut_long_side(picture), return_tensors="pt")["pixel_values"][0]
         if pixels.shape != (3, height, width):
             raise ValueError(
                 f"image_processor={settings} makes {tuple(pixels.shape)} of {describe_source(picture)}, not "
@@ -216,19 +269,26 @@ class MoTImageTokenizer:
         return pixels.float()
 
     @torch.no_grad()
-    def encode(self, images: list[Any], size: tuple[int, int] | None = None) -> list[torch.Tensor]:
-        """Codes of each picture, row-major grids (h, w) of int64. `size` (height, width) overrides `image_size`."""
+    def encode(self, images: list[Any], size: tuple[int, int] | None = None, **access: bool) -> list[torch.Tensor]:
+        """Codes of each picture, row-major grids (h, w) of int64.
+
+        Args:
+            images: pictures in any form `load_picture` takes.
+            size: (height, width) in place of `image_size`.
+            access: `allow_urls` and `allow_paths` of `load_picture`.
+        """
         if not isinstance(images, (list, tuple)):
             raise ValueError(f"encode takes a list of pictures, not {type(images).__name__}")
         grids: list[torch.Tensor] = []
         for start in range(0, len(images), self.config.batch_size):
-            batch = [self.preprocess(image, size) for image in images[start : start + self.config.batch_size]]
+            batch = [self.preprocess(image, size, **access) for image in images[start : start + self.config.batch_size]]
             if len({pixels.shape for pixels in batch}) == 1:
                 grids += list(self.encode_pixels(torch.stack(batch)))
             else:
                 grids += [self.encode_pixels(pixels[None])[0] for pixels in batch]
         return grids
 
+    @without_autocast()
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, h, w)"""
@@ -237,6 +297,7 @@ class MoTImageTokenizer:
         flat = latents.permute(0, 2, 3, 1).reshape(-1, channels)
         return nearest_code(flat, self.codebook).view(count, h, w).cpu()
 
+    @without_autocast()
     def latents(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encoder output before quantisation.  (N, 3, H, W) -> (N, C, h, w)"""
         if self.config.backend == "chameleon":
@@ -260,6 +321,7 @@ class MoTImageTokenizer:
             pictures.append(Image.fromarray(array))
         return pictures
 
+    @without_autocast()
     def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """(N, h, w) -> (N, 3, H, W), not clamped"""
         if not self.can_decode:
@@ -289,6 +351,9 @@ class MoTImageTokenizer:
         nn.Module.to(self.model, getattr(torch, self.config.storage_dtype))
         if self.config.backend == "diffusers":
             self.model.register_to_config(_name_or_path=None)  # the folder it came from is nobody's business
+            self.model._internal_dict = type(self.model.config)(without_code(self.model.config))
+        else:
+            forget_code(self.model.config)
         self.model.save_pretrained(directory)
         self.model.float()
         text = json.dumps(self.config.to_dict(), indent=2) + "\n"
@@ -340,23 +405,32 @@ def build_model(config: ImageTokenizerConfig) -> nn.Module:
 
 
 def load_model(backend: str, name_or_path: str | os.PathLike, subfolder: str = "", **hub_kwargs) -> nn.Module:
-    """The model in float32, from a folder or Hub repository."""
+    """The model in float32, from a folder or Hub repository; nothing is unpickled."""
     if backend == "chameleon":
         from transformers import ChameleonVQVAE
 
-        return ChameleonVQVAE.from_pretrained(name_or_path, subfolder=subfolder, dtype=torch.float32, **hub_kwargs)
+        kwargs = {"dtype": torch.float32, "use_safetensors": True, **hub_kwargs}
+        return ChameleonVQVAE.from_pretrained(name_or_path, subfolder=subfolder, **kwargs)
     from diffusers import VQModel
 
-    kwargs = {"low_cpu_mem_usage": False, "torch_dtype": torch.float32, **hub_kwargs}
+    kwargs = {"low_cpu_mem_usage": False, "torch_dtype": torch.float32, "use_safetensors": True, **hub_kwargs}
     return VQModel.from_pretrained(str(name_or_path), subfolder=subfolder or None, **kwargs)
 
 
 def from_known_fields(cls: type, values: dict[str, Any], what: str) -> Any:
     """A dataclass from a mapping; keys that are not fields are refused by name."""
-    known = {f.name for f in fields(cls)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"unknown {what} setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"settings of the {what} are {type(values).__name__}, and must be a mapping of names to values"
+        )
+    check_names(values, [f.name for f in fields(cls)], f"{what} setting")
     return cls(**values)
+
+
+def without_defaults(config: Any, *names: str) -> dict[str, Any]:
+    """The fields of a dataclass but for those of `names` that are as ever: fingerprints stay what they were before."""
+    ever = {field.name: field.default for field in fields(config)}
+    return {name: value for name, value in asdict(config).items() if name not in names or value != ever[name]}
 
 
 def fingerprint(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:

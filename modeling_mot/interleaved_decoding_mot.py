@@ -10,11 +10,11 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .decoding_cache_mot import DecodingCache, Prefix
-from .denoising_mot import Denoising, commit, denoise
+from .denoising_mot import Denoising, check_finite, commit, denoise
 from .image_processor_mot import MoTImageProcessor
 from .latents_mot import decode_latents
 from .lean_decoding_mot import decoder_of
-from .sampling_mot import Generators, draw, generators_of
+from .sampling_mot import Generators, draw, generators_of, processed, stopped
 
 
 IMAGE_INPUTS = ("latents", "pixel_values", "image_sizes")
@@ -51,8 +51,9 @@ class MoTTransfusionGenerateOutput(GenerateDecoderOnlyOutput):
 class InterleavedDecoding:
     """One call of `generate()`.
 
-    While some sequences draw a picture the others wait, so at any time sequences may differ in length. Logits processors and stopping criteria see each sequence as the prompt it was given with what
-    followed, so that nothing depends on the others.
+    While some sequences draw a picture the others wait, so at any time sequences may differ in length. Logits processors
+    and stopping criteria see each sequence as the prompt it was given with what followed, so that nothing depends on the
+    others.
 
     Attributes:
         running: the sequences that go on.
@@ -135,7 +136,7 @@ class InterleavedDecoding:
         position_ids = position_ids.expand_as(ids)
         cache = DynamicCache(config=self.config)
         outputs = self.model(
-            ids, modality_ids, mask, position_ids, past_key_values=cache, logits_to_keep=1, return_dict=True, **images
+            ids, mask, position_ids, cache, modality_ids=modality_ids, logits_to_keep=1, return_dict=True, **images
         )
         cache = DecodingCache.of(cache, mask, self.decoder.cache_dtype)
         return outputs.logits[:, -1].float(), cache, (position_ids[:, -1] + 1).tolist()
@@ -167,7 +168,7 @@ class InterleavedDecoding:
 
     def _stop(self, rows: list[int]) -> None:
         for group, ids in self._by_length(rows):
-            done = self.stopping_criteria(ids, self.scores or None).tolist()
+            done = stopped(self.stopping_criteria, ids, self.scores or None).tolist()
             self.running = [row for row in self.running if not (row in group and done[row])]
 
     # ---------------------------------------------------------------------------------------------------- text mode
@@ -196,7 +197,7 @@ class InterleavedDecoding:
                 logits[row, config.boi_token_id] = -float("inf")
         scores = logits.clone()
         for group, ids in self._by_length(self.running):
-            scores[group] = self.logits_processor(ids, logits.clone())[group]
+            scores[group] = processed(self.logits_processor, ids, logits.clone())[group]
         return scores
 
     def _step(self, tokens: list[int]) -> None:
@@ -225,7 +226,7 @@ class InterleavedDecoding:
         if self.settings.guidance_scale == 1:
             return []
         if self.unconditional is None:
-            ids, mask = self.settings.unconditional_prompts(self.config, len(self.prompt), self.prompt.device)
+            ids, mask = self.settings.unconditional_prompts(self.config, self.prompt.device)
             _, cache, positions = self._prefill(ids, mask)
             drop = int(self.config.markers_in_image_block)
             self.unconditional = [cache.prefix(row, position, drop) for row, position in enumerate(positions)]
@@ -236,6 +237,7 @@ class InterleavedDecoding:
     def keep(self, rows: list[int], drawing: Denoising) -> None:
         """What these sequences drew, its tokens and EOI; some may end there."""
         latents = drawing.latents
+        check_finite(latents, f"after {drawing.num_steps} steps with guidance_scale={self.settings.guidance_scale}")
         pictures = pictures_of(self.model, latents, self.settings.output_type)
         along = [pictures_of(self.model, estimate, self.settings.output_type) for estimate in drawing.estimates]
         tokens = [self.config.image_token_id] * self.length + [self.config.eoi_token_id]

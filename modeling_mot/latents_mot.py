@@ -11,7 +11,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from .configuration_mot_transfusion import VAE_CLASS_NAMES, vae_downsampling
-from .image_tokenizer_mot import fingerprint
+from .image_tokenizer_mot import fingerprint, without_autocast
+from .trust_mot import without_code
 
 
 VAE_CLASSES = {name: getattr(diffusers, name) for name in VAE_CLASS_NAMES}
@@ -35,7 +36,7 @@ def build_vae(vae_config: Mapping[str, Any]) -> AutoencoderKL | AutoencoderTiny:
 
     Raises ValueError for a `_class_name` other than AutoencoderKL and AutoencoderTiny.
     """
-    return vae_class(vae_config).from_config(dict(vae_config)).float().eval().requires_grad_(False)
+    return vae_class(vae_config).from_config(without_code(vae_config)).float().eval().requires_grad_(False)
 
 
 def downsampling(vae_config: Mapping[str, Any]) -> int:
@@ -46,7 +47,7 @@ def downsampling(vae_config: Mapping[str, Any]) -> int:
 
 def vae_config_of(vae: AutoencoderKL | AutoencoderTiny) -> dict[str, Any]:
     """What `build_vae` needs to build its like; where it was loaded from and by which version is left out."""
-    known = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    known = {name: value for name, value in without_code(vae.config).items() if not name.startswith("_")}
     return {**known, "_class_name": type(vae).__name__}
 
 
@@ -127,7 +128,7 @@ def in_parts(
     """
     inputs = inputs.to(device=vae.device, dtype=vae.dtype)
     size = max(1, PIXELS_AT_ONCE // max(1, pixels_each))
-    with torch.autocast(inputs.device.type, enabled=False):
+    with without_autocast():
         if not len(inputs):  # attention in diffusers takes no empty batch
             return function(inputs.new_zeros(1, *inputs.shape[1:]))[:0].float()
         return torch.cat([function(part).float() for part in inputs.split(size)])

@@ -17,10 +17,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.activations import SiLUActivation
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaTextScaledWordEmbedding
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .decoding_cache_mot import COLUMNS, DecodingCache
-from .plain_modules_mot import is_plain, is_plain_linear
+from .expert_choice import FeedForward
+from .plain_modules_mot import is_of_this_package, is_plain, is_plain_linear, keeps_methods
+from .precision_mot import autocast_dtype
+from .rotary_mot import MoTRotaryEmbedding
+from .tower_norms_mot import MoTHeadLayerNorm
 
 
 FEW, LARGE = 4, 2**19  # rows and weights from which oneDNN's product is the faster one in float32
@@ -28,6 +35,7 @@ PACK_AFTER = 8  # products of a weight take as long as bringing it into oneDNN's
 PACKED_BYTES = 2**30  # of weights that a decoder holds in that order beside the model's
 HAS_MKLDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
 ATTENTION = ("sdpa", "mot_ranges")  # what takes the same numbers from `scaled_dot_product_attention`
+STEP_METHODS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")  # asked at each step
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that do not depend on the length of a sequence
 
 
@@ -138,8 +146,8 @@ class _NotPlain(Exception):
     """A module does more than its class says."""
 
 
-def _plain(module: nn.Module, *forwards: str) -> nn.Module:
-    if not is_plain(module, *forwards):
+def _ours(module: nn.Module) -> nn.Module:
+    if not is_of_this_package(module):
         raise _NotPlain
     return module
 
@@ -161,18 +169,18 @@ class _Reader:
     def norm(self, module: nn.Module | None) -> Callable | None:
         if module is None:
             return None
-        if is_plain(module, "MoTHeadLayerNorm.forward") and self._takes(module.weight, module.bias):
+        if is_plain(module, MoTHeadLayerNorm) and self._takes(module.weight, module.bias):
             return HeadNorm(module.weight, module.bias)
-        if is_plain(module, "LlamaRMSNorm.forward") and self._takes(module.weight):
+        if is_plain(module, LlamaRMSNorm) and self._takes(module.weight):
             return RMSNorm(module.weight, module.variance_epsilon)
-        if is_plain(module, "GemmaRMSNorm.forward") and self._takes(module.weight):
+        if is_plain(module, GemmaRMSNorm) and self._takes(module.weight):
             return OffsetRMSNorm(module.weight, module.eps)
         return module
 
     def feed_forward(self, module: nn.Module) -> Callable:
-        if not is_plain(module, "FeedForward.forward"):
+        if not is_plain(module, FeedForward):
             return partial(module, token_choice=True)
-        activation = F.silu if is_plain(module.act_fn, "SiLUActivation.forward", "SiLU.forward") else module.act_fn
+        activation = F.silu if is_plain(module.act_fn, SiLUActivation, nn.SiLU) else module.act_fn
         return FeedForwardRows(*map(self.linear, (module.gate_proj, module.up_proj, module.down_proj)), activation)
 
 
@@ -181,16 +189,20 @@ class LeanDecoder:
 
     def __init__(self, model: nn.Module):
         config, transformer = model.config, model.model
-        _plain(model, "MoTForCausalLM.forward", "MoTTransfusionModel.forward")
-        _plain(transformer, "MoTModel.forward")
-        self.config, self.rotary = config, _plain(transformer.rotary_emb, "LlamaRotaryEmbedding.forward")
+        if not keeps_methods(_ours(model), *STEP_METHODS) or not keeps_methods(_ours(transformer), "modality_ids_of"):
+            raise _NotPlain
+        self.config, self.rotary = config, transformer.rotary_emb
+        if not is_plain(self.rotary, MoTRotaryEmbedding):
+            raise _NotPlain
         is_supported = config._attn_implementation in ATTENTION and self.rotary.rope_type in STATIC_ROPE
-        if not is_supported or model.training or torch.is_autocast_enabled(model.device.type):
+        if not is_supported or model.training or autocast_dtype(model.device.type) is not None:
             raise _NotPlain
         self.heads, self.key_heads, self.head_dim = (
             config.num_attention_heads, config.num_key_value_heads, config.head_dim,
         )  # fmt: skip
-        table = _plain(transformer.embed_tokens, "Embedding.forward", "GemmaTextScaledWordEmbedding.forward")
+        table = transformer.embed_tokens
+        if not is_plain(table, nn.Embedding, GemmaTextScaledWordEmbedding):
+            raise _NotPlain
         embedding, self.embedding_scale = table.weight, getattr(table, "embed_scale", None)
         # Attention of one query over keys in half precision takes five times as long on a CPU.
         self.cache_dtype = torch.float32 if embedding.device.type == "cpu" else embedding.dtype
@@ -213,12 +225,12 @@ class LeanDecoder:
             return None
 
     def _of_towers(self, module: nn.Module, part: str) -> list[nn.Module]:
-        _plain(module, "PerTower.forward", "TowerNorms.forward")
+        _ours(module)
         return [module[tower if part in self.config.untied else "shared"] for tower in self.config.tower_names]
 
     def _read(self, reader: _Reader, layer: nn.Module) -> list[TowerLayer]:
         """-> one for each tower"""
-        attention = _plain(_plain(layer, "MoTDecoderLayer.forward").self_attn, "MoTAttention.forward")
+        attention = _ours(_ours(layer).self_attn)
 
         def attending(name, read):
             module = getattr(attention, name, None)
@@ -358,6 +370,17 @@ class ForwardDecoder:
 
 
 def decoder_of(model: nn.Module) -> LeanDecoder | ForwardDecoder:
+    """What makes the steps of several sequences that are not in step with each other.
+
+    Raises:
+        ValueError: a derived class, or an adapter, prepares the inputs of each step, which these steps do not ask.
+    """
+    for name in STEP_METHODS:
+        if not keeps_methods(model, name):
+            raise ValueError(
+                f"{name} of this {type(model).__name__} is not the package's own, and neither pictures that are diffused "
+                "nor served requests ask it at each step; leave it as it is, or use generate() of a model of tokens"
+            )
     return LeanDecoder.of(model) or ForwardDecoder(model)
 
 

@@ -6,7 +6,10 @@ import re
 from collections.abc import Callable
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
+
+from .precision_mot import autocast_dtype
 
 
 BLOCK_LOGITS = 1 << 24  # logits of one block, made by one product
@@ -32,12 +35,12 @@ def linear_cross_entropy(
         (T,) twice in float32 at least, 0 where there is no target.
     """
     device = hidden_states.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(device)
+    if dtype is not None:
         hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
     needs_grad = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
     gradients_now = needs_grad and device in ("cpu", "meta")
-    return _forward(hidden_states, weight, targets, z_loss_coefficient, gradients_now)[:2]
+    return _LinearCrossEntropy.apply(hidden_states, weight, targets, z_loss_coefficient, gradients_now)[:2]
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:
@@ -205,6 +208,17 @@ def _gradients(ctx, grad_losses, grad_z_losses, *_):
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The operator as `torch.func` takes it, which knows no gradients that are registered with an operator."""
+
+    @staticmethod
+    def forward(*args):
+        return _forward(*args)
+
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(once_differentiable(_gradients))
 
 
 def _product_flops(hidden_shape, weight_shape) -> int:

@@ -19,8 +19,7 @@ class _Sort(torch.autograd.Function):
     """Rows sorted by tower, zero where a slice is padded.  (T, ...) -> (T', ...), the adjoint of `_Restore`"""
 
     @staticmethod
-    def forward(ctx, rows, routing):
-        ctx.routing = routing
+    def forward(rows, routing):
         out = rows.index_select(0, routing.order)
         end = 0
         for count, padding in zip(routing.counts, routing.padding):
@@ -28,6 +27,10 @@ class _Sort(torch.autograd.Function):
             if padding:
                 out[end - padding : end] = 0
         return out
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.routing = inputs[1]
 
     @staticmethod
     def backward(ctx, grad):
@@ -41,9 +44,12 @@ class _Restore(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows, routing):
-        ctx.routing = routing
+    def forward(rows, routing):
         return rows.index_select(0, routing.inverse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.routing = inputs[1]
 
     @staticmethod
     def backward(ctx, grad):
@@ -161,6 +167,16 @@ class PerTower(nn.ModuleDict):
     """
 
     products = "separate"
+
+    def __str__(self) -> str:
+        """What an adapter is to be given to instead, for PEFT's error that names a module it cannot adapt."""
+        towers = list(self)
+        names = ", ".join(f"'<name>.{tower}'" for tower in towers)
+        return (
+            f"of towers {towers}: adapters go to the towers' own modules, as target_modules=[{names}], or to those of all "
+            r"towers by a pattern, as target_modules=r'.*\.(q_proj|v_proj)\.[^.]+'; this module, "
+            f"{super().__str__()},"
+        )
 
     def forward(self, parts: dict[str, torch.Tensor], **kwargs) -> dict[str, torch.Tensor]:
         if "shared" not in self:

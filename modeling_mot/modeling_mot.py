@@ -6,30 +6,32 @@ projections and norms, joined by one global self-attention."""
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaTextScaledWordEmbedding
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .adapters_mot import offer_adapter_targets
 from .attention_masks import ImageBlocks, attention_mask_for, document_positions, flash_documents
 from .attention_mot import MoTAttention
 from .attention_plan_mot import AttentionPlan
 from .configuration_mot import MoTConfig
 from .decoder_layer_mot import MoTDecoderLayer
+from .forward_arguments_mot import behind_virtual_tokens, check_ids, check_keywords, check_rows
 from .generation_mot import MoTGenerationMixin
 from .hub_mot import PushWithCard
 from .modality_routing import ModalityRouting, PerTower
 from .range_attention_mot import RANGES
-from .token_losses import logits_and_losses
+from .rotary_mot import MoTRotaryEmbedding
+from .token_losses import logits_and_losses, targets_of
 from .tower_norms_mot import MoTHeadLayerNorm, TowerNorms, rms_norm
 from .tower_products_mot import TOWER_PRODUCTS
+from .trust_mot import check_index, forget_code
 
 
 class MoTPreTrainedModel(PushWithCard, PreTrainedModel):
@@ -46,16 +48,17 @@ class MoTPreTrainedModel(PushWithCard, PreTrainedModel):
     _can_record_outputs = {"hidden_states": MoTDecoderLayer, "attentions": MoTAttention}
 
     @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers, but a checkpoint that lacks tensors is refused.
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, but a checkpoint that lacks tensors, or takes them from outside of its folder, is refused.
 
         Transformers goes on with random ones and a warning. Whoever asks for `output_loading_info` gets the list of
         missing tensors instead of the error; a head may be missing from a checkpoint of the bare transformer.
 
         Raises:
-            ValueError: tensors are missing.
+            ValueError: tensors are missing, or an index names files outside of its folder.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        check_index(pretrained_model_name_or_path, kwargs.get("subfolder"))
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if output_loading_info:
             return model, info
         missing = info["missing_keys"]
@@ -91,7 +94,9 @@ class MoTPreTrainedModel(PushWithCard, PreTrainedModel):
         return super().get_correct_attn_implementation(requested_attention or RANGES, is_init_check)
 
     def save_pretrained(self, *args, **kwargs):
+        self.config.forget_loaded_code()
         if self.can_generate():
+            forget_code(self.generation_config)
             # Whoever reads a generation configuration that is marked as derived loses `image_grid` and the like.
             self.generation_config._from_model_config = None
         return super().save_pretrained(*args, **kwargs)
@@ -119,8 +124,9 @@ class MoTModel(MoTPreTrainedModel):
             self.embed_tokens = GemmaTextScaledWordEmbedding(*embedding, embed_scale=config.embedding_multiplier)
         self.layers = nn.ModuleList(MoTDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = TowerNorms({name: rms_norm(config, config.hidden_size) for name in config.part_names("norm")})
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb = MoTRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        offer_adapter_targets(config.model_type)
         self.post_init()
 
     def modality_ids_of(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -145,7 +151,12 @@ class MoTModel(MoTPreTrainedModel):
                 modality_ids = modality_ids.masked_fill((input_ids >= first) & (input_ids < end), index)
         return modality_ids
 
-    def _embed(self, input_ids):
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(B, L) -> (B, L, D)
+
+        Raises:
+            ValueError: an id outside of the vocabulary.
+        """
         try:
             return self.embed_tokens(input_ids)
         except IndexError as error:
@@ -154,47 +165,55 @@ class MoTModel(MoTPreTrainedModel):
                 f"vocab_size={self.config.vocab_size}; was the text tokenised for another model?"
             ) from error
 
-    def _routing(self, modality_ids, input_ids, inputs_embeds):
-        shape = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
+    def _routing(self, modality_ids, input_ids, shape):
         if modality_ids is None and len(self.config.tower_names) == 1:
             return ModalityRouting(tuple(self.config.tower_names), (shape[0] * shape[1],))
-        if modality_ids is None:
-            # Embeddings carry no modality; whoever passes them without ids means text.
-            if input_ids is None:
-                modality_ids = torch.zeros(shape, dtype=torch.long, device=inputs_embeds.device)
-            else:
-                modality_ids = self.modality_ids_of(input_ids)
-        if modality_ids.shape != shape:
+        if modality_ids is None and input_ids is None:
             raise ValueError(
-                f"modality_ids has shape {tuple(modality_ids.shape)} but the tokens have {tuple(shape)}; "
-                "pass one id per token"
+                f"inputs_embeds came without modality_ids, and embeddings do not say which of the towers "
+                f"{self.config.tower_names} they are for: pass modality_ids, (batch, length), beside them"
             )
+        if modality_ids is None:
+            modality_ids = self.modality_ids_of(input_ids)
+        elif input_ids is None:
+            modality_ids = behind_virtual_tokens(modality_ids, length=shape[1])
+        check_ids("modality_ids", modality_ids, shape)
         return ModalityRouting.from_modality_ids(modality_ids, self.config)
+
+    def _competing(self, routing, attention_mask, length) -> dict[str, torch.Tensor] | None:
+        """The tokens that choose among experts: all but padding, which nothing ever sees.  -> places in towers' slices"""
+        is_rows = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
+        if not (self.config.moe_towers and is_rows):
+            return None
+        is_token = routing.split(routing.sort(attention_mask[:, -length:].bool().unsqueeze(-1)))
+        return {tower: rows.squeeze(-1).nonzero().squeeze(-1) for tower, rows in is_token.items()}
 
     @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        modality_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        document_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        modality_ids: torch.LongTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
         routing: ModalityRouting | None = None,
         attention_plan: AttentionPlan | None = None,
         image_blocks: ImageBlocks | None = None,
-        use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """
+        """The parameters up to `use_cache` are Llama's, in its order; keywords of others are in `forward_arguments_mot`.
+
         Args:
             input_ids: (B, L); or `inputs_embeds`: (B, L, D).
-            modality_ids: (B, L) indices into `config.modalities`; derived from
-                `config.modality_token_ranges` when absent.
             attention_mask: (B, past + L) 1 for tokens, 0 for padding; or a 4-D mask.
             position_ids: (B, L); consecutive by default, from 0 in each document when `document_ids` are given.
+            modality_ids: (B, L) indices into `config.modalities`; derived from `config.modality_token_ranges` when
+                absent. Beside `inputs_embeds` they may be those of the last embeddings: virtual tokens before these, as
+                prompt tuning puts there, are text.
             document_ids: (B, L); tokens whose ids differ never see each other.
             routing: a `ModalityRouting` made ahead of the forward; `modality_ids` are then not read.
             attention_plan: an `AttentionPlan` made ahead, from the same documents and images. Absent, it is made here,
@@ -204,27 +223,35 @@ class MoTModel(MoTPreTrainedModel):
                 Default: when the forward continues a cache.
 
         Raises:
-            ValueError: shapes or ids that do not fit; the message names them.
+            ValueError: shapes or ids that do not fit, or embeddings whose tower is not known; the message names them.
+            TypeError: a keyword that nobody reads.
         """
+        check_keywords(self, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            check_ids("input_ids", input_ids)
+        elif inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
+            raise ValueError(
+                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, and must be (batch, length, hidden_size="
+                f"{self.config.hidden_size})"
+            )
+        shape = batch_size, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+        check_rows(self.config, shape, attention_mask, position_ids, past_key_values)
         continues_cache = past_key_values is not None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         may_plan = routing is None and not torch.compiler.is_compiling()
         if routing is None:
-            routing = self._routing(modality_ids, input_ids, inputs_embeds)
-        batch_size, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+            routing = self._routing(modality_ids, input_ids, shape)
         if routing.num_tokens != batch_size * length:
             raise ValueError(f"routing was made for {routing.num_tokens} tokens, the rows hold {batch_size * length}")
 
-        # Ids are permuted rather than embeddings, unless hidden states are recorded: those are the
-        # layers' own inputs, in the order of the sequence.
+        # Hidden states that are recorded are the layers' own inputs, in the order of the sequence.
         record = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         if inputs_embeds is None:
-            hidden_states = self._embed(input_ids if record else routing.sort(input_ids))
-        else:
-            hidden_states = inputs_embeds if record else routing.sort(inputs_embeds)
+            inputs_embeds = self.embed(input_ids)
+        hidden_states = inputs_embeds if record else routing.sort(inputs_embeds)
 
         rows = hidden_states.new_empty(0).expand(batch_size, length, 0)
         mask = attention_mask_for(
@@ -249,6 +276,8 @@ class MoTModel(MoTPreTrainedModel):
         position_ids = position_ids.expand(batch_size, -1)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         kwargs.setdefault("token_choice", continues_cache)
+        if not kwargs["token_choice"]:
+            kwargs["competing"] = self._competing(routing, attention_mask, length)
 
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer in drafts with an early exit
             hidden_states = layer(
@@ -301,22 +330,24 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        modality_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        document_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        routing: ModalityRouting | None = None,
+        use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        modality_ids: torch.LongTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        routing: ModalityRouting | None = None,
         skip_logits: bool = False,
         **kwargs,
     ) -> MoTCausalLMOutputWithPast:
-        """Arguments as `MoTModel.forward`, and:
+        """Arguments as `MoTModel.forward`; those up to `logits_to_keep` are Llama's, in its order. What is added:
 
         Args:
-            labels: (B, L) token ids, shifted inside by one; -100 is not a target.
+            labels: (B, L) token ids, shifted inside by one; -100 is not a target, and any other that is no token is
+                refused.
             logits_to_keep: compute logits for the last so many positions only; 0 for all.
             skip_logits: return the losses alone; logits then exist for a part of the tokens at a time, and for those
                 with a target only.
@@ -328,31 +359,27 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
             `MoTCausalLMOutputWithPast`; `logits` are (B, L, V), or None.
 
         Raises:
-            ValueError: logits are neither wanted nor needed for a loss; the message names the arguments.
+            ValueError: labels that are no tokens, or logits that are neither wanted nor needed for a loss; the message
+                names the arguments.
         """
+        check_keywords(self, kwargs)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        shift_labels = kwargs.pop("shift_labels", None)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        targets = targets_of(self, tokens, labels, kwargs.pop("shift_labels", None), modality_ids)
         outputs = self.model(
             input_ids=input_ids,
-            modality_ids=modality_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            document_ids=document_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            modality_ids=modality_ids,
+            document_ids=document_ids,
             routing=routing,
             **kwargs,
         )
-        targets = shift_labels
-        if shift_labels is not None:
-            modality_ids = self._label_modalities(shift_labels)
-        elif labels is not None:
-            if modality_ids is None:
-                modality_ids = self._label_modalities(labels)
-            # The labels move, not the logits: the last position of a row has no target.
-            targets, modality_ids = (F.pad(ids[:, 1:], (0, 1), value=-100) for ids in (labels, modality_ids))
         logits, losses = logits_and_losses(
-            self, outputs.last_hidden_state, targets, modality_ids, num_items_in_batch, logits_to_keep, skip_logits
+            self, outputs.last_hidden_state, targets, num_items_in_batch, logits_to_keep, skip_logits
         )
         return MoTCausalLMOutputWithPast(
             logits=logits,
@@ -361,11 +388,6 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
             attentions=outputs.attentions,
             **losses,
         )
-
-    def _label_modalities(self, labels):
-        if self.config.modality_token_ranges is None and len(self.config.tower_names) == 1:
-            return torch.zeros_like(labels)  # one tower and no ranges: all of it counts as text
-        return self.model.modality_ids_of(labels)
 
 
 MoTModel.register_for_auto_class("AutoModel")

@@ -7,7 +7,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -16,13 +15,15 @@ from transformers.utils import can_return_tuple
 from .attention_masks import ImageBlocks, documents_of, find_image_blocks, image_positions
 from .configuration_mot_transfusion import MoTTransfusionConfig
 from .diffusion_mot import NoiseSchedule, cumulative_alphas
+from .forward_arguments_mot import check_ids, check_keywords, check_rows
 from .generation_mot_transfusion import MoTTransfusionGenerationMixin
 from .latent_images_mot import LatentImagesMixin, NoisyImages, check_placeholders, images_first, sizes_of
 from .latent_patchifier import build_patchifier
 from .latents_mot import build_vae, vae_config_of
 from .modality_routing import ModalityRouting
 from .modeling_mot import MoTCausalLMOutputWithPast, MoTModel, MoTPreTrainedModel
-from .token_losses import logits_and_losses
+from .precision_mot import without_cast
+from .token_losses import logits_and_losses, targets_of
 
 
 @dataclass
@@ -52,8 +53,7 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    _keep_in_fp32_modules_strict = ["vae"]
-    _keep_in_fp32_modules = ["vae"]  # quantizers read this one
+    _keep_in_fp32_modules = ["vae"]  # for float16 and quantizers; `_get_dtype_plan` adds other precisions
     _supports_flash_attn = False  # its kernels know nothing of images that see themselves in both directions
     _no_split_modules = ["MoTDecoderLayer", "AutoencoderKL", "AutoencoderTiny"]
     main_input_name = "input_ids"
@@ -101,13 +101,11 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         super()._apply(fn, recurse)
         self.vae = vae
         if vae is not None:
-
-            def move(tensor):
-                probe = fn(tensor.new_empty(0))
-                return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
-
-            vae._apply(move, recurse)
+            vae._apply(without_cast(fn), recurse)
         return self
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
+        return super()._get_dtype_plan(dtype) | {"vae": torch.float32}
 
     def _init_weights(self, module):
         if isinstance(module, NoiseSchedule):
@@ -124,11 +122,15 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        modality_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        document_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        modality_ids: torch.LongTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
         latents: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         image_sizes: torch.LongTensor | list | None = None,
@@ -136,9 +138,7 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         noise: torch.FloatTensor | None = None,
         clean_images: torch.BoolTensor | None = None,
         image_first: torch.BoolTensor | None = None,
-        labels: torch.LongTensor | None = None,
         routing: ModalityRouting | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
         generator: torch.Generator | None = None,
         **kwargs,
@@ -147,10 +147,12 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
 
         Args:
             input_ids: (B, L) with an `image_token_id` for each patch of an image, between BOI and EOI.
-            modality_ids: (B, L) indices into `config.modalities`; derived from `input_ids` when absent.
             attention_mask: (B, past + L) 1 for tokens, 0 for padding.
-            position_ids, document_ids, routing, logits_to_keep, skip_logits: as in `MoTForCausalLM`.
             past_key_values: a cache; images that come with a filled one are `generate()`'s affair.
+            inputs_embeds: (B, L, D), to be taken instead of the embeddings of `input_ids`, which must come along.
+            labels: (B, L) token ids, shifted inside by one; -100, placeholders and EOI are no targets.
+            modality_ids: (B, L) indices into `config.modalities`; derived from `input_ids` when absent.
+            position_ids, use_cache, logits_to_keep, document_ids, routing, skip_logits: as in `MoTForCausalLM`.
             latents: (N, C, h, w) clean and scaled, images in order of appearance over the flattened rows.
             pixel_values: (N, 3, H, W) in [-1, 1], instead of `latents`; the VAE encodes them.
             image_sizes: (N, 2) height and width of each image in the unit of the tensor that holds them, which is padded
@@ -161,9 +163,9 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
             clean_images: (N,) bool, images that are context: they get no noise, t = 0, and have no loss.
             image_first: (N,) bool, images with text of their document after and none before them, whose drawn timesteps
                 keep to `image_first_max_timestep`; found from `input_ids` when absent.
-            labels: (B, L) token ids, shifted inside by one; -100, placeholders and EOI are no targets.
             generator: of the timesteps and the noise that are drawn.
             num_items_in_batch: divide the token loss by this instead of by the number of token targets here.
+            shift_labels: (B, L) targets aligned with the logits already, instead of `labels`.
 
         Returns:
             `MoTTransfusionOutput`.
@@ -171,11 +173,20 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         Raises:
             ValueError: images without placeholders or the reverse, sizes that `patch_size` does not divide, timesteps
                 out of range; the message names field, value and way out.
+            TypeError: a keyword that nobody reads.
         """
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        check_keywords(self, kwargs)
+        num_items_in_batch, shift_labels = (kwargs.pop(name, None) for name in ("num_items_in_batch", "shift_labels"))
         config, planned = self.config, routing is not None
         if input_ids is None:
-            raise ValueError("input_ids is needed: a Transfusion model finds its images by their placeholders")
+            raise ValueError(
+                "input_ids is needed: a Transfusion model finds its images by their placeholders; inputs_embeds may come "
+                "beside it, but prompt tuning and other virtual tokens go with a MoTForCausalLM only"
+            )
+        check_ids("input_ids", input_ids)
+        check_rows(config, input_ids.shape, attention_mask, position_ids, past_key_values)
+        if modality_ids is not None:
+            check_ids("modality_ids", modality_ids, input_ids.shape)
         if latents is not None and pixel_values is not None:
             raise ValueError("pass either latents or pixel_values, not both")
         is_filled = past_key_values is not None and past_key_values.get_seq_length() > 0
@@ -205,12 +216,22 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         else:
             images = self._no_images(input_ids)
 
-        inputs_embeds = self.model._embed(input_ids)
+        if inputs_embeds is None:
+            inputs_embeds = self.model.embed(input_ids)
+        elif inputs_embeds.shape != (*input_ids.shape, config.hidden_size):
+            raise ValueError(
+                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, but input_ids and hidden_size make it "
+                f"{(*input_ids.shape, config.hidden_size)}"
+            )
         tokens, features = self.embed_latents(images)
         places = torch.argsort(~is_patch.flatten(), stable=True)[: len(tokens)]  # no wait for the device
         embeds = inputs_embeds.flatten(0, 1).index_copy(0, places, tokens.to(inputs_embeds.dtype))
         if modality_ids is None and (labels is not None or not planned):
             modality_ids = self.model.modality_ids_of(input_ids)
+        targets, of_targets = targets_of(self, input_ids, labels, shift_labels, modality_ids)
+        if targets is not None:  # placeholders and EOI are the sampler's to write
+            ours = (targets == config.image_token_id) | (targets == config.eoi_token_id)
+            targets = targets.masked_fill(ours, -100)
         if position_ids is None and config.image_positions == "shared":
             if is_filled:
                 raise ValueError(
@@ -225,6 +246,7 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
             position_ids=position_ids,
             document_ids=document_ids,
             past_key_values=past_key_values,
+            use_cache=use_cache,
             routing=routing,
             image_blocks=self._image_blocks(blocks, images),
             **kwargs,
@@ -232,13 +254,8 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         hidden_states = outputs.last_hidden_state
         patches = hidden_states.flatten(0, 1).index_select(0, places)
         prediction = self.predict_latents(patches, features, images)
-        targets = target_modalities = None
-        if labels is not None:
-            ours = (labels == config.image_token_id) | (labels == config.eoi_token_id)  # the sampler's, not the model's
-            labels = labels.masked_fill(ours, -100)
-            targets, target_modalities = (F.pad(ids[:, 1:], (0, 1), value=-100) for ids in (labels, modality_ids))
         logits, losses = logits_and_losses(
-            self, hidden_states, targets, target_modalities, num_items_in_batch, logits_to_keep, skip_logits
+            self, hidden_states, (targets, of_targets), num_items_in_batch, logits_to_keep, skip_logits
         )
         if losses:
             self._add_diffusion_loss(losses, prediction, images)

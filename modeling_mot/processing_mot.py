@@ -17,20 +17,32 @@ import numpy as np
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from .chat_templates_mot import is_extended, mark_added_tokens
 from .document_decoding_mot import DocumentDecoder
 from .hub_mot import PushWithoutCard
 from .image_processor_mot import IMAGE_PROCESSOR_CONFIG_NAME, MoTImageProcessor
 from .image_tokenizer_mot import IMAGE_TOKENIZER_CONFIG_NAME, MoTImageTokenizer
 from .processor_inputs_mot import (
+    check_blocks,
     check_document,
     check_placeholders,
+    check_text,
     flatten,
     flatten_audio,
     load_if_present,
     media_of,
+    tokenize_prompts,
 )
 from .speech_tokenizer_mot import SPEECH_TOKENIZER_CONFIG_NAME, MoTSpeechTokenizer
-from .vocabulary_mot import CHAT_TEMPLATE, extend_tokenizer, modality_ids_of, modality_ranges, stretches
+from .trust_mot import check_tokenizer_files, forget_code
+from .vocabulary_mot import (
+    CHAT_TEMPLATE,
+    begin_token_id,
+    extend_tokenizer,
+    modality_ids_of,
+    modality_ranges,
+    stretches,
+)
 
 
 # In the order of the constructor's arguments; each is saved in a folder of its own name.
@@ -101,7 +113,12 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         names = ["input_ids", "attention_mask", "modality_ids"]
-        return names if self.image_processor is None else [*names, "pixel_values", "image_sizes"]
+        return names if self.image_processor is None else [*names, "pixel_values"]  # `image_sizes` where they differ
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """What documents begin with: what the tokenizer puts before a text. None where that is nothing."""
+        return begin_token_id(self.tokenizer)
 
     def config_kwargs(self) -> dict[str, Any]:
         """Arguments of `MoTConfig`, or with an image processor of `MoTTransfusionConfig`, that follow from this one.
@@ -120,7 +137,7 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
             "modalities": self.modalities,
             "modality_token_ranges": copy.deepcopy(self.modality_token_ranges),
             "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
+            "bos_token_id": self.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "boi_token_id": tokenizer.boi_token_id,
             "eoi_token_id": tokenizer.eoi_token_id,
@@ -165,6 +182,8 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
         audio: Any = None,
         add_eos: bool | None = None,
         continue_with: str | None = None,
+        allow_urls: bool = False,
+        allow_paths: bool = True,
         **kwargs,
     ) -> BatchFeature:
         """`input_ids`, `modality_ids`, `attention_mask` of documents, or of text with placeholders.
@@ -174,31 +193,44 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
         `MoTImageProcessor.stack`.
 
         A document is a list of segments, `{"type": "text" | "image" | "audio", ...}`; one document or a list of them.
-        It starts with bos and ends with eos unless `add_eos` is False or `continue_with` ("text", "image", "audio")
-        names what the model is to go on with. Text inside segments never becomes control tokens.
+        It starts with `bos_token_id` and ends with eos unless `add_eos` is False or `continue_with` ("text", "image",
+        "audio") names what the model is to go on with. Text inside segments never becomes control tokens.
 
         `text=` is a prompt as elsewhere in transformers: special tokens in it are obeyed (chat templates write them),
-        and each `<|image|>` or `<|audio|>` stands for the next of `images=` or `audio=`. Give text from strangers as
-        documents, or through `apply_chat_template`.
+        and each `<|image|>` or `<|audio|>` stands for the next of `images=` or `audio=`. A text that begins with the
+        begin token, as rendered chats do, gets no second one. Give text from strangers as documents, or through
+        `apply_chat_template`.
+
+        Pictures and sounds come in any form that `load_picture` and `load_sound` take. Addresses are fetched only with
+        `allow_urls`; local files are not opened with `allow_paths=False`, which is right for what strangers send.
 
         `padding`, `padding_side`, `max_length`, `truncation`, `return_tensors` ("pt", "np" or None) are the
-        tokenizer's; documents are never truncated: one longer than `max_length` is an error.
+        tokenizer's; but a picture or sound of tokens that does not fit is left out whole, and documents are never
+        truncated: one longer than `max_length` is an error.
         """
+        access = {"allow_urls": allow_urls, "allow_paths": allow_paths}
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         if documents is None:
             if add_eos is not None or continue_with is not None:
                 raise ValueError("add_eos and continue_with go with documents=; in text= write the special tokens")
-            return self.encode_prompts(text, images, audio, merged)
+            return self.encode_prompts(text, images, audio, merged, **access)
         if text is not None or images is not None or audio is not None:
             raise ValueError("give either documents= or text= with images= and audio=, not both")
         is_single = len(documents) > 0 and isinstance(documents[0], dict)
-        rows, pixels = self.encode_documents([documents] if is_single else documents, add_eos, continue_with)
+        rows, pixels = self.encode_documents([documents] if is_single else documents, add_eos, continue_with, **access)
         return self.pad_rows(rows, pixels, merged["text_kwargs"], is_single)
 
     def encode_documents(
-        self, documents: list[list[dict]], add_eos: bool | None = None, continue_with: str | None = None
+        self,
+        documents: list[list[dict]],
+        add_eos: bool | None = None,
+        continue_with: str | None = None,
+        **access: bool,
     ) -> tuple[list[list[int]], list[np.ndarray]]:
-        """Token ids of each document, and with an image processor the pixels of all pictures; see `encode_pictures`."""
+        """Token ids of each document, and with an image processor the pixels of all pictures; see `encode_pictures`.
+
+        `access` is `allow_urls` and `allow_paths` of `__call__`, here and in the other methods.
+        """
         if not isinstance(documents, (list, tuple)) or not documents:
             raise ValueError("documents= must be a document (a list of segments) or a non-empty list of documents")
         openings = {None: [], "text": [], "image": ["boi"], "audio": ["begin_of_speech"]}
@@ -213,35 +245,36 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
         for document in documents:
             check_document(document, may_be_empty=continue_with is not None)
         flat = [segment for document in documents for segment in document]
-        spans, pixels = self.encode_pictures([s["image"] for s in flat if s["type"] == "image"])
+        spans, pixels = self.encode_pictures([s["image"] for s in flat if s["type"] == "image"], **access)
         pictures = iter(spans)
-        encode = {"text": self.encode_segment, "audio": self.encode_segment, "image": lambda _: next(pictures)}
+        beginning = [] if self.bos_token_id is None else [self.bos_token_id]
         rows = []
         for document in documents:
-            ids = [self.tokenizer.bos_token_id]
+            ids = list(beginning)
             for segment in document:
-                ids += encode[segment["type"]](segment)
+                ids += next(pictures) if segment["type"] == "image" else self.encode_segment(segment, **access)
             rows.append(ids + ending)
         return rows, pixels
 
-    def encode_segment(self, segment: dict) -> list[int]:
+    def encode_segment(self, segment: dict, **access: bool) -> list[int]:
         """Token ids of one segment, begin and end markers included."""
         check_document([segment])
         if segment["type"] == "image":
-            return self.encode_images([segment["image"]])[0]
+            return self.encode_images([segment["image"]], **access)[0]
         if segment["type"] == "audio":
-            return self.encode_audio([segment["audio"]], segment.get("sampling_rate"))[0]
+            return self.encode_audio([segment["audio"]], segment.get("sampling_rate"), **access)[0]
         return self.encode_text(segment["text"])
 
     def encode_text(self, text: str) -> list[int]:
         """Plain text: whatever looks like a special token is spelled out instead."""
+        check_text(text)
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
-    def encode_pictures(self, images: list[Any]) -> tuple[list[list[int]], list[np.ndarray]]:
+    def encode_pictures(self, images: list[Any], **access: bool) -> tuple[list[list[int]], list[np.ndarray]]:
         """Token ids of every picture and, with an image processor, its pixels (3, H, W) uint8."""
         if self.image_processor is None:
-            return self.encode_images(images), []
-        pixels = self.image_processor.fit_pictures(images)
+            return self.encode_images(images, **access), []
+        pixels = self.image_processor.fit_pictures(images, **access)
         return [self.placeholder_ids(*picture.shape[1:]) for picture in pixels], pixels
 
     def placeholder_ids(self, height: int, width: int) -> list[int]:
@@ -249,23 +282,25 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
         rows, columns = self.image_processor.grid(height, width)
         return [self.token_id("boi"), *[self.image_token_id] * (rows * columns), self.token_id("eoi")]
 
-    def encode_images(self, images: list[Any]) -> list[list[int]]:
+    def encode_images(self, images: list[Any], **access: bool) -> list[list[int]]:
         """boi, the codes (or, with an image processor, placeholders) row by row, eoi for every picture."""
         if self.image_processor is not None:
-            return self.encode_pictures(images)[0]
+            return self.encode_pictures(images, **access)[0]
         if not images:
             return []
         first = self.first_code("image", self.image_tokenizer)
         boi, eoi = self.token_id("boi"), self.token_id("eoi")
-        return [[boi, *(grid.flatten() + first).tolist(), eoi] for grid in self.image_tokenizer.encode(images)]
+        grids = self.image_tokenizer.encode(images, **access)
+        return [[boi, *(grid.flatten() + first).tolist(), eoi] for grid in grids]
 
-    def encode_audio(self, audio: list[Any], sampling_rate: int | None = None) -> list[list[int]]:
-        """Begin of speech, the units, end of speech for every sound."""
+    def encode_audio(self, audio: list[Any], sampling_rate: int | None = None, **access: bool) -> list[list[int]]:
+        """Begin of speech, the units, end of speech for every sound. `sampling_rate` is that of arrays without one."""
         if not audio:
             return []
         first = self.first_code("speech", self.speech_tokenizer)
         begin, end = self.token_id("begin_of_speech"), self.token_id("end_of_speech")
-        return [[begin, *(units + first).tolist(), end] for units in self.speech_tokenizer.encode(audio, sampling_rate)]
+        sounds = self.speech_tokenizer.encode(audio, sampling_rate, **access)
+        return [[begin, *(units + first).tolist(), end] for units in sounds]
 
     def first_code(self, modality: str, sub_tokenizer: Any) -> int:
         if sub_tokenizer is None:
@@ -279,7 +314,9 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
     def token_id(self, name: str) -> int:
         return getattr(self.tokenizer, f"{name}_token_id")
 
-    def encode_prompts(self, text: Any, images: Any, audio: Any, merged: dict[str, dict]) -> BatchFeature:
+    def encode_prompts(
+        self, text: Any, images: Any, audio: Any, merged: dict[str, dict], **access: bool
+    ) -> BatchFeature:
         """The ecosystem's way: placeholders in text become the tokens of the given pictures and sounds."""
         pictures, sounds = flatten(images), flatten_audio(audio)
         if text is None and not pictures and not sounds:
@@ -292,15 +329,15 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
         with_offsets = text_kwargs.pop("return_text_replacement_offsets", merged.get("return_text_replacement_offsets"))
         with_types = text_kwargs.pop("return_mm_token_type_ids", merged.get("return_mm_token_type_ids"))
         sampling_rate = merged["audio_kwargs"].get("sampling_rate")
-        spans, pixels = self.encode_pictures(pictures)
+        spans, pixels = self.encode_pictures(pictures, **access)
         prompts, offsets = self.get_text_with_replacements(
             list(prompts),
             images_replacements=[self.spelled(ids) for ids in spans],
-            audio_replacements=[self.spelled(ids) for ids in self.encode_audio(sounds, sampling_rate)],
+            audio_replacements=[self.spelled(ids) for ids in self.encode_audio(sounds, sampling_rate, **access)],
         )
         return_tensors = text_kwargs.pop("return_tensors", None)
         is_single = isinstance(text, str) and return_tensors is None and not (pictures or sounds)
-        encoded = dict(self.tokenizer(prompts, **text_kwargs))
+        encoded = tokenize_prompts(self.tokenizer, prompts, self.bos_token_id, text_kwargs)
         encoded.pop("token_type_ids", None)
         self._check_special_mm_tokens(prompts, encoded, modalities=["image", "audio"])
         encoded["modality_ids"] = self.modality_ids_of(encoded["input_ids"])
@@ -339,13 +376,40 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
         except ValueError as error:
             raise ValueError(f"documents of different lengths make no tensor; pass padding=True ({error})") from None
 
-    def apply_chat_template(self, conversation, chat_template=None, tools=None, documents=None, **kwargs):
-        """As in transformers; with our own template, what users write never becomes control tokens or placeholders."""
+    def apply_chat_template(
+        self, conversation, chat_template=None, tools=None, documents=None, processor_kwargs=None, **kwargs
+    ):
+        """As in transformers; with our own template, what users write never becomes control tokens or placeholders.
+
+        With the template of the model that this one was made of, a chat of text alone has the ids that the tokenizer of
+        that model gives it: the template writes all special tokens, and those that were added here are text to it.
+
+        `allow_urls` and `allow_paths` are those of `__call__`. The rate of a sound given as an array is its block's
+        `sampling_rate`, or else the `sampling_rate` of `processor_kwargs`.
+        """
+        access = {name: kwargs.pop(name) for name in ("allow_urls", "allow_paths") if name in kwargs}
+        if access:
+            processor_kwargs = (processor_kwargs or {}) | access
+        check_blocks(conversation)
+        masked = kwargs.get("return_assistant_tokens_mask", False)  # transformers cannot do both
+        sanitizes = kwargs.get("tokenize") and not masked
         if kwargs.get("sanitize_control_tokens") is None:
             ours = chat_template is None and self.chat_template == CHAT_TEMPLATE
-            masked = kwargs.get("return_assistant_tokens_mask", False)  # transformers cannot do both
-            kwargs["sanitize_control_tokens"] = bool(ours and kwargs.get("tokenize") and not masked)
-        return super().apply_chat_template(conversation, chat_template, tools, documents, **kwargs)
+            kwargs["sanitize_control_tokens"] = bool(ours and sanitizes)
+        if kwargs.get("tokenize") and is_extended(self._resolve_chat_template(chat_template)):
+            processor_kwargs = {"add_special_tokens": False} | (processor_kwargs or {})
+            marked = mark_added_tokens(self.tokenizer, conversation) if sanitizes else None
+            if marked is not None and not kwargs["sanitize_control_tokens"]:
+                conversation = marked
+                processor_kwargs["sanitize_control_tokens"] = True
+        return super().apply_chat_template(
+            conversation, chat_template, tools, documents, processor_kwargs=processor_kwargs, **kwargs
+        )
+
+    def _resolve_audio_loading_params(self, processor_kwargs: dict) -> dict:
+        # Not transformers' 16 kHz for whatever has no rate: sounds are read, and warned of, by our own reader.
+        of_audio = processor_kwargs.get("audio_kwargs", {}).get("sampling_rate")
+        return {"sampling_rate": processor_kwargs.get("sampling_rate", of_audio)}
 
     def _multimodal_inputs_from_conversations(self, conversations, audio_loading_params, load_audio_from_video=False):
         """Pictures and sounds of conversations, in order; decoding is left to the sub-tokenizers."""
@@ -400,6 +464,10 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
             self.save_pretrained(save_directory)
             return self.push_to_hub(repo_id, **kwargs)
+        forget_code(self.tokenizer)
+        # Left over from the last call; saved, they would become settings of every call.
+        self.tokenizer.backend_tokenizer.no_truncation()
+        self.tokenizer.backend_tokenizer.no_padding()
         files = super().save_pretrained(save_directory, **kwargs)
         for name in PARTS:
             if getattr(self, name) is not None:
@@ -408,8 +476,9 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
         hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        check_tokenizer_files(pretrained_model_name_or_path, subfolder=kwargs.get("subfolder") or "", **hub_kwargs)
+        arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
         for name, (part_class, config_name) in PARTS.items():
             if name in kwargs:
                 arguments.append(kwargs[name])

@@ -16,16 +16,44 @@ def check_document(document: list[dict], may_be_empty: bool = False) -> None:
     if not isinstance(document, (list, tuple)) or (not document and not may_be_empty):
         raise ValueError(f"a document must be a non-empty list of segments, not {document!r}")
     for position, segment in enumerate(document):
-        kind = segment.get("type") if isinstance(segment, dict) else None
-        if kind not in SEGMENT_TYPES:
-            near = difflib.get_close_matches(str(kind), [*SEGMENT_TYPES, "speech"], n=1, cutoff=0.4)
-            near = ["audio" if name == "speech" else name for name in near]
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"segment {position} has type {kind!r}; valid are {', '.join(SEGMENT_TYPES)}{hint}")
+        kind = _checked_type(segment, f"segment {position}", SEGMENT_TYPES)
         if segment.get(kind) is None:
             raise ValueError(f"segment {position} of type {kind!r} has no {kind!r} entry; it has {sorted(segment)}")
         if kind == "text" and (not isinstance(segment["text"], str) or not segment["text"].strip()):
             raise ValueError(f"segment {position} is an empty text: {segment['text']!r}; leave the segment out instead")
+
+
+def check_blocks(conversation: Any) -> None:
+    """Raise ValueError, with its position, for a block of a chat that would otherwise be left out in silence."""
+    for message in conversation if isinstance(conversation, (list, tuple)) else []:
+        if isinstance(message, (list, tuple)):
+            check_blocks(message)
+        content = message.get("content") if isinstance(message, dict) else None
+        for position, block in enumerate(content if isinstance(content, (list, tuple)) else []):
+            where = f"block {position} of a message by {message.get('role')!r}"
+            kind = _checked_type(block, where, (*SEGMENT_TYPES, "image_url"))
+            if kind in ("text", "image_url") and block.get(kind) is None:
+                raise ValueError(f"{where} of type {kind!r} has no {kind!r} entry; it has {sorted(block)}")
+
+
+def _checked_type(segment: Any, where: str, valid: tuple[str, ...]) -> str:
+    kind = segment.get("type") if isinstance(segment, dict) else None
+    if kind not in valid:
+        near = difflib.get_close_matches(str(kind), [*SEGMENT_TYPES, "speech"], n=1, cutoff=0.4)
+        near = ["audio" if name == "speech" else name for name in near]
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{where} has type {kind!r}; valid are {', '.join(valid)}{hint}")
+    return kind
+
+
+def check_text(text: str) -> None:
+    """Raise ValueError for half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text is no Unicode: {text[error.start : error.end]!a} at {error.start} is half of a surrogate pair"
+        ) from None
 
 
 def load_if_present(sub_class: type, config_name: str, name_or_path: Any, subfolder: str, hub_kwargs: dict) -> Any:
@@ -47,8 +75,8 @@ def flatten(values: Any) -> list[Any]:
 
 def flatten_audio(audio: Any) -> list[Any]:
     """As `flatten`, but a list of numbers is one sound."""
-    if isinstance(audio, (list, tuple)) and audio and isinstance(audio[0], (int, float)):
-        return [np.asarray(audio, dtype=np.float32)]
+    if isinstance(audio, (list, tuple)) and audio and isinstance(audio[0], (int, float, np.number)):
+        return [np.asarray(audio)]
     if isinstance(audio, (list, tuple)):
         return [sound for part in audio for sound in flatten_audio(part)]
     return flatten(audio)
@@ -60,6 +88,8 @@ def check_placeholders(prompts: Any, image_token: str, pictures: list, audio_tok
         raise ValueError(f"text= must be a string or a non-empty list of strings, not {prompts!r}")
     # A placeholder that a chat's author wrote (marked as such by apply_chat_template) is text.
     own = [_MARKED_RE.sub("", prompt) for prompt in prompts]
+    for prompt in own:
+        check_text(prompt)
     for name, token, given in (("images", image_token, pictures), ("audio inputs", audio_token, sounds)):
         count = sum(prompt.count(token) for prompt in own)
         if count != len(given):
@@ -76,9 +106,96 @@ def media_of(conversations: list[list[dict]]) -> tuple[list[list[Any]], list[Any
         blocks = [b for m in conversation if isinstance(m.get("content"), (list, tuple)) for b in m["content"]]
         found = {"image": [], "audio": []}
         for block in blocks:
-            if block["type"] in found:
-                keys = (block["type"], "url", "path", "base64")
-                found[block["type"]] += [block[key] for key in keys if block.get(key) is not None][:1]
+            kind = "image" if block["type"] == "image_url" else block["type"]
+            if kind in found:
+                found[kind] += _medium_of(block, kind)
         images.append(found["image"])
         sounds += found["audio"]
     return images, sounds
+
+
+def _medium_of(block: dict, kind: str) -> list[Any]:
+    """What a block of a chat holds, in one of transformers' ways or OpenAI's; nothing for a mere placeholder."""
+    for key in (kind, "url", "path", "base64", "image_url"):
+        value = block.get(key)
+        if value is None:
+            continue
+        if key == "base64":
+            value = {"base64": value}
+        is_array = isinstance(value, (list, tuple)) or hasattr(value, "shape")
+        if kind == "audio" and is_array and block.get("sampling_rate") is not None:
+            value = {"array": value, "sampling_rate": block["sampling_rate"]}
+        return [value]
+    return []
+
+
+def tokenize_prompts(tokenizer: Any, prompts: list[str], begin: int | None, text_kwargs: dict) -> dict[str, list]:
+    """What the tokenizer makes of prompts, with one begin token each, and cut at no place inside of a picture or sound.
+
+    Args:
+        begin: the token that the tokenizer puts before a text; None where it puts nothing.
+        text_kwargs: of the tokenizer's call, without `return_tensors`.
+
+    Raises:
+        ValueError: what is cut off is to be returned too, where the tokenizer does not do the cutting.
+    """
+    adds = [text_kwargs.get("add_special_tokens", True)] * len(prompts)
+    if begin is not None and "add_special_tokens" not in text_kwargs:
+        adds = [not prompt.startswith(tokenizer.convert_ids_to_tokens(begin)) for prompt in prompts]
+    is_cut = text_kwargs.get("truncation") not in (None, False, "do_not_truncate")
+    openings = (tokenizer.boi_token, tokenizer.begin_of_speech_token)
+    has_spans = any(opening in prompt for prompt in prompts for opening in openings)
+    if len(set(adds)) == 1 and not (is_cut and has_spans):
+        return dict(tokenizer(prompts, **text_kwargs | ({} if adds[0] else {"add_special_tokens": False})))
+
+    # One by one: some begin by themselves, or are cut where the tokenizer would not cut.
+    if is_cut and text_kwargs.get("return_overflowing_tokens"):
+        raise ValueError(
+            "return_overflowing_tokens=True goes neither with pictures and sounds nor with texts of which only some begin "
+            "with the begin token: leave it out, or cut the texts before they are encoded"
+        )
+    limit = text_kwargs.get("max_length") or tokenizer.model_max_length
+    names = ("padding", "max_length", "pad_to_multiple_of", "padding_side")
+    padding = {"padding": False} | {name: text_kwargs[name] for name in names if name in text_kwargs}
+    if padding["padding"] != "max_length":
+        padding.pop("max_length", None)
+    options = {name: value for name, value in text_kwargs.items() if name not in (*names, "truncation")}
+    rows = []
+    for prompt, add in zip(prompts, adds):
+        row = dict(tokenizer(prompt, **options | {"add_special_tokens": add}))
+        ids = row["input_ids"]
+        if is_cut and len(ids) > limit:
+            around = tokenizer.num_special_tokens_to_add() if add else 0
+            before = int(begin is not None and around > 0)
+            places = places_that_fit(tokenizer, ids, limit, before, around - before)
+            per_token = [name for name, values in row.items() if len(values) == len(ids)]
+            row |= {name: [row[name][place] for place in places] for name in per_token}
+        rows.append(row)
+    return dict(tokenizer.pad({name: [row[name] for row in rows] for name in rows[0]}, **padding))
+
+
+def places_that_fit(tokenizer: Any, ids: list[int], limit: int, before: int, behind: int) -> list[int]:
+    """The places of at most `limit` tokens, cut at the tokenizer's `truncation_side` and inside of no picture or sound.
+
+    Args:
+        before, behind: tokens at the beginning and the end that stay, as those that the tokenizer adds to a text.
+    """
+    closings = {
+        tokenizer.boi_token_id: tokenizer.eoi_token_id,
+        tokenizer.begin_of_speech_token_id: tokenizer.end_of_speech_token_id,
+    }
+    last = len(ids) - behind
+    room = max(limit - before - behind, 0)
+    start, end = (before, before + room) if tokenizer.truncation_side == "right" else (last - room, last)
+    place = before
+    while place < last:
+        closing = closings.get(ids[place])
+        first, place = place, place + 1
+        if closing is None:
+            continue
+        place = ids.index(closing, place, last) + 1 if closing in ids[place:last] else last
+        if first < end < place:
+            end = first
+        if first < start < place:
+            start = place
+    return [*range(before), *range(start, end), *range(last, len(ids))]

@@ -10,6 +10,7 @@ every query sees all earlier keys, and a device or precision has a better kernel
 import re
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -17,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_plan_mot import RANGES, AttentionPlan
+from .precision_mot import autocast_dtype
 
 
 CAUSAL_BLOCK = 128  # queries of a block where all rows are causal
@@ -185,6 +187,17 @@ def _gradients(ctx, grad, _):
 _attend.register_autograd(_gradients, setup_context=_setup)
 
 
+class _Attend(torch.autograd.Function):
+    """The operator as `torch.func` takes it, which knows no gradients that are registered with an operator."""
+
+    @staticmethod
+    def forward(*args):
+        return _attend(*args)
+
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(once_differentiable(_gradients))
+
+
 # Every query against every key, as torch counts its own attention; the backward has twice the products.
 @register_flop_formula(getattr(torch.ops, _NAMESPACE).attend)
 def _(query_shape, key_shape, value_shape, *args, **kwargs) -> int:
@@ -200,13 +213,14 @@ def attend_in_ranges(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan, scale: float
 ) -> torch.Tensor:
     """softmax(scale * Q K^T) V over the keys that each query sees.  (B, H, L, h), (B, K, L, h) twice -> (B, L, H, h)"""
-    if torch.is_autocast_enabled(query.device.type):  # torch's own attention is cast by it, operators of others are not
-        query, key, value = (heads.to(torch.get_autocast_dtype(query.device.type)) for heads in (query, key, value))
+    dtype = autocast_dtype(query.device.type)
+    if dtype is not None:  # torch's own attention is cast by autocast, operators of others are not
+        query, key, value = (heads.to(dtype) for heads in (query, key, value))
     # Here and not in the operator, whose backward would copy them again.
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     num_kept = _num_scores(query, plan.num_scores) if needs_grad else 0
-    return _attend(query, key, value, plan.first, plan.last, plan.blocks, scale, num_kept)[0]
+    return _Attend.apply(query, key, value, plan.first, plan.last, plan.blocks, scale, num_kept)[0]
 
 
 def range_attention_forward(

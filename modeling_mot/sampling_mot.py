@@ -25,8 +25,47 @@ def generators_of(generator, count: int) -> Generators:
     return list(generator)
 
 
+def processed(logits_processor, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """What processors make of logits.  (R, L), (R, V) -> (R, V)
+
+    Raises:
+        ValueError: something of another shape.
+    """
+    scores = logits_processor(input_ids, logits)
+    if not isinstance(scores, torch.Tensor) or scores.shape != logits.shape:
+        made = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+        raise ValueError(f"logits_processor made {made} of logits of shape {tuple(logits.shape)}; the shape must stay")
+    return scores
+
+
+def stopped(stopping_criteria, input_ids: torch.Tensor, scores) -> torch.Tensor:
+    """Which sequences stopping criteria end.  (R, L) -> (R,)
+
+    Raises:
+        ValueError: an answer of another shape.
+    """
+    done = stopping_criteria(input_ids, scores)
+    if not isinstance(done, torch.Tensor) or done.shape != input_ids.shape[:1]:
+        made = tuple(done.shape) if isinstance(done, torch.Tensor) else type(done).__name__
+        raise ValueError(
+            f"stopping_criteria answered {made} for {len(input_ids)} sequences; one bool for each is needed"
+        )
+    return done
+
+
 def draw(scores: torch.Tensor, do_sample: bool, generators: Generators) -> torch.Tensor:
-    """The next token of each sequence.  (R, V) -> (R,)"""
+    """The next token of each sequence.  (R, V) -> (R,)
+
+    Raises:
+        ValueError: scores that are NaN, or of which nothing can be sampled. On an accelerator sampling from them would
+            end all that this process does there.
+    """
+    highest = scores.amax(dim=-1)
+    if not (highest.isfinite() if do_sample else ~highest.isnan()).all():
+        raise ValueError(
+            f"the scores of the next token are at most {highest.tolist()}, so none can be chosen; look for NaN in the "
+            "inputs, the weights and the results of logits processors"
+        )
     if not do_sample:
         return scores.argmax(dim=-1)
     probabilities = scores.softmax(dim=-1)
@@ -113,7 +152,7 @@ class Sampling:
     def take(self, logits: torch.Tensor) -> torch.Tensor:
         """Choose the next token of each sequence.  (R, V) -> (R,)"""
         logits = logits.to(copy=True, dtype=torch.float32)
-        scores = self.logits_processor(self.input_ids, logits)
+        scores = processed(self.logits_processor, self.input_ids, logits)
         if self.scores is not None:
             self.scores += (scores,)
         if self.logits is not None:
@@ -122,7 +161,7 @@ class Sampling:
         if self.may_end:
             tokens = tokens * self.unfinished + self.config._pad_token_tensor * (1 - self.unfinished)
         self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
-        self.unfinished = self.unfinished & ~self.stopping_criteria(self.input_ids, self.scores)
+        self.unfinished = self.unfinished & ~stopped(self.stopping_criteria, self.input_ids, self.scores)
         self.is_done = not self.unfinished.any()
         return tokens
 

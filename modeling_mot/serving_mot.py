@@ -4,51 +4,47 @@ In each round all that write get one token from one forward, all that draw get o
 their lengths, timesteps, guidance and settings. What a request becomes depends on its own prompt, settings and generator.
 """
 
-import itertools
+import atexit
+import math
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 from transformers.utils import logging
 
-from .decoding_cache_mot import DecodingCache
-from .lean_decoding_mot import decoder_of
-from .serving_requests_mot import Request, prepared
+from .field_checks_mot import is_real, is_whole
+from .serving_desk_mot import Desk, end_stream
+from .serving_requests_mot import MoTRequestOutput, Request, Terms, attempt, own_error, prepared, said
+from .serving_rounds_mot import Rounds
 
+
+logger = logging.get_logger(__name__)
 
 CANCELLED = "cancelled"
-
-
-@dataclass
-class MoTRequestOutput(GenerationOutput):
-    """What became of a request, as transformers tells it.
-
-    Attributes:
-        output: what `generate()` returns of it, for a batch of one, without the cache; also of a request that was
-            cancelled or failed on its way, as far as it came. None where nothing was begun.
-    """
-
-    output: Any = None
+GRACE = 10.0  # seconds for a round to end when the interpreter does
 
 
 class MoTServer:
     """Serves requests, each as `generate()` would alone; named as transformers' `ContinuousBatchingManager` is.
 
     `serve()` runs a list of requests. Or they come while others run: within `with server:` a thread runs them, and
-    `add_request`, `cancel_request` and `get_result` may be called from any thread.
+    `add_request`, `cancel_request` and `get_result` may be called from any thread. Whatever a request holds, and whatever
+    its own code (callback, streamer, logits processor, stopping criterion) raises, ends that request alone; code that
+    never returns holds up all.
 
     Args:
         model: a `MoTForCausalLM` or `MoTTransfusionModel`.
         max_requests_per_batch: how many are run at once; the others wait.
-        max_batch_tokens: how many tokens those that run may come to together, prompts included; default: no bound.
+        max_batch_tokens: how many tokens those that run may come to together, prompts included. Default: each may come
+            to the model's `max_position_embeddings`.
         max_queue_size: how many may wait; `add_request` then waits for room. 0 is no bound.
+        allow_urls, allow_paths: whether the `documents` of requests may name addresses and files, which are then opened.
         arguments: of `generate()`, for all requests.
+
+    Raises:
+        ValueError: a limit that is not a whole number, or lets nothing in.
     """
 
     def __init__(
@@ -57,26 +53,35 @@ class MoTServer:
         max_requests_per_batch: int = 16,
         max_batch_tokens: int | None = None,
         max_queue_size: int = 0,
+        allow_urls: bool = False,
+        allow_paths: bool = False,
         **arguments,
     ):
-        for name, value in (("max_requests_per_batch", max_requests_per_batch), ("max_batch_tokens", max_batch_tokens)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        limits = {"max_requests_per_batch": (max_requests_per_batch, 1), "max_queue_size": (max_queue_size, 0)}
+        if max_batch_tokens is not None:
+            limits["max_batch_tokens"] = (max_batch_tokens, 1)
+        for name, (value, least) in limits.items():
+            if not is_whole(value, least):
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        for name, value in (("allow_urls", allow_urls), ("allow_paths", allow_paths)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} must be True or False")
         self.model, self.max_requests, self.max_tokens = model, max_requests_per_batch, max_batch_tokens
+        self.max_queue_size = max_queue_size or math.inf
+        bound = (max_batch_tokens, "max_batch_tokens")
+        if max_batch_tokens is None:
+            bound = (model.config.max_position_embeddings, "max_position_embeddings")
+        self.terms = Terms(*bound, allow_urls, allow_paths, threading.Lock())
         self.arguments = {name: value for name, value in arguments.items() if value is not None}
-        self.decoder, self.studio = decoder_of(model), model._studio()
-        dtype = self.decoder.cache_dtype or model.dtype
-        self.cache = DecodingCache.empty(model.config, max_requests_per_batch, dtype, model.device)
-        self.running: list = []  # sequences, each in the row of the cache that is its place here
-        self.waiting: deque[Request] = deque()
-        self.max_queue_size, self.stopping = max_queue_size or float("inf"), False
-        self.names = (f"req_{number}" for number in itertools.count())
-        self.known: set[str] = set()  # names of requests whose results were not taken yet
-        self.cancelled: set[str] = set()
-        self.results: dict[str, MoTRequestOutput] = {}
-        self.changed = threading.Condition()
+        self.desk = Desk()
+        self.rounds = Rounds(model, max_requests_per_batch, self.desk.ended)
+
+        # These are read and changed while `changed` is held; rounds are of the one thread that holds `stepping`.
+        self.changed, self.stepping = self.desk.changed, threading.Lock()
         self.thread: threading.Thread | None = None
-        self.failure: Exception | None = None
+        self.runner: threading.Thread | None = None  # who ran the last round
+        self.stopping, self.exiting = False, False
+        self.failure: BaseException | None = None
 
     # ----------------------------------------------------------------------------------------------- what users call
 
@@ -86,104 +91,139 @@ class MoTServer:
         Args:
             inputs: (L,) tokens, or a dictionary of arguments of `generate()`.
             request_id: a name for it; default: "req_0", "req_1", ...
-            timeout: seconds to wait for room in the queue; default: as long as it takes.
+            timeout: seconds to wait for room in the queue; default: as long as somebody runs the server.
             arguments: of `generate()`, for this request.
 
         Returns:
             Its name. A request that cannot be served has a result at once, with an `error`.
 
         Raises:
-            ValueError: a name that is taken.
-            queue.Full: no room in time.
-            RuntimeError: the server has failed.
+            ValueError: a name that is taken or no string; a timeout that is no number.
+            queue.Full: no room in time, or nobody runs the server so that there never would be.
+            RuntimeError: the server was stopped, or has failed.
         """
-        self._check_failure()
+        _check_timeout(timeout)
         with self.changed:
-            if request_id is None:
-                request_id = next(name for name in self.names if name not in self.known)
-            if request_id in self.known:
-                raise ValueError(f"request_id={request_id!r} is taken; choose another, or leave it out")
-            self.known.add(request_id)
-        given = dict(inputs) if isinstance(inputs, dict) else {"input_ids": inputs}
+            self._check_open()
+            request_id = self.desk.open(request_id)
         try:
-            request = prepared(self.model, request_id, self.arguments | given | arguments)
-            self._check_room(request)
-        except Exception as error:
-            self._deliver(MoTRequestOutput(request_id, error=_said(error), status=RequestStatus.FAILED))
-            return request_id
-        with self.changed:
-            if not self.changed.wait_for(lambda: self._queue_has_room() or self.failure, timeout):
-                self.known.discard(request_id)
-                raise queue.Full(f"{len(self.waiting)} requests wait already, as many as max_queue_size lets in")
-            self._check_failure()
-            self.waiting.append(request)
-            self.changed.notify_all()
+            request = self._prepared(request_id, inputs, arguments)
+            if request is not None:
+                self._enqueue(request, timeout)
+        except BaseException:
+            self.desk.drop(request_id)
+            raise
         return request_id
 
     def cancel_request(self, request_id: str) -> None:
         """End a request before its next step; its result holds what it has until then."""
-        with self.changed:
-            if request_id in self.known and request_id not in self.results:
-                self.cancelled.add(request_id)
-                self.changed.notify_all()
+        self.desk.cancel(request_id)
 
     def get_result(self, request_id: str | None = None, timeout: float | None = None) -> MoTRequestOutput | None:
-        """Take the result of one request, or of whichever is done first; None when there is none in time."""
+        """Take the result of one request, or of whichever is done first; None when there is none in time.
 
-        def is_there():
-            return bool(self.results) if request_id is None else request_id in self.results
+        Raises:
+            KeyError: no request has this name, or its result was taken.
+            ValueError: a timeout that is no number.
+            RuntimeError: there is none, and there will be none: the server has failed, or nobody runs it.
+        """
+        _check_timeout(timeout)
+        desk = self.desk
+
+        def is_settled() -> bool:
+            if request_id is None:
+                return bool(desk.results)
+            return request_id in desk.results or request_id not in desk.known
 
         with self.changed:
-            if not self.changed.wait_for(lambda: is_there() or self.failure is not None, timeout) or not is_there():
-                return None
-            request_id = next(iter(self.results)) if request_id is None else request_id
-            self.known.discard(request_id)
-            return self.results.pop(request_id)
+            # After a failure the results of all that were in are still to come.
+            self._wait(lambda: is_settled() or self.failure is not None and not desk.accepted, timeout)
+            if request_id is not None and request_id not in desk.known:
+                raise KeyError(f"no request is called {request_id!r}, or its result was taken already")
+            if is_settled():
+                return desk.take(request_id)
+            if not desk.accepted:
+                self._check_failure()
+            if timeout is None and not (request_id is None and self.stopping):
+                raise RuntimeError(
+                    "nobody runs the server, so no result will come: start() it, or step() until it is there"
+                )
+            return None
 
     def serve(self, requests: Iterable, progress_bar: bool = False) -> dict[str, MoTRequestOutput]:
-        """Run requests until all are done.  -> name: result, in their order"""
-        results, names, pending, more = {}, [], iter(requests), True
+        """Run requests until all are done.  -> name: result, in their order
+
+        Raises:
+            RuntimeError: the server was stopped, has failed before, or is run by another thread.
+        """
+        self._check_open()
+        self._check_mine()
+        names, results, pending, more = [], {}, iter(requests), True
+        missing = set()  # names without a result
         with logging.tqdm(total=None, disable=not progress_bar, desc="requests") as bar:
-            while more or self._has_work() or self.results:
-                while more and self._queue_has_room():
+            while more or missing:
+                while more and (self._queue_has_room() or self.failure is not None):
                     try:
-                        names.append(self.add_request(next(pending)))
+                        inputs = next(pending)
                     except StopIteration:
                         more = False
-                self.step()
-                while self.results:
-                    result = self.get_result()
-                    results[result.request_id] = result
-                    bar.update()
-        return {name: results[name] for name in names}
+                        break
+                    names.append(self._serve_one(inputs))
+                    missing.add(names[-1])
+                trouble = None if self.failure is not None else attempt(self.step)
+                if trouble is not None and self.failure is None:
+                    raise trouble
+                with self.changed:
+                    missing &= self.desk.known  # somebody else may have taken one
+                    for name in missing & self.desk.results.keys():
+                        results[name] = self.desk.take(name)
+                        missing.discard(name)
+                        bar.update()
+        return {name: results[name] for name in names if name in results}
 
     def start(self) -> None:
-        """Run requests in a thread, as they come."""
-        self.thread = threading.Thread(target=self._run, name="MoTServer", daemon=True)
-        self.thread.start()
+        """Run requests in a thread, as they come.
+
+        Raises:
+            RuntimeError: a thread runs them already, or the server has failed.
+        """
+        with self.changed:
+            self._check_failure()
+            if self.thread is not None or self.stepping.locked():
+                raise RuntimeError("the server runs already; stop() it before it starts again")
+            self.stopping = False
+            # A daemon, so that the interpreter may end while it works; `_exit` waits for its round.
+            thread = threading.Thread(target=self._run, name="MoTServer", daemon=True)
+            thread.start()
+            self.thread = self.runner = thread
+            atexit.register(self._exit)
 
     def stop(self) -> None:
-        """Finish what came, then end the thread."""
+        """Finish what came, then end the thread; nothing more is let in until the server starts again."""
         with self.changed:
-            self.stopping = True
+            self.stopping, thread = True, self.thread
             self.changed.notify_all()
-        if self.thread is not None:
-            self.thread.join()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
 
     def __enter__(self) -> "MoTServer":
         self.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error_type, *_) -> None:
+        if error_type is not None:  # nobody is left to read results
+            with self.changed:
+                for name in self.desk.known:
+                    self.desk.cancel(name)
         self.stop()
 
     def __iter__(self) -> Iterator[MoTRequestOutput]:
         """Results as they come, until there is nothing left to wait for."""
-        while self._has_work() or self.results:
+        while self.desk.accepted or self.desk.results:
             if (result := self.get_result(timeout=0.1)) is not None:
                 yield result
 
-    # ------------------------------------------------------------------------------------------------------ rounds
+    # ------------------------------------------------------------------------------------------------------- rounds
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -191,156 +231,164 @@ class MoTServer:
 
         Returns:
             Whether requests run or wait.
+
+        Raises:
+            RuntimeError: another thread runs the server, or a request's own code called this; the server has failed.
         """
-        self._cancel()
-        self._admit()
-        self._write()
-        drawing = [sequence for sequence in self.running if sequence.is_drawing]
-        if drawing:
-            errors = self.studio.step(drawing, self.cache, [self.running.index(sequence) for sequence in drawing])
-            for sequence, error in errors.items():
-                self._retire(sequence, error)
-            self._retire_finished()
-        return self._has_work()
+        with self.changed:
+            self._check_failure()
+            self._check_mine()
+            if not self.stepping.acquire(blocking=False):
+                raise RuntimeError("a round is under way already; only one thread may run the server, and no callback")
+            self.runner = threading.current_thread()
+        try:
+            self._cancel()
+            self._admit()
+            self.rounds.step()
+            return bool(self.desk.accepted)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        finally:
+            self.stepping.release()
 
     def _run(self) -> None:
         try:
-            while True:
+            while not self.exiting:
                 if not self.step():
                     with self.changed:
-                        if self.stopping and not self._has_work():
+                        if self.stopping and not self.desk.accepted:
                             return
-                        self.changed.wait_for(lambda: self.stopping or self._has_work())
-        except Exception as error:  # of a forward that all share
+                        self.changed.wait_for(lambda: self.stopping or self.exiting or self.desk.accepted)
+        except BaseException as error:  # everybody was told
+            logger.error(f"the server has failed: {said(error)}")
+        finally:
             with self.changed:
-                self.failure = error
-            for sequence in list(self.running):
-                self._retire(sequence, error)
-            while self.waiting:
-                self._refuse(self.waiting.popleft(), error)
-            with self.changed:
+                atexit.unregister(self._exit)
+                self.thread = None
                 self.changed.notify_all()
 
-    def _has_work(self) -> bool:
-        return bool(self.running or self.waiting)
+    def _exit(self) -> None:
+        """When the interpreter ends: a thread that is inside of torch then would abort it."""
+        with self.changed:
+            self.exiting, thread = True, self.thread
+            self.changed.notify_all()
+        if thread is not None:
+            thread.join(GRACE)
+
+    def _cancel(self) -> None:
+        gone, names = self.desk.take_cancelled()
+        for request in gone:
+            self.desk.refuse(request, CANCELLED)
+        for sequence in [x for x in self.rounds.sequences if x.request.request_id in names]:
+            self.rounds.leave(sequence, CANCELLED)
+
+    def _admit(self) -> None:
+        while not self.exiting and (request := self.desk.next(self._has_room)) is not None:
+            if (error := attempt(self.rounds.begin, request)) is not None:
+                self.desk.refuse(request, error)
+
+    def _has_room(self, request: Request) -> bool:
+        if len(self.rounds.sequences) == self.max_requests:
+            return False
+        lengths = [sequence.request.generation_config.max_length for sequence in self.rounds.sequences]
+        return self.max_tokens is None or sum(lengths) + request.generation_config.max_length <= self.max_tokens
+
+    def _fail(self, error: BaseException) -> None:
+        """Let nothing more in, and tell all who wait for something."""
+        with self.changed:
+            self.failure = error
+            self.desk.waiting.clear()
+        try:
+            for sequence in list(self.rounds.sequences):
+                self.desk.ended(sequence, error)
+            for request in list(self.desk.accepted.values()):
+                self.desk.refuse(request, error)
+        finally:
+            with self.changed:
+                self.rounds.sequences.clear()
+                self.desk.accepted.clear()
+                self.changed.notify_all()
+
+    # -------------------------------------------------------------------------------------------------- a request in
+
+    def _prepared(self, name: str, inputs, arguments: dict) -> Request | None:
+        """None where it cannot be served, which its result then says."""
+        streamer = None
+        try:
+            given = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
+            given = self.arguments | given | arguments
+            streamer = given.get("streamer")
+            return prepared(self.model, name, given, self.terms)
+        except BaseException as error:
+            own = own_error(error)
+        end_stream(streamer)
+        self.desk.deliver(MoTRequestOutput(name), own)
+        return None
+
+    def _serve_one(self, inputs) -> str:
+        """A request of `serve`, which looks for room itself; a server that has failed says so in its result."""
+        name = self.desk.open(None)
+        if self.failure is not None:
+            self.desk.deliver(MoTRequestOutput(name), self.failure)
+        elif (request := self._prepared(name, inputs, {})) is not None:
+            self.desk.accept(request)
+        return name
+
+    def _enqueue(self, request: Request, timeout: float | None) -> None:
+        name = request.request_id
+
+        def is_settled() -> bool:
+            return self._queue_has_room() or self._is_cancelled(name) or self.stopping or self.failure is not None
+
+        with self.changed:
+            came = self._wait(is_settled, timeout)
+            self._check_open()
+            if not came:
+                raise queue.Full(
+                    f"{len(self.desk.waiting)} requests wait already, as many as max_queue_size lets in"
+                    + ("" if timeout is not None else "; nobody runs the server: start() it, or call step()")
+                )
+            is_cancelled = self._is_cancelled(name)
+            if not is_cancelled:
+                self.desk.accept(request)
+        if is_cancelled:
+            self.desk.refuse(request, CANCELLED)
+
+    def _is_cancelled(self, name: str) -> bool:
+        return name in self.desk.cancelled
 
     def _queue_has_room(self) -> bool:
-        return len(self.waiting) < self.max_queue_size
+        return len(self.desk.waiting) < self.max_queue_size
+
+    def _wait(self, is_so: Callable[[], bool], timeout: float | None) -> bool:
+        """Until something is so; `changed` is held.  -> False where it is not in time, or nobody would ever make it so"""
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        while not is_so():
+            left = end - time.monotonic()
+            if left <= 0 or timeout is None and not self._is_run():
+                return False
+            self.changed.wait(min(left, 1.0))  # a runner that dies tells nobody
+        return True
+
+    def _is_run(self) -> bool:
+        """Whether another thread runs rounds; who asks from within a round would wait for itself."""
+        return self.runner is not None and self.runner.is_alive() and self.runner is not threading.current_thread()
 
     def _check_failure(self) -> None:
         if self.failure is not None:
-            raise RuntimeError(f"the server has failed: {self.failure}; make a new one") from self.failure
+            raise RuntimeError(f"the server has failed: {said(self.failure)}; make a new one") from self.failure
 
-    def _check_room(self, request: Request) -> None:
-        length = request.generation_config.max_length
-        if self.max_tokens is not None and length > self.max_tokens:
-            raise ValueError(
-                f"a request may come to {length} tokens, more than max_batch_tokens={self.max_tokens}: lower its "
-                "max_new_tokens, or raise max_batch_tokens"
-            )
+    def _check_open(self) -> None:
+        self._check_failure()
+        if self.stopping:
+            raise RuntimeError("the server was stopped; start() it again, or make a new one")
 
-    def _has_room(self, request: Request) -> bool:
-        if len(self.running) == self.max_requests:
-            return False
-        lengths = [sequence.request.generation_config.max_length for sequence in self.running]
-        return self.max_tokens is None or sum(lengths) + request.generation_config.max_length <= self.max_tokens
-
-    def _admit(self) -> None:
-        while self.waiting and self._has_room(self.waiting[0]):
-            with self.changed:
-                request = self.waiting.popleft()
-                self.changed.notify_all()
-            try:
-                sequence = self.model._served(request, self.decoder)
-                prefix = sequence.begin()
-            except Exception as error:
-                self._refuse(request, error)
-                continue
-            row = len(self.running)
-            self.running.append(sequence)
-            self.cache.cut(row, 0)
-            self.cache.extend(row, prefix.keys, prefix.values)
-            self._retire_finished()
-
-    def _write(self) -> None:
-        """One token for all that write: they stand in the first rows of the cache."""
-        writing = [row for row, sequence in enumerate(self.running) if sequence.token is not None]
-        count = len(writing)
-        if not count:
-            return
-        resting = [row for row in range(count) if row not in writing]
-        for row, other in zip(resting, [row for row in writing if row >= count]):
-            self._swap(row, other)
-        sequences = self.running[:count]
-        tokens = torch.tensor([sequence.token for sequence in sequences], device=self.model.device)
-        logits = self.decoder.step(tokens, [sequence.position for sequence in sequences], self.cache)
-        for row, sequence in enumerate(sequences):
-            sequence.position += 1
-            try:
-                sequence.take(logits[row : row + 1])
-            except Exception as error:  # of a processor, criterion or streamer of its own
-                self._retire(sequence, error)
-        self._retire_finished()
-
-    def _swap(self, row: int, other: int) -> None:
-        self.cache.swap(row, other)
-        self.running[row], self.running[other] = self.running[other], self.running[row]
-
-    # ----------------------------------------------------------------------------------------------------- endings
-
-    def _cancel(self) -> None:
-        with self.changed:
-            names, self.cancelled = self.cancelled, set()
-            waiting = [request for request in self.waiting if request.request_id in names]
-            for request in waiting:
-                self.waiting.remove(request)
-        for request in waiting:
-            self._refuse(request, CANCELLED)
-        for sequence in [sequence for sequence in self.running if sequence.request.request_id in names]:
-            self._retire(sequence, CANCELLED)
-
-    def _retire_finished(self) -> None:
-        for sequence in [x for x in self.running if x.token is None and not x.is_drawing]:
-            self._retire(sequence)
-
-    def _retire(self, sequence, error: Exception | str | None = None) -> None:
-        row, last = self.running.index(sequence), len(self.running) - 1
-        if row != last:
-            self._swap(row, last)
-        self.running.pop()
-        sequence.token = None
-        request, failed = sequence.request, error is not None
-        if request.streamer is not None:
-            request.streamer.end()
-        self._deliver(
-            MoTRequestOutput(
-                request.request_id,
-                prompt_ids=request.input_ids[0].tolist(),
-                generated_tokens=sequence.new_tokens(),
-                error=_said(error) if failed else None,
-                status=RequestStatus.FAILED if failed else RequestStatus.FINISHED,
-                created_time=request.created_time,
-                lifespan=(sequence.began, time.perf_counter()),
-                output=sequence.output(),
-            )
-        )
-
-    def _refuse(self, request: Request, error: Exception | str) -> None:
-        self._deliver(
-            MoTRequestOutput(
-                request.request_id,
-                prompt_ids=request.input_ids[0].tolist(),
-                error=_said(error),
-                status=RequestStatus.FAILED,
-                created_time=request.created_time,
-            )
-        )
-
-    def _deliver(self, result: MoTRequestOutput) -> None:
-        with self.changed:
-            self.results[result.request_id] = result
-            self.changed.notify_all()
+    def _check_mine(self) -> None:
+        if self.thread is not None and self.thread is not threading.current_thread():
+            raise RuntimeError("a thread runs the server; add_request() and get_result(), or stop() it first")
 
 
-def _said(error: Exception | str) -> str:
-    return error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+def _check_timeout(timeout: float | None) -> None:
+    if timeout is not None and not (is_real(timeout) and timeout >= 0):
+        raise ValueError(f"timeout={timeout!r} must be a number of seconds, or None to wait as long as it takes")

@@ -2,18 +2,62 @@
 
 # L tokens of a prompt, V vocabulary
 
+import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from transformers.generation import GenerationMode
 
 from .decoding_cache_mot import DecodingCache, Prefix
+from .generation_arguments_mot import mask_rows, whole_rows
 from .lean_decoding_mot import is_plain_dynamic
 from .sampling_mot import Sampling
 
 
-ROWS = ("input_ids", "modality_ids", "attention_mask", "position_ids")
+class RequestStatus(IntEnum):
+    """Where a request stands; the members are those of transformers' enumeration of this name."""
+
+    PENDING = 0
+    PREFILLING = 1
+    DECODING = 2
+    FINISHED = 3
+    FAILED = 4
+
+
+@dataclass
+class MoTRequestOutput:
+    """What became of a request; the attributes are those of transformers' `GenerationOutput`, and `output`.
+
+    Attributes:
+        request_id: its name.
+        prompt_ids, generated_tokens: its tokens, as far as they came.
+        logprobs, timestamps: of transformers' attributes; always empty.
+        error: why it failed; None where it did not.
+        created_time: when it was made, by `time.perf_counter()`.
+        lifespan: when it began to run and when it ended; -1 where it did not.
+        output: what `generate()` returns of it, for a batch of one, without the cache; also of a request that was
+            cancelled or failed on its way, as far as it came. None where nothing was begun.
+    """
+
+    request_id: str
+    prompt_ids: list[int] = field(default_factory=list)
+    generated_tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    error: str | None = None
+    status: RequestStatus = RequestStatus.PENDING
+    created_time: float = field(default_factory=time.perf_counter)
+    lifespan: tuple[float, float] = (-1, -1)
+    timestamps: list[float] | None = None
+    output: Any = None
+
+    def is_finished(self) -> bool:
+        """True if nothing more will come, be it an end or a failure."""
+        return self.status >= RequestStatus.FINISHED
 
 
 class Request(NamedTuple):
@@ -29,17 +73,76 @@ class Request(NamedTuple):
     model_kwargs: dict
 
 
-def prepared(model, request_id: str, arguments: dict) -> Request:
+def own_error(error: BaseException) -> BaseException:
+    """The error of a request, whatever its code raised: the others go on.
+
+    Signals arrive in the main thread. There KeyboardInterrupt and SystemExit end the process and are no request's.
+    """
+    if isinstance(error, (KeyboardInterrupt, SystemExit)) and threading.current_thread() is threading.main_thread():
+        raise error
+    return error
+
+
+def attempt(function: Callable, *args) -> BaseException | None:
+    """Call what belongs to one request.  -> its error, or None"""
+    try:
+        function(*args)
+    except BaseException as error:
+        return own_error(error)
+    return None
+
+
+def said(error: BaseException | str) -> str:
+    """What a result says of an error."""
+    try:
+        return error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    except Exception:  # of an error that cannot be printed
+        return type(error).__name__
+
+
+class Terms(NamedTuple):
+    """What a server lets its requests do.
+
+    Attributes:
+        tokens: that a request may come to.
+        limit: the name of what says so.
+        allow_urls, allow_paths: whether documents may name addresses and files.
+        lock: tokenizers encode for one thread at a time.
+    """
+
+    tokens: int
+    limit: str
+    allow_urls: bool
+    allow_paths: bool
+    lock: Any
+
+    def encode(self, processor, **arguments):
+        """As the processor, by the server's permissions."""
+        with self.lock:
+            return processor(**arguments, allow_urls=self.allow_urls, allow_paths=self.allow_paths)
+
+
+def prepared(model, request_id: str, arguments: dict, terms: Terms) -> Request:
     """Everything that `generate()` does before it decodes, its refusals included.
 
     Raises:
-        ValueError: what `generate()` refuses; several sequences; beams or assistants.
+        ValueError: what `generate()` refuses; several sequences; beams or assistants; what the terms do not allow.
     """
     arguments = dict(arguments)
-    for name in ROWS:
+    _refuse_what_is_not_served(model, arguments)
+    ends = {
+        "input_ids": (model.config.vocab_size, "vocab_size"),
+        "inputs": (model.config.vocab_size, "vocab_size"),
+        "modality_ids": (len(model.config.modalities), "number of modalities"),
+        "position_ids": (terms.tokens, terms.limit),
+    }
+    for name, end in ends.items():
         if arguments.get(name) is not None:
-            ids = torch.as_tensor(arguments[name])
-            arguments[name] = (ids[None] if ids.dim() == 1 else ids).to(model.device)
+            arguments[name] = whole_rows(name, arguments[name], *end).to(model.device)
+    if arguments.get("attention_mask") is not None:
+        arguments["attention_mask"] = mask_rows("attention_mask", arguments["attention_mask"]).to(model.device)
+    if arguments.get("documents") is not None and arguments.get("processor") is not None:
+        arguments["processor"] = partial(terms.encode, arguments["processor"])
     created, caught = time.perf_counter(), {}
 
     def catch(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
@@ -48,17 +151,53 @@ def prepared(model, request_id: str, arguments: dict) -> Request:
         return input_ids
 
     model.generate(**arguments, custom_generate=catch)
-    config, count = caught["generation_config"], len(caught["input_ids"])
-    mode = config.get_generation_mode(arguments.get("assistant_model"))
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(f"a request asks for {mode.value}; served are sampling and greedy search: use generate()")
-    if count != 1:
-        raise ValueError(f"a request makes {count} sequences; it may make one: send as many requests")
+    _check_one(len(caught["input_ids"]))
     cache = caught["model_kwargs"].get("past_key_values")
     if cache is not None and not is_plain_dynamic(cache):
         raise ValueError(f"a request is served from a DynamicCache, not a {type(cache).__name__}: leave its cache out")
     caught["model_kwargs"]["use_cache"] = True
-    return Request(request_id, created, streamer=arguments.get("streamer"), **caught)
+    request = Request(request_id, created, streamer=arguments.get("streamer"), **caught)
+    _check_length(request, terms)
+    return request
+
+
+def _refuse_what_is_not_served(model, arguments: dict) -> None:
+    """Before anything is made of a request: each of these could take memory, or another way."""
+    for name in ("allow_urls", "allow_paths"):
+        if name in arguments:
+            raise ValueError(f"{name} came with a request; it is the server's to say: MoTServer(model, {name}=...)")
+    rest = {name: value for name, value in arguments.items() if name != "generation_config"}
+    config, _ = model._prepare_generation_config(arguments.get("generation_config"), **rest)
+    mode = config.get_generation_mode(arguments.get("assistant_model"))
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(f"a request asks for {mode.value}; served are sampling and greedy search: use generate()")
+    _check_one(config.num_return_sequences)
+    # "paged" in a configuration is what brought `generate()` to a server; as an argument it would make another.
+    served = (None, "dynamic") if "cache_implementation" in arguments else (None, "dynamic", "paged")
+    if config.cache_implementation not in served:
+        raise ValueError(
+            f"cache_implementation={config.cache_implementation!r}: a request is served from a DynamicCache, not from "
+            "a StaticCache or another: leave it out"
+        )
+
+
+def _check_one(count: int) -> None:
+    if count != 1:
+        raise ValueError(f"a request makes {count} sequences; it may make one: send as many requests")
+
+
+def _check_length(request: Request, terms: Terms) -> None:
+    diffusion = getattr(request.generation_config, "diffusion", None)
+    negative = getattr(diffusion, "unconditional_prompt", None)
+    lengths = {"max_new_tokens": request.generation_config.max_length}
+    if negative is not None:
+        lengths["negative_prompt_ids"] = negative[0].shape[1]
+    for name, length in lengths.items():
+        if length > terms.tokens:
+            raise ValueError(
+                f"a request may come to {length} tokens, more than {terms.limit}={terms.tokens}: lower its {name}, or "
+                "raise max_batch_tokens of the server"
+            )
 
 
 class TextSequence:
@@ -94,10 +233,10 @@ class TextSequence:
 
     def take(self, logits: torch.Tensor) -> None:
         """Go on from the logits (1, V) behind what was run last."""
-        token = self.sampling.take(logits)
+        tokens = self.sampling.take(logits)
+        self.token = None if self.sampling.is_done else int(tokens)
         if self.request.streamer is not None:
-            self.request.streamer.put(token.cpu())
-        self.token = None if self.sampling.is_done else int(token)
+            self.request.streamer.put(tokens.cpu())  # which may write into it
 
     def new_tokens(self) -> list[int]:
         return self.sampling.input_ids[0, self.request.input_ids.shape[1] :].tolist()

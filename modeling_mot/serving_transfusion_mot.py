@@ -3,7 +3,6 @@
 # R sequences that draw, V vocabulary
 
 import time
-from collections import defaultdict
 from typing import NamedTuple
 
 import torch
@@ -55,10 +54,11 @@ class PictureSequence:
         (token,) = self.decoding.choose()
         self.token = token if self.decoding.running else None
 
-    def keep(self) -> bool:
-        """The picture that is done.  -> whether the sequence goes on behind it"""
+    def keep(self) -> None:
+        """The picture that is done; behind it the sequence goes on, or does not and draws no more."""
         self.decoding.keep([0], self.drawing)
-        return bool(self.decoding.running)
+        if not self.decoding.running:
+            self.drawing = None
 
     def new_tokens(self) -> list[int]:
         return list(self.decoding.new_tokens[0])
@@ -84,65 +84,49 @@ class Studio:
     def __init__(self, model):
         self.model, self.groups = model, {}
 
-    def step(self, sequences: list[PictureSequence], cache: DecodingCache, rows: list[int]) -> dict:
-        """One denoising step for each, and for pictures that are done by it their way into the cache.
+    def predictions(self, sequences: list[PictureSequence], cache: DecodingCache, rows: list[int]) -> list[tuple]:
+        """What the model says of pictures of one size, by one forward; nothing is changed by it.
 
         Args:
             rows: of the sequences in the cache.
 
         Returns:
-            dict: sequence -> the error of something of its own, such as a callback.
+            list: arguments of `Denoising.advance` for each sequence.
         """
-        row_of, by_size, errors = dict(zip(sequences, rows)), defaultdict(list), {}
-        for sequence in sequences:
-            by_size[sequence.drawing.size].append(sequence)
-        self.groups = {size: self.groups.get(size) for size in by_size}
-        drop = int(self.model.config.markers_in_image_block)
-        for size, members in by_size.items():
-            prefixes = {x: cache.prefix(row_of[x], x.position, drop) for x in members}
-            if self.groups[size] is None or self.groups[size].drawings != [x.drawing for x in members]:
-                self.groups[size] = self._group(members, prefixes)
-            self._denoise(members, self.groups[size], errors)
-            self._finish([x for x in members if x not in errors and x.drawing.is_done], prefixes, cache, row_of, errors)
-        return errors
+        size, drawings = sequences[0].drawing.size, [sequence.drawing for sequence in sequences]
+        group = self.groups.get(size)
+        if group is None or group.drawings != drawings:
+            group = self.groups[size] = self._group(sequences, cache, rows)
+        noisy = [drawing.noisy() for drawing in drawings]
+        timesteps = torch.stack([drawing.timestep.float() for drawing in drawings])
+        predicted = group.forward.predict(torch.cat(noisy), timesteps, group.index).split(1)
+        free = iter(predicted[len(noisy) :])
+        without = [next(free) if drawing.is_guided else None for drawing in drawings]
+        return list(zip(noisy, predicted, without))
 
-    def _group(self, sequences: list[PictureSequence], prefixes: dict) -> Group:
+    def _group(self, sequences: list[PictureSequence], cache: DecodingCache, rows: list[int]) -> Group:
         free = [sequence.decoding.unconditional_prefixes([0]) for sequence in sequences]
         index = [*range(len(sequences)), *(place for place, own in enumerate(free) if own)]
-        behind = [*prefixes.values(), *(prefix for own in free for prefix in own)]
+        behind = [*self._prefixes(sequences, cache, rows), *(prefix for own in free for prefix in own)]
         forward = ImageForward(self.model, behind, sequences[0].drawing.size)
         return Group([x.drawing for x in sequences], forward, torch.tensor(index, device=self.model.device))
 
-    def _denoise(self, sequences: list[PictureSequence], group: Group, errors: dict) -> None:
-        noisy = [drawing.noisy() for drawing in group.drawings]
-        timesteps = torch.stack([drawing.timestep.float() for drawing in group.drawings])
-        predicted = group.forward.predict(torch.cat(noisy), timesteps, group.index).split(1)
-        free = iter(predicted[len(noisy) :])
-        for sequence, seen, prediction in zip(sequences, noisy, predicted):
-            without = next(free) if sequence.drawing.is_guided else None
-            try:
-                sequence.drawing.advance(seen, prediction, without)
-            except Exception as error:
-                errors[sequence] = error
+    def _prefixes(self, sequences: list[PictureSequence], cache: DecodingCache, rows: list[int]) -> list[Prefix]:
+        drop = int(self.model.config.markers_in_image_block)
+        return [cache.prefix(row, sequence.position, drop) for sequence, row in zip(sequences, rows)]
 
-    def _finish(self, sequences: list, prefixes: dict, cache: DecodingCache, row_of: dict, errors: dict) -> None:
-        going_on = []
-        for sequence in sequences:
-            try:
-                if sequence.keep():
-                    going_on.append(sequence)
-                else:
-                    sequence.drawing = None
-            except Exception as error:
-                errors[sequence] = error
-        if not going_on:
-            return
-        latents = torch.cat([sequence.drawing.latents for sequence in going_on])
-        behind, rows = ([of[sequence] for sequence in going_on] for of in (prefixes, row_of))
-        logits, positions = commit(self.model, cache, rows, behind, latents)
-        for place, sequence in enumerate(going_on):
-            sequence.position = positions[place]
-            try:
-                sequence.take(logits[place : place + 1])
-            except Exception as error:
-                errors[sequence] = error
+    def commit(self, sequences: list[PictureSequence], cache: DecodingCache, rows: list[int]) -> torch.Tensor:
+        """Pictures of one size that are done into the cache, by one forward; a failure changes nothing.
+
+        -> the next logits (R, V)
+        """
+        latents = torch.cat([sequence.drawing.latents for sequence in sequences])
+        prefixes = self._prefixes(sequences, cache, rows)
+        logits, positions = commit(self.model, cache, rows, prefixes, latents)
+        for sequence, position in zip(sequences, positions):
+            sequence.position = position
+        return logits
+
+    def forget(self, sizes: set) -> None:
+        """Free what was kept for other sizes than these."""
+        self.groups = {size: group for size, group in self.groups.items() if size in sizes}

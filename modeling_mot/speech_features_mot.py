@@ -1,99 +1,85 @@
-"""Sound to frames and back, without weights: decoding, resampling, log-mel, MFCC with deltas, Griffin-Lim.
+"""Sound to frames and back, without weights: resampling, log-mel, MFCC with deltas, Griffin-Lim.
 
 Shapes: S samples, T frames of 10 ms, F mel bands, C features of a frame.
 """
 
-import io
 import math
-import os
-from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers.audio_utils import mel_filter_bank
+
+from .speech_loading_mot import check_rate
 
 
 HOP_SECONDS = 0.010
 WINDOW_SECONDS = 0.025
 LOG_FLOOR = 1e-6
-
-
-def load_audio_source(source: Any, sampling_rate: int | None, target_rate: int) -> torch.Tensor:
-    """Mono float32 samples at `target_rate` of an array, tensor, path, URL, bytes or `datasets` record.  -> (S,)
-
-    Arrays come at `sampling_rate` (`target_rate` when None); files and bytes say their own rate. Raises
-    FileNotFoundError for a missing file, ImportError where a decoder is needed and soundfile is missing, ValueError
-    for what does not decode or is empty.
-    """
-    if isinstance(source, dict):
-        if source.get("array") is not None:
-            return load_audio_source(source["array"], source.get("sampling_rate") or sampling_rate, target_rate)
-        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
-    if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
-        samples, sampling_rate = decode_audio(source)
-    elif isinstance(source, (np.ndarray, torch.Tensor, list, tuple)):
-        samples = np.asarray(source.detach().cpu() if isinstance(source, torch.Tensor) else source)
-    else:
-        raise ValueError(f"sound cannot be made from {type(source).__name__}; give an array, path or bytes")
-    if np.issubdtype(samples.dtype, np.integer):
-        samples = samples.astype(np.float32) / -float(np.iinfo(samples.dtype).min or -1)
-    samples = np.asarray(samples, dtype=np.float32)
-    if samples.ndim == 2:
-        # (S, channels) as soundfile has it, or (channels, S): there are fewer channels than samples.
-        samples = samples.mean(axis=int(samples.shape[0] > samples.shape[1]))
-    if samples.ndim != 1 or samples.size == 0:
-        raise ValueError(f"sound must have shape (samples,) with at least one sample, not {samples.shape}")
-    if not np.isfinite(samples).all():
-        raise ValueError("sound holds values that are not finite")
-    return resample(torch.from_numpy(samples.copy()), sampling_rate or target_rate, target_rate)
-
-
-def decode_audio(source: Any) -> tuple[np.ndarray, int]:
-    """Samples (S,) or (S, channels), float32, and their rate, by soundfile (WAV, FLAC, OGG, MP3)."""
-    try:
-        import soundfile
-    except ImportError as error:
-        raise ImportError("decoding sound files needs soundfile: pip install soundfile (or pass arrays)") from error
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        name, stream = f"sound of {len(source)} bytes", io.BytesIO(source)
-    elif isinstance(source, str) and source.startswith(("http://", "https://")):
-        import urllib.request
-
-        with urllib.request.urlopen(source, timeout=60) as response:
-            name, stream = source, io.BytesIO(response.read())
-    else:
-        if not os.path.isfile(source):
-            raise FileNotFoundError(f"no such sound file: {source}")
-        name, stream = str(source), os.fspath(source)
-    try:
-        return soundfile.read(stream, dtype="float32")
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{name} does not decode as sound: {error}") from error
+# Of resampling: the weights of all filters, the inputs (or products) at a time, and the filters of a zero crossing.
+_MOST_WEIGHTS = 2**21
+_SAMPLES_AT_ONCE = 2**20
+_PHASES_PER_CROSSING = 1024
 
 
 def resample(samples: torch.Tensor, source_rate: int, target_rate: int, zeros: int = 16) -> torch.Tensor:
     """Band-limited interpolation with a Hann-windowed sinc of `zeros` zero crossings a side.  (S,) -> (S',)
 
-    S' = ceil(S * target_rate / source_rate).
+    S' = ceil(S * target_rate / source_rate). The memory for filters is bounded whatever the rates.
     """
-    if source_rate < 1 or target_rate < 1:
-        raise ValueError(f"sampling rates must be positive, not {source_rate} and {target_rate}")
+    source_rate, target_rate = check_rate(source_rate, "source_rate"), check_rate(target_rate, "target_rate")
     if source_rate == target_rate:
         return samples
-    divisor = math.gcd(int(source_rate), int(target_rate))
-    step, phases = int(source_rate) // divisor, int(target_rate) // divisor
+    divisor = math.gcd(source_rate, target_rate)
+    step, phases = source_rate // divisor, target_rate // divisor
     cutoff = 0.97 * min(step, phases) / step
     width = math.ceil(zeros / cutoff)
-    taps = torch.arange(-width, width + step, dtype=torch.float64)
-    shifts = torch.arange(phases, dtype=torch.float64)[:, None] * step / phases
-    times = (taps - shifts) * cutoff
-    window = torch.where(times.abs() < zeros, torch.cos(times * math.pi / zeros / 2).square(), 0.0)
-    kernels = (torch.sinc(times) * window * cutoff).to(samples.dtype)
     length = math.ceil(len(samples) * phases / step)
     padded = nn.functional.pad(samples, (width, width + step))
-    # One convolution with stride `step` makes all `phases` outputs between two input steps.
-    return nn.functional.conv1d(padded[None, None], kernels[:, None], stride=step)[0].T.flatten()[:length]
+    few_phases = phases * (2 * width + step) <= _MOST_WEIGHTS
+    return (_resample_by_phases if few_phases else _resample_between)(
+        padded, step, phases, cutoff, zeros, width, length
+    )
+
+
+def _windowed_sinc(times: torch.Tensor, cutoff: float, zeros: int) -> torch.Tensor:
+    """The filter at `times`, in zero crossings."""
+    window = torch.where(times.abs() < zeros, torch.cos(times * math.pi / zeros / 2).square(), 0.0)
+    return torch.sinc(times) * window * cutoff
+
+
+def _resample_by_phases(
+    padded: torch.Tensor, step: int, phases: int, cutoff: float, zeros: int, width: int, length: int
+) -> torch.Tensor:
+    """A filter for each of the `phases` outputs between `step` inputs; the usual rates have few."""
+    taps = torch.arange(-width, width + step, dtype=torch.float64)
+    shifts = torch.arange(phases, dtype=torch.float64)[:, None] * step / phases
+    kernels = _windowed_sinc((taps - shifts) * cutoff, cutoff, zeros).to(padded.dtype)
+    groups, at_once, made = math.ceil(length / phases), max(1, _SAMPLES_AT_ONCE // step), []
+    for first in range(0, groups, at_once):
+        end = (min(first + at_once, groups) - 1) * step + 2 * width + step
+        # One convolution with stride `step` makes all `phases` outputs between two input steps.
+        part = padded[None, None, first * step : end]
+        made.append(nn.functional.conv1d(part, kernels[:, None], stride=step)[0].T.flatten())
+    return torch.cat(made)[:length]
+
+
+def _resample_between(
+    padded: torch.Tensor, step: int, phases: int, cutoff: float, zeros: int, width: int, length: int
+) -> torch.Tensor:
+    """Filters of a bounded number of phases, and those between two of them on a straight line: errors below 1e-5."""
+    taps = torch.arange(-width, width + 2, dtype=torch.float64)
+    steps = math.ceil(_PHASES_PER_CROSSING * cutoff)
+    shifts = torch.arange(steps + 1, dtype=torch.float64)[:, None] / steps
+    kernels = _windowed_sinc((taps - shifts) * cutoff, cutoff, zeros).to(padded.dtype)
+    windows, made = padded.unfold(0, len(taps), 1), []
+    for outputs in torch.arange(length).split(max(1, _SAMPLES_AT_ONCE // len(taps))):
+        places = outputs * step
+        between = (places % phases).double() * steps / phases
+        lower = between.long()
+        share = (between - lower).to(padded.dtype)[:, None]
+        filters = torch.lerp(kernels[lower], kernels[lower + 1], share)
+        made.append((windows[places // phases] * filters).sum(1))
+    return torch.cat(made)
 
 
 class SpeechFrontEnd:

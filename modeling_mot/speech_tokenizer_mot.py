@@ -10,7 +10,7 @@ Shapes: S samples, T frames of 10 ms, U units, C features, K centroids, F mel ba
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,37 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .image_tokenizer_mot import fingerprint, from_known_fields, nearest_code, read_hub_file
-from .speech_features_mot import HOP_SECONDS, SpeechFrontEnd, load_audio_source
+from .field_checks_mot import Maybe, Number, OneOf, Typed, Whole, check_fields
+from .image_tokenizer_mot import (
+    fingerprint,
+    from_known_fields,
+    nearest_code,
+    read_hub_file,
+    without_autocast,
+    without_defaults,
+)
+from .speech_features_mot import HOP_SECONDS, SpeechFrontEnd, resample
+from .speech_loading_mot import MAX_RATE, MIN_RATE, load_sound
 
 
 SPEECH_TOKENIZER_CONFIG_NAME = "speech_tokenizer_config.json"
 SPEECH_TOKENIZER_WEIGHTS_NAME = "model.safetensors"
+
+
+CONFIG_RULES = {
+    "num_units": Whole(1, 2**24),
+    "units_per_second": Whole(1, 100),
+    "sampling_rate": Whole(MIN_RATE, MAX_RATE),
+    "features": OneOf(("mfcc", "encoder")),
+    "num_mel_bands": Whole(1, 2**10),
+    "num_coefficients": Whole(1, 2**10),
+    "loudness": Number(),
+    "deduplicate": Typed(bool),
+    "encoder": Maybe(Typed(str)),
+    "encoder_layer": Whole(-(2**10), 2**10),
+    "griffin_lim_iterations": Whole(0, 10**6),
+    "max_seconds": Number(open="low"),
+}
 
 
 @dataclass
@@ -34,7 +59,10 @@ class SpeechTokenizerConfig:
     `features`: "mfcc", or "encoder" for a transformers speech encoder named by `encoder` (Hub name or folder), whose
     hidden state number `encoder_layer` is used (-1: the last). Features of 10 or 20 ms are averaged within a unit.
     `loudness`: samples are scaled to this root mean square first (0: left alone). `deduplicate`: runs of one unit
-    become a single one; durations are then lost.
+    become a single one; durations are then lost. Sounds longer than `max_seconds` are refused before they are decoded.
+
+    Raises:
+        ValueError: a field that cannot be, by name.
     """
 
     num_units: int = 500
@@ -48,10 +76,10 @@ class SpeechTokenizerConfig:
     encoder: str | None = None
     encoder_layer: int = -1
     griffin_lim_iterations: int = 60
+    max_seconds: float = 600.0
 
     def __post_init__(self):
-        if self.features not in ("mfcc", "encoder"):
-            raise ValueError(f"features={self.features!r} is not one of mfcc, encoder")
+        check_fields(self, CONFIG_RULES)
         if (self.features == "encoder") != bool(self.encoder):
             raise ValueError(
                 f"features={self.features!r} with encoder={self.encoder!r}: name an encoder exactly when it is used"
@@ -61,13 +89,18 @@ class SpeechTokenizerConfig:
                 f"units_per_second={self.units_per_second} must divide 100 and sampling_rate={self.sampling_rate} be a "
                 "multiple of 100: frames are 10 ms"
             )
+        if self.num_coefficients > self.num_mel_bands:
+            raise ValueError(
+                f"num_coefficients={self.num_coefficients} must be at most num_mel_bands={self.num_mel_bands}, of which "
+                "they are made"
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SpeechTokenizerConfig":
         return from_known_fields(cls, values, "speech tokenizer")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return without_defaults(self, "max_seconds")
 
 
 class MoTSpeechTokenizer:
@@ -114,15 +147,18 @@ class MoTSpeechTokenizer:
     def samples_per_unit(self) -> int:
         return self.config.sampling_rate // self.config.units_per_second
 
-    def preprocess(self, audio: Any, sampling_rate: int | None = None) -> torch.Tensor:
+    def preprocess(self, audio: Any, sampling_rate: int | None = None, **access: bool) -> torch.Tensor:
         """Mono samples at our rate, scaled to the configured loudness, padded with silence to whole units.  -> (S,)"""
-        samples = load_audio_source(audio, sampling_rate, self.config.sampling_rate)
+        ours = self.config.sampling_rate
+        wave, rate = load_sound(audio, sampling_rate, ours, self.config.max_seconds, **access)
+        samples = resample(torch.from_numpy(wave), rate, ours)
         level = samples.square().mean().sqrt()
         if self.config.loudness and level > 1e-5:
             samples = samples * (self.config.loudness / level)
         units = math.ceil(len(samples) / self.samples_per_unit)
         return nn.functional.pad(samples, (0, units * self.samples_per_unit - len(samples)))
 
+    @without_autocast()
     @torch.no_grad()
     def features(self, samples: torch.Tensor) -> torch.Tensor:
         """One feature vector per unit, not scaled yet.  (S,) -> (U, C)"""
@@ -171,23 +207,30 @@ class MoTSpeechTokenizer:
         if self.encoder is None:
             from transformers import AutoModel
 
-            self.encoder = AutoModel.from_pretrained(self.config.encoder, dtype=torch.float32)
+            self.encoder = AutoModel.from_pretrained(self.config.encoder, dtype=torch.float32, trust_remote_code=False)
         # Whisper and other encoder-decoders: the encoder alone hears.
         encoder = self.encoder.get_encoder() if self.encoder.config.is_encoder_decoder else self.encoder
         return encoder.eval().requires_grad_(False)
 
-    def encode(self, audio: list[Any], sampling_rate: int | None = None) -> list[torch.Tensor]:
-        """Units of each sound, (U,) int64. `sampling_rate` is that of arrays; files and bytes say their own."""
+    def encode(self, audio: list[Any], sampling_rate: int | None = None, **access: bool) -> list[torch.Tensor]:
+        """Units of each sound, (U,) int64.
+
+        Args:
+            audio: sounds in any form `load_sound` takes.
+            sampling_rate: that of arrays; files and bytes say their own, and so may records.
+            access: `allow_urls` and `allow_paths` of `load_sound`.
+        """
         if not isinstance(audio, (list, tuple)):
             raise ValueError(f"encode takes a list of sounds, not {type(audio).__name__}")
-        return [self.encode_one(source, sampling_rate) for source in audio]
+        return [self.encode_one(source, sampling_rate, **access) for source in audio]
 
-    def encode_one(self, source: Any, sampling_rate: int | None = None) -> torch.Tensor:
+    @without_autocast()
+    def encode_one(self, source: Any, sampling_rate: int | None = None, **access: bool) -> torch.Tensor:
         if self.centroids is None:
             raise ValueError(
                 "this speech tokenizer has no centroids yet; train it with training.tokenizers.speech or load it"
             )
-        scaled = (self.features(self.preprocess(source, sampling_rate)) - self.mean) / self.scale
+        scaled = (self.features(self.preprocess(source, sampling_rate, **access)) - self.mean) / self.scale
         units = nearest_code(scaled, self.centroids)
         return torch.unique_consecutive(units) if self.config.deduplicate else units
 
@@ -198,6 +241,7 @@ class MoTSpeechTokenizer:
         """
         return [self.decode_one(torch.as_tensor(sequence, dtype=torch.long)) for sequence in units]
 
+    @without_autocast()
     @torch.no_grad()
     def decode_one(self, units: torch.Tensor) -> np.ndarray:
         if units.ndim != 1 or len(units) == 0:

@@ -7,18 +7,57 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import slice_logits_to_keep
 
+from .forward_arguments_mot import behind_virtual_tokens, check_ids, check_labels
 from .linear_cross_entropy_mot import linear_cross_entropy
 from .plain_modules_mot import is_plain_linear
 
 
-def logits_and_losses(
-    model, hidden_states, targets, modality_ids, num_items_in_batch, logits_to_keep, skip_logits
-) -> tuple[torch.Tensor | None, dict]:
-    """Logits unless they are skipped, and the losses of tokens where there are targets, aligned with the logits.
+def targets_of(model, tokens, labels, shift_labels, modality_ids) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Targets aligned with the logits and their modalities, (B, L) both; None twice where there are no labels.
+
+    Args:
+        tokens: (B, L) ids, or embeddings.
+        labels: (B, L), to be shifted by one; or `shift_labels`, which are aligned already.
+        modality_ids: (B, L) of the tokens, or None; without them modalities follow from the vocabulary.
 
     Raises:
-        ValueError: logits are skipped without targets, or together with `logits_to_keep`.
+        ValueError: labels of another shape, or that are neither tokens nor -100.
     """
+    given = labels if shift_labels is None else shift_labels
+    if given is None:
+        return None, None
+    check_ids("labels" if shift_labels is None else "shift_labels", given, tokens.shape[:2])
+    check_labels(given, model.config.vocab_size)
+    given = given.long()
+    if shift_labels is not None:
+        return given, _modalities(model, given)
+    of_labels = (
+        _modalities(model, given) if modality_ids is None else behind_virtual_tokens(modality_ids, given.shape[1])
+    )
+    # The labels move, not the logits: the last position of a row has no target.
+    return tuple(F.pad(ids[:, 1:], (0, 1), value=-100) for ids in (given, of_labels))
+
+
+def _modalities(model, labels):
+    if model.config.modality_token_ranges is None and len(model.config.tower_names) == 1:
+        return torch.zeros_like(labels)  # one tower and no ranges: all of it counts as text
+    return model.model.modality_ids_of(labels)
+
+
+def logits_and_losses(
+    model, hidden_states, targets, num_items_in_batch, logits_to_keep, skip_logits
+) -> tuple[torch.Tensor | None, dict]:
+    """Logits unless they are skipped, and the losses of tokens where there are targets.
+
+    Args:
+        targets: of `targets_of`.
+
+    Raises:
+        ValueError: logits are skipped without targets, or together with `logits_to_keep`; or fewer than 0 are kept.
+    """
+    if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+        raise ValueError(f"logits_to_keep={logits_to_keep} must be 0 for all, or the number of last positions")
+    targets, modality_ids = targets
     args = (targets, modality_ids, num_items_in_batch)
     if not skip_logits:
         logits = model.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))

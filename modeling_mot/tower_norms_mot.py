@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from .configuration_mot import MoTConfig
 from .modality_routing import ModalityRouting, PerTower, join
 from .plain_modules_mot import has_whole_weight, is_plain
+from .precision_mot import without_autocast
 
 
 class MoTHeadLayerNorm(nn.Module):
@@ -41,9 +42,12 @@ def _forward(rows, counts, epsilon, weights) -> tuple[torch.Tensor, torch.Tensor
     """The operations of LlamaRMSNorm in their order.  -> (T, ..., D), and 1 / RMS, (T, ..., 1)"""
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    out = (wide * scale).to(rows.dtype).to(torch.result_type(rows, weights[0]))
-    for part, weight in zip(out.split(counts), weights):
-        part *= weight
+    out = (wide * scale).to(rows.dtype).to(torch.promote_types(rows.dtype, weights[0].dtype))
+    begin = 0
+    for count, weight in zip(counts, weights):
+        # Not views of `split`: an exported graph could not change these in place with gradients on.
+        out.narrow(0, begin, count).mul_(weight)
+        begin += count
     return out, scale
 
 
@@ -51,17 +55,21 @@ class _RMSNorm(torch.autograd.Function):
     """With a backward of half the operations that autograd would make of the forward."""
 
     @staticmethod
-    def forward(ctx, rows, counts, epsilon, *weights):
-        out, scale = _forward(rows, counts, epsilon, weights)
-        ctx.counts = counts
+    def forward(rows, counts, epsilon, *weights):
+        return _forward(rows, counts, epsilon, weights)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        rows, ctx.counts, _, *weights = inputs
+        _, scale = output
+        ctx.mark_non_differentiable(scale)
         ctx.save_for_backward(rows, scale, *weights)
-        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         rows, scale, *weights = ctx.saved_tensors
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows.device.type):
             grad = grad.to(scale.dtype, copy=True)
             normalised = rows.to(scale.dtype) * scale
             products = grad * normalised
@@ -84,10 +92,10 @@ class TowerNorms(PerTower):
         """(T, ..., D) -> the same"""
         shared = "shared" in self
         norms = [self["shared"]] if shared else [self[tower] for tower in routing.towers]
-        if not all(is_plain(norm, "LlamaRMSNorm.forward") and has_whole_weight(norm) for norm in norms):
+        if not all(is_plain(norm, LlamaRMSNorm) and has_whole_weight(norm) for norm in norms):
             return join(super().forward(routing.split(rows)))
         counts = (len(rows),) if shared else routing.counts
         epsilon, weights = norms[0].variance_epsilon, [norm.weight for norm in norms]
         if torch.is_grad_enabled():
-            return _RMSNorm.apply(rows, counts, epsilon, *weights)
+            return _RMSNorm.apply(rows, counts, epsilon, *weights)[0]
         return _forward(rows, counts, epsilon, weights)[0]

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .expert_choice import FeedForward
 from .plain_modules_mot import is_plain, is_plain_linear
+from .precision_mot import autocast_dtype
 
 
 TOWER_PRODUCTS = ("separate", "batched_mm", "grouped_mm")
@@ -56,8 +58,7 @@ class _Grouped:
 
 
 def _dtype_of_products(tensor: torch.Tensor) -> torch.dtype:
-    device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+    return autocast_dtype(tensor.device.type) or tensor.dtype
 
 
 def run_together(
@@ -73,7 +74,7 @@ def run_together(
     if type(first) is nn.Linear:
         layers = [modules]
     elif hasattr(first, "gate_proj"):
-        if not all(is_plain(module, "FeedForward.forward") for module in modules):
+        if not all(is_plain(module, FeedForward) for module in modules):
             return None
         layers = [[getattr(module, name) for module in modules] for name in ("gate_proj", "up_proj", "down_proj")]
     else:

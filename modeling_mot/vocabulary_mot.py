@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer, models, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
@@ -38,15 +38,20 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|turn|>assistant\\n' }}{% endif %}"
 )
-# Jinja macros must stand before their use; a macro cannot hold the generation block.
-CHAT_TEMPLATE = (
-    "{% macro render(message) %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+# What a message of parts says; templates of other families have it too, see `chat_templates_mot`.
+CHAT_PARTS = (
     "{% for part in message['content'] or [] %}"
     "{% if part['type'] == 'image' %}{{ '<|image|>' }}"
     "{% elif part['type'] == 'audio' %}{{ '<|audio|>' }}"
     "{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}{{ '<|end_turn|>' }}"
+    "{% endfor %}"
+)
+# Jinja macros must stand before their use; a macro cannot hold the generation block.
+CHAT_TEMPLATE = (
+    "{% macro render(message) %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    + CHAT_PARTS
+    + "{% endif %}{{ '<|end_turn|>' }}"
     "{% endmacro %}" + CHAT_TEMPLATE
 )
 
@@ -57,12 +62,18 @@ def code_token(modality: str, index: int) -> str:
 
 
 def extend_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, num_image_codes: int = 0, num_speech_units: int = 0
+    tokenizer: PreTrainedTokenizerBase, num_image_codes: int = 0, num_speech_units: int = 0, begins_texts: bool = True
 ) -> PreTrainedTokenizerBase:
     """Add what is missing of our special tokens, then image codes, then speech units, to a fast tokenizer, in place.
 
-    An existing padding, begin or end token is kept, so a checkpoint of another family keeps its own. Raises ValueError
-    for a slow tokenizer, for ids with holes, and when other codes are already there.
+    An existing padding, begin or end token is kept, so a checkpoint of another family keeps its own.
+
+    Args:
+        begins_texts: put a begin token before texts where the tokenizer puts nothing there. False for the tokenizer of a
+            trained model, which has not learnt to read one: texts keep their ids.
+
+    Raises:
+        ValueError: a slow tokenizer, ids with holes, or other codes that are already there.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer; ours needs the `tokenizers` backend")
@@ -72,14 +83,16 @@ def extend_tokenizer(
         raise ValueError("this tokenizer already holds image or speech tokens; start from the one it was made of")
     existing = {name: getattr(tokenizer, name, None) for name in COMMON_SPECIAL_TOKENS}
     chosen = {name: existing.get(name) or token for name, token in SPECIAL_TOKENS.items()}
-    tokenizer.add_special_tokens({name: chosen[name] for name in COMMON_SPECIAL_TOKENS})
+    if not (begins_texts or existing["bos_token"]):
+        del chosen["bos_token"]
+    tokenizer.add_special_tokens({name: chosen[name] for name in COMMON_SPECIAL_TOKENS if name in chosen})
     ours = {name: token for name, token in chosen.items() if name not in COMMON_SPECIAL_TOKENS}
     tokenizer.add_tokens([special(token) for token in ours.values()], special_tokens=True)
     set_special_attributes(tokenizer, ours)
     for modality, count in (("image", num_image_codes), ("speech", num_speech_units)):
         # Special, so that text which spells such a token is not taken for it when documents are encoded.
         tokenizer.add_tokens([special(code_token(modality, i)) for i in range(count)], special_tokens=True)
-    if (
+    if begins_texts and (
         tokenizer.backend_tokenizer.post_processor is None
         or not tokenizer.backend_tokenizer.post_processor.num_special_tokens_to_add(False)
     ):
@@ -107,6 +120,27 @@ def add_bos(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.backend_tokenizer.post_processor = template
 
 
+def begin_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that the tokenizer puts before a text, with which documents begin too; None where it puts nothing.
+
+    Raises:
+        ValueError: it puts several tokens there.
+    """
+    template = tokenizer.backend_tokenizer.post_processor
+    if template is None:
+        return None
+    # What is put around a text does not depend on it.
+    text = Tokenizer(models.WordLevel({"text": 0}, unk_token="text")).encode("text")
+    framed = template.process(text, None, True)
+    before = framed.ids[: framed.special_tokens_mask.index(0)]
+    if len(before) > 1:
+        raise ValueError(
+            f"the tokenizer puts {tokenizer.convert_ids_to_tokens(before)} before a text; documents begin with one token "
+            "or none: change its post_processor"
+        )
+    return before[0] if before else None
+
+
 def modality_ranges(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """modality -> [first, last + 1] of its token ids. Raises ValueError when codes are missing or not in their order.
 
@@ -114,7 +148,9 @@ def modality_ranges(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     in Chameleon's vocabulary, the range of text is the whole of it, and encloses the others.
     """
     vocabulary = tokenizer.get_vocab()
-    missing = [name for name in SPECIAL_TOKENS if getattr(tokenizer, name, None) is None]
+    named = [name for name in SPECIAL_TOKENS if getattr(tokenizer, name, None) is not None]
+    # Models of other families may do without a begin token.
+    missing = [name for name in SPECIAL_TOKENS if name not in (*named, "bos_token")]
     if missing:
         raise ValueError(f"the tokenizer has no {', '.join(missing)}; extend_tokenizer adds them")
     if len(vocabulary) != max(vocabulary.values()) + 1:
@@ -132,7 +168,7 @@ def modality_ranges(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
         if ids:
             ranges[modality] = [ids[0], ids[-1] + 1]
     first = min((start for start, _ in ranges.values()), default=len(vocabulary))
-    if max(getattr(tokenizer, f"{name}_id") for name in SPECIAL_TOKENS) > first:
+    if max(getattr(tokenizer, f"{name}_id") for name in named) > first:
         return {"text": [0, len(vocabulary)], **ranges}
     if len(ranges) == 2 and ranges["image"][1] != ranges["speech"][0]:
         raise ValueError(f"speech tokens must follow image tokens, but the ranges are {ranges}; use extend_tokenizer")

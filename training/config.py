@@ -1,14 +1,16 @@
 """Strict configuration: dataclasses in, one YAML file and dotted overrides on top.
 
 A section is a plain dataclass that stands next to the code that uses it; `option(default, "what it does")` gives a
-field its documentation. `load` composes a recipe from a YAML file and `key=value` words, refuses what it does not know
-with the full dotted path and the nearest valid name, checks every type, and returns the dataclass. `describe` lists
-every key.
+field its documentation and the range of its values. `load` composes a recipe from a YAML file and `key=value` words,
+refuses what it does not know with the full dotted path and the nearest valid name, checks every type and range, and
+returns the dataclass. `describe` lists every key.
 """
 
 import dataclasses
 import difflib
+import math
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -22,9 +24,45 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, the value and the way out."""
 
 
-def option(default: Any = dataclasses.MISSING, doc: str = "", *, factory: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field with its documentation, which `--help` prints."""
-    return dataclasses.field(default=default, default_factory=factory, metadata={"doc": doc})
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Which numbers an option takes: at least `ge`, above `gt`, at most `le`, below `lt`; None: no bound."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
+
+    def __str__(self) -> str:
+        words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+        bounds = {word: getattr(self, name) for name, word in words.items()}
+        return " and ".join(f"{word} {bound:,}" for word, bound in bounds.items() if bound is not None)
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    doc: str = "",
+    *,
+    factory: Any = dataclasses.MISSING,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> Any:
+    """A dataclass field with its documentation and the range of its values, see `Range`; `--help` prints both.
+
+    The range of a list or a mapping is that of each of its values. `build` and `check_options` hold it.
+    """
+    metadata = {"doc": doc, "range": Range(ge, gt, le, lt)}
+    return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
 
 
 _SECRET = re.compile(r"hf_[A-Za-z0-9]{8,}|(?i:\b[\w-]*(?:token|secret|password|api_?key)=)\S+|(?<=://)[^/@\s]+@")
@@ -39,11 +77,42 @@ def without_secrets(value: Any) -> Any:
     return [without_secrets(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def one_line(error: Exception) -> str:
+    """An error as a command prints it: without secrets, without the line breaks of the libraries that it came from, and
+    no longer than a screen."""
+    line = without_secrets(" ".join(str(error).split()))
+    return line if len(line) <= 2000 else line[:2000] + " ..."
+
+
+class _Repr(reprlib.Repr):
+    """A value as messages show it, which does not grow with the value."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 120
+
+
+_show = _Repr().repr
+
+
 # ---------------------------------------------------------------------------------------------------------------- YAML
+
+MAX_DEPTH, MAX_VALUES, MAX_INTEGER = 50, 100_000, 2**63 - 1
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader (no Python tags) that reads 3e-4 as a number, as YAML 1.2 does, and refuses a key given twice."""
+    """SafeLoader (no Python tags) that reads 3e-4 as a number, as YAML 1.2 does, and refuses a key given twice and
+    nesting that no recipe has."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise ConfigError(f"lists or mappings are nested more than {MAX_DEPTH} deep; write them flat")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -64,8 +133,8 @@ def parse_value(text: str) -> Any:
     """One YAML value from the command line: `3e-4`, `true`, `null`, `[1, 2]`, `{a: 1}`, `text`."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{text!r} is not a YAML value: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{_show(text)} is not a YAML value: {error}") from error
 
 
 def read_yaml(path: str | Path) -> dict:
@@ -78,7 +147,9 @@ def read_yaml(path: str | Path) -> dict:
         raise ConfigError(f"configuration file {path} does not exist{hint}")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if tree is None:
         return {}
@@ -96,13 +167,19 @@ def override(tree: dict, words: Sequence[str]) -> dict:
     for word in words:
         key, separator, text = word.partition("=")
         if not separator or not key:
-            raise ConfigError(f"{word!r} is not key=value; give a dotted key and a YAML value, such as seed=1")
-        _assign(tree, key.strip(), parse_value(text))
+            raise ConfigError(f"{_show(word)} is not key=value; give a dotted key and a YAML value, such as seed=1")
+        try:
+            value = parse_value(text)
+        except ConfigError as error:
+            raise ConfigError(f"{key.strip()[:120]}: {error}") from error
+        _assign(tree, key.strip(), _copy(value, key.strip()))
     return tree
 
 
 def _assign(tree: dict, key: str, value: Any) -> None:
     *parents, last = key.split(".")
+    if len(parents) > MAX_DEPTH:
+        raise ConfigError(f"key {_show(key)} has {len(parents) + 1} parts; no key has more than {MAX_DEPTH}")
     node: Any = tree
     for depth, part in enumerate(parents):
         here = ".".join(parents[: depth + 1])
@@ -113,7 +190,7 @@ def _assign(tree: dict, key: str, value: Any) -> None:
                 node[part] = {}
             node = node[part]
         if not isinstance(node, (dict, list)):
-            raise ConfigError(f"{key}: {here} is {node!r}, which has no keys of its own")
+            raise ConfigError(f"{key}: {here} is {_show(node)}, which has no keys of its own")
     if isinstance(node, list):
         node[_index(node, last, key)] = value
     else:
@@ -121,15 +198,32 @@ def _assign(tree: dict, key: str, value: Any) -> None:
 
 
 def _index(items: list, part: str, path: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
+    if not part.isdecimal() or len(part) > 9 or int(part) >= len(items):
         raise ConfigError(f"{path}: the list holds {len(items)} entries; use a number from 0 to {len(items) - 1}")
     return int(part)
 
 
-def _copy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _copy(item) for key, item in value.items()}
-    return [_copy(item) for item in value] if isinstance(value, list) else value
+def _copy(tree: Any, path: str = "") -> Any:
+    """A tree without shared parts; refused is what grows without end when the aliases of YAML are followed."""
+    left = MAX_VALUES
+
+    def copy(value: Any, path: str, depth: int) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > MAX_DEPTH:
+            raise ConfigError(
+                f"{path[:80]} holds more than {MAX_VALUES} values or is nested more than {MAX_DEPTH} deep; an alias "
+                "(*name) of what it stands in, or of many others, does that: write it out"
+            )
+        if isinstance(value, int) and abs(value) > MAX_INTEGER:
+            raise ConfigError(f"{path} is an integer of {value.bit_length()} bits; give one of at most 63")
+        if isinstance(value, dict):
+            return {key: copy(item, _join(path, str(key)), depth + 1) for key, item in value.items()}
+        if isinstance(value, list):
+            return [copy(item, f"{path}.{index}", depth + 1) for index, item in enumerate(value)]
+        return value
+
+    return copy(tree, path, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------ building
@@ -138,7 +232,7 @@ def _copy(value: Any) -> Any:
 def build(cls: type, tree: Any, path: str = "") -> Any:
     """`cls` from plain mappings, lists and scalars, refusing unknown keys and wrong types by their dotted path."""
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path or 'the configuration'} must be a mapping of keys, not {tree!r}")
+        raise ConfigError(f"{path or 'the configuration'} must be a mapping of keys, not {_show(tree)}")
     hints = typing.get_type_hints(cls)
     known = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in tree:
@@ -148,6 +242,8 @@ def build(cls: type, tree: Any, path: str = "") -> Any:
     for name, field in known.items():
         if name not in values and _default(field) is dataclasses.MISSING:
             raise ConfigError(f"{_join(path, name)} is required and missing{_doc_suffix(field)}")
+    for name, value in values.items():
+        _check(value, _join(path, name), known[name], hints[name])
     try:
         return cls(**values)
     except ConfigError:
@@ -156,10 +252,41 @@ def build(cls: type, tree: Any, path: str = "") -> Any:
         raise ConfigError(f"{path or 'the configuration'}: {error}") from error
 
 
+def check_options(config: Any) -> None:
+    """Hold the values of a section that was made without `build` to the ranges of its options.
+
+    Raises:
+        ConfigError: a number that is not finite or not in its range, or a text that is empty.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        _check(getattr(config, field.name), field.name, field, hints[field.name])
+
+
+def _check(value: Any, path: str, field: dataclasses.Field, hint: Any) -> None:
+    way_out = ", or null" if type(None) in typing.get_args(hint) else ""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check(item, _join(path, str(key)), field, None)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check(item, f"{path}.{index}", field, None)
+    elif isinstance(value, str):
+        if not value.strip() or re.search("[\0\ud800-\udfff]", value):
+            raise ConfigError(f"{path}={_show(value)} must be a text: not empty, and without null bytes{way_out}")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        allowed = field.metadata.get("range", Range())
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{path}={value} must be a finite number{way_out}")
+        if value not in allowed:
+            raise ConfigError(f"{path}={value} must be {allowed}{way_out}")
+
+
 def _unknown(key: Any, known: list[str], path: str) -> str:
-    match = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+    name = str(key)[:120]
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {_join(path, match[0])}?" if match else f"; the keys are {', '.join(known)}"
-    return f"unknown key {_join(path, str(key))}{hint}"
+    return f"unknown key {_join(path, name)}{hint}"
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
@@ -173,15 +300,15 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             return value
         match = difflib.get_close_matches(str(value), [str(argument) for argument in arguments], n=1)
         near = f"; did you mean {match[0]}?" if match else ""
-        raise ConfigError(f"{path}={value!r} is not one of {', '.join(map(str, arguments))}{near}")
+        raise ConfigError(f"{path}={_show(value)} is not one of {', '.join(map(str, arguments))}{near}")
     if dataclasses.is_dataclass(hint):
         return build(hint, value, path)
     if origin in (list, tuple, Sequence):
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{path} must be a list, not {value!r}")
+            raise ConfigError(f"{path} must be a list, not {_show(value)}")
         if origin is tuple and arguments and arguments[-1] is not Ellipsis:
             if len(value) != len(arguments):
-                raise ConfigError(f"{path} must hold {len(arguments)} values, not {value!r}")
+                raise ConfigError(f"{path} must hold {len(arguments)} values, not {_show(value)}")
             return tuple(
                 _convert(hint, v, f"{path}.{i}") for i, (hint, v) in enumerate(zip(arguments, value, strict=True))
             )
@@ -189,7 +316,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return tuple(items) if origin is tuple else items
     if origin is dict:
         if not isinstance(value, dict):
-            raise ConfigError(f"{path} must be a mapping, not {value!r}")
+            raise ConfigError(f"{path} must be a mapping, not {_show(value)}")
         of_key, of_value = arguments
         return {_convert(of_key, k, path): _convert(of_value, v, _join(path, str(k))) for k, v in value.items()}
     return _convert_plain(hint, value, path)
@@ -207,11 +334,11 @@ def _convert_union(options: tuple, value: Any, path: str) -> Any:
             return _convert(candidate, value, path)
         except ConfigError:
             continue
-    raise ConfigError(f"{path}={value!r} must be one of {', '.join(type_name(option) for option in options)}")
+    raise ConfigError(f"{path}={_show(value)} must be one of {', '.join(type_name(option) for option in options)}")
 
 
 def _convert_plain(hint: Any, value: Any, path: str) -> Any:
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) <= MAX_INTEGER:
         return float(value)
     if hint is Path and isinstance(value, str):
         return Path(value)
@@ -219,7 +346,7 @@ def _convert_plain(hint: Any, value: Any, path: str) -> Any:
         base = typing.get_origin(hint) or hint
         if isinstance(value, base) and not (isinstance(value, bool) and base is not bool):
             return value
-        raise ConfigError(f"{path}={value!r} is a {type(value).__name__}; it must be a {type_name(hint)}")
+        raise ConfigError(f"{path}={_show(value)} is a {type(value).__name__}; it must be a {type_name(hint)}")
     raise ConfigError(f"{path}: type {hint!r} is not supported in a configuration")
 
 
@@ -252,7 +379,7 @@ def dump(config: Any) -> str:
 
 
 def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """(dotted key, type, default, documentation) of every key; entries of a list are written `key[i].field`."""
+    """(dotted key, type and range, default, documentation) of every key; entries of a list are written `key[i].field`."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if not field.init:
@@ -261,7 +388,8 @@ def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]
         doc = field.metadata.get("doc") or field.metadata.get("help") or ""
         nested, is_list = _nested(hint)
         if nested is None or is_list or default is None:
-            yield key, type_name(hint), "required" if default is dataclasses.MISSING else _short(default), doc
+            kind = ", ".join(filter(None, (type_name(hint), str(field.metadata.get("range", "")))))
+            yield key, kind, "required" if default is dataclasses.MISSING else _short(default), doc
         if nested is not None:
             yield from describe(nested, f"{key}[i]" if is_list else key)
 

@@ -1,8 +1,9 @@
 """Make an ordinary `from_pretrained` folder of a run's checkpoint: weights in one piece, code, processor and card.
 
-    python -m training.consolidate RUN [--step N] [--output FOLDER] [--weights average|trained]
+    python -m training.consolidate RUN [--step N] [--output FOLDER] [--weights average|trained] [--dtype float32]
 
-RUN is a run's folder. The checkpoint is verified first; its tensors are copied bit for bit, in the memory of one CPU.
+RUN is a run's folder. The checkpoint is verified first; its tensors go through the memory of one CPU. They are written
+in the precision of the checkpoint that the run started from (model.init_from), else bit for bit, in float32.
 """
 
 import argparse
@@ -19,15 +20,22 @@ from accelerate import init_empty_weights
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
 from modeling_mot.model_card_mot import PICTURES, model_card
 from training.checkpoints import DamagedError, model_tensors, newest_intact, read_tensors, replacing, verify
-from training.config import ConfigError
+from training.config import ConfigError, one_line
 from training.distributed import make_room
 from training.freezing import freeze_towers
 from training.models import MODEL_CLASSES, without_bars
 from training.run_folder import RunFolder
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 def consolidate(
-    run: RunFolder, step: int | None = None, output: Path | None = None, weights: str | None = None
+    run: RunFolder,
+    step: int | None = None,
+    output: Path | None = None,
+    weights: str | None = None,
+    dtype: str | None = None,
 ) -> Path:
     """Write a checkpoint as a folder for `from_pretrained`, which appears whole or not at all.
 
@@ -35,6 +43,7 @@ def consolidate(
         step: None: the newest checkpoint that is intact.
         output: an existing folder is replaced; None: `consolidated/step-...` in the run's folder, which must not exist.
         weights: `trained`, or their moving `average`; None: the average where there is one.
+        dtype: one of `DTYPES`; None: that of the checkpoint that the run started from, else float32.
 
     Raises:
         ConfigError: no such checkpoint, or it is damaged, or it holds no average.
@@ -51,12 +60,21 @@ def consolidate(
             raise ConfigError(f"{output} exists; remove it, or name another folder with --output")
     frozen = manifest.get("config", {}).get("train", {}).get("frozen_towers")
     model = read_model(checkpoint, average=weights == "average", frozen_towers=frozen)
+    cast_parameters(model, getattr(torch, dtype or manifest.get("dtype") or "float32"))
     processor = MoTProcessor.from_pretrained(checkpoint / "pretrained")
     with replacing(output) as folder, without_bars():
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         model_card(folder, run.path, step=manifest["step"], weights=weights).save(folder / "README.md")
     return output
+
+
+def cast_parameters(model: MoTPreTrainedModel, dtype: torch.dtype) -> None:
+    """Bring parameters to a precision, in place; what the model keeps in float32 (a VAE), and buffers, stay as they are."""
+    kept = tuple(f"{name}." for name in model._keep_in_fp32_modules_strict or ())
+    for name, parameter in model.named_parameters():
+        if not name.startswith(kept):
+            parameter.data = parameter.data.to(dtype)
 
 
 def complete_card(run: RunFolder) -> None:
@@ -108,13 +126,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest intact one)")
     parser.add_argument("--output", type=Path, help="new folder (default: RUN/consolidated/step-...)")
     parser.add_argument("--weights", choices=("average", "trained"), help="(default: the average where one was kept)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: that of model.init_from, or float32)")
     options = parser.parse_args(arguments)
     try:
         if options.output is not None and options.output.exists():
             raise ConfigError(f"--output {options.output} exists; remove it or name another folder")
-        print(consolidate(RunFolder(options.run), options.step, options.output, options.weights))
+        print(consolidate(RunFolder(options.run), options.step, options.output, options.weights, options.dtype))
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

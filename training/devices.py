@@ -57,6 +57,15 @@ def keep_freed_memory() -> None:
     libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
+def device_memory(device: torch.device) -> float | None:
+    """Bytes that a process may use: of its accelerator, or its share of the machine's; None: not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu":
+        return psutil.virtual_memory().total / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return None
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes that this process has held so far: of the accelerator's memory, or of the machine's."""
     if device.type == "cuda":

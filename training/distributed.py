@@ -6,10 +6,11 @@ processes with --cpu), and a run of weeks must not find that out from its speed.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import torch
@@ -27,6 +28,7 @@ from torch.distributed.tensor.device_mesh import DeviceMesh
 
 from training.config import ConfigError
 from training.devices import choose_precision
+from training.resume import refuse_different
 
 
 _RESTARTABLE = "restartable"
@@ -81,6 +83,7 @@ def build_accelerator(
     timeout_seconds: float = 600,
     tracker: str = "none",
     project_dir: str | None = None,
+    alike: Mapping[str, Any] | None = None,
 ) -> Accelerator:
     """An Accelerator that is what the launcher was asked for; FSDP2 also on CPUs, over gloo.
 
@@ -88,9 +91,10 @@ def build_accelerator(
         precision: `auto`, `bf16` or `float32`, see `choose_precision`; it becomes `accelerator.mixed_precision`.
         processes: how many there must be; None: as many as the launcher was asked for, where that can be found out.
         timeout_seconds: how long a rank waits for the others before it gives up.
+        alike: JSON values that all ranks must have alike, compared as soon as they have met.
 
     Raises:
-        ConfigError: another number of processes, no FSDP where it was asked for, or settings of Accelerate that this
+        ConfigError: ranks that differ, another number of processes, no FSDP where it was asked for, or settings of Accelerate that this
             trainer does not follow.
     """
     asked = asked_of_launcher()
@@ -124,6 +128,7 @@ def build_accelerator(
             accelerator.state.parallelism_config = sizes = ParallelismConfig()
             accelerator.state.device_mesh = sizes.get_device_mesh("cpu")
             sizes._validate_accelerator(accelerator)
+    refuse_different(accelerator, alike or {})
     _refuse_accelerator(accelerator, asked, processes)
     return accelerator
 

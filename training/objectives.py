@@ -5,6 +5,7 @@ alone. Counts are reduced over micro-batches and ranks first and everything is d
 not depend on how rows were split. A mean of per-batch means would weight a token by how few others stood beside it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -59,7 +60,7 @@ def loss_scales(
 
 
 def check_modality_weights(weights: Mapping[str, float] | None, modalities: Sequence[str]) -> None:
-    """Refuse weights of modalities that the model does not have, and negative ones."""
+    """Refuse weights of modalities that the model does not have, and weights that no loss can be made with."""
     for name, weight in (weights or {}).items():
         if name not in modalities:
             hint = (
@@ -68,8 +69,10 @@ def check_modality_weights(weights: Mapping[str, float] | None, modalities: Sequ
             raise ConfigError(
                 f"train.modality_weights names {name!r}; modalities of tokens are {list(modalities)}{hint}"
             )
-        if weight < 0:
-            raise ConfigError(f"train.modality_weights.{name}={weight} must not be negative")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ConfigError(f"train.modality_weights.{name}={weight} must be a finite number of at least 0")
+    if weights and not any(weights.get(name, 1.0) for name in modalities):
+        raise ConfigError(f"train.modality_weights={dict(weights)} leave nothing to learn; make one of them positive")
 
 
 def combine(

@@ -7,32 +7,40 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from training.config import option
+from training.config import check_options, option
 
 
 @dataclass
 class OptimizerConfig:
     """AdamW with cosine decay after linear warm-up; the defaults are the paper's."""
 
-    lr: float = option(3e-4, "peak learning rate, reached after warmup_steps")
-    min_lr: float = option(1.5e-5, "learning rate at the last step")
-    warmup_steps: int = option(4000, "steps of linear warm-up from 0")
-    betas: tuple[float, float] = option((0.9, 0.95), "AdamW's two decay rates")
-    eps: float = option(1e-8, "AdamW's epsilon")
-    weight_decay: float = option(0.1, "decoupled weight decay of matrices")
+    lr: float = option(3e-4, "peak learning rate, reached after warmup_steps", gt=0, le=100)
+    min_lr: float = option(1.5e-5, "learning rate at the last step", ge=0)
+    warmup_steps: int | None = option(
+        None, "steps of linear warm-up from 0; null: the paper's 4000, in a shorter run a tenth of it", ge=0
+    )
+    betas: tuple[float, float] = option((0.9, 0.95), "AdamW's two decay rates", ge=0, lt=1)
+    eps: float = option(1e-8, "AdamW's epsilon", ge=1e-30, le=1)
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices", ge=0)
     decay_norms_and_biases: bool = option(False, "apply weight decay to norms and biases too")
     decay_embeddings: bool = option(False, "apply weight decay to embeddings (and to a tied output layer) too")
-    clip_norm: float | None = option(1.0, "global gradient norm above which gradients are scaled down; null: never")
+    clip_norm: float | None = option(
+        1.0, "global gradient norm above which gradients are scaled down; null: never", ge=1e-6
+    )
 
     def __post_init__(self):
-        if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"lr={self.lr} must be positive and min_lr={self.min_lr} between 0 and lr")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps={self.warmup_steps} must not be negative")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={self.betas} must lie in [0, 1)")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"clip_norm={self.clip_norm} must be positive, or null for no clipping")
+        check_options(self)
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} must be at most lr={self.lr}")
+        if self.lr * self.weight_decay > 1:
+            raise ValueError(
+                f"weight_decay={self.weight_decay} times lr={self.lr} is more than 1: a step would turn weights around"
+            )
+
+
+def warmup_steps(config: OptimizerConfig, steps: int) -> int:
+    """Steps of warm-up in a run of `steps`."""
+    return min(4000, steps // 10) if config.warmup_steps is None else config.warmup_steps
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -40,9 +48,10 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
     A pure function of the step, so that a resumed run needs no scheduler state and no rank can step it twice.
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - 1 - config.warmup_steps)
+    warmup = warmup_steps(config, steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 

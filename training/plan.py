@@ -14,9 +14,9 @@ from typing import Any
 
 from modeling_mot import MoTConfig
 from modeling_mot.presets_mot import variant_fields
-from training.config import ConfigError
+from training.config import ConfigError, one_line
 from training.flops import GPUS, forward_flops_per_token, recomputed_flops, training_flops
-from training.models import load_frame, plan_model
+from training.models import load_initial, plan_model
 from training.planning.activations import count_kept
 from training.planning.cluster import Device, Mesh, find_device, mesh_of_accelerate
 from training.planning.communication import Traffic, plan_traffic, seconds_of_traffic
@@ -24,6 +24,7 @@ from training.planning.memory import FLOAT, plan_memory
 from training.planning.parameters import FROZEN, count_parameters, fsdp_units, meta_model
 from training.planning.screen import render
 from training.recipe import Recipe
+from training.sizes import Budget, leaves_size_open
 from training.train import load_recipe
 
 
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json is not None:
             write_new(Path(options.json), json.dumps(plan, indent=2) + "\n")
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     print(render(plan))
     return 0
@@ -95,8 +96,8 @@ def make_plan(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     if options.utilisation > 1:
         raise ConfigError(f"--utilisation={options.utilisation} is a share of the device's peak, at most 1")
     mesh, checkpointing = _mesh(recipe, options)
-    config = _config(recipe)
     device = find_device(options.device, recipe.train.precision, mesh.world)
+    config = _config(recipe, mesh, device, options.utilisation)
     tokens = _tokens(config, recipe, options.shares)
     return {
         "model": {
@@ -131,9 +132,11 @@ def _mesh(recipe: Recipe, options: argparse.Namespace) -> tuple[Mesh, bool]:
     return mesh, checkpointing or asked
 
 
-def _config(recipe: Recipe) -> MoTConfig:
-    source = recipe.model.init_from
-    return plan_model(recipe.model, recipe.data, None if source is None else load_frame(source)).config
+def _config(recipe: Recipe, mesh: Mesh, device: Device, utilisation: float) -> MoTConfig:
+    budget = None
+    if leaves_size_open(recipe.model):  # any other is planned, whether it fits or not
+        budget = Budget.of(recipe, device.memory, device.peak, mesh.world, mesh.shard, utilisation)
+    return plan_model(recipe.model, recipe.data, load_initial(recipe.model), budget).config
 
 
 def _tokens(config: MoTConfig, recipe: Recipe, shares: str | None) -> dict[str, int]:

@@ -60,10 +60,10 @@ def prepare_recipe(recipe: Recipe, workers: int = 1, verify: bool = False) -> No
     """
     # Later than what is refused at once.
     from training.data import RowStream, prepare_sources
-    from training.models import load_frame, plan_model
+    from training.models import load_initial, plan_model
 
-    begin, source = time.perf_counter(), recipe.model.init_from
-    _, processor, vae = plan_model(recipe.model, recipe.data, None if source is None else load_frame(source))
+    begin = time.perf_counter()
+    _, processor, vae = plan_model(recipe.model, recipe.data, load_initial(recipe.model))
     try:
         training, held_out = (
             prepare_sources(recipe.data, processor, workers, validation, vae, progress=True)
@@ -78,10 +78,14 @@ def prepare_recipe(recipe: Recipe, workers: int = 1, verify: bool = False) -> No
                     f"fingerprint {source.fingerprint[:16]}{'  verified' if verify else ''}"
                 )
                 for reason, count in source.skipped.items():
-                    print(f"{'':10}left out: {count:,} x {reason}")
+                    print(f"{'':10}left out: {count:,} x {reason} (first: {source.first_skipped[reason]})")
         report = RowStream(recipe.data, training).report()
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
+    except OSError as error:
+        raise ConfigError(
+            f"data: {error}; what is prepared is kept in data.cache_dir={recipe.data.cache_path}"
+        ) from error
     print(
         f"rows of {report['row_length']} tokens are filled to {report['fill_rate']:.2%} "
         f"({report['rows_per_block']:.0f} of a block of {report['block_documents']} documents)\n"

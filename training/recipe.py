@@ -8,7 +8,7 @@ from training.data.config import DataConfig
 from training.evaluation.losses import EvaluationConfig
 from training.evaluation.sampling import SamplesConfig
 from training.models import ModelConfig
-from training.optimization import OptimizerConfig
+from training.optimization import OptimizerConfig, warmup_steps
 from training.train_config import TrainConfig
 
 
@@ -28,6 +28,12 @@ class Recipe:
             self.data.validate()
         except ValueError as error:
             raise ConfigError(f"data: {error}") from error
+        self.optimizer.warmup_steps = warmup_steps(self.optimizer, self.train.steps)
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise ConfigError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than train.steps={self.train.steps}: the "
+                "peak learning rate would not be reached; set optimizer.warmup_steps=null for a tenth of the run"
+            )
 
 
 def list_keys() -> str:

@@ -1,12 +1,15 @@
-"""What a run goes on from, and whether it is still the same run."""
+"""What a run goes on from, and whether it is still the same run, and the same on all ranks."""
 
 import difflib
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from accelerate import Accelerator
 
-from training.checkpoints import move_aside, newest_intact, remove_unfinished
+from training.checkpoints import gather_objects, move_aside, newest_intact, remove_unfinished
 from training.config import ConfigError
 from training.run_folder import RunFolder
 
@@ -29,6 +32,29 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def refuse_different(accelerator: Accelerator, values: Mapping[str, Any]) -> None:
+    """Refuse ranks that were not started with the same: each would train on, and none would be what was asked for.
+
+    Args:
+        values: JSON values, nested or not. Digests are compared; the values travel only where those differ.
+
+    Raises:
+        ConfigError: on every rank, with the keys that differ, and their values on the first ranks that differ.
+    """
+    if accelerator.num_processes == 1:
+        return
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    if len(set(gather_objects(digest, dist.group.WORLD))) == 1:
+        return
+    of_ranks = [flatten(of_rank) for of_rank in gather_objects(values, dist.group.WORLD)]
+    different = []
+    for key in dict.fromkeys(key for of_rank in of_ranks for key in of_rank):
+        found = [of_rank.get(key) for of_rank in of_ranks]
+        if (rank := next((rank for rank, value in enumerate(found) if value != found[0]), None)) is not None:
+            different.append(f"{key} is {found[0]!r} on rank 0, {found[rank]!r} on rank {rank}")
+    raise ConfigError(f"ranks differ: {'; '.join(different)}. Start all of them with the same recipe and the same data")
 
 
 def find_checkpoint(

@@ -36,6 +36,8 @@ def prepare_rows(
                     held_out[direction] = rows[:held_out_rows]
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"data: {error}; what is prepared is kept in data.cache_dir={data.cache_path}") from error
     return stream, held_out, _fingerprint(data, sources)
 
 

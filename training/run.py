@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -12,12 +13,13 @@ from accelerate.utils import set_seed
 
 from modeling_mot import MoTConfig, MoTPreTrainedModel
 from training.batches import StepBatches
+from training.checkpoints import gather_objects
 from training.config import dump, to_tree, without_secrets
 from training.consolidate import complete_card, consolidate
 from training.data import collate
 from training.data.collate import TOWER_ROWS
 from training.data.data_cards import data_cards
-from training.devices import keep_freed_memory, set_cpu_threads
+from training.devices import device_memory, keep_freed_memory, set_cpu_threads
 from training.distributed import (
     build_accelerator,
     describe_world,
@@ -29,27 +31,31 @@ from training.distributed import (
 )
 from training.evaluation.end_of_run import describe_measures, make_samples
 from training.evaluation.losses import evaluate_losses, evaluation_note
-from training.evaluation.subjects import check_decoder, check_subjects, find_subjects
+from training.evaluation.subjects import check_decoder, check_diffusion, check_subjects, find_subjects
 from training.flops import forward_flops_per_token, peak_flops
 from training.freezing import HeldRows, freeze_towers
 from training.metrics import count_key, read_metrics
 from training.models import (
+    Planned,
     build_model,
     empty_model,
-    load_frame,
+    load_initial,
     load_model,
     plan_model,
     set_up_layers,
+    stored_dtype,
 )
 from training.objectives import objective_names
 from training.optimization import build_optimizer
 from training.recipe import Recipe
 from training.reporting import plot_losses
-from training.resume import find_checkpoint, flatten, refuse_changes
+from training.resume import find_checkpoint, flatten, refuse_changes, refuse_different
 from training.rows import prepare_rows
 from training.run_folder import RunFolder, environment, write_json
 from training.run_lock import RunLock
 from training.safeguards import Interrupted, NotFiniteError, StopSignal
+from training.sizes import Budget, describe_choice, fill_from_checkpoint, leaves_size_open
+from training.trackers import check_tracker
 from training.trainer import Trainer
 from training.transfusion import caption_dropout
 
@@ -91,6 +97,7 @@ class Session:
     def __init__(self, recipe: Recipe, stop_signal: StopSignal, lock: RunLock):
         self.recipe, self.stop_signal, self.begin = recipe, stop_signal, time.perf_counter()
         train = recipe.train
+        check_tracker(train.tracker)
         self.accelerator = build_accelerator(
             train.precision,
             cpu=train.cpu,
@@ -98,6 +105,7 @@ class Session:
             timeout_seconds=train.timeout_seconds,
             tracker=train.tracker,
             project_dir=f"{train.output_dir}/trackers",
+            alike=to_tree(recipe),
         )
         self.precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "float32"
         self.is_main = self.accelerator.is_main_process
@@ -106,7 +114,6 @@ class Session:
             set_cpu_threads(train.cpu_threads)
             if train.keep_freed_memory:
                 keep_freed_memory()
-        torch.set_float32_matmul_precision(train.float32_matmul_precision)
         set_seed(train.seed)
         self.run = RunFolder(train.output_dir)
         with self.accelerator.main_process_first():
@@ -119,23 +126,49 @@ class Session:
         check_subjects(recipe.data, recipe.samples)
         initial = self._initial()
         # Before the data, which may take long to prepare.
-        planned, self.processor, self.vae = plan_model(recipe.model, recipe.data, initial)
+        planned, self.processor, self.vae = self._plan(initial)
         check_decoder(self.processor, recipe.samples)
+        check_diffusion(planned, recipe.samples)
         self.say(f"tokenising the data (kept in {recipe.data.cache_path}) ...")
         self.stream, self.held_out_rows, self.data_fingerprint = prepare_rows(
             recipe.data, self.processor, recipe.evaluation.rows, self.vae
         )
+        refuse_different(
+            self.accelerator,
+            {
+                "precision": self.precision,
+                "data": self.data_fingerprint,
+                "processor": self.processor.fingerprint(),
+            },
+        )
+        # Of training alone: what encodes the data, before, and the samples, after, computes in whole float32.
+        torch.set_float32_matmul_precision(train.float32_matmul_precision)
         self.trainer = self._trainer(planned, initial)
         self._write_down()
 
     def _initial(self) -> MoTPreTrainedModel | None:
         """The checkpoint that a recipe starts from; its weights only where they are needed."""
-        source, sharding = self.recipe.model.init_from, is_sharding(self.accelerator)
-        if source is None:
-            return None
-        if self.checkpoint is not None or (sharding and not self.is_main):
-            return load_frame(source)
-        return load_model(source, self.recipe.model.attn_implementation)
+        needs_weights = self.checkpoint is None and (self.is_main or not is_sharding(self.accelerator))
+        return load_initial(self.recipe.model, needs_weights)
+
+    def _plan(self, initial: MoTPreTrainedModel | None) -> Planned:
+        """What is trained; a size that the recipe leaves open is that of the checkpoint, or one that fits."""
+        recipe, processes = self.recipe, self.accelerator.num_processes
+        is_open = leaves_size_open(recipe.model)
+        if is_open and self.checkpoint is not None:
+            fill_from_checkpoint(recipe.model, self.checkpoint["config"]["model"])
+        shards = processes if is_sharding(self.accelerator) else 1
+        peak = self._peak_flops()[0] if is_open else math.inf  # only a choice asks for it
+        budget = Budget.of(recipe, device_memory(self.accelerator.device), peak, processes, shards)
+        # All ranks choose by what the first one has.
+        budget = gather_objects(budget, torch.distributed.group.WORLD if processes > 1 else None)[0]
+        planned = plan_model(recipe.model, recipe.data, initial, budget)
+        if is_open:
+            self.say(describe_choice(planned.config, budget))
+        return planned
+
+    def _peak_flops(self) -> tuple[float, str]:
+        return peak_flops(self.accelerator.device, torch.bfloat16 if self.precision == "bf16" else torch.float32)
 
     def _model(self, planned: MoTConfig, initial: MoTPreTrainedModel | None) -> MoTPreTrainedModel:
         """The model on its device, sharded where it is to be; with its weights, unless a checkpoint brings them."""
@@ -162,8 +195,7 @@ class Session:
         model = self._model(planned, initial)
         batch = partial(collate, config=model.config, multiple_of=TOWER_ROWS)
         self.collate_held_out = partial(batch, noise_seed="held out")
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        self.peak, self.peak_source = peak_flops(accelerator.device, dtype)
+        self.peak, self.peak_source = self._peak_flops()
         batches = StepBatches(
             self.stream,
             partial(batch, noise_seed=recipe.train.seed),
@@ -193,7 +225,11 @@ class Session:
             evaluate=self.evaluate if any(map(len, self.held_out_rows.values())) else None,
             evaluate_every=recipe.evaluation.every,
             stop_signal=self.stop_signal,
-            describe={**self.same_on_resume, "world": describe_world(accelerator)},
+            describe={
+                **self.same_on_resume,
+                "world": describe_world(accelerator),
+                "dtype": None if recipe.model.init_from is None else stored_dtype(recipe.model.init_from),
+            },
         )
         if self.checkpoint is not None:
             trainer.resume(self.checkpoint)
@@ -302,14 +338,22 @@ class Session:
 
     def _samples(self, title: str) -> dict[str, float | int]:
         self.say("drawing, reading and speaking ...")
+        torch.set_float32_matmul_precision("highest")
         config = self.recipe.samples
         model = load_model(str(self.run.final), self.recipe.model.attn_implementation).eval()
         model.to(self.accelerator.device)
         subjects = find_subjects(self.recipe.data, config)
-        with self.accelerator.autocast():
-            sheet, measures = make_samples(
-                model, self.processor, subjects, config, self.run.samples, title, self.stop_signal.check
-            )
+        sheet, measures = make_samples(
+            model,
+            self.processor,
+            subjects,
+            config,
+            self.run.samples,
+            title,
+            self.stop_signal.check,
+            self.accelerator.autocast,
+            self.recipe.train.progress_bar,
+        )
         sheet.write_html(self.run.path / "samples.html")
         sheet.write_png(self.run.path / "samples.png")
         return measures

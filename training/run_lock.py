@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -38,29 +40,47 @@ class RunLock:
         Raises:
             ConfigError: it is held, naming the holder.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
             self.refuse_held()
-        try:
-            self._own.acquire(timeout=PATIENCE_SECONDS)
-        except Timeout as error:
-            raise ConfigError(self._held(self._path(self.rank))) from error
+        with self._writable():
+            self._lock(self._own, self._path(self.rank))
         holder = {
             "pid": os.getpid(),
             "host": platform.node(),
             "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": os.path.basename(sys.argv[0]),
         }
-        self._path(self.rank).with_suffix(".json").write_text(json.dumps(holder), encoding="utf-8")
+        with self._writable():
+            self._path(self.rank).with_suffix(".json").write_text(json.dumps(holder), encoding="utf-8")
 
     def refuse_held(self) -> None:
-        """Raises ConfigError when a living process holds the folder; nothing is left locked."""
-        for path in sorted(self.folder.glob("rank-*.lock")):
+        """Raises ConfigError when a living process holds the folder, or it cannot be written; nothing is left locked."""
+        with self._writable():
+            for path in sorted(self.folder.glob("rank-*.lock")):
+                lock = FileLock(path)
+                self._lock(lock, path)
+                lock.release()
+
+    def _lock(self, lock: FileLock, path: Path) -> None:
+        for attempt in range(3):
             try:
-                with FileLock(path).acquire(timeout=PATIENCE_SECONDS):
-                    pass
-            except Timeout as error:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock.acquire(timeout=PATIENCE_SECONDS)
+                return
+            except Timeout as error:  # an OSError, of another meaning
                 raise ConfigError(self._held(path)) from error
+            except FileNotFoundError:  # whoever held it gives the folder back
+                if attempt == 2:
+                    raise
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"train.output_dir={str(self.folder.parent)!r} cannot be written: {error}; choose another folder"
+            ) from error
 
     def release(self) -> None:
         """Give the folder back, if it was got; one that held nothing but locks is removed with the last of them."""

@@ -4,8 +4,12 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 
 
 Event = Literal["not_finite", "spike", "spike_skipped"]
@@ -23,7 +27,7 @@ class Interrupted(Exception):
 
 
 class NotFiniteError(FloatingPointError):
-    """Losses or gradients were not finite for too many steps in a row; the parameters are those before them."""
+    """Losses or gradients were not finite for too many steps in a row, or an update left parameters that are not."""
 
 
 class StopSignal:
@@ -60,6 +64,18 @@ class StopSignal:
         """Raise Interrupted when a signal has come; for the phases after training."""
         if self.number:
             raise Interrupted(self.number)
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor], accelerator: Accelerator) -> list[str]:
+    """Names of the tensors, sharded or not, that hold NaN or infinity on any rank; every rank calls it.
+
+    One pass over them and one wait for the device.
+    """
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in floating.values())
+    flags = [(~tensor.isfinite().all()).to(accelerator.device, torch.float32) for tensor in local]
+    counts = accelerator.reduce(torch.stack(flags)).tolist() if flags else []
+    return [name for name, count in zip(floating, counts, strict=True) if count]
 
 
 class SpikeDetector:
@@ -109,6 +125,10 @@ class SpikeDetector:
 class UpdateGuard:
     """Decides from a step's loss and gradient norm, which all ranks share, whether its update is made.
 
+    What an update has made of the parameters shows in the next losses, or in none, where no token passes through them;
+    `wants_check` says after which steps the trainer looks at the parameters themselves. It does so before every
+    checkpoint, too.
+
     Args:
         not_finite_limit: steps in a row whose loss or gradient may be not finite; one more stops the run.
         skip_spikes: leave out the updates of all steps of a spike.
@@ -133,6 +153,10 @@ class UpdateGuard:
         if skips:
             return False, "spike_skipped"
         return True, "spike" if begins else None
+
+    def wants_check(self, step: int) -> bool:
+        """Whether to look at the parameters after this step: where a loss begins to be no number, and every 100 steps."""
+        return self.not_finite_in_a_row == 1 or step % 100 == 0
 
     @property
     def gives_up(self) -> bool:

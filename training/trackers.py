@@ -1,13 +1,31 @@
 """Accelerate's trackers, which may fail without harm."""
 
+import difflib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+from training.config import ConfigError
 
 
 logger = logging.getLogger(__name__)
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a tracker that Accelerate does not know, or whose package is missing: it would leave it out in silence."""
+    known = ["none", "all", *LOGGER_TYPE_TO_CLASS]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise ConfigError(f"train.tracker={name!r} is no tracker that Accelerate knows; {hint}")
+    if name in LOGGER_TYPE_TO_CLASS and name not in map(str, get_available_trackers()):
+        raise ConfigError(
+            f"train.tracker={name!r} needs a package that is not installed: pip install {name}, or set "
+            "train.tracker=none (metrics.jsonl has every figure anyway)"
+        )
 
 
 class Trackers:

@@ -1,7 +1,7 @@
 """Train a Mixture-of-Transformers, or one of its baselines.
 
-    accelerate launch training/train.py [CONFIG.yaml] [key=value ...]
-    python training/train.py [CONFIG.yaml] [key=value ...]     the same, in one process
+    python training/train.py [CONFIG.yaml] [key=value ...]                in one process
+    accelerate launch training/train.py [CONFIG.yaml] [key=value ...]     in as many as Accelerate is set up for
     ... --help            this text and every key
     ... --print-config    the resolved configuration as YAML, without running it
 
@@ -30,7 +30,7 @@ if __package__ in (None, ""):
     _here = Path(__file__).resolve().parent
     sys.path[:] = [str(_here.parent), *(p for p in sys.path if p and Path(p).resolve() != _here)]
 
-from training.config import ConfigError, dump, load, override, read_yaml, without_secrets
+from training.config import ConfigError, dump, load, one_line, override, read_yaml
 from training.run_lock import RunLock
 
 
@@ -66,8 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         rank = os.environ.get("RANK", "0")
         where = "error" if rank == "0" else f"error on rank {rank}"
-        print(f"{where}: {without_secrets(str(error))}", file=sys.stderr)
+        print(f"{where}: {one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before there is a run, or the second one
+        print("ended by SIGINT", file=sys.stderr)
+        return 130
 
 
 def load_recipe(words: Sequence[str]):

@@ -34,7 +34,7 @@ from training.metrics import MetricsLog, count_key
 from training.objectives import check_modality_weights, combine, count_targets, loss_scales, objective_names
 from training.optimization import OptimizerConfig, learning_rate
 from training.run_folder import RunFolder
-from training.safeguards import Interrupted, NotFiniteError, StopSignal, UpdateGuard
+from training.safeguards import Interrupted, NotFiniteError, StopSignal, UpdateGuard, not_finite
 from training.trackers import Trackers
 from training.train_config import TrainConfig
 
@@ -42,6 +42,9 @@ from training.train_config import TrainConfig
 # B batch, L row length
 
 logger = logging.getLogger(__name__)
+
+# The bar itself stands last and takes what is left of the line: 80 columns hold three losses.
+BAR = "{n_fmt}/{total_fmt} {remaining} left{postfix} {bar}"
 
 
 class Trainer:
@@ -195,7 +198,7 @@ class Trainer:
             NotFiniteError: see `UpdateGuard`; likewise.
         """
         bar_is_off = not (self.accelerator.is_main_process and self.config.progress_bar)
-        bar = tqdm(total=self.config.steps, initial=self.step, disable=bar_is_off, unit="step")
+        bar = tqdm(total=self.config.steps, initial=self.step, disable=bar_is_off, bar_format=BAR)
         batches = self.batches.from_step(self.step, self.config.steps, lambda: bool(self.stop_signal.number))
         if self.evaluation_is_due() and self.evaluated_step != self.step:
             self.run_evaluation()  # that a signal prevented
@@ -218,10 +221,12 @@ class Trainer:
         self.save(wait=True)
 
     def after_step(self, figures: dict) -> None:
-        """Evaluate and save where it is due, and end where a signal or too many losses that are not finite ask for it."""
+        """Evaluate and save where it is due; end where a signal asks for it, or losses or parameters that are not finite."""
         alone = self.accelerator.num_processes == 1
         if self.stop_signal.number if alone else figures["stop"]:
             self.interrupt()
+        if self.guard.wants_check(self.step):
+            self.refuse_not_finite({name: value.detach() for name, value in self.trained.items()})
         if self.guard.gives_up:
             self.save(wait=True)
             raise NotFiniteError(
@@ -238,6 +243,23 @@ class Trainer:
             if self.stops():
                 self.interrupt()
         self.note_failed_save()
+
+    def refuse_not_finite(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Every rank calls it.
+
+        Raises:
+            NotFiniteError: an update has left values that no later one can mend. They are in no checkpoint.
+        """
+        if not (names := not_finite(tensors, self.accelerator)):
+            return
+        self.note_failed_save(wait=True)
+        steps = self.run.saved_steps()
+        kept = f"the checkpoint of step {steps[-1]} is the newest" if steps else "there is no checkpoint"
+        raise NotFiniteError(
+            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} hold values that are not finite after "
+            f"step {self.step}. Nothing was saved of them; {kept}. Lower optimizer.lr or optimizer.weight_decay, set "
+            "optimizer.clip_norm, or train with train.precision=float32"
+        )
 
     def stops(self) -> bool:
         """Whether any rank has had a signal; every rank calls it."""
@@ -306,6 +328,9 @@ class Trainer:
         """Write a checkpoint of the present step, if there is none; with `wait` it is on the disk afterwards.
 
         Where it cannot be written, `save_failed` becomes true, the earlier ones stay, and the run goes on.
+
+        Raises:
+            NotFiniteError: there is something in it that is not finite; nothing is written then.
         """
         begin = time.perf_counter()
         # First, or ranks that know of a failure and ranks that do not yet would go different ways.
@@ -323,6 +348,7 @@ class Trainer:
                 "evaluated_step": self.evaluated_step,
             }
             tensors = state_tensors(self.raw_model, self.raw_optimizer, self.ema)
+            self.refuse_not_finite(tensors)
             describe = partial(write_description, model=self.raw_model, processor=self.processor)
             try:
                 self.checkpointer.save(self.step, tensors, manifest, describe)
@@ -386,5 +412,5 @@ def parameters_by_tower(
 
 
 def _postfix(row: dict, objectives: list[str]) -> str:
-    losses = (f"{name} {row[f'loss_{name}']:.3f}" for name in objectives if row[f"loss_{name}"] is not None)
-    return ", ".join([*losses, f"{row['tokens_per_second']:.0f} tok/s", f"{row['mfu']:.0%} MFU"])
+    losses = (f"{name} {row[f'loss_{name}']:#.3g}" for name in objectives if row[f"loss_{name}"] is not None)
+    return " ".join([*losses, f"{tqdm.format_sizeof(row['tokens_per_second'])} tok/s", f"{row['mfu']:.0%} MFU"])

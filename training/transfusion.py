@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from modeling_mot import MoTConfig, MoTProcessor, MoTTransfusionConfig
 from modeling_mot.latents_mot import VAE_CLASSES, downsampling, vae_config_of
-from training.config import ConfigError, option
+from training.config import ConfigError, check_options, option
 from training.data.config import DataConfig
 from training.tokenizers.processor import continuous_processor
 
@@ -25,21 +25,27 @@ class TransfusionModelConfig:
     """What a Transfusion model adds. Fields left at null are MoTTransfusionConfig's own defaults."""
 
     vae: str = option("carried", "frozen autoencoder of images: carried, a diffusers folder or a name on the Hub")
-    image_size: list[int] = option(factory=lambda: [64, 64], doc="height and width of pictures, in pixels")
-    patch_size: int | None = option(None, "a token stands for patch_size x patch_size latents")
+    image_size: list[int] = option(
+        factory=lambda: [64, 64], doc="height and width of pictures, in pixels", ge=1, le=10**5
+    )
+    patch_size: int | None = option(None, "a token stands for patch_size x patch_size latents", ge=1, le=1024)
     patchifier: Literal["unet", "linear"] | None = option(None, "from latents to hidden states and back")
-    unet_channels: list[int] | None = option(None, "channels of the U-Net's down blocks, log2(patch_size) + 1 of them")
-    unet_layers: int | None = option(None, "residual layers of a down block")
-    unet_norm_groups: int | None = option(None, "groups of the U-Net's group norms")
+    unet_channels: list[int] | None = option(
+        None, "channels of the U-Net's down blocks, log2(patch_size) + 1 of them", ge=1, le=10**5
+    )
+    unet_layers: int | None = option(None, "residual layers of a down block", ge=1, le=1000)
+    unet_norm_groups: int | None = option(None, "groups of the U-Net's group norms", ge=1, le=10**5)
     prediction_type: Literal["epsilon", "v_prediction", "flow"] | None = option(None, "what is predicted of the noise")
     noise_schedule: str | None = option(None, "diffusers' name of a beta schedule; null: the cosine schedule")
-    num_train_timesteps: int | None = option(None, "noise levels")
+    num_train_timesteps: int | None = option(None, "noise levels", ge=1, le=10**6)
     timestep_sampling: Literal["uniform", "logit_normal"] | None = option(None, "how noise levels are drawn")
-    timestep_shift: float | None = option(None, "shift of flow matching's fractions")
+    timestep_shift: float | None = option(None, "shift of flow matching's fractions", gt=0)
     timestep_format: Literal["index", "fraction"] | None = option(None, "what the timestep embedding sees")
-    diffusion_loss_weight: float | None = option(None, "lambda of equation 4")
+    diffusion_loss_weight: float | None = option(None, "lambda of equation 4", ge=0)
     image_first_max_timestep: int | None = option(
-        None, "largest noise level of an image that its caption follows (Transfusion's ablation: 500); null: no limit"
+        None,
+        "largest noise level of an image that its caption follows (Transfusion's ablation: 500); null: no limit",
+        ge=0,
     )
     image_positions: Literal["consecutive", "shared"] | None = option(None, "positions of an image's patches")
     markers_in_image_block: bool | None = option(None, "BOI and EOI see their image in both directions")
@@ -47,6 +53,11 @@ class TransfusionModelConfig:
         None, "whether later tokens see noised images; false: they see a clean copy that the data repeats (BAGEL)"
     )
     latent_position_table: Literal["sincos"] | None = option(None, "a fixed 2-D table added to the patches; null: none")
+
+    def __post_init__(self):
+        check_options(self)
+        if len(self.image_size) != 2:
+            raise ConfigError(f"model.transfusion.image_size={self.image_size} must be [height, width]")
 
     def model_fields(self) -> dict[str, Any]:
         """The fields of MoTTransfusionConfig that the recipe sets."""
@@ -70,7 +81,7 @@ def load_vae(source: str) -> Autoencoder:
         )
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"its weights lack {', '.join(missing[:4])}; is it whole?")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever diffusers raises of a folder that holds something else
         raise ConfigError(f"model.transfusion.vae={source!r}: no autoencoder could be loaded: {error}") from error
     return vae.eval().requires_grad_(False)
 

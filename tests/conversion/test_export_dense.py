@@ -185,15 +185,19 @@ def test_from_dense_to_mot_and_back_is_the_identity(name, tmp_path):
 
 
 def test_a_cut_vocabulary_takes_its_tokens_out_of_the_tokenizer(tmp_path):
-    save_source(tmp_path / "source", "llama", bos_token_id=None)
-    words_tokenizer(60, bos=False).save_pretrained(tmp_path / "source")
+    save_source(tmp_path / "source", "llama", bos_token_id=None, pad_token_id=None)
+    tokenizer = words_tokenizer(60, bos=False)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "source")
     upcycle(str(tmp_path / "source"), tmp_path / "mot", Wishes(Media(image_codes=9, image_grid=[3, 3])))
     plan = export_dense(str(tmp_path / "mot"), tmp_path / "dense", vocab_size=60)
-    assert any(token.startswith("bos_token_id=6") for token in plan.cut_off)
+    assert any(token.startswith("pad_token_id=6") for token in plan.cut_off)
     source, made = (AutoTokenizer.from_pretrained(tmp_path / folder) for folder in ("source", "dense"))
     assert made.get_vocab() == source.get_vocab() and len(AutoTokenizer.from_pretrained(tmp_path / "mot")) > 69
     assert made("w9 w12").input_ids == source("w9 w12").input_ids == [9, 12]
-    assert made.bos_token is None and not (tmp_path / "dense" / "chat_template.jinja").exists()
+    assert (
+        made.bos_token is None and made.pad_token is None and not (tmp_path / "dense" / "chat_template.jinja").exists()
+    )
     config = load(tmp_path / "dense").config
     assert (config.bos_token_id, config.eos_token_id, config.vocab_size) == (None, 2, 60)
 

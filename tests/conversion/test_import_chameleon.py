@@ -137,6 +137,28 @@ def test_a_chat_ends_every_turn_as_chameleon_does(small_source, tmp_path):
     assert torch.equal(ids[~codes], expected[~codes])
 
 
+@pytest.mark.parametrize("begins", [True, False])
+def test_text_and_a_template_of_the_sources_own_give_its_ids(small_source, tmp_path, begins):
+    folder = shutil.copytree(small_source, tmp_path / "source")
+    if not begins:
+        settings = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").write_text(json.dumps(settings | {"post_processor": None}))
+    template = "\n {{ bos_token }}{% for m in messages %}{{ m['content'] + '<reserved08706>' }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    source = AutoTokenizer.from_pretrained(folder)
+    processor = MoTProcessor.from_pretrained(convert(folder, tmp_path / "out"))
+    for text in ("a cat", " a  b\n", "", "x</s>y"):
+        assert processor(text=text)["input_ids"] == source(text)["input_ids"]
+    document = [{"type": "text", "text": "a cat"}]
+    assert processor(document, add_eos=False)["input_ids"] == source("a cat")["input_ids"]
+    assert (processor.bos_token_id == 0) == begins
+    chat = [{"role": "user", "content": "a cat"}, {"role": "assistant", "content": " b"}]
+    expected = source.apply_chat_template(chat, tokenize=True, return_dict=False)
+    assert processor.apply_chat_template(chat, tokenize=True) == expected
+    parts = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
+    assert processor.apply_chat_template(parts, tokenize=False) == "\n <s><image>a<reserved08706>"
+
+
 def test_text_that_spells_a_code_stays_text(small_source, tmp_path):
     processor = MoTProcessor.from_pretrained(convert(small_source, tmp_path / "out"))
     document = [{"type": "text", "text": "<|image_3|> <racm3:break> IMGIMGAZ"}]

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conversion.hub import redacted
@@ -72,13 +73,13 @@ def test_the_card_is_made_from_the_run(client, hub, saved_tokens, tmp_path):
     shutil.copytree(saved_tokens, run / "final")
     (run / "manifest.json").write_text(json.dumps({"step": 7, "config": {}}))
     (run / "summary.json").write_text(json.dumps({"step": 7, "training": {"loss_text": 1.25}}))
-    (run / "losses.png").write_bytes(b"a picture")
+    Image.new("RGB", (2, 2)).save(run / "losses.png")
     (run / "metrics.jsonl").write_text("")
     result = client.push(run / "final", "ada/of-a-run", "--skip-validation")
     assert result.code == 0, result.errors
     arrived = there(hub, "ada/of-a-run")
     card = arrived["README.md"].decode()
-    assert "1.25" in card and "losses.png" in card and arrived["losses.png"] == b"a picture"
+    assert "1.25" in card and "losses.png" in card and arrived["losses.png"] == (run / "losses.png").read_bytes()
     assert "metrics.jsonl" not in arrived
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import weakref
@@ -307,6 +308,17 @@ def test_without_a_tokenizer_the_vocabulary_is_laid_out_alike(tmp_path):
     assert (with_one / "tokenizer.json").is_file() and not (tmp_path / "c" / "tokenizer.json").is_file()
 
 
+def test_without_a_begin_token_the_vocabulary_is_laid_out_alike(tmp_path):
+    for name in ("a", "b"):
+        save_source(tmp_path / name, "qwen2", bos_token_id=None)
+    words_tokenizer(60, bos=False).save_pretrained(tmp_path / "a")
+    for name in ("a", "b"):
+        assert main([str(tmp_path / name), str(tmp_path / f"{name}-out"), *ROOM]) == 0
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("a-out", "b-out")]
+    assert configs[0] == configs[1] and configs[0]["bos_token_id"] is None
+    assert configs[0]["modality_token_ranges"]["text"] == [0, 68]
+
+
 def test_rows_without_a_token_keep_their_place(tmp_path):
     dense = save_source(tmp_path / "source", "qwen2", vocab_size=64, bos_token_id=2)
     words_tokenizer(57, bos=False, additional_special_tokens=["</s>"]).save_pretrained(tmp_path / "source")
@@ -314,7 +326,7 @@ def test_rows_without_a_token_keep_their_place(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.convert_ids_to_tokens([56, 57, 63]) == ["w56", "<|unused_0|>", "<|unused_6|>"]
     assert min(tokenizer.boi_token_id, tokenizer.eoi_token_id) >= 64
-    assert tokenizer.bos_token_id == 2  # the configuration's, where the tokenizer names none
+    assert tokenizer.bos_token_id is None  # as of the source, whose configuration alone names one
     embeddings = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(embeddings[:64], dense.model.embed_tokens.weight)
 
@@ -386,6 +398,13 @@ def test_frozen_text_comes_with_a_recipe_that_the_trainer_reads(tmp_path):
     )
     recipe = load_recipe(Recipe, out / "train.yaml")
     assert recipe.model.init_from == str(out)
+    # The command in its comment writes beside OUT, where OUT is in runs/ as the page has it.
+    assert recipe.train.output_dir == "runs/out-trained"
+    assert shlex.split((out / "train.yaml").read_text().splitlines()[3])[1:] == [
+        "python",
+        "training/train.py",
+        str(out / "train.yaml"),
+    ]
     assert recipe.train.frozen_towers == ["text", "shared"] and recipe.train.frozen_vocabulary == 60
     processor = AutoProcessor.from_pretrained(out)
     assert recipe.data.row_length >= len(processor.encode_images([torch.zeros(64, 64, 3).byte().numpy()])[0])
@@ -463,7 +482,7 @@ def test_what_was_made_of_what_is_recorded(tmp_path):
             ["--image-codes", "4", "--share", "attention", "feed_forward", "norm", "--init", "image=fresh"],
             "--share leaves nothing",
         ),
-        (["--image-codes", "4", "--moe-text", "1"], "num_experts=1 must be at least 2"),
+        (["--image-codes", "4", "--moe-text", "1"], "--moe-text 1 must be at least 2"),
         (["--image-codes", "4", "--set", "vocab_size=3"], "is not FIELD=VALUE of one of attention_dropout"),
         (["--image-codes", "4", "--set", "hidden_dropout=2"], "hidden_dropout=2 must be in"),
         (["--image-codes", "4", "--max-length", "65"], "longer than the source's max_position_embeddings=64"),
@@ -500,7 +519,7 @@ def test_options_that_do_not_go_together(tmp_path, capsys, options, message):
         ({"logit_scale": 2.0}, "logit_scale=2.0, of which this conversion knows nothing"),
         ({"num_hidden_layers": 2}, "only in the source: model.layers.2.self_attn.v_proj.weight"),
         ({"num_hidden_layers": 4}, "only in the target: model.layers.3.mlp.image.up_proj.weight (from model.layers.3"),
-        ({"intermediate_size": 64}, "is [48, 32], but by config.json [64, 32]"),
+        ({"intermediate_size": 64}, "has shape (48, 32), where config.json says (64, 32)"),
         ({"mlp_bias": True}, "only in the target: model.layers.0.mlp.text.up_proj.bias"),
         ({"tie_word_embeddings": True}, "lm_head.weight is stored and is not model.embed_tokens.weight"),
     ],

@@ -1,5 +1,8 @@
 """What a MoTConfig accepts, refuses, and keeps when it is written and read."""
 
+import json
+import math
+
 import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig
@@ -45,6 +48,20 @@ CONTRADICTIONS = {
     "special_is_an_image_code": ({"boi_token_id": 31}, "boi_token_id=31 must be a text token"),
     "boi_without_eoi": ({"eoi_token_id": None}, "boi_token_id=3 and eoi_token_id=None go together"),
     "begin_without_end": ({"end_of_speech_token_id": None}, "go together"),
+    "same_marker_twice": ({"eoi_token_id": 3}, "boi_token_id=3 and eoi_token_id=3 must differ"),
+    "marker_of_image_and_speech": ({"end_of_speech_token_id": 4}, "end_of_speech_token_id=4 must differ"),
+    "marker_is_the_end_of_text": ({"eos_token_id": [2, 3]}, "eos_token_id=3 and boi_token_id=3 must differ"),
+    "no_head_dim": ({"head_dim": 0}, "head_dim=0"),
+    "negative_eps": ({"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05"),
+    "activation": ({"hidden_act": "sillu"}, "hidden_act='sillu' is not one of .* did you mean 'silu'"),
+    "no_positions": ({"max_position_embeddings": 0}, "max_position_embeddings=0"),
+    "grid_of_nothing": ({"image_grid": [0, 3]}, "image_grid=\\[0, 3\\]"),
+    "range_of_three": (
+        {"modality_token_ranges": {"text": [0, 10, 30], "image": [30, 45], "speech": [45, 60]}},
+        "modality_token_ranges\\['text'\\]=\\[0, 10, 30\\]",
+    ),
+    "tower_of_torchs_name": ({"towers": {"text": "keys", "image": "a", "speech": "b"}}, "towers names 'keys'"),
+    "dtype": ({"dtype": "float31"}, "dtype='float31'"),
 }
 
 
@@ -70,8 +87,77 @@ def test_contradiction_is_refused_by_name(tiny_config, case):
     ],
 )
 def test_mistyped_value_is_refused(field, value):
-    with pytest.raises(Exception, match=field):
+    with pytest.raises(TypeError, match=field):
         MoTConfig(**{field: value})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "rms_norm_eps",
+        "initializer_range",
+        "embedding_multiplier",
+        "attention_dropout",
+        "hidden_dropout",
+        "z_loss_coefficient",
+    ],
+)
+def test_numbers_that_are_not_finite_or_negative_are_refused(tiny_config, field, value):
+    with pytest.raises(ValueError, match=f"{field}={value}"):
+        tiny_config(**{field: value})
+
+
+@pytest.mark.parametrize("value", [0, -1, 10**9, 10**30])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "num_experts",
+    ],
+)
+def test_sizes_of_no_model_are_refused_before_memory_is_asked_for(tiny_config, field, value):
+    with pytest.raises(ValueError, match=f"{field}={value} "):
+        tiny_config(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"a": 1}, "key 'a' is unknown"),
+        ({"rope_tetha": 1e4}, "did you mean 'rope_theta'"),
+        ({"rope_theta": math.nan}, "rope_parameters.rope_theta=nan"),
+        ({"rope_theta": 0}, "rope_parameters.rope_theta=0"),
+        ({"rope_type": "liner", "factor": 2.0}, "rope_type='liner' .* did you mean 'linear'"),
+        ({"rope_type": "linear"}, "'factor'"),
+        ({"rope_type": "linear", "factor": 0.5}, "rope_parameters.factor=0.5"),
+        ({"rope_theta": 1e4, "factor": 2.0}, "rope_type='default': key 'factor'"),
+        ({"partial_rotary_factor": 0.5}, "rope_parameters.partial_rotary_factor=0.5"),
+        ({"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0], "long_factor": [1.0] * 4}, "short_factor"),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0},
+            "low_freq_factor=4.0 must be less",
+        ),
+    ],
+)
+def test_rope_parameters_that_mean_nothing_are_refused(tiny_config, rope, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(rope_parameters=rope)
+
+
+@pytest.mark.parametrize("content", [[], None, 3, "text", {"hidden_size": 0}, {"hidden_act": "nope"}, {"id2label": 3}])
+def test_junk_in_a_configuration_file_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(content))
+    name = next(iter(content)) if isinstance(content, dict) and content else "config.json"
+    with pytest.raises(ValueError, match=name):
+        MoTConfig.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,95 @@ def test_the_end_of_an_image_may_stop_each_row(tiny_model):
     assert out == [first, second[:9] + [0]]
 
 
+# ---------------------------------------------------------------------- budgets
+
+
+BOI, EOI, BEGIN_SPEECH, END_SPEECH = 3, 4, 5, 6
+
+
+def new_tokens(model, prompt, **kwargs):
+    return model.generate(row(prompt), **({"do_sample": False} | kwargs))[0].tolist()[len(prompt) :]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("budget", [1, 7, 8, 9, 20])
+def test_an_image_begins_only_where_it_fits(tiny_model, budget, batched):
+    settings = {"max_new_tokens": budget, "sequence_bias": {(BOI,): 100.0, (BEGIN_SPEECH,): -100.0}}
+    if batched:
+        request = {"input_ids": [1, 9], "do_sample": False, **settings}
+        new = tiny_model().generate_batch([request])["req_0"].generated_tokens
+    else:
+        new = new_tokens(tiny_model(), [1, 9], **settings)
+    whole = budget // 8  # six codes and two markers each
+    assert new.count(BOI) == new.count(EOI) == whole and len(new) == budget
+    assert sum(30 <= token < 45 for token in new) == 6 * whole
+
+
+@pytest.mark.parametrize("most", [4, None])
+@pytest.mark.parametrize("budget", [1, 2, 3, 4, 9])
+def test_speech_begins_only_where_it_fits_and_ends_in_time(tiny_model, budget, most):
+    model = tiny_model(max_speech_tokens=most)
+    bias = {(BEGIN_SPEECH,): 100.0, (END_SPEECH,): -100.0, (BOI,): -100.0}
+    new = new_tokens(model, [1, 9], max_new_tokens=budget, sequence_bias=bias)
+    assert new.count(BEGIN_SPEECH) == new.count(END_SPEECH) and (BEGIN_SPEECH in new) == (budget >= 3)
+    assert len(new) == budget
+
+
+@pytest.mark.parametrize("opening, inside", [(BOI, range(30, 45)), (BEGIN_SPEECH, range(45, 60))])
+def test_what_a_prompt_opens_is_as_long_as_it_is_asked_to_be(tiny_model, opening, inside):
+    model = tiny_model(max_speech_tokens=None)
+    new = new_tokens(model, [1, 9, opening], max_new_tokens=3, sequence_bias={(END_SPEECH,): -100.0})
+    assert len(new) == 3 and all(token in inside for token in new)
+
+
+def test_without_a_budget_text_is_as_long_as_transformers_has_it(tiny_model):
+    model = tiny_model(max_position_embeddings=128)
+    bias = {(BOI,): -100.0, (BEGIN_SPEECH,): -100.0}
+    expected = new_tokens(model, [1, 9, 12], max_new_tokens=20, sequence_bias=bias)
+    assert new_tokens(model, [1, 9, 12], sequence_bias=bias) == expected
+    assert new_tokens(model, [1, 9, 12], sequence_bias=bias, num_beams=2) == new_tokens(
+        model, [1, 9, 12], max_new_tokens=20, sequence_bias=bias, num_beams=2
+    )
+    assert len(new_tokens(model, [1, 9, 12], sequence_bias=bias, max_length=9)) == 6
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_without_a_budget_an_open_image_is_finished(tiny_model, batched):
+    model = tiny_model(max_position_embeddings=128, image_grid=[5, 6])
+    if batched:
+        request = {"input_ids": [1, 9, BOI], "do_sample": False}
+        new = model.generate_batch([request])["req_0"].generated_tokens
+    else:
+        new = new_tokens(model, [1, 9, BOI])
+    assert all(30 <= code < 45 for code in new[:30]) and new[30:] == [EOI]
+
+
+@pytest.mark.parametrize("place", [0, 10, 19])
+def test_without_a_budget_an_image_that_begins_is_finished(tiny_model, place):
+    model = tiny_model(max_position_embeddings=128, image_grid=[5, 6])
+
+    def opens(_, ids):
+        return [BOI] if len(ids) == 2 + place else [9] if BOI not in ids or EOI in ids else list(range(60))
+
+    new = new_tokens(model, [1, 9], prefix_allowed_tokens_fn=opens)
+    assert new[:place] == [9] * place and new[place] == BOI and new[place + 31 :] == [EOI]
+
+
+def test_without_a_budget_each_row_ends_by_itself(tiny_model):
+    model = tiny_model(max_position_embeddings=128, image_grid=[5, 6], eos_token_id=2)
+    bias = {(BOI,): -100.0, (BEGIN_SPEECH,): -100.0, (2,): -100.0}
+    out = model.generate(torch.tensor([[1, 9, BOI], [1, 9, 12]]), do_sample=False, sequence_bias=bias).tolist()
+    alone = new_tokens(model, [1, 9, 12], max_new_tokens=20, sequence_bias=bias)
+    assert out[0][-1] == EOI and out[1] == [1, 9, 12, *alone, *[0] * 11]
+
+
+@pytest.mark.parametrize("most, length", [(40, 41), (None, 61)])
+def test_without_a_budget_open_speech_goes_on(tiny_model, most, length):
+    model = tiny_model(max_position_embeddings=64, max_speech_tokens=most)
+    new = new_tokens(model, [1, 9, BEGIN_SPEECH], sequence_bias={(END_SPEECH,): -100.0})
+    assert len(new) == length and all(45 <= unit < 60 for unit in new[:40])
+
+
 @pytest.mark.parametrize(
     "kwargs", [{"image_grid": 6}, {"image_grid": (6,)}, {"image_grid": (0, 3)}, {"max_speech_tokens": 0}]
 )
@@ -327,8 +416,32 @@ def test_embeddings_beside_their_ids_are_routed_as_these(tiny_model):
 def test_prompt_of_embeddings_equals_prompt_of_text_tokens(tiny_model):
     model, prompt = tiny_model(), PROMPTS["text"]
     embeddings = model.get_input_embeddings()(row(prompt))
-    out = model.generate(inputs_embeds=embeddings, max_new_tokens=6, do_sample=False)
+    text = torch.zeros(1, len(prompt), dtype=torch.long)
+    out = model.generate(inputs_embeds=embeddings, modality_ids=text, max_new_tokens=6, do_sample=False)
     assert out[0].tolist() == naive.greedy(model, prompt, 6)[len(prompt) :]
+
+
+def test_embeddings_whose_tower_is_unknown_are_refused(tiny_model):
+    model = tiny_model()
+    embeddings = model.get_input_embeddings()(row(PROMPTS["text"]))
+    for call in (model, lambda **kwargs: model.generate(max_new_tokens=2, **kwargs)):
+        with pytest.raises(ValueError, match="inputs_embeds .* pass modality_ids"):
+            call(inputs_embeds=embeddings)
+
+
+def test_a_subclass_prepares_the_inputs_of_every_step(tiny_config):
+    class Counting(MoTForCausalLM):
+        steps = 0
+
+        def prepare_inputs_for_generation(self, *args, **kwargs):
+            self.steps += 1
+            return super().prepare_inputs_for_generation(*args, **kwargs)
+
+    model, prompt = Counting(tiny_config(initializer_range=0.3)).eval(), PROMPTS["text"]
+    out = model.generate(row(prompt), max_new_tokens=6, do_sample=False)
+    assert model.steps == 6 and out[0].tolist() == naive.greedy(model, prompt, 6)
+    with pytest.raises(ValueError, match="prepare_inputs_for_generation of this Counting"):
+        model.generate_batch([prompt], max_new_tokens=2)
 
 
 def test_packed_rows_are_refused(tiny_model):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from modeling_mot.image_loading_mot import fit_picture, load_picture
 from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig, MoTImageTokenizer, nearest_code
-from modeling_mot.picture_loading_mot import fit_picture, load_picture
 
 
 TINY = {
@@ -187,7 +187,7 @@ def test_missing_file_is_named(tmp_path):
 def test_broken_picture_is_named(tmp_path):
     path = tmp_path / "broken.png"
     path.write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match="broken.png does not decode"):
+    with pytest.raises(ValueError, match="the picture does not decode: .*broken.png"):
         tiny_tokenizer().encode([str(path)])
 
 
@@ -201,7 +201,7 @@ def test_truncated_picture_is_refused():
 def test_huge_picture_is_refused_before_decoding(tmp_path):
     path = tmp_path / "huge.png"
     Image.new("1", (3000, 2000)).save(path)
-    with pytest.raises(ValueError, match="max_pixels=1000000"):
+    with pytest.raises(ValueError, match="too large: 3000 x 2000 pixels; max_pixels is 1000000 .*huge.png"):
         load_picture(path, max_pixels=1_000_000)
 
 
@@ -209,7 +209,7 @@ def test_pillow_decompression_bomb_becomes_a_named_error(monkeypatch, tmp_path):
     path = tmp_path / "bomb.png"
     Image.new("1", (3000, 2000)).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match="bomb.png is too large"):
+    with pytest.raises(ValueError, match="the picture is too large: .*bomb.png"):
         load_picture(path)
 
 
@@ -268,3 +268,43 @@ def test_an_image_processor_makes_pictures_of_one_size():
 
 def test_without_an_image_processor_the_configuration_is_written_as_before():
     assert "image_processor" not in tiny_tokenizer().config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": -1}, "batch_size=-1"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"image_size": [64.5, 64]}, "image_size=\\[64.5, 64\\] must not have 64.5"),
+        ({"image_size": [True, 64]}, "image_size=\\[True, 64\\]"),
+        ({"image_size": [64, 64, 3]}, "image_size=\\[64, 64, 3\\]"),
+        ({"background": [0, 0, 256]}, "background=.*256"),
+        ({"max_pixels": 0}, "max_pixels=0"),
+        ({"patch_size": 0}, "patch_size=0"),
+        ({"fit": "corp"}, "fit='corp' .* did you mean 'crop'"),
+        ({"model": {"norm_num_groups": 0}}, "model.norm_num_groups=0"),
+        ({"model": {"block_out_channels": [8, 12], "norm_num_groups": 8}}, "12 is not a multiple"),
+        ({"model": {"num_vq_embeddings": 10**12}}, "model.num_vq_embeddings=1000000000000"),
+    ],
+)
+def test_fields_that_cannot_be_are_refused_by_name(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ImageTokenizerConfig(**fields)
+
+
+@pytest.mark.parametrize("settings", [[], None, "small-64"])
+def test_settings_that_are_no_mapping_are_refused(settings):
+    with pytest.raises(ValueError, match="settings of the image tokenizer"):
+        ImageTokenizerConfig.from_dict(settings)
+
+
+def test_codes_and_pictures_do_not_follow_an_autocast():
+    tokenizer, pictures = tiny_tokenizer(), [noise(16, 16, seed) for seed in range(8)]
+    codes = tokenizer.encode(pictures)
+    decoded = [np.asarray(picture) for picture in tokenizer.decode(codes)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
+        assert tokenizer.latents(torch.zeros(1, 3, 16, 16)).dtype == torch.float32
+        assert all(map(torch.equal, tokenizer.encode(pictures), codes))
+        assert all(np.array_equal(a, b) for a, b in zip(map(np.asarray, tokenizer.decode(codes)), decoded, strict=True))
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoProcessor
 
 from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig, MoTImageTokenizer
@@ -341,6 +342,91 @@ def test_chat_text_cannot_write_control_tokens(processor):
     assert processor.decode_document(ids)[2]["text"] == "<|eos|><|image|>"
 
 
+def test_a_rendered_chat_gets_no_second_begin_token(processor):
+    chat, media = conversation("what is it?"), {"images": [PICTURE], "audio": [SOUND]}
+    rendered = processor.apply_chat_template(chat, tokenize=False)
+    expected = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    assert processor(text=rendered, **media)["input_ids"] == expected["input_ids"]
+    assert processor(text=rendered, **media, add_special_tokens=True)["input_ids"][0][:2] == [1, 1]  # as it is told
+
+
+@pytest.mark.parametrize("options", [{}, {"return_tensors": "pt"}, {"truncation": True, "max_length": 2}])
+def test_each_prompt_of_a_batch_gets_one_begin_token(processor, options):
+    prompts = ["<|bos|>the cat sat", "the cat sat", "<|bos|>", ""]
+    batch = processor(text=prompts, padding=True, padding_side="left", **options)
+    rows = [[int(token) for token in row if token != processor.tokenizer.pad_token_id] for row in batch["input_ids"]]
+    assert rows[0] == rows[1] and rows[2] == rows[3] == [processor.bos_token_id]
+    assert [sum(map(int, mask)) for mask in batch["attention_mask"]] == [len(row) for row in rows]
+    assert rows[0] == processor([text("the cat sat")], add_eos=False)["input_ids"][: options.get("max_length")]
+
+
+def spans(processor):
+    """Text, a picture, text, a sound, text: the tokens, and where picture and sound begin and end."""
+    prompt = {"text": "the cat<|image|> sat on<|audio|> a mat", "images": [PICTURE], "audio": [SOUND]}
+    ids = processor(**prompt)["input_ids"][0]
+    names = tokens(processor, ids)
+    bounds = [(names.index(first), names.index(last) + 1) for first, last in
+              (("<|boi|>", "<|eoi|>"), ("<|bos_speech|>", "<|eos_speech|>"))]  # fmt: skip
+    return prompt, ids, bounds
+
+
+@pytest.mark.parametrize("padding", [False, "max_length"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_truncation_cuts_no_picture_and_no_sound(processor, monkeypatch, side, padding):
+    monkeypatch.setattr(processor.tokenizer, "truncation_side", side)
+    prompt, ids, bounds = spans(processor)
+    for limit in range(1, len(ids) + 3):
+        batch = processor(**prompt, truncation=True, max_length=limit, padding=padding)
+        kept = [i for i, mask in zip(batch["input_ids"][0], batch["attention_mask"][0]) if mask]
+        # By hand: one token after another, or a whole span, from one end on, as long as it fits.
+        pieces, place = [], 1
+        while place < len(ids):
+            end = next((last for first, last in bounds if first == place), place + 1)
+            pieces.append(ids[place:end])
+            place = end
+        expected, pieces = [], pieces if side == "right" else pieces[::-1]
+        for piece in pieces:
+            if 1 + len(expected) + len(piece) > limit:
+                break
+            expected = expected + piece if side == "right" else piece + expected
+        assert kept == [processor.bos_token_id, *expected]
+        assert len(batch["input_ids"][0]) == (limit if padding else len(kept))
+        assert len(batch["modality_ids"][0]) == len(batch["input_ids"][0])
+
+
+def test_a_truncated_chat_has_whole_pictures(processor):
+    chat = conversation("what is it?")
+    whole = processor.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"][0]
+    inside = tokens(processor, whole).index("<|boi|>") + 5
+    options = {"truncation": True, "max_length": inside}
+    cut = processor.apply_chat_template(chat, tokenize=True, return_dict=True, processor_kwargs=options)
+    assert cut["input_ids"][0] == whole[: inside - 5]
+
+
+def test_what_is_cut_off_is_not_returned_where_there_are_pictures(processor):
+    prompt, _, _ = spans(processor)
+    with pytest.raises(ValueError, match="return_overflowing_tokens=True"):
+        processor(**prompt, truncation=True, max_length=5, return_overflowing_tokens=True)
+
+
+def test_text_that_fits_or_is_alone_is_truncated_by_the_tokenizer(processor):
+    for options in ({"max_length": 3}, {"max_length": 30}, {"max_length": 3, "stride": 1}):
+        expected = processor.tokenizer(["the cat sat on the mat"], truncation=True, **options)
+        assert (
+            processor(text=["the cat sat on the mat"], truncation=True, **options)["input_ids"] == expected["input_ids"]
+        )
+
+
+def test_a_tokenizer_that_begins_with_several_tokens_is_refused():
+    tokenizer = extend_tokenizer(train_text_tokenizer(TEXTS, 320))
+    twice = processors.TemplateProcessing(
+        single="<|bos|> <|turn|> $A", special_tokens=[("<|bos|>", 1), ("<|turn|>", 9)]
+    )
+    tokenizer.backend_tokenizer.post_processor = twice
+    with pytest.raises(ValueError, match="documents begin with one token or none"):
+        MoTProcessor(tokenizer)([text("a")])
+
+
 # -- saving and loading -----------------------------------------------------------------------------------------------
 
 
@@ -357,6 +443,14 @@ def test_saved_and_loaded_processors_agree(processor, saved):
     assert loaded(document)["input_ids"] == processor(document)["input_ids"]
     assert loaded.fingerprint() == processor.fingerprint()
     assert loaded.config_kwargs() == processor.config_kwargs()
+
+
+def test_how_the_last_call_cut_and_padded_is_not_saved(tmp_path):
+    processor = build_processor()
+    processor(text=["the cat", "a"], truncation=True, max_length=2, padding="max_length")
+    processor.save_pretrained(tmp_path)
+    for document in ([text("a red apple on a green table")], [text("a")]):
+        assert MoTProcessor.from_pretrained(tmp_path)(document)["input_ids"] == processor(document)["input_ids"]
 
 
 def test_fingerprint_ignores_calls_and_notices_weights():

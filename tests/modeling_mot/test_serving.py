@@ -6,11 +6,11 @@ import threading
 import pytest
 import torch
 from transformers import ContinuousBatchingConfig, LogitsProcessor
-from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_mot.lean_decoding_mot import ForwardDecoder, LeanDecoder
 from modeling_mot.serving_mot import MoTServer
+from modeling_mot.serving_requests_mot import RequestStatus
 
 from .naive_transfusion import BOI, BOS, image
 from .naive_transfusion import tiny_model as tiny_transfusion
@@ -284,7 +284,9 @@ def test_names_are_free_again_when_their_results_are_taken(tiny_model):
     assert [server.add_request([1, 9], name) for name in ("req_1", None, None)] == ["req_1", "req_0", "req_2"]
     while server.step():
         pass
-    assert server.get_result("req_1").request_id == "req_1" and server.get_result("req_1", timeout=0.01) is None
+    assert server.get_result("req_1").request_id == "req_1"
+    with pytest.raises(KeyError, match="req_1"):
+        server.get_result("req_1")
     assert server.add_request([1, 9], "req_1") == "req_1"
 
 
@@ -325,7 +327,9 @@ def test_transformers_paged_generation_is_served(tiny_model):
     assert out[0].tolist() == model.generate(prompt, max_new_tokens=9, do_sample=False).tolist()
 
 
-@pytest.mark.parametrize("limit", ["max_requests_per_batch", "max_batch_tokens"])
-def test_limits_that_let_nothing_in_are_refused(tiny_model, limit):
-    with pytest.raises(ValueError, match=limit):
-        MoTServer(tiny_model(), **{limit: 0})
+@pytest.mark.parametrize("limit", ["max_requests_per_batch", "max_batch_tokens", "max_queue_size"])
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), 2.5, True, "8"])
+def test_limits_that_let_nothing_in_or_are_no_whole_numbers_are_refused(tiny_model, limit, value):
+    if (limit, value) != ("max_queue_size", 0):  # which is no bound
+        with pytest.raises(ValueError, match=limit):
+            MoTServer(tiny_model(), **{limit: value})

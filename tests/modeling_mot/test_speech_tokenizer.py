@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_mot.speech_features_mot import SpeechFrontEnd, deltas, load_audio_source, resample
+from modeling_mot.speech_features_mot import SpeechFrontEnd, deltas, resample
+from modeling_mot.speech_loading_mot import load_sound
 from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer, SpeechTokenizerConfig
 
 
@@ -175,8 +176,10 @@ def test_all_forms_of_a_sound_give_the_same_units(tmp_path):
 
 
 def test_a_files_own_rate_is_obeyed():
-    stretched = load_audio_source(wav_bytes(tone(500, rate=8000), 8000), None, RATE)
-    assert len(stretched) == RATE // 2
+    samples, rate = load_sound(wav_bytes(tone(500, rate=8000), 8000), sampling_rate=RATE)
+    assert rate == 8000 and len(samples) == 4000
+    units = tokenizer_with_random_units().encode([wav_bytes(tone(500, rate=8000), 8000)])[0]
+    assert len(units) == 13  # of half a second
 
 
 def test_saved_and_loaded_tokenizers_agree(tmp_path):
@@ -263,7 +266,7 @@ def test_broken_sound_is_named(tmp_path):
     pytest.importorskip("soundfile")
     path = tmp_path / "broken.wav"
     path.write_bytes(b"not a sound")
-    with pytest.raises(ValueError, match="broken.wav does not decode"):
+    with pytest.raises(ValueError, match="the sound does not decode: .*broken.wav"):
         tokenizer_with_random_units().encode([path])
 
 
@@ -296,3 +299,34 @@ def test_untrained_tokenizer_says_so():
 def test_contradictory_settings_are_refused(settings):
     with pytest.raises(ValueError):
         SpeechTokenizerConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_units": 0}, "num_units=0"),
+        ({"units_per_second": 0}, "units_per_second=0"),
+        ({"sampling_rate": 1}, "sampling_rate=1"),
+        ({"sampling_rate": 16_000.0}, "sampling_rate=16000.0"),
+        ({"loudness": math.nan}, "loudness=nan"),
+        ({"loudness": -0.1}, "loudness=-0.1"),
+        ({"num_mel_bands": 0}, "num_mel_bands=0"),
+        ({"num_coefficients": 41}, "num_coefficients=41 must be at most num_mel_bands=40"),
+        ({"deduplicate": 1}, "deduplicate=1"),
+        ({"griffin_lim_iterations": -1}, "griffin_lim_iterations=-1"),
+        ({"features": "mfc"}, "features='mfc' .* did you mean 'mfcc'"),
+    ],
+)
+def test_fields_that_cannot_be_are_refused_by_name(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SpeechTokenizerConfig(**fields)
+
+
+def test_units_and_sounds_do_not_follow_an_autocast():
+    tokenizer = tokenizer_with_random_units(num_units=64)
+    units = tokenizer.encode([chirp()])[0]
+    sound = tokenizer.decode([units])[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tokenizer.features(tokenizer.preprocess(chirp())).dtype == torch.float32
+        assert torch.equal(tokenizer.encode([chirp()])[0], units)
+        assert np.array_equal(tokenizer.decode([units])[0], sound)

@@ -1,6 +1,7 @@
 """MoTTransfusionConfig: the rows of Table 4, what follows from the fields, and contradictions."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -67,6 +68,14 @@ def test_counts_of_other_sizes_are_those_of_a_model(variant, patchifier):
     assert count(model) == model.config.num_parameters()
 
 
+def test_configuration_without_arguments_is_the_papers_images_beside_our_tokens(tmp_path):
+    config = MoTTransfusionConfig()
+    assert config.image_length(*config.latent_size) == 256
+    assert (config.boi_token_id, config.eoi_token_id, config.image_token_id) == (32000, 32001, 32002)
+    config.save_pretrained(tmp_path)
+    assert MoTTransfusionConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
 def test_configuration_goes_through_json_and_back(tmp_path):
     config = tiny_config(
         "hybrid", modalities=("text", "image", "speech"), image_first_max_timestep=500, caption_dropout=0.1
@@ -122,6 +131,19 @@ def test_pixels_of_a_latent_follow_from_the_vae():
             "a multiple of 4",
         ),
         ({"patchifer": "linear"}, "did you mean 'patchifier'"),
+        ({"patchifier": "unet", "unet_norm_groups": 0}, "unet_norm_groups=0"),
+        ({"unet_channels": []}, "unet_channels=\\[\\]"),
+        ({"latent_size": [4, -4]}, "latent_size=\\[4, -4\\]"),
+        ({"diffusion_loss_weight": math.nan}, "diffusion_loss_weight=nan"),
+        ({"diffusion_loss_weight": math.inf}, "diffusion_loss_weight=inf"),
+        ({"caption_dropout": math.nan}, "caption_dropout=nan"),
+        ({"prediction_type": "flow", "timestep_shift": math.nan}, "timestep_shift=nan"),
+        ({"patchifier": "linera"}, "did you mean 'linear'"),
+        ({"bos_token_id": 5, "image_token_id": 5}, "bos_token_id=5 and image_token_id=5 must differ"),
+        (
+            {"vae_config": {"_class_name": "AutoencoderKL", "latent_channels": 2, "block_out_channels": 8}},
+            "vae_config.block_out_channels=8",
+        ),
     ],
 )
 def test_contradictions_are_refused_by_name(fields, message):

@@ -70,6 +70,14 @@ def test_boi_is_sampled_only_where_a_picture_has_room(model, budget):
     assert tokens.count(PATCH) == 4 * tokens.count(BOI)
 
 
+@pytest.mark.parametrize("budget", [2, 3, 9])
+def test_speech_begins_only_where_it_fits(budget):
+    speaker = tiny_model(modalities=["text", "image", "speech"], noise_schedule="linear")
+    bias = {(6,): 100.0, (7,): -100.0, (BOI,): -100.0}
+    tokens = new_tokens(generate(speaker, WRITE, max_new_tokens=budget, sequence_bias=bias, eos_token_id=[]), WRITE)
+    assert len(tokens) == budget and tokens.count(6) == tokens.count(7) and (6 in tokens) == (budget >= 3)
+
+
 def test_placeholders_and_eoi_are_never_sampled(model):
     tokens = new_tokens(generate(model, WRITE, max_new_tokens=5, sequence_bias={(PATCH,): 100.0, (EOI,): 100.0}), WRITE)
     assert PATCH not in tokens and EOI not in tokens

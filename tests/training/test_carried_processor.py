@@ -25,6 +25,10 @@ def test_carried_processor_is_small_and_whole(carried):
     assert carried.image_tokenizer.image_grid == [8, 8]
 
 
+def test_the_fingerprint_is_that_of_the_data_that_were_prepared_with_it(carried):
+    assert carried.fingerprint() == "b4037ffcfbfc1b864d9fd45f72fd1d25d5a6f67dd1d576898542ea2fbdfdd223"
+
+
 def test_carried_reconstructions_are_nearest_to_their_held_out_originals(carried):
     from training.tokenizers.pictures import Pictures
     from training.tokenizers.sources import carried_source, read_column_values

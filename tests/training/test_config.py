@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -7,7 +8,19 @@ from typing import Literal
 import pytest
 import yaml
 
-from training.config import ConfigError, build, describe, dump, load, option, override, parse_value, read_yaml, to_tree
+from training.config import (
+    ConfigError,
+    build,
+    describe,
+    dump,
+    load,
+    one_line,
+    option,
+    override,
+    parse_value,
+    read_yaml,
+    to_tree,
+)
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +42,9 @@ class Section:
     leaves: list[Leaf] = field(default_factory=list, metadata={"doc": "the leaves"})
     weights: dict[str, float] | None = option(None, "by name")
     extra: Leaf | None = option(None, "one more")
+    share: float | None = option(None, "a share", gt=0, lt=1)
+    shares: dict[str, list[float]] = option(factory=dict, doc="shares by name", ge=0, le=1)
+    threads: int = option(1, "threads", ge=1, le=1024)
 
 
 @dataclass
@@ -75,6 +91,81 @@ def test_missing_required_key_is_named():
 )
 def test_wrong_type_is_refused_by_path_and_value(word, named):
     assert named in refused({}, word)
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("section.lr=.nan", "section.lr=nan must be a finite number"),
+        ("section.lr=-.inf", "section.lr=-inf must be a finite number"),
+        ("section.lr=1e999", "section.lr=inf must be a finite number"),
+        ("section.betas=[0.9, .nan]", "section.betas.1=nan must be a finite number"),
+        ("section.weights={text: .inf}", "section.weights.text=inf must be a finite number"),
+        ("section.leaves=[{name: a, weight: .nan}]", "section.leaves.0.weight=nan must be a finite number"),
+        ("section.share=.nan", "section.share=nan must be a finite number, or null"),
+        ("section.share=1", "section.share=1.0 must be above 0 and below 1, or null"),
+        ("section.shares={a: [0.5, -0.1]}", "section.shares.a.1=-0.1 must be at least 0 and at most 1"),
+        ("section.threads=0", "section.threads=0 must be at least 1 and at most 1,024"),
+        ("section.threads=2000", "section.threads=2000 must be"),
+        (f"section.limit={10**30}", "section.limit is an integer of 100 bits"),
+        (f"section.lr={10**400}", "section.lr is an integer of"),
+        (f"section.lr={'9' * 5000}", "section.lr: '999"),
+        ("section.leaves=[{name: ''}]", "section.leaves.0.name='' must be a text"),
+        ('section.leaves=[{name: "a\\0b"}]', "must be a text"),
+        ("section.lr=2020-99-99", "section.lr: '2020-99-99' is not a YAML value"),
+    ],
+)
+def test_numbers_out_of_range_and_empty_texts_are_refused_by_path_and_value(word, named):
+    message = refused({}, word)
+    assert named in message and len(message) < 500
+
+
+def test_values_at_the_ends_of_a_range_are_accepted():
+    tree = build(Tree, {"section": {"shares": {"a": [0, 1]}, "threads": 1024}})
+    assert tree.section.shares == {"a": [0.0, 1.0]} and tree.section.threads == 1024
+
+
+def test_the_range_of_an_option_is_listed():
+    kinds = {key: kind for key, kind, *_ in describe(Tree)}
+    assert kinds["section.share"] == "float or null, above 0 and below 1"
+    assert kinds["section.threads"] == "int, at least 1 and at most 1,024"
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", str(10**30)])
+def test_no_option_of_a_recipe_takes_a_number_that_is_none(value):
+    from training.recipe import Recipe
+
+    recipe = read_yaml(ROOT / "training" / "configs" / "transfusion-emoji.yaml")
+    keys = [key.replace("[i]", ".0") for key, kind, *_ in describe(Recipe) if "float" in kind or "int" in kind]
+    assert len(keys) > 70
+    for key in keys:
+        with pytest.raises(ConfigError, match=re.escape(key.rpartition(".")[2])):
+            build(Recipe, override(recipe, [f"{key}={value}"]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "section: " + "[" * 5000 + "]" * 5000,
+        "section: " + "{a: " * 5000 + "1" + "}" * 5000,
+        "section: &a\n  leaves: *a\n",
+        "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+        + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+        "\0",
+        "? [a]\n: 1\n",
+    ],
+    ids=["lists", "mappings", "recursive", "aliases of aliases", "null byte", "list as key"],
+)
+def test_a_file_that_is_no_plain_tree_is_refused_in_one_line(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load(Tree, tmp_path / "recipe.yaml")
+    assert "\n" not in one_line(error.value) and len(one_line(error.value)) < 2100
+
+
+@pytest.mark.parametrize("word", ["a=" + "[" * 5000, "a=&a [*a]", ".".join("a" * 5000) + "=1", "section.leaves.²=1"])
+def test_a_word_that_is_no_plain_tree_is_refused(word):
+    assert len(refused({"section": {"leaves": [{"name": "a"}]}}, word)) < 500
 
 
 def test_an_integer_is_accepted_for_a_float():
@@ -167,3 +258,28 @@ def test_every_recipe_of_the_project_is_valid(path):
 
     recipe = load(Recipe, path)
     assert yaml.safe_load(dump(recipe))["train"]["output_dir"] == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["optimizer.warmup_steps=11", "train.steps=10"], "optimizer.warmup_steps=11 is more than train.steps=10"),
+        (["optimizer.lr=1e-3", "optimizer.min_lr=1e-2"], "min_lr=0.01 must be at most lr=0.001"),
+        (["optimizer.lr=10", "optimizer.weight_decay=1"], "more than 1"),
+        (["model.modalities=[text]", "model.init_from=x"], "model.modalities"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(words, named):
+    from training.recipe import Recipe
+
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        load(Recipe, ROOT / "training" / "configs" / "emoji.yaml", words)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1000, 100), (5, 0), (100_000, 4000)])
+def test_warm_up_follows_the_length_of_the_run_where_a_recipe_leaves_it_open(steps, warmup):
+    from training.recipe import Recipe
+
+    words = ["optimizer.warmup_steps=null", f"train.steps={steps}"]
+    recipe = load(Recipe, ROOT / "training" / "configs" / "emoji.yaml", words)
+    assert recipe.optimizer.warmup_steps == warmup

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import recursively_apply
 from PIL import Image, ImageFilter
 
+from modeling_mot import MoTForCausalLM
 from training.data import DataConfig, SourceConfig, TemplateConfig, carried_path, collate
 from training.data.sources import open_source
 from training.evaluation.end_of_run import NamedPicture, SampleSubjects, describe_measures, make_samples
@@ -19,6 +20,7 @@ from training.evaluation.losses import EvaluationConfig, evaluate_losses, evalua
 from training.evaluation.retrieval import PictureGallery, descriptor, retrieval_share, rgb_to_lab
 from training.evaluation.sampling import Sampler, SamplesConfig, write_wav
 from training.evaluation.subjects import find_subjects
+from training.models import ModelConfig, build_model
 from training.reporting import SampleSheet, plot_losses
 from training.rows import directions_of
 
@@ -194,6 +196,27 @@ def sampler():
     return Sampler(tiny_model().eval(), SpellingProcessor(), SamplesConfig(batch=2, max_text_tokens=5))
 
 
+def test_only_the_models_generation_follows_the_autocast_of_training():
+    seen = []
+
+    class Watching(SpellingProcessor):
+        def encode_images(self, images):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().encode_images(images)
+
+        def decode_document(self, ids):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().decode_document(ids)
+
+    model, inside = tiny_model().eval(), []
+    model.register_forward_pre_hook(lambda module, inputs: inside.append(torch.is_autocast_enabled("cpu")))
+    config = SamplesConfig(batch=2, max_text_tokens=2)
+    sampler = Sampler(model, Watching(), config, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    pictures = sampler.draw(["cat"])
+    sampler.reconstruct(pictures), sampler.read(pictures), sampler.speak(["cat"]), sampler.continue_text(["cat"])
+    assert inside and all(inside) and seen and not any(seen)
+
+
 def test_a_picture_is_drawn_for_every_name(sampler):
     assert [picture.size for picture in sampler.draw(["cat", "dog", "a"])] == [(64, 64)] * 3
 
@@ -216,6 +239,32 @@ def test_guidance_of_one_changes_nothing_and_more_does_something():
 def test_names_are_read_as_text(sampler):
     read = sampler.read([Image.new("RGB", (64, 64), colour) for colour in ("red", "white", "black")])
     assert len(read) == 3 and all(re.fullmatch("[a-z]{0,5}", text) for text in read)
+
+
+def ending_model(origin):
+    """A new model of the trainer, or one that it goes on with; its likeliest token is always the end."""
+    initial = tiny_model() if origin == "initial" else None
+    made = build_model(ModelConfig(), tiny_config(), 0, initial=initial).eval()
+    made.generation_config.sequence_bias = [[[2], 100.0]]
+    return made
+
+
+@pytest.mark.parametrize("origin", ["new", "initial"])
+def test_text_that_is_asked_for_is_not_empty_wherever_the_model_is_loaded(tmp_path, origin):
+    made, prompt = ending_model(origin), torch.tensor([[1, 3, 40, 41, 42, 43, 4]])
+    made.save_pretrained(tmp_path)
+    for one in (made, MoTForCausalLM.from_pretrained(tmp_path)):
+        for answer in (
+            one.generate(prompt, max_new_tokens=5, do_sample=False)[0, 7:].tolist(),
+            one.generate_batch([{"input_ids": prompt[0], "do_sample": False}])["req_0"].generated_tokens,
+        ):
+            assert len(answer) == 2 and answer[0] != 2 and answer[1] == 2
+
+
+def test_a_setting_that_the_checkpoint_has_is_kept():
+    initial = tiny_model()
+    initial.generation_config.min_new_tokens = 3
+    assert build_model(ModelConfig(), tiny_config(), 0, initial=initial).generation_config.min_new_tokens == 3
 
 
 def test_spoken_names_are_waveforms_no_longer_than_asked(sampler):

@@ -56,7 +56,20 @@ def test_decay_of_everything_can_be_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("lr", 0.0), ("min_lr", 1.0), ("warmup_steps", -1), ("betas", (0.9, 1.0)), ("clip_norm", 0.0)]
+    ("name", "value"),
+    [
+        ("lr", 0.0),
+        ("lr", math.inf),
+        ("min_lr", 1.0),
+        ("warmup_steps", -1),
+        ("betas", (0.9, 1.0)),
+        ("clip_norm", 0.0),
+        ("clip_norm", math.nan),
+        ("weight_decay", math.nan),
+        ("weight_decay", -0.1),
+        ("eps", 0.0),
+        ("betas", (math.nan, 0.9)),
+    ],
 )
 def test_figures_that_cannot_be_are_refused(name, value):
     with pytest.raises(ValueError, match=name):

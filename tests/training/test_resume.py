@@ -14,8 +14,9 @@ from training.consolidate import main
 from training.metrics import MetricsLog, read_metrics
 from training.resume import find_checkpoint, flatten, refuse_changes
 from training.run_folder import RunFolder
+from training.run_lock import RunLock
 from training.safeguards import StopSignal
-from training.trackers import Trackers
+from training.trackers import Trackers, check_tracker
 
 from .tiny import tiny_trainer
 
@@ -128,6 +129,10 @@ def test_consolidating_copies_the_weights_bit_for_bit_and_writes_nothing_over(sa
             (folder / "processor_config.json").write_text("{}")
 
     monkeypatch.setattr("training.consolidate.MoTProcessor", Kept)
+    half = tmp_path / "half"
+    assert main([str(saved), "--step", "2", "--output", str(half), "--dtype", "bfloat16"]) == 0
+    assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
+    halves = load_file(half / "model.safetensors")
     output = str(tmp_path / "folder")
     assert main([str(saved), "--step", "2", "--output", output]) == 0
     stored = {}
@@ -135,6 +140,9 @@ def test_consolidating_copies_the_weights_bit_for_bit_and_writes_nothing_over(sa
         stored |= {name.removeprefix("model."): v for name, v in load_file(file).items() if name.startswith("model.")}
     written = load_file(tmp_path / "folder" / "model.safetensors")
     assert set(written) == set(stored) and all(torch.equal(value, stored[name]) for name, value in written.items())
+    assert all(torch.equal(value, stored[name].bfloat16()) for name, value in halves.items()) and len(halves) == len(
+        stored
+    )
     for words, said in (
         ([str(saved), "--step", "2", "--output", output], "exists"),
         ([str(saved), "--step", "9"], "no checkpoint of step 9; there are [1, 2, 3, 4]"),
@@ -146,6 +154,28 @@ def test_consolidating_copies_the_weights_bit_for_bit_and_writes_nothing_over(sa
 
 
 # --------------------------------------------------------------------------------------------------------- watching it
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("nosuch", "there are none, all"), ("tensorbord", "did you mean tensorboard"), ("wandb", "pip install wandb")],
+)
+def test_a_tracker_that_would_be_left_out_is_refused(monkeypatch, name, said):
+    monkeypatch.setattr("training.trackers.get_available_trackers", lambda: ["tensorboard"])
+    check_tracker("tensorboard")
+    check_tracker("none")
+    with pytest.raises(ConfigError, match=f"train.tracker='{name}'.*{said}"):
+        check_tracker(name)
+
+
+@pytest.mark.parametrize("is_file", [True, False], ids=["a file where the folder of locks is", "a folder as a lock"])
+def test_a_folder_whose_locks_cannot_be_made_is_refused_by_name(tmp_path, is_file):
+    if is_file:
+        (tmp_path / "locks").write_text("")
+    else:
+        (tmp_path / "locks" / "rank-00000.lock").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="train.output_dir=.* cannot be written"):
+        RunLock(tmp_path).acquire()
 
 
 def test_tensorboard_gets_the_rows(tmp_path):

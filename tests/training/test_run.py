@@ -177,12 +177,30 @@ def test_a_signal_ends_the_run_with_a_usable_checkpoint(place, capsys):
         (["train.output_dir=/proc/nowhere"], "train.output_dir"),
         (["train.steps=0"], "steps=0"),
         (["model.init_from=/nowhere"], "/nowhere"),
+        (["model.init_from=/etc"], "/etc"),
+        (["model.init_from=/dev/null"], "/dev/null"),
+        (["model.processor=/etc"], "model.processor"),
+        (["data.cache_dir=/dev/null"], "data.cache_dir=/dev/null"),
+        (["train.seed=-1"], "train.seed=-1"),
+        (["train.timeout_seconds=.inf"], "train.timeout_seconds=inf"),
+        ([f"train.cpu_threads={10**30}"], "train.cpu_threads"),
+        (["train.tracker=nosuch"], "train.tracker='nosuch'"),
+        (["train.tracker=tensorbord"], "did you mean tensorboard"),
+        (["train.modality_weights={text: .nan}"], "train.modality_weights.text=nan"),
+        (["train.modality_weights={text: 0, image: 0, speech: 0}"], "nothing to learn"),
+        (["model.hidden_size=1000000", "model.num_hidden_layers=10000"], "GB of a process that has"),
+        (["train.rows=1000000000"], "train.rows"),
+        (["model.attn_implementation=nosuch"], "model.attn_implementation"),
+        (["model.modalities=[image]"], "model.modalities"),
+        (["model.modalities=[text, video]"], "model.modalities"),
     ],
 )
 def test_what_cannot_be_is_refused_at_once_and_by_name(place, words, named, capsys):
     folder = place / "refused"
     assert train_here(place, f"train.output_dir={folder}", *words) == 2
-    assert named in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert named in printed and "Traceback" not in printed
+    assert len([line for line in printed.splitlines() if line.startswith("error: ")]) == 1
     assert not folder.exists()
 
 
@@ -192,7 +210,7 @@ def test_a_run_takes_the_settings_of_the_machine_that_its_recipe_names(place, mo
     monkeypatch.setattr("training.run.keep_freed_memory", lambda: kept.append(True))
     products = []
     monkeypatch.setattr("modeling_mot.MoTForCausalLM.set_tower_products", lambda self, word: products.append(word))
-    words = ["train.steps=1", "samples.enabled=false", "evaluation.every=0"]
+    words = ["train.steps=1", "optimizer.warmup_steps=1", "samples.enabled=false", "evaluation.every=0"]
     assert train_here(place, *words, "train.output_dir=plain") == 0
     assert (set_to, kept, set(products)) == (["highest"], [True], {"separate"})
     words += ["train.float32_matmul_precision=medium", "train.keep_freed_memory=false"]

@@ -1,9 +1,13 @@
 """The commands that train tokenizers: what they learn, what they read, what they refuse."""
 
 import json
+import shutil
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 
@@ -15,8 +19,10 @@ from training.tokenizers import image as image_command
 from training.tokenizers import processor as processor_command
 from training.tokenizers import speech as speech_command
 from training.tokenizers import text as text_command
+from training.tokenizers import vae as vae_command
 from training.tokenizers.kmeans import assign, kmeans
-from training.tokenizers.text import train_text_tokenizer
+from training.tokenizers.sources import read_media
+from training.tokenizers.text import read_texts, train_text_tokenizer
 from training.tokenizers.vq_training import Codebook, VQTrainingConfig, augment, reconstruction_loss, train_vq
 
 
@@ -193,7 +199,7 @@ def test_image_command_trains_on_a_folder(picture_folder, tmp_path):
 
 def test_image_command_names_a_broken_picture_and_writes_nothing(picture_folder, tmp_path):
     (picture_folder / "0.png").write_bytes(b"x")
-    with pytest.raises(SystemExit, match="0.png does not decode"):
+    with pytest.raises(SystemExit, match="does not decode: .*0.png"):
         image_command.main(["--source", str(picture_folder), "--output", str(tmp_path / "out"), *TINY_SIZES])
     assert not (tmp_path / "out").exists()
 
@@ -308,3 +314,58 @@ def test_missing_source_is_named(command, tmp_path):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_explained(command):
     assert all(action.help for action in command.build_parser()._actions)
+
+
+# ------------------------------------------------------------------------------------- files that records name
+
+
+@pytest.fixture
+def secret(tmp_path):
+    """A picture, a sound and a text that no source has a right to."""
+    folder = tmp_path / "secret"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "s.png")
+    soundfile.write(folder / "s.wav", np.zeros(16_000, dtype=np.float32), 16_000)
+    (folder / "s.txt").write_text("xyzzy plugh " * 50)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_column_that_names_a_file_is_text(kind, secret, tmp_path):
+    records = datasets.Dataset.from_list([{"text": str(secret / "s.txt")}, {"text": "a"}])
+    source = tmp_path / f"a.{kind}"
+    records.to_parquet(source) if kind == "parquet" else records.to_json(source)
+    assert list(read_texts([str(source)], ["text"], None)) == [str(secret / "s.txt"), "a"]
+
+
+@pytest.mark.parametrize("name", ["{secret}/{file}", "../secret/{file}", "in/../../secret/{file}", "link"])
+@pytest.mark.parametrize(
+    ("command", "column", "file"),
+    [(image_command, "image", "s.png"), (vae_command, "image", "s.png"), (speech_command, "audio", "s.wav")],
+)
+def test_records_name_no_file_outside_of_their_source(command, column, file, name, secret, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(secret / file)
+    name = name.format(secret=secret, file=file)
+    datasets.Dataset.from_list([{column: name}]).to_parquet(tmp_path / "data" / "a.parquet")
+    with pytest.raises(SystemExit, match="which is outside of its folder"):
+        command.main(["--source", str(tmp_path / "data" / "a.parquet"), "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [(text_command, "s.txt"), (image_command, "s.png"), (vae_command, "s.png"), (speech_command, "s.wav")],
+)
+def test_links_out_of_a_folder_of_files_are_refused(command, file, secret, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / file).symlink_to(secret / file)
+    with pytest.raises(SystemExit, match="is a link that leads outside"):
+        command.main(["--source", str(tmp_path / "data"), "--output", str(tmp_path / "out")])
+
+
+def test_a_record_may_name_a_file_of_its_source(secret, tmp_path):
+    shutil.copytree(secret, tmp_path / "data" / "in")
+    datasets.Dataset.from_list([{"image": "in/s.png"}]).to_parquet(tmp_path / "data" / "a.parquet")
+    (found,) = read_media([str(tmp_path / "data" / "a.parquet")], ["image"], None, ())
+    assert Path(found) == tmp_path / "data" / "in" / "s.png"

@@ -4,6 +4,7 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from training.batches import StepBatches
 from training.config import ConfigError
@@ -11,9 +12,10 @@ from training.consolidate import read_model
 from training.metrics import read_metrics
 from training.models import load_model, set_up_layers
 from training.objectives import count_targets
-from training.optimization import learning_rate
+from training.optimization import OptimizerConfig, learning_rate
 from training.run_folder import RunFolder
 from training.safeguards import Interrupted, NotFiniteError
+from training.trainer import BAR, _postfix
 
 from .ranks import go_on
 from .tiny import MadeUpStream, tiny_config, tiny_model, tiny_trainer
@@ -276,6 +278,57 @@ def test_updates_that_are_not_finite_are_left_out_until_there_are_too_many(tmp_p
         ("not_finite", 3),
     ]
     assert trainer.run.saved_steps() == [5]
+
+
+@pytest.mark.parametrize("kind", ["parameter", "moment", "average"])
+def test_a_checkpoint_never_holds_what_is_not_finite(tmp_path, kind):
+    trainer = tiny_trainer(tmp_path, steps=6, save_every=2, keep_checkpoints=9, ema_decay=0.5)
+    name = "model.layers.1.mlp.speech.down_proj.weight"
+    parameter, step = trainer.trained[name], trainer.optimizer.step
+    averages = dict(zip(trainer.trained, trainer.ema.shadow_params, strict=True))
+
+    def update():
+        step()
+        if trainer.step == 3:
+            of_kind = {"parameter": parameter, "average": averages[name]}
+            of_kind.get(kind, trainer.raw_optimizer.state[parameter]["exp_avg"]).data[0, 0] = float("inf")
+
+    trainer.optimizer.step = update
+    with pytest.raises(NotFiniteError, match=rf"{name}.* after step [45]\..*step 2 is the newest"):
+        trainer.fit()
+    assert trainer.run.saved_steps() == [2]
+
+
+def test_an_update_that_ruins_the_parameters_ends_the_run_with_the_next_step(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path, steps=50, optimizer=OptimizerConfig(lr=100, min_lr=100, warmup_steps=0, weight_decay=0)
+    )
+    step = trainer.optimizer.step
+
+    def update():
+        for group in trainer.optimizer.param_groups:
+            group["lr"] *= 1e38
+        step()
+
+    trainer.optimizer.step = update
+    with pytest.raises(NotFiniteError, match="hold values that are not finite .*there is no checkpoint"):
+        trainer.fit()
+    assert trainer.step == 2 and trainer.run.saved_steps() == []
+
+
+def test_the_line_of_a_training_fits_80_columns_with_three_losses():
+    objectives = ["text", "image", "speech"]
+    row = {
+        "loss_text": 3.1234,
+        "loss_image": 10.5678,
+        "loss_speech": 0.0421,
+        "tokens_per_second": 12345.6,
+        "mfu": 0.351,
+    }
+    postfix = _postfix(row, objectives)
+    assert postfix == "text 3.12 image 10.6 speech 0.0421 12.3k tok/s 35% MFU"
+    line = tqdm.format_meter(699, 4000, 5000, ncols=80, bar_format=BAR, postfix=postfix)
+    assert postfix in line and len(line) <= 80
 
 
 def test_evaluation_comes_at_intervals_and_at_the_end(tmp_path):

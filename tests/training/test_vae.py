@@ -194,7 +194,7 @@ def test_bad_arguments_are_named_and_nothing_is_written(picture_folder, tmp_path
 
 def test_a_broken_picture_is_named(picture_folder, tmp_path):
     (picture_folder / "0.png").write_bytes(b"x")
-    with pytest.raises(SystemExit, match="0.png does not decode"):
+    with pytest.raises(SystemExit, match="does not decode: .*0.png"):
         command.main(["--source", str(picture_folder), "--output", str(tmp_path / "out"), *SMALL])
     assert not (tmp_path / "out").exists()
 

@@ -3,6 +3,7 @@ taken side by side in one run; README.md in this folder says how."""
 
 import argparse
 import json
+import math
 import platform
 
 import torch
@@ -18,6 +19,7 @@ from training.benchmark.rounds import print_ratios
 from training.benchmark.sample import time_sample
 from training.benchmark.scaling import time_scaling
 from training.benchmark.serve import time_serve
+from training.benchmark.soak import soak
 from training.benchmark.train import memory_of_a_step, profile_steps, time_train
 from training.devices import keep_freed_memory
 
@@ -68,6 +70,17 @@ def _sample(options) -> dict:
     figures = time_sample(SIZES[options.size], getattr(torch, options.dtype), options.steps, options.rounds)
     _groups({f"{steps} steps": of_steps for steps, of_steps in figures["steps"].items()})
     print("memory:", ", ".join(f"{name} {value / 2**20:.0f} MiB" for name, value in figures["peak_bytes"].items()))
+    return figures
+
+
+def _serve(options) -> dict:
+    if options.soak is None:
+        return _groups(time_serve(SIZES[options.size], getattr(torch, options.dtype), options.rounds))
+    figures = soak(SIZES[options.size], 60 * options.soak)
+    for kind, of_kind in figures.items():
+        sent = ", ".join(f"{count} {fate}" for fate, count in sorted(of_kind["requests"].items()))
+        memory = " then ".join(f"{value / 2**20:.0f}" for value in of_kind["rss_bytes"])
+        print(f"{kind}: {sent} requests, all as they should be; memory {memory} MiB")
     return figures
 
 
@@ -148,11 +161,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--towers", type=int, default=2, help="towers of the MoT (default: 2)")
     sample = add("sample", _sample, 5, "a picture with guidance, against full recomputation")
     sample.add_argument("--steps", type=int, nargs="+", default=[25], help="denoising steps (default: 25)")
-    add(
-        "serve",
-        lambda o: _groups(time_serve(SIZES[o.size], getattr(torch, o.dtype), o.rounds)),
-        3,
-        "eight requests of text and pictures together, against one after another",
+    serve = add("serve", _serve, 3, "eight requests of text and pictures together, against one after another")
+    serve.add_argument(
+        "--soak", type=float, metavar="MINUTES", help="instead: good, bad and cancelled requests from several threads"
     )
     distributed = add(
         "distributed", _distributed, 3, "sharded processes against one, and the cost of saving", sized=False
@@ -170,6 +181,8 @@ def main(arguments=None) -> None:
     for name in ("towers", "rows", "length", "tokens"):
         if getattr(options, name, 1) < 1:
             parser().error(f"--{name} must be at least 1")
+    if getattr(options, "soak", None) is not None and not (0 < options.soak < math.inf):
+        parser().error("--soak must be a number of minutes above 0")
     if options.command == "distributed" and (options.ranks < 2 or 20 % options.ranks or options.steps < 8):
         parser().error("--ranks must be at least 2 and divide the recipe's 20 rows, --steps be at least 8")
     if options.keep_freed_memory:

@@ -1,13 +1,18 @@
 """Records to columns of token ids and of pixels."""
 
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 
+from modeling_mot.image_loading_mot import flatten
+
 from .augmentation import change_picture, change_sound, generator, may_flip
+from .bad_records import BadRecord, LeftOut, blaming
 from .config import AugmentationConfig, Limits, Segment
 from .media import decode_picture, decode_sound
-from .shards import BrokenShard
-from .sources import Source
+from .records import Source
+from .segments import check_parts, text_of
 
 
 # Decoded pixels that are held at once before they are encoded.
@@ -27,42 +32,51 @@ class BatchTokenizer:
         self.source, self.config, self.limits = source, source.config, limits or Limits()
         self.processor, self.augmentation = processor, augmentation
         self.variants = augmentation.variants if augmentation else 1
-        self.continuous = getattr(processor, "image_processor", None) is not None
+        of_codes = getattr(getattr(processor, "image_tokenizer", None), "config", None)
+        of_pixels = getattr(processor, "image_processor", None)
+        self.continuous = of_pixels is not None
+        self.background = tuple(getattr(of_pixels or of_codes, "background", (255, 255, 255)))
 
-    def __call__(
-        self, batch: list[tuple[int, dict | ValueError]]
-    ) -> tuple[dict[str, list], dict[str, list], dict[str, int]]:
+    def __call__(self, batch: list[tuple[int, dict | BadRecord]]) -> tuple[dict[str, list], dict[str, list], LeftOut]:
         rows: dict[str, list] = {"record": []} | {str(segment): [] for segment in self.config.segments}
         images: dict[str, list] = {str(segment): [] for segment in self.config.segments if self._holds_images(segment)}
-        usable, pixels, skipped = [], 0, {}
+        usable, pixels, left_out = [], 0, LeftOut()
         for number, record in batch:
             try:
-                if isinstance(record, ValueError):
+                if isinstance(record, BadRecord):
                     raise record
                 usable.append((number, self._inputs(number, record)))
-            except ValueError as error:
-                if self.config.on_error == "raise":
-                    raise ValueError(
-                        f"source {self.config.name!r}, {self.source.name_of(number)}: {error}; {_way_out(error)}"
-                    ) from error
-                reason = _reason(error)
-                skipped[reason] = skipped.get(reason, 0) + 1
+            except BadRecord as error:
+                self.source.leave_out(number, error, left_out)
                 continue
             pixels += sum(map(_pixels, usable[-1][1].values()))
             if pixels > _GROUP_PIXELS:
-                self._encode_records(usable, rows, images)
+                self._encode_records(usable, rows, images, left_out)
                 usable, pixels = [], 0
-        self._encode_records(usable, rows, images)
-        return rows, images, skipped
+        self._encode_records(usable, rows, images, left_out)
+        return rows, images, left_out
 
     def _holds_images(self, segment: Segment) -> bool:
         return self.continuous and segment.type in ("image", "document")
 
-    def _encode_records(self, usable: list[tuple[int, dict]], rows: dict[str, list], images: dict[str, list]) -> None:
+    def _encode_records(
+        self, usable: list[tuple[int, dict]], rows: dict[str, list], images: dict[str, list], left_out: LeftOut
+    ) -> None:
         """Add records to the columns."""
+        try:
+            encoded = [
+                (segment, *self._encode(segment, [inputs[segment] for _, inputs in usable]))
+                for segment in self.config.segments
+            ]
+        except BadRecord as error:
+            if len(usable) == 1:
+                self.source.leave_out(usable[0][0], error, left_out)
+            else:  # one by one, to find which
+                for item in usable:
+                    self._encode_records([item], rows, images, left_out)
+            return
         rows["record"] += [number for number, _ in usable]
-        for segment in self.config.segments:
-            ids, pixels = self._encode(segment, [inputs[segment] for _, inputs in usable])
+        for segment, ids, pixels in encoded:
             rows[str(segment)] += ids
             if self._holds_images(segment):
                 images[str(segment)] += pixels
@@ -74,60 +88,64 @@ class BatchTokenizer:
         inputs: dict[Segment, list] = {segment: [text] for segment, text in texts.items()}
         for place, segment in enumerate(self.config.segments):
             if segment.type in ("image", "audio"):
-                try:
-                    inputs[segment] = self._media(segment.type, record.get(segment.column), caption, number, place)
-                except ValueError as error:
-                    raise ValueError(f"column {segment.column!r}: {error}") from error
+                where = f"column {segment.column!r}"
+                inputs[segment] = self._media(segment.type, record.get(segment.column), caption, (number, place), where)
             elif segment.type == "document":
                 inputs[segment] = self._document(segment, record, number)
         return inputs
 
-    def _media(self, kind: str, value, caption: str, number: int, place: int) -> list:
-        """One picture or sound in all its variants, the first one unchanged."""
+    def _media(self, kind: str, value, caption: str, place: tuple[int, int], where: str) -> list:
+        """One picture or sound in all its variants, the first one unchanged.
+
+        Args:
+            place: the number of its record, and that of the segment in it.
+            where: how an error calls the place.
+        """
         config, changed = self.augmentation, range(1, self.variants)
+        file = _file_name(value)
         if kind == "image":
-            picture = decode_picture(value, self.limits)
+            with blaming(where, file):
+                picture = decode_picture(value, self.limits)
+                flat = flatten(picture, self.background) if changed else picture
             flip = may_flip(caption)
             pictures = [picture] + [
-                change_picture(picture, config, generator(config, number, v, place), flip) for v in changed
+                change_picture(flat, config, generator(config, place[0], v, place[1]), flip) for v in changed
             ]
-            # Here, where a picture that does not fit is an error of its record.
-            return self.processor.image_processor.fit_pictures(pictures) if self.continuous else pictures
-        wave, rate = decode_sound(value, self.limits)
-        waves = [wave] + [change_sound(wave, config, generator(config, number, v, place)) for v in changed]
+            if not self.continuous:
+                return pictures
+            with blaming(where, file):
+                return self.processor.image_processor.fit_pictures(pictures)
+        with blaming(where, file):
+            wave, rate = decode_sound(value, self.limits)
+        waves = [wave] + [change_sound(wave, config, generator(config, place[0], v, place[1])) for v in changed]
         return [{"array": wave, "sampling_rate": rate} for wave in waves]
 
     def _document(self, segment: Segment, record: dict, number: int) -> list[list[dict]]:
         """An interleaved document in all its variants: lists of segments with decoded values."""
-        parts = record.get(segment.column)
-        if not isinstance(parts, list) or not parts:
-            raise ValueError(f"column {segment.column!r} is {parts!r}, not a list of segments")
-        if wrong := [part for part in parts if not isinstance(part, dict)]:
-            raise ValueError(f"column {segment.column!r}: segment {wrong[0]!r:.80} is no mapping with a type")
-        texts = (part.get("text") for part in parts if part.get("type") == "text")
-        caption = " ".join(text for text in texts if isinstance(text, str))
+        parts = check_parts(record.get(segment.column), segment.column)
+        caption = " ".join(part["text"] for part in parts if part["type"] == "text")
         documents: list[list[dict]] = [[] for _ in range(self.variants)]
         for place, part in enumerate(parts):
-            kind = part.get("type")
+            kind = part["type"]
             if kind == "text":
-                if not isinstance(part.get("text"), str) or not part["text"].strip():
-                    raise ValueError(f"column {segment.column!r}, segment {place}: the text is empty")
                 values = [part["text"]] * self.variants
-            elif kind in ("image", "audio"):
-                try:
-                    values = self._media(kind, part.get(kind), caption, number, place)
-                except ValueError as error:
-                    raise ValueError(f"column {segment.column!r}, segment {place}: {error}") from error
             else:
-                raise ValueError(
-                    f"column {segment.column!r}, segment {place}: type {kind!r} is not text, image or audio"
-                )
+                where = f"column {segment.column!r}, segment {place}"
+                values = self._media(kind, part.get(kind), caption, (number, place), where)
             for document, value in zip(documents, values, strict=True):
                 document.append({"type": kind, kind: value})
         return documents
 
     def _encode(self, segment: Segment, inputs: list[list]) -> tuple[list[list[list[int]]], list[list[list]]]:
-        """(records, variants) inputs -> the same nesting of lists of ids, and of lists of pixels."""
+        """(records, variants) inputs -> the same nesting of lists of ids, and of lists of pixels.
+
+        Raises:
+            BadRecord: one of them decoded, but cannot be encoded.
+        """
+        with blaming(f"column {segment.column!r}: it does not encode"):
+            return self._encoded(segment, inputs)
+
+    def _encoded(self, segment: Segment, inputs: list[list]) -> tuple[list[list[list[int]]], list[list[list]]]:
         if segment.type == "text":
             return [[self._text_ids(text) for text in texts] for texts in inputs], []
         flat = [value for values in inputs for value in values]
@@ -167,31 +185,10 @@ class BatchTokenizer:
         return tokens, [values for of_picture in pixels for values in of_picture]
 
 
-def text_of(segment: Segment, record: dict) -> str:
-    """The text of a segment: a column (a list is joined by commas), or a format over columns.
-
-    Raises:
-        ValueError: nothing is left of it.
-    """
-    values = {name: _plain(record.get(name)) for name in segment.columns}
-    text = (segment.column.format(**values) if "{" in segment.column else values[segment.column]).strip()
-    if not text:
-        raise ValueError(f"the text of {segment} is empty")
-    return text
-
-
-def _reason(error: ValueError) -> str:
-    """What a count of records left out is kept under: the message without what differs from record to record."""
-    if isinstance(error, BrokenShard):
-        return str(error)
-    where, *rest = str(error).split(": ")
-    return ": ".join([where.split(",")[0], *rest[:1]] if where.startswith("column") else [where])[:100]
-
-
-def _way_out(error: ValueError) -> str:
-    if isinstance(error, BrokenShard):
-        return "fetch it again or remove it, or set on_error: skip to leave the rest of it out"
-    return "mend or remove it, or set on_error: skip to leave such records out"
+def _file_name(value) -> str | None:
+    """The file that a picture or sound stands in, or stood in before it was packed."""
+    value = value.get("path") if isinstance(value, dict) else value
+    return str(value) if isinstance(value, (str, Path)) and value else None
 
 
 def _pixels(values: list) -> int:
@@ -199,11 +196,3 @@ def _pixels(values: list) -> int:
     flat = [part for value in values for part in (value if isinstance(value, list) else [value])]
     pictures = [part.get("image") if isinstance(part, dict) else part for part in flat]
     return sum(picture.width * picture.height for picture in pictures if isinstance(picture, Image.Image))
-
-
-def _plain(value) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bytes):
-        raise ValueError("the column of a text holds bytes")
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

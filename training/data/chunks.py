@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -88,32 +89,72 @@ def write_chunk(folder: Path, part: int, number: int, tables: list[pa.Table], de
         digest = hashlib.sha256(data).hexdigest()
         described |= {"file": f"{name}.arrow", "records": len(table), "size": data.size, "sha256": digest}
         write_whole(folder / described["file"], data)
-    write_whole(folder / f"{name}.json", json.dumps(described).encode())
+    write_description(folder / f"{name}.json", described)
 
 
 def written_chunks(folder: Path, part: int) -> Iterator[dict]:
     """Descriptions of the whole chunks of a part, in order, up to the first that is not."""
     number = 0
     while (path := folder / f"{part:05d}-{number:05d}.json").is_file():
-        described = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            described = read_description(path)
+        except ValueError:
+            return
         if "file" in described and chunk_damage(folder, described):
             return
         yield described
         number += 1
 
 
-def chunk_damage(folder: Path, described: dict, by_content: bool = False) -> str | None:
-    """What is wrong with a chunk, by its size or, which takes time, its hash; None: nothing."""
+def write_description(path: Path, described: dict) -> None:
+    """Write a JSON object with its own hash."""
+    write_whole(path, json.dumps(described | {"digest": _digest(described)}, indent=1).encode())
+
+
+def read_description(path: Path) -> dict:
+    """What `write_description` wrote.
+
+    Raises:
+        ValueError: it is not as it was written.
+    """
+    try:
+        described = json.loads(path.read_bytes())
+        if described.pop("digest") == _digest(described):
+            return described
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"{path.name} is not as it was written")
+
+
+def _digest(described: dict) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def chunk_damage(folder: Path, described: dict, anew: bool = False) -> str | None:
+    """What is wrong with a chunk; None: nothing.
+
+    A process hashes a file once, and again when its size, time of change or inode are others.
+
+    Args:
+        anew: hash it in any case.
+    """
     path = folder / described["file"]
-    if not path.is_file():
-        return f"{path.name} is missing"
-    if (size := path.stat().st_size) != described["size"]:
-        return f"{path.name} has {size} bytes instead of {described['size']}"
-    if by_content:
-        with pa.memory_map(str(path)) as file:
-            if hashlib.sha256(file.read_buffer()).hexdigest() != described["sha256"]:
-                return f"{path.name} has another hash than was noted when it was written"
+    try:
+        found = path.stat()
+    except OSError as error:
+        return f"{path.name} is missing: {error.strerror}"
+    if found.st_size != described["size"]:
+        return f"{path.name} has {found.st_size} bytes instead of {described['size']}"
+    digest = _file_digest.__wrapped__ if anew else _file_digest
+    if digest(path, found.st_size, found.st_mtime_ns, found.st_ino) != described["sha256"]:
+        return f"{path.name} has another hash than was noted when it was written"
     return None
+
+
+@cache
+def _file_digest(path: Path, size: int, changed: int, inode: int) -> str:
+    with pa.memory_map(str(path)) as file:
+        return hashlib.sha256(file.read_buffer()).hexdigest()
 
 
 def open_chunk(path: Path) -> pa.Table:

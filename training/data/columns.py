@@ -17,6 +17,7 @@ class Vocabulary:
         modalities: names in the order of `modality_ids`, text first.
         bounds: first ids of the stretches of one modality, ascending, and the size of the vocabulary.
         begins, ends: the markers that open and close a picture or a sound.
+        bos: what documents begin with; None where that is nothing.
         image_token: the placeholder of images that stay continuous, which then have no range; None where pictures are
             codes.
         stretch_modalities: that of each stretch, where text goes on behind other tokens (an imported vocabulary); else
@@ -26,7 +27,7 @@ class Vocabulary:
     modalities: tuple[str, ...]
     bounds: tuple[int, ...]
     pad: int
-    bos: int
+    bos: int | None
     eos: int
     begins: tuple[int, ...] = ()
     ends: tuple[int, ...] = ()
@@ -42,7 +43,7 @@ class Vocabulary:
             firsts, stretch_names = stretches(ranges)
             bounds = [*firsts, max(end for _, end in ranges.values())]
         tokenizer = processor.tokenizer
-        pad, bos, eos = (getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos"))
+        pad, bos, eos = tokenizer.pad_token_id, processor.bos_token_id, tokenizer.eos_token_id
         # Those of images first: `boi` and `eoi` rely on it.
         begins, ends = (
             tuple(getattr(tokenizer, f"{name}_token_id", None) for name in names)
@@ -58,6 +59,16 @@ class Vocabulary:
     def from_dict(cls, values: dict) -> "Vocabulary":
         """From `dataclasses.asdict`, lists for tuples allowed."""
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    @property
+    def beginning(self) -> np.ndarray:
+        """The ids that documents begin with.  (0 or 1,) int64"""
+        return np.array([token for token in (self.bos,) if token is not None], dtype=np.int64)
+
+    @property
+    def frame_length(self) -> int:
+        """Tokens of a document beside its segments: its begin, where it has one, and its end."""
+        return len(self.beginning) + 1
 
     @property
     def boi(self) -> int:

@@ -4,8 +4,9 @@ import math
 import os
 import re
 import string
+import sys
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from ..config import option
@@ -14,7 +15,9 @@ from ..config import option
 SEGMENT_TYPES = ("text", "image", "audio", "document")
 TARGETS = ("all", "last")
 LATENTS = ("cached", "on_the_fly")
-FORMATS = ("auto", "dataset", "pictures", "jsonl", "parquet", "webdataset")
+FORMATS = ("auto", "dataset", "pictures", "sounds", "jsonl", "parquet", "webdataset")
+# Variants are counted in 16 bits; a row, and the documents of a block, are in memory.
+_MOST_VARIANTS, _MOST_LENGTH = 2**15 - 1, 2**24
 MODALITY_OF_TYPE = {"text": "text", "image": "image", "audio": "speech"}
 
 
@@ -36,17 +39,69 @@ class Segment:
             )
         if "{" in column and kind != "text":
             raise ValueError(f"segments has {written!r}; only a text can be a format, write {kind}:column")
-        return cls(kind, column if "{" in column else column.strip())
+        segment = cls(kind, column if "{" in column else column.strip())
+        try:
+            if "" in segment.columns:
+                raise ValueError("a column has no name")
+            segment.fill(dict.fromkeys(segment.columns, ""))
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"segments has {written!r}, which is no format over columns such as text:{{word}}: {{definition}}: {error}"
+            ) from error
+        return segment
 
-    @property
+    @cached_property
+    def parts(self) -> list[tuple[str, str | None, str, str | None]]:
+        """What stands before each column, the column, its format and its conversion; the last may have no column."""
+        if "{" not in self.column:
+            return [("", self.column, "", None)]
+        return list(string.Formatter().parse(self.column))
+
+    @cached_property
     def columns(self) -> list[str]:
         """The columns it reads."""
+        return [name for _, name, _, _ in self.parts if name is not None]
+
+    @cached_property
+    def dispensable(self) -> set[str]:
+        """The columns without which a format still reads well: a sentence of their own, or set off by spaces alone."""
+        found = set()
+        for place, (before, name, _, _) in enumerate(self.parts):
+            after = self.parts[place + 1][0] if place + 1 < len(self.parts) else ""
+            if len(self.columns) > 1 and not after.strip() and re.search(r"(^\s*|[.!?…][\"')\]]*\s+)$", before):
+                found.add(name)
+        return found
+
+    def fill(self, values: dict[str, str]) -> str:
+        """The format with a text for each column."""
         if "{" not in self.column:
-            return [self.column]
-        return [name for _, name, _, _ in string.Formatter().parse(self.column) if name]
+            return values[self.column]
+        formatter, text = string.Formatter(), ""
+        for before, name, form, conversion in self.parts:
+            text += before
+            if name is not None:
+                text += formatter.format_field(formatter.convert_field(values[name], conversion), form)
+        return text
 
     def __str__(self) -> str:
         return f"{self.type}:{self.column}"
+
+
+def local_path(written: str, name: str) -> Path:
+    """A path with the home it may begin with.
+
+    Raises:
+        ValueError: it begins with the home of somebody who has none.
+    """
+    try:
+        return Path(written).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{name}={written}: {error}; write the path out") from error
+
+
+def _check_sum(what: str, weighted: "list[TemplateConfig] | list[SourceConfig]") -> None:
+    if not math.isfinite(sum(entry.weight for entry in weighted)):
+        raise ValueError(f"the {what} add up to more than a number holds; give smaller ones, only their ratios count")
 
 
 @dataclass
@@ -119,11 +174,13 @@ class SourceConfig:
     templates: list[TemplateConfig] = option(doc="how its columns become documents")
     format: str = option(
         "auto",
-        "auto, dataset, pictures (a folder of pictures with captions), or shards that are read one by one without a copy: "
-        "jsonl (also .gz, .zst), parquet, webdataset (.tar)",
+        "auto, dataset, pictures or sounds (a folder of them with captions), or shards that are read one by one without a "
+        "copy: jsonl (also .gz, .zst), parquet, webdataset (.tar)",
     )
     config: str | None = option(None, "configuration of the data set")
-    split: str = option("train", "split of the data set")
+    split: str = option(
+        "train", "split of the data set; in a folder, files in folders named as a split, such as validation, are of it"
+    )
     revision: str | None = option(None, "revision of a data set on the Hub")
     weight: float = option(1.0, "share in the mixture, in the unit of data.weights_by")
     streaming: bool = option(False, "read over the network without a local copy of the raw data set")
@@ -147,14 +204,20 @@ class SourceConfig:
         """Raises ValueError naming the field, the value and the way out."""
         if not self.name or not self.path:
             raise ValueError(f"name={self.name!r} and path={self.path!r} of a source must not be empty")
+        for name in ("name", "path", "config", "split", "revision"):
+            if re.search("[\0\ud800-\udfff]", value := getattr(self, name) or ""):
+                raise ValueError(f"{name}={value!r} of source {self.name!r} holds a character that no name has")
         if not self.templates:
             raise ValueError(f"source {self.name!r} has no templates; give at least one with its segments")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit={self.limit} of source {self.name!r} must be at least 1, or null for all records")
+        if self.limit is not None and not 1 <= self.limit <= sys.maxsize:
+            raise ValueError(
+                f"limit={self.limit} of source {self.name!r} must be from 1 to {sys.maxsize}, or null for all records"
+            )
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise ValueError(
                 f"weight={self.weight} of source {self.name!r} must be positive; remove the source instead"
             )
+        _check_sum(f"weights of the templates of source {self.name!r}", self.templates)
         for column, expression in (self.match or {}).items():
             try:
                 re.compile(expression)
@@ -192,14 +255,18 @@ class AugmentationConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the field, the value and the way out."""
-        if self.variants < 1:
-            raise ValueError(f"variants={self.variants} must be at least 1 (1: every record as it is)")
+        if not 1 <= self.variants <= _MOST_VARIANTS:
+            raise ValueError(
+                f"variants={self.variants} must be at least 1 (1: every record as it is) and at most {_MOST_VARIANTS}"
+            )
+        if not 0 <= self.seed < math.inf:
+            raise ValueError(f"seed={self.seed} must be at least 0")
         for name in ("shift", "brightness", "contrast", "saturation", "speed"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        for name in ("gain", "noise"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name, most in (("gain", 100), ("noise", 1)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to {most}")
 
 
 @dataclass(frozen=True)
@@ -256,7 +323,7 @@ class DataConfig:
     @property
     def cache_path(self) -> Path:
         folder = self.cache_dir or os.environ.get("MOT_CACHE") or "~/.cache/mixture_of_transformers"
-        return Path(folder).expanduser()
+        return local_path(folder, "cache_dir")
 
     def validate(self) -> None:
         """Raises ValueError naming the field, the value and the way out."""
@@ -266,13 +333,16 @@ class DataConfig:
             names = [source.name for source in getattr(self, field_name)]
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"{field_name} has two sources named {twice[0]!r}; give each a name of its own")
-        for field_name, least in (("row_length", 8), ("block_documents", 1), ("seed", 0)):
+        for field_name, least in (("row_length", 8), ("block_documents", 1)):
             value = getattr(self, field_name)
-            if value is not None and value < least:
-                raise ValueError(f"{field_name}={getattr(self, field_name)} must be at least {least}")
+            if value is not None and not least <= value <= _MOST_LENGTH:
+                raise ValueError(f"{field_name}={value} must be at least {least} and at most {_MOST_LENGTH}")
+        if not 0 <= self.seed < math.inf:
+            raise ValueError(f"seed={self.seed} must be at least 0")
         for field_name in ("max_pixels", "max_audio_seconds", "max_record_bytes", "max_group_bytes"):
-            if not getattr(self, field_name) > 0:
-                raise ValueError(f"{field_name}={getattr(self, field_name)} must be positive")
+            value = getattr(self, field_name)
+            if not (value > 0 and value <= sys.maxsize // 2):
+                raise ValueError(f"{field_name}={value} must be positive and finite")
         if self.max_pixels > 178_956_970:
             raise ValueError(f"max_pixels={self.max_pixels} must be at most 178956970, the most that Pillow opens")
         if not 0 <= self.replaced_codes <= 1:
@@ -281,6 +351,7 @@ class DataConfig:
             raise ValueError(f"latents={self.latents!r} must be one of {', '.join(LATENTS)}")
         if self.weights_by not in ("documents", "tokens"):
             raise ValueError(f"weights_by={self.weights_by!r} must be documents or tokens")
+        _check_sum("weights of the sources", self.sources)
         for source in (*self.sources, *self.validation_sources):
             source.validate()
             for template in source.templates:

@@ -83,7 +83,7 @@ def document_lengths(
 ) -> np.ndarray:
     """Tokens of every document of a template in one arrangement.  (records, variants) int64"""
     segments = arrange(template, text_first, dropped)
-    lengths = 2 + sum(columns[segment].lengths.astype(np.int64) for segment in segments)
+    lengths = vocabulary.frame_length + sum(columns[segment].lengths.astype(np.int64) for segment in segments)
     if clean_copies and template.targets == "all" and vocabulary.image_token is not None:
         for segment in segments:
             if segment.type in ("image", "document"):
@@ -116,9 +116,9 @@ def compose(
         clean_copies: put after each learnt image that another segment follows the same image again, clean, without
             labels, and at the same positions.
     """
-    ids = np.concatenate([[vocabulary.bos], *spans, [vocabulary.eos]])
+    ids = np.concatenate([vocabulary.beginning, *spans, [vocabulary.eos]])
     labels = ids.astype(np.int64)
-    learnt = 1 if targets == "all" else len(ids) - 1 - last_length(spans, vocabulary)
+    learnt = 1 if targets == "all" else max(1, len(ids) - 1 - last_length(spans, vocabulary))
     labels[:learnt] = IGNORED
     positions = np.arange(len(ids))
     if vocabulary.image_token is None or not images:

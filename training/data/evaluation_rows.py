@@ -42,7 +42,8 @@ def single_direction_rows(
     chosen = _choose(source, direction, segments)
     columns = [source.columns[segment] for segment in chosen]
     stop = len(source) if limit is None else min(len(source), start + limit)
-    lengths = sum(column.lengths[start:stop, 0].astype(np.int64) for column in columns) + 2
+    vocabulary = source.vocabulary
+    lengths = sum(column.lengths[start:stop, 0].astype(np.int64) for column in columns) + vocabulary.frame_length
     if not len(lengths):
         raise ValueError(
             f"start={start} and limit={limit} leave no record of the {len(source)} of {source.config.name!r}"
@@ -53,7 +54,6 @@ def single_direction_rows(
             f"row_length={row_length} is shorter than a {direction} document of {longest} tokens of source "
             f"{source.config.name!r}; set row_length to {longest} or more"
         )
-    vocabulary = source.vocabulary
     rows = []
     for pieces in pack(lengths, row_length):
         documents = []

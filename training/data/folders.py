@@ -1,154 +1,142 @@
-"""Records from plain files: a folder of pictures with captions, and interleaved documents in JSONL."""
+"""A folder of pictures, or of sounds, with captions: its records, and errors in the place of those that cannot be."""
 
-import csv
-import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
+from modeling_mot.image_loading_mot import PICTURE_FORMATS
+
+from .bad_records import BadRecord, blaming
 from .config import Limits
+from .shards import read_file
 
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+Image.init()
 
 
-def picture_records(
-    folder: Path, skipped: dict[str, int] | None = None, max_record_bytes: int = Limits.max_record_bytes
-) -> list[dict]:
-    """`{"image": path, "text": caption, ...}` for every picture in a folder, sorted by path.
+@dataclass(frozen=True)
+class FileKind:
+    """Files that are read from a folder.
+
+    Attributes:
+        column: of a record, which holds the file.
+        suffixes: of the files that can be read.
+        others: suffixes of files of their kind that cannot, which are not passed over in silence.
+    """
+
+    column: str
+    suffixes: tuple[str, ...]
+    others: tuple[str, ...]
+
+
+KINDS = {
+    "pictures": FileKind(
+        "image",
+        tuple(sorted(suffix for suffix, name in Image.EXTENSION.items() if name in PICTURE_FORMATS)),
+        (".arw", ".cr2", ".dng", ".eps", ".exr", ".hdr", ".heic", ".heif", ".ico", ".jxl", ".nef", ".psd", ".svg", ".tga"),
+    ),
+    "sounds": FileKind(
+        "audio",
+        (".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".w64", ".wav"),
+        (".aac", ".amr", ".ape", ".m4a", ".mid", ".mka", ".wma"),
+    ),
+}  # fmt: skip
+METADATA = ("metadata.jsonl", "metadata.csv")
+
+
+def folder_records(
+    folder: Path, kind: FileKind, has_text: bool, limits: Limits
+) -> Iterator[tuple[str, dict | BadRecord]]:
+    """`{"image": path, "text": caption, ...}` for every picture in a folder (`"audio"` for sounds), with its name there.
 
     Captions stand in `metadata.jsonl` or `metadata.csv` (a `file_name` column, as `datasets`' imagefolder has it; every
-    other column becomes a column of the record, and `caption` is also given as `text`), or in a text file beside each
-    picture (`cat.png`, `cat.txt`).
+    other column becomes a column of the record, and `caption` is also given as `text`), which describes all of its
+    folder; or in a text file beside each picture (`cat.png`, `cat.txt`). Hidden files are passed over.
 
     Args:
-        skipped: counts the pictures without a caption, which are then left out; None: they are errors.
-
-    Raises:
-        ValueError: a picture that is named but missing, a picture without a caption, or no pictures at all.
+        has_text: whether captions are needed; if not, those beside the pictures are not read.
+        limits: what a line of metadata, or a caption, may take.
     """
-    folder = Path(folder)
-    for name, read in (("metadata.jsonl", _read_jsonl), ("metadata.csv", _read_csv)):
-        if (folder / name).is_file():
-            return _from_metadata(folder, name, read(folder / name, max_record_bytes), skipped)
-    records = []
-    for picture in sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES):
-        caption = picture.with_suffix(".txt")
-        if not caption.is_file():
-            message = f"{picture} has no caption: no {caption.name} beside it, no metadata.jsonl or .csv in {folder}"
-            _refuse(message, "picture without a caption", skipped)
-            continue
-        records.append({"image": str(picture), "text": caption.read_text(encoding="utf-8").strip()})
-    if not records:
-        raise ValueError(f"{folder} holds no pictures with captions ({', '.join(PICTURE_SUFFIXES)})")
-    return records
-
-
-def _from_metadata(folder: Path, name: str, rows: list[dict], skipped: dict[str, int] | None) -> list[dict]:
-    records = []
-    for number, row in enumerate(rows, start=1):
-        where = f"{folder / name}, entry {number}"
-        if not isinstance(row, dict) or not row.get("file_name"):
-            raise ValueError(f"{where} has no file_name; give the picture's path relative to {folder}")
-        picture = resolve_inside(folder, row["file_name"], where)
-        if not picture.is_file():
-            _refuse(f"{where}: picture {picture} does not exist", "missing picture", skipped)
-            continue
-        record = {key: value for key, value in row.items() if key != "file_name"} | {"image": str(picture)}
-        record.setdefault("text", record.get("caption"))
-        records.append(record)
-    return records
-
-
-def interleaved_documents(
-    path: Path, skipped: dict[str, int] | None = None, max_record_bytes: int = Limits.max_record_bytes
-) -> list[dict]:
-    """The object of every line of a JSONL file, `{"segments": [...]}` for every line of a JSONL file; paths of pictures and sounds are resolved in its folder.
-
-    A line is `{"segments": [{"type": "text", "text": "a cat"}, {"type": "image", "image": "cat.png"}, ...]}` with types
-    text, image and audio.
-
-    Raises:
-        ValueError: a line that is not of this form, or a file that is missing or outside the folder.
-    """
-    path, documents = Path(path), []
-    for number, row in enumerate(_read_jsonl(path, max_record_bytes), start=1):
-        where = f"{path}, document {number}"
-        if isinstance(row, dict) and "segments" not in row:
-            documents.append(row)
-            continue
-        if not isinstance(row, dict) or not isinstance(row["segments"], list) or not row["segments"]:
-            raise ValueError(
-                f'{where} has no segments; a line is {{"segments": [{{"type": "text", "text": "..."}}, ...]}}'
+    files = sorted(path for path in folder.rglob("*") if not _is_hidden(path.relative_to(folder)))
+    described: dict[Path, Path] = {}
+    for path in (path for name in METADATA for path in files if path.name == name):
+        if described.keys().isdisjoint([path.parent, *path.parent.parents]):
+            described[path.parent] = path
+    for path in described.values():
+        yield from _from_metadata(folder, path, kind.column, limits)
+    for path in files:
+        suffix = path.suffix.lower()
+        if suffix in kind.suffixes + kind.others and not path.is_dir() and described.keys().isdisjoint(path.parents):
+            record = (
+                _with_caption(folder, path, kind.column, has_text, limits)
+                if suffix in kind.suffixes
+                else BadRecord(f"no format that is read: {path.name}; the formats are {', '.join(kind.suffixes)}")
             )
-        try:
-            segments = [_segment(segment, path.parent, where) for segment in row["segments"]]
-        except FileNotFoundError as error:
-            _refuse(str(error), "missing file", skipped)
-            continue
-        documents.append({**row, "segments": segments})
-    if not documents:
-        raise ValueError(f"{path} holds no documents")
-    return documents
+            yield path.relative_to(folder).as_posix(), record
 
 
-def _segment(segment: dict, folder: Path, where: str) -> dict:
-    kind = segment.get("type") if isinstance(segment, dict) else None
-    if kind not in ("text", "image", "audio") or not isinstance(segment.get(kind), str):
-        raise ValueError(
-            f"{where}: segment {segment!r:.200} must have a type of text, image or audio and a value under that name"
-        )
-    if kind == "text":
-        return {"type": "text", "text": segment["text"]}
-    file = resolve_inside(folder, segment[kind], where)
-    if not file.is_file():
-        raise FileNotFoundError(f"{where}: {kind} file {file} does not exist")
-    return {"type": kind, kind: str(file)}
+def resolve_inside(folder: Path, name: str) -> Path:
+    """`folder / name`.
 
-
-def resolve_inside(folder: Path, name: str, where: str) -> Path:
-    """`folder / name`, refused when it leaves the folder (by `..`, an absolute path or a link)."""
-    root = Path(folder).resolve()
-    path = (root / name).resolve()
+    Raises:
+        BadRecord: it leaves the folder (by `..`, an absolute path or a link), or no file has such a name.
+    """
+    root = folder.resolve()
+    try:
+        path = (root / name).resolve()
+        path.is_file()  # which says that a name is too long
+    except (OSError, ValueError, RuntimeError) as error:  # too long a name, a null byte, a loop of links
+        raise BadRecord(f"no file has such a name: {name[:80]!r}: {error}") from error
     if not path.is_relative_to(root):
-        raise ValueError(f"{where}: path {name!r} leads outside {folder}; use paths relative to that folder")
+        raise BadRecord(f"the path leads outside: {name!r} of {folder}; use paths relative to that folder")
     return path
 
 
-def _lines(path: Path, most: int) -> Iterator[str]:
-    with open(path, "rb") as lines:
-        number = 0
-        while line := lines.readline(most + 1):
-            number += 1
-            if len(line) > most:
-                raise ValueError(f"{path}, line {number} is longer than data.max_record_bytes={most}")
-            try:
-                yield line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not UTF-8: {error}") from error
+def _with_caption(folder: Path, path: Path, column: str, has_text: bool, limits: Limits) -> dict | BadRecord:
+    if not has_text:
+        return {column: str(path)}
+    caption = path.with_suffix(".txt")
+    if not caption.is_file():
+        missing = f"{path.name} has no caption: no {caption.name} beside it, no {' or '.join(METADATA)} in {folder}"
+        return BadRecord(f"picture without a caption: {missing}" if column == "image" else missing)
+    try:
+        with open(resolve_inside(folder, str(caption)), "rb") as file:
+            data = file.read(limits.max_record_bytes + 1)
+        if len(data) > limits.max_record_bytes:
+            raise BadRecord(f"the caption is too long: more than data.max_record_bytes={limits.max_record_bytes}")
+        with blaming(f"the caption is not UTF-8: {caption.name}"):
+            return {column: str(path), "text": data.decode("utf-8-sig").strip()}
+    except BadRecord as error:
+        return error
+    except OSError as error:
+        return BadRecord(f"the caption cannot be read: {error}")
 
 
-def _read_jsonl(path: Path, max_record_bytes: int) -> list[dict]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
-    rows = []
-    for number, line in enumerate(_lines(path, max_record_bytes), start=1):
-        if not line.strip():
+def _from_metadata(folder: Path, path: Path, column: str, limits: Limits) -> Iterator[tuple[str, dict | BadRecord]]:
+    try:
+        rows = read_file(resolve_inside(folder, str(path)), limits)
+    except BadRecord as error:
+        rows = [error]
+    for number, row in enumerate(rows, start=1):
+        name = f"{path.relative_to(folder).as_posix()}, entry {number}"
+        if isinstance(row, BadRecord):
+            yield name, row
             continue
         try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-    return rows
+            if not isinstance(file_name := row.get("file_name"), str) or not file_name:
+                raise BadRecord(f"the entry has no file_name: give the file's path relative to {path.parent}")
+            file = resolve_inside(path.parent, file_name)
+            if not file.is_file():
+                raise BadRecord(f"missing {'picture' if column == 'image' else 'sound'}: {file} does not exist")
+        except BadRecord as error:
+            yield name, error
+            continue
+        record = {key: value for key, value in row.items() if key != "file_name"} | {column: str(file)}
+        record.setdefault("text", record.get("caption"))
+        yield file.relative_to(folder.resolve()).as_posix(), record
 
 
-def _read_csv(path: Path, max_record_bytes: int) -> list[dict]:
-    try:
-        return list(csv.DictReader(_lines(path, max_record_bytes)))
-    except csv.Error as error:
-        raise ValueError(f"{path} is not CSV: {error}") from error
-
-
-def _refuse(message: str, reason: str, skipped: dict[str, int] | None) -> None:
-    if skipped is None:
-        raise ValueError(f"{message}; add it, or set on_error: skip to leave such records out")
-    skipped[reason] = skipped.get(reason, 0) + 1
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)

@@ -6,10 +6,10 @@ one process from its start to its end, and a chunk ends where its bytes are enou
 them, and those that are whole are kept when the rest is made later.
 """
 
-import json
 import logging
 import multiprocessing
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,11 +20,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from .bad_records import BadRecord, LeftOut
 from .batch_tokenizer import BatchTokenizer
-from .chunks import build_table, table_schema, write_chunk, write_whole, written_chunks
+from .chunks import build_table, read_description, table_schema, write_chunk, write_description, written_chunks
 from .columns import Vocabulary
 from .config import SourceConfig
-from .sources import Source
+from .records import Source
 
 
 logger = logging.getLogger(__name__)
@@ -61,21 +62,26 @@ class Preparation:
         report(skip, 0)
         if chunks and chunks[-1]["last"]:
             return
-        tables, noted = [], _nothing()
+        tables, noted, left_out = [], _nothing(), LeftOut()
+
+        def write() -> None:
+            write_chunk(self.folder, part, number, tables, noted | {"left_out": asdict(left_out)})
+
         for batch in _batches(source.read(part, skip)):
             if sum(table.nbytes for table in tables) >= CHUNK_BYTES:
-                write_chunk(self.folder, part, number, tables, noted)
-                tables, noted, number = [], _nothing(), number + 1
-            rows, pixels, skipped = self.tokenizer(batch)
+                write()
+                tables, noted, left_out = [], _nothing(), LeftOut()
+                number += 1
+            rows, pixels, unusable = self.tokenizer(batch)
             tokens = sum(len(versions[0]) for name, column in rows.items() if name != "record" for versions in column)
             noted["read"] += len(batch)
             noted["tokens"] += tokens
-            for reason, count in skipped.items():
-                noted["skipped"][reason] = noted["skipped"].get(reason, 0) + count
+            left_out.join(unusable)
             if rows["record"]:
                 tables.append(build_table(rows, pixels, schema, self.vae))
             report(len(batch), tokens)
-        write_chunk(self.folder, part, number, tables, noted | {"last": True})
+        noted["last"] = True
+        write()
 
 
 def prepare(
@@ -92,11 +98,10 @@ def prepare(
         ValueError: a record that cannot be used (`on_error: raise`), or nothing left of the source.
         RuntimeError: a worker died.
     """
-    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_name(f"{place.name}.partial")
     with _alone(place):
         if (place / "meta.json").is_file():
             return
-        partial = place.with_name(f"{place.name}.partial")
         partial.mkdir(exist_ok=True)
         warn_of_change(place, tokenizer.source)
         if not (partial / "meta.json").is_file():
@@ -112,11 +117,21 @@ def prepare(
 
 
 def _alone(place: Path):
-    """A context in which no other process prepares this source; there is no limit to the wait."""
+    """A context in which no other process prepares this source; there is no limit to the wait.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
     # A lock of the operating system: it is free again whatever becomes of its holder.
     lock = FileLock(f"{place}.lock")
     try:
+        place.parent.mkdir(parents=True, exist_ok=True)
         return lock.acquire(timeout=1)
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"cache_dir={place.parent} cannot be written: {error}; set data.cache_dir, or the variable MOT_CACHE, to a "
+            "folder that can"
+        ) from error
     except Timeout:
         logger.warning("waiting for another process that prepares %s", place.name)
         return lock.acquire()
@@ -201,18 +216,21 @@ def _prepare_part(part: int) -> None:
 
 
 def _finish(work: Preparation, fingerprint: str) -> None:
-    source, chunks, skipped = work.tokenizer.source, [], dict(work.tokenizer.source.skipped)
-    tokens = 0
+    source, chunks, tokens, left_out = work.tokenizer.source, [], 0, LeftOut()
+    left_out.join(source.left_out)
     for part in range(source.num_parts):
         for chunk in written_chunks(work.folder, part):
             tokens += chunk["tokens"]
-            for reason, count in chunk["skipped"].items():
-                skipped[reason] = skipped.get(reason, 0) + count
+            left_out.join(LeftOut(**chunk["left_out"]))
             if "file" in chunk:
                 chunks.append({name: chunk[name] for name in ("file", "records", "size", "sha256")})
     if not chunks:
+        # Nothing of it is kept: why nothing could be used may lie in what the fingerprint does not know.
+        shutil.rmtree(work.folder)
+        first = "; ".join(f"{name}: {reason}" for reason, name in left_out.first.items())
         raise ValueError(
-            f"source {source.config.name!r} ({source.config.path}) has no usable record; left out: {skipped}"
+            f"source {source.config.name!r} ({source.config.path}) has no usable record; left out: {left_out.counts}"
+            f"{f' (first: {first})' if first else ''}"
         )
     meta = {
         "fingerprint": fingerprint,
@@ -220,16 +238,19 @@ def _finish(work: Preparation, fingerprint: str) -> None:
         "origin": origin_of(source.config),
         "records": sum(chunk["records"] for chunk in chunks),
         "tokens": tokens,
-        "skipped": skipped,
+        "skipped": left_out.counts,
+        "first_skipped": left_out.first,
         "shards": source.shards,
         "vocabulary": asdict(Vocabulary.of(work.tokenizer.processor)),
         "images": work.images,
         "channels": work.vae.config.latent_channels if work.images == "latents" else 3,
         "chunks": chunks,
     }
-    write_whole(work.folder / "meta.json", json.dumps(meta, indent=1).encode())
-    if skipped:
-        logger.warning("source %r: left out %s", source.config.name, skipped)
+    write_description(work.folder / "meta.json", meta)
+    if left_out.counts:
+        logger.warning(
+            "source %r: left out %s (the first of each: %s)", source.config.name, left_out.counts, left_out.first
+        )
 
 
 def origin_of(config: SourceConfig) -> dict:
@@ -242,8 +263,11 @@ def warn_of_change(place: Path, source: Source) -> None:
     prefix = place.name.rpartition("-")[0]
     notes = sorted(place.parent.glob(f"{prefix}-*/meta.json"), key=lambda path: path.stat().st_mtime)
     for path in reversed(notes):
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        if meta.get("origin") != origin_of(source.config):
+        try:
+            meta = read_description(path)
+        except ValueError:  # of an earlier version, or damaged
+            continue
+        if meta["origin"] != origin_of(source.config):
             continue
         if meta["source"] != source.fingerprint:
             gone, new = (
@@ -262,10 +286,10 @@ def warn_of_change(place: Path, source: Source) -> None:
 
 
 def _nothing() -> dict:
-    return {"read": 0, "tokens": 0, "skipped": {}, "last": False}
+    return {"read": 0, "tokens": 0, "last": False}
 
 
-def _batches(items: Iterator[tuple[int, dict | ValueError]]) -> Iterator[list]:
+def _batches(items: Iterator[tuple[int, dict | BadRecord]]) -> Iterator[list]:
     batch, size = [], 0
     for item in items:
         batch.append(item)
@@ -279,8 +303,14 @@ def _batches(items: Iterator[tuple[int, dict | ValueError]]) -> Iterator[list]:
 
 def _bytes_in(value) -> int:
     """About how much a record takes in memory."""
-    if isinstance(value, (bytes, str)):
-        return len(value)
-    if isinstance(value, dict):
-        return 64 + sum(map(_bytes_in, value.values()))
-    return 64 + sum(map(_bytes_in, value)) if isinstance(value, list) else 16
+    size, left = 0, [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, (bytes, str)):
+            size += len(item)
+        elif isinstance(item, (dict, list)):
+            size += 64
+            left += item.values() if isinstance(item, dict) else item
+        else:
+            size += 16
+    return size

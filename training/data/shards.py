@@ -1,25 +1,26 @@
 """Shards: files of JSONL, parquet or webdataset that are read one by one, on disk or on the Hub, without a copy.
 
-A reader gives records, and a `ValueError` in the place of a record that cannot be read, so that what becomes of it is
+A reader gives records, and a `BadRecord` in the place of a record that cannot be read, so that what becomes of it is
 decided in one place. It never holds more than `Limits` allow: `datasets`' own readers of JSONL and webdataset read a line
 or a member of any size, decompress what is in it, and load arrays and tensors; here members are text, JSON or bytes.
 """
 
-import io
-import json
 import posixpath
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import fsspec
+import pyarrow as pa
 from huggingface_hub.errors import HfHubHTTPError
 from pyarrow import parquet
 
+from .bad_records import BadRecord, BrokenShard
 from .config import Limits
+from .lines import csv_records, jsonl_records, parse_json
 
 
 SUFFIXES = {
@@ -33,10 +34,6 @@ _TEXTS = ("txt", "text", "caption", "transcript", "cls")
 _PARQUET_ROWS, _PARQUET_BYTES = 64, 2**28
 # Of these a shard is not to blame; the last is the base of all errors of the HTTP library under huggingface_hub.
 UNREACHABLE = (ConnectionError, TimeoutError, HfHubHTTPError.__bases__[0])
-
-
-class BrokenShard(ValueError):
-    """A shard that cannot be read to its end; the last that its reader gives."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,11 @@ class ShardFiles:
     def names(self) -> list[str]:
         return [shard.name for shard in self.shards]
 
-    def read(self, number: int, skip: int = 0) -> Iterator[dict | ValueError]:
+    def open(self, number: int):
+        """A shard's bytes, decompressed, as a context."""
+        return fsspec.open(self.shards[number].url, "rb", compression="infer")
+
+    def read(self, number: int, skip: int = 0) -> Iterator[dict | BadRecord]:
         """The records of one shard from record `skip` on.
 
         Raises:
@@ -136,12 +137,12 @@ class ShardFiles:
         try:
             if (size := _size(shard.url)) != shard.size:
                 raise ValueError(f"it has {size} bytes, and had {shard.size} when it was listed")
-            with fsspec.open(shard.url, "rb", compression="infer") as file:
+            with self.open(number) as file:
                 if self.kind == "parquet":
                     yield from _parquet(file, self.columns, self.limits, skip)
                 else:
-                    read = _jsonl if self.kind == "jsonl" else _webdataset
-                    yield from islice(read(file, self.limits), skip, None)
+                    readers = {"jsonl": jsonl_records, "csv": csv_records, "webdataset": _webdataset}
+                    yield from islice(readers[self.kind](file, self.limits), skip, None)
         except MemoryError:
             raise
         except UNREACHABLE as error:
@@ -150,47 +151,18 @@ class ShardFiles:
             yield BrokenShard(f"shard {shard.name} breaks off: {error}")
 
 
-@dataclass(frozen=True)
-class StreamedDataset:
-    """A `datasets.IterableDataset`, shard by shard."""
-
-    dataset: object
-
-    @property
-    def names(self) -> list[str]:
-        return [f"{number + 1} of {self.dataset.num_shards}" for number in range(self.dataset.num_shards)]
-
-    def read(self, number: int, skip: int = 0) -> Iterator[dict | ValueError]:
-        """As `ShardFiles.read`."""
-        try:
-            yield from islice(self.dataset.shard(self.dataset.num_shards, number), skip, None)
-        except (*UNREACHABLE, MemoryError):
-            raise
-        except Exception as error:
-            yield BrokenShard(f"shard {self.names[number]} breaks off: {error}")
+def read_file(path: Path, limits: Limits) -> Iterator[dict | BadRecord]:
+    """The records of one JSONL or CSV file on disk, as a shard's."""
+    shard = Shard(str(path), path.name, path.stat().st_size, "")
+    return ShardFiles(path.suffix[1:], (shard,), (), limits).read(0)
 
 
-def _jsonl(file, limits: Limits) -> Iterator[dict | ValueError]:
-    lines, number = io.BufferedReader(file), 0
-    while line := lines.readline(limits.max_record_bytes + 1):
-        number += 1
-        if len(line) > limits.max_record_bytes:
-            raise ValueError(f"line {number} is longer than data.max_record_bytes={limits.max_record_bytes}")
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if not line.endswith(b"\n"):
-                raise ValueError(f"line {number} is cut short: {error}") from error
-            yield ValueError(f"the line is not JSON: line {number}: {error}")
-            continue
-        yield record if isinstance(record, dict) else ValueError(f"the line is no JSON object: line {number}")
-
-
-def _parquet(file, columns: Sequence[str], limits: Limits, skip: int) -> Iterator[dict]:
+def _parquet(file, columns: Sequence[str], limits: Limits, skip: int) -> Iterator[dict | BadRecord]:
     # Column by column in pieces: a whole row group is never in memory.
     opened = parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
+    names = opened.schema_arrow.names
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two columns are named {twice[0]!r}")
     for group in range(opened.num_row_groups):
         described = opened.metadata.row_group(group)
         if described.total_byte_size > limits.max_group_bytes:
@@ -204,11 +176,23 @@ def _parquet(file, columns: Sequence[str], limits: Limits, skip: int) -> Iterato
         # A column of a dictionary may repeat its largest value in every row.
         largest = max((described.column(i).total_uncompressed_size for i in range(described.num_columns)), default=1)
         rows = min(_PARQUET_ROWS, max(1, _PARQUET_BYTES // max(1, largest)))
-        wanted = [name for name in columns if name in opened.schema_arrow.names] if columns else None
+        wanted = [name for name in columns if name in names] if columns else None
         for batch in opened.iter_batches(rows, row_groups=[group], columns=wanted, use_threads=False):
             passed = min(skip, len(batch))
             skip -= passed
-            yield from batch.slice(passed).to_pylist()
+            yield from readable_rows(batch.slice(passed))
+
+
+def readable_rows(rows: pa.RecordBatch | pa.Table) -> Iterator[dict | BadRecord]:
+    """Rows as mappings, and an error in the place of one that holds what Python has no value for."""
+    try:
+        yield from rows.to_pylist()
+    except (ValueError, OverflowError) as error:  # a text that is not UTF-8, a time out of range
+        if len(rows) > 1:
+            for place in range(len(rows)):
+                yield from readable_rows(rows.slice(place, 1))
+        else:
+            yield BadRecord(f"the row cannot be read: {error}")
 
 
 class _Bounded:
@@ -223,7 +207,7 @@ class _Bounded:
         return self.file.read(size)
 
 
-def _webdataset(file, limits: Limits) -> Iterator[dict | ValueError]:
+def _webdataset(file, limits: Limits) -> Iterator[dict | BadRecord]:
     """Members that follow one another and have the same name up to the first dot are one record, and what follows the
     dot names a column. The keys of a member named json are columns too; pictures and sounds of its `segments` are named
     by their columns."""
@@ -235,7 +219,7 @@ def _webdataset(file, limits: Limits) -> Iterator[dict | ValueError]:
             raise tarfile.ReadError(f"member {member.name!r} has a size of {member.size}")
         if member.isdir() or not (match := re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", member.name)):
             if not member.isdir() and (outside := _escape(member)):
-                yield ValueError(outside)
+                yield BadRecord(outside)
             continue
         if match[1] != key:
             if key is not None:
@@ -247,6 +231,8 @@ def _webdataset(file, limits: Limits) -> Iterator[dict | ValueError]:
             problem = (
                 f"the members are too large: {size} bytes of {key}; data.max_record_bytes is {limits.max_record_bytes}"
             )
+        if match[2].lower() in members:
+            problem = f"two members have the same name: {member.name!r}"
         if problem is None:
             members[match[2].lower()] = archive.extractfile(member).read()
         else:
@@ -267,25 +253,25 @@ def _escape(member: tarfile.TarInfo) -> str | None:
     return None if member.isreg() else f"the member is no regular file: {member.name!r}"
 
 
-def _webdataset_record(key: str, members: dict[str, bytes], problem: str | None) -> dict | ValueError:
+def _webdataset_record(key: str, members: dict[str, bytes], problem: str | None) -> dict | BadRecord:
     if problem is not None:
-        return ValueError(problem)
+        return BadRecord(problem)
     columns: dict = dict(members)
     try:
         for name, value in members.items():
             suffix = name.rsplit(".", 1)[-1]
             if suffix in _TEXTS:
-                columns[name] = value.decode("utf-8")
+                columns[name] = value.decode("utf-8-sig")
             elif suffix == "json":
-                columns[name] = json.loads(value)
+                columns[name] = parse_json(value)
         described = columns.get("json")
         if isinstance(described, dict):
             columns = {**described, **{name: value for name, value in columns.items() if name != "json"}}
             for part in columns.get("segments") or []:
                 if part["type"] != "text":
                     part[part["type"]] = members[part[part["type"]].lower()]
-    except (ValueError, RecursionError) as error:
-        return ValueError(f"a member does not decode: {key}: {error}")
+    except ValueError as error:
+        return BadRecord(f"a member does not decode: {key}: {error}")
     except (LookupError, TypeError, AttributeError) as error:
-        return ValueError(f"the segments name no member: {key}: {error!r}")
+        return BadRecord(f"the segments name no member: {key}: {error!r}")
     return {"__key__": key, **columns}

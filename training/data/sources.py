@@ -1,123 +1,28 @@
-"""Data sets to records: mappings from column to value in a fixed order, with a fingerprint of their origin."""
+"""Opening a source: what kind it is, which files are of its split, its columns and a fingerprint of its origin."""
 
 import difflib
-import hashlib
-import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import datasets
-from huggingface_hub.constants import HF_HUB_CACHE
+from pyarrow import parquet
 
-from .config import Limits, SourceConfig
-from .folders import PICTURE_SUFFIXES, interleaved_documents, picture_records
-from .media import confined
-from .shards import UNREACHABLE, BrokenShard, ShardFiles, StreamedDataset, find_shards, is_remote, shard_format
+from .bad_records import BadRecord, BrokenShard, LeftOut
+from .config import Limits, SourceConfig, local_path
+from .dataset_rows import StreamedDataset, label_names
+from .fingerprints import CONTENT_FINGERPRINT_BYTES, content_fingerprint, digest_of, local_fingerprint
+from .folders import KINDS, folder_records, resolve_inside
+from .media import source_roots
+from .records import Source, matches
+from .segments import check_parts
+from .shards import UNREACHABLE, ShardFiles, find_shards, is_remote, read_file, shard_format
+from .splits import splits_of
 
 
-# Up to this many bytes a local source is fingerprinted by content, beyond it by file sizes and times of change.
-CONTENT_FINGERPRINT_BYTES = 2**31
 # A single JSONL file of up to this many bytes is read into memory: its records are known, counted and in any order.
 _WHOLE_FILE_BYTES = 2**28
-# Where records have numbers of their own they are prepared in parts of this many, or in as many parts as this at most.
-_PART_RECORDS, _MOST_PARTS = 256, 4096
-# The number of a record of a shard is its place there, and this for each shard before.
-SHARD_RECORDS = 2**32
-
-
-@dataclass
-class Source:
-    """Records of one `SourceConfig`, pictures and sound still encoded. Can go to other processes.
-
-    Iterating gives the records; those that cannot be read are errors or, with `on_error: skip`, passed over. `read` gives
-    one part, such as a shard, with the records' numbers.
-
-    Attributes:
-        records: a sequence of mappings, `ShardFiles` or a `StreamedDataset`.
-        num_records: their number, None when it is not known before the end (shards).
-        fingerprint: changes when the records do.
-        skipped: reasons and numbers of records that were left out when it was opened (only with `on_error: skip`).
-        roots: folders whose files the records may name.
-    """
-
-    config: SourceConfig
-    records: object
-    num_records: int | None
-    fingerprint: str
-    skipped: dict[str, int] = field(default_factory=dict)
-    roots: Sequence[Path] = ()
-
-    def __iter__(self) -> Iterator[dict]:
-        for part in range(self.num_parts):
-            for number, record in self.read(part):
-                if not isinstance(record, ValueError):
-                    yield record
-                elif self.config.on_error == "raise":
-                    raise ValueError(f"source {self.config.name!r}, {self.name_of(number)}: {record}") from record
-
-    @property
-    def shards(self) -> list[str]:
-        """The names of the shards, none where records are numbered throughout."""
-        return self.records.names if self.num_records is None else []
-
-    @property
-    def num_parts(self) -> int:
-        """Parts can be read in any order. The first N records are one part, as where they end is not known before."""
-        if self.num_records is None:
-            return len(self.shards) if self.config.limit is None else 1
-        return max(1, -(-self.num_records // self._part_records))
-
-    @property
-    def _part_records(self) -> int:
-        return max(_PART_RECORDS, -(-self.num_records // _MOST_PARTS))
-
-    def read(self, part: int, skip: int = 0) -> Iterator[tuple[int, dict | ValueError]]:
-        """The numbered records of one part but for the first `skip`, errors in the place of those that cannot be read."""
-        if self.num_records is not None:
-            start = part * self._part_records
-            chosen = range(start + skip, min(start + self._part_records, self.num_records))
-            records = self.records.select(chosen) if isinstance(self.records, datasets.Dataset) else None
-            numbered = zip(chosen, (self.records[i] for i in chosen) if records is None else records, strict=True)
-        elif self.config.limit is None and not self.config.match:
-            numbered = enumerate(self.records.read(part, skip), part * SHARD_RECORDS + skip)
-        else:
-            numbered = islice(self._selected(part), skip, None)
-        for number, record in numbered:
-            yield number, record if isinstance(record, ValueError) else self._confined(record)
-
-    def _selected(self, part: int) -> Iterator[tuple[int, dict | ValueError]]:
-        """The records of a shard that match, or the first N of all shards."""
-        shards = [part] if self.config.limit is None else range(len(self.shards))
-        numbered = (pair for shard in shards for pair in enumerate(self.records.read(shard), shard * SHARD_RECORDS))
-        return islice(
-            (pair for pair in numbered if isinstance(pair[1], ValueError) or _matches(pair[1], self.config.match)),
-            self.config.limit,
-        )
-
-    def _confined(self, record: dict) -> dict:
-        record = dict(record)
-        for segment in self.config.segments:
-            value = record.get(segment.column)
-            if segment.type in ("image", "audio"):
-                record[segment.column] = confined(value, self.roots)
-            elif segment.type == "document" and isinstance(value, list):
-                record[segment.column] = [
-                    part | {kind: confined(part.get(kind), self.roots) for kind in ("image", "audio") if kind in part}
-                    if isinstance(part, dict)
-                    else part
-                    for part in value
-                ]
-        return record
-
-    def name_of(self, number: int) -> str:
-        """How a message calls record `number`."""
-        if self.num_records is not None:
-            return f"record {number}"
-        shard, place = divmod(number, SHARD_RECORDS)
-        return f"shard {self.shards[shard]}, record {place}"
 
 
 def open_source(config: SourceConfig, limits: Limits | None = None) -> Source:
@@ -134,25 +39,68 @@ def open_source(config: SourceConfig, limits: Limits | None = None) -> Source:
 
         path = carried_path()
     else:
-        path = Path(config.path).expanduser()
-    kind = _format(config, path)
+        path = local_path(config.path, f"path of source {config.name!r}")
+    try:
+        kind = _format(config, path)
+    except OSError as error:
+        raise ValueError(f"source {config.name!r}: path {config.path:.200} cannot be read: {error}") from error
     limits = limits or Limits()
     if kind == "dataset":
         return _open_dataset(config, path)
-    if kind in ("parquet", "webdataset") or (kind == "jsonl" and not _is_whole_file(path)):
-        return _open_shards(config, kind, limits)
-    skipped: dict[str, int] = {}
-    counted = None if config.on_error == "raise" else skipped
-    if kind == "jsonl":
-        records = interleaved_documents(path, counted, limits.max_record_bytes)
+    if kind in KINDS or (kind == "jsonl" and _is_whole_file(path)):
+        return _open_whole(config, kind, path.absolute(), limits)
+    return _open_shards(config, kind, limits)
+
+
+def _open_whole(config: SourceConfig, kind: str, path: Path, limits: Limits) -> Source:
+    """A folder of files, or a JSONL file that is small: its records are known when it is opened, and so are bad ones."""
+    folder = path if kind in KINDS else path.parent
+    try:
+        if kind in KINDS:
+            has_text = any(column != KINDS[kind].column for column in _columns(config))
+            found = list(folder_records(folder, KINDS[kind], has_text, limits))
+        else:
+            read = (_with_documents(record, config, folder) for record in read_file(path, limits))
+            found = [(f"{path.name}, document {number}", record) for number, record in enumerate(read, start=1)]
+        content = local_fingerprint(folder)
+    except OSError as error:
+        raise ValueError(f"source {config.name!r}: {config.path} cannot be read: {error}") from error
+    if not found:
+        what = f"{kind} ({', '.join(KINDS[kind].suffixes)})" if kind in KINDS else "documents"
+        raise ValueError(f"source {config.name!r}: {config.path} holds no {what}; mend path or format")
+    if kind in KINDS:
+        found = [found[place] for place in _of_split(config, [name for name, _ in found], False, False)]
     else:
-        records = picture_records(path, counted, limits.max_record_bytes)
-    _check_columns(config, list(records[0]) if records else [])
-    records = [record for record in records if _matches(record, config.match)][: config.limit]
-    folder = path if path.is_dir() else path.parent
-    described = {"path": _local_fingerprint(folder), "file": path.name, "format": kind, "limit": config.limit}
+        _of_split(config, [path.name], by_file=True, is_named=True)
+    columns = dict.fromkeys(column for _, record in found if isinstance(record, dict) for column in record)
+    if columns:
+        _check_columns(config, list(columns))
+    names, records, left_out = [], [], LeftOut()
+    for name, record in islice((pair for pair in found if matches(pair[1], config.match)), config.limit):
+        if isinstance(record, BadRecord):
+            left_out.add(config, name, record)
+        else:
+            names.append(name)
+            records.append(record)
+    described = {"path": content, "file": path.name, "format": kind, "limit": config.limit, "split": config.split}
     described |= {"match": config.match} if config.match else {}
-    return Source(config, records, len(records), _digest(described), skipped, (folder,))
+    return Source(config, records, len(records), digest_of(described), left_out, (folder,), names)
+
+
+def _with_documents(record: dict | BadRecord, config: SourceConfig, folder: Path) -> dict | BadRecord:
+    """A record whose documents have the form they must have, and files that are there."""
+    columns = [segment.column for segment in config.segments if segment.type == "document"]
+    if isinstance(record, BadRecord):
+        return record
+    try:
+        for column in columns:
+            for part in check_parts(record.get(column), column):
+                name = part.get(part["type"])
+                if part["type"] != "text" and isinstance(name, str) and not resolve_inside(folder, name).is_file():
+                    raise BadRecord(f"missing file: {part['type']} file {folder / name} does not exist")
+    except BadRecord as error:
+        return error
+    return record
 
 
 def _is_whole_file(path: Path) -> bool:
@@ -175,8 +123,8 @@ def _format(config: SourceConfig, path: Path) -> str:
             )
     if path.is_dir() and not (path / "README.md").is_file() and not any(path.rglob("*.parquet")):
         suffixes = {file.suffix.lower() for file in path.rglob("*")}
-        if suffixes & set(PICTURE_SUFFIXES):
-            return "pictures"
+        if found := next((kind for kind in KINDS if suffixes & set(KINDS[kind].suffixes)), None):
+            return found
         shards = {shard_format(file.name) for file in path.rglob("*") if file.is_file()}
         if len(shards) == 1 and None not in shards:
             return shards.pop()
@@ -189,27 +137,68 @@ def _format(config: SourceConfig, path: Path) -> str:
 
 
 def _open_shards(config: SourceConfig, kind: str, limits: Limits) -> Source:
-    path = config.path if is_remote(config.path) else str(Path(config.path).expanduser().absolute())
+    path = config.path if is_remote(config.path) else str(local_path(config.path, "path").absolute())
     try:
         shards = find_shards(path, kind)
     except (OSError, ValueError, *UNREACHABLE) as error:
         raise ValueError(f"source {config.name!r}: {config.path} cannot be listed: {error}") from error
     if not shards:
         raise ValueError(f"source {config.name!r}: {config.path} holds no {kind} shards; mend path or format")
-    columns = dict.fromkeys([*(config.match or {}), *(c for segment in config.segments for c in segment.columns)])
-    files = ShardFiles(kind, tuple(shards), tuple(columns), limits)
+    root = Path(shards[0].url).parents[shards[0].name.count("/")]
+    is_folder = not is_remote(path) and Path(path).is_dir()
+    shards = [shards[place] for place in _of_split(config, [shard.name for shard in shards], True, not is_folder)]
+    files = ShardFiles(kind, tuple(shards), tuple(_columns(config)), limits)
     described = {"format": kind, "limit": config.limit, "match": config.match, "names": files.names}
     described["sizes"] = [shard.size for shard in shards]
     if is_remote(path) or sum(described["sizes"]) > CONTENT_FINGERPRINT_BYTES:
         described["stamps"] = [shard.stamp for shard in shards]
     else:
-        described["content"] = [_content(Path(shard.url)) for shard in shards]
+        described["content"] = [content_fingerprint(Path(shard.url)) for shard in shards]
     # Pictures and sounds that records name stand in the folder of all shards, those of a webdataset in its shards.
-    in_folder = not is_remote(path) and kind != "webdataset"
-    roots = (Path(shards[0].url).parents[shards[0].name.count("/")],) if in_folder else ()
-    source = Source(config, files, None, _digest(described), roots=roots)
+    roots = (root,) if not is_remote(path) and kind != "webdataset" else ()
+    if roots and any(segment.type != "text" for segment in config.segments):
+        described["files"] = local_fingerprint(root)
+    labels = _labels_of_parquet(files) if kind == "parquet" else {}
+    source = Source(config, files, None, digest_of(described), roots=roots, labels=labels)
     _check_first_columns(source)
     return source
+
+
+def _columns(config: SourceConfig) -> dict[str, None]:
+    """The columns that are read."""
+    return dict.fromkeys([*(config.match or {}), *(c for segment in config.segments for c in segment.columns)])
+
+
+def _of_split(config: SourceConfig, names: list[str], by_file: bool, is_named: bool) -> list[int]:
+    """Which of some files are of the split.
+
+    Args:
+        names: paths relative to the folder of all.
+        by_file: whether their own names tell it, too.
+        is_named: the path names the files themselves. Those of one split are then taken as they are.
+    """
+    splits = splits_of(names, by_file)
+    known = sorted(set(splits))
+    if (is_named and len(known) == 1 and config.split == "train") or (
+        known == ["train"] and [config.split] == splits_of([config.path], by_file=True)
+    ):
+        return list(range(len(names)))
+    if config.split not in known:
+        raise ValueError(_unknown(config, "split", config.split, known))
+    return [place for place, split in enumerate(splits) if split == config.split]
+
+
+def _labels_of_parquet(files: ShardFiles) -> dict[str, list[str]]:
+    """The names of labels, which `datasets` writes beside the columns of a parquet file."""
+    for number in range(len(files.shards)):
+        try:
+            with files.open(number) as file:
+                return label_names(datasets.Features.from_arrow_schema(parquet.read_schema(file)))
+        except UNREACHABLE:
+            raise
+        except Exception:  # a broken shard, which is named when its records are read
+            continue
+    return {}
 
 
 def _check_first_columns(source: Source) -> None:
@@ -227,30 +216,26 @@ def _open_dataset(config: SourceConfig, path: Path) -> Source:
     streamed = not isinstance(records, datasets.Dataset)
     if records.features is not None:
         _check_columns(config, list(records.features))
-        for name, feature in records.features.items():
-            if isinstance(feature, datasets.Image):
-                records = records.cast_column(name, datasets.Image(mode=feature.mode, decode=False))
-            if isinstance(feature, datasets.Audio):
-                records = records.cast_column(name, datasets.Audio(sampling_rate=feature.sampling_rate, decode=False))
     if not streamed and config.match:
         columns = list(config.match)
         records = records.filter(
-            lambda *values: _matches(dict(zip(columns, values, strict=True)), config.match), input_columns=columns
+            lambda *values: matches(dict(zip(columns, values, strict=True)), config.match), input_columns=columns
         )
     if not streamed and config.limit is not None:
         records = records.select(range(min(config.limit, len(records))))
     described = {"config": config.config, "split": config.split, "limit": config.limit}
     described |= {"match": config.match} if config.match else {}
+    roots = source_roots(path)
     if path.exists():
-        described["files"] = _local_fingerprint(path)
-        roots = [path if path.is_dir() else path.parent]
+        names_files = any(segment.type != "text" for segment in config.segments)
+        described["files"] = local_fingerprint(roots[0] if names_files else path)
     else:
         described["dataset"] = [config.path, _hub_commit(config)] if streamed else records._fingerprint
-        roots = [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
     if streamed:
         described["shards"] = records.num_shards  # records have other numbers
-        return Source(config, StreamedDataset(records), None, _digest(described), roots=roots)
-    return Source(config, records, len(records), _digest(described), roots=roots)
+    number, labels = None if streamed else len(records), label_names(records.features)
+    records = StreamedDataset(records) if streamed else records
+    return Source(config, records, number, digest_of(described), roots=roots, labels=labels)
 
 
 def _load(config: SourceConfig, path: Path):
@@ -275,9 +260,11 @@ def _load(config: SourceConfig, path: Path):
             raise ValueError(_unknown(config, "split", config.split, splits)) from error
         raise
     except datasets.exceptions.DatasetGenerationError as error:
+        way_out = "fetch it again, or set format to that of its files, which names the broken one"
+        if isinstance(error.__cause__, ImportError):
+            way_out = "set format: sounds for a folder of sounds, which are then read without that package"
         raise ValueError(
-            f"source {config.name!r}: {config.path} cannot be read: {error.__cause__ or error}; fetch it again, or set "
-            "format to that of its files, which names the broken one"
+            f"source {config.name!r}: {config.path} cannot be read: {error.__cause__ or error}; {way_out}"
         ) from error
     except (FileNotFoundError, ConnectionError, OSError) as error:
         raise ValueError(
@@ -289,10 +276,6 @@ def _hub_commit(config: SourceConfig) -> str:
     from huggingface_hub import HfApi
 
     return HfApi().dataset_info(config.path, revision=config.revision).sha
-
-
-def _matches(record: dict, match: dict[str, str] | None) -> bool:
-    return all(re.search(expression, str(record.get(column, ""))) for column, expression in (match or {}).items())
 
 
 def _check_columns(config: SourceConfig, columns: list[str]) -> None:
@@ -309,27 +292,3 @@ def _unknown(config: SourceConfig, what: str, value: str, known: list[str]) -> s
     near = difflib.get_close_matches(value, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(map(repr, known)) or 'nothing'}"
     return f"source {config.name!r} ({config.path}): no {what} {value!r}; {hint}"
-
-
-def _local_fingerprint(path: Path) -> str:
-    """Over every file's relative path, and its content or, for a large source, its size and time of change."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    by_content = sum(file.stat().st_size for file in files) <= CONTENT_FINGERPRINT_BYTES
-    digest = hashlib.sha256()
-    for file in files:
-        stat = file.stat()
-        digest.update(f"{file.relative_to(path)}\0{stat.st_size}\0".encode())
-        digest.update((_content(file) if by_content else str(stat.st_mtime_ns)).encode())
-    return digest.hexdigest()
-
-
-def _content(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while chunk := opened.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _digest(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

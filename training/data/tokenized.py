@@ -7,25 +7,29 @@ fingerprint covers everything the tokens were made from; a change of any of it m
 
 import hashlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from .batch_tokenizer import BatchTokenizer, text_of
-from .chunks import SIZES, VALUES, chunk_damage, open_chunk
+from .batch_tokenizer import BatchTokenizer
+from .chunks import SIZES, VALUES, chunk_damage, open_chunk, read_description
 from .columns import ImageColumn, TokenColumn, Vocabulary
 from .config import AugmentationConfig, Limits, SourceConfig
 from .preparation import prepare
-from .sources import SHARD_RECORDS, Source, open_source
+from .records import SHARD_RECORDS, Source
+from .segments import text_of
+from .sources import open_source
 
 
 __all__ = ["TokenizedSource", "Vocabulary", "text_of"]
 
 
 # Part of every fingerprint: raise it when the same records must give other tokens than before.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 class TokenizedSource:
@@ -36,6 +40,7 @@ class TokenizedSource:
         vocabulary: `Vocabulary` of the processor that made the tokens.
         fingerprint: over everything the tokens were made from.
         skipped: reasons and numbers of records left out (`on_error: skip`).
+        first_skipped: reasons, and the name of the first record left out for each.
         tokens: ids of all segments of all records, of the first variant.
         records: (len,) the number of each record in its source.
         columns: `Segment` -> `TokenColumn`; texts have one variant, pictures and sounds one or more.
@@ -45,10 +50,14 @@ class TokenizedSource:
 
     def __init__(self, config: SourceConfig, folder: Path):
         self.config, self.folder = config, Path(folder)
-        meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-        self.fingerprint, self.skipped, self.tokens = meta["fingerprint"], meta["skipped"], meta["tokens"]
+        try:
+            meta = read_description(self.folder / "meta.json")
+        except ValueError as error:
+            raise ValueError(self._damaged([str(error)])) from error
+        self.fingerprint, self.tokens = meta["fingerprint"], meta["tokens"]
+        self.skipped, self.first_skipped = meta["skipped"], meta["first_skipped"]
         self._chunks, self._shards = meta["chunks"], meta["shards"]
-        self._refuse_damage(by_content=False)
+        self._refuse_damage()
         self.vocabulary = Vocabulary.from_dict(meta["vocabulary"])
         self.table = table = pa.concat_tables(open_chunk(self.folder / chunk["file"]) for chunk in self._chunks)
         self.columns = {segment: TokenColumn(table.column(str(segment)).chunks) for segment in config.segments}
@@ -71,19 +80,25 @@ class TokenizedSource:
         return self.table.slice(int(index), 1).select(names).to_pylist()[0]
 
     def verify(self) -> None:
-        """Hash every file.
+        """Hash every file again.
 
         Raises:
             ValueError: a file is not as it was written.
         """
-        self._refuse_damage(by_content=True)
+        self._refuse_damage(anew=True)
 
-    def _refuse_damage(self, by_content: bool) -> None:
-        if damage := [found for chunk in self._chunks if (found := chunk_damage(self.folder, chunk, by_content))]:
-            raise ValueError(
-                f"prepared source {self.config.name!r} is damaged: {'; '.join(damage[:3])}"
-                f"{f' and {len(damage) - 3} more' if len(damage) > 3 else ''}; remove {self.folder}, and it is made again"
-            )
+    def _refuse_damage(self, anew: bool = False) -> None:
+        with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to others
+            found = pool.map(lambda chunk: chunk_damage(self.folder, chunk, anew), self._chunks)
+        if damage := [what for what in found if what is not None]:
+            raise ValueError(self._damaged(damage))
+
+    def _damaged(self, what: list[str]) -> str:
+        more = f" and {len(what) - 3} more" if len(what) > 3 else ""
+        return (
+            f"prepared source {self.config.name!r} is damaged: {'; '.join(what[:3])}{more}; remove {self.folder}, and "
+            "it is made again"
+        )
 
     def name_of(self, index: int) -> str:
         """How a message calls the record at `index`."""
@@ -122,7 +137,7 @@ class TokenizedSource:
 
         Raises:
             ValueError: a record that cannot be used, by source, record number and column (`on_error: raise`), or
-                nothing left of the source; a prepared file that is missing or cut short.
+                nothing left of the source; a prepared file that is not as it was written.
         """
         config.validate()
         limits = limits or Limits()
@@ -131,7 +146,7 @@ class TokenizedSource:
             vae = None
         fingerprint = _fingerprint(source, processor, augmentation, vae, limits)
         folder = Path(cache_dir) / f"{_file_name(config.name)}-{fingerprint[:16]}"
-        if not (folder / "meta.json").is_file():
+        if not os.path.isfile(folder / "meta.json"):
             prepare(
                 folder, fingerprint, BatchTokenizer(source, processor, augmentation, limits), vae, num_proc, progress
             )
@@ -139,8 +154,8 @@ class TokenizedSource:
         # Whether records may be left out is no part of the fingerprint: what is finished when one is met is kept.
         if prepared.skipped and config.on_error == "raise":
             raise ValueError(
-                f"source {config.name!r} was prepared with on_error: skip, and left out {prepared.skipped}; set that, or "
-                "mend those records"
+                f"source {config.name!r} was prepared with on_error: skip, and left out {prepared.skipped} (the first of "
+                f"each: {prepared.first_skipped}); set that, or mend those records"
             )
         return prepared
 
@@ -162,4 +177,4 @@ def _fingerprint(source: Source, processor, augmentation: AugmentationConfig | N
 
 
 def _file_name(name: str) -> str:
-    return "".join(character if character.isalnum() or character in "-_" else "_" for character in name)
+    return "".join(character if character.isalnum() or character in "-_" else "_" for character in name)[:50]

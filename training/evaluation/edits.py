@@ -4,14 +4,15 @@ A model that learnt nothing returns its source, which may be close to the target
 the drawn picture is nearer to, beside how near.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
 from PIL import Image
 
-from training.data.config import SourceConfig
+from training.data.config import Segment, SourceConfig
 from training.data.media import decode_picture
 from training.data.sources import open_source
 from training.data.tokenized import text_of
@@ -43,15 +44,13 @@ def find_edits(sources: Sequence[SourceConfig], limit: int) -> list[Edit]:
             if [segment.type for segment in segments] == EDIT_KINDS:
                 opened = open_source(source)
                 step = max(1, (opened.num_records or 0) // max(1, limit))
-                return list(islice(_edits(islice(opened, 0, None, step), *segments), limit))
+                return list(islice(opened.each(partial(_edit, *segments), step), limit))
     return []
 
 
-def _edits(records, source, text, target) -> Iterator[Edit]:
-    for record in records:
-        pictures = (decode_picture(record[segment.column]) for segment in (source, target))
-        first, last = pictures
-        yield Edit(first, text_of(text, record), last)
+def _edit(source: Segment, text: Segment, target: Segment, record: dict) -> Edit:
+    first, last = (decode_picture(record[segment.column]) for segment in (source, target))
+    return Edit(first, text_of(text, record), last)
 
 
 def edit_figures(edits: Sequence[Edit], drawn: Sequence[Image.Image]) -> dict[str, float | int]:

@@ -1,6 +1,7 @@
 """The end of a run: what it draws, reads and speaks, how much of it is right, and the files that show it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,8 +53,10 @@ def make_samples(
     folder: Path,
     title: str,
     check_stop: Callable[[], None] = lambda: None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    progress_bar: bool = False,
 ) -> tuple[SampleSheet, dict[str, float | int]]:
-    """Write samples into `folder`; return the sheet and the measures.
+    """Write samples into `folder`; return the sheet and the measures. The last three arguments are `Sampler`'s.
 
     The measures are shares between 0 and 1: `drawn_right` (the nearest neighbour of the drawn picture, among
     `gallery_size` pictures, is the named one), `reconstructed_right` (the same for the original through the image
@@ -65,7 +68,7 @@ def make_samples(
     folder.mkdir(parents=True, exist_ok=True)
     was_training = model.training
     model.eval()
-    sampler = Sampler(model, processor, config, check_stop)
+    sampler = Sampler(model, processor, config, check_stop, autocast, progress_bar)
     sheet, measures = SampleSheet(title), {}
     held_in = subjects.held_in[: config.measured]
     held_out = subjects.held_out[: config.held_out]

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from modeling_mot.image_loading_mot import fit_picture
 from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig
-from modeling_mot.picture_loading_mot import fit_picture
 
 
 def fitting_of(processor) -> Any:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
 from modeling_mot import MoTConfig, MoTPreTrainedModel
-from training.config import option
+from training.config import check_options, option
 from training.objectives import DIFFUSION, objective_names
 
 
@@ -24,15 +24,12 @@ from training.objectives import DIFFUSION, objective_names
 class EvaluationConfig:
     """When and on how much the held-out losses are measured."""
 
-    every: int = option(0, "steps between evaluations; 0: only at the end")
-    rows: int = option(32, "most rows of each direction")
-    batch_rows: int = option(8, "rows of one forward")
+    every: int = option(0, "steps between evaluations; 0: only at the end", ge=0)
+    rows: int = option(32, "most rows of each direction", ge=0)
+    batch_rows: int = option(8, "rows of one forward", ge=1)
 
     def __post_init__(self):
-        if self.every < 0 or self.rows < 0 or self.batch_rows < 1:
-            raise ValueError(
-                f"every={self.every} and rows={self.rows} must not be negative, batch_rows={self.batch_rows} at least 1"
-            )
+        check_options(self)
 
 
 def target_objective(direction: str, config: MoTConfig) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from modeling_mot.image_loading_mot import flatten
+
 
 SIDE, CELLS, DIRECTIONS = 64, 8, 9
 # Relative to the largest difference possible (2): differences below are those of equal pictures.
@@ -18,7 +20,7 @@ _TIE = 1e-5
 
 def descriptor(image: Image.Image) -> np.ndarray:
     """(CELLS^2 * (DIRECTIONS + 3),) float64 of a picture of any size."""
-    rgb = np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float64) / 255
+    rgb = np.asarray(flatten(image).resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float64) / 255
     lab = rgb_to_lab(rgb)
     down, right = np.gradient(lab[..., 0])
     # Soft votes: a gradient between two directions counts for both, or a small change would move it whole.

@@ -2,17 +2,19 @@
 
 import wave
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
 from modeling_mot.interleaved_decoding_mot import pictures_of
 from modeling_mot.latents_mot import encode_pixels
-from training.config import option
+from training.config import check_options, option
 from training.data.collate import is_transfusion
 
 
@@ -21,37 +23,30 @@ class SamplesConfig:
     """What is drawn, read and spoken at the end of a run, and how."""
 
     enabled: bool = option(True, "make samples, the sheet and the nearest-neighbour measure at the end")
-    measured: int | None = option(None, "held-in names that are drawn and measured; null: all the run trained on")
-    held_out: int = option(48, "held-out names that are drawn and read")
+    measured: int | None = option(None, "held-in names that are drawn and measured; null: all the run trained on", ge=1)
+    held_out: int = option(48, "held-out names that are drawn and read", ge=0)
     held_out_names: list[str] | None = option(None, "which held-out names; null: the first `held_out` of them")
-    shown: int = option(24, "pictures of each kind on the sheet")
-    edits: int = option(48, "edits of a picture that are drawn and measured, of each split")
-    spoken: int = option(6, "names spoken into WAV files")
-    texts: int = option(4, "running texts continued")
-    gallery: int = option(5000, "most pictures of a split among which a drawn one must find its own")
-    temperature: float = option(0.0, "of picture codes and speech units; 0: the likeliest one each time")
-    top_k: int = option(0, "sample among the likeliest so many; 0: all")
+    shown: int = option(24, "pictures of each kind on the sheet", ge=0)
+    edits: int = option(48, "edits of a picture that are drawn and measured, of each split", ge=0)
+    spoken: int = option(6, "names spoken into WAV files", ge=0)
+    texts: int = option(4, "running texts continued", ge=0)
+    gallery: int = option(5000, "most pictures of a split among which a drawn one must find its own", ge=1)
+    temperature: float = option(0.0, "of picture codes and speech units; 0: the likeliest one each time", ge=0, le=1000)
+    top_k: int = option(0, "sample among the likeliest so many; 0: all", ge=0)
     guidance_scale: float = option(
-        1.0, "classifier-free guidance of pictures; 1: none; needs caption dropout in training"
+        1.0, "classifier-free guidance of pictures; 1: none; needs caption dropout in training", ge=1, le=1000
     )
-    num_inference_steps: int = option(250, "denoising steps of a picture that is diffused")
+    num_inference_steps: int = option(250, "denoising steps of a picture that is diffused", ge=1, le=10**5)
     scheduler: str = option("ddpm", "ddpm, ddim, dpm, ... or the name of one of diffusers' schedulers")
-    batch: int = option(64, "prompts generated together")
-    max_text_tokens: int = option(24, "longest text that is read off or continued")
-    max_speech_tokens: int = option(100, "longest span of speech")
-    seed: int = option(0, "of sampling")
+    batch: int = option(64, "prompts generated together", ge=1)
+    max_text_tokens: int = option(24, "longest text that is read off or continued", ge=1, le=10**5)
+    max_speech_tokens: int = option(100, "longest span of speech", ge=1, le=10**5)
+    seed: int = option(0, "of sampling", ge=0, le=2**32 - 1)
 
     def __post_init__(self):
-        for name in ("held_out", "edits", "shown", "spoken", "texts", "top_k"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("batch", "gallery", "max_text_tokens", "max_speech_tokens", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.temperature < 0 or self.guidance_scale < 1:
-            raise ValueError(f"temperature={self.temperature} must be >= 0, guidance_scale={self.guidance_scale} >= 1")
-        if self.measured is not None and self.measured < 1:
-            raise ValueError(f"measured={self.measured} must be at least 1, or null for all")
+        check_options(self)
+        if 0 < self.temperature < 1e-3:
+            raise ValueError(f"temperature={self.temperature} divides by almost nothing; give 0, or at least 0.001")
 
 
 class Sampler:
@@ -59,6 +54,8 @@ class Sampler:
 
     Args:
         check_stop: called between batches; it may raise to end sampling.
+        autocast: makes a context in which the model generates, such as an accelerator's; nothing else runs in it.
+        progress_bar: show how many of the prompts are done.
     """
 
     def __init__(
@@ -67,8 +64,11 @@ class Sampler:
         processor: MoTProcessor,
         config: SamplesConfig,
         check_stop: Callable[[], None] = lambda: None,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        progress_bar: bool = False,
     ):
         self.model, self.processor, self.config, self.check_stop = model, processor, config, check_stop
+        self.autocast, self.progress_bar = autocast, progress_bar
         self.mot = model.config
 
     @property
@@ -82,7 +82,7 @@ class Sampler:
     def draw(self, names: Sequence[str]) -> list[Image.Image]:
         """A picture of each name, of the size that the model's configuration has."""
         if is_transfusion(self.mot):
-            return self._diffuse([[{"type": "text", "text": name}] for name in names])
+            return self._diffuse("drawing", [[{"type": "text", "text": name}] for name in names])
         rows, columns = self.mot.image_grid
         prompts = self._prompts([[{"type": "text", "text": name}] for name in names], "image")
         guidance = {}
@@ -90,23 +90,22 @@ class Sampler:
             # What the model saw where caption dropout took the name away.
             nothing = self._prompts([[]], "image")[0]
             guidance = {"guidance_scale": self.config.guidance_scale, "negative": nothing}
-        codes = self._generate(prompts, rows * columns, self.config.temperature, **guidance)
+        codes = self._generate("drawing", prompts, rows * columns, self.config.temperature, **guidance)
         return [self.picture(drawn) for drawn in codes]
 
     def edit(self, pairs: Sequence[tuple[Image.Image, str]]) -> list[Image.Image]:
         """What each picture becomes by its instruction; of models that diffuse."""
         if not self.can_edit:
             raise ValueError("edit() needs a Transfusion model; discrete pictures are drawn from names")
-        return self._diffuse(
-            [[{"type": "image", "image": image}, {"type": "text", "text": text}] for image, text in pairs]
-        )
+        documents = [[{"type": "image", "image": image}, {"type": "text", "text": text}] for image, text in pairs]
+        return self._diffuse("editing", documents)
 
-    def _diffuse(self, documents: list) -> list[Image.Image]:
+    def _diffuse(self, what: str, documents: list) -> list[Image.Image]:
         """The picture that follows each document; its noise depends on its place in the list alone."""
         pictures = []
-        for start, some in self._batches(documents):
+        for start, some in self._batches(what, documents):
             seeds = range(self.config.seed + start, self.config.seed + start + len(some))
-            output = self.model.generate(
+            output = self._run(
                 documents=some,
                 processor=self.processor,
                 generation_mode="image",
@@ -139,19 +138,17 @@ class Sampler:
         if is_transfusion(self.mot):
             return self._read_continuous(documents)
         prompts = self._prompts(documents, "text")
-        # A document may well end after a picture; asked for its name, it does not.
-        read = self._generate(prompts, self.config.max_text_tokens, 0.0, min_new_tokens=1)
+        read = self._generate("reading", prompts, self.config.max_text_tokens, 0.0)
         return [self._text(ids).strip() for ids in read]
 
     def _read_continuous(self, documents: list) -> list[str]:
         texts = []
-        for _, some in self._batches(documents):
-            output = self.model.generate(
+        for _, some in self._batches("reading", documents):
+            output = self._run(
                 documents=some,
                 processor=self.processor,
                 generation_mode="text",
                 max_new_tokens=self.config.max_text_tokens,
-                min_new_tokens=1,
                 do_sample=False,
                 pad_token_id=self.mot.pad_token_id,
             )
@@ -166,7 +163,8 @@ class Sampler:
         limit = self.mot.max_speech_tokens or self.config.max_speech_tokens
         begin, end = self.mot.begin_of_speech_token_id, self.mot.end_of_speech_token_id
         clips = []
-        for units in self._generate(prompts, limit + 1, self.config.temperature, max_speech_tokens=limit):
+        spoken = self._generate("speaking", prompts, limit + 1, self.config.temperature, max_speech_tokens=limit)
+        for units in spoken:
             units = units[: units.index(end)] if end in units else units
             segments = self.processor.decode_document([begin, *units, end])
             clips.append(next((s["audio"], s["sampling_rate"]) for s in segments if s["type"] == "audio"))
@@ -176,22 +174,37 @@ class Sampler:
         """What the model writes after each prompt."""
         ids = self._prompts([[{"type": "text", "text": prompt}] for prompt in prompts], "text")
         no_pictures = {"generation_mode": "text"} if is_transfusion(self.mot) else {}
-        return [self._text(new) for new in self._generate(ids, self.config.max_text_tokens, 0.0, **no_pictures)]
+        written = self._generate("writing", ids, self.config.max_text_tokens, 0.0, **no_pictures)
+        return [self._text(new) for new in written]
 
     # ----------------------------------------------------------------------------------------------- generating
 
-    def _batches(self, prompts: list) -> Iterator[tuple[int, list]]:
+    def _batches(self, what: str, prompts: list) -> Iterator[tuple[int, list]]:
         """(place of the first, those generated together); a stop is looked for before each."""
-        for start in range(0, len(prompts), self.config.batch):
-            self.check_stop()
-            yield start, prompts[start : start + self.config.batch]
+        with tqdm(total=len(prompts), desc=what, unit="prompt", disable=not self.progress_bar) as bar:
+            for start in range(0, len(prompts), self.config.batch):
+                self.check_stop()
+                some = prompts[start : start + self.config.batch]
+                yield start, some
+                bar.update(len(some))
+
+    def _run(self, **arguments):
+        """The model's `generate`, which alone runs in the precision of training."""
+        with self.autocast():
+            return self.model.generate(**arguments)
 
     def _prompts(self, documents: list, continue_with: str) -> list[list[int]]:
         batch = self.processor(documents=documents, continue_with=continue_with, add_eos=False)
         return [[int(token) for token in ids] for ids in batch["input_ids"]]
 
     def _generate(
-        self, prompts: list[list[int]], new_tokens: int, temperature: float, negative: list[int] | None = None, **kwargs
+        self,
+        what: str,
+        prompts: list[list[int]],
+        new_tokens: int,
+        temperature: float,
+        negative: list[int] | None = None,
+        **kwargs,
     ) -> list[list[int]]:
         """The new tokens of each prompt, in batches padded on the left."""
         sampling = {"do_sample": False}
@@ -199,11 +212,11 @@ class Sampler:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": self.config.top_k}
         results = []
         torch.manual_seed(self.config.seed)
-        for _, some in self._batches(prompts):
+        for _, some in self._batches(what, prompts):
             input_ids, attention_mask = self._pad(some)
             if negative is not None:
                 kwargs["negative_prompt_ids"] = torch.tensor([negative] * len(input_ids), device=self.model.device)
-            output = self.model.generate(
+            output = self._run(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 max_new_tokens=new_tokens,

@@ -7,7 +7,8 @@ from itertools import islice
 
 from PIL import Image
 
-from modeling_mot import MoTProcessor
+from modeling_mot import MoTConfig, MoTProcessor, MoTTransfusionConfig
+from modeling_mot.denoising_mot import DiffusionSettings
 from training.config import ConfigError
 from training.data.config import DataConfig, Segment, SourceConfig
 from training.data.media import decode_picture
@@ -51,7 +52,7 @@ def check_subjects(data: DataConfig, config: SamplesConfig) -> None:
         )
     if config.enabled and config.held_out_names is not None:
         pair = pair_of(data.validation_sources, "image")
-        names = [text_of(pair[1], record).strip() for record in _records(pair[0])] if pair is not None else []
+        names = [name.strip() for name in _texts(*pair[:2])] if pair is not None else []
         if missing := [name for name in config.held_out_names if name not in names]:
             near = difflib.get_close_matches(missing[0], names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -66,6 +67,17 @@ def check_decoder(processor: MoTProcessor, config: SamplesConfig) -> None:
             "samples.enabled=true, but the processor's image tokenizer has no decoder, so no picture can be shown; set "
             "samples.enabled=false, or convert the checkpoint again with the weights of one (--image-decoder)"
         )
+
+
+def check_diffusion(planned: MoTConfig, config: SamplesConfig) -> None:
+    """Refuse to start a run whose pictures could not be diffused as its samples ask for."""
+    if not (config.enabled and isinstance(planned, MoTTransfusionConfig)):
+        return
+    names = ("guidance_scale", "num_inference_steps", "scheduler")
+    try:
+        DiffusionSettings(**{name: getattr(config, name) for name in names}).validate(planned)
+    except ValueError as error:
+        raise ConfigError(f"samples: {error}") from error
 
 
 def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
@@ -86,10 +98,10 @@ def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
     subjects.held_out_edits = find_edits(data.validation_sources, config.edits)
     if (pair := pair_of(data.sources, "audio")) is not None and config.spoken:
         source, text, _ = pair
-        subjects.spoken = [text_of(text, record) for record in islice(_records(source), config.spoken)]
+        subjects.spoken = list(islice(_texts(source, text), config.spoken))
     if (found := text_of_sources(data.validation_sources or data.sources)) is not None and config.texts:
         source, text = found
-        lines = (text_of(text, record) for record in islice(_records(source), config.texts))
+        lines = islice(_texts(source, text), config.texts)
         subjects.texts = [" ".join(line.split(" ")[:_TEXT_PROMPT_WORDS]) for line in lines]
     return subjects
 
@@ -114,6 +126,10 @@ def _named_pictures(
             # The source was tokenised before, so only `on_error: skip` lets such a record come here.
             continue
     return named, rest
+
+
+def _texts(source: SourceConfig, text: Segment) -> Iterator[str]:
+    return open_source(source).each(lambda record: text_of(text, record))
 
 
 def _records(source: SourceConfig) -> Iterator[dict]:

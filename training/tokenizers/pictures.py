@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from modeling_mot.image_loading_mot import load_fitted
 from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig
-from modeling_mot.picture_loading_mot import fit_picture, load_picture
-from training.tokenizers.sources import PICTURE_SUFFIXES, read_column_values
+from training.tokenizers.sources import PICTURE_SUFFIXES, read_media
 
 
 PICTURE_COLUMNS = ["image", "picture", "img"]
@@ -48,7 +48,7 @@ class Pictures(Sequence):
     def __getitem__(self, index: int) -> torch.Tensor:
         if self.cache is not None and index in self.cache:
             return self.cache[index]
-        pixels = fit_picture(load_picture(self.sources[index], self.config.max_pixels), self.config)
+        pixels = load_fitted(self.sources[index], self.config)
         picture = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
         if self.cache is not None:
             self.cache[index] = picture
@@ -57,7 +57,7 @@ class Pictures(Sequence):
 
 def read_pictures(where: list[str], arguments: argparse.Namespace, config: ImageTokenizerConfig) -> Pictures:
     """The pictures of the sources a command names; it ends with an error where there are none."""
-    sources = list(read_column_values(where, arguments.column or PICTURE_COLUMNS, arguments.limit, PICTURE_SUFFIXES))
+    sources = list(read_media(where, arguments.column or PICTURE_COLUMNS, arguments.limit, PICTURE_SUFFIXES))
     if not sources:
         raise SystemExit(f"error: no pictures in {', '.join(where)}")
     return Pictures(sources, config)

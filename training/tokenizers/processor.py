@@ -11,12 +11,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from modeling_mot.image_processor_mot import MoTImageProcessor
 from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig, MoTImageTokenizer
 from modeling_mot.processing_mot import MoTProcessor
 from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
+from modeling_mot.trust_mot import load_tokenizer
 from modeling_mot.vocabulary_mot import SPECIAL_TOKENS, extend_tokenizer, without_codes
 from training.tokenizers.sources import add_output_arguments, check_output, publish
 
@@ -47,12 +48,11 @@ def continuous_processor(
         speech = source.speech_tokenizer if keep_speech else None
     if keep_speech and speech is None:
         raise ValueError("keep_speech=True needs a MoTProcessor with a speech tokenizer; pass one, or leave it out")
-    if all(getattr(tokenizer, name, None) is not None for name in SPECIAL_TOKENS):
-        tokenizer = without_codes(tokenizer)
-    else:
-        tokenizer = copy.deepcopy(tokenizer)
+    # A begin token may be missing: a model that was converted may know none.
+    is_extended = all(getattr(tokenizer, name, None) is not None for name in SPECIAL_TOKENS if name != "bos_token")
+    tokenizer = without_codes(tokenizer) if is_extended else copy.deepcopy(tokenizer)
     if speech is not None or getattr(tokenizer, "image_token", None) is None:
-        extend_tokenizer(tokenizer, 0, speech.num_units if speech else 0)
+        extend_tokenizer(tokenizer, 0, speech.num_units if speech else 0, begins_texts=not is_extended)
     pictures = MoTImageProcessor(image_size, downsampling, **image_settings)
     return MoTProcessor(tokenizer, None, speech, pictures, chat_template=template)
 
@@ -112,10 +112,7 @@ def main(argv: list[str] | None = None) -> dict:
             "error: --downsampling keeps pictures as pixels, without speech: leave --image and --speech out"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.text)
-        # Where it was loaded from is no property of the tokenizer.
-        for name in ("is_local", "local_files_only"):
-            tokenizer.init_kwargs.pop(name, None)
+        tokenizer = load_tokenizer(arguments.text)
         image = load_image_tokenizer(arguments)
         speech = MoTSpeechTokenizer.from_pretrained(arguments.speech) if arguments.speech else None
         if arguments.downsampling is not None:

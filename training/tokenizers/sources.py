@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from modeling_mot.trust_mot import leads_outside
+
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
@@ -50,11 +52,11 @@ def publish(temporary: Path, output: Path) -> None:
 def read_column_values(
     sources: list[str], columns: list[str], limit: int | None, suffixes: tuple[str, ...]
 ) -> Iterator[Any]:
-    """Values of `columns` from every source in order; for plain files their paths. Nested lists are flattened."""
+    """Values of `columns` from every source in order, nested lists flattened; for plain files their paths, as `Path`."""
     for source in sources:
         files = matching_files(source, suffixes)
         if files:
-            yield from map(str, files[:limit])
+            yield from files[:limit]
             continue
         records = load_records(source)
         present = [name for name in columns if name in records.column_names]
@@ -71,19 +73,38 @@ def read_column_values(
                 yield from value if isinstance(value, list) and value and isinstance(value[0], str) else [value]
 
 
+def read_media(sources: list[str], columns: list[str], limit: int | None, suffixes: tuple[str, ...]) -> Iterator[Any]:
+    """As `read_column_values`, of pictures or sounds: a file that a record names must lie in the folder of its source."""
+    from training.data.media import OutsidePath, confined, source_roots
+
+    for source in sources:
+        roots = source_roots(Path(source.split(":")[0]))
+        for value in read_column_values([source], columns, limit, suffixes):
+            value = value if isinstance(value, Path) else confined(value, roots)
+            if isinstance(value, OutsidePath):
+                raise SystemExit(
+                    f"error: {source} names {str(value)!r}, which is outside of its folder; put the file there"
+                )
+            yield value
+
+
 def matching_files(source: str, suffixes: tuple[str, ...]) -> list[Path]:
     """The file itself, or the files with one of `suffixes` under a folder, sorted; none for a data set."""
     path = Path(source)
     if path.is_file():
         return [path] if path.suffix.lower() in suffixes else []
-    if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.name != "README.md")
-    return []
+    if not path.is_dir():
+        return []
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.name != "README.md")
+    if outside := [file for file in files if leads_outside(file, path)]:
+        raise SystemExit(f"error: {outside[0]} is a link that leads outside of {path}; put a copy in its place")
+    return files
 
 
 def load_records(source: str):
     """A `datasets.Dataset` with pictures and sound left undecoded."""
     from datasets import Audio, Image, load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     parts = source.split(":")
     path, config = parts[0], parts[1] if len(parts) > 1 and parts[1] else None
@@ -94,8 +115,8 @@ def load_records(source: str):
             records = load_dataset(kind, data_files=path, split="train")
         else:
             records = load_dataset(path, config, split=split)
-    except (FileNotFoundError, ValueError, ConnectionError) as error:
-        raise SystemExit(f"error: cannot read {source}: {error}") from None
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        raise SystemExit(f"error: cannot read {source}: {error.__cause__ or error}") from None
     for name, feature in records.features.items():
         if isinstance(feature, (Image, Audio)):
             records = records.cast_column(name, type(feature)(decode=False))

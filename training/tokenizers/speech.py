@@ -19,7 +19,7 @@ from training.tokenizers.sources import (
     carried_source,
     check_output,
     publish,
-    read_column_values,
+    read_media,
 )
 
 
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> dict:
     check_output(arguments.output, arguments.overwrite)
     where = arguments.source or [carried_source("emoji")]
     columns = arguments.column or ["audio", "sound", "speech"]
-    sounds = read_column_values(where, columns, arguments.limit, SOUND_SUFFIXES)
+    sounds = read_media(where, columns, arguments.limit, SOUND_SUFFIXES)
     try:
         config = SpeechTokenizerConfig(
             num_units=arguments.units,

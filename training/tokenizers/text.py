@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from modeling_mot.trust_mot import load_tokenizer
 from modeling_mot.vocabulary_mot import SPECIAL_TOKENS, add_bos, set_special_attributes, special
 from training.tokenizers.sources import (
     TEXT_SUFFIXES,
@@ -51,15 +52,13 @@ def train_text_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: i
 
 
 def read_texts(sources: list[str], columns: list[str], limit: int | None) -> Iterator[str]:
-    """Texts of columns; of files, their lines."""
-    suffixes = TEXT_SUFFIXES
-    for source in sources:
-        for value in read_column_values([source], columns, limit, suffixes):
-            if isinstance(value, str) and value.endswith(suffixes) and Path(value).is_file():
-                with open(value, encoding="utf-8") as lines:
-                    yield from lines
-            elif isinstance(value, str):
-                yield value
+    """Texts of columns; of files, their lines. What a column holds is text, also where it is the name of a file."""
+    for value in read_column_values(sources, columns, limit, TEXT_SUFFIXES):
+        if isinstance(value, Path):
+            with open(value, encoding="utf-8") as lines:
+                yield from lines
+        elif isinstance(value, str):
+            yield value
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,14 +79,17 @@ def main(argv: list[str] | None = None) -> dict:
     arguments = build_parser().parse_args(argv)
     check_output(arguments.output, arguments.overwrite)
     if arguments.from_pretrained:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.from_pretrained)
+        try:
+            tokenizer = load_tokenizer(arguments.from_pretrained)
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"error: {error}") from None
     else:
         where = arguments.source or [carried_source("emoji"), carried_source("definitions")]
         columns = arguments.column or ["text", "name", "keywords", "definition", "example"]
-        texts = list(read_texts(where, columns, arguments.limit))
-        if not texts:
-            raise SystemExit(f"error: no text in {', '.join(where)}")
         try:
+            texts = list(read_texts(where, columns, arguments.limit))
+            if not texts:
+                raise ValueError(f"no text in {', '.join(where)}")
             tokenizer = train_text_tokenizer(texts, arguments.vocab_size, arguments.min_frequency)
         except ValueError as error:
             raise SystemExit(f"error: {error}") from None

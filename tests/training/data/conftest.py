@@ -16,7 +16,7 @@ class ToyProcessor:
 
     BOI, EOI, BOS, EOS, PAD, BEGIN_SPEECH, END_SPEECH, BYTES = 3, 4, 1, 2, 0, 5, 6, 7
     modality_token_ranges = {"text": [0, 263], "image": [263, 279], "speech": [279, 295]}
-    tokenizer = SimpleNamespace(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
+    tokenizer, bos_token_id = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS), BOS
 
     def __init__(self, salt: str = ""):
         self.salt = salt

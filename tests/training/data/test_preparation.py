@@ -1,5 +1,6 @@
 """Preparing a source: killed and gone on with, by several processes, and what becomes of damaged files."""
 
+import errno
 import json
 import logging
 import os
@@ -10,12 +11,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+from datasets import Dataset
 
-from training.data import SourceConfig, TemplateConfig, TokenizedSource
+from training.data import SourceConfig, TemplateConfig, TokenizedSource, chunks
 from training.data import preparation as module
 
-from .conftest import ToyProcessor
+from .conftest import ToyProcessor, png
 from .test_shards import lines
 
 
@@ -157,11 +160,11 @@ def test_damaged_files_are_named_with_the_way_out(tmp_path, shards):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    opened = TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")
-    with pytest.raises(
-        ValueError, match=r"'texts' is damaged: 00001-00000.arrow has another hash.*remove .*made again"
-    ):
-        opened.verify()
+    for use in (source.verify, lambda: TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")):
+        with pytest.raises(
+            ValueError, match=r"'texts' is damaged: 00001-00000.arrow has another hash.*remove .*made again"
+        ):
+            use()
     path.write_bytes(data[:-8])
     with pytest.raises(ValueError, match=rf"00001-00000.arrow has {len(data) - 8} bytes instead of {len(data)}"):
         TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")
@@ -201,3 +204,111 @@ def test_a_source_of_many_files_does_not_keep_them_open(tmp_path, shards, small_
     ]
     assert not [name for name in opened if name.endswith(".arrow")]
     assert bytes(t - 7 for t in source[399]["text:text"][0]).decode().startswith("1 ")
+
+
+def test_no_flipped_bit_is_trained_on(tmp_path, shards):
+    """Whichever bit of whichever file: the source is refused by the name of the file."""
+    source, random = TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache"), np.random.default_rng(0)
+    for path in sorted(source.folder.iterdir()):
+        whole = path.read_bytes()
+        for place in random.integers(8 * len(whole), size=20):
+            data = bytearray(whole)
+            data[place // 8] ^= 1 << place % 8
+            path.write_bytes(data)
+            with pytest.raises(ValueError, match=f"'texts' is damaged: {path.name} .*remove .*made again"):
+                TokenizedSource(shards, source.folder)
+        path.write_bytes(whole)
+    assert len(TokenizedSource(shards, source.folder)) == len(source)
+
+
+def test_a_file_is_hashed_once_and_again_when_it_is_another(tmp_path, shards):
+    source = TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")
+    path, hashed = source.folder / "00001-00000.arrow", lambda: chunks._file_digest.cache_info().misses
+    before = hashed()
+    TokenizedSource(shards, source.folder)
+    assert hashed() == before
+    os.utime(path, ns=(0, 0))
+    for _ in range(2):
+        TokenizedSource(shards, source.folder)
+        assert hashed() == before + 1
+    # What was done to it without a trace is found where all is hashed anew.
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(ValueError, match="00001-00000.arrow has another hash"):
+        TokenizedSource(shards, source.folder).verify()
+
+
+@pytest.mark.parametrize("file", ["00000-00000.json", "00000-00000.arrow"])
+def test_what_was_damaged_while_it_was_made_is_made_again(tmp_path, shards, small_chunks, monkeypatch, file):
+    whole = TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "whole")
+    with monkeypatch.context() as broken:
+        broken.setattr("training.data.preparation._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob(f"*.partial/{file}")
+    # A number among those it holds: what was read, or a token.
+    data = bytearray(path.read_bytes())
+    place = data.index(b'"read": ') + 8 if file.endswith("json") else len(data) // 2
+    data[place] ^= 1
+    path.write_bytes(data)
+    again = TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")
+    assert contents(again) == contents(whole)
+
+
+def test_a_source_that_failed_is_tried_again(tmp_path):
+    """Nothing is kept of it: what made it fail may be mended without a change of its files."""
+    (tmp_path / "0.jsonl").write_text('{"text": "a"}\n' * 3)
+    config = SourceConfig("x", f"{tmp_path}/0.jsonl", [TemplateConfig(["text:text"])], on_error="skip")
+
+    class Failing(ToyProcessor):
+        def encode_segment(self, segment):
+            raise ValueError("not today")
+
+    with pytest.raises(ValueError, match=r"no usable record; left out: .* \(first: 0.jsonl, document 1: .*\)"):
+        TokenizedSource.prepare(config, Failing(), tmp_path / "cache")
+    assert len(TokenizedSource.prepare(config, ToyProcessor(), tmp_path / "cache")) == 3
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "shards", "parquet", "set"])
+def test_what_is_prepared_depends_on_the_files_that_records_name(tmp_path, kind):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png("red"))
+    if kind in ("jsonl", "shards"):
+        (folder / "0.jsonl").write_text('{"image": "a.png"}\n')
+    else:
+        Dataset.from_dict({"image": ["a.png"]}).to_parquet(str(folder / "train.parquet"))
+    path = {"jsonl": "0.jsonl", "shards": "*.jsonl", "parquet": "*.parquet", "set": ""}[kind]
+    config = SourceConfig("x", f"{folder}/{path}", [TemplateConfig(["image:image"])])
+    red = TokenizedSource.prepare(config, ToyProcessor(), tmp_path / "cache")[0]
+    (folder / "a.png").write_bytes(png("white"))
+    assert TokenizedSource.prepare(config, ToyProcessor(), tmp_path / "cache")[0] != red
+
+
+@pytest.mark.parametrize(
+    "place", ["/dev/null", "/dev/null/cache", "file", "file/cache", "/proc/cache", "a\0b", "a" * 300]
+)
+def test_a_cache_that_cannot_be_written_is_refused_with_the_way_out(tmp_path, shards, place):
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(ValueError, match="cache_dir=.* cannot be written: .*; set data.cache_dir, or .* MOT_CACHE"):
+        TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / place)
+
+
+def test_a_full_cache_is_read_where_nothing_can_be_written(tmp_path, shards, monkeypatch):
+    source = TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    monkeypatch.setattr("training.data.preparation.FileLock.acquire", refuse)
+    assert contents(TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")) == contents(source)
+    with pytest.raises(ValueError, match="cannot be written: .*Read-only"):
+        TokenizedSource.prepare(shards, ToyProcessor("other"), tmp_path / "cache")
+
+
+def test_a_name_of_any_length_is_prepared(tmp_path, shards):
+    shards.name = "名" * 300
+    assert len(TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")) == 600

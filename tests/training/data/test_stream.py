@@ -38,6 +38,22 @@ def test_an_epoch_holds_every_document_exactly_once(prepare, pair_source, data_c
     assert Counter(documents_of(rows)) == Counter(expected_pair(source, record, True) for record in range(40))
 
 
+@pytest.mark.parametrize("targets", ["all", "last"])
+def test_documents_of_a_tokenizer_without_a_begin_token_begin_with_their_first_segment(
+    prepare, pair_source, data_config, processor, targets
+):
+    processor.bos_token_id = None
+    source = prepare(pair_source(caption_first=None, targets=targets))
+    stream = RowStream(data_config(block_documents=40), [source])
+    rows = list(stream.block(0))
+    assert Counter(documents_of(rows)) == Counter(expected_pair(source, record, True)[1:] for record in range(40))
+    draws = stream.draws(0)
+    assert sorted(draws.length) == sorted(map(len, documents_of(rows)))
+    for row in rows:  # nothing predicts the first token of a document
+        starts = np.flatnonzero(row["position_ids"] == 0)
+        assert (row["labels"][starts] == -100).all()
+
+
 def test_each_epoch_has_another_order(prepare, pair_source, data_config):
     stream = RowStream(data_config(block_documents=40), [prepare(pair_source())])
     first, second = stream.draws(0).record, stream.draws(1).record

@@ -20,6 +20,8 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 from pyarrow import parquet
 
+from modeling_mot.image_loading_mot import flatten
+
 from .. import carried_path
 from ..media import decode_picture
 from ..parquet_folder import print_counts, write_folder
@@ -108,7 +110,7 @@ def difference(one: Image.Image, other: Image.Image) -> float:
 
 def edited(record: dict, edits: list[str]) -> Iterator[dict]:
     """A row for each edit of a carried record that can be seen."""
-    source = decode_picture(record["image"])
+    source = flatten(decode_picture(record["image"]))
     for edit in edits:
         instruction, _, change = EDITS[edit]
         target = change(source)

@@ -4,12 +4,14 @@ import io
 
 from PIL import Image
 
+from modeling_mot.image_loading_mot import flatten
+
 from ..media import decode_picture
 
 
 def square_png(data: bytes | str, size: int) -> bytes:
     """Any raster picture, fitted into a white square of `size` pixels, as PNG."""
-    picture = decode_picture(data)
+    picture = flatten(decode_picture(data))
     if picture.size != (size, size):
         scale = size / max(picture.size)
         fitted = tuple(max(1, round(side * scale)) for side in picture.size)

@@ -1,0 +1,168 @@
+"""What fields of configurations may be, as data: a table of rules, and one check that names field, value and way out."""
+
+import difflib
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+
+
+MOST = 2**31 - 1  # of whatever indexes memory
+
+
+def is_whole(value: Any, least: int = 1) -> bool:
+    """True for a whole number of at least `least`, of NumPy's types too; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+
+
+def is_real(value: Any) -> bool:
+    """True for a finite number that a float can hold; True, False and NaN are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+class Rule(Protocol):
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with the value, to be read behind "field=value"; None where nothing is."""
+
+
+class Whole(NamedTuple):
+    """Whole numbers from `low` to `high`; True is none."""
+
+    low: int = 1
+    high: int = MOST
+
+    def problem(self, value: Any) -> str | None:
+        if is_whole(value, self.low) and value <= self.high:
+            return None
+        return f"must be at least {self.low}, and a whole number of at most {self.high}"
+
+
+class Number(NamedTuple):
+    """Finite numbers from `low` to `high`; neither end itself where it is `open`."""
+
+    low: float = 0.0
+    high: float = math.inf
+    open: str = ""  # "low", "high"
+
+    def problem(self, value: Any) -> str | None:
+        if is_real(value):
+            above = value > self.low if self.open == "low" else value >= self.low
+            below = value < self.high if self.open == "high" else value <= self.high
+            if above and below:
+                return None
+        opening = "(" if self.open == "low" else "["
+        closing = ")" if self.open == "high" or self.high == math.inf else "]"
+        kind = "is a probability, and" if (self.low, self.high) == (0, 1) else "must be finite, and"
+        return f"{kind} must lie in {opening}{self.low:g}, {self.high:g}{closing}"
+
+
+class OneOf(NamedTuple):
+    """One of these names."""
+
+    names: tuple
+
+    def problem(self, value: Any) -> str | None:
+        if any(type(value) is type(name) and value == name for name in self.names):
+            return None
+        return f"is not one of {', '.join(map(str, self.names))}{did_you_mean(value, self.names)}"
+
+
+class Several(NamedTuple):
+    """A list of `count` values, or of one or more, each as another rule says."""
+
+    each: Rule
+    count: int | None = None
+
+    def problem(self, value: Any) -> str | None:
+        if not isinstance(value, (list, tuple)) or not len(value) == (self.count or len(value)) > 0:
+            return f"must be a list of {self.count or 'one or more'} values"
+        problems = ((one, self.each.problem(one)) for one in value)
+        return next((f"must not have {one!r}, which {found}" for one, found in problems if found), None)
+
+
+class Typed(NamedTuple):
+    """Values of a type."""
+
+    type: type
+
+    def problem(self, value: Any) -> str | None:
+        return None if isinstance(value, self.type) else f"must be a {self.type.__name__}"
+
+
+class Dtype(NamedTuple):
+    """A dtype of torch, or its name."""
+
+    def problem(self, value: Any) -> str | None:
+        dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+        return None if isinstance(dtype, torch.dtype) else "must be a dtype of torch, such as float32 or bfloat16"
+
+
+class Maybe(NamedTuple):
+    """As another rule says, or None."""
+
+    rule: Rule
+
+    def problem(self, value: Any) -> str | None:
+        found = None if value is None else self.rule.problem(value)
+        return found and f"{found}, or None"
+
+
+def check_fields(values: Any, rules: Mapping[str, Rule], where: str = "") -> None:
+    """Check fields of an object, or entries of a mapping that are there, in the order of the table.
+
+    Args:
+        where: what the names are in, to be put before them: "model." makes "model.patch_size=0 must ...".
+
+    Raises:
+        ValueError: the first that breaks its rule, with name, value and what it may be.
+    """
+    for name, rule in rules.items():
+        if isinstance(values, Mapping) and name not in values:
+            continue
+        value = values[name] if isinstance(values, Mapping) else getattr(values, name)
+        if found := rule.problem(value):
+            raise ValueError(f"{where}{name}={value!r} {found}")
+
+
+def check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Refuse names that are not known, with the nearest of those that are.
+
+    Raises:
+        ValueError: the first unknown name.
+    """
+    known = sorted(known)
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"{what} {name!r} is unknown{did_you_mean(name, known)}; known are {', '.join(map(str, known))}"
+            )
+
+
+def did_you_mean(name: Any, known: Iterable, cutoff: float = 0.6) -> str:
+    """The known name that is nearest, as the end of a sentence; nothing where none is near.
+
+    Args:
+        cutoff: how near, from 0 to 1.
+    """
+    close = difflib.get_close_matches(str(name), [one for one in known if isinstance(one, str)], n=1, cutoff=cutoff)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def strict_configuration(cls: type) -> type:
+    """`strict` of huggingface_hub, which checks types of fields, with the TypeError that Python has for these."""
+    cls = strict(cls)
+    checked = cls.__setattr__
+
+    def __setattr__(self, name, value):
+        try:
+            checked(self, name, value)
+        except StrictDataclassFieldValidationError as error:
+            raise TypeError(f"{type(self).__name__}: {error.__cause__}") from error
+
+    cls.__setattr__ = __setattr__
+    return cls

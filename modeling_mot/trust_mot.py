@@ -1,0 +1,169 @@
+"""What a stranger's checkpoint may not do: name code for others to run, and have files read that are not its own."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+
+# Fields of JSON files by which a loader runs code of the folder or of another repository, or looks for it there.
+NAMES_OF_CODE = frozenset({"auto_map", "custom_pipelines", "custom_generate"})
+CODE_FIELDS = NAMES_OF_CODE | {"_name_or_path", "name_or_path"}
+
+
+def code_in(tree: Any) -> Iterator[str]:
+    """All texts under `auto_map` and its like, at any depth: names of code, such as `modeling.Model`."""
+    if isinstance(tree, list):
+        tree = dict(enumerate(tree))
+    for name, value in tree.items() if isinstance(tree, dict) else ():
+        if name in NAMES_OF_CODE:
+            yield from _texts(value)
+        else:
+            yield from code_in(value)
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, (dict, list)):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _texts(value)
+
+
+def without_code(tree: Any) -> Any:
+    """A tree of dicts and lists without `CODE_FIELDS`, at any depth."""
+    if isinstance(tree, Mapping):
+        return {name: without_code(value) for name, value in tree.items() if name not in CODE_FIELDS}
+    if isinstance(tree, list):
+        return [without_code(value) for value in tree]
+    return tree
+
+
+def forget_code(part: Any) -> None:
+    """Take what a loaded file said of code out of a tokenizer, a configuration or settings of generation, in place."""
+    for name in ("_auto_map", *CODE_FIELDS):
+        vars(part).pop(name, None)
+    if hasattr(part, "init_kwargs"):
+        part.init_kwargs = without_code(part.init_kwargs)
+
+
+def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """A tokenizer of a folder or the Hub: no code of theirs is run, nor named when it is saved.
+
+    Raises:
+        ValueError, OSError: there is none, it needs code of its own, or its settings name files outside of its folder.
+    """
+    check_tokenizer_files(name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    forget_code(tokenizer)
+    for name in ("is_local", "local_files_only"):  # where it was loaded from is no property of the tokenizer
+        tokenizer.init_kwargs.pop(name, None)
+    json.dumps(tokenizer.init_kwargs, ensure_ascii=False, default=str).encode()  # half a character could not be saved
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------------------------------------------ files
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Raises ValueError for a file that is not there, is not JSON or holds no object."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text)
+        if "\\u" in text:
+            json.dumps(tree, ensure_ascii=False).encode()  # an escape may stand for half a character, which is no text
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return tree
+
+
+def check_tokenizer_files(name_or_path: str | os.PathLike, **hub_kwargs) -> None:
+    """Refuse settings of a tokenizer that name files outside of its folder, which transformers would open.
+
+    Raises:
+        ValueError: naming the setting and the file.
+    """
+    settings = cached_file(
+        str(name_or_path), "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs
+    )
+    if settings is None:
+        return
+    for name, value in read_json_object(Path(settings)).items():
+        # Of special_tokens_map_file transformers itself wrote paths of other machines; it opens none of them.
+        if not name.endswith("_file") or name == "special_tokens_map_file" or not isinstance(value, str):
+            continue
+        if os.path.exists(value) and leads_outside(Path(value), Path(settings).parent):
+            raise ValueError(f"{settings} has {name}={value!r}, which is outside of its folder; take it out there")
+
+
+def leads_outside(path: Path, folder: Path) -> bool:
+    """True if `path`, its links followed, is neither in `folder` nor in the store of the Hub's cache that holds it.
+
+    A snapshot of the cache (`snapshots/COMMIT/`) is made of links to `blobs/` beside `snapshots`.
+    """
+    root = folder.resolve()
+    allowed = [root, *(parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots")]
+    try:
+        target = path.resolve()
+    except (OSError, ValueError, RuntimeError):  # a loop of links, a null byte
+        return True
+    return not any(target.is_relative_to(place) for place in allowed)
+
+
+def check_links(folder: Path) -> None:
+    """Refuse a folder in which a link leads out of it: what it leads to would be read, and copied, as the folder's own.
+
+    Raises:
+        ValueError: naming the link and where it leads.
+    """
+    for root, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(root, name)
+            if path.is_symlink() and leads_outside(path, folder):
+                raise ValueError(
+                    f"{path} is a link to {os.readlink(path)}, outside of {folder}; put a copy in its place"
+                )
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> name of the file that holds it, of an index such as `model.safetensors.index.json`.
+
+    Raises:
+        ValueError: the index is not one, or names a file outside of its folder.
+    """
+    files = read_json_object(index).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+        raise ValueError(f"{index} has no weight_map from names of tensors to names of files; download it again")
+    for name in sorted(set(files.values())):
+        parts = (*PurePosixPath(name).parts, *PureWindowsPath(name).parts)
+        is_plain = name and "\0" not in name and ".." not in parts and not PureWindowsPath(name).anchor
+        if not is_plain or leads_outside(index.parent / name, index.parent):
+            raise ValueError(
+                f"{index} names {name!r:.500}, which is outside of its folder; its files must lie beside it"
+            )
+    return files
+
+
+def shard_files(index: Path) -> dict[str, str]:
+    """As `read_weight_map`, and the files are there. Raises ValueError where one is missing."""
+    files = read_weight_map(index)
+    if lost := sorted({name for name in files.values() if not os.path.isfile(index.parent / name)}):
+        raise ValueError(f"{index} names {', '.join(lost):.500}, which are not there; is the download complete?")
+    return files
+
+
+def check_index(name_or_path: str | os.PathLike | None, subfolder: str | None = None) -> None:
+    """Refuse a local checkpoint whose index names files outside of its folder; the Hub gives out none of those.
+
+    Raises:
+        ValueError: naming the index and the file.
+    """
+    index = Path(name_or_path or "", subfolder or "", "model.safetensors.index.json")
+    if name_or_path is not None and index.is_file():
+        read_weight_map(index)

@@ -1,0 +1,1 @@
+"""Bad inputs, seeded, over the public entry points: `python -m tests.fuzz --count 1000`."""

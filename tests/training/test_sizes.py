@@ -1,0 +1,115 @@
+"""What a recipe leaves open follows from the data and the machine."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from training.config import ConfigError, build, load
+from training.models import ModelConfig, load_processor, plan_model
+from training.recipe import Recipe
+from training.sizes import SIZES, Budget, describe_choice, leaves_size_open, modalities_of
+
+
+CONFIGS = Path(__file__).resolve().parents[2] / "training" / "configs"
+PLENTY = Budget(
+    memory=1e15, flops=1e18, shards=1, tokens_of_forward=1, tokens_of_step=1, tokens_of_run=10**15, state_bytes=16
+)
+
+
+def recipe_of(*templates: list[str], **model) -> Recipe:
+    sources = [{"name": "a", "path": "carried", "config": "emoji", "templates": [{"segments": t} for t in templates]}]
+    return build(Recipe, {"data": {"row_length": 256, "sources": sources}, "model": model})
+
+
+PICTURES, SOUNDS, TEXT = ["text:name", "image:image"], ["text:name", "audio:audio"], ["text:name"]
+
+
+@pytest.mark.parametrize(
+    ("templates", "modalities"),
+    [
+        ([PICTURES], ["text", "image"]),
+        ([SOUNDS], ["text", "speech"]),
+        ([TEXT], ["text"]),
+        ([SOUNDS, PICTURES], ["text", "image", "speech"]),
+        ([["document:document"]], None),
+    ],
+)
+def test_a_model_without_a_size_has_the_modalities_of_the_data(templates, modalities):
+    recipe = recipe_of(*templates)
+    planned, processor, _ = plan_model(recipe.model, recipe.data)
+    assert recipe.model.modalities == modalities_of(recipe.data) == modalities
+    assert planned.modalities == processor.modalities == (modalities or ["text", "image", "speech"])
+    whole = load_processor(ModelConfig())
+    assert processor.tokenizer("a red apple").input_ids == whole.tokenizer("a red apple").input_ids
+    assert planned.vocab_size == max(last for _, last in processor.modality_token_ranges.values())
+
+
+def test_a_model_with_a_size_keeps_the_modalities_of_its_processor():
+    recipe = recipe_of(PICTURES, hidden_size=64, num_attention_heads=2, num_hidden_layers=1)
+    assert plan_model(recipe.model, recipe.data).config.modalities == ["text", "image", "speech"]
+    assert recipe.model.modalities is None
+
+
+def test_modalities_that_data_has_and_the_model_has_not_are_refused():
+    recipe = recipe_of(PICTURES, modalities=["text"])
+    with pytest.raises(ConfigError, match="model.modalities=.'text'. lack image"):
+        plan_model(recipe.model, recipe.data)
+
+
+@pytest.mark.parametrize(
+    ("limits", "size"),
+    [
+        ({}, "chameleon-7b"),
+        ({"tokens_of_run": 40_000_000}, "chameleon-94m"),  # a token for each active parameter
+        ({"tokens_of_run": 1}, "chameleon-37m"),  # the smallest, whatever there is
+        ({"memory": 24e9}, "chameleon-443m"),  # 16 bytes of a parameter, in 7 tenths of it
+        ({"flops": 1e9, "tokens_of_step": 200}, "chameleon-37m"),  # 10 s a step
+    ],
+)
+def test_the_largest_size_that_memory_time_and_tokens_allow_is_taken(limits, size):
+    recipe = recipe_of(PICTURES)
+    budget = replace(PLENTY, **limits)
+    config = plan_model(recipe.model, recipe.data, budget=budget).config
+    assert {name: getattr(config, name) for name in SIZES[size]} == SIZES[size]
+    assert {name: getattr(recipe.model, name) for name in SIZES[size]} == SIZES[size]
+    assert not leaves_size_open(recipe.model)
+    assert f"{SIZES[size]['hidden_size']} wide" in describe_choice(config, budget)
+    assert "model.preset" in describe_choice(config, budget)
+
+
+def test_the_resolved_recipe_makes_the_same_model():
+    recipe = recipe_of(PICTURES)
+    first = plan_model(recipe.model, recipe.data, budget=PLENTY).config
+    again = plan_model(recipe.model, recipe.data, budget=replace(PLENTY, tokens_of_run=1)).config
+    assert first.to_dict() == again.to_dict()
+
+
+@pytest.mark.parametrize("fields", [{"hidden_size": 512}, {"preset": "chameleon-37m"}, {"init_from": "x"}])
+def test_a_recipe_that_names_a_size_keeps_it(fields):
+    assert not leaves_size_open(ModelConfig(**fields))
+
+
+@pytest.mark.parametrize(
+    ("limits", "named"),
+    [
+        ({"memory": 1e6}, "parameters with what the optimizer keeps"),
+        ({"tokens_of_forward": 10**14}, "train.rows x data.row_length"),
+        ({"tokens_of_step": 10**14}, "train.rows x train.accumulation x data.row_length"),
+    ],
+)
+def test_what_no_memory_holds_is_refused_before_it_is_made(limits, named):
+    recipe = recipe_of(PICTURES, hidden_size=64, num_attention_heads=2, num_hidden_layers=1)
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        plan_model(recipe.model, recipe.data, budget=replace(PLENTY, **limits))
+
+
+def test_every_recipe_of_the_project_names_its_size():
+    assert not any(leaves_size_open(load(Recipe, path).model) for path in CONFIGS.glob("*.yaml"))
+
+
+def test_a_picture_longer_than_a_row_is_refused_before_anything_is_encoded():
+    recipe = load(Recipe, CONFIGS / "transfusion-emoji.yaml", ["model.transfusion.image_size=[100000, 100000]"])
+    with pytest.raises(ConfigError, match="image_size"):
+        plan_model(recipe.model, recipe.data)
