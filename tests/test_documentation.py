@@ -5,6 +5,7 @@ A comment of HTML before a block says what the block needs, and readers do not s
 - `<!-- file: NAME -->`: the block is the contents of a file.
 - `<!-- shortened: ARGUMENTS -->`: a training run of many minutes gets these arguments too. With `MOT_WHOLE_RUNS=1` it does not.
 - `<!-- needs .[EXTRA] -->`: the block runs where the extra's packages are installed.
+- `<!-- pushed: FOLDER -->`: a server in the place of the Hub has the folder under the name and commit that the block loads.
 - `<!-- train-command -->`, `<!-- test-command -->`: README's two commands; the second is the one that CI calls, and is left out.
 """
 
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.conversion.hub_server import HubServer
+from tests.conversion.hub_server import LARGE, Blob, HubServer, Repository
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +48,7 @@ class Block(NamedTuple):
 def blocks_of(page: str) -> list[Block]:
     text, found = (ROOT / page).read_text(encoding="utf-8"), []
     for match in BLOCK.finditer(text):
-        notes = dict(re.findall(r"<!-- ([\w-]+):? ?([^\n]*?) -->", match[1]))
+        notes = dict(re.findall(r"<!-- ([\w-]+):? ?([^\n]*?) ?-->", match[1]))
         where = f"{page}, line {text[: match.start(2)].count(chr(10)) + 1}"
         found.append(Block(where, match[2], match[3], notes))
     return found
@@ -71,11 +72,21 @@ def command_of(block: Block) -> list[str]:
     return ["bash", "-euo", "pipefail", "-c", "\n".join(lines)]
 
 
+def publish(hub: HubServer, folder: Path, text: str) -> None:
+    """What `conversion.push` of a folder leaves on the Hub, under the name and commit that a block has."""
+    name, commit = re.search(r'"([\w-]+/[\w-]+)", "([0-9a-f]{40})"', text).groups()
+    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    blobs = {path: Blob(file.read_bytes(), path.endswith(LARGE)) for path, file in files.items()}
+    hub.repositories["models", name] = Repository(commits={commit: blobs}, branches={"main": commit})
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_is_of_a_kind_that_runs(page):
     for block in blocks_of(page):
         assert block.language in ("bash", "python") or "file" in block.notes or block.language in ("bibtex", "yaml")
-        assert set(block.notes) <= {"file", "shortened", "needs", "train-command", "test-command"}, block.where
+        assert set(block.notes) <= {"file", "pushed", "shortened", "needs", "train-command", "test-command"}, (
+            block.where
+        )
         if block.language == "python":
             compile(block.text, block.where, "exec")
 
@@ -90,6 +101,8 @@ def test_the_pages_blocks_run_as_they_are_written(tmp_path):
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         for page, folder in PAGES.items():
             for block in filter(can_run, blocks_of(page)):
+                if "pushed" in block.notes:
+                    publish(hub, tmp_path / block.notes["pushed"], block.text)
                 if "file" in block.notes:
                     (tmp_path / folder / block.notes["file"]).write_text(block.text, encoding="utf-8")
                 elif block.language in ("bash", "python"):
