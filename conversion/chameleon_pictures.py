@@ -111,7 +111,9 @@ def image_tokenizer(
     if has_own and decoder is not None:
         raise ConversionError(f"the source holds a decoder of its own; leave --image-decoder {decoder} out")
     settings = picture_settings(folder, vq_config)
-    size = settings["crop_size"]
+    size = settings.get("crop_size")
+    if not isinstance(size, dict) or not all(isinstance(size.get(side), int) for side in ("height", "width")):
+        raise ConversionError(f"the source's image processor has crop_size={size!r:.80}; it must have height and width")
     config = {
         "image_size": [size["height"], size["width"]],
         "resample": "lanczos",
@@ -123,7 +125,7 @@ def image_tokenizer(
         model = _vq_model(ImageTokenizerConfig.from_dict(config), tensors, len(vq_config.channel_multiplier), decoder)
     else:
         config |= {"backend": "chameleon"}
-        with torch.device("meta"):
+        with torch.device("meta"), reading("no VQ-VAE can be built of the source's vq_config"):
             model = ChameleonVQVAE(vq_config)
         _load(model, tensors)
     model.float().quantize.embedding.weight.data = model.quantize.embedding.weight.data[list(vocabulary.codes)].clone()
@@ -146,7 +148,8 @@ def vq_model_arguments(vq_config: ChameleonVQVAEConfig) -> dict[str, Any]:
 def _vq_model(
     config: ImageTokenizerConfig, tensors: Mapping[str, torch.Tensor], levels: int, decoder: Path | None
 ) -> VQModel:
-    model = VQModel(**config.model_arguments())
+    with reading("no VQModel can be built of the source's vq_config"):
+        model = VQModel(**config.model_arguments())
     key_map = KeyMap(vqgan_rules(levels))
     given = {} if decoder is None else read_decoder(decoder, tensors[CODEBOOK], key_map)
     origins = key_map.origins(tensors, [name for name in model.state_dict() if name not in given])

@@ -173,6 +173,7 @@ def _plan(
     for part in (stored, stored.get("vq_config")):
         check_sizes(part if isinstance(part, dict) else {}, reader, folder / "config.json")
     source = read_config(stored)
+    source.vq_config.model_type = type(source.vq_config).model_type  # which names the class when it is saved
     CHAMELEON.check(source, stored, ignored=_READ)
     vocabulary = ImageVocabulary.of(source.vocabulary_map, source.vq_config.num_embeddings)
     images = [name.removeprefix(VQ_VAE) for name in reader.names if name.startswith(VQ_VAE)]
@@ -219,7 +220,8 @@ def _mot_config(
     if processor is not None:
         tokens = processor.config_kwargs()
         tokens["vocab_size"] = max(tokens["vocab_size"], source.vocab_size)
-    return MoTConfig.from_variant(variant, **CHAMELEON.mot_fields(source) | tokens)
+    with reading("no MoT is what the source's config.json says"):
+        return MoTConfig.from_variant(variant, **CHAMELEON.mot_fields(source) | tokens)
 
 
 def _generation_config(folder: Path, config: MoTConfig) -> GenerationConfig:
