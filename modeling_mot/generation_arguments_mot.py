@@ -2,6 +2,7 @@
 
 # R rows, L tokens
 
+from reprlib import repr as shortened
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from .configuration_mot import check_spans
 from .field_checks_mot import is_real, is_whole
 
 
+MOST = 1e6  # of what logits and predictions are multiplied or divided by
 # Arguments of transformers that it never checks: with a limit of NaN no sequence ends.
 WHOLE = {"max_new_tokens": 0, "max_length": 0, "min_new_tokens": 0, "min_length": 0, "num_return_sequences": 1}
 
@@ -37,9 +39,14 @@ def check_settings(generation_config) -> None:
     constrain = getattr(generation_config, "constrain_spans", None)
     if constrain is not None and not isinstance(constrain, bool):
         raise ValueError(f"constrain_spans={constrain!r} must be True or False")
-    scale = generation_config.guidance_scale
-    if scale is not None and not is_real(scale):
-        raise ValueError(f"guidance_scale={scale!r} must be a finite number; 1 is no guidance")
+    scale, temperature = generation_config.guidance_scale, generation_config.temperature
+    if scale is not None and not (is_real(scale) and abs(scale) <= MOST):
+        raise ValueError(f"guidance_scale={scale!r} must be a finite number of at most {MOST:g}; 1 is no guidance")
+    # Others make infinities of logits, from which nothing can be sampled; of 0 transformers tells more.
+    if temperature is not None and not (is_real(temperature) and (temperature <= 0 or 1 / MOST <= temperature <= MOST)):
+        raise ValueError(
+            f"temperature={temperature!r} must be a number from {1 / MOST:g} to {MOST:g}; do_sample=False takes the likeliest"
+        )
     check_generator(getattr(generation_config, "generator", None))
 
 
@@ -66,6 +73,16 @@ def check_streamer(streamer: Any) -> None:
             raise ValueError(
                 f"streamer={type(streamer).__name__} has no method {name}(); see transformers' BaseStreamer"
             )
+
+
+def check_called(name: str, functions: Any) -> None:
+    """Refuse what is no list of functions: logits processors and stopping criteria.
+
+    Raises:
+        ValueError: by name.
+    """
+    if functions is not None and not (isinstance(functions, (list, tuple)) and all(map(callable, functions))):
+        raise ValueError(f"{name}={shortened(functions)} must be a list of what can be called")
 
 
 def rows_of(name: str, value: Any, count: int | None = None) -> torch.Tensor:
