@@ -6,14 +6,21 @@ from reprlib import repr as shortened
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from .configuration_mot import check_spans
-from .field_checks_mot import is_real, is_whole
+from .field_checks_mot import Maybe, Number, Whole, check_fields, is_real, is_whole
 
 
 MOST = 1e6  # of what logits and predictions are multiplied or divided by
 # Arguments of transformers that it never checks: with a limit of NaN no sequence ends.
 WHOLE = {"max_new_tokens": 0, "max_length": 0, "min_new_tokens": 0, "min_length": 0, "num_return_sequences": 1}
+SAMPLING_RULES = {
+    "num_beams": Maybe(Whole()),
+    "top_k": Maybe(Whole(0)),
+    "top_p": Maybe(Number(0, 1)),
+    "repetition_penalty": Maybe(Number(open="low")),
+}
 
 
 def check_lengths(arguments: dict) -> None:
@@ -35,6 +42,7 @@ def check_settings(generation_config) -> None:
         ValueError: the message names field, value and way out.
     """
     check_lengths(vars(generation_config))
+    check_fields(vars(generation_config), SAMPLING_RULES)
     check_spans(getattr(generation_config, "image_grid", None), getattr(generation_config, "max_speech_tokens", None))
     constrain = getattr(generation_config, "constrain_spans", None)
     if constrain is not None and not isinstance(constrain, bool):
@@ -73,6 +81,16 @@ def check_streamer(streamer: Any) -> None:
             raise ValueError(
                 f"streamer={type(streamer).__name__} has no method {name}(); see transformers' BaseStreamer"
             )
+
+
+def check_config(generation_config: Any) -> None:
+    """Refuse what is no `GenerationConfig`.
+
+    Raises:
+        ValueError: the message names the value.
+    """
+    if not isinstance(generation_config, (GenerationConfig, type(None))):
+        raise ValueError(f"generation_config={shortened(generation_config)} must be a GenerationConfig of transformers")
 
 
 def check_called(name: str, functions: Any) -> None:

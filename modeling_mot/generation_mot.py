@@ -18,7 +18,14 @@ from transformers.generation import (
 
 from .configuration_mot import check_spans
 from .forward_arguments_mot import check_call, check_prompt, check_prompt_keywords
-from .generation_arguments_mot import check_called, check_lengths, check_settings, check_streamer, negative_prompt
+from .generation_arguments_mot import (
+    check_called,
+    check_config,
+    check_lengths,
+    check_settings,
+    check_streamer,
+    negative_prompt,
+)
 from .lean_decoding_mot import LeanDecoder, is_plain_dynamic
 from .modality_routing import ModalityRouting
 from .plain_modules_mot import keeps_methods
@@ -237,6 +244,7 @@ class MoTGenerationMixin(GenerationMixin):
         return prompt, name, model_kwargs
 
     def _prepare_generation_config(self, generation_config, **kwargs):
+        check_config(generation_config)
         check_lengths(kwargs)
         own = {name: kwargs.pop(name) for name in OWN_SETTINGS if kwargs.get(name) is not None}
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
