@@ -116,10 +116,6 @@ def attention_mask_for(
     Raises:
         ValueError: `document_ids` together with keys of an earlier forward, whose documents are unknown.
     """
-    if document_ids is not None and document_ids.shape != inputs_embeds.shape[:2]:
-        raise ValueError(
-            f"document_ids has shape {tuple(document_ids.shape)} but the rows are {tuple(inputs_embeds.shape[:2])}"
-        )
     # The keys are those of this forward: a static cache would have room for more.
     is_fresh = past_key_values is None or (
         isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() == 0

@@ -5,6 +5,7 @@ both, the leave-one-out variants and the untying ablation: they differ in which 
 tower, which parts of a layer are untied between towers, and which towers carry experts.
 """
 
+import json
 from itertools import combinations
 
 from torch import nn
@@ -257,7 +258,12 @@ class MoTConfig(PreTrainedConfig):
 
     @classmethod
     def _dict_from_json_file(cls, json_file):
-        found = super()._dict_from_json_file(json_file)
+        try:
+            found = super()._dict_from_json_file(json_file)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise  # which transformers tells of, with the file's name
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{json_file} cannot be read as the fields of a {cls.__name__}: {error}") from error
         if not isinstance(found, dict):
             raise ValueError(
                 f"{json_file} holds a {type(found).__name__}, and must hold the fields of a {cls.__name__}"
@@ -349,6 +355,7 @@ class MoTConfig(PreTrainedConfig):
         Raises:
             ValueError: an unknown variant, or one that these modalities do not have.
         """
+        check_fields({"modalities": modalities}, {"modalities": Several(Typed(str))})
         return cls(**({"modalities": list(modalities)} | variant_fields(variant, modalities) | kwargs))
 
     @classmethod

@@ -18,7 +18,7 @@ from .attention_plan_mot import RANGES, AttentionPlan
 from .decoding_cache_mot import DecodingCache, Prefix
 from .diffusion_mot import build_scheduler
 from .field_checks_mot import is_real, is_whole
-from .generation_arguments_mot import check_generator
+from .generation_arguments_mot import MOST, check_generator
 from .modality_routing import ModalityRouting
 from .sampling_mot import Generators
 
@@ -55,12 +55,15 @@ class DiffusionSettings:
             raise ValueError(
                 f"num_inference_steps={steps!r} must lie in [1, num_train_timesteps={levels}] and be a whole number"
             )
-        if not is_real(self.guidance_scale) or self.guidance_scale < 0:
+        if not is_real(self.guidance_scale) or not 0 <= self.guidance_scale <= MOST:
             raise ValueError(
-                f"guidance_scale={self.guidance_scale!r} must not be negative, and must be finite; 1 is no guidance"
+                f"guidance_scale={self.guidance_scale!r} must not be negative, and must be at most {MOST:g}; 1 is no "
+                "guidance"
             )
-        if not (self.latent_bound == math.inf or is_real(self.latent_bound) and self.latent_bound > 0):
-            raise ValueError(f"latent_bound={self.latent_bound!r} must be positive; infinity is no bound")
+        if self.latent_bound != math.inf and not (is_real(self.latent_bound) and 0 < self.latent_bound <= MOST):
+            raise ValueError(
+                f"latent_bound={self.latent_bound!r} must be positive, and at most {MOST:g}; infinity is no bound"
+            )
         if self.intermediate_every is not None and not is_whole(self.intermediate_every):
             raise ValueError(
                 f"intermediate_every={self.intermediate_every!r} must be a whole number of at least 1, or None"

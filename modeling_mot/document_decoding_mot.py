@@ -1,8 +1,11 @@
 """Token ids back to documents: text, pictures, waveforms."""
 
+from reprlib import repr as shortened
 from typing import Any
 
 import torch
+
+from .configuration_mot import check_spans
 
 
 class DocumentDecoder:
@@ -34,6 +37,9 @@ class DocumentDecoder:
 
     def decode(self, ids: Any, images: list | None, image_grids: list | None, allow_incomplete: bool) -> list[dict]:
         ids = self.checked(ids)
+        for name, given in (("images", images), ("image_grids", image_grids)):
+            if not isinstance(given, (list, tuple, type(None))):
+                raise ValueError(f"{name}={shortened(given)} must be a list, with one for each image of the document")
         grids, pictures = iter(image_grids or []), iter(self.pictures(ids, images, image_grids, allow_incomplete))
         segments, text, position = [], [], 0
         while position < len(ids):
@@ -70,7 +76,10 @@ class DocumentDecoder:
         return segments
 
     def checked(self, ids: Any) -> list[int]:
-        ids = torch.as_tensor(ids)
+        try:
+            ids = torch.as_tensor(ids)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"ids={shortened(ids)} must be one sequence of token ids: {error}") from None
         if ids.ndim == 2 and len(ids) == 1:
             ids = ids[0]
         if ids.ndim != 1 or ids.is_floating_point():
@@ -133,6 +142,7 @@ class DocumentDecoder:
         tokenizer = self.processor.image_tokenizer
         if tokenizer is None:
             raise ValueError("the document holds an image but this processor has no image tokenizer")
+        check_spans(grid, None)
         height, width = grid or tokenizer.image_grid or (round(len(codes) ** 0.5),) * 2
         if not complete or len(codes) != height * width:
             if not allow_incomplete:

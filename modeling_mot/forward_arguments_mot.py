@@ -3,15 +3,18 @@
 # B batch, L row length, H heads, V vocabulary
 
 import inspect
+from reprlib import repr as shortened
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import TransformersKwargs
 
-from .field_checks_mot import did_you_mean
+from .field_checks_mot import did_you_mean, is_real, is_whole
 
 
 # Passed on to layers and attention, or read by transformers' decorators: what Trainer, TRL, PEFT, accelerate and engines
@@ -53,8 +56,22 @@ def check_keywords(model, kwargs: dict) -> None:
             )
 
 
-def check_ids(name: str, ids: torch.Tensor, shape: tuple | None = None) -> None:
-    """Refuse what is no tensor of whole numbers of a shape, (B, L) by default.
+def check_tensor(name: str, value: Any, shape: tuple | None = None, dtype: torch.dtype | None = None) -> None:
+    """Refuse what is no tensor, or of another shape or dtype than is given here.
+
+    Raises:
+        ValueError: by name.
+    """
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{name}={shortened(value)} is {type(value).__name__}, and must be a tensor")
+    if shape is not None and tuple(value.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, but the images need {shape}")
+    if dtype is not None and value.dtype != dtype:
+        raise ValueError(f"{name} is {value.dtype}, and must be a tensor of {dtype}")
+
+
+def check_whole(name: str, ids: Any) -> None:
+    """Refuse what is no tensor of whole numbers.
 
     Raises:
         ValueError: by name.
@@ -62,6 +79,15 @@ def check_ids(name: str, ids: torch.Tensor, shape: tuple | None = None) -> None:
     if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         kind = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise ValueError(f"{name} is {kind}, and must be a tensor of whole numbers")
+
+
+def check_ids(name: str, ids: torch.Tensor, shape: tuple | None = None) -> None:
+    """Refuse what is no tensor of whole numbers of a shape, (B, L) by default.
+
+    Raises:
+        ValueError: by name.
+    """
+    check_whole(name, ids)
     if shape is None and (ids.dim() != 2 or not ids.numel()):
         raise ValueError(f"{name} has shape {tuple(ids.shape)}, and must be (batch, length), both at least 1")
     if shape is not None and tuple(ids.shape) != tuple(shape):
@@ -70,12 +96,91 @@ def check_ids(name: str, ids: torch.Tensor, shape: tuple | None = None) -> None:
         )
 
 
-def check_rows(config, shape, attention_mask, position_ids, past_key_values) -> None:
+def check_tokens(config, input_ids, inputs_embeds) -> tuple[int, int]:
+    """Refuse all but either ids (B, L) or embeddings (B, L, D).  -> (B, L)
+
+    Raises:
+        ValueError: by name.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("pass exactly one of input_ids and inputs_embeds")
+    if inputs_embeds is None:
+        check_ids("input_ids", input_ids)
+        return input_ids.shape
+    check_tensor("inputs_embeds", inputs_embeds)
+    if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != config.hidden_size or not inputs_embeds.numel():
+        raise ValueError(
+            f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, and must be (batch, length, hidden_size="
+            f"{config.hidden_size})"
+        )
+    if not inputs_embeds.is_floating_point():
+        raise ValueError(f"inputs_embeds is {inputs_embeds.dtype}, and must be a tensor of floats")
+    return inputs_embeds.shape[:2]
+
+
+def check_plan(name: str, plan: Any, kind: type) -> None:
+    """Refuse what lacks the fields of a plan that is made ahead; one made by another copy of this code is as good.
+
+    Raises:
+        ValueError: by name.
+    """
+    if plan is not None and not all(hasattr(plan, field) for field in kind._fields):
+        raise ValueError(f"{name}={shortened(plan)} must be a {kind.__name__}, or None to make one here")
+
+
+def check_logits_to_keep(logits_to_keep: Any, shape: tuple[int, int]) -> None:
+    """Refuse what is neither a number of last positions nor a tensor of positions, or of whether to keep each.
+
+    Args:
+        shape: (B, L) of the tokens. Positions are (n,) or (B, n), and a mask is (L,) or (B, L).
+
+    Raises:
+        ValueError: by name.
+    """
+    if not isinstance(logits_to_keep, torch.Tensor):
+        if not is_whole(logits_to_keep, 0):
+            raise ValueError(f"logits_to_keep={logits_to_keep!r} must be 0 for all, or the number of last positions")
+    elif logits_to_keep.dtype == torch.bool:
+        if tuple(logits_to_keep.shape) not in (shape, shape[1:]):
+            raise ValueError(f"logits_to_keep has shape {tuple(logits_to_keep.shape)} but the tokens have {shape}")
+    else:
+        check_whole("logits_to_keep", logits_to_keep)
+        if logits_to_keep.dim() > 2 or logits_to_keep.dim() == 2 and len(logits_to_keep) != shape[0]:
+            raise ValueError(
+                f"logits_to_keep has shape {tuple(logits_to_keep.shape)}; it must be (n,) or ({shape[0]}, n)"
+            )
+        on_host = logits_to_keep.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_host and any(not -shape[1] <= place < shape[1] for place in logits_to_keep.flatten().tolist()):
+            raise ValueError(f"logits_to_keep={logits_to_keep.tolist()} has positions outside of {shape[1]} tokens")
+
+
+def check_items(num_items_in_batch: Any) -> None:
+    """Refuse what a loss cannot be divided by; a number on a device is not waited for.
+
+    Raises:
+        ValueError: by name.
+    """
+    if num_items_in_batch is None:
+        return
+    smallest = num_items_in_batch
+    if isinstance(num_items_in_batch, torch.Tensor):
+        if num_items_in_batch.device.type != "cpu" or torch.compiler.is_compiling() or not num_items_in_batch.numel():
+            return
+        smallest = num_items_in_batch.min().item()
+    if not is_real(smallest) or smallest <= 0:
+        raise ValueError(
+            f"num_items_in_batch={shortened(smallest)} must be the number of targets in the batch, and greater than 0; "
+            "leave it out to divide by the targets that are here"
+        )
+
+
+def check_rows(config, shape, attention_mask, position_ids, past_key_values, document_ids=None) -> None:
     """Refuse tensors beside the tokens that do not fit these, by their shapes alone.
 
     Args:
         shape: (B, L) of the tokens.
-        attention_mask: (B, past + L), or a 4-D mask (1 or B, 1 or H, L, keys); other forms pass.
+        attention_mask: (B, past + L), or a 4-D mask (1 or B, 1 or H, L, keys), or a `BlockMask` of flex attention.
+        document_ids: (B, L)
 
     Raises:
         ValueError: by name.
@@ -87,10 +192,15 @@ def check_rows(config, shape, attention_mask, position_ids, past_key_values) -> 
         keys = getattr(past_key_values.layers[0], "keys", None)
         if keys is not None and keys.dim() == 4 and keys.shape[0] != batch:
             raise ValueError(f"past_key_values holds {keys.shape[0]} rows but there are {batch} rows of tokens")
+    if document_ids is not None:
+        check_ids("document_ids", document_ids, shape)
     if position_ids is not None:
+        check_whole("position_ids", position_ids)
         check_ids(
             "position_ids", position_ids, position_ids.shape if tuple(position_ids.shape) == (1, length) else shape
         )
+    if attention_mask is not None and not isinstance(attention_mask, BlockMask):
+        check_tensor("attention_mask", attention_mask)
     if isinstance(attention_mask, torch.Tensor):
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         # The length of a static cache is a tensor, which may be on a device: it is not waited for.
@@ -114,7 +224,12 @@ def _check_mask(config, mask: torch.Tensor, batch: int, length: int, keys: int |
 
 
 def behind_virtual_tokens(modality_ids: torch.Tensor, length: int) -> torch.Tensor:
-    """Modalities of rows that begin with virtual tokens, which are text.  (B, tokens behind these) -> (B, L)"""
+    """Modalities of rows that begin with virtual tokens, which are text.  (B, tokens behind these) -> (B, L)
+
+    Raises:
+        ValueError: no tensor of whole numbers.
+    """
+    check_whole("modality_ids", modality_ids)
     return F.pad(modality_ids, (max(length - modality_ids.shape[-1], 0), 0))
 
 
@@ -149,6 +264,37 @@ def check_prompt_keywords(model, model_kwargs: dict) -> None:
         if value is not None and name not in known:
             near = did_you_mean(name, [*known, *vars(GenerationConfig())])
             raise ValueError(f"generate() got an unknown argument {name!r}{near}")
+
+
+def check_call(inputs: Any, arguments: dict) -> None:
+    """Refuse what `generate()` was given of a prompt that is of another type, or of other dimensions.
+
+    Args:
+        inputs: the positional argument, or None.
+        arguments: by name; of these `input_ids`, masks, ids, embeddings and images are looked at.
+
+    Raises:
+        ValueError: by name.
+    """
+    given = {"inputs": inputs} | {name: arguments.get(name) for name in ("input_ids", "modality_ids")}
+    for name, ids in given.items():
+        if ids is None:
+            continue
+        check_whole(name, ids)
+        # Ids beside embeddings may be of no tokens, and what is to be served may be one row.
+        is_served = arguments.get("cache_implementation") == "paged"
+        if ids.dim() not in ((1, 2) if is_served else (2,)) or not len(ids):
+            raise ValueError(f"{name} has shape {tuple(ids.shape)}, and must be (batch, length), with a row at least")
+    if arguments.get("position_ids") is not None:
+        check_whole("position_ids", arguments["position_ids"])
+    for name in ("attention_mask", "inputs_embeds", "latents", "pixel_values"):
+        if arguments.get(name) is not None and not isinstance(arguments[name], BlockMask):
+            check_tensor(name, arguments[name])
+    mask, embeds = arguments.get("attention_mask"), arguments.get("inputs_embeds")
+    if isinstance(mask, torch.Tensor) and mask.dim() not in (2, 4):
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, and must be (batch, length)")
+    if embeds is not None and (embeds.dim() != 3 or not len(embeds)):
+        raise ValueError(f"inputs_embeds has shape {tuple(embeds.shape)}, and must be (batch, length, hidden_size)")
 
 
 def check_prompt(prompt: torch.Tensor, model_kwargs: dict) -> None:

@@ -2,16 +2,25 @@
 
 # R rows, L tokens
 
+from reprlib import repr as shortened
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from .configuration_mot import check_spans
-from .field_checks_mot import is_real, is_whole
+from .field_checks_mot import Maybe, Number, Whole, check_fields, is_real, is_whole
 
 
+MOST = 1e6  # of what logits and predictions are multiplied or divided by
 # Arguments of transformers that it never checks: with a limit of NaN no sequence ends.
 WHOLE = {"max_new_tokens": 0, "max_length": 0, "min_new_tokens": 0, "min_length": 0, "num_return_sequences": 1}
+SAMPLING_RULES = {
+    "num_beams": Maybe(Whole()),
+    "top_k": Maybe(Whole(0)),
+    "top_p": Maybe(Number(0, 1)),
+    "repetition_penalty": Maybe(Number(open="low")),
+}
 
 
 def check_lengths(arguments: dict) -> None:
@@ -33,13 +42,19 @@ def check_settings(generation_config) -> None:
         ValueError: the message names field, value and way out.
     """
     check_lengths(vars(generation_config))
+    check_fields(vars(generation_config), SAMPLING_RULES)
     check_spans(getattr(generation_config, "image_grid", None), getattr(generation_config, "max_speech_tokens", None))
     constrain = getattr(generation_config, "constrain_spans", None)
     if constrain is not None and not isinstance(constrain, bool):
         raise ValueError(f"constrain_spans={constrain!r} must be True or False")
-    scale = generation_config.guidance_scale
-    if scale is not None and not is_real(scale):
-        raise ValueError(f"guidance_scale={scale!r} must be a finite number; 1 is no guidance")
+    scale, temperature = generation_config.guidance_scale, generation_config.temperature
+    if scale is not None and not (is_real(scale) and abs(scale) <= MOST):
+        raise ValueError(f"guidance_scale={scale!r} must be a finite number of at most {MOST:g}; 1 is no guidance")
+    # Others make infinities of logits, from which nothing can be sampled; of 0 transformers tells more.
+    if temperature is not None and not (is_real(temperature) and (temperature <= 0 or 1 / MOST <= temperature <= MOST)):
+        raise ValueError(
+            f"temperature={temperature!r} must be a number from {1 / MOST:g} to {MOST:g}; do_sample=False takes the likeliest"
+        )
     check_generator(getattr(generation_config, "generator", None))
 
 
@@ -66,6 +81,26 @@ def check_streamer(streamer: Any) -> None:
             raise ValueError(
                 f"streamer={type(streamer).__name__} has no method {name}(); see transformers' BaseStreamer"
             )
+
+
+def check_config(generation_config: Any) -> None:
+    """Refuse what is no `GenerationConfig`.
+
+    Raises:
+        ValueError: the message names the value.
+    """
+    if not isinstance(generation_config, (GenerationConfig, type(None))):
+        raise ValueError(f"generation_config={shortened(generation_config)} must be a GenerationConfig of transformers")
+
+
+def check_called(name: str, functions: Any) -> None:
+    """Refuse what is no list of functions: logits processors and stopping criteria.
+
+    Raises:
+        ValueError: by name.
+    """
+    if functions is not None and not (isinstance(functions, (list, tuple)) and all(map(callable, functions))):
+        raise ValueError(f"{name}={shortened(functions)} must be a list of what can be called")
 
 
 def rows_of(name: str, value: Any, count: int | None = None) -> torch.Tensor:

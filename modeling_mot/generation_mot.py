@@ -17,8 +17,15 @@ from transformers.generation import (
 )
 
 from .configuration_mot import check_spans
-from .forward_arguments_mot import check_prompt, check_prompt_keywords
-from .generation_arguments_mot import check_lengths, check_settings, check_streamer, negative_prompt
+from .forward_arguments_mot import check_call, check_prompt, check_prompt_keywords
+from .generation_arguments_mot import (
+    check_called,
+    check_config,
+    check_lengths,
+    check_settings,
+    check_streamer,
+    negative_prompt,
+)
 from .lean_decoding_mot import LeanDecoder, is_plain_dynamic
 from .modality_routing import ModalityRouting
 from .plain_modules_mot import keeps_methods
@@ -173,7 +180,7 @@ class MoTGenerationMixin(GenerationMixin):
     """
 
     def generate(self, inputs=None, *args, **kwargs):
-        self._check_call(kwargs)
+        self._check_call(inputs, kwargs)
         if len(self.config.tower_names) > 1 and self.config.modality_token_ranges is None:
             raise ValueError(
                 "generate() needs config.modality_token_ranges to know the modality of each new token; it is None"
@@ -199,10 +206,13 @@ class MoTGenerationMixin(GenerationMixin):
         return super().generate(inputs, *args, **kwargs)
 
     @staticmethod
-    def _check_call(kwargs) -> None:
+    def _check_call(inputs, kwargs) -> None:
         if kwargs.get("document_ids") is not None:
             raise ValueError("generate() got document_ids: packed rows are for training, pass one document per row")
         check_streamer(kwargs.get("streamer"))
+        for name in ("logits_processor", "stopping_criteria"):
+            check_called(name, kwargs.get(name))
+        check_call(inputs, kwargs)
 
     @property
     def output_modalities(self) -> tuple[str, ...]:
@@ -211,6 +221,8 @@ class MoTGenerationMixin(GenerationMixin):
 
     def _opened(self, input_ids, kwargs, opening, mode):
         """The opening token of a span behind each prompt that does not end with it."""
+        if input_ids is None or not input_ids.shape[1]:
+            raise ValueError(f"generation_mode={mode!r} needs input_ids, behind which the span is opened")
         token = getattr(self.config, opening)
         ended = input_ids[:, -1] == token
         if ended.all():
@@ -232,6 +244,7 @@ class MoTGenerationMixin(GenerationMixin):
         return prompt, name, model_kwargs
 
     def _prepare_generation_config(self, generation_config, **kwargs):
+        check_config(generation_config)
         check_lengths(kwargs)
         own = {name: kwargs.pop(name) for name in OWN_SETTINGS if kwargs.get(name) is not None}
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)

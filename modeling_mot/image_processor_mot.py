@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .image_loading_mot import MAX_KEPT_PIXELS, RESAMPLING, load_fitted
-from .image_tokenizer_mot import FITS, from_known_fields, read_hub_file, without_defaults
+from .field_checks_mot import Whole, check_fields
+from .image_loading_mot import MAX_KEPT_PIXELS, load_fitted
+from .image_tokenizer_mot import PICTURE_RULES, from_known_fields, read_hub_file, without_defaults
 from .media_sources_mot import describe_source
 
 
+# One side stands for both of `image_size`.
+CONFIG_RULES = PICTURE_RULES | {"downsampling": Whole()}
 IMAGE_PROCESSOR_CONFIG_NAME = "image_processor_config.json"
 
 
@@ -41,18 +45,11 @@ class MoTImageProcessor:
     max_kept_pixels: int = MAX_KEPT_PIXELS
 
     def __post_init__(self):
-        if isinstance(self.image_size, int):
+        if isinstance(self.image_size, Integral):
             self.image_size = [self.image_size, self.image_size]
-        self.image_size, self.background = [int(side) for side in self.image_size], list(self.background)
-        if len(self.image_size) != 2 or min(self.image_size) < 1:
-            raise ValueError(f"image_size={self.image_size}: give one side or [height, width], in pixels")
-        if self.downsampling < 1:
-            raise ValueError(
-                f"downsampling={self.downsampling} is the number of pixels along a token's side, at least 1"
-            )
-        for name, valid in (("fit", FITS), ("resample", tuple(RESAMPLING))):
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(valid)}")
+        check_fields(self, CONFIG_RULES)
+        self.image_size = [int(side) for side in self.image_size]
+        self.background = [int(value) for value in self.background]
         if self.fit != "keep":
             self.grid(*self.image_size, name=f"image_size={self.image_size}")
 

@@ -67,13 +67,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-CONFIG_RULES = {
+PICTURE_RULES = {
     "image_size": Several(Whole(1, 2**16), count=2),
     "fit": OneOf(FITS),
     "resample": OneOf(tuple(RESAMPLING)),
     "background": Several(Whole(0, 255), count=3),
     "max_pixels": Whole(),
     "max_kept_pixels": Whole(),
+}
+CONFIG_RULES = PICTURE_RULES | {
     "patch_size": Whole(1, 2**8),
     "backend": OneOf(BACKENDS),
     "batch_size": Whole(),
@@ -169,6 +171,8 @@ class ImageTokenizerConfig:
     def model_arguments(self) -> dict[str, Any]:
         """Arguments of `VQModel`, with the channels that patch folding needs and one block per scale filled in."""
         arguments = dict(self.model)
+        if "block_out_channels" not in arguments:
+            raise ValueError(f"model={self.model} has no block_out_channels: give the channels of each scale")
         scales = len(arguments["block_out_channels"])
         channels = 3 * self.patch_size**2
         arguments |= {"in_channels": channels, "out_channels": channels, "sample_size": self.image_size[0]}
@@ -260,7 +264,11 @@ class MoTImageTokenizer:
             )
         if size is not None:
             settings = settings | {"do_resize": False, "crop_size": {"height": height, "width": width}}
-        pixels = ChameleonImageProcessorPil(**settings)(cut_long_side(picture), return_tensors="pt")["pixel_values"][0]
+        try:
+            process = ChameleonImageProcessorPil(**settings)
+            pixels = process(cut_long_side(picture), return_tensors="pt")["pixel_values"][0]
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise ValueError(f"image_processor={settings} cannot read {describe_source(picture)}: {error}") from error
         if pixels.shape != (3, height, width):
             raise ValueError(
                 f"image_processor={settings} makes {tuple(pixels.shape)} of {describe_source(picture)}, not "

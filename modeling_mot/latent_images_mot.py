@@ -3,6 +3,7 @@
 # B batch, L row length, D hidden size, N images in order of appearance over the flattened rows, C latent channels,
 # (h, w) latents, n tokens of an image, P patches of all images
 
+from reprlib import repr as shortened
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 from .attention_masks import document_positions
 from .diffusion_mot import draw_timesteps
+from .forward_arguments_mot import check_tensor
 from .latent_patchifier import position_table
 from .latents_mot import encode_pixels
 
@@ -52,7 +54,10 @@ def sizes_of(images: torch.Tensor, image_sizes: torch.Tensor | list | None) -> l
     height, width = images.shape[2:]
     if image_sizes is None:
         return [(height, width)] * len(images)
-    sizes = [(int(h), int(w)) for h, w in (image_sizes.tolist() if torch.is_tensor(image_sizes) else image_sizes)]
+    try:
+        sizes = [(int(h), int(w)) for h, w in (image_sizes.tolist() if torch.is_tensor(image_sizes) else image_sizes)]
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"image_sizes={shortened(image_sizes)} must be pairs of a height and a width") from None
     if len(sizes) != len(images) or any(not (1 <= h <= height and 1 <= w <= width) for h, w in sizes):
         raise ValueError(
             f"image_sizes={sizes} must give the height and width of each of {len(images)} images, within the "
@@ -161,6 +166,9 @@ class LatentImagesMixin:
         """
         if self.vae is None:
             raise ValueError("pixel_values came, but this model has no VAE (config.vae_config is None): pass latents")
+        check_tensor("pixel_values", pixel_values)
+        if pixel_values.dim() != 4:
+            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}; it must be (N, 3, H, W)")
         factor, sizes = self.config.vae_downsampling, sizes_of(pixel_values, image_sizes)
         latent_sizes = [(height // factor, width // factor) for height, width in sizes]
         if set(sizes) == {tuple(pixel_values.shape[2:])}:
@@ -180,9 +188,15 @@ class LatentImagesMixin:
         count, device = len(latents), latents.device
         given = {"timesteps": timesteps, "noise": noise, "clean_images": clean_images, "image_first": image_first}
         for name, value in given.items():
-            expected = tuple(latents.shape) if name == "noise" else (count,)
-            if value is not None and tuple(value.shape) != expected:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}, but the images need {expected}")
+            if value is not None:
+                check_tensor(
+                    name,
+                    value,
+                    tuple(latents.shape) if name == "noise" else (count,),
+                    torch.bool if name == "clean_images" else None,
+                )
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ValueError(f"generator={shortened(generator)} must be a torch.Generator, or None for torch's own")
         if timesteps is not None:
             check_timesteps(self.config, timesteps, may_wait=not planned)
         latents = latents.float()

@@ -22,7 +22,14 @@ from .attention_mot import MoTAttention
 from .attention_plan_mot import AttentionPlan
 from .configuration_mot import MoTConfig
 from .decoder_layer_mot import MoTDecoderLayer
-from .forward_arguments_mot import behind_virtual_tokens, check_ids, check_keywords, check_rows
+from .forward_arguments_mot import (
+    behind_virtual_tokens,
+    check_ids,
+    check_keywords,
+    check_plan,
+    check_rows,
+    check_tokens,
+)
 from .generation_mot import MoTGenerationMixin
 from .hub_mot import PushWithCard
 from .modality_routing import ModalityRouting, PerTower
@@ -227,17 +234,11 @@ class MoTModel(MoTPreTrainedModel):
             TypeError: a keyword that nobody reads.
         """
         check_keywords(self, kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            check_ids("input_ids", input_ids)
-        elif inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
-            raise ValueError(
-                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, and must be (batch, length, hidden_size="
-                f"{self.config.hidden_size})"
-            )
-        shape = batch_size, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
-        check_rows(self.config, shape, attention_mask, position_ids, past_key_values)
+        shape = batch_size, length = check_tokens(self.config, input_ids, inputs_embeds)
+        check_rows(self.config, shape, attention_mask, position_ids, past_key_values, document_ids)
+        check_plan("routing", routing, ModalityRouting)
+        check_plan("attention_plan", attention_plan, AttentionPlan)
+        check_plan("image_blocks", image_blocks, ImageBlocks)
         continues_cache = past_key_values is not None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -364,8 +365,8 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
         """
         check_keywords(self, kwargs)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        targets = targets_of(self, tokens, labels, kwargs.pop("shift_labels", None), modality_ids)
+        shape = check_tokens(self.config, input_ids, inputs_embeds)
+        targets = targets_of(self, shape, labels, kwargs.pop("shift_labels", None), modality_ids)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple
 from .attention_masks import ImageBlocks, documents_of, find_image_blocks, image_positions
 from .configuration_mot_transfusion import MoTTransfusionConfig
 from .diffusion_mot import NoiseSchedule, cumulative_alphas
-from .forward_arguments_mot import check_ids, check_keywords, check_rows
+from .forward_arguments_mot import check_ids, check_keywords, check_rows, check_tensor, check_tokens
 from .generation_mot_transfusion import MoTTransfusionGenerationMixin
 from .latent_images_mot import LatentImagesMixin, NoisyImages, check_placeholders, images_first, sizes_of
 from .latent_patchifier import build_patchifier
@@ -184,7 +184,7 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
                 "beside it, but prompt tuning and other virtual tokens go with a MoTForCausalLM only"
             )
         check_ids("input_ids", input_ids)
-        check_rows(config, input_ids.shape, attention_mask, position_ids, past_key_values)
+        check_rows(config, input_ids.shape, attention_mask, position_ids, past_key_values, document_ids)
         if modality_ids is not None:
             check_ids("modality_ids", modality_ids, input_ids.shape)
         if latents is not None and pixel_values is not None:
@@ -199,6 +199,7 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         if pixel_values is not None:
             latents, sizes = self.encode_images(pixel_values, image_sizes)
         elif latents is not None:
+            check_tensor("latents", latents)
             if latents.dim() != 4 or latents.shape[1] != config.latent_channels:
                 raise ValueError(
                     f"latents has shape {tuple(latents.shape)}; it must be (N, latent_channels="
@@ -218,7 +219,7 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
 
         if inputs_embeds is None:
             inputs_embeds = self.model.embed(input_ids)
-        elif inputs_embeds.shape != (*input_ids.shape, config.hidden_size):
+        elif check_tokens(config, None, inputs_embeds) != input_ids.shape:
             raise ValueError(
                 f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, but input_ids and hidden_size make it "
                 f"{(*input_ids.shape, config.hidden_size)}"
@@ -228,7 +229,7 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         embeds = inputs_embeds.flatten(0, 1).index_copy(0, places, tokens.to(inputs_embeds.dtype))
         if modality_ids is None and (labels is not None or not planned):
             modality_ids = self.model.modality_ids_of(input_ids)
-        targets, of_targets = targets_of(self, input_ids, labels, shift_labels, modality_ids)
+        targets, of_targets = targets_of(self, input_ids.shape, labels, shift_labels, modality_ids)
         if targets is not None:  # placeholders and EOI are the sampler's to write
             ours = (targets == config.image_token_id) | (targets == config.eoi_token_id)
             targets = targets.masked_fill(ours, -100)

@@ -19,14 +19,18 @@ from transformers.processing_utils import ProcessorMixin
 
 from .chat_templates_mot import is_extended, mark_added_tokens
 from .document_decoding_mot import DocumentDecoder
+from .field_checks_mot import Maybe, OneOf, Typed, check_fields
 from .hub_mot import PushWithoutCard
 from .image_processor_mot import IMAGE_PROCESSOR_CONFIG_NAME, MoTImageProcessor
 from .image_tokenizer_mot import IMAGE_TOKENIZER_CONFIG_NAME, MoTImageTokenizer
 from .processor_inputs_mot import (
-    check_blocks,
+    SEGMENT_TYPES,
+    check_conversation,
     check_document,
     check_placeholders,
     check_text,
+    check_text_options,
+    check_tokens,
     flatten,
     flatten_audio,
     load_if_present,
@@ -45,6 +49,11 @@ from .vocabulary_mot import (
 )
 
 
+CALL_RULES = {
+    "allow_urls": Typed(bool),
+    "allow_paths": Typed(bool),
+    "continue_with": Maybe(OneOf(SEGMENT_TYPES)),
+}
 # In the order of the constructor's arguments; each is saved in a folder of its own name.
 PARTS = {
     "image_tokenizer": (MoTImageTokenizer, IMAGE_TOKENIZER_CONFIG_NAME),
@@ -209,14 +218,16 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
         truncated: one longer than `max_length` is an error.
         """
         access = {"allow_urls": allow_urls, "allow_paths": allow_paths}
+        check_fields(access | {"continue_with": continue_with}, CALL_RULES)
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        check_text_options(merged["text_kwargs"])
         if documents is None:
             if add_eos is not None or continue_with is not None:
                 raise ValueError("add_eos and continue_with go with documents=; in text= write the special tokens")
             return self.encode_prompts(text, images, audio, merged, **access)
         if text is not None or images is not None or audio is not None:
             raise ValueError("give either documents= or text= with images= and audio=, not both")
-        is_single = len(documents) > 0 and isinstance(documents[0], dict)
+        is_single = isinstance(documents, (list, tuple)) and len(documents) > 0 and isinstance(documents[0], dict)
         rows, pixels = self.encode_documents([documents] if is_single else documents, add_eos, continue_with, **access)
         return self.pad_rows(rows, pixels, merged["text_kwargs"], is_single)
 
@@ -234,8 +245,7 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
         if not isinstance(documents, (list, tuple)) or not documents:
             raise ValueError("documents= must be a document (a list of segments) or a non-empty list of documents")
         openings = {None: [], "text": [], "image": ["boi"], "audio": ["begin_of_speech"]}
-        if continue_with not in openings:
-            raise ValueError(f"continue_with={continue_with!r} is not one of text, image, audio")
+        check_fields({"continue_with": continue_with}, CALL_RULES)
         if continue_with is not None and add_eos:
             raise ValueError(f"add_eos=True ends the document, so it cannot continue with {continue_with!r}")
         ending = [self.token_id(name) for name in openings[continue_with]]
@@ -390,7 +400,12 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
         access = {name: kwargs.pop(name) for name in ("allow_urls", "allow_paths") if name in kwargs}
         if access:
             processor_kwargs = (processor_kwargs or {}) | access
-        check_blocks(conversation)
+        check_conversation(conversation)
+        if not isinstance(chat_template, (str, type(None))):
+            raise ValueError(f"chat_template={chat_template!r} must be a template of Jinja, or the name of one")
+        for name, values in (("tools", tools), ("documents", documents)):
+            if not isinstance(values, (list, tuple, type(None))):
+                raise ValueError(f"{name}={values!r} must be a list")
         masked = kwargs.get("return_assistant_tokens_mask", False)  # transformers cannot do both
         sanitizes = kwargs.get("tokenize") and not masked
         if kwargs.get("sanitize_control_tokens") is None:
@@ -438,10 +453,12 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
         images = getattr(generated_outputs, "images", None)
         generated_outputs = getattr(generated_outputs, "sequences", generated_outputs)
         rows = generated_outputs.tolist() if hasattr(generated_outputs, "tolist") else generated_outputs
+        if isinstance(rows, (list, tuple)):
+            rows = [row.tolist() if hasattr(row, "tolist") else row for row in rows]
+        check_tokens("generated_outputs", rows)
         if generation_mode in (None, "text"):
             return self.post_process_image_text_to_text(rows, skip_special_tokens=skip_special_tokens, **kwargs)
-        if generation_mode not in ("image", "audio", "document"):
-            raise ValueError(f"generation_mode={generation_mode!r} is not one of text, image, audio, document")
+        check_fields({"generation_mode": generation_mode}, {"generation_mode": OneOf((*SEGMENT_TYPES, "document"))})
         images = images if images is not None and self.image_processor is not None else [None] * len(rows)
         documents = [self.decode_document(row, own, allow_incomplete=True) for row, own in zip(rows, images)]
         if generation_mode == "document":

@@ -1,14 +1,27 @@
 """Arguments of the processor in the shapes people pass them: checked documents, flat lists, sub-tokenizers."""
 
 import difflib
+from collections.abc import Mapping
+from reprlib import repr as shortened
 from typing import Any
 
 import numpy as np
 from transformers.processing_utils import _MARKED_RE
 from transformers.utils import cached_file
 
+from .field_checks_mot import MOST, Maybe, OneOf, Whole, check_fields, is_whole
+
 
 SEGMENT_TYPES = ("text", "image", "audio")
+TEXT_RULES = {
+    "padding": Maybe(OneOf((True, False, "longest", "max_length", "do_not_pad"))),
+    "truncation": Maybe(OneOf((True, False, "longest_first", "only_first", "only_second", "do_not_truncate"))),
+    "padding_side": Maybe(OneOf(("left", "right"))),
+    "max_length": Maybe(Whole(0, 10**30)),  # that of a tokenizer without a limit
+    "stride": Maybe(Whole(0)),
+    "pad_to_multiple_of": Maybe(Whole(1, 2**20)),
+    "return_tensors": Maybe(OneOf(("pt", "np"))),
+}
 
 
 def check_document(document: list[dict], may_be_empty: bool = False) -> None:
@@ -23,17 +36,55 @@ def check_document(document: list[dict], may_be_empty: bool = False) -> None:
             raise ValueError(f"segment {position} is an empty text: {segment['text']!r}; leave the segment out instead")
 
 
-def check_blocks(conversation: Any) -> None:
-    """Raise ValueError, with its position, for a block of a chat that would otherwise be left out in silence."""
-    for message in conversation if isinstance(conversation, (list, tuple)) else []:
-        if isinstance(message, (list, tuple)):
-            check_blocks(message)
-        content = message.get("content") if isinstance(message, dict) else None
-        for position, block in enumerate(content if isinstance(content, (list, tuple)) else []):
-            where = f"block {position} of a message by {message.get('role')!r}"
+def check_conversation(conversation: Any) -> None:
+    """Raise ValueError for what is no list of messages, or of such lists, each with a role and text or blocks.
+
+    A block is named by its position, where it would otherwise be left out in silence.
+    """
+    is_batch = isinstance(conversation, (list, tuple)) and conversation and isinstance(conversation[0], (list, tuple))
+    for messages in conversation if is_batch else [conversation]:
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise ValueError(f"conversation={shortened(messages)} must be a list of messages, with one at least")
+        for message in messages:
+            _check_message(message)
+
+
+def _check_message(message: Any) -> None:
+    role = message.get("role") if isinstance(message, Mapping) else None
+    if not isinstance(role, str):
+        raise ValueError(
+            f"a message of a conversation must be a dictionary with a role, such as {{'role': 'user', 'content': ...}}, "
+            f"not {shortened(message)}"
+        )
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        check_text(content or "")
+    elif not isinstance(content, (list, tuple)):
+        raise ValueError(
+            f"the content of a message by {role!r} must be text or a list of blocks, not {shortened(content)}"
+        )
+    else:
+        for position, block in enumerate(content):
+            where = f"block {position} of a message by {role!r}"
             kind = _checked_type(block, where, (*SEGMENT_TYPES, "image_url"))
             if kind in ("text", "image_url") and block.get(kind) is None:
                 raise ValueError(f"{where} of type {kind!r} has no {kind!r} entry; it has {sorted(block)}")
+            if kind == "text" and not isinstance(block["text"], str):
+                raise ValueError(f"{where} has text={shortened(block['text'])}, which must be a string")
+
+
+def check_text_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for padding and truncation that the tokenizer does not have; enumerations stand for their values."""
+    check_fields({name: getattr(value, "value", value) for name, value in options.items()}, TEXT_RULES)
+
+
+def check_tokens(name: str, rows: Any) -> None:
+    """Raise ValueError for what is no list of token ids, or of lists of them."""
+    tokens = [rows] if not isinstance(rows, (list, tuple)) else rows
+    for row in tokens:
+        for token in row if isinstance(row, (list, tuple)) and tokens is rows else [row]:
+            if not is_whole(token, 0) or token > MOST:
+                raise ValueError(f"{name} has {shortened(token)}, and must be token ids, (batch, length)")
 
 
 def _checked_type(segment: Any, where: str, valid: tuple[str, ...]) -> str:

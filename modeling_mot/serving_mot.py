@@ -23,6 +23,7 @@ from .serving_rounds_mot import Rounds
 logger = logging.get_logger(__name__)
 
 CANCELLED = "cancelled"
+NOBODY = "nobody runs the server, so no result will come: start() it, or step() until it is there"
 GRACE = 10.0  # seconds for a round to end when the interpreter does
 
 
@@ -145,9 +146,7 @@ class MoTServer:
             if not desk.accepted:
                 self._check_failure()
             if timeout is None and not (request_id is None and self.stopping):
-                raise RuntimeError(
-                    "nobody runs the server, so no result will come: start() it, or step() until it is there"
-                )
+                raise RuntimeError(NOBODY)
             return None
 
     def serve(self, requests: Iterable, progress_bar: bool = False) -> dict[str, MoTRequestOutput]:
@@ -218,10 +217,18 @@ class MoTServer:
         self.stop()
 
     def __iter__(self) -> Iterator[MoTRequestOutput]:
-        """Results as they come, until there is nothing left to wait for."""
+        """Results as they come, until there is nothing left to wait for.
+
+        Raises:
+            RuntimeError: there are requests, but nobody runs the server.
+        """
         while self.desk.accepted or self.desk.results:
             if (result := self.get_result(timeout=0.1)) is not None:
                 yield result
+            else:
+                with self.changed:
+                    if self.desk.accepted and not self.desk.results and not self._is_run():
+                        raise RuntimeError(NOBODY)
 
     # ------------------------------------------------------------------------------------------------------- rounds
 

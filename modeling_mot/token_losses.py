@@ -7,16 +7,22 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import slice_logits_to_keep
 
-from .forward_arguments_mot import behind_virtual_tokens, check_ids, check_labels
+from .forward_arguments_mot import (
+    behind_virtual_tokens,
+    check_ids,
+    check_items,
+    check_labels,
+    check_logits_to_keep,
+)
 from .linear_cross_entropy_mot import linear_cross_entropy
 from .plain_modules_mot import is_plain_linear
 
 
-def targets_of(model, tokens, labels, shift_labels, modality_ids) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def targets_of(model, shape, labels, shift_labels, modality_ids) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Targets aligned with the logits and their modalities, (B, L) both; None twice where there are no labels.
 
     Args:
-        tokens: (B, L) ids, or embeddings.
+        shape: (B, L) of the tokens.
         labels: (B, L), to be shifted by one; or `shift_labels`, which are aligned already.
         modality_ids: (B, L) of the tokens, or None; without them modalities follow from the vocabulary.
 
@@ -26,7 +32,7 @@ def targets_of(model, tokens, labels, shift_labels, modality_ids) -> tuple[torch
     given = labels if shift_labels is None else shift_labels
     if given is None:
         return None, None
-    check_ids("labels" if shift_labels is None else "shift_labels", given, tokens.shape[:2])
+    check_ids("labels" if shift_labels is None else "shift_labels", given, shape)
     check_labels(given, model.config.vocab_size)
     given = given.long()
     if shift_labels is not None:
@@ -53,10 +59,12 @@ def logits_and_losses(
         targets: of `targets_of`.
 
     Raises:
-        ValueError: logits are skipped without targets, or together with `logits_to_keep`; or fewer than 0 are kept.
+        ValueError: logits are skipped without targets, or together with `logits_to_keep`; or what is kept are no
+            positions; a number of items that nothing can be divided by.
     """
-    if isinstance(logits_to_keep, int) and logits_to_keep < 0:
-        raise ValueError(f"logits_to_keep={logits_to_keep} must be 0 for all, or the number of last positions")
+    check_logits_to_keep(logits_to_keep, tuple(hidden_states.shape[:2]))
+    logits_to_keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else int(logits_to_keep)
+    check_items(num_items_in_batch)
     targets, modality_ids = targets
     args = (targets, modality_ids, num_items_in_batch)
     if not skip_logits:

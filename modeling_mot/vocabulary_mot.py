@@ -5,6 +5,7 @@ Vocabularies of other families may hold the codes elsewhere, in the midst of tex
 
 import json
 import re
+from reprlib import repr as shortened
 from typing import Any
 
 import numpy as np
@@ -196,17 +197,30 @@ def modality_ids_of(input_ids: Any, firsts: list[int], indices: list[int], place
         firsts: first id of each range of tokens, ascending.
         indices: for each range the index of its modality.
         placeholder: (token id, index of its modality) of a token that stands for what is not in the vocabulary.
+
+    Raises:
+        ValueError: `input_ids` are no token ids.
     """
     if isinstance(input_ids, torch.Tensor):
         places = torch.bucketize(input_ids, torch.tensor(firsts[1:], device=input_ids.device), right=True)
         ids = torch.tensor(indices, device=input_ids.device)[places]
         return ids if placeholder is None else ids.masked_fill(input_ids == placeholder[0], placeholder[1])
     if isinstance(input_ids, np.ndarray):
+        if not np.issubdtype(input_ids.dtype, np.number):
+            raise ValueError(f"input_ids={shortened(input_ids)} must be token ids")
         ids = np.asarray(indices)[np.digitize(input_ids, firsts[1:])]
         return ids if placeholder is None else np.where(input_ids == placeholder[0], placeholder[1], ids)
-    if input_ids and isinstance(input_ids[0], (list, tuple, np.ndarray, torch.Tensor)):
+    if (
+        isinstance(input_ids, (list, tuple))
+        and input_ids
+        and isinstance(input_ids[0], (list, tuple, np.ndarray, torch.Tensor))
+    ):
         return [modality_ids_of(row, firsts, indices, placeholder) for row in input_ids]
-    return modality_ids_of(np.asarray(input_ids, dtype=np.int64), firsts, indices, placeholder).tolist()
+    try:
+        array = np.asarray(input_ids, dtype=np.int64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"input_ids={shortened(input_ids)} must be token ids: {error}") from None
+    return modality_ids_of(array, firsts, indices, placeholder).tolist()
 
 
 def without_codes(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -245,3 +245,16 @@ def test_text_may_enclose_other_ranges(tiny_config, name):
 def test_ranges_that_overlap_otherwise_are_refused(tiny_config, ranges, fields, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(modality_token_ranges=ranges, **fields)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a": ' * 100_000, '{"vocab_size": ' + "1" * 5000 + "}"])
+def test_a_file_that_no_reader_takes_is_refused_by_name(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises((ValueError, OSError), match="config.json"):
+        MoTConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("modalities", [None, "text", 3, [], [None]], ids=repr)
+def test_modalities_of_a_variant_are_a_list_of_names(modalities):
+    with pytest.raises(ValueError, match="modalities="):
+        MoTConfig.from_variant("mot", modalities=modalities)

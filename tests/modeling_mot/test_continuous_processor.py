@@ -346,3 +346,19 @@ def test_an_unknown_setting_in_a_saved_folder_is_named(processor, tmp_path):
     (tmp_path / "image_processor" / "image_processor_config.json").write_text('{"image_sise": [16, 16]}')
     with pytest.raises(ValueError, match="unknown image processor setting image_sise"):
         MoTProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("image_size", np.int64(-3)), ("image_size", 2.5), ("image_size", [16]), ("image_size", None), ("downsampling", 0),
+        ("downsampling", "16"), ("fit", np.zeros(0)), ("background", 3), ("background", [300, 0, 0]), ("max_pixels", 0),
+    ],
+)  # fmt: skip
+def test_settings_of_pictures_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=name):
+        MoTImageProcessor(**{name: value})
+
+
+def test_sizes_of_numpy_are_taken():
+    assert MoTImageProcessor(image_size=np.int64(32)) == MoTImageProcessor(image_size=[32, 32])

@@ -1,7 +1,9 @@
 """What forwards and generate take: in Llama's order, of the tokens' shapes, and nothing that nobody reads."""
 
 import inspect
+import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM, LlamaModel
@@ -9,6 +11,7 @@ from transformers.utils.generic import TransformersKwargs
 
 from modeling_mot import MoTForCausalLM, MoTModel, MoTTransfusionModel
 
+from .naive_transfusion import VAE
 from .naive_transfusion import tiny_model as tiny_transfusion
 
 
@@ -220,3 +223,65 @@ def test_a_cache_that_is_empty_fits_any_batch(tiny_model):
     model = tiny_model()
     out = model(IDS, past_key_values=DynamicCache(config=model.config), use_cache=True)
     assert out.past_key_values.get_seq_length() == 5
+
+
+NO_TENSORS = ("text", 3, [[1, 2]], {}, b"x")
+OF_IMAGES = ("latents", "pixel_values", "timesteps", "noise", "clean_images", "image_first", "image_sizes", "generator")
+
+
+@pytest.mark.parametrize("value", NO_TENSORS, ids=repr)
+@pytest.mark.parametrize(
+    "name",
+    ["input_ids", "attention_mask", "position_ids", "document_ids", "modality_ids", "inputs_embeds", "labels", "routing",
+     "attention_plan", "past_key_values"],
+)  # fmt: skip
+@pytest.mark.parametrize("make", ["tiny_model", "transfusion"])
+def test_what_is_no_tensor_is_refused_by_name(tiny_model, make, name, value):
+    model = tiny_model() if make == "tiny_model" else tiny_transfusion()
+    of_tokens = {} if name == "inputs_embeds" and make == "tiny_model" else {"input_ids": IDS}
+    with pytest.raises(ValueError, match=name):
+        model(**of_tokens | {name: value})
+
+
+@pytest.mark.parametrize("value", ["text", 3, [[[]]], {}], ids=repr)
+@pytest.mark.parametrize("name", OF_IMAGES)
+def test_what_is_no_tensor_of_images_is_refused_by_name(name, value):
+    row = torch.tensor([[1, 3, *[5] * 4, 4, 9]])
+    vae = VAE if name == "pixel_values" else None
+    given = {} if name == "pixel_values" else {"latents": torch.zeros(1, 2, 4, 4)}
+    with pytest.raises(ValueError, match=name):
+        tiny_transfusion(vae_config=vae)(row, **given | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("num_items_in_batch", value) for value in (0, -1, "3", math.nan, torch.tensor(0), True, [3])),
+        *(
+            ("logits_to_keep", value)
+            for value in (-1, 2.5, math.nan, "3", [1], torch.tensor([0.5]), torch.tensor([99]))
+        ),
+    ],
+    ids=repr,
+)
+def test_counts_that_are_none_are_refused_by_name(tiny_model, name, value):
+    with pytest.raises(ValueError, match=name):
+        tiny_model()(IDS, labels=None if name == "logits_to_keep" else IDS, **{name: value})
+
+
+def test_logits_to_keep_are_taken_in_each_form(tiny_model):
+    model, last = tiny_model(), torch.zeros_like(IDS, dtype=torch.bool)
+    last[:, -2:] = True
+    expected = model(IDS).logits[:, -2:]
+    for form in (2, np.int64(2), torch.tensor([3, 4]), torch.tensor([[3, 4], [3, 4]]), last[0], last):
+        kept = model(IDS, logits_to_keep=form).logits
+        torch.testing.assert_close(kept.view_as(expected), expected)
+
+
+@pytest.mark.parametrize("value", ["ids", 3, [[1]], torch.ones(4), torch.ones(0, 4, dtype=torch.long), {}], ids=repr)
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask", "modality_ids", "latents", "pixel_values"])
+@pytest.mark.parametrize("make", ["tiny_model", "transfusion"])
+def test_prompts_of_another_type_or_shape_are_refused_by_name(tiny_model, make, name, value):
+    model = tiny_model() if make == "tiny_model" else tiny_transfusion()
+    with pytest.raises(ValueError, match=name):
+        model.generate(**{"input_ids": IDS} | {name: value}, max_new_tokens=2)

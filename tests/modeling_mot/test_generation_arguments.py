@@ -42,7 +42,13 @@ OF_TOKENS = [
     *each("min_new_tokens", [NAN, 0.5]),
     *each("num_return_sequences", [NAN, 1.5]),
     *each("constrain_spans", ["no", 0, 1.0]),
-    *each("guidance_scale", NO_REAL),
+    *each("guidance_scale", [*NO_REAL, 1e308]),
+    *each("temperature", [*NO_REAL, 1e308, 1e-320]),
+    *each("logits_processor", [3, "x", {}, [3]]),
+    *each("stopping_criteria", [3, [None]]),
+    *each("generation_config", [{}, 3]),
+    *each("top_p", ["1", NAN, 2]),
+    *each("num_beams", [NAN, 0]),
     *each("generator", [7, "seed", [None, torch.Generator()], np.random.default_rng()]),
     *each("negative_prompt_ids", [[60], [-1], [[1], [2], [3]], [], "text", [1.0], [True], 5, [[[1]]], None]),
     *each("streamer", [5, {}]),
@@ -72,8 +78,8 @@ def test_a_configuration_has_no_such_numbers_either(tiny_config, field):
 
 DRAW = torch.tensor([[BOS, 10, BOI]])
 OF_PICTURES = [
-    *each("guidance_scale", [*NO_REAL, -1]),
-    *each("latent_bound", [NAN, -INFINITY, 0, -1, True, "6", [6.0]]),
+    *each("guidance_scale", [*NO_REAL, -1, 1e308]),
+    *each("latent_bound", [NAN, -INFINITY, 0, -1, True, "6", [6.0], 1e308]),
     *each("num_inference_steps", [*NO_WHOLE, 1001]),
     *each("intermediate_every", NO_WHOLE),
     *each("image_size", [NAN, 2.0, True, "ab", [4, NAN], [4.0, 4], [True, True], [4, 4, 4], [-4, 4], 0, {4: 4}]),

@@ -1,6 +1,7 @@
 """MoTProcessor: documents to tokens and back, prompts with placeholders, padding, saving, bad input."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -510,3 +511,43 @@ def test_post_processing_returns_the_asked_modality(processor):
     assert processor.post_process_multimodal_output(ids)[0] == "a"
     assert processor.post_process_multimodal_output(ids, generation_mode="image")[0][0].size == (16, 16)
     assert len(processor.post_process_multimodal_output(ids, generation_mode="audio")[0]) == 1
+
+
+TALK = {"role": "user", "content": "hi"}
+NO_CONVERSATIONS = [
+    None, "hi", 3, [], [[]], [{}], [None], [{"content": "hi"}], [{"role": 3, "content": "hi"}], [TALK, None],
+    [[TALK], []], [{"role": "user", "content": 3}], [{"role": "user", "content": [{"type": "text", "text": 3}]}],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("conversation", NO_CONVERSATIONS, ids=repr)
+def test_a_conversation_is_a_list_of_messages_with_a_role(processor, conversation):
+    with pytest.raises(ValueError, match="conversation|message"):
+        processor.apply_chat_template(conversation, tokenize=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("padding", "nope"), ("padding", 3), ("truncation", "nope"), ("padding_side", "middle"), ("max_length", "3"),
+        ("max_length", math.nan), ("pad_to_multiple_of", 0), ("pad_to_multiple_of", 10**9), ("return_tensors", "tf"),
+        ("continue_with", []), ("allow_paths", "no"),
+    ],
+)  # fmt: skip
+def test_options_of_the_processor_are_refused_by_name(processor, name, value):
+    for inputs in ({"documents": [{"type": "text", "text": "a cat"}]}, {"text": "a cat"}):
+        with pytest.raises((ValueError, TypeError), match=name):
+            processor(**inputs, **{name: value})
+
+
+@pytest.mark.parametrize("ids", [None, "ids", 3.5, [None], [[1.5]], [-1], [10**12], ["a"]], ids=repr)
+def test_what_is_no_sequence_of_tokens_is_not_decoded(processor, ids):
+    with pytest.raises(ValueError, match="generated_outputs"):
+        processor.post_process_multimodal_output(ids)
+    with pytest.raises(ValueError, match="ids|id|token"):
+        processor.decode_document(ids)
+
+
+def test_a_segment_is_no_document(processor):
+    with pytest.raises(ValueError, match="documents= must be"):
+        processor(documents={"type": "text", "text": "a cat"})

@@ -288,3 +288,11 @@ def test_an_interpreter_ends_cleanly_while_the_server_works():
     took = time.time() - float(done.stdout or "nan")
     assert done.returncode == 0 and took < 15, done.stderr
     assert "Traceback" not in done.stderr and "terminate" not in done.stderr
+
+
+def test_results_of_a_server_that_nobody_runs_are_not_waited_for(server):
+    server.add_request([1, 9], max_new_tokens=2)
+    with pytest.raises(RuntimeError, match="nobody runs the server"):
+        within(20, next, iter(server))
+    with server:
+        assert len(within(20, list, server)) == 1
