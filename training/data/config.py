@@ -43,6 +43,9 @@ class Segment:
         try:
             if "" in segment.columns:
                 raise ValueError("a column has no name")
+            # A width or a precision is what a few letters can make gigabytes of.
+            if any(len(number) > 4 for _, _, form, _ in segment.parts for number in re.findall(r"\d+", form or "")):
+                raise ValueError("a width has more than four digits")
             segment.fill(dict.fromkeys(segment.columns, ""))
         except (ValueError, KeyError) as error:
             raise ValueError(
