@@ -3,8 +3,8 @@
 import argparse
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ import torch
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 
 from conversion.key_maps import ConversionError
+from modeling_mot import trust_mot
 from modeling_mot.trust_mot import forget_code, read_json_object
 
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
-_SHOWN = 400  # characters of what a library says
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 
 
@@ -48,21 +48,8 @@ def exit_code(work: Callable[[], None]) -> int:
     return 0
 
 
-@contextmanager
-def reading(lead: str) -> Iterator[None]:
-    """Around a library's reading of what the user names: whatever it raises becomes a ConversionError, `lead`: reason.
-
-    `tokenizers` raises Exception itself and others what their first wrong step happens to raise, so a list of types
-    would never be whole. Nothing but calls of libraries belongs inside: a mistake of ours is to be seen as one.
-    """
-    try:
-        yield
-    except ConversionError:
-        raise
-    except Exception as error:
-        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-        said = " ".join(str(error).split())
-        raise ConversionError(f"{lead}: {kind}{said[:_SHOWN]}") from error
+# Around calls of libraries that read what the user names: whatever they raise becomes a ConversionError.
+reading = partial(trust_mot.reading, kind=ConversionError, passed=ConversionError)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import validate_repo_id
 
-from conversion.commands import exit_code
+from conversion.commands import exit_code, reading
 from conversion.contents import problem_of
 from conversion.hub import Branch, check_account, commit, differing, in_words, read_branch
 from conversion.key_maps import ConversionError
@@ -133,10 +133,8 @@ def _card_files(folder: Path, repo: str, run: Path | None, files: dict[str, Path
     """A new card, and what it shows of the run."""
     from modeling_mot.model_card_mot import PICTURES, model_card
 
-    try:
+    with reading("the card could not be written"):
         card = model_card(folder, run=run, repo=repo)
-    except (ValueError, OSError) as error:
-        raise ConversionError(f"the card could not be written: {error}") from error
     card.save(workspace / CARD)
     shown = [name for name in PICTURES if name not in files and f"({name})" in card.text]
     added = {CARD: workspace / CARD} | {name: run / name for name in shown}

@@ -257,6 +257,16 @@ class MoTConfig(PreTrainedConfig):
         self._loaded_auto_map = {}
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if "model_type" not in found:  # or a large model of nothing but defaults would be made
+            raise ValueError(
+                f"config.json of {pretrained_model_name_or_path} has no model_type, so it is none that a MoT was saved "
+                f"with; {cls.__name__} writes model_type={cls.model_type!r}"
+            )
+        return found, kwargs
+
+    @classmethod
     def _dict_from_json_file(cls, json_file):
         try:
             found = super()._dict_from_json_file(json_file)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from .field_checks_mot import Whole, check_fields
 from .image_loading_mot import MAX_KEPT_PIXELS, load_fitted
-from .image_tokenizer_mot import PICTURE_RULES, from_known_fields, read_hub_file, without_defaults
+from .image_tokenizer_mot import PICTURE_RULES, from_known_fields, read_hub_json, without_defaults
 from .media_sources_mot import describe_source
 
 
@@ -129,5 +129,5 @@ class MoTImageProcessor:
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, subfolder: str = "", **hub_kwargs) -> "MoTImageProcessor":
         """From a folder or Hub repository that `save_pretrained` wrote."""
-        text = read_hub_file(name_or_path, IMAGE_PROCESSOR_CONFIG_NAME, subfolder, **hub_kwargs)
-        return from_known_fields(cls, json.loads(text), "image processor")
+        values = read_hub_json(name_or_path, IMAGE_PROCESSOR_CONFIG_NAME, subfolder, **hub_kwargs)
+        return from_known_fields(cls, values, "image processor")

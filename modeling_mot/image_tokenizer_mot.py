@@ -28,7 +28,7 @@ from .image_loading_mot import (
     pixel_limit,
 )
 from .media_sources_mot import describe_source
-from .trust_mot import forget_code, without_code
+from .trust_mot import forget_code, read_json_object, reading, without_code
 
 
 IMAGE_TOKENIZER_CONFIG_NAME = "image_tokenizer_config.json"
@@ -370,8 +370,8 @@ class MoTImageTokenizer:
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, subfolder: str = "", **hub_kwargs) -> "MoTImageTokenizer":
         """From a folder or Hub repository that `save_pretrained` wrote."""
-        text = read_hub_file(name_or_path, IMAGE_TOKENIZER_CONFIG_NAME, subfolder, **hub_kwargs)
-        config = ImageTokenizerConfig.from_dict(json.loads(text))
+        values = read_hub_json(name_or_path, IMAGE_TOKENIZER_CONFIG_NAME, subfolder, **hub_kwargs)
+        config = ImageTokenizerConfig.from_dict(values)
         return cls(config, load_model(config.backend, name_or_path, subfolder=subfolder, **hub_kwargs))
 
     @classmethod
@@ -413,16 +413,22 @@ def build_model(config: ImageTokenizerConfig) -> nn.Module:
 
 
 def load_model(backend: str, name_or_path: str | os.PathLike, subfolder: str = "", **hub_kwargs) -> nn.Module:
-    """The model in float32, from a folder or Hub repository; nothing is unpickled."""
+    """The model in float32, from a folder or Hub repository; nothing is unpickled.
+
+    Raises:
+        OSError: it is not there.
+        ValueError: its configuration or its weights are damaged, or do not fit each other.
+    """
     if backend == "chameleon":
-        from transformers import ChameleonVQVAE
+        from transformers import ChameleonVQVAE as model_class
 
-        kwargs = {"dtype": torch.float32, "use_safetensors": True, **hub_kwargs}
-        return ChameleonVQVAE.from_pretrained(name_or_path, subfolder=subfolder, **kwargs)
-    from diffusers import VQModel
+        kwargs = {"dtype": torch.float32, "subfolder": subfolder}
+    else:
+        from diffusers import VQModel as model_class
 
-    kwargs = {"low_cpu_mem_usage": False, "torch_dtype": torch.float32, "use_safetensors": True, **hub_kwargs}
-    return VQModel.from_pretrained(str(name_or_path), subfolder=subfolder or None, **kwargs)
+        kwargs = {"torch_dtype": torch.float32, "subfolder": subfolder or None, "low_cpu_mem_usage": False}
+    with reading(f"the image tokenizer of {name_or_path} cannot be read: config.json or its weights"):
+        return model_class.from_pretrained(str(name_or_path), **{"use_safetensors": True, **kwargs, **hub_kwargs})
 
 
 def from_known_fields(cls: type, values: dict[str, Any], what: str) -> Any:
@@ -450,8 +456,13 @@ def fingerprint(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str
     return digest.hexdigest()
 
 
-def read_hub_file(name_or_path: str | os.PathLike, filename: str, subfolder: str = "", **hub_kwargs) -> str:
-    """Text of a file of a local folder or Hub repository; OSError names what is missing."""
+def read_hub_json(name_or_path: str | os.PathLike, filename: str, subfolder: str = "", **hub_kwargs) -> dict[str, Any]:
+    """The object of a JSON file of a local folder or Hub repository.
+
+    Raises:
+        OSError: it is not there.
+        ValueError: it holds no JSON object.
+    """
     from transformers.utils import cached_file
 
-    return Path(cached_file(str(name_or_path), filename, subfolder=subfolder, **hub_kwargs)).read_text(encoding="utf-8")
+    return read_json_object(Path(cached_file(str(name_or_path), filename, subfolder=subfolder, **hub_kwargs)))

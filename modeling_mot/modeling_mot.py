@@ -38,7 +38,7 @@ from .rotary_mot import MoTRotaryEmbedding
 from .token_losses import logits_and_losses, targets_of
 from .tower_norms_mot import MoTHeadLayerNorm, TowerNorms, rms_norm
 from .tower_products_mot import TOWER_PRODUCTS
-from .trust_mot import check_index, forget_code
+from .trust_mot import check_index, forget_code, reading_weights
 
 
 class MoTPreTrainedModel(PushWithCard, PreTrainedModel):
@@ -62,10 +62,14 @@ class MoTPreTrainedModel(PushWithCard, PreTrainedModel):
         missing tensors instead of the error; a head may be missing from a checkpoint of the bare transformer.
 
         Raises:
-            ValueError: tensors are missing, or an index names files outside of its folder.
+            ValueError: tensors are missing, an index names files outside of its folder, or a file of weights is damaged
+                or holds pickled objects.
         """
         check_index(pretrained_model_name_or_path, kwargs.get("subfolder"))
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        with reading_weights(pretrained_model_name_or_path):
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
         if output_loading_info:
             return model, info
         missing = info["missing_keys"]

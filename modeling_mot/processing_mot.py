@@ -38,7 +38,7 @@ from .processor_inputs_mot import (
     tokenize_prompts,
 )
 from .speech_tokenizer_mot import SPEECH_TOKENIZER_CONFIG_NAME, MoTSpeechTokenizer
-from .trust_mot import check_tokenizer_files, forget_code
+from .trust_mot import check_tokenizer_files, forget_code, reading
 from .vocabulary_mot import (
     CHAT_TEMPLATE,
     begin_token_id,
@@ -495,7 +495,10 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         check_tokenizer_files(pretrained_model_name_or_path, subfolder=kwargs.get("subfolder") or "", **hub_kwargs)
-        arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+        with reading(
+            f"the tokenizer of {pretrained_model_name_or_path} cannot be read: tokenizer.json or its settings"
+        ):
+            arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
         for name, (part_class, config_name) in PARTS.items():
             if name in kwargs:
                 arguments.append(kwargs[name])

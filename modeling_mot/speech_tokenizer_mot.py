@@ -24,12 +24,13 @@ from .image_tokenizer_mot import (
     fingerprint,
     from_known_fields,
     nearest_code,
-    read_hub_file,
+    read_hub_json,
     without_autocast,
     without_defaults,
 )
 from .speech_features_mot import HOP_SECONDS, SpeechFrontEnd, resample
 from .speech_loading_mot import MAX_RATE, MIN_RATE, load_sound
+from .trust_mot import reading
 
 
 SPEECH_TOKENIZER_CONFIG_NAME = "speech_tokenizer_config.json"
@@ -275,6 +276,9 @@ class MoTSpeechTokenizer:
         """From a folder or Hub repository that `save_pretrained` wrote."""
         from transformers.utils import cached_file
 
-        values = json.loads(read_hub_file(name_or_path, SPEECH_TOKENIZER_CONFIG_NAME, subfolder, **hub_kwargs))
+        values = read_hub_json(name_or_path, SPEECH_TOKENIZER_CONFIG_NAME, subfolder, **hub_kwargs)
         weights = cached_file(str(name_or_path), SPEECH_TOKENIZER_WEIGHTS_NAME, subfolder=subfolder, **hub_kwargs)
-        return cls(SpeechTokenizerConfig.from_dict(values), load_file(weights))
+        config = SpeechTokenizerConfig.from_dict(values)
+        with reading(f"{weights} cannot be read"):
+            tensors = load_file(weights)
+        return cls(config, tensors)

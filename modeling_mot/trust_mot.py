@@ -3,9 +3,12 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from pickle import UnpicklingError
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -13,6 +16,7 @@ from transformers.utils import cached_file
 # Fields of JSON files by which a loader runs code of the folder or of another repository, or looks for it there.
 NAMES_OF_CODE = frozenset({"auto_map", "custom_pipelines", "custom_generate"})
 CODE_FIELDS = NAMES_OF_CODE | {"_name_or_path", "name_or_path"}
+_SHOWN = 400  # characters of what a library says
 
 
 def code_in(tree: Any) -> Iterator[str]:
@@ -58,7 +62,8 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
         ValueError, OSError: there is none, it needs code of its own, or its settings name files outside of its folder.
     """
     check_tokenizer_files(name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    with reading(f"the tokenizer of {str(name_or_path)!r:.200} cannot be read"):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     forget_code(tokenizer)
     for name in ("is_local", "local_files_only"):  # where it was loaded from is no property of the tokenizer
         tokenizer.init_kwargs.pop(name, None)
@@ -67,6 +72,26 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
 
 
 # ------------------------------------------------------------------------------------------------------------------ files
+
+
+@contextmanager
+def reading(lead: str, kind: type[Exception] = ValueError, passed: type[Exception] | tuple = OSError) -> Iterator[None]:
+    """Around a library's reading of what the user names: whatever it raises becomes a `kind`, `lead`: reason.
+
+    `tokenizers` raises Exception itself and others what their first wrong step happens to raise, so a list of types
+    would never be whole. Nothing but calls of libraries belongs inside: a mistake of ours is to be seen as one.
+
+    Args:
+        passed: exceptions that are good as they are.
+    """
+    try:
+        yield
+    except passed:
+        raise
+    except Exception as error:
+        name = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        said = " ".join(str(error).split())
+        raise kind(f"{lead}: {name}{said[:_SHOWN]}") from error
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -100,6 +125,22 @@ def check_tokenizer_files(name_or_path: str | os.PathLike, **hub_kwargs) -> None
             continue
         if os.path.exists(value) and leads_outside(Path(value), Path(settings).parent):
             raise ValueError(f"{settings} has {name}={value!r}, which is outside of its folder; take it out there")
+
+
+@contextmanager
+def reading_weights(name_or_path: str | os.PathLike | None) -> Iterator[None]:
+    """Around the loading of a model. Raises ValueError for files of weights that are damaged, or no weights alone."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights of {name_or_path}, model.safetensors or its shards, are damaged: {error}"
+        ) from error
+    except UnpicklingError as error:
+        raise ValueError(
+            f"the weights of {name_or_path} are pickled, and hold objects that run code or are damaged; save them as "
+            "model.safetensors"
+        ) from error
 
 
 def leads_outside(path: Path, folder: Path) -> bool:

@@ -114,6 +114,15 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ConfigError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            kind = node.tag.removeprefix("tag:yaml.org,2002:")
+            raise ConfigError(f"line {node.start_mark.line + 1} holds no {kind}, as it says: {error}") from error
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
@@ -252,15 +261,18 @@ def build(cls: type, tree: Any, path: str = "") -> Any:
         raise ConfigError(f"{path or 'the configuration'}: {error}") from error
 
 
-def check_options(config: Any) -> None:
+def check_options(config: Any, lead: str = "") -> None:
     """Hold the values of a section that was made without `build` to the ranges of its options.
+
+    Args:
+        lead: what the message begins with, such as which of many sections it is.
 
     Raises:
         ConfigError: a number that is not finite or not in its range, or a text that is empty.
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        _check(getattr(config, field.name), field.name, field, hints[field.name])
+        _check(getattr(config, field.name), lead + field.name, field, hints[field.name])
 
 
 def _check(value: Any, path: str, field: dataclasses.Field, hint: Any) -> None:

@@ -2,6 +2,7 @@
 is refused in one line."""
 
 import json
+import pickle
 import shutil
 import struct
 from pathlib import Path
@@ -326,3 +327,20 @@ def test_a_vae_of_whole_numbers_is_not_exported(saved_pictures, tmp_path, capsys
     save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
     assert vae(["export", str(folder), str(tmp_path / "out")]) == 2
     assert "is stored as I32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fields", [{}, {"hidden_size": 16}, {"auto_map": {}}])
+def test_a_configuration_that_says_not_what_it_is_of_makes_no_model(fields, tokens, monkeypatch):
+    (tokens / "config.json").write_text(json.dumps(fields))
+    monkeypatch.setattr(MoTForCausalLM, "__init__", lambda *_: pytest.fail("a model was built"))
+    with pytest.raises(ValueError, match="has no model_type"):
+        MoTForCausalLM.from_pretrained(tokens)
+
+
+@pytest.mark.parametrize(("name", "said"), [("model.safetensors", "damaged"), ("pytorch_model.bin", "pickled")])
+def test_weights_that_are_junk_are_named(name, said, tokens):
+    for file in tokens.glob("model*.safetensors*"):
+        file.unlink()
+    (tokens / name).write_bytes(pickle.dumps(Path("/")) if said == "pickled" else b"\xff" * 64)
+    with pytest.raises(ValueError, match=f"the weights of .*{said}"):
+        MoTForCausalLM.from_pretrained(tokens)

@@ -153,8 +153,23 @@ def test_no_option_of_a_recipe_takes_a_number_that_is_none(value):
         + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
         "\0",
         "? [a]\n: 1\n",
+        "x: !!timestamp 3",
+        "x: !!int ''",
+        "x: !!bool x",
+        "x: !!float a",
     ],
-    ids=["lists", "mappings", "recursive", "aliases of aliases", "null byte", "list as key"],
+    ids=[
+        "lists",
+        "mappings",
+        "recursive",
+        "aliases of aliases",
+        "null byte",
+        "list as key",
+        "no time",
+        "no number",
+        "no truth",
+        "no float",
+    ],
 )
 def test_a_file_that_is_no_plain_tree_is_refused_in_one_line(tmp_path, text):
     (tmp_path / "recipe.yaml").write_text(text)

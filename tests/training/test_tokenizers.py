@@ -369,3 +369,99 @@ def test_a_record_may_name_a_file_of_its_source(secret, tmp_path):
     datasets.Dataset.from_list([{"image": "in/s.png"}]).to_parquet(tmp_path / "data" / "a.parquet")
     (found,) = read_media([str(tmp_path / "data" / "a.parquet")], ["image"], None, ())
     assert Path(found) == tmp_path / "data" / "in" / "s.png"
+
+
+# ------------------------------------------------------------------------------------- what cannot be used is one line
+
+
+OPTIONS = [
+    (text_command, "--vocab-size", ["0", "x", "nan", str(10**30)]),
+    (text_command, "--min-frequency", ["-1"]),
+    (image_command, "--batch-size", ["0", "-1"]),
+    (image_command, "--lr", ["nan", "inf", "-1"]),
+    (vae_command, "--layers", ["-1"]),
+    (vae_command, "--kl", ["nan", "-1"]),
+    (speech_command, "--units", ["0", str(10**30)]),
+    (processor_command, "--downsampling", ["0", "-8"]),
+    *((command, "--seed", ["-1", str(10**30)]) for command in COMMANDS),
+]
+
+
+@pytest.mark.parametrize(("command", "option", "values"), OPTIONS)
+def test_numbers_out_of_range_name_their_option(command, option, values, tmp_path, capsys):
+    extra = ["--text", "x"] if command is processor_command else []
+    for value in values:
+        with pytest.raises(SystemExit) as ended:
+            command.main([f"{option}={value}", "--output", str(tmp_path / "out"), *extra])
+        assert ended.value.code == 2 and f"error: argument {option}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["/dev/null/x", "/proc/x", "a\0b"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(command, place):
+    extra = ["--text", "/nowhere"] if command is processor_command else ["--source", "/nowhere"]
+    with pytest.raises(SystemExit, match="error: --output .* cannot be written"):
+        command.main(["--output", place, *extra])
+
+
+@pytest.mark.parametrize(("place", "said"), [("/dev/null/x.png", "cannot be written"), ("x.nope", "no suffix")])
+@pytest.mark.parametrize("command", [image_command, vae_command])
+def test_a_sheet_that_cannot_be_written_is_refused_before_any_work(command, place, said, tmp_path):
+    with pytest.raises(SystemExit, match=f"error: --sheet .*{said}"):
+        command.main(["--output", str(tmp_path / "out"), "--source", "/nowhere", "--sheet", place])
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [("a.txt", b"\xff\xfe"), ("a.json", b""), ("a.jsonl", b'{"text": '), ("a.csv", b"\xff\xfe\0")]
+)
+def test_a_file_of_texts_that_is_none_is_named(name, data, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(SystemExit, match=rf"error: .*{name}"):
+        text_command.main(["--source", str(tmp_path / name), "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_the_suffix_of_a_file_is_passed_over(tmp_path):
+    (tmp_path / "bad.txt").symlink_to(tmp_path)
+    (tmp_path / "b.txt").write_text("a\n")
+    assert list(read_texts([str(tmp_path)], ["text"], None)) == ["a\n"]
+
+
+def test_a_word_without_end_takes_no_longer_than_its_letters():
+    texts = ["the thing " * 20, "a" * 2**20]
+    tokenizer = train_text_tokenizer(texts, 300)
+    assert tokenizer.decode(tokenizer(texts[0], add_special_tokens=False)["input_ids"]) == texts[0]
+    assert json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"]["type"] == "ByteLevel"
+
+
+def test_words_of_usual_length_are_learnt_as_they_are_without_the_bound(monkeypatch):
+    texts = ["a thing is a thing of that kind", "x" * 999] * 5
+    bounded = train_text_tokenizer(texts, 320).get_vocab()
+    monkeypatch.setattr(text_command, "_MOST_WORD", 10**6)
+    assert train_text_tokenizer(texts, 320).get_vocab() == bounded
+
+
+def _junk_text(folder):
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"ByteLevel"', "3"))
+
+
+@pytest.mark.parametrize(
+    ("part", "break_it", "said"),
+    [
+        ("text", _junk_text, "--text: the tokenizer of .* cannot be read"),
+        ("speech", lambda folder: (folder / "model.safetensors").write_bytes(b"junk"), "model.safetensors cannot be"),
+        ("speech", lambda folder: (folder / "speech_tokenizer_config.json").write_text("3"), "config.json holds no JSON"),
+        ("speech", lambda folder: (folder / "speech_tokenizer_config.json").write_bytes(b"\xff"), "config.json cannot"),
+        ("speech", lambda folder: (folder / "speech_tokenizer_config.json").write_text("[" * 10**5), "config.json cannot"),
+        ("speech", shutil.rmtree, "--speech: "),
+    ],
+)  # fmt: skip
+def test_a_part_that_is_damaged_is_named(part, break_it, said, sound_folder, tmp_path):
+    train_text_tokenizer(["a thing"], 300).save_pretrained(tmp_path / "text")
+    speech_command.main(["--source", str(sound_folder), "--output", str(tmp_path / "speech"), "--units", "2"])
+    break_it(tmp_path / part)
+    with pytest.raises(SystemExit, match=f"error: .*{said}"):
+        processor_command.main(
+            [f"--{part}={tmp_path / part}" for part in ("text", "speech")] + ["--output", str(tmp_path / "out")]
+        )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from ..config import option
+from ..config import check_options, option
 
 
 SEGMENT_TYPES = ("text", "image", "audio", "document")
@@ -18,6 +18,8 @@ LATENTS = ("cached", "on_the_fly")
 FORMATS = ("auto", "dataset", "pictures", "sounds", "jsonl", "parquet", "webdataset")
 # Variants are counted in 16 bits; a row, and the documents of a block, are in memory.
 _MOST_VARIANTS, _MOST_LENGTH = 2**15 - 1, 2**24
+# The most that Pillow opens; what is added to in 64 bits.
+_MOST_PIXELS, _MOST_BYTES = 178_956_970, sys.maxsize // 2
 MODALITY_OF_TYPE = {"text": "text", "image": "image", "audio": "speech"}
 
 
@@ -43,6 +45,9 @@ class Segment:
         try:
             if "" in segment.columns:
                 raise ValueError("a column has no name")
+            # A width or a precision is what a few letters can make gigabytes of.
+            if any(len(number) > 4 for _, _, form, _ in segment.parts for number in re.findall(r"\d+", form or "")):
+                raise ValueError("a width has more than four digits")
             segment.fill(dict.fromkeys(segment.columns, ""))
         except (ValueError, KeyError) as error:
             raise ValueError(
@@ -109,14 +114,19 @@ class TemplateConfig:
     """How the columns of a record become a document; a source draws one of its templates for each document."""
 
     segments: list[str] = option(doc="type:column for each segment; type is text, image, audio or document")
-    weight: float = option(1.0, "share among the templates of the source")
+    weight: float = option(1.0, "share among the templates of the source", gt=0)
     caption_first: float | None = option(
-        0.8, "probability that the text stands before the pictures and sounds, else after; null: always as written"
+        0.8,
+        "probability that the text stands before the pictures and sounds, else after; null: always as written",
+        ge=0,
+        le=1,
     )
     caption_dropout: float = option(
         0.0,
         "probability of dropping the text that stands before the first picture or sound (for guidance); with targets: "
         "last and caption_first: null, of dropping all texts before the last segment, such as an instruction",
+        ge=0,
+        le=1,
     )
     targets: str = option(
         "all",
@@ -139,21 +149,16 @@ class TemplateConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the field, the value and the way out."""
+        check_options(self)
         if not self.segments:
             raise ValueError("segments is empty; name at least one, such as [text:caption, image:image]")
         kinds = [segment.type for segment in self.parsed]
         if "document" in kinds and len(kinds) > 1:
             raise ValueError(f"segments={self.segments}: a document column is a whole document; give it alone")
-        for name in ("caption_first", "caption_dropout"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name}={value} is not a probability; give a value from 0 to 1")
         if self.targets not in TARGETS:
             raise ValueError(
                 f"targets={self.targets!r} of template {self.segments} must be one of {', '.join(TARGETS)}"
             )
-        if not (math.isfinite(self.weight) and self.weight > 0):
-            raise ValueError(f"weight={self.weight} of template {self.segments} must be positive")
         turns = sum((a == "text") != (b == "text") for a, b in zip(kinds, kinds[1:], strict=False))
         if self.has_both and self.caption_first is not None and turns > 1:
             raise ValueError(
@@ -182,12 +187,12 @@ class SourceConfig:
         "train", "split of the data set; in a folder, files in folders named as a split, such as validation, are of it"
     )
     revision: str | None = option(None, "revision of a data set on the Hub")
-    weight: float = option(1.0, "share in the mixture, in the unit of data.weights_by")
+    weight: float = option(1.0, "share in the mixture, in the unit of data.weights_by", gt=0)
     streaming: bool = option(False, "read over the network without a local copy of the raw data set")
     match: dict[str, str] | None = option(
         None, "column -> regular expression; only records in whose columns they are found; null: all"
     )
-    limit: int | None = option(None, "only the first N records, of those that match; null: all")
+    limit: int | None = option(None, "only the first N records, of those that match; null: all", ge=1, le=sys.maxsize)
     on_error: str = option(
         "raise", "what to do with a record, or the rest of a shard, that cannot be used: raise, or skip and count"
     )
@@ -207,16 +212,9 @@ class SourceConfig:
         for name in ("name", "path", "config", "split", "revision"):
             if re.search("[\0\ud800-\udfff]", value := getattr(self, name) or ""):
                 raise ValueError(f"{name}={value!r} of source {self.name!r} holds a character that no name has")
+        check_options(self, f"source {self.name!r:.120}: ")
         if not self.templates:
             raise ValueError(f"source {self.name!r} has no templates; give at least one with its segments")
-        if self.limit is not None and not 1 <= self.limit <= sys.maxsize:
-            raise ValueError(
-                f"limit={self.limit} of source {self.name!r} must be from 1 to {sys.maxsize}, or null for all records"
-            )
-        if not (math.isfinite(self.weight) and self.weight > 0):
-            raise ValueError(
-                f"weight={self.weight} of source {self.name!r} must be positive; remove the source instead"
-            )
         _check_sum(f"weights of the templates of source {self.name!r}", self.templates)
         for column, expression in (self.match or {}).items():
             try:
@@ -239,34 +237,27 @@ class AugmentationConfig:
     Variant 0 of a record is always the record as it is; the other `variants - 1` are changed.
     """
 
-    variants: int = option(4, "tokenised variants of each record, the unchanged one among them")
-    seed: int = option(0, "of the changes")
-    shift: float = option(0.06, "pictures: largest shift in each direction, as a share of the side, on white")
+    variants: int = option(
+        4, "tokenised variants of each record, the unchanged one among them", ge=1, le=_MOST_VARIANTS
+    )
+    seed: int = option(0, "of the changes", ge=0)
+    shift: float = option(
+        0.06, "pictures: largest shift in each direction, as a share of the side, on white", ge=0, lt=1
+    )
     flip: bool = option(True, "pictures: mirror half of them, where the caption allows (see augmentation.may_flip)")
-    brightness: float = option(0.1, "pictures: largest relative change of brightness")
-    contrast: float = option(0.1, "pictures: largest relative change of contrast")
-    saturation: float = option(0.2, "pictures: largest relative change of saturation")
-    gain: float = option(6.0, "sound: largest change of level, in dB")
-    speed: float = option(0.08, "sound: largest relative change of speed and pitch together, by resampling")
-    noise: float = option(0.003, "sound: largest level of added white noise, as a share of full scale")
+    brightness: float = option(0.1, "pictures: largest relative change of brightness", ge=0, lt=1)
+    contrast: float = option(0.1, "pictures: largest relative change of contrast", ge=0, lt=1)
+    saturation: float = option(0.2, "pictures: largest relative change of saturation", ge=0, lt=1)
+    gain: float = option(6.0, "sound: largest change of level, in dB", ge=0, le=100)
+    speed: float = option(0.08, "sound: largest relative change of speed and pitch together, by resampling", ge=0, lt=1)
+    noise: float = option(0.003, "sound: largest level of added white noise, as a share of full scale", ge=0, le=1)
 
     def __post_init__(self):
         self.validate()
 
     def validate(self) -> None:
         """Raises ValueError naming the field, the value and the way out."""
-        if not 1 <= self.variants <= _MOST_VARIANTS:
-            raise ValueError(
-                f"variants={self.variants} must be at least 1 (1: every record as it is) and at most {_MOST_VARIANTS}"
-            )
-        if not 0 <= self.seed < math.inf:
-            raise ValueError(f"seed={self.seed} must be at least 0")
-        for name in ("shift", "brightness", "contrast", "saturation", "speed"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        for name, most in (("gain", 100), ("noise", 1)):
-            if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to {most}")
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -283,8 +274,8 @@ class Limits:
 class DataConfig:
     """Sources, their mixture, and the rows they are packed into."""
 
-    row_length: int = option(512, "tokens of a row")
-    seed: int = option(0, "of the order of records, templates and variants")
+    row_length: int = option(512, "tokens of a row", ge=8, le=_MOST_LENGTH)
+    seed: int = option(0, "of the order of records, templates and variants", ge=0)
     sources: list[SourceConfig] = field(default_factory=list, metadata={"doc": "training sources"})
     validation_sources: list[SourceConfig] = field(default_factory=list, metadata={"doc": "held-out sources"})
     weights_by: str = option("documents", "what the sources' weights are shares of: documents or tokens")
@@ -292,9 +283,14 @@ class DataConfig:
         None,
         "documents that are mixed and packed together; more: fuller rows; null: 1,024 or, for rows of more than 1,024 "
         "tokens, as many as make 256 rows",
+        ge=1,
+        le=_MOST_LENGTH,
     )
     replaced_codes: float = option(
-        0.0, "most of a document's picture codes and speech units that the input has random ones for; targets stay"
+        0.0,
+        "most of a document's picture codes and speech units that the input has random ones for; targets stay",
+        ge=0,
+        le=1,
     )
     latents: str = option(
         "cached",
@@ -309,12 +305,19 @@ class DataConfig:
         None, "folder of tokenised data; null: MOT_CACHE or ~/.cache/mixture_of_transformers"
     )
     augmentation: AugmentationConfig | None = option(None, "changed copies of training pictures and sounds; null: none")
-    max_pixels: int = option(Limits.max_pixels, "largest picture that is decoded, width x height")
-    max_audio_seconds: float = option(Limits.max_audio_seconds, "longest sound that is decoded")
-    max_record_bytes: int = option(
-        Limits.max_record_bytes, "largest record of a shard: a line of JSONL, the members of a webdataset key"
+    max_pixels: int = option(
+        Limits.max_pixels, "largest picture that is decoded, width x height", gt=0, le=_MOST_PIXELS
     )
-    max_group_bytes: int = option(Limits.max_group_bytes, "largest row group of a parquet shard, decompressed")
+    max_audio_seconds: float = option(Limits.max_audio_seconds, "longest sound that is decoded", gt=0, le=_MOST_BYTES)
+    max_record_bytes: int = option(
+        Limits.max_record_bytes,
+        "largest record of a shard: a line of JSONL, the members of a webdataset key",
+        gt=0,
+        le=_MOST_BYTES,
+    )
+    max_group_bytes: int = option(
+        Limits.max_group_bytes, "largest row group of a parquet shard, decompressed", gt=0, le=_MOST_BYTES
+    )
 
     @property
     def limits(self) -> Limits:
@@ -333,20 +336,7 @@ class DataConfig:
             names = [source.name for source in getattr(self, field_name)]
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"{field_name} has two sources named {twice[0]!r}; give each a name of its own")
-        for field_name, least in (("row_length", 8), ("block_documents", 1)):
-            value = getattr(self, field_name)
-            if value is not None and not least <= value <= _MOST_LENGTH:
-                raise ValueError(f"{field_name}={value} must be at least {least} and at most {_MOST_LENGTH}")
-        if not 0 <= self.seed < math.inf:
-            raise ValueError(f"seed={self.seed} must be at least 0")
-        for field_name in ("max_pixels", "max_audio_seconds", "max_record_bytes", "max_group_bytes"):
-            value = getattr(self, field_name)
-            if not (value > 0 and value <= sys.maxsize // 2):
-                raise ValueError(f"{field_name}={value} must be positive and finite")
-        if self.max_pixels > 178_956_970:
-            raise ValueError(f"max_pixels={self.max_pixels} must be at most 178956970, the most that Pillow opens")
-        if not 0 <= self.replaced_codes <= 1:
-            raise ValueError(f"replaced_codes={self.replaced_codes} is a share, from 0 to 1")
+        check_options(self)
         if self.latents not in LATENTS:
             raise ValueError(f"latents={self.latents!r} must be one of {', '.join(LATENTS)}")
         if self.weights_by not in ("documents", "tokens"):

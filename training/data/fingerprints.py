@@ -5,20 +5,28 @@ import json
 import os
 from pathlib import Path
 
+from modeling_mot.trust_mot import leads_outside
+
 
 # Up to this many bytes a local source is fingerprinted by content, beyond it by file sizes and times of change.
 CONTENT_FINGERPRINT_BYTES = 2**31
 
 
 def local_fingerprint(path: Path) -> str:
-    """Over every file's relative path, and its content or, for a large source, its size and time of change."""
+    """Over every file's relative path, and its content or, for a large source, its size and time of change.
+
+    A link that leads out of a folder is never opened: it counts by the size and time of what it leads to.
+    """
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    by_content = sum(file.stat().st_size for file in files) <= CONTENT_FINGERPRINT_BYTES
+    foreign = {file for file in files if file != path and file.is_symlink() and leads_outside(file, path)}
+    by_content = sum(file.stat().st_size for file in files if file not in foreign) <= CONTENT_FINGERPRINT_BYTES
     digest = hashlib.sha256()
     for file in files:
         stat = file.stat()
         digest.update(os.fsencode(file.relative_to(path)) + f"\0{stat.st_size}\0".encode())
-        digest.update((content_fingerprint(file) if by_content else str(stat.st_mtime_ns)).encode())
+        digest.update(
+            (str(stat.st_mtime_ns) if file in foreign or not by_content else content_fingerprint(file)).encode()
+        )
     return digest.hexdigest()
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from training.tokenizers.sources import number
+
 
 @dataclass
 class AutoencoderTrainingConfig:
@@ -36,12 +38,19 @@ def add_training_arguments(
 ) -> argparse._ArgumentGroup:
     """The options of `training_settings`, and --sheet."""
     training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=int, default=defaults.steps, help=f"default: {defaults.steps}")
+    training.add_argument("--steps", type=number(int, ge=0), default=defaults.steps, help=f"default: {defaults.steps}")
     training.add_argument(
-        "--minutes", type=float, help="end after this time at the latest, the schedule squeezed into it"
+        "--minutes", type=number(float, gt=0), help="end after this time at the latest, the schedule squeezed into it"
     )
-    training.add_argument("--batch-size", type=int, default=defaults.batch_size, help=f"default: {defaults.batch_size}")
-    training.add_argument("--lr", type=float, default=defaults.lr, help=f"peak learning rate (default: {defaults.lr})")
+    training.add_argument(
+        "--batch-size",
+        type=number(int, ge=1, le=2**24),
+        default=defaults.batch_size,
+        help=f"default: {defaults.batch_size}",
+    )
+    training.add_argument(
+        "--lr", type=number(float, gt=0), default=defaults.lr, help=f"peak learning rate (default: {defaults.lr})"
+    )
     training.add_argument("--no-flip", action="store_true", help="do not train on mirror images")
     training.add_argument("--no-bf16", action="store_true", help="train in float32")
     training.add_argument(

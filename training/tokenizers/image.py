@@ -16,6 +16,7 @@ from training.tokenizers.autoencoder_training import add_training_arguments, tra
 from training.tokenizers.pictures import (
     add_picture_arguments,
     both_sides,
+    check_sheet,
     compare_pictures,
     first_pictures,
     read_pictures,
@@ -28,6 +29,8 @@ from training.tokenizers.sources import (
     add_source_arguments,
     carried_source,
     check_output,
+    in_one_line,
+    number,
     publish,
 )
 from training.tokenizers.vq_training import VQTrainingConfig, train_vq
@@ -60,14 +63,28 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--preset", default="small-64", choices=sorted(PRESETS), help="sizes to start from (default: small-64)"
     )
-    model.add_argument("--image-size", type=int, nargs="+", metavar="PX", help="side, or height and width, in pixels")
-    model.add_argument("--codes", type=int, metavar="K", help="entries of the codebook")
     model.add_argument(
-        "--channels", type=int, nargs="+", metavar="C", help="channels per scale; n scales down-sample 2^(n-1) times"
+        "--image-size",
+        type=number(int, ge=1, le=2**24),
+        nargs="+",
+        metavar="PX",
+        help="side, or height and width, in pixels",
     )
-    model.add_argument("--latent-channels", type=int, metavar="C", help="channels of the latent")
-    model.add_argument("--code-dim", type=int, metavar="C", help="length of a code vector")
-    model.add_argument("--patch-size", type=int, metavar="P", help="fold P x P pixels into channels first")
+    model.add_argument("--codes", type=number(int, ge=1, le=2**24), metavar="K", help="entries of the codebook")
+    model.add_argument(
+        "--channels",
+        type=number(int, ge=1, le=2**24),
+        nargs="+",
+        metavar="C",
+        help="channels per scale; n scales down-sample 2^(n-1) times",
+    )
+    model.add_argument(
+        "--latent-channels", type=number(int, ge=1, le=2**24), metavar="C", help="channels of the latent"
+    )
+    model.add_argument("--code-dim", type=number(int, ge=1, le=2**24), metavar="C", help="length of a code vector")
+    model.add_argument(
+        "--patch-size", type=number(int, ge=1, le=2**24), metavar="P", help="fold P x P pixels into channels first"
+    )
     add_picture_arguments(model)
     add_training_arguments(parser, defaults)
     return parser
@@ -91,22 +108,19 @@ def tokenizer_config(arguments: argparse.Namespace) -> ImageTokenizerConfig:
 def main(argv: list[str] | None = None) -> dict:
     arguments = build_parser().parse_args(argv)
     check_output(arguments.output, arguments.overwrite)
+    check_sheet(arguments.sheet)
     torch.manual_seed(arguments.seed)
-    try:
+    with in_one_line():
         tokenizer = MoTImageTokenizer(tokenizer_config(arguments))
         pictures = read_pictures(arguments.source or [carried_source("emoji")], arguments, tokenizer.config)
         pictures[0]
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
     print(
         f"{len(pictures)} pictures, the first: {describe_source(pictures.sources[0])}; grid {tokenizer.image_grid}",
         flush=True,
     )
     training = VQTrainingConfig(**training_settings(arguments))
-    try:
+    with in_one_line():
         figures = train_vq(tokenizer, pictures, training, log=lambda line: print(line, flush=True))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.output.parent) as folder:
         tokenizer.save_pretrained(folder)

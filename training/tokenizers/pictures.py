@@ -10,7 +10,7 @@ from PIL import Image
 
 from modeling_mot.image_loading_mot import load_fitted
 from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig
-from training.tokenizers.sources import PICTURE_SUFFIXES, read_media
+from training.tokenizers.sources import PICTURE_SUFFIXES, check_writable, read_media
 
 
 PICTURE_COLUMNS = ["image", "picture", "img"]
@@ -63,6 +63,15 @@ def read_pictures(where: list[str], arguments: argparse.Namespace, config: Image
     return Pictures(sources, config)
 
 
+def check_sheet(path: Path | None) -> None:
+    """End the command, before any work, where `save_sheet` could not write."""
+    if path is None:
+        return
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise SystemExit(f"error: --sheet {str(path)!r:.200} has no suffix of a picture; name a .png")
+    check_writable("--sheet", path)
+
+
 def first_pictures(pictures: Sequence[torch.Tensor], limit: int) -> torch.Tensor:
     """(N, 3, H, W), uint8"""
     return torch.stack([pictures[i] for i in range(min(len(pictures), limit))])
@@ -99,6 +108,7 @@ def save_sheet(originals: Sequence[np.ndarray], rebuilt: Sequence[np.ndarray], p
             row = list(pictures[start : start + across])
             row += [np.full_like(row[0], 255)] * (across - len(row))
             rows.append(np.concatenate(row, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(rows)).save(path)
 
 

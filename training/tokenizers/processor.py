@@ -19,7 +19,7 @@ from modeling_mot.processing_mot import MoTProcessor
 from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
 from modeling_mot.trust_mot import load_tokenizer
 from modeling_mot.vocabulary_mot import SPECIAL_TOKENS, extend_tokenizer, without_codes
-from training.tokenizers.sources import add_output_arguments, check_output, publish
+from training.tokenizers.sources import add_output_arguments, check_output, in_one_line, number, publish
 
 
 def continuous_processor(
@@ -74,13 +74,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--image-size",
-        type=int,
+        type=number(int, ge=1, le=2**16),
         metavar="PX",
         help="side in pixels for a bare VQModel or ChameleonVQVAE (default: 512), or with --downsampling (default: 64)",
     )
     parser.add_argument(
         "--downsampling",
-        type=int,
+        type=number(int, ge=1, le=2**16),
         metavar="PX",
         help="pictures stay pixels, a token of so many pixels a side: the VAE's factor times the model's patch size",
     )
@@ -111,17 +111,18 @@ def main(argv: list[str] | None = None) -> dict:
         raise SystemExit(
             "error: --downsampling keeps pictures as pixels, without speech: leave --image and --speech out"
         )
-    try:
+    with in_one_line("--text: "):
         tokenizer = load_tokenizer(arguments.text)
+    with in_one_line("--image: "):
         image = load_image_tokenizer(arguments)
+    with in_one_line("--speech: "):
         speech = MoTSpeechTokenizer.from_pretrained(arguments.speech) if arguments.speech else None
+    with in_one_line():
         if arguments.downsampling is not None:
             processor = continuous_processor(tokenizer, arguments.image_size or 64, arguments.downsampling)
         else:
             extend_tokenizer(tokenizer, image.num_codes if image else 0, speech.num_units if speech else 0)
             processor = MoTProcessor(tokenizer, image, speech)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.output.parent) as folder:
         finished = Path(folder) / "processor"

@@ -1,17 +1,46 @@
 """What the tokenizer commands read: `datasets` data sets, parquet folders, text files, folders of pictures or sound."""
 
 import argparse
+import math
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from modeling_mot.trust_mot import leads_outside
+from modeling_mot.trust_mot import leads_outside, reading
+from training.config import Range, one_line
 
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
+
+
+def number(kind: type, **bounds: float) -> Callable[[str], Any]:
+    """What reads an option of a command: an `int` or a `float` that is finite, within the bounds of a `Range`."""
+    allowed = Range(**bounds)
+
+    def read(text: str) -> Any:
+        value = kind(text)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} must be a finite number")
+        if value not in allowed:
+            raise argparse.ArgumentTypeError(f"{text} must be {allowed}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse says `invalid int value`
+    return read
+
+
+@contextmanager
+def in_one_line(lead: str = "") -> Iterator[None]:
+    """Around what reads the user's files and options: a command ends with a line where they cannot be used."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"error: {lead}{one_line(error)}") from None
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, what: str, columns: str) -> None:
@@ -26,25 +55,39 @@ def add_source_arguments(parser: argparse.ArgumentParser, what: str, columns: st
         "Default: the train split of the carried data",
     )
     group.add_argument("--column", action="append", metavar="NAME", help=f"column to read; may be repeated ({columns})")
-    group.add_argument("--limit", type=int, metavar="N", help="read at most N records of every source")
+    group.add_argument("--limit", type=number(int, ge=1), metavar="N", help="read at most N records of every source")
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    parser.add_argument(
+        "--seed", type=number(int, ge=0, lt=2**63), default=0, help="seed of everything random (default: 0)"
+    )
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse, before any work, to write over something that is there."""
+    """Refuse, before any work, to write over something that is there, or where nothing can be written."""
+    check_writable("--output", output)
     if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
         raise SystemExit(f"error: {output} exists; choose another --output or pass --overwrite to replace it")
+
+
+def check_writable(option: str, path: Path) -> None:
+    """End the command, before any work, where a file or folder of this path cannot be made."""
+    try:
+        if "\0" in str(path):
+            raise ValueError("it holds a null byte")
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        tempfile.TemporaryFile(dir=there).close()
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {option} {str(path)!r:.200} cannot be written: {error}") from None
 
 
 def publish(temporary: Path, output: Path) -> None:
     """Put a finished folder in its place: nothing half-written is ever seen there."""
     if output.exists():
-        shutil.rmtree(output) if output.is_dir() else output.unlink()
+        shutil.rmtree(output) if output.is_dir() and not output.is_symlink() else output.unlink()
     output.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(str(temporary), str(output))
 
@@ -98,7 +141,7 @@ def matching_files(source: str, suffixes: tuple[str, ...]) -> list[Path]:
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.name != "README.md")
     if outside := [file for file in files if leads_outside(file, path)]:
         raise SystemExit(f"error: {outside[0]} is a link that leads outside of {path}; put a copy in its place")
-    return files
+    return [file for file in files if not file.is_dir()]
 
 
 def load_records(source: str):
@@ -109,14 +152,15 @@ def load_records(source: str):
     parts = source.split(":")
     path, config = parts[0], parts[1] if len(parts) > 1 and parts[1] else None
     split = parts[2] if len(parts) > 2 else "train"
-    try:
-        if path.endswith((".parquet", ".jsonl", ".json", ".csv")) and Path(path).is_file():
-            kind = {"jsonl": "json"}.get(path.rsplit(".", 1)[1], path.rsplit(".", 1)[1])
-            records = load_dataset(kind, data_files=path, split="train")
-        else:
-            records = load_dataset(path, config, split=split)
-    except (OSError, ValueError, DatasetGenerationError) as error:
-        raise SystemExit(f"error: cannot read {source}: {error.__cause__ or error}") from None
+    with in_one_line(), reading(f"cannot read {source:.500}", passed=()):
+        try:
+            if path.endswith((".parquet", ".jsonl", ".json", ".csv")) and Path(path).is_file():
+                kind = {"jsonl": "json"}.get(path.rsplit(".", 1)[1], path.rsplit(".", 1)[1])
+                records = load_dataset(kind, data_files=path, split="train")
+            else:
+                records = load_dataset(path, config, split=split)
+        except DatasetGenerationError as error:
+            raise error.__cause__ or error from None
     for name, feature in records.features.items():
         if isinstance(feature, (Image, Audio)):
             records = records.cast_column(name, type(feature)(decode=False))

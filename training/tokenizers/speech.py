@@ -18,6 +18,8 @@ from training.tokenizers.sources import (
     add_source_arguments,
     carried_source,
     check_output,
+    in_one_line,
+    number,
     publish,
     read_media,
 )
@@ -63,7 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_output_arguments(parser)
     add_source_arguments(parser, "sounds", "default: audio, sound or speech")
     parser.add_argument(
-        "--units", type=int, default=defaults.num_units, help=f"clusters (default: {defaults.num_units})"
+        "--units",
+        type=number(int, ge=1, le=2**24),
+        default=defaults.num_units,
+        help=f"clusters (default: {defaults.num_units})",
     )
     parser.add_argument(
         "--units-per-second",
@@ -83,7 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="its hidden state to use; 0 is the first layer's input (default: -1, the last)",
     )
     parser.add_argument("--deduplicate", action="store_true", help="write runs of one unit once")
-    parser.add_argument("--iterations", type=int, default=40, help="of k-means at most (default: 40)")
+    parser.add_argument(
+        "--iterations", type=number(int, ge=0, le=2**31), default=40, help="of k-means at most (default: 40)"
+    )
     return parser
 
 
@@ -93,7 +100,7 @@ def main(argv: list[str] | None = None) -> dict:
     where = arguments.source or [carried_source("emoji")]
     columns = arguments.column or ["audio", "sound", "speech"]
     sounds = read_media(where, columns, arguments.limit, SOUND_SUFFIXES)
-    try:
+    with in_one_line():
         config = SpeechTokenizerConfig(
             num_units=arguments.units,
             units_per_second=arguments.units_per_second,
@@ -103,8 +110,6 @@ def main(argv: list[str] | None = None) -> dict:
             deduplicate=arguments.deduplicate,
         )
         tokenizer, figures = fit_speech_tokenizer(config, sounds, arguments.iterations, arguments.seed)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from None
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.output.parent) as folder:
         tokenizer.save_pretrained(Path(folder) / "speech")

@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from modeling_mot.trust_mot import load_tokenizer
+from modeling_mot.trust_mot import load_tokenizer, reading
 from modeling_mot.vocabulary_mot import SPECIAL_TOKENS, add_bos, set_special_attributes, special
 from training.tokenizers.sources import (
     TEXT_SUFFIXES,
@@ -18,9 +18,16 @@ from training.tokenizers.sources import (
     add_source_arguments,
     carried_source,
     check_output,
+    in_one_line,
+    number,
     publish,
     read_column_values,
 )
+
+
+# No word is longer, but a file that is no text may be one: training takes the square of its length.
+_MOST_WORD = 1000
+_MOST_SAMPLE = 100_000
 
 
 def train_text_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> PreTrainedTokenizerFast:
@@ -42,7 +49,10 @@ def train_text_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: i
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=sys.stderr.isatty(),
     )
+    as_words = backend.pre_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence([as_words, pre_tokenizers.FixedLength(_MOST_WORD)])
     backend.train_from_iterator(texts, trainer)
+    backend.pre_tokenizer = as_words
     common = {name: SPECIAL_TOKENS[name] for name in ("pad_token", "bos_token", "eos_token")}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **common)
     set_special_attributes(tokenizer, {k: v for k, v in SPECIAL_TOKENS.items() if k not in common})
@@ -55,7 +65,7 @@ def read_texts(sources: list[str], columns: list[str], limit: int | None) -> Ite
     """Texts of columns; of files, their lines. What a column holds is text, also where it is the name of a file."""
     for value in read_column_values(sources, columns, limit, TEXT_SUFFIXES):
         if isinstance(value, Path):
-            with open(value, encoding="utf-8") as lines:
+            with open(value, encoding="utf-8") as lines, reading(f"{value} is no text in UTF-8"):
                 yield from lines
         elif isinstance(value, str):
             yield value
@@ -65,8 +75,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training.tokenizers.text", description=__doc__)
     add_output_arguments(parser)
     add_source_arguments(parser, "texts", "default: text, name, keywords, definition, example")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="entries, special tokens included (default: 4096)")
-    parser.add_argument("--min-frequency", type=int, default=2, help="a merge must occur this often (default: 2)")
+    parser.add_argument(
+        "--vocab-size",
+        type=number(int, ge=1, le=2**24),
+        default=4096,
+        help="entries, special tokens included (default: 4096)",
+    )
+    parser.add_argument(
+        "--min-frequency",
+        type=number(int, ge=0, le=2**63),
+        default=2,
+        help="a merge must occur this often (default: 2)",
+    )
     parser.add_argument(
         "--from-pretrained",
         metavar="NAME",
@@ -79,27 +99,23 @@ def main(argv: list[str] | None = None) -> dict:
     arguments = build_parser().parse_args(argv)
     check_output(arguments.output, arguments.overwrite)
     if arguments.from_pretrained:
-        try:
+        with in_one_line("--from-pretrained: "):
             tokenizer = load_tokenizer(arguments.from_pretrained)
-        except (ValueError, OSError) as error:
-            raise SystemExit(f"error: {error}") from None
     else:
         where = arguments.source or [carried_source("emoji"), carried_source("definitions")]
         columns = arguments.column or ["text", "name", "keywords", "definition", "example"]
-        try:
+        with in_one_line():
             texts = list(read_texts(where, columns, arguments.limit))
             if not texts:
                 raise ValueError(f"no text in {', '.join(where)}")
             tokenizer = train_text_tokenizer(texts, arguments.vocab_size, arguments.min_frequency)
-        except ValueError as error:
-            raise SystemExit(f"error: {error}") from None
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.output.parent) as folder:
         tokenizer.save_pretrained(Path(folder) / "text")
         publish(Path(folder) / "text", arguments.output)
     figures = {"vocab_size": len(tokenizer)}
     if not arguments.from_pretrained:
-        sample = texts[:: max(1, len(texts) // 2000)]
+        sample = [text[:_MOST_SAMPLE] for text in texts[:: max(1, len(texts) // 2000)]]
         count = sum(len(ids) for ids in tokenizer(sample, add_special_tokens=False)["input_ids"])
         figures["characters_per_token"] = round(sum(map(len, sample)) / max(1, count), 3)
     print(json.dumps(figures))

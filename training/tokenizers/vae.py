@@ -18,6 +18,7 @@ from training.tokenizers.autoencoder_training import add_training_arguments, tra
 from training.tokenizers.pictures import (
     add_picture_arguments,
     both_sides,
+    check_sheet,
     compare_pictures,
     first_pictures,
     read_pictures,
@@ -30,6 +31,8 @@ from training.tokenizers.sources import (
     add_source_arguments,
     carried_source,
     check_output,
+    in_one_line,
+    number,
     publish,
 )
 from training.tokenizers.vae_training import VAETrainingConfig, scale_latents, train_vae
@@ -55,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     model = parser.add_argument_group("model")
     model.add_argument(
         "--image-size",
-        type=int,
+        type=number(int, ge=1, le=2**24),
         nargs="+",
         default=[64],
         metavar="PX",
@@ -63,17 +66,23 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model.add_argument(
         "--channels",
-        type=int,
+        type=number(int, ge=1, le=2**24),
         nargs="+",
         default=CHANNELS,
         metavar="C",
         help="channels per scale, multiples of 8; n scales down-sample 2^(n-1) times "
         f"(default: {' '.join(map(str, CHANNELS))})",
     )
-    model.add_argument("--layers", type=int, default=1, metavar="N", help="residual blocks per scale (default: 1)")
+    model.add_argument(
+        "--layers",
+        type=number(int, ge=1, le=2**24),
+        default=1,
+        metavar="N",
+        help="residual blocks per scale (default: 1)",
+    )
     model.add_argument(
         "--latent-channels",
-        type=int,
+        type=number(int, ge=1, le=2**24),
         default=LATENT_CHANNELS,
         metavar="C",
         help=f"channels of the latent (default: {LATENT_CHANNELS})",
@@ -82,13 +91,13 @@ def build_parser() -> argparse.ArgumentParser:
     training = add_training_arguments(parser, defaults)
     training.add_argument(
         "--matrix-lr",
-        type=float,
+        type=number(float, ge=0),
         default=defaults.matrix_lr,
         help=f"peak rate of Muon, for kernels of convolutions; --lr is AdamW's, for the rest (default: {defaults.matrix_lr})",
     )
     training.add_argument(
         "--kl",
-        type=float,
+        type=number(float, ge=0),
         default=defaults.kl,
         help="weight of the divergence of latents from a standard normal, in nats per latent element "
         f"(default: {defaults.kl})",
@@ -140,25 +149,22 @@ def save_vae(vae: AutoencoderKL, output: Path, storage_dtype: str) -> None:
 def main(argv: list[str] | None = None) -> dict:
     arguments = build_parser().parse_args(argv)
     check_output(arguments.output, arguments.overwrite)
+    check_sheet(arguments.sheet)
     torch.manual_seed(arguments.seed)
     where = arguments.source or [carried_source("emoji")]
     held_out = arguments.held_out or ([] if arguments.source else [carried_source("emoji", "validation")])
-    try:
+    with in_one_line():
         config = vae_config(arguments)
         picture_config = ImageTokenizerConfig(image_size=both_sides(arguments.image_size), fit=arguments.fit)
         check_divisible(*picture_config.image_size, downsampling(config))
         pictures = read_pictures(where, arguments, picture_config)
         others = read_pictures(held_out, arguments, picture_config) if held_out else None
         pictures[0]
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"error: {error}") from None
     vae = build_vae(config)
     print(f"{len(pictures)} pictures, the first: {describe_source(pictures.sources[0])}", flush=True)
     training = VAETrainingConfig(**training_settings(arguments), matrix_lr=arguments.matrix_lr, kl=arguments.kl)
-    try:
+    with in_one_line():
         figures = train_vae(vae, pictures, training, log=lambda line: print(line, flush=True))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
     nn.Module.to(vae, getattr(torch, arguments.storage_dtype)).float()
     figures |= scale_latents(vae, pictures)
     figures["parameters"] = sum(p.numel() for p in vae.parameters())

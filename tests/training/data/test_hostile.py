@@ -276,7 +276,7 @@ def test_limits_are_those_of_the_configuration(data_config):
     ):
         decode_sound(wav(1.0), Limits(max_audio_seconds=0.5))
     assert data_config(max_pixels=5, max_audio_seconds=2.5).limits == Limits(max_pixels=5, max_audio_seconds=2.5)
-    with pytest.raises(ValueError, match="max_pixels=0 must be positive"):
+    with pytest.raises(ValueError, match="max_pixels=0 must be above 0"):
         data_config(max_pixels=0, sources=[SourceConfig("x", "carried", TEXTS)]).validate()
 
 

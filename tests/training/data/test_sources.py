@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from training.data import RowStream, SourceConfig, TemplateConfig
+from training.data import RowStream, SourceConfig, TemplateConfig, fingerprints
 from training.data.sources import open_source
 
 from .conftest import png, wav
@@ -106,6 +106,19 @@ def test_a_link_that_leaves_the_folder_is_refused(pictures):
     (pictures / "link.png").symlink_to(pictures.parent / "secret.png")
     with pytest.raises(ValueError, match="leads outside"):
         open_source(SourceConfig("d", str(documents(pictures, [{"type": "image", "image": "link.png"}])), INTERLEAVED))
+
+
+def test_the_fingerprint_of_a_folder_opens_no_link_that_leaves_it(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("a")
+    (tmp_path / "secret").write_text("b")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "secret")
+    opened = []
+    monkeypatch.setattr(fingerprints, "content_fingerprint", lambda file: opened.append(file.name) or "")
+    first = fingerprints.local_fingerprint(tmp_path / "in")
+    assert opened == ["a.txt"]
+    (tmp_path / "secret").write_text("longer")
+    assert fingerprints.local_fingerprint(tmp_path / "in") != first
 
 
 @pytest.mark.parametrize(
