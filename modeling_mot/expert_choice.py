@@ -56,13 +56,14 @@ class ExpertChoiceFeedForward(nn.Module):
 
         ranking = affinity if is_token is None else affinity.masked_fill(~is_token.unsqueeze(-1), -1)  # padding is last
         ranked = ranking.topk(share(n, 0), dim=0).indices  # (capacity, E)
+        num_tokens = n if is_token is None else is_token.sum()
         chosen = []
         for expert, column in enumerate(affinity.unbind(-1)):
             index = ranked[: share(n, expert), expert]
             weights = column[index]
             if is_token is not None:
                 # The device alone knows how many tokens there are: rows past the expert's share of them weigh nothing.
-                is_taken = torch.arange(len(index), device=index.device) < share(is_token.sum(), expert)
+                is_taken = torch.arange(len(index), device=index.device) < share(num_tokens, expert)
                 weights = weights.where(is_taken, 0)
             chosen.append((index, weights))
         return chosen
