@@ -90,6 +90,21 @@ def documents_of(position_ids: torch.Tensor) -> torch.Tensor:
     return starts.cumsum(dim=1)
 
 
+def tokens_of(attention_mask, document_ids: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """What of the rows is no padding, without a wait for the device.  -> (B, L) bool, or None where neither says it
+
+    Args:
+        attention_mask: (B, past + L), 0 for padding; masks of other forms do not tell padding.
+        document_ids: (B, L), negative for padding.
+        length: L.
+    """
+    is_token = None if document_ids is None else document_ids >= 0
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        attended = attention_mask[:, -length:].bool()
+        is_token = attended if is_token is None else attended & is_token
+    return is_token
+
+
 def attention_mask_for(
     config,
     inputs_embeds,

@@ -50,15 +50,9 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         token_choice: bool = False,
-        competing: dict[str, torch.Tensor] | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """(T, D) sorted by tower -> the same; or (B, L, D) in the order of the sequence -> the same.
-
-        Args:
-            competing: places of each tower's tokens that its feed-forward is for, where those of padding must not compete
-                with them for experts; None for all.
-        """
+        """(T, D) sorted by tower -> the same; or (B, L, D) in the order of the sequence -> the same."""
         # One tensor, whose slices are the towers' own: what checkpointing, offloading and hooks on layers know of.
         in_sequence_order = hidden_states.dim() == 3
         rows = routing.sort(hidden_states) if in_sequence_order else hidden_states
@@ -67,15 +61,8 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
             return self.self_attn(parts, routing, position_embeddings, attention_mask, past_key_values, **kwargs)[0]
 
         def feed_forward(parts):
-            if competing is None:
-                return self.mlp(parts, token_choice=token_choice)
-            updates = self.mlp(
-                {tower: rows[competing[tower]] for tower, rows in parts.items()}, token_choice=token_choice
-            )
-            return {
-                tower: torch.zeros_like(rows).index_copy(0, competing[tower], updates[tower].to(rows.dtype))
-                for tower, rows in parts.items()
-            }
+            is_token = None if routing.is_token is None else routing.split(routing.is_token)
+            return self.mlp(parts, is_token, token_choice=token_choice)
 
         rows = self._residual(rows, self.input_layernorm, attend, routing)
         rows = self._residual(rows, self.post_attention_layernorm, feed_forward, routing)

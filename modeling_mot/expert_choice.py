@@ -10,7 +10,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 class FeedForward(LlamaMLP):
     """SwiGLU.  (n, D) -> (n, D)"""
 
-    def forward(self, hidden_states: torch.Tensor, token_choice: bool = False) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, is_token: torch.Tensor | None = None, token_choice: bool = False
+    ) -> torch.Tensor:
         return super().forward(hidden_states)
 
 
@@ -27,24 +29,46 @@ class ExpertChoiceFeedForward(nn.Module):
         self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = nn.ModuleList(LlamaMLP(config) for _ in range(config.num_experts))
 
-    def forward(self, hidden_states: torch.Tensor, token_choice: bool = False) -> torch.Tensor:
-        """(n, D) -> (n, D)"""
+    def forward(
+        self, hidden_states: torch.Tensor, is_token: torch.Tensor | None = None, token_choice: bool = False
+    ) -> torch.Tensor:
+        """(n, D) -> (n, D)
+
+        Args:
+            is_token: (n,) bool, False for padding, which no expert chooses; None where there is none. Padding gets zeros.
+        """
         affinity = self.router(hidden_states).softmax(dim=-1, dtype=torch.float32)  # (n, E)
-        chosen = self._token_choice(affinity) if token_choice else self._expert_choice(affinity)
+        chosen = self._token_choice(affinity) if token_choice else self._expert_choice(affinity, is_token)
         output = torch.zeros_like(hidden_states)
-        for expert, index, column in zip(self.experts, chosen, affinity.unbind(-1)):
-            weighted = expert(hidden_states[index]) * column[index].unsqueeze(-1).to(hidden_states.dtype)
+        for expert, (index, weights) in zip(self.experts, chosen):
+            weighted = expert(hidden_states[index]) * weights.unsqueeze(-1).to(hidden_states.dtype)
             output = output.index_add(0, index, weighted.to(output.dtype))
         return output
 
-    def _expert_choice(self, affinity: torch.Tensor) -> list[torch.Tensor]:
-        # n need not be a multiple of E: the first n % E experts take one token more, so that
-        # exactly n tokens are processed.
+    def _expert_choice(self, affinity: torch.Tensor, is_token: torch.Tensor | None) -> list[tuple]:
+        """For each expert the rows that it takes and their weights: as many rows with padding among them as without."""
         n, num_experts = affinity.shape
-        capacity = -(-n // num_experts)
-        ranked = affinity.topk(capacity, dim=0).indices  # (capacity, E)
-        return [ranked[: n // num_experts + (expert < n % num_experts), expert] for expert in range(num_experts)]
 
-    def _token_choice(self, affinity: torch.Tensor) -> list[torch.Tensor]:
+        def share(tokens, expert):
+            # The number of tokens need not be a multiple of E: the first experts take one more, and all of them together
+            # as many as there are.
+            return (tokens + num_experts - 1 - expert) // num_experts
+
+        ranking = affinity if is_token is None else affinity.masked_fill(~is_token.unsqueeze(-1), -1)  # padding is last
+        ranked = ranking.topk(share(n, 0), dim=0).indices  # (capacity, E)
+        num_tokens = n if is_token is None else is_token.sum()
+        chosen = []
+        for expert, column in enumerate(affinity.unbind(-1)):
+            index = ranked[: share(n, expert), expert]
+            weights = column[index]
+            if is_token is not None:
+                # The device alone knows how many tokens there are: rows past the expert's share of them weigh nothing.
+                is_taken = torch.arange(len(index), device=index.device) < share(num_tokens, expert)
+                weights = weights.where(is_taken, 0)
+            chosen.append((index, weights))
+        return chosen
+
+    def _token_choice(self, affinity: torch.Tensor) -> list[tuple]:
         best = affinity.argmax(dim=-1)
-        return [(best == expert).nonzero().squeeze(-1) for expert in range(affinity.shape[-1])]
+        indices = [(best == expert).nonzero().squeeze(-1) for expert in range(affinity.shape[-1])]
+        return [(index, column[index]) for index, column in zip(indices, affinity.unbind(-1))]

@@ -65,6 +65,8 @@ class ModalityRouting(NamedTuple):
         order: (T',) positions in the flattened rows, sorted by tower; None where one tower has all tokens.
         inverse: (T,) where each token stands among the sorted rows.
         padding: how many rows at the end of each tower's slice belong to no token.
+        is_token: (T',) bool of the sorted rows, False for padding of the sequence, which does not compete for experts;
+            None where nothing competes or everything does.
     """
 
     towers: tuple[str, ...]
@@ -72,6 +74,7 @@ class ModalityRouting(NamedTuple):
     order: torch.Tensor | None = None
     inverse: torch.Tensor | None = None
     padding: tuple[int, ...] = ()
+    is_token: torch.Tensor | None = None
 
     @classmethod
     def from_modality_ids(cls, modality_ids: torch.Tensor, config, multiple_of: int = 1) -> "ModalityRouting":
@@ -127,9 +130,8 @@ class ModalityRouting(NamedTuple):
         return sum(self.counts) - sum(self.padding)
 
     def to(self, device) -> "ModalityRouting":
-        if self.order is None:
-            return self
-        return self._replace(order=self.order.to(device), inverse=self.inverse.to(device))
+        tensors = {name: value for name, value in self._asdict().items() if isinstance(value, torch.Tensor)}
+        return self._replace(**{name: tensor.to(device) for name, tensor in tensors.items()})
 
     def sort(self, rows: torch.Tensor) -> torch.Tensor:
         """Make each tower's tokens contiguous.  (B, L, ...) -> (T, ...)"""
@@ -141,6 +143,14 @@ class ModalityRouting(NamedTuple):
         if self.order is not None:
             rows = _Restore.apply(rows, self)
         return rows.unflatten(0, (batch_size, -1))
+
+    def marking(self, is_token: torch.Tensor | None) -> "ModalityRouting":
+        """The same with a mark on what is no padding.
+
+        Args:
+            is_token: (B, L) bool, or None where nothing is padded.
+        """
+        return self._replace(is_token=None if is_token is None else self.sort(is_token))
 
     def split(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Each tower's slice.  (T, D) -> {tower: (T_tower, D)}
@@ -178,12 +188,20 @@ class PerTower(nn.ModuleDict):
             f"{super().__str__()},"
         )
 
-    def forward(self, parts: dict[str, torch.Tensor], **kwargs) -> dict[str, torch.Tensor]:
+    def forward(self, parts: dict[str, torch.Tensor], *beside, **kwargs) -> dict[str, torch.Tensor]:
+        """{tower: (n_tower, D)} -> the same
+
+        Args:
+            beside: more of what each tower's rows have, as `parts` or None; keywords go to all towers as they are.
+        """
         if "shared" not in self:
             if self.products != "separate" and len(parts) > 1:
                 together = run_together([self[tower] for tower in parts], parts, self.products)
                 if together is not None:
                     return together
-            return {tower: self[tower](part, **kwargs) for tower, part in parts.items()}
-        rows = self["shared"](join(parts), **kwargs)
+            return {
+                tower: self[tower](part, *(more and more[tower] for more in beside), **kwargs)
+                for tower, part in parts.items()
+            }
+        rows = self["shared"](join(parts), *(more and join(more) for more in beside), **kwargs)
         return dict(zip(parts, rows.split([part.shape[0] for part in parts.values()])))

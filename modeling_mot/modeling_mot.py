@@ -17,7 +17,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .adapters_mot import offer_adapter_targets
-from .attention_masks import ImageBlocks, attention_mask_for, document_positions, flash_documents
+from .attention_masks import ImageBlocks, attention_mask_for, document_positions, flash_documents, tokens_of
 from .attention_mot import MoTAttention
 from .attention_plan_mot import AttentionPlan
 from .configuration_mot import MoTConfig
@@ -191,14 +191,6 @@ class MoTModel(MoTPreTrainedModel):
         check_ids("modality_ids", modality_ids, shape)
         return ModalityRouting.from_modality_ids(modality_ids, self.config)
 
-    def _competing(self, routing, attention_mask, length) -> dict[str, torch.Tensor] | None:
-        """The tokens that choose among experts: all but padding, which nothing ever sees.  -> places in towers' slices"""
-        is_rows = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
-        if not (self.config.moe_towers and is_rows):
-            return None
-        is_token = routing.split(routing.sort(attention_mask[:, -length:].bool().unsqueeze(-1)))
-        return {tower: rows.squeeze(-1).nonzero().squeeze(-1) for tower, rows in is_token.items()}
-
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -225,7 +217,7 @@ class MoTModel(MoTPreTrainedModel):
             modality_ids: (B, L) indices into `config.modalities`; derived from `config.modality_token_ranges` when
                 absent. Beside `inputs_embeds` they may be those of the last embeddings: virtual tokens before these, as
                 prompt tuning puts there, are text.
-            document_ids: (B, L); tokens whose ids differ never see each other.
+            document_ids: (B, L); tokens whose ids differ never see each other. Negative ones are of padding.
             routing: a `ModalityRouting` made ahead of the forward; `modality_ids` are then not read.
             attention_plan: an `AttentionPlan` made ahead, from the same documents and images. Absent, it is made here,
                 unless `routing` was made ahead: then nothing here may wait for the device.
@@ -281,8 +273,8 @@ class MoTModel(MoTPreTrainedModel):
         position_ids = position_ids.expand(batch_size, -1)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         kwargs.setdefault("token_choice", continues_cache)
-        if not kwargs["token_choice"]:
-            kwargs["competing"] = self._competing(routing, attention_mask, length)
+        if self.config.moe_towers and not kwargs["token_choice"]:
+            routing = routing.marking(tokens_of(attention_mask, document_ids, length))
 
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer in drafts with an early exit
             hidden_states = layer(

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
+from modeling_mot import ModalityRouting
 from modeling_mot.expert_choice import ExpertChoiceFeedForward
 
 
@@ -87,3 +89,158 @@ def test_hybrid_has_experts_in_the_text_tower_only(tiny_model):
         )
     model(torch.tensor([[8, 9, 31, 32, 33, 50]]))
     assert seen == {"text": ("ExpertChoiceFeedForward", 2), "image": ("FeedForward", 3), "speech": ("FeedForward", 1)}
+
+
+# ---------------------------------------------------------------------- padding
+
+PADDED = {
+    "moe-4x": ("moe-4x", {}),
+    "hybrid": ("hybrid", {}),
+    "all_towers": ("mot", {"moe_towers": ["text", "image", "speech"]}),
+}
+LENGTHS = (9, 5, 7)
+
+
+def padded_model(tiny_model, name, **fields):
+    variant, more = PADDED.get(name, (name, {}))
+    return tiny_model(variant, **more, **fields)
+
+
+def documents():
+    """Rows of several lengths with all modalities, each with targets of its own."""
+    rows = [torch.randint(7, 60, (1, length)) for length in LENGTHS]
+    return rows, [torch.cat([torch.full((1, 1), -100), row[:, 1:]], dim=1) for row in rows]
+
+
+def pad_rows(rows, side, value, longest):
+    pads = [(longest - row.shape[1], 0) if side == "left" else (0, longest - row.shape[1]) for row in rows]
+    return torch.cat([torch.nn.functional.pad(row, pad, value=value) for row, pad in zip(rows, pads)])
+
+
+def padded_batch(rows, labels, side, longest=12):
+    mask = pad_rows([torch.ones_like(row) for row in rows], side, 0, longest)
+    return {
+        "input_ids": pad_rows(rows, side, 0, longest),
+        "labels": pad_rows(labels, side, -100, longest),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+    }
+
+
+def padding_free(rows, labels):
+    """The same tokens in one row: positions that begin anew begin a document."""
+    positions = torch.cat([torch.arange(row.shape[1]) for row in rows]).unsqueeze(0)
+    return {"input_ids": torch.cat(rows, 1), "labels": torch.cat(labels, 1), "position_ids": positions}
+
+
+def assert_equal_runs(model, padded, is_token, plain):
+    """Logits of tokens, loss and gradients of two batches of the same tokens."""
+    results = []
+    for batch in (padded, plain):
+        model.zero_grad()
+        output = model(**batch, use_cache=False)
+        output.loss.backward()
+        results.append((output, [parameter.grad.clone() for parameter in model.parameters()]))
+    (ours, our_grads), (wanted, wanted_grads) = results
+    torch.testing.assert_close(ours.logits[is_token], wanted.logits.flatten(0, 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.loss, wanted.loss)
+    for grad, expected in zip(our_grads, wanted_grads, strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("marks", ["0", "1", "0010", "1111111", "0011101", "1110100110", "10000000001"])
+def test_padding_takes_no_expert_and_no_capacity(tiny_config, marks):
+    feed_forward, processed = mixture(tiny_config), []
+    for expert in feed_forward.experts:
+        expert.register_forward_hook(lambda module, args, output: processed.append(len(args[0])))
+    is_token = torch.tensor([mark == "1" for mark in marks])
+    rows, upstream = torch.randn(len(marks), 32, requires_grad=True), torch.randn(len(marks), 32)
+    output = feed_forward(rows, is_token)
+    assert sum(processed) == len(marks)  # as many products as without padding: sizes do not depend on the data
+    expected = torch.zeros_like(output)
+    if is_token.any():
+        expected = expected.masked_scatter(is_token.unsqueeze(-1), naive(feed_forward, rows[is_token], "expert"))
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    wanted, results = [rows, *feed_forward.parameters()], []
+    for of_either in (output, expected):
+        total = (of_either * upstream).sum() + 0 * sum(tensor.sum() for tensor in wanted)
+        results.append(torch.autograd.grad(total, wanted))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_needs_nothing_from_the_data(tiny_config):
+    with FakeTensorMode():
+        output = mixture(tiny_config)(torch.randn(9, 32), torch.randint(0, 2, (9,)).bool())
+        output.sum().backward()  # a value read back would raise DataDependentOutputException
+    assert output.shape == (9, 32)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", PADDED)
+def test_padded_batch_equals_its_tokens_in_a_padding_free_row(tiny_model, name, side):
+    rows, labels = documents()
+    padded = padded_batch(rows, labels, side)
+    assert_equal_runs(
+        padded_model(tiny_model, name), padded, padded["attention_mask"].bool(), padding_free(rows, labels)
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", PADDED)
+def test_packed_row_with_padding_equals_the_row_without(tiny_model, name, checkpointing):
+    model, (rows, labels) = padded_model(tiny_model, name).train(), documents()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    plain = padding_free(rows, labels)
+    plain["document_ids"] = torch.cat([torch.full_like(row, number) for number, row in enumerate(rows)], 1)
+    fill = {"input_ids": 0, "labels": -100, "position_ids": 0, "document_ids": -1}
+    padded = {key: torch.nn.functional.pad(value, (0, 16), value=fill[key]) for key, value in plain.items()}
+    modality_ids = model.model.modality_ids_of(padded["input_ids"])
+    padded["routing"] = ModalityRouting.from_modality_ids(modality_ids, model.config, multiple_of=4)
+    assert_equal_runs(model, padded, padded["document_ids"] >= 0, plain)
+
+
+@pytest.mark.parametrize(("name", "marks"), [("moe-4x", True), ("mot", False), ("dense", False)])
+def test_only_mixtures_are_told_of_padding(tiny_model, name, marks):
+    model, seen, (rows, labels) = tiny_model(name), [], documents()
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[1].is_token))
+    batch = padded_batch(rows, labels, "left")
+    model(**batch)
+    model(batch["input_ids"], labels=batch["labels"])
+    assert [mark is not None for mark in seen] == [marks, False]
+
+
+# As transformers' own suites have it: `test_left_padding_compatibility` and
+# `test_eager_padding_matches_padding_free_with_position_ids`.
+
+
+@pytest.mark.parametrize("name", ["moe-4x", "hybrid", "mot"])
+def test_next_logits_with_left_padding_equal_those_without(tiny_model, name):
+    model, ids = tiny_model(name), torch.randint(7, 60, (2, 8))
+    mask = torch.cat([torch.zeros(2, 32, dtype=torch.long), torch.ones_like(ids)], dim=1)
+    padded = torch.nn.functional.pad(ids, (32, 0))
+    with torch.no_grad():
+        expected = model(ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
+        logits = model(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, -1]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["moe-4x", "hybrid", "mot"])
+def test_padded_logits_equal_padding_free_ones_by_positions(tiny_model, name, implementation):
+    model, (rows, labels) = tiny_model(name), documents()
+    model.set_attn_implementation(implementation)
+    padded = padded_batch(rows, labels, "left")
+    assert_equal_runs(model, padded, padded["attention_mask"].bool(), padding_free(rows, labels))
+
+
+@pytest.mark.parametrize("name", ["moe-4x", "hybrid", "mot"])
+def test_generation_with_left_padding_equals_that_of_each_prompt(tiny_model, name):
+    model, (rows, labels) = tiny_model(name), documents()
+    batch = padded_batch(rows, labels, "left", max(LENGTHS))
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    together = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **settings)
+    for row, generated in zip(rows, together):
+        alone = model.generate(row, attention_mask=torch.ones_like(row), **settings)[0, row.shape[1] :]
+        assert torch.equal(generated[-6:], alone)
