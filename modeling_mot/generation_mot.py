@@ -180,7 +180,7 @@ class MoTGenerationMixin(GenerationMixin):
     """
 
     def generate(self, inputs=None, *args, **kwargs):
-        self._check_call(inputs, kwargs)
+        self._check_call(inputs, args, kwargs)
         if len(self.config.tower_names) > 1 and self.config.modality_token_ranges is None:
             raise ValueError(
                 "generate() needs config.modality_token_ranges to know the modality of each new token; it is None"
@@ -206,12 +206,14 @@ class MoTGenerationMixin(GenerationMixin):
         return super().generate(inputs, *args, **kwargs)
 
     @staticmethod
-    def _check_call(inputs, kwargs) -> None:
+    def _check_call(inputs, args, kwargs) -> None:
         if kwargs.get("document_ids") is not None:
             raise ValueError("generate() got document_ids: packed rows are for training, pass one document per row")
         check_streamer(kwargs.get("streamer"))
+        given = dict(zip(("generation_config", "logits_processor", "stopping_criteria"), args)) | kwargs
+        check_config(given.get("generation_config"))  # before transformers reads it
         for name in ("logits_processor", "stopping_criteria"):
-            check_called(name, kwargs.get(name))
+            check_called(name, given.get(name))
         check_call(inputs, kwargs)
 
     @property
@@ -244,7 +246,7 @@ class MoTGenerationMixin(GenerationMixin):
         return prompt, name, model_kwargs
 
     def _prepare_generation_config(self, generation_config, **kwargs):
-        check_config(generation_config)
+        check_config(generation_config)  # of a server
         check_lengths(kwargs)
         own = {name: kwargs.pop(name) for name in OWN_SETTINGS if kwargs.get(name) is not None}
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)

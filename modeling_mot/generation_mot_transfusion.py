@@ -88,7 +88,7 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
             allowed = {"allow_urls": allow_urls, "allow_paths": allow_paths}
             allowed = {name: value for name, value in allowed.items() if value is not None}
             kwargs |= self._encoded(documents, processor, mode, allowed)
-        self._check_call(inputs, kwargs)
+        self._check_call(inputs, args, kwargs)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None or input_ids.shape[1] == 0:
             raise ValueError("generate() needs prompts: pass input_ids, or documents with processor")

@@ -17,7 +17,7 @@ TEXT_RULES = {
     "padding": Maybe(OneOf((True, False, "longest", "max_length", "do_not_pad"))),
     "truncation": Maybe(OneOf((True, False, "longest_first", "only_first", "only_second", "do_not_truncate"))),
     "padding_side": Maybe(OneOf(("left", "right"))),
-    "max_length": Maybe(Whole(0, 10**30)),  # that of a tokenizer without a limit
+    "max_length": Maybe(Whole(0, int(1e30))),  # that of a tokenizer without a limit
     "stride": Maybe(Whole(0)),
     "pad_to_multiple_of": Maybe(Whole(1, 2**20)),
     "return_tensors": Maybe(OneOf(("pt", "np"))),
