@@ -16,6 +16,7 @@ from huggingface_hub.utils import yaml_dump
 from .configuration_mot import MoTConfig
 from .configuration_mot_transfusion import MoTTransfusionConfig
 from .run_facts_mot import RunFacts, hub_name, languages_of, licence_of, read_json
+from .trust_mot import reading
 
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "template.md"
@@ -166,7 +167,8 @@ def _configuration(folder: Path) -> MoTConfig:
     if kind not in _CONFIGURATIONS:
         what = "has no config.json" if kind is None else f"is of model_type={kind!r}"
         raise ValueError(f"{folder} {what}; a card is of a folder that a MoT was saved to")
-    return _CONFIGURATIONS[kind].from_pretrained(folder)
+    with reading(f"{folder / 'config.json'} cannot be read"):
+        return _CONFIGURATIONS[kind].from_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------------------------- what is said

@@ -17,6 +17,7 @@ from conversion.upcycle import main as upcycle
 from conversion.vae import main as vae
 from conversion.validation import validate
 from modeling_mot import MoTConfig, MoTForCausalLM
+from modeling_mot.model_card_mot import model_card
 from modeling_mot.trust_mot import load_tokenizer
 
 from .sources import save_source
@@ -344,3 +345,10 @@ def test_weights_that_are_junk_are_named(name, said, tokens):
     (tokens / name).write_bytes(pickle.dumps(Path("/")) if said == "pickled" else b"\xff" * 64)
     with pytest.raises(ValueError, match=f"the weights of .*{said}"):
         MoTForCausalLM.from_pretrained(tokens)
+
+
+def test_a_card_names_the_configuration_that_it_cannot_read(tokens):
+    stored = json.loads((tokens / "config.json").read_text())
+    (tokens / "config.json").write_text(json.dumps(stored | {"eoi_token_id": 2.5}))
+    with pytest.raises(ValueError, match="config.json cannot be read: .*eoi_token_id"):
+        model_card(tokens)
