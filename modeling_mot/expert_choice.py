@@ -17,7 +17,8 @@ class FeedForward(LlamaMLP):
 
 
 class ExpertChoiceFeedForward(nn.Module):
-    """Each expert takes the n/E tokens that prefer it most, so the FLOPs are those of one dense feed-forward.
+    """Each expert takes the n/E tokens that prefer it most, so the FLOPs are those of one dense feed-forward; padding, which
+    is not among the n, takes no place of theirs.
 
     The experts choose among all tokens of the batch, later ones included, so this is not causal.
     Training and validation use it as it is, as the paper does; generation passes
@@ -46,7 +47,7 @@ class ExpertChoiceFeedForward(nn.Module):
         return output
 
     def _expert_choice(self, affinity: torch.Tensor, is_token: torch.Tensor | None) -> list[tuple]:
-        """For each expert the rows that it takes and their weights: as many rows with padding among them as without."""
+        """The rows of each expert and their weights, E pairs of (rows,); there are n rows of all, padding or not."""
         n, num_experts = affinity.shape
 
         def share(tokens, expert):
