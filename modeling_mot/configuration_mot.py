@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 from .configuration_rules_mot import CONFIG_RULES, INHERITED_RULES, SPAN_RULES, check_rope_parameters
-from .field_checks_mot import check_fields, check_names, did_you_mean, strict_configuration
+from .field_checks_mot import Several, Typed, check_fields, check_names, did_you_mean, strict_configuration
 from .presets_mot import PRESETS, VARIANTS, variant_fields
 
 
@@ -272,6 +272,7 @@ class MoTConfig(PreTrainedConfig):
         Raises:
             ValueError: an unknown variant, or one that these modalities do not have.
         """
+        check_fields({"modalities": modalities}, {"modalities": Several(Typed(str))})
         return cls(**({"modalities": list(modalities)} | variant_fields(variant, modalities) | kwargs))
 
     @classmethod
