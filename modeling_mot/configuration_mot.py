@@ -10,76 +10,19 @@ from itertools import combinations
 
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.modeling_rope_utils import RopeParameters
 
-from .field_checks_mot import (
-    Dtype,
-    Maybe,
-    Number,
-    OneOf,
-    Several,
-    Typed,
-    Whole,
-    check_fields,
-    check_names,
-    did_you_mean,
-    strict_configuration,
-)
+from .configuration_rules_mot import CONFIG_RULES, INHERITED_RULES, SPAN_RULES, check_rope_parameters
+from .field_checks_mot import Several, Typed, check_fields, check_names, did_you_mean, strict_configuration
 from .presets_mot import PRESETS, VARIANTS, variant_fields
 from .trust_mot import without_code
 
 
 SHARED = "shared"
 UNTIED_PARTS = ("attention", "feed_forward", "norm")
-NORM_POSITIONS = ("pre", "post")
-QK_NORMS = (None, "rms", "rms_all_heads", "layer")
 TEXT_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 MARKERS = ("boi_token_id", "eoi_token_id", "begin_of_speech_token_id", "end_of_speech_token_id")
 SPECIAL_TOKENS = TEXT_TOKENS + MARKERS
-
-SPAN_RULES = {
-    "image_grid": Maybe(Several(Whole(1, 2**16), count=2)),  # rows and columns
-    "max_speech_tokens": Maybe(Whole()),
-}
-# The highest sizes are far above those of any model, so that what is refused is a slip, before memory is asked for.
-CONFIG_RULES = SPAN_RULES | {
-    "vocab_size": Whole(1, 2**26),
-    "hidden_size": Whole(1, 2**20),
-    "intermediate_size": Whole(1, 2**22),
-    "num_hidden_layers": Whole(1, 2**14),
-    "num_attention_heads": Whole(1, 2**16),
-    "num_key_value_heads": Whole(1, 2**16),
-    "head_dim": Whole(1, 2**16),
-    "max_position_embeddings": Whole(),
-    "num_experts": Whole(1, 2**12),
-    "initializer_range": Number(),
-    "rms_norm_eps": Number(),
-    "embedding_multiplier": Number(open="low"),
-    "attention_dropout": Number(0, 1, open="high"),
-    "hidden_dropout": Number(0, 1, open="high"),
-    "z_loss_coefficient": Number(),
-    "norm_position": OneOf(NORM_POSITIONS),
-    "qk_norm": OneOf(QK_NORMS),
-    "hidden_act": OneOf(tuple(ACT2FN)),
-}
-ROPE_RULES = {
-    "rope_type": OneOf(("default", *ROPE_INIT_FUNCTIONS)),
-    "rope_theta": Number(open="low"),
-    "factor": Number(1),
-    "partial_rotary_factor": Number(1, 1),  # heads are turned as a whole
-    "original_max_position_embeddings": Whole(),
-    "attention_factor": Maybe(Number(open="low")),
-    "beta_fast": Maybe(Number(open="low")),
-    "beta_slow": Maybe(Number(open="low")),
-    "low_freq_factor": Number(open="low"),
-    "high_freq_factor": Number(open="low"),
-    "mscale": Maybe(Number()),
-    "mscale_all_dim": Maybe(Number()),
-    "truncate": Typed(bool),
-}
-# What transformers' own configuration trips over.
-INHERITED_RULES = {"dtype": Maybe(Dtype()), "id2label": Maybe(Typed(dict))}
 
 
 def check_spans(image_grid, max_speech_tokens):
@@ -423,20 +366,7 @@ class MoTConfig(PreTrainedConfig):
                     f"layers_without_rope={self.layers_without_rope} has {index}, which is not the index of a layer: "
                     f"num_hidden_layers={self.num_hidden_layers}"
                 )
-        known = set(RopeParameters.__annotations__) - {"mrope_section"} | {"type"}
-        check_names(self.rope_parameters, known, "key of rope_parameters")
-        of_frequencies = dict.fromkeys(("short_factor", "long_factor"), Several(Number(open="low"), self.head_dim // 2))
-        check_fields(self.rope_parameters, ROPE_RULES | of_frequencies, "rope_parameters.")
-        if self.rope_parameters["rope_type"] == "default":
-            # What transformers takes no notice of would leave a model that was meant otherwise.
-            check_names(
-                self.rope_parameters,
-                ("rope_type", "type", "rope_theta", "partial_rotary_factor"),
-                "key of rope_parameters for rope_type='default'",
-            )
-        low, high = (self.rope_parameters.get(f"{end}_freq_factor") for end in ("low", "high"))
-        if None not in (low, high) and low >= high:
-            raise ValueError(f"rope_parameters.low_freq_factor={low} must be less than high_freq_factor={high}")
+        check_rope_parameters(self.rope_parameters, self.head_dim)
         self.validate_rope()
 
     def validate_rope(self):

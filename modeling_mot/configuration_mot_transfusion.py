@@ -2,7 +2,8 @@
 
 import math
 
-from .configuration_mot import CONFIG_RULES, MoTConfig
+from .configuration_mot import MoTConfig
+from .configuration_rules_mot import CONFIG_RULES
 from .field_checks_mot import Maybe, Number, OneOf, Several, Whole, check_fields, strict_configuration
 from .presets_mot import TRANSFUSION_FIELDS, TRANSFUSION_PRESETS
 
