@@ -11,7 +11,7 @@ from training.tokenizers import image, processor, speech, text, vae
 
 from . import files, values
 from .case import Case, Place
-from .saved import damage_folder, parts
+from .saved import damage_folder, parts, words_of
 
 
 _TINY = [
@@ -204,6 +204,6 @@ def _assemble(rng: Random, place: Place) -> Case:
         part = rng.choice(["text", "image", "speech"])
         says = damage_folder(rng, place, parts() / part, place.inside / part)
         given[f"--{part}"] = str(place.inside / part)
-        names = (part, f"{part} tokenizer", *(path.name for path in (parts() / part).iterdir()))
+        names = (part, f"{part} tokenizer", *words_of(says), *(path.name for path in (parts() / part).iterdir()))
     arguments = [f"{option}={value}" for option, value in given.items()]
     return Case(f"processor: {says}", lambda: processor.main(arguments), names, is_command=True)

@@ -97,7 +97,7 @@ def recipe(rng: Random, place: Place) -> Case:
         words, names = _bad_words(rng)
         says = " ".join(values.shown(word) for word in words)
     else:
-        says, names = _bad_file(rng, file, yaml.safe_dump(good)), ("data", "train", "sources")
+        says, names = _bad_file(rng, file, yaml.safe_dump(good)), ("data", "train", "sources", "alias")
     command = rng.choice(["train", "train", "prepare", "plan", "print"])
     arguments, options = [str(file), *words], _plan_options(rng) if command == "plan" else []
     call = {
