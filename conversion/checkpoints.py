@@ -31,9 +31,12 @@ from modeling_mot.trust_mot import check_links, leads_outside, shard_files
 
 WEIGHTS = "model.safetensors"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-# safetensors' names of the element types that weights have
+# safetensors' names of the element types that weights have, and of those that buffers may have too
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_OTHER_DTYPES = {
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in (DTYPES | _OTHER_DTYPES).items()}
 # Everything but pickled weights, and but other formats of the same weights.
 _FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICEN*", "NOTICE*")
 

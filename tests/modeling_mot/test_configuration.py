@@ -154,7 +154,9 @@ def test_rope_parameters_that_mean_nothing_are_refused(tiny_config, rope, messag
 @pytest.mark.parametrize("content", [[], None, 3, "text", {"hidden_size": 0}, {"hidden_act": "nope"}, {"id2label": 3}])
 def test_junk_in_a_configuration_file_is_refused_by_name(tmp_path, content):
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(content | {"model_type": MoTConfig.model_type} if isinstance(content, dict) else content))
+    path.write_text(
+        json.dumps(content | {"model_type": MoTConfig.model_type} if isinstance(content, dict) else content)
+    )
     name = next(iter(content)) if isinstance(content, dict) and content else "config.json"
     with pytest.raises(ValueError, match=name):
         MoTConfig.from_pretrained(tmp_path)
