@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from transformers.utils import logging
 
-from .field_checks_mot import is_real, is_whole
+from .field_checks_mot import Maybe, Typed, Whole, check_fields, is_real
 from .serving_desk_mot import Desk, end_stream
 from .serving_requests_mot import MoTRequestOutput, Request, Terms, attempt, own_error, prepared, said
 from .serving_rounds_mot import Rounds
@@ -25,6 +25,13 @@ logger = logging.get_logger(__name__)
 CANCELLED = "cancelled"
 NOBODY = "nobody runs the server, so no result will come: start() it, or step() until it is there"
 GRACE = 10.0  # seconds for a round to end when the interpreter does
+SERVER_RULES = {
+    "max_requests_per_batch": Whole(1, 2**16),
+    "max_batch_tokens": Maybe(Whole()),
+    "max_queue_size": Whole(0),
+    "allow_urls": Typed(bool),
+    "allow_paths": Typed(bool),
+}
 
 
 class MoTServer:
@@ -58,15 +65,16 @@ class MoTServer:
         allow_paths: bool = False,
         **arguments,
     ):
-        limits = {"max_requests_per_batch": (max_requests_per_batch, 1), "max_queue_size": (max_queue_size, 0)}
-        if max_batch_tokens is not None:
-            limits["max_batch_tokens"] = (max_batch_tokens, 1)
-        for name, (value, least) in limits.items():
-            if not is_whole(value, least):
-                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-        for name, value in (("allow_urls", allow_urls), ("allow_paths", allow_paths)):
-            if not isinstance(value, bool):
-                raise ValueError(f"{name}={value!r} must be True or False")
+        check_fields(
+            {
+                "max_requests_per_batch": max_requests_per_batch,
+                "max_batch_tokens": max_batch_tokens,
+                "max_queue_size": max_queue_size,
+                "allow_urls": allow_urls,
+                "allow_paths": allow_paths,
+            },
+            SERVER_RULES,
+        )
         self.model, self.max_requests, self.max_tokens = model, max_requests_per_batch, max_batch_tokens
         self.max_queue_size = max_queue_size or math.inf
         bound = (max_batch_tokens, "max_batch_tokens")
