@@ -176,7 +176,8 @@ def _model(rng: Random, place: Place) -> Case:
     elif way == "dict":
         make = partial(kind.from_dict, bad)
     elif way == "file":
-        data = json.dumps(bad, default=str).encode()
+        bad = values.as_json(bad)
+        data = json.dumps(bad).encode()
         if rng.random() < 0.4:
             (data, says), names = files.bad_json(rng, bad), ("config.json", str(place.inside))
         (place.inside / "config.json").write_bytes(data)

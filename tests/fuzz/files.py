@@ -239,7 +239,7 @@ def _damaged_sound(rng: Random) -> tuple[bytes, str]:
 
 def bad_json(rng: Random, good: object) -> tuple[bytes, str]:
     """(bytes, what they are) in the place of a file of JSON."""
-    whole = json.dumps(good, default=str).encode()
+    whole = json.dumps(good).encode()
     return rng.choice(
         [
             lambda: (damaged(rng, whole), "damaged JSON"),

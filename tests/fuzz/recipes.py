@@ -122,6 +122,8 @@ def _bad_words(rng: Random) -> tuple[list[str], tuple[str, ...]]:
         if rng.random() < 0.06:
             others = ["." + key, key.replace(".", ".."), "train", "data.sources.7.name", "", "=", "nope"]
             key = rng.choice([key + "s", key + ".x", *others])
+        if key.startswith("model.transfusion."):
+            words.append("model.transfusion.patchifier=linear")  # by default it is the paper's 0.27 B
         words.append(f"{key}={value}")
         parts, given = key.split("."), value.strip("'\"")
         names += [key, parts[-1], *(".".join(parts[:count]) for count in range(2, len(parts)))]

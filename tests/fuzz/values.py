@@ -1,5 +1,6 @@
 """Values that mean harm or are mistakes: numbers, texts, containers, tensors, trees of JSON."""
 
+import json
 import reprlib
 from random import Random
 from typing import Any
@@ -103,6 +104,18 @@ def json_value(rng: Random) -> Any:
         ],
         [6, 3, 3, 1, 2, 1],
     )[0](rng)
+
+
+def as_json(tree: dict) -> dict:
+    """What JSON holds of a mapping; the rest as text."""
+
+    def held(value: Any) -> Any:
+        try:
+            return json.loads(json.dumps(value))
+        except (TypeError, ValueError, RecursionError):
+            return shown(value)
+
+    return {name: held(value) for name, value in tree.items()}
 
 
 def tensor(rng: Random, near: tuple[int, ...] = (2, 6)) -> torch.Tensor:
