@@ -130,9 +130,7 @@ def test_a_rate_that_is_none_is_refused_everywhere(processor, rate):
         lambda: resample(torch.zeros(9), rate, 16_000), lambda: SpeechTokenizerConfig(sampling_rate=rate),
     ]  # fmt: skip
     for call in calls:
-        with pytest.raises(
-            ValueError, match="rate=.* is no sampling rate; give a whole number of Hz from 1000 to 768000"
-        ):
+        with pytest.raises(ValueError, match="rate=.* (from|at least) 1000,? .*768000"):
             call()
 
 

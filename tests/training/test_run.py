@@ -188,7 +188,7 @@ def test_a_signal_ends_the_run_with_a_usable_checkpoint(place, capsys):
         (["train.tracker=tensorbord"], "did you mean tensorboard"),
         (["train.modality_weights={text: .nan}"], "train.modality_weights.text=nan"),
         (["train.modality_weights={text: 0, image: 0, speech: 0}"], "nothing to learn"),
-        (["model.hidden_size=1000000", "model.num_hidden_layers=10000"], "GB of a process that has"),
+        (["model.hidden_size=65536", "model.num_hidden_layers=1000"], "GB of a process that has"),
         (["train.rows=1000000000"], "train.rows"),
         (["model.attn_implementation=nosuch"], "model.attn_implementation"),
         (["model.modalities=[image]"], "model.modalities"),

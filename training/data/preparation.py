@@ -129,7 +129,7 @@ def _alone(place: Path):
         return lock.acquire(timeout=1)
     except (OSError, ValueError, NotImplementedError) as error:
         raise ValueError(
-            f"cache_dir={place.parent} cannot be written: {error}; set data.cache_dir, or the variable MOT_CACHE, to a "
+            f"data.cache_dir={place.parent} cannot be written: {error}; set data.cache_dir, or the variable MOT_CACHE, to a "
             "folder that can"
         ) from error
     except Timeout:
