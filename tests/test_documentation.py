@@ -77,6 +77,7 @@ def publish(hub: HubServer, folder: Path, text: str) -> None:
     name, commit = re.search(r'"([\w-]+/[\w-]+)", "([0-9a-f]{40})"', text).groups()
     files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
     blobs = {path: Blob(file.read_bytes(), path.endswith(LARGE)) for path, file in files.items()}
+    hub.large |= {blob.sha256: blob.content for blob in blobs.values() if blob.is_large}
     hub.repositories["models", name] = Repository(commits={commit: blobs}, branches={"main": commit})
 
 
