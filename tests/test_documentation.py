@@ -30,7 +30,7 @@ PAGES = {
     "training/README.md": ".",
     "conversion/README.md": ".",
     "training/benchmark/README.md": ".",
-    "training/data/carried/README.md": "training/data/carried",
+    "training/data/carried/README.md": ".",
     "model_cards/emoji/README.md": "runs/emoji/final",
     "model_cards/transfusion-emoji/README.md": "runs/transfusion-emoji/final",
 }
