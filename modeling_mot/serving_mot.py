@@ -381,7 +381,7 @@ class MoTServer:
         end = math.inf if timeout is None else time.monotonic() + timeout
         while not is_so():
             left = end - time.monotonic()
-            if left <= 0 or timeout is None and not self._is_run():
+            if left <= 0 or timeout is None and not self._is_run() and not self._is_frozen_soon():
                 return False
             self.changed.wait(min(left, 1.0))  # a runner that dies tells nobody
         return True
@@ -389,6 +389,10 @@ class MoTServer:
     def _is_run(self) -> bool:
         """Whether another thread runs rounds; who asks from within a round would wait for itself."""
         return self.runner is not None and self.runner.is_alive() and self.runner is not threading.current_thread()
+
+    def _is_frozen_soon(self) -> bool:
+        """True for a daemon thread while the interpreter ends: it is stopped where it stands, and nobody hears an error."""
+        return self.exiting and threading.current_thread().daemon
 
     def _check_failure(self) -> None:
         if self.failure is not None:

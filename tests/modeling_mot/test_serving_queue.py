@@ -259,7 +259,7 @@ def test_after_a_failure_everything_says_so(tiny_model, monkeypatch):
 
 
 SCRIPT = """
-import sys, threading, time
+import atexit, threading, time
 import torch
 from modeling_mot import MoTConfig, MoTForCausalLM
 from modeling_mot.serving_mot import MoTServer
@@ -271,6 +271,7 @@ server = MoTServer(MoTForCausalLM(config).eval(), eos_token_id=[], pad_token_id=
 begun = threading.Event()
 class Stream:
     put, end = staticmethod(lambda tokens: begun.set()), staticmethod(lambda: None)
+atexit.register(time.sleep, 2)  # runs after the server's own end: whoever waits for a result wakes up meanwhile
 server.start()
 for _ in range(8):
     server.add_request([1, 9, 12], streamer=Stream())
