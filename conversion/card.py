@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conversion.key_maps import ConversionError
-from modeling_mot.model_card_mot import PICTURES, is_generated, model_card
+from model_cards.card import PICTURES, is_generated, model_card
 
 
 def find_folders(folder: Path, run: Path | None = None) -> tuple[Path, Path | None]:

@@ -18,7 +18,7 @@ from conversion.checkpoints import CheckpointReader
 from conversion.commands import reading
 from conversion.key_maps import ConversionError, KeyMap, Rule
 from conversion.sizes import DIFFUSERS_WEIGHTS
-from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig, MoTImageTokenizer
+from modeling_mot.image_tokenizer import ImageTokenizerConfig, MoTImageTokenizer
 
 
 CODEBOOK = "quantize.embedding.weight"

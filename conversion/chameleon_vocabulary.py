@@ -11,8 +11,8 @@ from transformers.models.chameleon.modeling_chameleon import ChameleonImageVocab
 
 from conversion.commands import reading
 from conversion.key_maps import ConversionError
-from modeling_mot.trust_mot import load_tokenizer
-from modeling_mot.vocabulary_mot import SPECIAL_TOKENS, code_token, set_special_attributes, special
+from modeling_mot.hub_trust import load_tokenizer
+from modeling_mot.processing_vocabulary import SPECIAL_TOKENS, code_token, set_special_attributes, special
 
 
 # Chameleon's own names, which transformers' processor has fixed too.

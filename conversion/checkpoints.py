@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.dynamic_module_utils import custom_object_save
 
 from conversion.key_maps import ConversionError
-from modeling_mot.trust_mot import check_links, leads_outside, shard_files
+from modeling_mot.hub_trust import check_links, leads_outside, shard_files
 
 
 WEIGHTS = "model.safetensors"

@@ -12,8 +12,8 @@ import torch
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 
 from conversion.key_maps import ConversionError
-from modeling_mot import trust_mot
-from modeling_mot.trust_mot import forget_code, read_json_object
+from modeling_mot import hub_trust as trust_mot
+from modeling_mot.hub_trust import forget_code, read_json_object
 
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")

@@ -38,9 +38,9 @@ from conversion.key_maps import ConversionError
 from conversion.sizes import check_sizes
 from conversion.vocabulary import MOST_CODES, SPEECH_UNITS, extend_chat_template
 from modeling_mot import MoTConfig, MoTForCausalLM, MoTProcessor
-from modeling_mot.image_tokenizer_mot import MoTImageTokenizer
-from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
-from modeling_mot.vocabulary_mot import COMMON_SPECIAL_TOKENS
+from modeling_mot.image_tokenizer import MoTImageTokenizer
+from modeling_mot.processing_vocabulary import COMMON_SPECIAL_TOKENS
+from modeling_mot.speech_tokenizer import MoTSpeechTokenizer
 
 
 VQ_VAE = "model.vqmodel."

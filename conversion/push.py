@@ -117,7 +117,7 @@ def _additions(files: dict[str, Path], but: str | None = None) -> list[CommitOpe
 
 def _keeper_of_card(api: HfApi, repo: str, branch: Branch, files: dict[str, Path]) -> str | None:
     """Where a card stands that somebody wrote: in the folder or else on the Hub; None: nowhere."""
-    from modeling_mot.model_card_mot import is_generated  # takes seconds: after the checks
+    from model_cards.card import is_generated  # takes seconds: after the checks
 
     if CARD in files and not is_generated(files[CARD].read_text(encoding="utf-8")):
         return _HERE
@@ -131,7 +131,7 @@ def _keeper_of_card(api: HfApi, repo: str, branch: Branch, files: dict[str, Path
 
 def _card_files(folder: Path, repo: str, run: Path | None, files: dict[str, Path], workspace: Path) -> dict[str, Path]:
     """A new card, and what it shows of the run."""
-    from modeling_mot.model_card_mot import PICTURES, model_card
+    from model_cards.card import PICTURES, model_card
 
     with reading("the card could not be written"):
         card = model_card(folder, run=run, repo=repo)

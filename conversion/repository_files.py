@@ -14,7 +14,7 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from conversion.commands import read_json
 from conversion.contents import problem_of
 from conversion.key_maps import ConversionError
-from modeling_mot.trust_mot import code_in, read_weight_map
+from modeling_mot.hub_trust import code_in, read_weight_map
 
 
 INDEX, PROCESSOR, CARD = "model.safetensors.index.json", "processor_config.json", "README.md"

@@ -19,8 +19,8 @@ from conversion.sizes import check_sizes
 from conversion.vocabulary import Media, Vocabulary, extend_vocabulary
 from modeling_mot import MoTConfig, MoTForCausalLM, MoTProcessor, MoTTransfusionConfig, MoTTransfusionModel
 from modeling_mot.configuration_mot import UNTIED_PARTS
-from modeling_mot.latent_patchifier import build_patchifier
-from modeling_mot.latents_mot import downsampling, vae_config_of
+from modeling_mot.latent_vae import downsampling, vae_config_of
+from modeling_mot.modeling_mot_transfusion import build_patchifier
 
 
 # Several times what any model has had.

@@ -30,10 +30,10 @@ from conversion.vae import read_vae
 from conversion.vocabulary import MOST_CODES, SPEECH_UNITS, Media
 from modeling_mot import MoTConfig, MoTTransfusionConfig
 from modeling_mot.configuration_mot import UNTIED_PARTS
-from modeling_mot.image_processor_mot import MoTImageProcessor
-from modeling_mot.image_tokenizer_mot import MoTImageTokenizer
-from modeling_mot.latents_mot import downsampling, vae_config_of
-from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
+from modeling_mot.image_processing import MoTImageProcessor
+from modeling_mot.image_tokenizer import MoTImageTokenizer
+from modeling_mot.latent_vae import downsampling, vae_config_of
+from modeling_mot.speech_tokenizer import MoTSpeechTokenizer
 
 
 IMAGE_CODES, IMAGE_GRID = 8192, [32, 32]  # of Chameleon's image tokenizer

@@ -24,9 +24,9 @@ from conversion.commands import exit_code, read_json, reading
 from conversion.key_maps import ConversionError
 from conversion.sizes import check_part, check_sizes
 from modeling_mot import MoTProcessor, MoTTransfusionConfig, MoTTransfusionModel
-from modeling_mot.image_processor_mot import IMAGE_PROCESSOR_CONFIG_NAME
-from modeling_mot.latents_mot import build_vae, downsampling, vae_class, vae_config_of, vae_fingerprint
-from modeling_mot.trust_mot import code_in, without_code
+from modeling_mot.hub_trust import code_in, without_code
+from modeling_mot.image_processing import IMAGE_PROCESSOR_CONFIG_NAME
+from modeling_mot.latent_vae import build_vae, downsampling, vae_class, vae_config_of, vae_fingerprint
 
 
 PREFIX = "vae."

@@ -13,12 +13,12 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from conversion.commands import check_range, reading
 from conversion.key_maps import ConversionError
 from modeling_mot import MoTProcessor
-from modeling_mot.chat_templates_mot import with_pictures
-from modeling_mot.image_processor_mot import MoTImageProcessor
-from modeling_mot.image_tokenizer_mot import MoTImageTokenizer
-from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
-from modeling_mot.trust_mot import load_tokenizer
-from modeling_mot.vocabulary_mot import COMMON_SPECIAL_TOKENS, SPECIAL_TOKENS, extend_tokenizer, special
+from modeling_mot.hub_trust import load_tokenizer
+from modeling_mot.image_processing import MoTImageProcessor
+from modeling_mot.image_tokenizer import MoTImageTokenizer
+from modeling_mot.processing_inputs import with_pictures
+from modeling_mot.processing_vocabulary import COMMON_SPECIAL_TOKENS, SPECIAL_TOKENS, extend_tokenizer, special
+from modeling_mot.speech_tokenizer import MoTSpeechTokenizer
 
 
 # More tokens of pictures or sound than any tokenizer makes; each takes about a kilobyte of the text tokenizer.

@@ -9,9 +9,10 @@ from transformers import (
     AutoProcessor,
 )
 
+from modeling_mot.tower_routing import ModalityRouting
+
 from .configuration_mot import MoTConfig
 from .configuration_mot_transfusion import MoTTransfusionConfig
-from .modality_routing import ModalityRouting
 from .modeling_mot import MoTForCausalLM, MoTModel, MoTPreTrainedModel
 from .modeling_mot_transfusion import MoTTransfusionModel
 from .pipeline_mot_transfusion import MoTTransfusionPipeline

@@ -12,10 +12,20 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .configuration_rules_mot import CONFIG_RULES, INHERITED_RULES, SPAN_RULES, check_rope_parameters
-from .field_checks_mot import Several, Typed, check_fields, check_names, did_you_mean, strict_configuration
-from .presets_mot import PRESETS, VARIANTS, variant_fields
-from .trust_mot import without_code
+from .checks_fields import (
+    CONFIG_RULES,
+    INHERITED_RULES,
+    SPAN_RULES,
+    Several,
+    Typed,
+    check_fields,
+    check_names,
+    check_rope_parameters,
+    did_you_mean,
+    strict_configuration,
+)
+from .configuration_presets import PRESETS, VARIANTS, variant_fields
+from .hub_trust import without_code
 
 
 SHARED = "shared"

@@ -2,10 +2,9 @@
 
 import math
 
+from .checks_fields import CONFIG_RULES, Maybe, Number, OneOf, Several, Whole, check_fields, strict_configuration
 from .configuration_mot import MoTConfig
-from .configuration_rules_mot import CONFIG_RULES
-from .field_checks_mot import Maybe, Number, OneOf, Several, Whole, check_fields, strict_configuration
-from .presets_mot import TRANSFUSION_FIELDS, TRANSFUSION_PRESETS
+from .configuration_presets import TRANSFUSION_FIELDS, TRANSFUSION_PRESETS
 
 
 PATCHIFIERS = ("unet", "linear")
@@ -178,7 +177,7 @@ class MoTTransfusionConfig(MoTConfig):
         """Parameters of the patchifier, beside `num_parameters()` of the transformer."""
         import torch
 
-        from .latent_patchifier import build_patchifier
+        from .modeling_mot_transfusion import build_patchifier
 
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in build_patchifier(self).parameters())

@@ -16,22 +16,23 @@ from transformers.generation import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from .configuration_mot import check_spans
-from .forward_arguments_mot import check_call, check_prompt, check_prompt_keywords
-from .generation_arguments_mot import (
+from .checks_arguments import (
+    check_call,
     check_called,
     check_config,
     check_lengths,
+    check_prompt,
+    check_prompt_keywords,
     check_settings,
     check_streamer,
     negative_prompt,
 )
-from .lean_decoding_mot import LeanDecoder, is_plain_dynamic
-from .modality_routing import ModalityRouting
-from .plain_modules_mot import keeps_methods
-from .sampling_mot import Sampling, sample
+from .configuration_mot import check_spans
+from .decoding_lean import LeanDecoder, is_plain_dynamic
+from .decoding_loop import Sampling, sample
 from .serving_mot import MoTServer
-from .serving_requests_mot import TextSequence
+from .serving_requests import TextSequence
+from .tower_routing import ModalityRouting, keeps_methods
 
 
 class Span(NamedTuple):

@@ -8,11 +8,11 @@ import torch
 from transformers.utils import logging
 
 from .attention_masks import find_image_blocks, image_positions
-from .denoising_mot import DiffusionSettings
-from .generation_arguments_mot import negative_prompt
+from .checks_arguments import negative_prompt
+from .decoding_loop import IMAGE_INPUTS, InterleavedDecoding
+from .decoding_pictures import DiffusionSettings
 from .generation_mot import MoTGenerationMixin
-from .interleaved_decoding_mot import IMAGE_INPUTS, InterleavedDecoding
-from .serving_transfusion_mot import PictureSequence, Studio
+from .serving_rounds import PictureSequence, Studio
 
 
 logger = logging.get_logger(__name__)

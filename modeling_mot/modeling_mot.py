@@ -1,44 +1,227 @@
 """Mixture-of-Transformers (arXiv 2411.04996): every modality has its own feed-forward, attention
-projections and norms, joined by one global self-attention."""
+projections and norms, joined by one global self-attention.
+"""
 
-# B batch, L row length, T = B * L tokens, D hidden size, H heads, V vocabulary
-
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaTextScaledWordEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRotaryEmbedding,
+    eager_attention_forward,
+    rotate_half,
+)
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .adapters_mot import offer_adapter_targets
-from .attention_masks import ImageBlocks, attention_mask_for, document_positions, flash_documents, tokens_of
-from .attention_mot import MoTAttention
-from .attention_plan_mot import AttentionPlan
-from .configuration_mot import MoTConfig
-from .decoder_layer_mot import MoTDecoderLayer
-from .forward_arguments_mot import (
+from .attention_masks import (
+    RANGES,
+    AttentionPlan,
+    ImageBlocks,
+    attention_mask_for,
+    document_positions,
+    flash_documents,
+    tokens_of,
+)
+from .checks_arguments import (
     behind_virtual_tokens,
     check_ids,
+    check_items,
     check_keywords,
+    check_labels,
+    check_logits_to_keep,
     check_plan,
     check_rows,
     check_tokens,
 )
+from .configuration_mot import MoTConfig
 from .generation_mot import MoTGenerationMixin
-from .hub_mot import PushWithCard
-from .modality_routing import ModalityRouting, PerTower
-from .range_attention_mot import RANGES
-from .rotary_mot import MoTRotaryEmbedding
-from .token_losses import logits_and_losses, targets_of
-from .tower_norms_mot import MoTHeadLayerNorm, TowerNorms, rms_norm
-from .tower_products_mot import TOWER_PRODUCTS
-from .trust_mot import check_index, forget_code, reading_weights
+from .hub_push import PushWithCard
+from .hub_trust import check_index, forget_code, reading_weights
+from .loss_tokens import token_losses, token_losses_without_logits
+from .tower_experts import ExpertChoiceFeedForward
+from .tower_routing import (
+    TOWER_PRODUCTS,
+    ModalityRouting,
+    MoTHeadLayerNorm,
+    PerTower,
+    TowerNorms,
+    qk_norm,
+    rms_norm,
+    without_cast,
+)
+
+
+# B batch, L row length, T = B * L tokens, D hidden size, H heads of d = D / H, V vocabulary
+
+
+class MoTRotaryEmbedding(LlamaRotaryEmbedding):
+    """Frequencies stay in float32 when a model is cast: rounded to bfloat16 they turn far positions the wrong way."""
+
+    def _apply(self, function, recurse=True):
+        return super()._apply(without_cast(function), recurse)
+
+
+class Rotary(torch.autograd.Function):
+    """RoPE as transformers' Llama computes it. The backward turns the other way, in as many operations."""
+
+    @staticmethod
+    def forward(heads, cosines, sines):
+        return heads * cosines + rotate_half(heads) * sines
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        heads, cosines, sines = inputs
+        ctx.save_for_backward(cosines, sines)
+        ctx.dtype = heads.dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        cosines, sines = ctx.saved_tensors
+        return (grad * cosines - rotate_half(grad * sines)).to(ctx.dtype), None, None
+
+
+class MoTAttention(nn.Module):
+    """Projections of each tower around one attention over the whole sequence (paper, equation 3)."""
+
+    def __init__(self, config: MoTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.has_rope = layer_idx not in config.layers_without_rope
+
+        names = config.part_names("attention")
+        hidden = config.hidden_size
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+
+        def projection(inputs, outputs, bias):
+            return PerTower({name: nn.Linear(inputs, outputs, bias=bias) for name in names})
+
+        self.q_proj = projection(hidden, queries, config.attention_bias)
+        self.k_proj = projection(hidden, keys, config.attention_bias)
+        self.v_proj = projection(hidden, keys, config.attention_bias)
+        self.o_proj = projection(queries, hidden, config.attention_output_bias)
+        self.q_norm = None
+        self.k_norm = None
+        if config.qk_norm is not None:
+            self.q_norm = TowerNorms({name: qk_norm(config, config.num_attention_heads) for name in names})
+            self.k_norm = TowerNorms({name: qk_norm(config, config.num_key_value_heads) for name in names})
+
+    def _heads(self, projected, norm, routing, batch_size):
+        """Rows sorted by tower to heads in the order of the sequence.  (T, H * d) -> (B, H, L, d)"""
+        if norm is not None:
+            per_head = self.config.qk_norm != "rms_all_heads"
+            heads = projected.unflatten(-1, (-1, self.head_dim)) if per_head else projected
+            projected = norm(heads, routing).flatten(1)
+        return routing.restore(projected, batch_size).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        routing: ModalityRouting,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(T, D) sorted by tower -> (T, D) and the weights (B, H, L, past + L) if they exist."""
+        # Each tower projects its own tokens; the heads then stand in the order of the sequence.
+        batch_size = position_embeddings[0].shape[0]
+        query = self._heads(self.q_proj(hidden_states, routing), self.q_norm, routing, batch_size)
+        key = self._heads(self.k_proj(hidden_states, routing), self.k_norm, routing, batch_size)
+        value = self._heads(self.v_proj(hidden_states, routing), None, routing, batch_size)
+        if self.has_rope:
+            angles = [of_head.unsqueeze(1) for of_head in position_embeddings]
+            query, key = Rotary.apply(query, *angles), Rotary.apply(key, *angles)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        # One attention over the tokens of all towers.
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+
+        # Sorted by tower again, each tower projects its own tokens.
+        # Engines that keep the keys themselves, as vLLM does, give the rows back without the batch.
+        output = output.reshape(batch_size, query.shape[2], -1)
+        return self.o_proj(routing.sort(output), routing), weights
+
+
+class MoTDecoderLayer(GradientCheckpointingLayer):
+    """One layer, equation 2 (`norm_position="post"`) or Llama's order of the same parts (`"pre"`)."""
+
+    def __init__(self, config: MoTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+
+        def feed_forward(name):
+            return ExpertChoiceFeedForward(config) if name in config.moe_towers else LlamaMLP(config)
+
+        def norm():
+            return TowerNorms({name: rms_norm(config, config.hidden_size) for name in config.part_names("norm")})
+
+        self.self_attn = MoTAttention(config, layer_idx)
+        self.mlp = PerTower({name: feed_forward(name) for name in config.part_names("feed_forward")}, config.moe_towers)
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        routing: ModalityRouting,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """(T, D) sorted by tower -> the same; or (B, L, D) in the order of the sequence -> the same."""
+        # One tensor, whose slices are the towers' own: what checkpointing, offloading and hooks on layers know of.
+        in_sequence_order = hidden_states.dim() == 3
+        rows = routing.sort(hidden_states) if in_sequence_order else hidden_states
+
+        def attend(rows):
+            return self.self_attn(rows, routing, position_embeddings, attention_mask, past_key_values, **kwargs)[0]
+
+        def feed_forward(rows):
+            return self.mlp(rows, routing)
+
+        rows = rows + self.dropout(self._normed(attend, self.input_layernorm, rows, routing))
+        rows = rows + self.dropout(self._normed(feed_forward, self.post_attention_layernorm, rows, routing))
+        return routing.restore(rows, hidden_states.shape[0]) if in_sequence_order else rows
+
+    def _normed(self, block, norm, rows, routing):
+        # The paper normalises after the block. Before it is the default, because a dense Llama then becomes a MoT
+        # with identical logits.
+        if self.config.norm_position == "pre":
+            return block(norm(rows, routing))
+        return norm(block(rows), routing)
 
 
 class MoTPreTrainedModel(PushWithCard, PreTrainedModel):
@@ -272,9 +455,11 @@ class MoTModel(MoTPreTrainedModel):
                 position_ids = (torch.arange(length, device=hidden_states.device) + past).unsqueeze(0)
         position_ids = position_ids.expand(batch_size, -1)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        kwargs.setdefault("token_choice", continues_cache)
-        if self.config.moe_towers and not kwargs["token_choice"]:
-            routing = routing.marking(tokens_of(attention_mask, document_ids, length))
+        if self.config.moe_towers:
+            token_choice = kwargs.get("token_choice", continues_cache)
+            is_token = None if token_choice else tokens_of(attention_mask, document_ids, length)
+            routing = routing.for_experts(is_token, token_choice)
+        kwargs.pop("token_choice", None)
 
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer in drafts with an early exit
             hidden_states = layer(
@@ -307,6 +492,66 @@ class MoTCausalLMOutputWithPast(CausalLMOutputWithPast):
     loss_sums: dict[str, torch.Tensor] | None = None
     loss_counts: dict[str, torch.Tensor] | None = None
     z_loss_sum: torch.Tensor | None = None
+
+
+def targets_of(model, shape, labels, shift_labels, modality_ids) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Targets aligned with the logits and their modalities, (B, L) both; None twice where there are no labels.
+
+    Args:
+        shape: (B, L) of the tokens.
+        labels: (B, L), to be shifted by one; or `shift_labels`, which are aligned already.
+        modality_ids: (B, L) of the tokens, or None; without them modalities follow from the vocabulary.
+
+    Raises:
+        ValueError: labels of another shape, or that are neither tokens nor -100.
+    """
+    given = labels if shift_labels is None else shift_labels
+    if given is None:
+        return None, None
+    check_ids("labels" if shift_labels is None else "shift_labels", given, shape)
+    check_labels(given, model.config.vocab_size)
+    given = given.long()
+    if shift_labels is not None:
+        return given, _modalities(model, given)
+    of_labels = (
+        _modalities(model, given) if modality_ids is None else behind_virtual_tokens(modality_ids, given.shape[1])
+    )
+    # The labels move, not the logits: the last position of a row has no target.
+    return tuple(F.pad(ids[:, 1:], (0, 1), value=-100) for ids in (given, of_labels))
+
+
+def _modalities(model, labels):
+    if model.config.modality_token_ranges is None and len(model.config.tower_names) == 1:
+        return torch.zeros_like(labels)  # one tower and no ranges: all of it counts as text
+    return model.model.modality_ids_of(labels)
+
+
+def logits_and_losses(
+    model, hidden_states, targets, num_items_in_batch, logits_to_keep, skip_logits
+) -> tuple[torch.Tensor | None, dict]:
+    """Logits unless they are skipped, and the losses of tokens where there are targets.
+
+    Args:
+        targets: of `targets_of`.
+
+    Raises:
+        ValueError: logits are skipped without targets, or together with `logits_to_keep`; or what is kept are no
+            positions; a number of items that nothing can be divided by.
+    """
+    check_logits_to_keep(logits_to_keep, tuple(hidden_states.shape[:2]))
+    logits_to_keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else int(logits_to_keep)
+    check_items(num_items_in_batch)
+    targets, modality_ids = targets
+    args = (targets, modality_ids, num_items_in_batch)
+    if not skip_logits:
+        logits = model.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        return logits, {} if targets is None else token_losses(model.config, logits, *args)
+    if targets is None or torch.is_tensor(logits_to_keep) or logits_to_keep != 0:
+        raise ValueError(
+            "skip_logits=True leaves the losses alone: it needs labels, one per token, and logits_to_keep=0; "
+            f"labels are {'absent' if targets is None else 'given'}, logits_to_keep={logits_to_keep}"
+        )
+    return None, token_losses_without_logits(model.config, hidden_states, model.lm_head, *args)
 
 
 class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
@@ -385,6 +630,21 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
             attentions=outputs.attentions,
             **losses,
         )
+
+
+_PROJECTIONS = frozenset(("q_proj", "k_proj", "v_proj", "o_proj"))
+
+
+def offer_adapter_targets(model_type: str) -> None:
+    """Give PEFT, where it is loaded, its default `target_modules` for this type of model.
+
+    A Llama's names end in "q_proj", which here is the container of the towers' own: a pattern names these.
+    """
+    if "peft" not in sys.modules:
+        return
+    for defaults in vars(import_module("peft.utils.constants")).values():
+        if isinstance(defaults, dict) and _PROJECTIONS.issuperset(names := defaults.get("llama", ("",))):
+            defaults.setdefault(model_type, rf".*\.self_attn\.({'|'.join(names)})\.[^.]+")
 
 
 MoTModel.register_for_auto_class("AutoModel")

@@ -17,13 +17,13 @@ import numpy as np
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from .chat_templates_mot import is_extended, mark_added_tokens
-from .document_decoding_mot import DocumentDecoder
-from .field_checks_mot import Maybe, OneOf, Typed, check_fields
-from .hub_mot import PushWithoutCard
-from .image_processor_mot import IMAGE_PROCESSOR_CONFIG_NAME, MoTImageProcessor
-from .image_tokenizer_mot import IMAGE_TOKENIZER_CONFIG_NAME, MoTImageTokenizer
-from .processor_inputs_mot import (
+from .checks_fields import Maybe, OneOf, Typed, check_fields
+from .hub_push import PushWithoutCard
+from .hub_trust import check_tokenizer_files, forget_code, reading
+from .image_processing import IMAGE_PROCESSOR_CONFIG_NAME, MoTImageProcessor
+from .image_tokenizer import IMAGE_TOKENIZER_CONFIG_NAME, MoTImageTokenizer
+from .processing_documents import DocumentDecoder
+from .processing_inputs import (
     SEGMENT_TYPES,
     check_conversation,
     check_document,
@@ -33,13 +33,13 @@ from .processor_inputs_mot import (
     check_tokens,
     flatten,
     flatten_audio,
+    is_extended,
     load_if_present,
+    mark_added_tokens,
     media_of,
     tokenize_prompts,
 )
-from .speech_tokenizer_mot import SPEECH_TOKENIZER_CONFIG_NAME, MoTSpeechTokenizer
-from .trust_mot import check_tokenizer_files, forget_code, reading
-from .vocabulary_mot import (
+from .processing_vocabulary import (
     CHAT_TEMPLATE,
     begin_token_id,
     extend_tokenizer,
@@ -47,6 +47,7 @@ from .vocabulary_mot import (
     modality_ranges,
     stretches,
 )
+from .speech_tokenizer import SPEECH_TOKENIZER_CONFIG_NAME, MoTSpeechTokenizer
 
 
 CALL_RULES = {

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from transformers.utils import logging
 
-from .field_checks_mot import Maybe, Typed, Whole, check_fields, is_real
-from .serving_desk_mot import Desk, end_stream
-from .serving_requests_mot import MoTRequestOutput, Request, Terms, attempt, own_error, prepared, said
-from .serving_rounds_mot import Rounds
+from .checks_fields import Maybe, Typed, Whole, check_fields, is_real
+from .serving_requests import Desk, MoTRequestOutput, Request, Terms, attempt, end_stream, own_error, prepared, said
+from .serving_rounds import Rounds
 
 
 logger = logging.get_logger(__name__)

@@ -70,7 +70,11 @@ def training_stories(wanted: set[str]) -> dict[str, dict[str, int]]:
     start: dict[str, int] = {}
     step: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
-        words = [str(ROOT / "training/configs/smoke.yaml"), f"train.output_dir={folder}/run", "train.progress_bar=false"]
+        words = [
+            str(ROOT / "training/configs/smoke.yaml"),
+            f"train.output_dir={folder}/run",
+            "train.progress_bar=false",
+        ]
         with StopSignal() as stop_signal:
             with files_entered(start):
                 recipe = load_recipe([*words, f"data.cache_dir={folder}/cache"])
@@ -114,7 +118,11 @@ def picture_story() -> dict[str, int]:
     files: dict[str, int] = {}
     with files_entered(files):
         model.generate(
-            torch.tensor([[1, 10, 11, 3]]), max_new_tokens=10, num_inference_steps=2, guidance_scale=2.0, do_sample=False
+            torch.tensor([[1, 10, 11, 3]]),
+            max_new_tokens=10,
+            num_inference_steps=2,
+            guidance_scale=2.0,
+            do_sample=False,
         )
     return files
 

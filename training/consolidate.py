@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
+from model_cards.card import PICTURES, model_card
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
-from modeling_mot.model_card_mot import PICTURES, model_card
 from training.checkpoints import DamagedError, model_tensors, newest_intact, read_tensors, replacing, verify
 from training.config import ConfigError, one_line
 from training.distributed import make_room

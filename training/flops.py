@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_mot import MoTConfig, MoTTransfusionConfig
-from modeling_mot.latent_patchifier import build_patchifier
+from modeling_mot.modeling_mot_transfusion import build_patchifier
 
 
 # D hidden size, F feed-forward width, L row length, E experts

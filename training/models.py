@@ -20,9 +20,9 @@ from modeling_mot import (
     MoTTransfusionConfig,
     MoTTransfusionModel,
 )
-from modeling_mot.latents_mot import build_vae, vae_config_of, vae_fingerprint
-from modeling_mot.presets_mot import VARIANTS
-from modeling_mot.trust_mot import read_weight_map
+from modeling_mot.configuration_presets import VARIANTS
+from modeling_mot.hub_trust import read_weight_map
+from modeling_mot.latent_vae import build_vae, vae_config_of, vae_fingerprint
 from training.config import ConfigError, check_options, option
 from training.data.config import DataConfig
 from training.sizes import SIZES, Budget, leaves_size_open, modalities_of, restricted

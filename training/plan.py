@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_mot import MoTConfig
-from modeling_mot.presets_mot import variant_fields
+from modeling_mot.configuration_presets import variant_fields
 from training.config import ConfigError, one_line
 from training.flops import GPUS, forward_flops_per_token, recomputed_flops, training_flops
 from training.models import load_initial, plan_model

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from modeling_mot import MoTConfig, MoTProcessor
-from modeling_mot.presets_mot import PRESETS
-from modeling_mot.vocabulary_mot import extend_tokenizer, without_codes
+from modeling_mot.configuration_presets import PRESETS
+from modeling_mot.processing_vocabulary import extend_tokenizer, without_codes
 from training.config import ConfigError
 from training.data.config import MODALITY_OF_TYPE, DataConfig
 

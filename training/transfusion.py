@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from modeling_mot import MoTConfig, MoTProcessor, MoTTransfusionConfig
-from modeling_mot.latents_mot import VAE_CLASSES, downsampling, vae_config_of
+from modeling_mot.latent_vae import VAE_CLASSES, downsampling, vae_config_of
 from training.config import ConfigError, check_options, option
 from training.data.config import DataConfig
 from training.tokenizers.processor import continuous_processor

@@ -16,7 +16,7 @@ from transformers import (
 from conversion.checkpoints import CheckpointReader
 from conversion.import_chameleon import CHAMELEON, VQ_VAE, main
 from modeling_mot import MoTForCausalLM, MoTProcessor
-from modeling_mot.vocabulary_mot import without_codes
+from modeling_mot.processing_vocabulary import without_codes
 
 from ..modeling_mot.test_remote_code import run_clean
 from ..modeling_mot.test_speech_tokenizer import chirp, tokenizer_with_random_units

@@ -13,8 +13,8 @@ from PIL import Image
 from conversion.card import main, write_card
 from conversion.key_maps import ConversionError
 from conversion.upcycle import main as upcycle
+from model_cards.card import is_generated, model_card
 from modeling_mot import MoTForCausalLM, MoTTransfusionConfig
-from modeling_mot.model_card_mot import is_generated, model_card
 from tests.conversion.sources import save_source
 from tests.modeling_mot.naive_transfusion import VAE, tiny_model
 from tests.modeling_mot.test_continuous_processor import build_continuous

@@ -5,7 +5,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, init_empty_weights, load_checkpoint_and_dispatch
 
 from modeling_mot import MoTForCausalLM, MoTTransfusionModel
-from modeling_mot.lean_decoding_mot import LeanDecoder
+from modeling_mot.decoding_lean import LeanDecoder
 from tests.modeling_mot.naive_transfusion import VAE
 from tests.modeling_mot.naive_transfusion import tiny_model as tiny_transfusion
 

@@ -16,9 +16,9 @@ from conversion.export_dense import main as export_dense
 from conversion.upcycle import main as upcycle
 from conversion.vae import main as vae
 from conversion.validation import validate
+from model_cards.card import model_card
 from modeling_mot import MoTConfig, MoTForCausalLM
-from modeling_mot.model_card_mot import model_card
-from modeling_mot.trust_mot import load_tokenizer
+from modeling_mot.hub_trust import load_tokenizer
 
 from .sources import save_source
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from random import Random
 
 from modeling_mot import MoTConfig, MoTForCausalLM, MoTProcessor, MoTTransfusionModel
-from modeling_mot.image_tokenizer_mot import MoTImageTokenizer
-from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
+from modeling_mot.image_tokenizer import MoTImageTokenizer
+from modeling_mot.speech_tokenizer import MoTSpeechTokenizer
 from training import consolidate
 
 from .case import Case, Place, WrongResult

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from modeling_mot import MoTConfig, MoTForCausalLM, MoTTransfusionConfig, MoTTransfusionModel
-from modeling_mot.image_processor_mot import MoTImageProcessor
-from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig, MoTImageTokenizer
-from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer, SpeechTokenizerConfig
+from modeling_mot.image_processing import MoTImageProcessor
+from modeling_mot.image_tokenizer import ImageTokenizerConfig, MoTImageTokenizer
+from modeling_mot.speech_tokenizer import MoTSpeechTokenizer, SpeechTokenizerConfig
 from tests.conftest import MODALITIES, TINY
 from tests.modeling_mot import naive_transfusion as transfusion
 from tests.modeling_mot.naive_transfusion import VAE

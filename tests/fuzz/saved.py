@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modeling_mot import MoTConfig, MoTForCausalLM
-from modeling_mot.latents_mot import build_vae
+from modeling_mot.latent_vae import build_vae
 from tests.conversion import chameleon_sources
 from tests.conversion.conftest import SIZES
 from tests.conversion.sources import save_source, words_tokenizer

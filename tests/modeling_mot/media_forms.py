@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image
 
-from modeling_mot.media_sources_mot import MediaError
+from modeling_mot.media_sources import MediaError
 from training.data.media import decode_picture, decode_sound
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_mot.image_processor_mot import MoTImageProcessor
+from modeling_mot.image_processing import MoTImageProcessor
 from modeling_mot.processing_mot import MoTProcessor
-from modeling_mot.vocabulary_mot import SPECIAL_TOKENS, extend_tokenizer, without_codes
+from modeling_mot.processing_vocabulary import SPECIAL_TOKENS, extend_tokenizer, without_codes
 from tests.modeling_mot.test_processor import AUDIO, TEXTS, build_processor, text
 from tests.modeling_mot.test_remote_code import BLOCK
 from tests.modeling_mot.test_speech_tokenizer import tokenizer_with_random_units

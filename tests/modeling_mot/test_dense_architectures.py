@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_mot import MoTConfig, MoTForCausalLM
-from modeling_mot.lean_decoding_mot import LeanDecoder
+from modeling_mot.decoding_lean import LeanDecoder
 from tests.conversion.sources import LLAMA3, SIZES, dense_model
 
 from .test_lean_decoding import forwards, ordinary

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from modeling_mot import ModalityRouting
-from modeling_mot.expert_choice import ExpertChoiceFeedForward
+from modeling_mot.tower_experts import ExpertChoiceFeedForward
 
 
 def mixture(tiny_config, num_experts=4):

@@ -119,7 +119,7 @@ def test_keywords_that_any_model_is_given_pass(tiny_model, name):
 def test_keywords_of_a_registered_attention_pass(tiny_model):
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from modeling_mot.range_attention_mot import range_attention_forward
+    from modeling_mot.attention_masks import range_attention_forward
 
     seen = []
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_mot.field_checks_mot import is_real, is_whole
+from modeling_mot.checks_fields import is_real, is_whole
 
 from .naive_transfusion import BOI, BOS, image
 from .naive_transfusion import tiny_model as tiny_transfusion

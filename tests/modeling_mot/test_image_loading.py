@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_mot.image_loading_mot import fit_picture, load_fitted, load_picture
-from modeling_mot.image_processor_mot import MoTImageProcessor
-from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig
+from modeling_mot.image_loading import fit_picture, load_fitted, load_picture
+from modeling_mot.image_processing import MoTImageProcessor
+from modeling_mot.image_tokenizer import ImageTokenizerConfig
 from training.data.media import decode_picture
 
 from .media_forms import COLOURS, chat_ids, encoded, outcome, outcomes_of_file, site_of
@@ -243,7 +243,7 @@ def test_kept_pictures_have_a_limit_of_their_own():
 
 
 def test_a_picture_for_chameleon_is_cut_before_it_is_scaled():
-    from modeling_mot.image_loading_mot import cut_long_side
+    from modeling_mot.image_loading import cut_long_side
 
     thin = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20_001, 1, 3), dtype=np.uint8))
     found = cut_long_side(thin)

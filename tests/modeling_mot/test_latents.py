@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from modeling_mot import latents_mot
-from modeling_mot.latents_mot import build_vae, decode_latents, downsampling, encode_pixels, vae_fingerprint
+from modeling_mot import latent_vae as latents_mot
+from modeling_mot.latent_vae import build_vae, decode_latents, downsampling, encode_pixels, vae_fingerprint
 
 
 CARRIED = Path(__file__).parents[2] / "training" / "assets" / "vae"
@@ -199,7 +199,7 @@ def carried():
 @pytest.fixture(scope="module")
 def emoji():
     """emoji(split, step): every step-th picture of a split, in [-1, 1]."""
-    from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig
+    from modeling_mot.image_tokenizer import ImageTokenizerConfig
     from training.tokenizers.pictures import Pictures
     from training.tokenizers.sources import carried_source, read_column_values
 

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from modeling_mot import MoTConfig, decoding_cache_mot, lean_decoding_mot
-from modeling_mot.lean_decoding_mot import PACK_AFTER, LeanDecoder
+from modeling_mot import MoTConfig
+from modeling_mot import decoding_lean as decoding_cache_mot
+from modeling_mot import decoding_lean as lean_decoding_mot
+from modeling_mot.decoding_lean import PACK_AFTER, LeanDecoder
 
 from . import naive_generation as naive
 

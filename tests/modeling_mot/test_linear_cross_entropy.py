@@ -7,7 +7,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import modeling_mot.linear_cross_entropy_mot as fused
+import modeling_mot.loss_tokens as fused
 from modeling_mot import ModalityRouting, MoTForCausalLM, MoTTransfusionModel
 
 from .naive_transfusion import tiny_config as tiny_transfusion_config

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from modeling_mot import media_sources_mot
-from modeling_mot.image_loading_mot import load_picture
-from modeling_mot.image_processor_mot import MoTImageProcessor
+from modeling_mot import media_sources as media_sources_mot
+from modeling_mot.image_loading import load_picture
+from modeling_mot.image_processing import MoTImageProcessor
 
 from .media_forms import COLOURS, WAVE, encoded, site_of, sound_file
 from .test_processor import build_processor

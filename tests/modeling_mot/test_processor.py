@@ -12,9 +12,9 @@ import torch
 from tokenizers import processors
 from transformers import AutoProcessor
 
-from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig, MoTImageTokenizer
+from modeling_mot.image_tokenizer import ImageTokenizerConfig, MoTImageTokenizer
 from modeling_mot.processing_mot import MoTProcessor
-from modeling_mot.vocabulary_mot import SPECIAL_TOKENS, code_token, extend_tokenizer
+from modeling_mot.processing_vocabulary import SPECIAL_TOKENS, code_token, extend_tokenizer
 from tests.modeling_mot.test_image_tokenizer import TINY
 from tests.modeling_mot.test_remote_code import BLOCK
 from tests.modeling_mot.test_speech_tokenizer import tokenizer_with_random_units

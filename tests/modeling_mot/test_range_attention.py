@@ -9,10 +9,9 @@ from accelerate.utils import send_to_device
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import modeling_mot.range_attention_mot as ranges
+import modeling_mot.attention_ranges as ranges
 from modeling_mot import ModalityRouting, MoTForCausalLM, MoTTransfusionModel
-from modeling_mot.attention_masks import find_image_blocks, plan_rows
-from modeling_mot.attention_plan_mot import AttentionPlan
+from modeling_mot.attention_masks import AttentionPlan, find_image_blocks, plan_rows
 
 from .naive_transfusion import tiny_config as tiny_transfusion_config
 from .test_transfusion_tracing import ahead_of as images_ahead_of

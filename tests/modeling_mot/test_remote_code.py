@@ -101,7 +101,7 @@ def test_sharded_export_loads_in_a_clean_process_bit_for_bit(tiny_model, tmp_pat
 def test_export_is_flat_and_holds_every_file_the_model_needs(tiny_model, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     files = {path.name for path in tmp_path.glob("*.py")}
-    assert {"configuration_mot.py", "modeling_mot.py", "modality_routing.py", "generation_mot.py"} <= files
+    assert {"configuration_mot.py", "modeling_mot.py", "tower_routing.py", "generation_mot.py"} <= files
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModelForCausalLM"] == "modeling_mot.MoTForCausalLM"
     assert auto_map["AutoModel"] == "modeling_mot.MoTModel"

@@ -6,7 +6,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from modeling_mot import ModalityRouting, MoTForCausalLM
-from modeling_mot.modality_routing import PerTower, join
+from modeling_mot.tower_routing import PerTower
 
 
 def routing_of(modality_ids, config):
@@ -66,9 +66,9 @@ def test_shared_module_runs_once_on_all_rows():
             self.calls += 1
             return 2 * rows
 
-    module, parts = Count(), {"text": torch.ones(2, 3), "image": torch.ones(1, 3)}
-    outputs = PerTower({"shared": module})(parts)
-    assert module.calls == 1 and torch.equal(join(outputs), torch.full((3, 3), 2.0))
+    module, routing = Count(), ModalityRouting(("text", "image"), (2, 1))
+    outputs = PerTower({"shared": module})(torch.ones(3, 3), routing)
+    assert module.calls == 1 and torch.equal(outputs, torch.full((3, 3), 2.0))
 
 
 @pytest.mark.parametrize("bad", [-1, 3])

@@ -8,9 +8,9 @@ import torch
 from transformers import ContinuousBatchingConfig, LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_mot.lean_decoding_mot import ForwardDecoder, LeanDecoder
+from modeling_mot.decoding_lean import ForwardDecoder, LeanDecoder
 from modeling_mot.serving_mot import MoTServer
-from modeling_mot.serving_requests_mot import RequestStatus
+from modeling_mot.serving_requests import RequestStatus
 
 from .naive_transfusion import BOI, BOS, image
 from .naive_transfusion import tiny_model as tiny_transfusion

@@ -12,11 +12,10 @@ from PIL import Image
 from transformers import DynamicCache, TextIteratorStreamer
 
 from modeling_mot import MoTProcessor
-from modeling_mot.decoding_cache_mot import DecodingCache
-from modeling_mot.denoising_mot import ImageForward
-from modeling_mot.lean_decoding_mot import LeanDecoder
+from modeling_mot.decoding_lean import DecodingCache, LeanDecoder
+from modeling_mot.decoding_pictures import ImageForward
 from modeling_mot.serving_mot import MoTServer
-from modeling_mot.serving_requests_mot import RequestStatus
+from modeling_mot.serving_requests import RequestStatus
 
 from .naive_transfusion import BOI, BOS, VAE, image
 from .naive_transfusion import tiny_model as tiny_transfusion

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from modeling_mot.lean_decoding_mot import LeanDecoder
+from modeling_mot.decoding_lean import LeanDecoder
 from modeling_mot.serving_mot import MoTServer
-from modeling_mot.serving_requests_mot import RequestStatus
+from modeling_mot.serving_requests import RequestStatus
 
 from .test_serving import Collect, alone
 from .test_serving_attacks import Stream, assert_failed, assert_writes, failing

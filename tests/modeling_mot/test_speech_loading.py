@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_mot.speech_features_mot import resample
-from modeling_mot.speech_loading_mot import load_sound
-from modeling_mot.speech_tokenizer_mot import SpeechTokenizerConfig
+from modeling_mot.speech_loading import load_sound
+from modeling_mot.speech_tokenizer import SpeechTokenizerConfig, resample
 from training.data.media import decode_sound
 
 from .media_forms import WAVE, chat_ids, outcome, outcomes_of_file, site_of, sound_file
@@ -135,7 +134,7 @@ def test_a_rate_that_is_none_is_refused_everywhere(processor, rate):
 
 
 def test_an_array_without_a_rate_is_warned_of_and_refused_in_training(processor, monkeypatch):
-    from modeling_mot import speech_loading_mot
+    from modeling_mot import speech_loading as speech_loading_mot
 
     warned = []
     monkeypatch.setattr(speech_loading_mot.logger, "warning_once", warned.append)

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_mot.speech_features_mot import SpeechFrontEnd, deltas, resample
-from modeling_mot.speech_loading_mot import load_sound
-from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer, SpeechTokenizerConfig
+from modeling_mot.speech_loading import load_sound
+from modeling_mot.speech_tokenizer import MoTSpeechTokenizer, SpeechFrontEnd, SpeechTokenizerConfig, deltas, resample
 
 
 RATE = 16_000

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from modeling_mot import ModalityRouting
-from modeling_mot.tower_norms_mot import TowerNorms
+from modeling_mot.tower_routing import TowerNorms
 
 
 COUNTS, SIZE, EPSILON = (5, 0, 3), 16, 1e-5

@@ -6,7 +6,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from modeling_mot import MoTForCausalLM
-from modeling_mot.modality_routing import ModalityRouting
+from modeling_mot.tower_routing import ModalityRouting
 
 from .naive import naive_logits, weights_of
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from modeling_mot import MoTTransfusionConfig, MoTTransfusionModel
-from modeling_mot.latents_mot import encode_pixels
+from modeling_mot.latent_vae import encode_pixels
 
 from .naive_transfusion import BOI, BOS, EOS, VAE, image, tiny_config, tiny_model
 from .test_remote_code import drop_tensor, run_clean

@@ -7,14 +7,13 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
-from modeling_mot.diffusion_mot import NoiseSchedule, build_scheduler, draw_timesteps
-from modeling_mot.latent_patchifier import (
+from modeling_mot.latent_images import NoiseSchedule, build_scheduler, draw_timesteps, position_table
+from modeling_mot.modeling_mot_transfusion import (
     LinearPatchifier,
     TimestepEncoder,
     UNetPatchifier,
     cut_into_patches,
     join_patches,
-    position_table,
 )
 
 from .naive_transfusion import BOS, EOS, image, tiny_config, tiny_model

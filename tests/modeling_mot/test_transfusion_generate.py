@@ -9,9 +9,9 @@ import torch
 from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_mot.decoding_cache_mot import Prefix
-from modeling_mot.denoising_mot import ImageForward, ScratchLayer
-from modeling_mot.latents_mot import decode_latents
+from modeling_mot.decoding_lean import Prefix
+from modeling_mot.decoding_pictures import ImageForward, ScratchLayer
+from modeling_mot.latent_vae import decode_latents
 
 from .naive_transfusion import BOI, BOS, EOI, EOS, PATCH, VAE, image, tiny_model
 

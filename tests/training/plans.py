@@ -3,7 +3,7 @@
 import torch
 
 from modeling_mot import MoTConfig, MoTForCausalLM, MoTPreTrainedModel, MoTTransfusionModel
-from modeling_mot.presets_mot import VARIANTS
+from modeling_mot.configuration_presets import VARIANTS
 from training.planning.activations import made_up_batch
 
 from .tiny import tiny_config

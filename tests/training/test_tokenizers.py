@@ -11,10 +11,10 @@ import soundfile
 import torch
 from PIL import Image
 
-from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig, MoTImageTokenizer
+from modeling_mot.image_tokenizer import ImageTokenizerConfig, MoTImageTokenizer
 from modeling_mot.processing_mot import MoTProcessor
-from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
-from modeling_mot.vocabulary_mot import SPECIAL_TOKENS
+from modeling_mot.processing_vocabulary import SPECIAL_TOKENS
+from modeling_mot.speech_tokenizer import MoTSpeechTokenizer
 from training.tokenizers import image as image_command
 from training.tokenizers import processor as processor_command
 from training.tokenizers import speech as speech_command

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from modeling_mot import MoTTransfusionModel
-from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig
+from modeling_mot.image_tokenizer import ImageTokenizerConfig
 from training.data import collate
 from training.data.documents import IGNORED, build_row, compose
 from training.evaluation.edits import Edit

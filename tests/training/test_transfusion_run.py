@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from modeling_mot import MoTConfig, MoTForCausalLM, MoTProcessor
-from modeling_mot.latents_mot import build_vae
+from modeling_mot.latent_vae import build_vae
 from training.metrics import read_metrics
 from training.models import CARRIED_PROCESSOR, load_frame, load_model
 from training.tokenizers.processor import continuous_processor

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from modeling_mot.latents_mot import build_vae, decode_latents, downsampling, encode_pixels
+from modeling_mot.latent_vae import build_vae, decode_latents, downsampling, encode_pixels
 from training.tokenizers import vae as command
 from training.tokenizers.pictures import compare_pictures, save_sheet
 from training.tokenizers.vae_training import (

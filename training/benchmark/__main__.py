@@ -9,7 +9,7 @@ import platform
 import torch
 import transformers
 
-from modeling_mot.tower_products_mot import TOWER_PRODUCTS
+from modeling_mot.tower_routing import TOWER_PRODUCTS
 from training.benchmark.attention import time_attention
 from training.benchmark.decode import time_decode
 from training.benchmark.distributed import time_distributed

@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from modeling_mot.attention_plan_mot import AttentionPlan
-from modeling_mot.range_attention_mot import attend_in_ranges
+from modeling_mot.attention_masks import AttentionPlan
+from modeling_mot.attention_ranges import attend_in_ranges
 from training.benchmark.rounds import compare, interleave
 
 

@@ -6,7 +6,7 @@ with all logits."""
 import torch
 import torch.nn.functional as F
 
-from modeling_mot.linear_cross_entropy_mot import linear_cross_entropy
+from modeling_mot.loss_tokens import linear_cross_entropy
 from training.benchmark.rounds import compare, interleave, peak_bytes
 
 

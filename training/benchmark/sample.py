@@ -4,7 +4,7 @@ import torch
 from tqdm.auto import tqdm
 
 from modeling_mot import MoTTransfusionConfig, MoTTransfusionModel
-from modeling_mot.diffusion_mot import build_scheduler
+from modeling_mot.latent_images import build_scheduler
 from training.benchmark.rounds import compare, interleave, peak_bytes
 
 

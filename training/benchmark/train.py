@@ -3,7 +3,7 @@
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from modeling_mot.modality_routing import ModalityRouting
+from modeling_mot.tower_routing import ModalityRouting
 from training.benchmark.peers import SIZES, BooleanMaskMoT, build_llama, build_mot, made_up_batch
 from training.benchmark.rounds import compare, interleave, peak_bytes
 from training.data.collate import TOWER_ROWS

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from modeling_mot.image_loading_mot import flatten
+from modeling_mot.image_loading import flatten
 
 from .augmentation import change_picture, change_sound, generator, may_flip
 from .bad_records import BadRecord, LeftOut, blaming

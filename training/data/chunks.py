@@ -57,7 +57,7 @@ def encode_latents(vae, pictures: list[np.ndarray]) -> list[np.ndarray]:
     """Latents of pictures, those of one size encoded together.  (3, H, W) uint8 -> (C, h, w) float16, each"""
     import torch
 
-    from modeling_mot.latents_mot import encode_pixels
+    from modeling_mot.latent_vae import encode_pixels
 
     latents: list[np.ndarray] = [None] * len(pictures)
     by_size: dict[tuple[int, ...], list[int]] = {}

@@ -55,7 +55,7 @@ def collate(
         batch |= stack_images(images, config)
     if config is not None:
         from modeling_mot.attention_masks import plan_rows
-        from modeling_mot.modality_routing import ModalityRouting
+        from modeling_mot.tower_routing import ModalityRouting
 
         batch["routing"] = ModalityRouting.from_modality_ids(batch["modality_ids"], config, multiple_of)
         plan = plan_rows(config, batch["input_ids"], batch["document_ids"], batch.get("clean_images"))
@@ -130,7 +130,7 @@ def draw_noise(
     rows: list[dict], batch: dict, config, seed: int | str, numbers: Sequence[int]
 ) -> dict[str, torch.Tensor]:
     """`timesteps` and `noise` of a batch, each row's from a generator of its own; see `collate`."""
-    from modeling_mot.diffusion_mot import draw_timesteps
+    from modeling_mot.latent_images import draw_timesteps
 
     sizes = latent_sizes(batch, config)
     shape = (len(sizes), config.latent_channels, *np.max(sizes, axis=0).tolist())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from modeling_mot.vocabulary_mot import stretches
+from modeling_mot.processing_vocabulary import stretches
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from modeling_mot.trust_mot import leads_outside
+from modeling_mot.hub_trust import leads_outside
 
 
 # Up to this many bytes a local source is fingerprinted by content, beyond it by file sizes and times of change.

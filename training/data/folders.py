@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from modeling_mot.image_loading_mot import PICTURE_FORMATS
+from modeling_mot.image_loading import PICTURE_FORMATS
 
 from .bad_records import BadRecord, blaming
 from .config import Limits

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from modeling_mot.image_loading_mot import load_picture
-from modeling_mot.media_sources_mot import MediaError, name_within
-from modeling_mot.speech_loading_mot import load_sound
+from modeling_mot.image_loading import load_picture
+from modeling_mot.media_sources import MediaError, name_within
+from modeling_mot.speech_loading import load_sound
 
 from .config import Limits
 

@@ -170,7 +170,7 @@ def _fingerprint(source: Source, processor, augmentation: AugmentationConfig | N
         "limits": asdict(limits),
     }
     if vae is not None:
-        from modeling_mot.latents_mot import vae_fingerprint
+        from modeling_mot.latent_vae import vae_fingerprint
 
         made_from["vae"] = vae_fingerprint(vae)
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()

@@ -12,8 +12,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
-from modeling_mot.interleaved_decoding_mot import pictures_of
-from modeling_mot.latents_mot import encode_pixels
+from modeling_mot.decoding_loop import pictures_of
+from modeling_mot.latent_vae import encode_pixels
 from training.config import check_options, option
 from training.data.collate import is_transfusion
 

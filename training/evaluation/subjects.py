@@ -8,7 +8,7 @@ from itertools import islice
 from PIL import Image
 
 from modeling_mot import MoTConfig, MoTProcessor, MoTTransfusionConfig
-from modeling_mot.denoising_mot import DiffusionSettings
+from modeling_mot.decoding_pictures import DiffusionSettings
 from training.config import ConfigError
 from training.data.config import DataConfig, Segment, SourceConfig
 from training.data.media import decode_picture

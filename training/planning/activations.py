@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_mot import MoTConfig, MoTPreTrainedModel, MoTTransfusionConfig
-from modeling_mot.modality_routing import ModalityRouting
+from modeling_mot.tower_routing import ModalityRouting
 from training.models import MODEL_CLASSES, set_up_layers
 
 

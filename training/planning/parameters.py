@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 
 from modeling_mot import MoTConfig, MoTPreTrainedModel
-from modeling_mot.modality_routing import PerTower
+from modeling_mot.tower_routing import PerTower
 from training.models import MODEL_CLASSES
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from modeling_mot.image_processor_mot import MoTImageProcessor
-from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig, MoTImageTokenizer
+from modeling_mot.hub_trust import load_tokenizer
+from modeling_mot.image_processing import MoTImageProcessor
+from modeling_mot.image_tokenizer import ImageTokenizerConfig, MoTImageTokenizer
 from modeling_mot.processing_mot import MoTProcessor
-from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer
-from modeling_mot.trust_mot import load_tokenizer
-from modeling_mot.vocabulary_mot import SPECIAL_TOKENS, extend_tokenizer, without_codes
+from modeling_mot.processing_vocabulary import SPECIAL_TOKENS, extend_tokenizer, without_codes
+from modeling_mot.speech_tokenizer import MoTSpeechTokenizer
 from training.tokenizers.sources import add_output_arguments, check_output, in_one_line, number, publish
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from modeling_mot.trust_mot import leads_outside, reading
+from modeling_mot.hub_trust import leads_outside, reading
 from training.config import Range, one_line
 
 

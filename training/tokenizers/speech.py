@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from modeling_mot.speech_tokenizer_mot import MoTSpeechTokenizer, SpeechTokenizerConfig
+from modeling_mot.speech_tokenizer import MoTSpeechTokenizer, SpeechTokenizerConfig
 from training.tokenizers.kmeans import assign, kmeans
 from training.tokenizers.sources import (
     SOUND_SUFFIXES,

@@ -10,8 +10,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from modeling_mot.trust_mot import load_tokenizer, reading
-from modeling_mot.vocabulary_mot import SPECIAL_TOKENS, add_bos, set_special_attributes, special
+from modeling_mot.hub_trust import load_tokenizer, reading
+from modeling_mot.processing_vocabulary import SPECIAL_TOKENS, add_bos, set_special_attributes, special
 from training.tokenizers.sources import (
     TEXT_SUFFIXES,
     add_output_arguments,

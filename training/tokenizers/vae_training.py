@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from modeling_mot.latents_mot import encode_pixels
+from modeling_mot.latent_vae import encode_pixels
 from training.tokenizers.autoencoder_training import (
     AutoencoderTrainingConfig,
     augment,

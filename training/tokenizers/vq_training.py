@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from modeling_mot.image_tokenizer_mot import MoTImageTokenizer, fold, nearest_code, unfold
+from modeling_mot.image_tokenizer import MoTImageTokenizer, fold, nearest_code, unfold
 from training.tokenizers.autoencoder_training import (
     AutoencoderTrainingConfig,
     augment,

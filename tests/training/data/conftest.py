@@ -69,9 +69,9 @@ TEXTS = ["thing abcdefghij", "flip it", "so it is"]
 
 def continuous(image_size=(8, 8), downsampling=4, fit="crop", with_speech=False):
     """A small MoTProcessor that keeps pictures as pixels; 4 tokens a picture unless told otherwise."""
-    from modeling_mot.image_processor_mot import MoTImageProcessor
+    from modeling_mot.image_processing import MoTImageProcessor
     from modeling_mot.processing_mot import MoTProcessor
-    from modeling_mot.vocabulary_mot import extend_tokenizer
+    from modeling_mot.processing_vocabulary import extend_tokenizer
     from tests.modeling_mot.test_speech_tokenizer import tokenizer_with_random_units
     from training.tokenizers.text import train_text_tokenizer
 
@@ -84,7 +84,7 @@ def small_vae(seed: int = 0):
     """An untrained autoencoder: 2 pixels to a latent, 4 channels."""
     import torch
 
-    from modeling_mot.latents_mot import build_vae
+    from modeling_mot.latent_vae import build_vae
 
     torch.manual_seed(seed)
     sizes = {"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}

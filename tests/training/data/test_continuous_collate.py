@@ -134,7 +134,7 @@ def test_noise_does_not_depend_on_how_rows_are_split(rows_of, processor, vae, ca
 
 
 def test_noise_of_a_row_is_drawn_from_its_own_generator(rows_of, processor, vae):
-    from modeling_mot.diffusion_mot import draw_timesteps
+    from modeling_mot.latent_images import draw_timesteps
 
     config, rows = small_transfusion(processor, image_first_max_timestep=100), rows_of(vae, caption_first=0.5)
     batch, start = noised(rows, config, [7, 8, 9, 0, 1, 2], seed=3), 0

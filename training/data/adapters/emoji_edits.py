@@ -20,7 +20,7 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 from pyarrow import parquet
 
-from modeling_mot.image_loading_mot import flatten
+from modeling_mot.image_loading import flatten
 
 from .. import carried_path
 from ..media import decode_picture

@@ -4,7 +4,7 @@ import io
 
 from PIL import Image
 
-from modeling_mot.image_loading_mot import flatten
+from modeling_mot.image_loading import flatten
 
 from ..media import decode_picture
 

@@ -1,7 +1,5 @@
 """Drawing images in diffusion mode: the prefix stays in the cache, each step runs the image's tokens alone."""
 
-# R images drawn together, L cached columns, n tokens of an image, C latent channels, (h, w) latents, H heads
-
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -13,14 +11,18 @@ import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.utils import logging
 
-from .attention_masks import ImageBlocks, attention_mask_for
-from .attention_plan_mot import RANGES, AttentionPlan
-from .decoding_cache_mot import DecodingCache, Prefix
-from .diffusion_mot import build_scheduler
-from .field_checks_mot import is_real, is_whole
-from .generation_arguments_mot import MOST, check_generator
-from .modality_routing import ModalityRouting
-from .sampling_mot import Generators
+from .attention_masks import RANGES, AttentionPlan, ImageBlocks, attention_mask_for
+from .checks_arguments import MOST, check_generator
+from .checks_fields import is_real, is_whole
+from .decoding_lean import DecodingCache, Prefix
+from .latent_images import build_scheduler
+from .tower_routing import ModalityRouting
+
+
+# R images drawn together, L cached columns, n tokens of an image, C latent channels, (h, w) latents, H heads
+
+
+Generators = list[torch.Generator | None]  # one for each sequence
 
 
 SCHEDULER_NUMBERS = 10**6  # the largest whole number among the arguments of a scheduler

@@ -23,7 +23,7 @@ class PushWithCard:
 
     def _write_card(self, path: Path, repo_id: str, tags: list[str] | None) -> None:
         try:
-            cards = importlib.import_module(f"{__package__}.model_card_mot")
+            cards = importlib.import_module("model_cards.card")
         except ModuleNotFoundError:
             return  # code from the Hub, which comes without the template of cards
         card = cards.model_card(path.parent, repo=repo_id)

@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from .configuration_mot_transfusion import VAE_CLASS_NAMES, vae_downsampling
-from .image_tokenizer_mot import fingerprint, without_autocast
-from .trust_mot import without_code
+from .hub_trust import without_code
+from .image_tokenizer import fingerprint, without_autocast
 
 
 VAE_CLASSES = {name: getattr(diffusers, name) for name in VAE_CLASS_NAMES}

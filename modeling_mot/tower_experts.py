@@ -1,19 +1,11 @@
 """Feed-forward as a mixture of experts with expert-choice routing (paper section 3.2.1; arXiv 2202.09368)."""
 
-# n tokens of the tower, E experts, D hidden size
-
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 
-class FeedForward(LlamaMLP):
-    """SwiGLU.  (n, D) -> (n, D)"""
-
-    def forward(
-        self, hidden_states: torch.Tensor, is_token: torch.Tensor | None = None, token_choice: bool = False
-    ) -> torch.Tensor:
-        return super().forward(hidden_states)
+# n tokens of the tower, E experts, D hidden size
 
 
 class ExpertChoiceFeedForward(nn.Module):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from .media_sources_mot import MediaError, decoding, describe_source, open_source
+from .media_sources import MediaError, decoding, describe_source, open_source
 
 
 RESAMPLING = {

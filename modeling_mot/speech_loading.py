@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .media_sources_mot import MAX_BYTES, MediaError, decoding, describe_source, open_source
+from .media_sources import MAX_BYTES, MediaError, decoding, describe_source, open_source
 
 
 MIN_RATE, MAX_RATE = 1_000, 768_000

@@ -1,15 +1,89 @@
-"""The last projection and the cross-entropy after it, a block of tokens at a time: all logits never exist at once."""
-
-# T tokens, D hidden size, V vocabulary, c tokens of a block
+"""Cross-entropy of tokens as sums and counts by modality."""
 
 import re
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from .precision_mot import autocast_dtype
+from .tower_routing import autocast_dtype, is_plain_linear
+
+
+# B batch, L row length, D hidden size, V vocabulary
+
+
+def token_losses(
+    config,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    modality_ids: torch.Tensor,
+    num_items_in_batch: int | torch.Tensor | None = None,
+) -> dict:
+    """The parts of a language model's loss, in float32.
+
+    Args:
+        logits: (B, L, V).
+        targets: (B, L) token ids aligned with the logits; -100 is not a target.
+        modality_ids: (B, L) of the targets.
+        num_items_in_batch: divide the loss by this instead of by the number of targets here.
+
+    Returns:
+        `loss`, `loss_sums` and `loss_counts` by modality of the target, and `z_loss_sum`, as
+        `MoTCausalLMOutputWithPast` has them.
+
+    Raises:
+        ValueError: logits and targets of different lengths.
+    """
+    if logits.shape[1] != targets.shape[1]:
+        raise ValueError(
+            f"labels has {targets.shape[1]} positions but logits has {logits.shape[1]}: "
+            "a loss needs logits_to_keep=0 and one label per token"
+        )
+    logits, targets = logits.flatten(0, 1).float(), targets.flatten()
+    cross_entropy = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
+    z_losses = None
+    if config.z_loss_coefficient:
+        squares = logits.logsumexp(dim=-1).square()
+        z_losses = config.z_loss_coefficient * torch.where(targets != -100, squares, 0.0)
+    return _sums(config, cross_entropy, z_losses, targets, modality_ids.flatten(), num_items_in_batch)
+
+
+def token_losses_without_logits(
+    config,
+    hidden_states: torch.Tensor,
+    lm_head: nn.Module,
+    targets: torch.Tensor,
+    modality_ids: torch.Tensor,
+    num_items_in_batch: int | torch.Tensor | None = None,
+) -> dict:
+    """The same from hidden states (B, L, D) and the projection to logits, of which only a part exists at a time.
+
+    A projection that is more than its weight (adapters, hooks, quantised or spread over devices) is run as it is.
+    """
+    if not is_plain_linear(lm_head) or lm_head.bias is not None:
+        return token_losses(config, lm_head(hidden_states), targets, modality_ids, num_items_in_batch)
+    targets = targets.flatten()
+    losses = linear_cross_entropy(hidden_states.flatten(0, 1), lm_head.weight, targets, config.z_loss_coefficient)
+    return _sums(config, *losses, targets, modality_ids.flatten(), num_items_in_batch)
+
+
+def _sums(config, cross_entropy, z_losses, targets, modality_ids, num_items_in_batch) -> dict:
+    is_target = targets != -100
+    loss_sums, loss_counts = {}, {}
+    for modality in config.token_modalities:
+        of_modality = is_target & (modality_ids == config.modalities.index(modality))
+        loss_sums[modality] = torch.where(of_modality, cross_entropy, 0.0).sum()
+        loss_counts[modality] = of_modality.sum()
+    z_loss_sum = cross_entropy.new_zeros(()) if z_losses is None else z_losses.sum()
+    count = is_target.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    loss = (sum(loss_sums.values()) + z_loss_sum) / count
+    return {"loss": loss, "loss_sums": loss_sums, "loss_counts": loss_counts, "z_loss_sum": z_loss_sum}
+
+
+# T tokens, D hidden size, V vocabulary, c tokens of a block
 
 
 BLOCK_LOGITS = 1 << 24  # logits of one block, made by one product

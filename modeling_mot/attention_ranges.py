@@ -5,20 +5,16 @@ a dense mask then hides, and its backward is slow. On CUDA the same plan becomes
 every query sees all earlier keys, and a device or precision has a better kernel for that, torch's is taken.
 """
 
-# B batch, L row length, H heads, K heads of keys, h head dimension, R rows, c queries and k keys of a block
-
 import re
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
-from transformers.integrations.flex_attention import flex_attention_forward
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_plan_mot import RANGES, AttentionPlan
-from .precision_mot import autocast_dtype
+from .tower_routing import autocast_dtype
+
+
+# B batch, L row length, H heads, K heads of keys, h head dimension, R rows, c queries and k keys of a block
 
 
 CAUSAL_BLOCK = 128  # queries of a block where all rows are causal
@@ -31,7 +27,7 @@ def _causal_blocks(query: torch.Tensor) -> list[list[int]]:
     return [[0, batch, begin, end, 0, end, 0, begin] for begin, end in spans]
 
 
-def _num_scores(query: torch.Tensor, num_scores: int) -> int:
+def kept_scores(query: torch.Tensor, num_scores: int) -> int:
     """Probabilities of all heads, or 0 where there are so many that they are computed again in the backward."""
     batch, heads, length, head_dim = query.shape
     if not num_scores:
@@ -209,47 +205,16 @@ def _(grad_shape, query_shape, key_shape, value_shape, *args, **kwargs) -> int:
     return 2 * sdpa_flop_count(query_shape, key_shape, value_shape)
 
 
-def attend_in_ranges(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan, scale: float
-) -> torch.Tensor:
-    """softmax(scale * Q K^T) V over the keys that each query sees.  (B, H, L, h), (B, K, L, h) twice -> (B, L, H, h)"""
+def attend_in_ranges(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan, scale: float) -> torch.Tensor:
+    """softmax(scale * Q K^T) V over the keys that each query sees.  (B, H, L, h), (B, K, L, h) twice -> (B, L, H, h)
+
+    `plan` is an `AttentionPlan` (attention_masks.py).
+    """
     dtype = autocast_dtype(query.device.type)
     if dtype is not None:  # torch's own attention is cast by autocast, operators of others are not
         query, key, value = (heads.to(dtype) for heads in (query, key, value))
     # Here and not in the operator, whose backward would copy them again.
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    num_kept = _num_scores(query, plan.num_scores) if needs_grad else 0
+    num_kept = kept_scores(query, plan.num_scores) if needs_grad else 0
     return _Attend.apply(query, key, value, plan.first, plan.last, plan.blocks, scale, num_kept)[0]
-
-
-def range_attention_forward(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers, `attn_implementation="mot_ranges"`.
-
-    Args:
-        attention_mask: what `AttentionPlan.for_device` makes; or a mask as torch's attention takes it, which then runs.
-    """
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if isinstance(attention_mask, tuple):
-        plan = attention_mask
-        # Where probabilities would be computed again, torch's kernel is faster in float32.
-        is_long = plan.is_causal and query.dtype == torch.float32 and not _num_scores(query, 0)
-        if not (dropout or is_long):
-            return attend_in_ranges(query, key, value, plan, scaling), None
-        attention_mask = plan.mask(query.device)
-    elif attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
-        return flex_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-
-
-ALL_ATTENTION_FUNCTIONS.register(RANGES, range_attention_forward)
-ALL_MASK_ATTENTION_FUNCTIONS.register(RANGES, sdpa_mask)

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .field_checks_mot import Whole, check_fields
-from .image_loading_mot import MAX_KEPT_PIXELS, load_fitted
-from .image_tokenizer_mot import PICTURE_RULES, from_known_fields, read_hub_json, without_defaults
-from .media_sources_mot import describe_source
+from .checks_fields import Whole, check_fields
+from .image_loading import MAX_KEPT_PIXELS, load_fitted
+from .image_tokenizer import PICTURE_RULES, from_known_fields, read_hub_json, without_defaults
+from .media_sources import describe_source
 
 
 # One side stands for both of `image_size`.

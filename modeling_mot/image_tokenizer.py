@@ -18,17 +18,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .field_checks_mot import Maybe, OneOf, Several, Typed, Whole, check_fields, check_names
-from .image_loading_mot import (
-    MAX_KEPT_PIXELS,
-    RESAMPLING,
-    cut_long_side,
-    fit_picture,
-    load_picture,
-    pixel_limit,
-)
-from .media_sources_mot import describe_source
-from .trust_mot import forget_code, read_json_object, reading, without_code
+from .checks_fields import Maybe, OneOf, Several, Typed, Whole, check_fields, check_names
+from .hub_trust import forget_code, read_json_object, reading, without_code
+from .image_loading import MAX_KEPT_PIXELS, RESAMPLING, cut_long_side, fit_picture, load_picture, pixel_limit
+from .media_sources import describe_source
 
 
 IMAGE_TOKENIZER_CONFIG_NAME = "image_tokenizer_config.json"

@@ -1,0 +1,635 @@
+"""Decode one token for each of several sequences from plain tensors, as fast as a CPU can.
+
+This is a second transformer. The model's own forward is made for rows of any length; on one token it spends most of
+its time outside of products. `LeanDecoder` takes the weights out of the modules once and runs one token through them,
+in 0.61 to 0.67 of the time of transformers' Llama. What it costs: an option of the architecture has to be written here a second
+time, in `LeanDecoder._read` (which modules a layer has) and in what `_Reader` makes of them. Where a module is more
+than its weights (hooks, adapters, quantised weights, forwards of a user), the module itself is called, and where the
+model is (see `LeanDecoder.of`), `ForwardDecoder` runs the model's own forward.
+
+`DecodingCache` holds the keys and values of sequences that grow token by token, each in a row with room behind it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import SiLUActivation
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaTextScaledWordEmbedding
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from .tower_routing import (
+    MoTHeadLayerNorm,
+    autocast_dtype,
+    is_of_this_package,
+    is_plain,
+    is_plain_linear,
+    keeps_methods,
+)
+
+
+# R sequences, n <= R of them in a step, C columns, L tokens of a sequence, D hidden size, H query heads, K key heads,
+# d head size, V vocabulary
+
+
+COLUMNS = 256  # by at least so many a cache grows
+
+
+class Prefix(NamedTuple):
+    """What is cached of one sequence, views into where it is kept.
+
+    Attributes:
+        keys, values: of each layer, (K, L, d).
+        position: of the next token.
+    """
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    position: int
+
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[1]
+
+
+class DecodingCache:
+    """Keys and values of R sequences, each (R, K, C, d).
+
+    Attributes:
+        lengths: filled columns of each sequence, from the left.
+        mask: (R, 1, 1, C) what is added to attention scores: 0 for tokens, minus infinity elsewhere; None where all
+            sequences are of one length, without padding.
+    """
+
+    def __init__(
+        self,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+        mask: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        """
+        Args:
+            keys, values: of each layer, (R, K, L, d).
+            mask: (R, L) 1 for tokens, 0 for padding.
+            dtype: to keep them in; default: their own.
+        """
+        self.keys, self.values = ([tensor.to(dtype or tensor.dtype) for tensor in x] for x in (keys, values))
+        count, _, self.capacity, _ = keys[0].shape
+        self.lengths, self.mask = [self.capacity] * count, None
+        if mask is not None and not mask.all():
+            self.mask = self._hidden(count, self.capacity).masked_fill_(mask[:, None, None] != 0, 0)
+
+    @classmethod
+    def of(cls, cache: DynamicCache, mask: torch.Tensor | None, dtype: torch.dtype | None) -> "DecodingCache":
+        return cls([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers], mask, dtype)
+
+    @classmethod
+    def empty(cls, config, count: int, dtype: torch.dtype, device) -> "DecodingCache":
+        """Room for so many sequences."""
+        shape = (count, config.num_key_value_heads, 0, config.head_dim)
+        tensors = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        cache = cls(tensors, tensors)
+        cache.mask = cache._hidden(count, 0)
+        return cache
+
+    def _hidden(self, count: int, columns: int) -> torch.Tensor:
+        return self.keys[0].new_full((count, 1, 1, columns), -float("inf"))
+
+    def write_back(self, cache: DynamicCache) -> None:
+        """Into the cache of sequences of one length, as an ordinary forward would have left it."""
+        stop = self.lengths[0]
+        for layer, keys, values in zip(cache.layers, self.keys, self.values):
+            kind = layer.keys.dtype
+            layer.keys, layer.values = keys[:, :, :stop].to(kind, copy=True), values[:, :, :stop].to(kind, copy=True)
+
+    def reserve(self, columns: int) -> None:
+        """Room for so many columns."""
+        if columns <= self.capacity:
+            return
+        more = max(columns - self.capacity, COLUMNS, self.capacity // 2)
+        for tensors in (self.keys, self.values):
+            for layer, tensor in enumerate(tensors):  # one at a time, so that the old one is freed
+                wider = tensor.new_zeros(*tensor.shape[:2], self.capacity + more, tensor.shape[3])
+                wider[:, :, : self.capacity] = tensor[:, :, : self.capacity]  # which may be wide: memory ran out midway
+                tensors[layer] = wider
+        if self.mask is not None:
+            self.mask = F.pad(self.mask, (0, more), value=-float("inf"))
+        self.capacity += more
+
+    def open(self, count: int) -> "Columns":
+        """The next column of the first `count` sequences."""
+        lengths = self.lengths[:count]
+        self.reserve(max(lengths) + 1)
+        self.lengths[:count] = [length + 1 for length in lengths]
+        return Columns(self, lengths)
+
+    # ------------------------------------------------------------------------------------------------- whole rows
+
+    def prefix(self, row: int, position: int, drop_last: int = 0) -> Prefix:
+        """One sequence without its padding on the left, and without its last columns.
+
+        Args:
+            position: of its next token, the columns that are dropped included.
+        """
+        first, stop = 0, self.lengths[row] - drop_last
+        if self.mask is not None:
+            first = int((self.mask[row, 0, 0, :stop] == 0).long().argmax())
+        keys, values = ([tensor[row, :, first:stop] for tensor in x] for x in (self.keys, self.values))
+        return Prefix(keys, values, position - drop_last)
+
+    def extend(self, row: int, keys: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+        """Columns behind those of one sequence: of each layer, (K, m, d)"""
+        start = self.lengths[row]
+        stop = start + keys[0].shape[1]
+        (_, heads, _, head_dim), shapes = self.keys[0].shape, {tuple(tensor.shape) for tensor in (*keys, *values)}
+        if shapes != {(heads, stop - start, head_dim)} or not len(keys) == len(values) == len(self.keys):
+            raise ValueError(
+                f"{len(keys)} layers of keys and values of shape {sorted(shapes)} do not fit into a cache of "
+                f"{len(self.keys)} layers of {heads} heads of {head_dim}"
+            )
+        self._tell_lengths_apart()
+        self.reserve(stop)
+        for mine, others in ((self.keys, keys), (self.values, values)):
+            for tensor, other in zip(mine, others):
+                tensor[row, :, start:stop] = other
+        self.mask[row, 0, 0, start:stop] = 0
+        self.lengths[row] = stop
+
+    def cut(self, row: int, length: int) -> None:
+        """Forget what one sequence has beyond so many columns.
+
+        They become zeros: a NaN that is hidden still reaches whoever uses the row next, since attention multiplies it by 0.
+        """
+        self._tell_lengths_apart()
+        for tensor in (*self.keys, *self.values):
+            tensor[row, :, length : self.lengths[row]] = 0
+        self.mask[row, 0, 0, length:] = -float("inf")
+        self.lengths[row] = length
+
+    def swap(self, row: int, other: int) -> None:
+        """Two sequences change places."""
+        stop = max(self.lengths[row], self.lengths[other])
+        for tensor in (*self.keys, *self.values):
+            tensor[[row, other], :, :stop] = tensor[[other, row], :, :stop]
+        self.mask[[row, other]] = self.mask[[other, row]]
+        self.lengths[row], self.lengths[other] = self.lengths[other], self.lengths[row]
+
+    def _tell_lengths_apart(self) -> None:
+        if self.mask is None:
+            self.mask = self._hidden(len(self.lengths), self.capacity)
+            self.mask[..., : self.lengths[0]] = 0
+
+
+class Columns:
+    """Where a step writes, and what it then sees."""
+
+    def __init__(self, cache: DecodingCache, lengths: list[int]):
+        self.cache, self.count, self.stop, self.mask = cache, len(lengths), max(lengths) + 1, None
+        self.is_ragged = min(lengths) != max(lengths)
+        if self.is_ragged:
+            device = cache.mask.device
+            self.rows, self.columns = torch.arange(self.count, device=device), torch.tensor(lengths, device=device)
+        if cache.mask is not None:
+            if self.is_ragged:
+                cache.mask[self.rows, 0, 0, self.columns] = 0
+            else:
+                cache.mask[: self.count, 0, 0, self.stop - 1] = 0
+            self.mask = cache.mask[: self.count, :, :, : self.stop]
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n, K, d) twice -> all keys and values, (n, K, stop, d)"""
+        return self._write(self.cache.keys[layer], key), self._write(self.cache.values[layer], value)
+
+    def _write(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        if len(kept) != self.count:
+            kept = kept[: self.count]
+        if self.is_ragged:
+            kept[self.rows, :, self.columns] = new.to(kept.dtype)
+        else:
+            kept.select(2, self.stop - 1).copy_(new)
+        return kept.narrow(2, 0, self.stop)
+
+    def visible(self) -> torch.Tensor | None:
+        """(n, stop) 1 for tokens; None where all are."""
+        return None if self.mask is None else (self.mask[:, 0, 0] == 0).long()
+
+    def as_cache(self) -> Cache:
+        """What an ordinary forward of one token may be given."""
+        return Cache(layers=[ColumnsLayer(self, layer) for layer in range(len(self.cache.keys))])
+
+
+class ColumnsLayer(DynamicLayer):
+    """One layer of a `DecodingCache`, for the forward of one step."""
+
+    def __init__(self, columns: Columns, layer: int):
+        super().__init__()
+        self.columns, self.layer = columns, layer
+        self.lazy_initialization(columns.cache.keys[layer], columns.cache.values[layer])
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """(n, K, 1, d) twice -> (n, K, stop, d) twice"""
+        return self.columns.write(self.layer, key_states.squeeze(2), value_states.squeeze(2))
+
+    def get_seq_length(self) -> int:
+        return self.columns.stop - 1
+
+
+FEW, LARGE = 4, 2**19  # rows and weights from which oneDNN's product is the faster one in float32
+PACK_AFTER = 8  # products of a weight take as long as bringing it into oneDNN's own order, after which they take half
+PACKED_BYTES = 2**30  # of weights that a decoder holds in that order beside the model's
+HAS_MKLDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
+ATTENTION = ("sdpa", "mot_ranges")  # what takes the same numbers from `scaled_dot_product_attention`
+STEP_METHODS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")  # asked at each step
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that do not depend on the length of a sequence
+
+
+class _Room:
+    """For weights that are held twice."""
+
+    def __init__(self, free: int):
+        self.free = free
+
+    def take(self, size: int) -> bool:
+        if size > self.free:
+            return False
+        self.free -= size
+        return True
+
+
+class LeanLinear:
+    """A linear map of a few rows. On a CPU a weight that is used again and again is packed, in room that is there for it."""
+
+    def __init__(self, module: nn.Linear, room: _Room):
+        self.weight, self.bias, self.room = module.weight, module.bias, room
+        self.transposed = self.weight.t()
+        self.packed, self.version, self.uses = None, 0, 0
+        dtype, has_mkldnn = self.weight.dtype, self.weight.device.type == "cpu" and HAS_MKLDNN
+        self.few = float("inf")
+        if has_mkldnn and dtype == torch.float32:
+            self.few = FEW if self.weight.numel() < LARGE else 1
+        can_pack = dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.may_pack = has_mkldnn and can_pack and not self.weight.is_inference()  # those have no version
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """(n, inputs) -> (n, outputs)"""
+        if self.packed is not None:
+            if self.version == self.weight._version:
+                return torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
+            self.packed = None  # a server's model was trained on, or adapters were merged into it
+        self.uses += 1
+        if self.uses == PACK_AFTER and self.may_pack and self.room.take(self.weight.nbytes):
+            self.packed, self.version = torch.ops.mkldnn._reorder_linear_weight(self.weight), self.weight._version
+        if len(rows) >= self.few:
+            # Up to twice as fast as what `F.linear` calls, which is better for one row and a small weight, or for many.
+            return torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
+        if self.bias is None:
+            return torch.mm(rows, self.transposed)
+        return torch.addmm(self.bias, rows, self.transposed)
+
+
+class LeanRMSNorm(NamedTuple):
+    weight: torch.Tensor
+    epsilon: float
+
+    def normalised(self, rows: torch.Tensor) -> torch.Tensor:
+        """Without the weight.  (..., D) -> same"""
+        # Halves are rounded where LlamaRMSNorm rounds them: before they are weighted.
+        return F.rms_norm(rows.float(), self.weight.shape, eps=self.epsilon).to(rows.dtype)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.weight * self.normalised(rows)
+
+
+class LeanOffsetRMSNorm(NamedTuple):
+    """Gemma's, which multiplies by 1 + weight and rounds after that."""
+
+    weight: torch.Tensor
+    epsilon: float
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(rows.float(), self.weight.shape, 1.0 + self.weight.float(), self.epsilon).to(rows.dtype)
+
+
+class LeanHeadNorm(NamedTuple):
+    """Chameleon's QK-norm, of (n, H, d)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def __call__(self, heads: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(heads, heads.shape[-1:], eps=1e-5) * self.weight + self.bias
+
+
+class LeanFeedForward(NamedTuple):
+    """SwiGLU, of (n, D)."""
+
+    gate: Callable
+    up: Callable
+    down: Callable
+    activation: Callable
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.down(self.activation(self.gate(rows)) * self.up(rows))
+
+
+class LeanTower(NamedTuple):
+    """What one tower has of one layer, each a function of rows."""
+
+    attention_norm: Callable
+    query: Callable
+    key: Callable
+    value: Callable
+    query_norm: Callable | None  # of (n, H * d)
+    key_norm: Callable | None
+    output: Callable
+    feed_forward_norm: Callable
+    feed_forward: Callable
+
+
+class LeanLayer(NamedTuple):
+    """One layer of all towers."""
+
+    towers: list[LeanTower]
+    has_rope: bool
+    has_pre_norm: bool
+
+
+class _NotPlain(Exception):
+    """A module does more than its class says."""
+
+
+def _ours(module: nn.Module) -> nn.Module:
+    if not is_of_this_package(module):
+        raise _NotPlain
+    return module
+
+
+class _Reader:
+    """Takes weights out of modules that are plain, of one type and on one device; others are themselves what is read."""
+
+    def __init__(self, like: torch.Tensor):
+        self.kind, self.room = (like.dtype, like.device), _Room(PACKED_BYTES)
+
+    def _takes(self, *tensors: torch.Tensor | None) -> bool:
+        return all(type(x) is nn.Parameter and (x.dtype, x.device) == self.kind for x in tensors if x is not None)
+
+    def linear(self, module: nn.Module) -> Callable:
+        if is_plain_linear(module) and self._takes(module.weight, module.bias):
+            return LeanLinear(module, self.room)
+        return module
+
+    def norm(self, module: nn.Module | None) -> Callable | None:
+        if module is None:
+            return None
+        if is_plain(module, MoTHeadLayerNorm) and self._takes(module.weight, module.bias):
+            return LeanHeadNorm(module.weight, module.bias)
+        if is_plain(module, LlamaRMSNorm) and self._takes(module.weight):
+            return LeanRMSNorm(module.weight, module.variance_epsilon)
+        if is_plain(module, GemmaRMSNorm) and self._takes(module.weight):
+            return LeanOffsetRMSNorm(module.weight, module.eps)
+        return module
+
+    def head_norm(self, module: nn.Module | None, config) -> Callable | None:
+        """A norm of queries or keys, as a function of (n, H * d)."""
+        norm = self.norm(module)
+        if norm is None or config.qk_norm == "rms_all_heads":
+            return norm
+        return lambda rows: norm(rows.unflatten(-1, (-1, config.head_dim))).flatten(1)
+
+    def feed_forward(self, module: nn.Module, is_mixture: bool) -> Callable:
+        if is_mixture:
+            return partial(module, token_choice=True)
+        if not is_plain(module, LlamaMLP):
+            return module
+        activation = F.silu if is_plain(module.act_fn, SiLUActivation, nn.SiLU) else module.act_fn
+        return LeanFeedForward(*map(self.linear, (module.gate_proj, module.up_proj, module.down_proj)), activation)
+
+
+class LeanDecoder:
+    """The cached one-token step of a `MoTForCausalLM` or `MoTTransfusionModel`."""
+
+    def __init__(self, model: nn.Module):
+        config, transformer = model.config, model.model
+        if not keeps_methods(_ours(model), *STEP_METHODS) or not keeps_methods(_ours(transformer), "modality_ids_of"):
+            raise _NotPlain
+        self.config, self.rotary = config, _ours(transformer.rotary_emb)
+        if not isinstance(self.rotary, LlamaRotaryEmbedding):
+            raise _NotPlain
+        is_supported = config._attn_implementation in ATTENTION and self.rotary.rope_type in STATIC_ROPE
+        if not is_supported or model.training or autocast_dtype(model.device.type) is not None:
+            raise _NotPlain
+        self.heads, self.key_heads, self.head_dim = (
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim,
+        )  # fmt: skip
+        table = transformer.embed_tokens
+        if not is_plain(table, nn.Embedding, GemmaTextScaledWordEmbedding):
+            raise _NotPlain
+        embedding, self.embedding_scale = table.weight, getattr(table, "embed_scale", None)
+        # Attention of one query over keys in half precision takes five times as long on a CPU.
+        self.cache_dtype = torch.float32 if embedding.device.type == "cpu" else embedding.dtype
+        reader, self.embedding = _Reader(embedding), embedding
+        self.layers = [self._read(reader, layer) for layer in transformer.layers[: config.num_hidden_layers]]
+        self.norms = [reader.norm(norm) for norm in self._of_towers(transformer.norm, "norm")]
+        self.head = reader.linear(model.lm_head)
+        ids = torch.arange(len(embedding), device=embedding.device)
+        towers = torch.tensor(config.tower_of_modality, device=ids.device)
+        # Of one tower there is nothing to look up, and such a model may have no ranges.
+        self.tower_of = towers[transformer.modality_ids_of(ids)] if len(config.tower_names) > 1 else None
+        self.cosines = self.sines = embedding.new_empty(0, 1, self.head_dim)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "LeanDecoder | None":
+        """None where the model has to be run by its own forward."""
+        try:
+            return None if nn.modules.module._has_any_global_hook() else cls(model)
+        except _NotPlain:
+            return None
+
+    def _of_towers(self, module: nn.Module | None, part: str) -> list[nn.Module | None]:
+        """The module of each tower, or the shared one for all of them."""
+        if module is None:
+            return [None] * len(self.config.tower_names)
+        _ours(module)
+        return [module[tower if part in self.config.untied else "shared"] for tower in self.config.tower_names]
+
+    def _read(self, reader: _Reader, layer: nn.Module) -> LeanLayer:
+        """Take a layer apart. An option of the architecture is read here, and nothing after this asks for it again."""
+        config, attention = self.config, _ours(_ours(layer).self_attn)
+        modules = {
+            "attention_norm": self._of_towers(layer.input_layernorm, "norm"),
+            "query": self._of_towers(attention.q_proj, "attention"),
+            "key": self._of_towers(attention.k_proj, "attention"),
+            "value": self._of_towers(attention.v_proj, "attention"),
+            "query_norm": self._of_towers(attention.q_norm, "attention"),
+            "key_norm": self._of_towers(attention.k_norm, "attention"),
+            "output": self._of_towers(attention.o_proj, "attention"),
+            "feed_forward_norm": self._of_towers(layer.post_attention_layernorm, "norm"),
+            "feed_forward": self._of_towers(layer.mlp, "feed_forward"),
+        }
+        towers = []
+        for index, name in enumerate(config.tower_names):
+            of_tower = {part: of_towers[index] for part, of_towers in modules.items()}
+            is_mixture = (name if "feed_forward" in config.untied else "shared") in config.moe_towers
+            towers.append(
+                LeanTower(
+                    attention_norm=reader.norm(of_tower["attention_norm"]),
+                    query=reader.linear(of_tower["query"]),
+                    key=reader.linear(of_tower["key"]),
+                    value=reader.linear(of_tower["value"]),
+                    query_norm=reader.head_norm(of_tower["query_norm"], config),
+                    key_norm=reader.head_norm(of_tower["key_norm"], config),
+                    output=reader.linear(of_tower["output"]),
+                    feed_forward_norm=reader.norm(of_tower["feed_forward_norm"]),
+                    feed_forward=reader.feed_forward(of_tower["feed_forward"], is_mixture),
+                )
+            )
+        return LeanLayer(towers, attention.has_rope, config.norm_position == "pre")
+
+    # ------------------------------------------------------------------------------------------------------ a step
+
+    @torch.no_grad()
+    def step(self, tokens: torch.Tensor, positions: list[int], cache: DecodingCache) -> torch.Tensor:
+        """Run one token for each of the first n sequences of a cache.  (n,) -> logits (n, V)"""
+        count = len(positions)
+        routing = self._routing(tokens)
+        towers, counts, order, inverse = routing
+        hidden_states = F.embedding(tokens if order is None else tokens[order], self.embedding)
+        if self.embedding_scale is not None:
+            hidden_states = hidden_states * self.embedding_scale.to(hidden_states.dtype)
+        angles, columns = self._angles(positions), cache.open(count)
+
+        for index, layer in enumerate(self.layers):
+            own = [layer.towers[tower] for tower in towers]
+            turns = angles if layer.has_rope else None
+            attention = partial(self._attention, index, own, routing, turns, columns)
+            norms = [tower.attention_norm for tower in own]
+            hidden_states = hidden_states + _block(attention, norms, hidden_states, counts, layer.has_pre_norm)
+            feed_forward = partial(_feed_forward, own)
+            norms = [tower.feed_forward_norm for tower in own]
+            hidden_states = hidden_states + _block(feed_forward, norms, hidden_states, counts, layer.has_pre_norm)
+        hidden_states = _joined(_normed([self.norms[tower] for tower in towers], hidden_states, counts))
+        hidden_states = hidden_states if inverse is None else hidden_states.index_select(0, inverse)
+        if isinstance(self.head, LeanLinear):
+            return self.head(hidden_states)
+        return self.head(hidden_states.unsqueeze(1)).squeeze(1)  # in the shape that it knows
+
+    def _routing(self, tokens: torch.Tensor) -> tuple:
+        """Towers that have tokens, their counts, and the sorting of the tokens by tower and its inverse, if any."""
+        towers = [0] * len(tokens) if self.tower_of is None else self.tower_of[tokens].tolist()
+        present = sorted(set(towers))
+        if len(present) == 1:
+            return present, [len(towers)], None, None
+        order = torch.tensor(sorted(range(len(towers)), key=towers.__getitem__), device=tokens.device)
+        return present, [towers.count(tower) for tower in present], order, order.argsort()
+
+    def _angles(self, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and signed sines, (n, 1, d), or (1, d) where all stand at one position."""
+        if max(positions) >= len(self.cosines):
+            steps = torch.arange((max(positions) // COLUMNS + 2) * COLUMNS, device=self.embedding.device)
+            self.cosines, sines = self.rotary(self.embedding, position_ids=steps[:, None])
+            # Halves of a head will change places and not turn: the sign of the first moves into the table.
+            self.sines = torch.cat([-sines[..., : self.head_dim // 2], sines[..., self.head_dim // 2 :]], dim=-1)
+        if min(positions) == max(positions):
+            return self.cosines[positions[0]], self.sines[positions[0]]
+        index = torch.tensor(positions, device=self.embedding.device)
+        return self.cosines[index], self.sines[index]
+
+    def _attention(self, index, own, routing, angles, columns, parts) -> list[torch.Tensor]:
+        _, counts, order, inverse = routing
+        heads = _joined([self._projected(tower, part) for tower, part in zip(own, parts)])
+        heads = heads if inverse is None else heads.index_select(0, inverse)
+        heads = heads.view(len(heads), -1, self.head_dim)
+        turned, value = heads[:, : self.heads + self.key_heads], heads[:, self.heads + self.key_heads :]
+        if angles is not None:
+            cosines, sines = angles
+            turned = turned * cosines + turned.roll(self.head_dim // 2, -1) * sines
+        keys, values = columns.write(index, turned[:, self.heads :], value)
+        # The queries that share a key head stand as the rows of one query.
+        query = turned[:, : self.heads].unflatten(1, (self.key_heads, -1)).to(keys.dtype)
+        output = F.scaled_dot_product_attention(query, keys, values, attn_mask=columns.mask)
+        output = output.reshape(len(heads), -1).to(heads.dtype)
+        parts = [output] if order is None else output.index_select(0, order).split(counts)
+        return [tower.output(part) for tower, part in zip(own, parts)]
+
+    def _projected(self, tower: LeanTower, rows: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values.  (n, D) -> (n, (H + 2 K) * d)"""
+        query, key = tower.query(rows), tower.key(rows)
+        if tower.query_norm is not None:
+            query, key = tower.query_norm(query), tower.key_norm(key)
+        return torch.cat([query, key, tower.value(rows)], dim=-1)
+
+
+def _block(
+    block: Callable, norms: list[Callable], rows: torch.Tensor, counts: list[int], has_pre_norm: bool
+) -> torch.Tensor:
+    """What attention or feed-forward adds to the residual stream.  (n, D) -> (n, D)"""
+    if has_pre_norm:
+        return _joined(block(_normed(norms, rows, counts)))
+    return _joined(_normed(norms, _joined(block(_split(rows, counts))), counts))
+
+
+def _normed(norms: list[Callable], rows: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+    """Each tower's norm of its rows; what does not depend on the weights is computed once for all.  (n, D) -> parts"""
+    if len(norms) > 1 and all(type(norm) is LeanRMSNorm for norm in norms):
+        return [norm.weight * part for norm, part in zip(norms, norms[0].normalised(rows).split(counts))]
+    return [norm(part) for norm, part in zip(norms, _split(rows, counts))]
+
+
+def _feed_forward(own: list[LeanTower], parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [tower.feed_forward(part) for tower, part in zip(own, parts)]
+
+
+def _split(rows: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
+    return rows.split(counts) if len(counts) > 1 else [rows]
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class ForwardDecoder:
+    """The same step by the model's own forward."""
+
+    cache_dtype = None  # the model's
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    @torch.no_grad()
+    def step(self, tokens: torch.Tensor, positions: list[int], cache: DecodingCache) -> torch.Tensor:
+        """Run one token for each of the first n sequences of a cache.  (n,) -> logits (n, V)"""
+        columns = cache.open(len(positions))
+        ids = tokens[:, None]
+        outputs = self.model.model(
+            input_ids=ids,
+            modality_ids=self.model.model.modality_ids_of(ids) if len(self.model.config.modalities) > 1 else None,
+            attention_mask=columns.visible(),
+            position_ids=torch.tensor(positions, device=ids.device)[:, None],
+            past_key_values=columns.as_cache(),
+        )
+        return self.model.lm_head(outputs.last_hidden_state[:, -1])
+
+
+def decoder_of(model: nn.Module) -> LeanDecoder | ForwardDecoder:
+    """What makes the steps of several sequences that are not in step with each other.
+
+    Raises:
+        ValueError: a derived class, or an adapter, prepares the inputs of each step, which these steps do not ask.
+    """
+    for name in STEP_METHODS:
+        if not keeps_methods(model, name):
+            raise ValueError(
+                f"{name} of this {type(model).__name__} is not the package's own, and neither pictures that are diffused "
+                "nor served requests ask it at each step; leave it as it is, or use generate() of a model of tokens"
+            )
+    return LeanDecoder.of(model) or ForwardDecoder(model)
+
+
+def is_plain_dynamic(cache: Cache | None) -> bool:
+    """Whether a cache holds all keys and values of all layers, and nothing else."""
+    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
