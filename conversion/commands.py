@@ -12,7 +12,7 @@ import torch
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 
 from conversion.key_maps import ConversionError
-from modeling_mot import hub_trust as trust_mot
+from modeling_mot import hub_trust
 from modeling_mot.hub_trust import forget_code, read_json_object
 
 
@@ -49,7 +49,7 @@ def exit_code(work: Callable[[], None]) -> int:
 
 
 # Around calls of libraries that read what the user names: whatever they raise becomes a ConversionError.
-reading = partial(trust_mot.reading, kind=ConversionError, passed=ConversionError)
+reading = partial(hub_trust.reading, kind=ConversionError, passed=ConversionError)
 
 
 def read_json(path: Path) -> dict[str, Any]:

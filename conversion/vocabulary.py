@@ -1,7 +1,7 @@
 """The vocabulary of a dense model with markers, image codes and speech units behind it, and the processor of both.
 
 The source's rows keep their ids: special tokens that it lacks follow after them, then image codes, then speech units, as
-`modeling_mot.vocabulary_mot` lays them out.
+`modeling_mot.processing_vocabulary` lays them out.
 """
 
 from dataclasses import dataclass

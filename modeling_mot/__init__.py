@@ -9,14 +9,13 @@ from transformers import (
     AutoProcessor,
 )
 
-from modeling_mot.tower_routing import ModalityRouting
-
 from .configuration_mot import MoTConfig
 from .configuration_mot_transfusion import MoTTransfusionConfig
 from .modeling_mot import MoTForCausalLM, MoTModel, MoTPreTrainedModel
 from .modeling_mot_transfusion import MoTTransfusionModel
 from .pipeline_mot_transfusion import MoTTransfusionPipeline
 from .processing_mot import MoTProcessor
+from .tower_routing import ModalityRouting
 
 
 AutoConfig.register(MoTConfig.model_type, MoTConfig)

@@ -391,7 +391,7 @@ class MoTModel(MoTPreTrainedModel):
         image_blocks: ImageBlocks | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """The parameters up to `use_cache` are Llama's, in its order; keywords of others are in `forward_arguments_mot`.
+        """The parameters up to `use_cache` are Llama's, in its order; keywords of others are in `checks_arguments`.
 
         Args:
             input_ids: (B, L); or `inputs_embeds`: (B, L, D).

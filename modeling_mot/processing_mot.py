@@ -90,7 +90,7 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
             raise ValueError(
                 "pictures are either codes (image_tokenizer=) or pixels (image_processor=); for pixels leave the image "
                 "tokenizer out and build the tokenizer with extend_tokenizer(tokenizer, num_image_codes=0), or take "
-                "vocabulary_mot.without_codes(tokenizer)"
+                "processing_vocabulary.without_codes(tokenizer)"
             )
         for modality, sub_tokenizer, size in (
             ("image", image_tokenizer, getattr(image_tokenizer, "num_codes", 0)),

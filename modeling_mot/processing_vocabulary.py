@@ -39,7 +39,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|turn|>assistant\\n' }}{% endif %}"
 )
-# What a message of parts says; templates of other families have it too, see `chat_templates_mot`.
+# What a message of parts says; templates of other families have it too, see `processing_inputs`.
 CHAT_PARTS = (
     "{% for part in message['content'] or [] %}"
     "{% if part['type'] == 'image' %}{{ '<|image|>' }}"

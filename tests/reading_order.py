@@ -63,9 +63,9 @@ def import_all() -> None:
 def training_stories(wanted: set[str]) -> dict[str, dict[str, int]]:
     """`start`: everything before the first step, with data prepared anew; `step`: a step with the making of its batch."""
     from training.run import Session
-    from training.run_lock import RunLock
-    from training.safeguards import StopSignal
+    from training.run_files.folder import RunLock
     from training.train import load_recipe
+    from training.world.processes import StopSignal
 
     start: dict[str, int] = {}
     step: dict[str, int] = {}

@@ -19,12 +19,12 @@ from accelerate import init_empty_weights
 
 from model_cards.card import PICTURES, model_card
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
-from training.checkpoints import DamagedError, model_tensors, newest_intact, read_tensors, replacing, verify
 from training.config import ConfigError, one_line
-from training.distributed import make_room
-from training.freezing import freeze_towers
-from training.models import MODEL_CLASSES, without_bars
-from training.run_folder import RunFolder
+from training.model.building import MODEL_CLASSES, without_bars
+from training.optimization import freeze_towers
+from training.run_files.checkpoints import DamagedError, model_tensors, newest_intact, read_tensors, replacing, verify
+from training.run_files.folder import RunFolder
+from training.world.processes import make_room
 
 
 DTYPES = ("float32", "bfloat16", "float16")

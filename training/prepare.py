@@ -56,11 +56,13 @@ def prepare_recipe(recipe: Recipe, workers: int = 1, verify: bool = False) -> No
         verify: hash every file.
 
     Raises:
-        ConfigError: as `training.rows.prepare_rows`, or a file that is not as it was written.
+        ConfigError: as `training.data.rows.prepare_rows`, or a file that is not as it was written.
     """
     # Later than what is refused at once.
-    from training.data import RowStream, prepare_sources
-    from training.models import load_initial, plan_model
+    from training.data import RowStream
+    from training.data.rows import prepare_sources
+    from training.model.building import load_initial
+    from training.model.fitting import plan_model
 
     begin = time.perf_counter()
     _, processor, vae = plan_model(recipe.model, recipe.data, load_initial(recipe.model))

@@ -1,15 +1,237 @@
 """A recipe: the sections of one YAML file, and how they are listed."""
 
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
-from training.config import ConfigError, describe
+from modeling_mot import (
+    MoTConfig,
+)
+from modeling_mot.configuration_presets import VARIANTS
+from training.config import ConfigError, check_options, describe, option
 from training.data.config import DataConfig
-from training.evaluation.losses import EvaluationConfig
-from training.evaluation.sampling import SamplesConfig
-from training.models import ModelConfig
 from training.optimization import OptimizerConfig, warmup_steps
-from training.train_config import TrainConfig
+
+
+@dataclass
+class TransfusionModelConfig:
+    """What a Transfusion model adds. Fields left at null are MoTTransfusionConfig's own defaults."""
+
+    vae: str = option("carried", "frozen autoencoder of images: carried, a diffusers folder or a name on the Hub")
+    image_size: list[int] = option(
+        factory=lambda: [64, 64], doc="height and width of pictures, in pixels", ge=1, le=10**5
+    )
+    patch_size: int | None = option(None, "a token stands for patch_size x patch_size latents", ge=1, le=1024)
+    patchifier: Literal["unet", "linear"] | None = option(None, "from latents to hidden states and back")
+    unet_channels: list[int] | None = option(
+        None, "channels of the U-Net's down blocks, log2(patch_size) + 1 of them", ge=1, le=10**5
+    )
+    unet_layers: int | None = option(None, "residual layers of a down block", ge=1, le=1000)
+    unet_norm_groups: int | None = option(None, "groups of the U-Net's group norms", ge=1, le=10**5)
+    prediction_type: Literal["epsilon", "v_prediction", "flow"] | None = option(None, "what is predicted of the noise")
+    noise_schedule: str | None = option(None, "diffusers' name of a beta schedule; null: the cosine schedule")
+    num_train_timesteps: int | None = option(None, "noise levels", ge=1, le=10**6)
+    timestep_sampling: Literal["uniform", "logit_normal"] | None = option(None, "how noise levels are drawn")
+    timestep_shift: float | None = option(None, "shift of flow matching's fractions", gt=0)
+    timestep_format: Literal["index", "fraction"] | None = option(None, "what the timestep embedding sees")
+    diffusion_loss_weight: float | None = option(None, "lambda of equation 4", ge=0)
+    image_first_max_timestep: int | None = option(
+        None,
+        "largest noise level of an image that its caption follows (Transfusion's ablation: 500); null: no limit",
+        ge=0,
+    )
+    image_positions: Literal["consecutive", "shared"] | None = option(None, "positions of an image's patches")
+    markers_in_image_block: bool | None = option(None, "BOI and EOI see their image in both directions")
+    noised_images_visible: bool | None = option(
+        None, "whether later tokens see noised images; false: they see a clean copy that the data repeats (BAGEL)"
+    )
+    latent_position_table: Literal["sincos"] | None = option(None, "a fixed 2-D table added to the patches; null: none")
+
+    def __post_init__(self):
+        check_options(self)
+        if len(self.image_size) != 2:
+            raise ConfigError(f"model.transfusion.image_size={self.image_size} must be [height, width]")
+
+    def model_fields(self) -> dict[str, Any]:
+        """The fields of MoTTransfusionConfig that the recipe sets."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: v for name, v in values.items() if v is not None and name not in ("vae", "image_size")}
+
+
+_VARIANT = Literal[VARIANTS]
+
+
+@dataclass
+class ModelConfig:
+    """Which model is trained. Sizes left at null come from the preset, or are MoTConfig's own defaults; where all are,
+    they follow from the machine and the data (training/model/fitting.py)."""
+
+    variant: _VARIANT = option("mot", "which modalities share weights and which towers hold experts")
+    preset: str | None = option(None, "a row of the paper's tables, such as chameleon-37m; null: the sizes below")
+    init_from: str | None = option(None, "folder or Hub name of a checkpoint to start from; its sizes are kept")
+    processor: str | None = option(None, "folder or Hub name of a processor; null: the one carried with the project")
+    modalities: list[str] | None = option(
+        None, "of a new model, text first; null: those of the processor or, where no size is named, those of the data"
+    )
+    hidden_size: int | None = option(None, "width of the residual stream", ge=1, le=10**6)
+    intermediate_size: int | None = option(
+        None, "width of the feed-forward; null: 8/3 of hidden_size, up to 256s", ge=1, le=10**7
+    )
+    num_hidden_layers: int | None = option(None, "number of layers", ge=1, le=10**4)
+    num_attention_heads: int | None = option(None, "number of query heads", ge=1, le=10**4)
+    num_key_value_heads: int | None = option(
+        None, "number of key and value heads; null: as many as query heads", ge=1, le=10**4
+    )
+    head_dim: int | None = option(None, "width of a head; null: hidden_size / num_attention_heads", ge=2, le=10**5)
+    max_position_embeddings: int | None = option(
+        None, "longest row; null: the preset's, at least data.row_length", ge=1, le=10**9
+    )
+    norm_position: Literal["pre", "post"] | None = option(None, "pre: as Llama; post: as the paper's Algorithm 1")
+    qk_norm: Literal["rms", "rms_all_heads", "layer"] | None = option(None, "norm of queries and keys; null: none")
+    tie_word_embeddings: bool | None = option(None, "one matrix for input and output embeddings")
+    hidden_dropout: float | None = option(None, "dropout on the outputs of attention and feed-forward", ge=0, lt=1)
+    attention_dropout: float | None = option(None, "dropout on attention probabilities", ge=0, lt=1)
+    z_loss_coefficient: float | None = option(None, "weight of log(Z)^2 (Chameleon: 1e-5)", ge=0, le=1000)
+    rope_theta: float | None = option(None, "base of the rotary embedding", ge=1, le=10**12)
+    num_experts: int | None = option(
+        None, "experts of a tower that is a mixture (moe-4x and hybrid: 4)", ge=1, le=10**4
+    )
+    attn_implementation: str | None = option(None, "eager, sdpa, flex_attention, ...; null: transformers' choice")
+    transfusion: TransfusionModelConfig | None = option(None, "images are continuous and diffused; null: all is tokens")
+    gradient_checkpointing: bool = option(False, "recompute each layer in the backward: less memory, a third more time")
+    compile: bool = option(False, "compile each layer with torch.compile")
+    tower_products: Literal["separate", "batched_mm", "grouped_mm"] = option(
+        "separate",
+        "batched_mm: the towers' products in one padded product (balanced towers); grouped_mm: in bf16, on GPUs",
+    )
+
+    def __post_init__(self):
+        check_options(self)
+        if self.preset is not None and self.preset not in MoTConfig.preset_names():
+            names = ", ".join(MoTConfig.preset_names())
+            raise ConfigError(f"model.preset={self.preset!r} is unknown; the presets are {names}")
+        if self.preset is not None and self.init_from is not None:
+            raise ConfigError(f"model.preset={self.preset!r} and model.init_from={self.init_from!r} exclude each other")
+        if self.modalities is not None and (self.init_from is not None or self.transfusion is not None):
+            raise ConfigError(
+                f"model.modalities={self.modalities} are of a new model of tokens; leave them out with model.init_from and "
+                "model.transfusion, which have their own"
+            )
+
+
+@dataclass
+class TrainConfig:
+    """Length, batch, precision and bookkeeping of a run."""
+
+    steps: int = option(1000, "updates of the parameters", ge=1)
+    rows: int = option(8, "rows in a micro-batch of one process", ge=1)
+    accumulation: int = option(1, "micro-batches in a step", ge=1)
+    precision: Literal["auto", "bf16", "float32"] = option(
+        "auto", "of matrix products; auto: bf16 where the device computes it natively, else float32; losses are float32"
+    )
+    seed: int = option(0, "of initialisation and dropout (data.seed orders the rows)", ge=0, le=2**32 - 1)
+    modality_weights: dict[str, float] | None = option(
+        None, "modality -> weight of its targets in the loss; null: the plain mean over all targets", ge=0, le=10**6
+    )
+    frozen_towers: list[str] | None = option(
+        None, "towers that are not trained, such as [text]; shared: what towers have in common"
+    )
+    frozen_vocabulary: int | None = option(
+        None,
+        "first rows of the embeddings and of the output layer that keep their values, such as a text model's; null: none",
+        ge=1,
+    )
+    ema_decay: float | None = option(
+        None,
+        "decay of the moving average of the weights, which then is evaluated, sampled and saved as final; null: none",
+        gt=0,
+        lt=1,
+    )
+    output_dir: str = option("runs/default", "folder of everything the run writes")
+    resume: bool | Literal["auto"] = option(
+        False,
+        "go on from the newest intact checkpoint in output_dir; auto: or begin, where there is none; true: or stop there",
+    )
+    resume_despite: list[str] = option(
+        factory=list, doc="keys that may differ from those the checkpoint was made with, or data for the data"
+    )
+    overwrite: bool = option(False, "replace the run that output_dir holds")
+    save_every: int = option(0, "steps between checkpoints; 0: only at the end and when interrupted", ge=0)
+    save_asynchronously: bool = option(False, "write checkpoints from a copy in memory while training goes on")
+    keep_checkpoints: int = option(2, "newest checkpoints that are kept", ge=1)
+    not_finite_limit: int = option(
+        10, "steps in a row with a loss or gradient that is not finite, before the run stops", ge=0
+    )
+    spike_threshold: float | None = option(
+        8.0,
+        "standard deviations above the median of the last losses at which a loss is called a spike; null: never",
+        gt=0,
+    )
+    skip_spikes: bool = option(False, "leave out the updates of spikes")
+    tracker: str = option("none", "Accelerate's name of a tracker, such as tensorboard, wandb or trackio, or none")
+    progress_bar: bool = option(True, "show a progress bar")
+    processes: int | None = option(
+        None, "how many processes the run must have; null: as many as it was launched with", ge=1
+    )
+    timeout_seconds: float = option(
+        600.0, "how long a process waits for the others before the run ends", ge=1, le=10**7
+    )
+    cpu: bool = option(False, "train on the CPU even where there is an accelerator")
+    cpu_threads: int | None = option(
+        None, "threads of one process on a CPU; null: the cores shared by its processes", ge=1, le=1024
+    )
+    keep_freed_memory: bool = option(
+        True, "on CPUs (glibc), keep large freed blocks for the next step instead of giving them back to the system"
+    )
+    float32_matmul_precision: Literal["highest", "high", "medium"] = option(
+        "highest", "products of float32: high allows TF32 on GPUs, medium also bfloat16 parts, on GPUs and CPUs"
+    )
+
+    def __post_init__(self):
+        check_options(self)
+
+
+@dataclass
+class EvaluationConfig:
+    """When and on how much the held-out losses are measured."""
+
+    every: int = option(0, "steps between evaluations; 0: only at the end", ge=0)
+    rows: int = option(32, "most rows of each direction", ge=0)
+    batch_rows: int = option(8, "rows of one forward", ge=1)
+
+    def __post_init__(self):
+        check_options(self)
+
+
+@dataclass
+class SamplesConfig:
+    """What is drawn, read and spoken at the end of a run, and how."""
+
+    enabled: bool = option(True, "make samples, the sheet and the nearest-neighbour measure at the end")
+    measured: int | None = option(None, "held-in names that are drawn and measured; null: all the run trained on", ge=1)
+    held_out: int = option(48, "held-out names that are drawn and read", ge=0)
+    held_out_names: list[str] | None = option(None, "which held-out names; null: the first `held_out` of them")
+    shown: int = option(24, "pictures of each kind on the sheet", ge=0)
+    edits: int = option(48, "edits of a picture that are drawn and measured, of each split", ge=0)
+    spoken: int = option(6, "names spoken into WAV files", ge=0)
+    texts: int = option(4, "running texts continued", ge=0)
+    gallery: int = option(5000, "most pictures of a split among which a drawn one must find its own", ge=1)
+    temperature: float = option(0.0, "of picture codes and speech units; 0: the likeliest one each time", ge=0, le=1000)
+    top_k: int = option(0, "sample among the likeliest so many; 0: all", ge=0)
+    guidance_scale: float = option(
+        1.0, "classifier-free guidance of pictures; 1: none; needs caption dropout in training", ge=1, le=1000
+    )
+    num_inference_steps: int = option(250, "denoising steps of a picture that is diffused", ge=1, le=10**5)
+    scheduler: str = option("ddpm", "ddpm, ddim, dpm, ... or the name of one of diffusers' schedulers")
+    batch: int = option(64, "prompts generated together", ge=1)
+    max_text_tokens: int = option(24, "longest text that is read off or continued", ge=1, le=10**5)
+    max_speech_tokens: int = option(100, "longest span of speech", ge=1, le=10**5)
+    seed: int = option(0, "of sampling", ge=0, le=2**32 - 1)
+
+    def __post_init__(self):
+        check_options(self)
+        if 0 < self.temperature < 1e-3:
+            raise ValueError(f"temperature={self.temperature} divides by almost nothing; give 0, or at least 0.001")
 
 
 @dataclass

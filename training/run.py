@@ -12,15 +12,39 @@ import torch
 from accelerate.utils import set_seed
 
 from modeling_mot import MoTConfig, MoTPreTrainedModel
-from training.batches import StepBatches
-from training.checkpoints import gather_objects
 from training.config import dump, to_tree, without_secrets
 from training.consolidate import complete_card, consolidate
 from training.data import collate
 from training.data.collate import TOWER_ROWS
-from training.data.data_cards import data_cards
-from training.devices import device_memory, keep_freed_memory, set_cpu_threads
-from training.distributed import (
+from training.data.reading.sources import data_cards
+from training.data.rows import prepare_rows
+from training.data.stream import StepBatches
+from training.evaluation.end_of_run import describe_measures, make_samples
+from training.evaluation.losses import evaluate_losses, evaluation_note
+from training.evaluation.sheet import plot_losses
+from training.evaluation.subjects import check_decoder, check_diffusion, check_subjects, find_subjects
+from training.model.building import build_model, empty_model, load_initial, load_model, set_up_layers, stored_dtype
+from training.model.fitting import (
+    Budget,
+    Planned,
+    caption_dropout,
+    describe_choice,
+    fill_from_checkpoint,
+    leaves_size_open,
+    plan_model,
+)
+from training.model.flops import forward_flops_per_token, peak_flops
+from training.objectives import objective_names
+from training.optimization import HeldRows, NotFiniteError, build_optimizer, freeze_towers
+from training.recipe import Recipe
+from training.run_files.checkpoints import find_checkpoint, flatten, gather_objects, refuse_changes, refuse_different
+from training.run_files.folder import RunFolder, RunLock, environment, write_json
+from training.run_files.metrics import check_tracker, count_key, read_metrics
+from training.trainer import Trainer
+from training.world.devices import device_memory, keep_freed_memory, set_cpu_threads
+from training.world.processes import (
+    Interrupted,
+    StopSignal,
     build_accelerator,
     describe_world,
     is_sharding,
@@ -29,35 +53,6 @@ from training.distributed import (
     spread_weights,
     wants_checkpointing,
 )
-from training.evaluation.end_of_run import describe_measures, make_samples
-from training.evaluation.losses import evaluate_losses, evaluation_note
-from training.evaluation.subjects import check_decoder, check_diffusion, check_subjects, find_subjects
-from training.flops import forward_flops_per_token, peak_flops
-from training.freezing import HeldRows, freeze_towers
-from training.metrics import count_key, read_metrics
-from training.models import (
-    Planned,
-    build_model,
-    empty_model,
-    load_initial,
-    load_model,
-    plan_model,
-    set_up_layers,
-    stored_dtype,
-)
-from training.objectives import objective_names
-from training.optimization import build_optimizer
-from training.recipe import Recipe
-from training.reporting import plot_losses
-from training.resume import find_checkpoint, flatten, refuse_changes, refuse_different
-from training.rows import prepare_rows
-from training.run_folder import RunFolder, environment, write_json
-from training.run_lock import RunLock
-from training.safeguards import Interrupted, NotFiniteError, StopSignal
-from training.sizes import Budget, describe_choice, fill_from_checkpoint, leaves_size_open
-from training.trackers import check_tracker
-from training.trainer import Trainer
-from training.transfusion import caption_dropout
 
 
 NOT_SAVED, NOT_FINITE = 3, 4

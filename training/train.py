@@ -31,7 +31,7 @@ if __package__ in (None, ""):
     sys.path[:] = [str(_here.parent), *(p for p in sys.path if p and Path(p).resolve() != _here)]
 
 from training.config import ConfigError, dump, load, one_line, override, read_yaml
-from training.run_lock import RunLock
+from training.run_files.folder import RunLock
 
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "emoji.yaml"

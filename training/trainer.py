@@ -16,8 +16,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm.auto import tqdm
 
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
-from training.batches import StepBatches
-from training.checkpoints import (
+from training.data.collate import seed_of
+from training.data.stream import StepBatches
+from training.model.flops import training_flops
+from training.objectives import check_modality_weights, combine, count_targets, loss_scales, objective_names
+from training.optimization import HeldRows, NotFiniteError, OptimizerConfig, UpdateGuard, learning_rate, not_finite
+from training.recipe import TrainConfig
+from training.run_files.checkpoints import (
     Checkpointer,
     SaveError,
     load_state,
@@ -25,18 +30,10 @@ from training.checkpoints import (
     state_tensors,
     write_description,
 )
-from training.data.collate import seed_of
-from training.devices import StepProfiler, peak_memory
-from training.distributed import accumulating, is_sharding, resharded, whole
-from training.flops import training_flops
-from training.freezing import HeldRows
-from training.metrics import MetricsLog, count_key
-from training.objectives import check_modality_weights, combine, count_targets, loss_scales, objective_names
-from training.optimization import OptimizerConfig, learning_rate
-from training.run_folder import RunFolder
-from training.safeguards import Interrupted, NotFiniteError, StopSignal, UpdateGuard, not_finite
-from training.trackers import Trackers
-from training.train_config import TrainConfig
+from training.run_files.folder import RunFolder
+from training.run_files.metrics import MetricsLog, Trackers, count_key
+from training.world.devices import StepProfiler, peak_memory
+from training.world.processes import Interrupted, StopSignal, accumulating, is_sharding, resharded, whole
 
 
 # B batch, L row length
@@ -299,7 +296,7 @@ class Trainer:
             self.trackers.log(row, self.step)
 
     def row(self, figures: dict, seconds: float, data_seconds: float) -> dict:
-        """The metrics of one step; training/metrics.py says what they mean."""
+        """The metrics of one step; training/run_files/metrics.py says what they mean."""
         flops = training_flops(self.raw_model.config, figures["positions"], figures["row_length"])
         peak = self.peak_flops * self.accelerator.num_processes
         saving, self.checkpoint_seconds = self.checkpoint_seconds, 0.0

@@ -20,10 +20,10 @@ from tests.modeling_mot.naive_transfusion import VAE, tiny_model
 from tests.modeling_mot.test_continuous_processor import build_continuous
 from tests.modeling_mot.test_processor import build_processor
 from training.config import to_tree
-from training.data import carried_path
-from training.data.data_cards import data_cards
-from training.planning.parameters import meta_model
-from training.resume import flatten
+from training.data.config import carried_path
+from training.data.reading.sources import data_cards
+from training.plan.parameters import meta_model
+from training.run_files.checkpoints import flatten
 from training.train import load_recipe
 
 

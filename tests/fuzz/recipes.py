@@ -7,8 +7,9 @@ from random import Random
 
 import yaml
 
-from training import plan, prepare, run, train
+from training import prepare, run, train
 from training.config import describe
+from training.plan import __main__ as plan
 from training.recipe import Recipe
 
 from . import files, values

@@ -88,7 +88,7 @@ def test_hybrid_has_experts_in_the_text_tower_only(tiny_model):
             lambda m, args, tower=tower: seen.update({tower: (type(m).__name__, len(args[0]))})
         )
     model(torch.tensor([[8, 9, 31, 32, 33, 50]]))
-    assert seen == {"text": ("ExpertChoiceFeedForward", 2), "image": ("FeedForward", 3), "speech": ("FeedForward", 1)}
+    assert seen == {"text": ("ExpertChoiceFeedForward", 2), "image": ("LlamaMLP", 3), "speech": ("LlamaMLP", 1)}
 
 
 # ---------------------------------------------------------------------- padding

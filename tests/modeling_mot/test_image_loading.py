@@ -12,7 +12,7 @@ from PIL import Image
 from modeling_mot.image_loading import fit_picture, load_fitted, load_picture
 from modeling_mot.image_processing import MoTImageProcessor
 from modeling_mot.image_tokenizer import ImageTokenizerConfig
-from training.data.media import decode_picture
+from training.data.reading.values import decode_picture
 
 from .media_forms import COLOURS, chat_ids, encoded, outcome, outcomes_of_file, site_of
 from .test_processor import build_processor

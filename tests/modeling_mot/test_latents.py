@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from modeling_mot import latent_vae as latents_mot
+from modeling_mot import latent_vae
 from modeling_mot.latent_vae import build_vae, decode_latents, downsampling, encode_pixels, vae_fingerprint
 
 
@@ -84,7 +84,7 @@ def test_no_shift_and_no_scale_mean_none(pixels):
 def test_parts_equal_the_whole(vae, pixels, monkeypatch):
     whole = encode_pixels(vae, pixels)
     decoded = decode_latents(vae, whole)
-    monkeypatch.setattr(latents_mot, "PIXELS_AT_ONCE", 2 * 16 * 24)
+    monkeypatch.setattr(latent_vae, "PIXELS_AT_ONCE", 2 * 16 * 24)
     sizes = []
     vae.encoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     torch.testing.assert_close(encode_pixels(vae, pixels), whole, atol=1e-5, rtol=1e-5)

@@ -7,9 +7,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from modeling_mot import MoTConfig
-from modeling_mot import decoding_lean as decoding_cache_mot
-from modeling_mot import decoding_lean as lean_decoding_mot
+from modeling_mot import MoTConfig, decoding_lean
 from modeling_mot.decoding_lean import PACK_AFTER, LeanDecoder
 
 from . import naive_generation as naive
@@ -72,7 +70,7 @@ def test_tokens_logits_and_cache_equal_those_of_the_forward(tiny_model, monkeypa
 
 
 def test_the_cache_grows_as_far_as_it_is_needed(tiny_model, monkeypatch):
-    monkeypatch.setattr(decoding_cache_mot, "COLUMNS", 2)
+    monkeypatch.setattr(decoding_lean, "COLUMNS", 2)
     model = tiny_model()
     out = model.generate(torch.tensor([[1, 9, 3]]), max_new_tokens=30, do_sample=False)
     assert out[0].tolist() == naive.greedy(model, [1, 9, 3], 30)
@@ -188,7 +186,7 @@ def test_weights_are_packed_once_they_have_been_used_for_a_while(tiny_model, mon
 
 def test_there_is_a_bound_on_what_is_packed(tiny_model, monkeypatch):
     model, calls = tiny_model("dense"), products_of_packed_weights(monkeypatch)
-    monkeypatch.setattr(lean_decoding_mot, "PACKED_BYTES", 32 * 32 * 4)  # the first projection
+    monkeypatch.setattr(decoding_lean, "PACKED_BYTES", 32 * 32 * 4)  # the first projection
     out = model.generate(torch.tensor([[1, 9, 3]]), max_new_tokens=PACK_AFTER + 3, do_sample=False)
     assert len(calls) == 2 and out[0].tolist() == naive.greedy(model, [1, 9, 3], PACK_AFTER + 3)
 

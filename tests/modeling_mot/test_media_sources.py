@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from modeling_mot import media_sources as media_sources_mot
+from modeling_mot import media_sources
 from modeling_mot.image_loading import load_picture
 from modeling_mot.image_processing import MoTImageProcessor
 
@@ -86,7 +86,7 @@ def test_only_http_is_fetched(site, address):
 
 def test_what_is_fetched_is_bounded_in_bytes_and_time(site, monkeypatch):
     folder, address = site
-    monkeypatch.setattr(media_sources_mot, "MAX_BYTES", 1_000)
+    monkeypatch.setattr(media_sources, "MAX_BYTES", 1_000)
     (folder / "large").write_bytes(bytes(1_001))
     with pytest.raises(ValueError, match="cannot be fetched: it has more than 1000 bytes"):
         load_picture(f"{address}/large", allow_urls=True)
@@ -94,7 +94,7 @@ def test_what_is_fetched_is_bounded_in_bytes_and_time(site, monkeypatch):
         load_picture({"base64": "A" * 2_000})
     with pytest.raises(ValueError, match="cannot be fetched: it ends 999 bytes early"):
         load_picture(f"{address}/short", allow_urls=True)
-    monkeypatch.setattr(media_sources_mot, "MAX_SECONDS_TO_FETCH", 0.5)
+    monkeypatch.setattr(media_sources, "MAX_SECONDS_TO_FETCH", 0.5)
     started = time.monotonic()
     with pytest.raises(ValueError, match="cannot be fetched: it takes more than 0.5 seconds"):
         load_picture(f"{address}/slow", allow_urls=True)
@@ -134,10 +134,10 @@ SMALL_BOMBS = """
 import io, resource, sys, time
 import numpy as np, soundfile
 from PIL import Image
-from modeling_mot.image_loading_mot import load_fitted
-from modeling_mot.image_tokenizer_mot import ImageTokenizerConfig
-from modeling_mot.speech_features_mot import resample
-from modeling_mot.speech_loading_mot import load_sound
+from modeling_mot.image_loading import load_fitted
+from modeling_mot.image_tokenizer import ImageTokenizerConfig
+from modeling_mot.speech_tokenizer import resample
+from modeling_mot.speech_loading import load_sound
 import torch
 torch.set_num_threads(1)
 

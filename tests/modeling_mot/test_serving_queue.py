@@ -175,8 +175,10 @@ def test_a_server_starts_once(server):
 def test_a_callback_that_calls_its_own_server_does_not_wait_for_itself(tiny_model):
     model, errors = tiny_model(), []
     server = MoTServer(model, max_requests_per_batch=1, max_queue_size=1, do_sample=False)
+    is_full = threading.Event()
 
     def meddle():
+        assert is_full.wait(30)
         for call in (
             lambda: server.get_result("waiting"),
             lambda: server.add_request([1, 9], "third"),
@@ -193,6 +195,7 @@ def test_a_callback_that_calls_its_own_server_does_not_wait_for_itself(tiny_mode
     with server:
         server.add_request([1, 9, 12], "meddler", max_new_tokens=9, streamer=Collect(then=meddle))
         server.add_request([1, 9, 12], "waiting", max_new_tokens=9)
+        is_full.set()
         results = [within(30, server.get_result, name) for name in ("meddler", "waiting")]
     assert errors == [RuntimeError, queue.Full, RuntimeError, RuntimeError, RuntimeError]
     for result in results:

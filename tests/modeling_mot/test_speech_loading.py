@@ -9,7 +9,7 @@ import torch
 
 from modeling_mot.speech_loading import load_sound
 from modeling_mot.speech_tokenizer import SpeechTokenizerConfig, resample
-from training.data.media import decode_sound
+from training.data.reading.values import decode_sound
 
 from .media_forms import WAVE, chat_ids, outcome, outcomes_of_file, site_of, sound_file
 from .test_processor import build_processor
@@ -134,10 +134,10 @@ def test_a_rate_that_is_none_is_refused_everywhere(processor, rate):
 
 
 def test_an_array_without_a_rate_is_warned_of_and_refused_in_training(processor, monkeypatch):
-    from modeling_mot import speech_loading as speech_loading_mot
+    from modeling_mot import speech_loading
 
     warned = []
-    monkeypatch.setattr(speech_loading_mot.logger, "warning_once", warned.append)
+    monkeypatch.setattr(speech_loading.logger, "warning_once", warned.append)
     speech = tokenizer_with_random_units(sampling_rate=24_000)
     warned.clear()
     expected = speech.encode([WAVE], 24_000)[0]

@@ -239,5 +239,5 @@ def test_export_is_flat_and_names_the_auto_classes(tmp_path):
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map == MoTTransfusionConfig.auto_classes
     files = {path.name for path in tmp_path.glob("*.py")}
-    needed = {"latent_patchifier", "diffusion_mot", "latents_mot", "denoising_mot", "interleaved_decoding_mot"}
+    needed = {"latent_images", "latent_vae", "decoding_loop", "decoding_pictures"}
     assert {f"{name}.py" for name in needed} <= files and not list(tmp_path.glob("*/"))

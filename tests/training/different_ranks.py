@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from training.safeguards import NotFiniteError
+from training.optimization import NotFiniteError
 
 
 ROOT = Path(__file__).resolve().parents[2]

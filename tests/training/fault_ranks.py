@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tests.faults.stages import at
 from training import trainer as trainer_module
-from training.distributed import whole
-from training.faults.stages import at
-from training.safeguards import Interrupted, NotFiniteError
+from training.optimization import NotFiniteError
+from training.world.processes import Interrupted, whole
 
 from .tiny import tiny_trainer
 

@@ -4,7 +4,7 @@ import torch
 
 from modeling_mot import MoTConfig, MoTForCausalLM, MoTPreTrainedModel, MoTTransfusionModel
 from modeling_mot.configuration_presets import VARIANTS
-from training.planning.activations import made_up_batch
+from training.plan.activations import made_up_batch
 
 from .tiny import tiny_config
 from .tiny_transfusion import tiny_config as tiny_transfusion_config

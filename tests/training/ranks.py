@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from training.checkpoints import newest_intact
-from training.distributed import whole
-from training.safeguards import Interrupted
+from training.run_files.checkpoints import newest_intact
+from training.world.processes import Interrupted, whole
 
 from .tiny import MadeUpStream, tiny_model, tiny_trainer
 from .tiny_transfusion import OPTIMIZER, transfusion_trainer

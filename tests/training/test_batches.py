@@ -3,7 +3,7 @@
 import threading
 import time
 
-from training.batches import StepBatches
+from training.data.stream import StepBatches
 
 
 class Numbers:

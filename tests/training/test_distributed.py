@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from training.metrics import read_metrics
+from training.run_files.metrics import read_metrics
 
 from .ranks import ROWS, assert_same_but_for_rounding, go_on, make, results, run_ranks
 

@@ -13,16 +13,18 @@ from accelerate.utils import recursively_apply
 from PIL import Image, ImageFilter
 
 from modeling_mot import MoTForCausalLM
-from training.data import DataConfig, SourceConfig, TemplateConfig, carried_path, collate
-from training.data.sources import open_source
+from training.data import DataConfig, SourceConfig, TemplateConfig, collate
+from training.data.config import carried_path
+from training.data.reading.sources import open_source
+from training.data.rows import directions_of
 from training.evaluation.end_of_run import NamedPicture, SampleSubjects, describe_measures, make_samples
-from training.evaluation.losses import EvaluationConfig, evaluate_losses, evaluation_note, target_objective
+from training.evaluation.losses import evaluate_losses, evaluation_note, target_objective
 from training.evaluation.retrieval import PictureGallery, descriptor, retrieval_share, rgb_to_lab
-from training.evaluation.sampling import Sampler, SamplesConfig, write_wav
+from training.evaluation.sampling import Sampler, write_wav
+from training.evaluation.sheet import SampleSheet, plot_losses
 from training.evaluation.subjects import find_subjects
-from training.models import ModelConfig, build_model
-from training.reporting import SampleSheet, plot_losses
-from training.rows import directions_of
+from training.model.building import build_model
+from training.recipe import EvaluationConfig, ModelConfig, SamplesConfig
 
 from .tiny import MadeUpStream, tiny_config, tiny_model
 
@@ -36,7 +38,7 @@ def emoji_source(split: str = "train", **fields) -> SourceConfig:
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
     """Every fifth of the carried training pictures."""
-    from training.data.media import decode_picture
+    from training.data.reading.values import decode_picture
 
     records = open_source(emoji_source()).records
     return [decode_picture(records[index]["image"]) for index in range(0, len(records), 5)]

@@ -1,4 +1,4 @@
-"""Every fault that a long run meets, in its cheapest honest form; `python -m training.faults --long` has the long one."""
+"""Every fault that a long run meets, in its cheapest honest form; `python -m tests.faults --long` has the long one."""
 
 import json
 import os
@@ -17,17 +17,24 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from training import run_lock
-from training.checkpoints import DamagedError, newest_intact, read_tensors, state_tensors, verify
+from tests.faults.__main__ import table
+from tests.faults.bench import Outcome
+from tests.faults.damage import DAMAGES, pickled, reseal
+from tests.faults.stages import SAVE_STAGES, at
 from training.config import ConfigError, override, read_yaml
-from training.faults.__main__ import table
-from training.faults.bench import Outcome
-from training.faults.damage import DAMAGES, pickled, reseal
-from training.faults.stages import SAVE_STAGES, at
-from training.metrics import read_metrics
-from training.resume import find_checkpoint
-from training.run_lock import RunLock
-from training.safeguards import Interrupted, SpikeDetector, StopSignal, UpdateGuard
+from training.optimization import SpikeDetector, UpdateGuard
+from training.run_files import folder as run_lock
+from training.run_files.checkpoints import (
+    DamagedError,
+    find_checkpoint,
+    newest_intact,
+    read_tensors,
+    state_tensors,
+    verify,
+)
+from training.run_files.folder import RunLock
+from training.run_files.metrics import read_metrics
+from training.world.processes import Interrupted, StopSignal
 
 from .fault_ranks import TIMEOUT
 from .ranks import lost, start_ranks
@@ -97,7 +104,7 @@ def test_a_kill_at_any_stage_of_a_save_loses_nothing(undisturbed, tmp_path, stag
 def test_a_process_killed_within_a_shard_loses_nothing(undisturbed, tmp_path):
     program = f"""
 import os, signal, torch
-from training.faults.stages import at
+from tests.faults.stages import at
 from tests.training.tiny import tiny_trainer
 torch.set_num_threads(1)
 trainer = tiny_trainer({str(tmp_path)!r}, **{STEPS})
@@ -134,7 +141,7 @@ def holder(tmp_path):
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from training.run_lock import RunLock
+from training.run_files.folder import RunLock
 lock = RunLock(Path({str(tmp_path)!r}), rank=1)
 lock.acquire()
 print("held", flush=True)
@@ -514,7 +521,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_exit_code(failed_run):
 
 
 def newest_intact_step(run: Path) -> int:
-    from training.run_folder import RunFolder
+    from training.run_files.folder import RunFolder
 
     manifest, skipped = newest_intact(RunFolder(run))
     assert not skipped
@@ -549,7 +556,7 @@ def test_credentials_in_an_address_that_does_not_answer_are_not_printed(tmp_path
 
 @pytest.mark.slow
 def test_the_long_form_loses_nothing(tmp_path):
-    command = [sys.executable, "-m", "training.faults", "--long", "--json", str(tmp_path / "table.json")]
+    command = [sys.executable, "-m", "tests.faults", "--long", "--json", str(tmp_path / "table.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     table = json.loads((tmp_path / "table.json").read_text())

@@ -4,11 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from training.checkpoints import newest_intact
 from training.config import ConfigError
 from training.consolidate import read_model
-from training.freezing import HeldRows, freeze_towers
-from training.optimization import OptimizerConfig
+from training.optimization import HeldRows, OptimizerConfig, freeze_towers
+from training.run_files.checkpoints import newest_intact
 
 from .ranks import ROWS, assert_same_but_for_rounding, make, results, run_ranks
 from .tiny import tiny_model, tiny_trainer

@@ -35,7 +35,7 @@ pets(5).push_to_hub("ada/pets", num_shards=2)
 READ = """
 import json, sys
 from training.data import SourceConfig, TemplateConfig
-from training.data.sources import open_source
+from training.data.reading.sources import open_source
 
 templates = [TemplateConfig(["text:caption", "image:photo"])]
 answer = {}

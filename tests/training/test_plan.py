@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_mot import MoTConfig
-from training.flops import forward_flops, patchifier_flops, recomputed_flops
-from training.planning.activations import count_kept, loss_bytes, made_up_batch
-from training.planning.cluster import Mesh
-from training.planning.communication import Traffic, plan_traffic, seconds_of_traffic
-from training.planning.memory import plan_memory
-from training.planning.parameters import count_parameters, fsdp_units, meta_model
+from training.model.flops import forward_flops, patchifier_flops, recomputed_flops
+from training.plan.activations import count_kept, loss_bytes, made_up_batch
+from training.plan.cluster import Mesh
+from training.plan.communication import Traffic, plan_traffic, seconds_of_traffic
+from training.plan.memory import plan_memory
+from training.plan.parameters import count_parameters, fsdp_units, meta_model
 
 from .data.conftest import small_vae
 from .plans import FSDP_CASES, LENGTH, MODELS, ROWS, TOKENS, batch_of, config_of, model_of

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from training import prepare
-from training.models import load_processor
-from training.rows import prepare_rows
+from training.data.rows import prepare_rows
+from training.model.fitting import load_processor
 from training.train import load_recipe
 
 

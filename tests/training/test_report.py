@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from training.config import ConfigError
+from training.evaluation.sheet import thinned
 from training.report.__main__ import main
 from training.report.figures import View, mark_events
 from training.report.output import ReportFolder
 from training.report.runs import read_runs
 from training.report.step_matching import first_steps, match_steps, whole_windows
 from training.report.tables import compare, count, duration
-from training.reporting import thinned
 
 
 PEAK = 1e12

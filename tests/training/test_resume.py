@@ -8,15 +8,12 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from training.checkpoints import verify
 from training.config import ConfigError, without_secrets
 from training.consolidate import main
-from training.metrics import MetricsLog, read_metrics
-from training.resume import find_checkpoint, flatten, refuse_changes
-from training.run_folder import RunFolder
-from training.run_lock import RunLock
-from training.safeguards import StopSignal
-from training.trackers import Trackers, check_tracker
+from training.run_files.checkpoints import find_checkpoint, flatten, refuse_changes, verify
+from training.run_files.folder import RunFolder, RunLock
+from training.run_files.metrics import MetricsLog, Trackers, check_tracker, read_metrics
+from training.world.processes import StopSignal
 
 from .tiny import tiny_trainer
 
@@ -161,7 +158,7 @@ def test_consolidating_copies_the_weights_bit_for_bit_and_writes_nothing_over(sa
     [("nosuch", "there are none, all"), ("tensorbord", "did you mean tensorboard"), ("wandb", "pip install wandb")],
 )
 def test_a_tracker_that_would_be_left_out_is_refused(monkeypatch, name, said):
-    monkeypatch.setattr("training.trackers.get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr("training.run_files.metrics.get_available_trackers", lambda: ["tensorboard"])
     check_tracker("tensorboard")
     check_tracker("none")
     with pytest.raises(ConfigError, match=f"train.tracker='{name}'.*{said}"):

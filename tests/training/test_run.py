@@ -12,7 +12,7 @@ import pytest
 import yaml
 from accelerate.state import AcceleratorState
 
-from training.metrics import read_metrics
+from training.run_files.metrics import read_metrics
 
 
 ROOT = Path(__file__).resolve().parents[2]

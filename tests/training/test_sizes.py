@@ -7,9 +7,16 @@ from pathlib import Path
 import pytest
 
 from training.config import ConfigError, build, load
-from training.models import ModelConfig, load_processor, plan_model
-from training.recipe import Recipe
-from training.sizes import SIZES, Budget, describe_choice, leaves_size_open, modalities_of
+from training.model.fitting import (
+    SIZES,
+    Budget,
+    describe_choice,
+    leaves_size_open,
+    load_processor,
+    modalities_of,
+    plan_model,
+)
+from training.recipe import ModelConfig, Recipe
 
 
 CONFIGS = Path(__file__).resolve().parents[2] / "training" / "configs"

@@ -6,16 +6,16 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from training.batches import StepBatches
 from training.config import ConfigError
 from training.consolidate import read_model
-from training.metrics import read_metrics
-from training.models import load_model, set_up_layers
+from training.data.stream import StepBatches
+from training.model.building import load_model, set_up_layers
 from training.objectives import count_targets
-from training.optimization import OptimizerConfig, learning_rate
-from training.run_folder import RunFolder
-from training.safeguards import Interrupted, NotFiniteError
+from training.optimization import NotFiniteError, OptimizerConfig, learning_rate
+from training.run_files.folder import RunFolder
+from training.run_files.metrics import read_metrics
 from training.trainer import BAR, _postfix
+from training.world.processes import Interrupted
 
 from .ranks import go_on
 from .tiny import MadeUpStream, tiny_config, tiny_model, tiny_trainer

@@ -17,8 +17,9 @@ from training.data.documents import IGNORED, build_row, compose
 from training.evaluation.edits import Edit
 from training.evaluation.end_of_run import NamedPicture, SampleSubjects, describe_measures, make_samples
 from training.evaluation.fidelity import mean_psnr, psnr
-from training.evaluation.losses import EvaluationConfig, evaluate_losses, target_objective
-from training.evaluation.sampling import Sampler, SamplesConfig
+from training.evaluation.losses import evaluate_losses, target_objective
+from training.evaluation.sampling import Sampler
+from training.recipe import EvaluationConfig, SamplesConfig
 
 from .data.conftest import continuous, small_transfusion, small_vae
 from .tiny_transfusion import ROW_LENGTH, VOCABULARY, generator_of_row, picture_tokens, tiny_config, tiny_model

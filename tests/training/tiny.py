@@ -9,14 +9,13 @@ from accelerate import Accelerator, init_empty_weights
 from accelerate.state import AcceleratorState
 
 from modeling_mot import MoTConfig, MoTForCausalLM
-from training.batches import StepBatches
 from training.data import collate
-from training.distributed import build_accelerator, is_sharding, shard_model, spread_weights
-from training.freezing import HeldRows, freeze_towers
-from training.optimization import OptimizerConfig, build_optimizer
-from training.run_folder import RunFolder
-from training.train_config import TrainConfig
+from training.data.stream import StepBatches
+from training.optimization import HeldRows, OptimizerConfig, build_optimizer, freeze_towers
+from training.recipe import TrainConfig
+from training.run_files.folder import RunFolder
 from training.trainer import Trainer
+from training.world.processes import build_accelerator, is_sharding, shard_model, spread_weights
 
 
 RANGES = {"text": [0, 40], "image": [40, 60], "speech": [60, 70]}

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from modeling_mot import MoTTransfusionConfig, MoTTransfusionModel
-from training.data.columns import Vocabulary
-from training.data.documents import build_row, compose
+from training.data.documents import Vocabulary, build_row, compose
 from training.optimization import OptimizerConfig
 
 from .tiny import tiny_trainer

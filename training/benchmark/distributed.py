@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from training.benchmark.rounds import compare
-from training.metrics import read_metrics
+from training.run_files.metrics import read_metrics
 
 
 TRAINING = Path(__file__).resolve().parents[1]

@@ -20,9 +20,9 @@ import numpy as np
 from datasets import Audio, Features, Image, List, Value
 from PIL import Image as PillowImage
 
-from . import emoji_names
-from .parquet_folder import held_out, print_counts, refuse_full_folder, write_folder
-from .speech_synthesis import encode_opus, synthesise
+from training.data.adapters import emoji_names
+from training.data.adapters.parquet_folder import held_out, print_counts, refuse_full_folder, write_folder
+from training.data.adapters.speech_synthesis import encode_opus, synthesise
 
 
 PACKAGES = {  # name -> (version, sha256 of the tarball that npm serves)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from ..config import check_options, option
+from training.config import check_options, option
 
 
 SEGMENT_TYPES = ("text", "image", "audio", "document")
@@ -348,3 +348,8 @@ class DataConfig:
                 template.validate()
         if self.augmentation is not None:
             self.augmentation.validate()
+
+
+def carried_path() -> Path:
+    """The folder of the carried data set; `datasets.load_dataset(str(carried_path()), "emoji")` loads it."""
+    return Path(__file__).parent / "carried"

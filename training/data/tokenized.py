@@ -15,17 +15,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from .batch_tokenizer import BatchTokenizer
-from .chunks import SIZES, VALUES, chunk_damage, open_chunk, read_description
-from .columns import ImageColumn, TokenColumn, Vocabulary
-from .config import AugmentationConfig, Limits, SourceConfig
-from .preparation import prepare
-from .records import SHARD_RECORDS, Source
-from .segments import text_of
-from .sources import open_source
-
-
-__all__ = ["TokenizedSource", "Vocabulary", "text_of"]
+from training.data.config import AugmentationConfig, Limits, SourceConfig
+from training.data.documents import ImageColumn, TokenColumn, Vocabulary
+from training.data.preparing.batch_tokenizer import BatchTokenizer
+from training.data.preparing.preparation import SIZES, VALUES, chunk_damage, open_chunk, prepare, read_description
+from training.data.reading.records import SHARD_RECORDS, Source
+from training.data.reading.sources import open_source
 
 
 # Part of every fingerprint: raise it when the same records must give other tokens than before.

@@ -13,9 +13,8 @@ import numpy as np
 from PIL import Image
 
 from training.data.config import Segment, SourceConfig
-from training.data.media import decode_picture
-from training.data.sources import open_source
-from training.data.tokenized import text_of
+from training.data.reading.sources import open_source
+from training.data.reading.values import decode_picture, text_of
 from training.evaluation.retrieval import descriptor
 
 

@@ -11,8 +11,9 @@ from modeling_mot import MoTPreTrainedModel, MoTProcessor
 from training.evaluation.edits import Edit, edit_figures
 from training.evaluation.fidelity import fitting_of, mean_psnr
 from training.evaluation.retrieval import PictureGallery, retrieval_share
-from training.evaluation.sampling import Sampler, SamplesConfig, write_wav
-from training.reporting import SampleSheet
+from training.evaluation.sampling import Sampler, write_wav
+from training.evaluation.sheet import SampleSheet
+from training.recipe import SamplesConfig
 
 
 @dataclass

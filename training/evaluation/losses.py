@@ -9,27 +9,14 @@ when they choose, so its figures flatter it; `evaluation_note` says so wherever 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
 from modeling_mot import MoTConfig, MoTPreTrainedModel
-from training.config import check_options, option
 from training.objectives import DIFFUSION, objective_names
-
-
-@dataclass
-class EvaluationConfig:
-    """When and on how much the held-out losses are measured."""
-
-    every: int = option(0, "steps between evaluations; 0: only at the end", ge=0)
-    rows: int = option(32, "most rows of each direction", ge=0)
-    batch_rows: int = option(8, "rows of one forward", ge=1)
-
-    def __post_init__(self):
-        check_options(self)
+from training.recipe import EvaluationConfig
 
 
 def target_objective(direction: str, config: MoTConfig) -> str:

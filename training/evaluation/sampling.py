@@ -3,7 +3,6 @@
 import wave
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,39 +13,8 @@ from tqdm.auto import tqdm
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
 from modeling_mot.decoding_loop import pictures_of
 from modeling_mot.latent_vae import encode_pixels
-from training.config import check_options, option
 from training.data.collate import is_transfusion
-
-
-@dataclass
-class SamplesConfig:
-    """What is drawn, read and spoken at the end of a run, and how."""
-
-    enabled: bool = option(True, "make samples, the sheet and the nearest-neighbour measure at the end")
-    measured: int | None = option(None, "held-in names that are drawn and measured; null: all the run trained on", ge=1)
-    held_out: int = option(48, "held-out names that are drawn and read", ge=0)
-    held_out_names: list[str] | None = option(None, "which held-out names; null: the first `held_out` of them")
-    shown: int = option(24, "pictures of each kind on the sheet", ge=0)
-    edits: int = option(48, "edits of a picture that are drawn and measured, of each split", ge=0)
-    spoken: int = option(6, "names spoken into WAV files", ge=0)
-    texts: int = option(4, "running texts continued", ge=0)
-    gallery: int = option(5000, "most pictures of a split among which a drawn one must find its own", ge=1)
-    temperature: float = option(0.0, "of picture codes and speech units; 0: the likeliest one each time", ge=0, le=1000)
-    top_k: int = option(0, "sample among the likeliest so many; 0: all", ge=0)
-    guidance_scale: float = option(
-        1.0, "classifier-free guidance of pictures; 1: none; needs caption dropout in training", ge=1, le=1000
-    )
-    num_inference_steps: int = option(250, "denoising steps of a picture that is diffused", ge=1, le=10**5)
-    scheduler: str = option("ddpm", "ddpm, ddim, dpm, ... or the name of one of diffusers' schedulers")
-    batch: int = option(64, "prompts generated together", ge=1)
-    max_text_tokens: int = option(24, "longest text that is read off or continued", ge=1, le=10**5)
-    max_speech_tokens: int = option(100, "longest span of speech", ge=1, le=10**5)
-    seed: int = option(0, "of sampling", ge=0, le=2**32 - 1)
-
-    def __post_init__(self):
-        check_options(self)
-        if 0 < self.temperature < 1e-3:
-            raise ValueError(f"temperature={self.temperature} divides by almost nothing; give 0, or at least 0.001")
+from training.recipe import SamplesConfig
 
 
 class Sampler:

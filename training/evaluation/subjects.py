@@ -11,12 +11,11 @@ from modeling_mot import MoTConfig, MoTProcessor, MoTTransfusionConfig
 from modeling_mot.decoding_pictures import DiffusionSettings
 from training.config import ConfigError
 from training.data.config import DataConfig, Segment, SourceConfig
-from training.data.media import decode_picture
-from training.data.sources import open_source
-from training.data.tokenized import text_of
+from training.data.reading.sources import open_source
+from training.data.reading.values import decode_picture, text_of
 from training.evaluation.edits import find_edits, has_edits
 from training.evaluation.end_of_run import NamedPicture, SampleSubjects
-from training.evaluation.sampling import SamplesConfig
+from training.recipe import SamplesConfig
 
 
 _TEXT_PROMPT_WORDS = 4

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
+from training.evaluation.sheet import HELD_OUT_COLOUR, draw_held_out, draw_loss, frame_losses, loss_unit, thinned
 from training.report.runs import AXES, EVENTS, Run
 from training.report.step_matching import StepMatch, loss_curves, match_steps, matched_curve
 from training.report.tables import objectives_of
-from training.reporting import HELD_OUT_COLOUR, draw_held_out, draw_loss, frame_losses, loss_unit, thinned
 
 
 # Okabe and Ito's, told apart by colour-blind eyes too, without the yellow that white paper swallows.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from training.config import ConfigError
-from training.run_folder import write_json
+from training.run_files.folder import write_json
 
 
 RECORD = "report.json"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from training.config import ConfigError, read_yaml
-from training.metrics import iterate_rows, read_metrics, series
+from training.run_files.metrics import iterate_rows, read_metrics, series
 
 
 # What curves can be drawn over, with the label of the axis.

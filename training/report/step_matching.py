@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.metrics import smooth
 from training.report.runs import Run
+from training.run_files.metrics import smooth
 
 
 # A curve is (steps, losses), both (N,), by step.

@@ -118,7 +118,7 @@ def read_column_values(
 
 def read_media(sources: list[str], columns: list[str], limit: int | None, suffixes: tuple[str, ...]) -> Iterator[Any]:
     """As `read_column_values`, of pictures or sounds: a file that a record names must lie in the folder of its source."""
-    from training.data.media import OutsidePath, confined, source_roots
+    from training.data.reading.values import OutsidePath, confined, source_roots
 
     for source in sources:
         roots = source_roots(Path(source.split(":")[0]))
@@ -169,6 +169,6 @@ def load_records(source: str):
 
 def carried_source(config: str, split: str = "train") -> str:
     """A split of a configuration of the carried data."""
-    from training.data import carried_path
+    from training.data.config import carried_path
 
     return f"{carried_path()}:{config}:{split}"

@@ -176,7 +176,7 @@ def carried(tmp_path_factory):
     """The carried data set's path, with `datasets`' own cache in a temporary folder."""
     import datasets
 
-    from training.data import carried_path
+    from training.data.config import carried_path
 
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     return str(carried_path())

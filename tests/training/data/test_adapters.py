@@ -6,9 +6,9 @@ import datasets
 import numpy as np
 import pytest
 
-from training.data import carried_path
 from training.data.adapters import amazon_queen, emoji_edits, emoji_styles, tuxpaint
-from training.data.parquet_folder import by_group, write_folder
+from training.data.adapters.parquet_folder import by_group, write_folder
+from training.data.config import carried_path
 
 from .conftest import png, wav
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from training.data import AugmentationConfig
-from training.data.augmentation import change_picture, change_sound, generator, may_flip
+from training.data.preparing.batch_tokenizer import change_picture, change_sound, generator, may_flip
 
 
 STILL = {"shift": 0, "brightness": 0, "contrast": 0, "saturation": 0, "gain": 0, "speed": 0, "noise": 0, "flip": False}

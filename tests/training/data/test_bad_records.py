@@ -16,10 +16,10 @@ from PIL import Image
 from pyarrow import parquet
 
 from training.data import SourceConfig, TemplateConfig, TokenizedSource
-from training.data.bad_records import BadRecord, LeftOut
 from training.data.config import Limits, Segment
-from training.data.segments import text_of
-from training.data.sources import open_source
+from training.data.reading.lines import BadRecord, LeftOut
+from training.data.reading.sources import open_source
+from training.data.reading.values import text_of
 
 from .conftest import ToyProcessor, png, wav
 from .test_shards import lines, tar

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from training.data import build_carried, carried_path, emoji_names
-from training.data.media import decode_picture, decode_sound
-from training.data.speech_synthesis import with_ogg_serial
+from training.data import build_carried, emoji_names
+from training.data.adapters.speech_synthesis import with_ogg_serial
+from training.data.config import carried_path
+from training.data.reading.values import decode_picture, decode_sound
 
 
 @pytest.fixture(scope="module")

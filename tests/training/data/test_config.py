@@ -3,7 +3,7 @@
 import pytest
 
 from training.data import AugmentationConfig, DataConfig, SourceConfig, TemplateConfig
-from training.data.sources import open_source
+from training.data.reading.sources import open_source
 
 
 TEMPLATE = [TemplateConfig(["text:name"])]

@@ -139,7 +139,7 @@ def test_a_vae_changes_nothing_where_pictures_are_codes(prepare, pair_source, va
 
 def test_a_second_preparation_encodes_nothing(pair_source, tmp_path, vae, monkeypatch):
     first = prepare(pair_source(), tmp_path, vae=vae)
-    monkeypatch.setattr("training.data.chunks.encode_latents", lambda *_: pytest.fail("encoded again"))
+    monkeypatch.setattr("training.data.preparing.preparation.encode_latents", lambda *_: pytest.fail("encoded again"))
     assert prepare(pair_source(), tmp_path, vae=vae).folder == first.folder
 
 

@@ -9,8 +9,7 @@ import torch
 
 from training.data import DataConfig, RowStream, TokenizedSource, collate
 from training.data.collate import count_noised
-from training.data.columns import Vocabulary
-from training.data.documents import build_row, compose
+from training.data.documents import Vocabulary, build_row, compose
 
 from .conftest import continuous, small_transfusion, small_vae
 

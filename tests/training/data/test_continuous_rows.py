@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from training.data import AugmentationConfig, DataConfig, RowStream, SourceConfig, TemplateConfig, TokenizedSource
+from training.data.rows import directions_of
 from training.data.stream import mean_document_length
-from training.rows import directions_of
 
 from .conftest import continuous, png, small_vae, wav
 

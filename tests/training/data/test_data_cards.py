@@ -1,7 +1,7 @@
 """What the data cards of sources declare is found, and nothing is made up."""
 
 from training.data.config import DataConfig, SourceConfig, TemplateConfig
-from training.data.data_cards import data_cards
+from training.data.reading.sources import data_cards
 
 
 def config_of(*paths):

@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from training.batches import StepBatches
 from training.data import RowStream
+from training.data.stream import StepBatches
 
 from .test_stream import documents_of
 

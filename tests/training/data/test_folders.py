@@ -6,7 +6,7 @@ import os
 import pytest
 from PIL import Image
 
-from training.data.sources import open_source
+from training.data.reading.sources import open_source
 
 from .conftest import png, wav
 from .test_bad_records import PAIR, TEXT, source_of, texts_of

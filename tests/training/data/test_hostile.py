@@ -20,8 +20,8 @@ from pyarrow import parquet
 
 from training.data import SourceConfig, TemplateConfig
 from training.data.config import Limits
-from training.data.media import decode_picture, decode_sound
-from training.data.sources import open_source
+from training.data.reading.sources import open_source
+from training.data.reading.values import decode_picture, decode_sound
 
 from .conftest import png, wav
 from .test_shards import lines, tar
@@ -113,7 +113,7 @@ def write_hostile(folder: Path) -> dict[str, tuple[str, list[str], str]]:
 _READ = """
 import json, resource, sys
 from training.data import SourceConfig, TemplateConfig, TokenizedSource
-from training.data.sources import open_source
+from training.data.reading.sources import open_source
 from tests.training.data.conftest import ToyProcessor
 import soundfile
 

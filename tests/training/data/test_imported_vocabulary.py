@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from training.config import ConfigError
-from training.data.columns import Vocabulary
+from training.data.documents import Vocabulary
 from training.data.stream import replace_codes
-from training.evaluation.sampling import SamplesConfig
 from training.evaluation.subjects import check_decoder
+from training.recipe import SamplesConfig
 
 from .conftest import ToyProcessor
 

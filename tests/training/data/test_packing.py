@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from training.data.packing import pack
+from training.data.documents import pack
 
 
 def naive_best_fit(lengths, row_length):

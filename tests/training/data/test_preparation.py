@@ -244,7 +244,9 @@ def test_a_file_is_hashed_once_and_again_when_it_is_another(tmp_path, shards):
 def test_what_was_damaged_while_it_was_made_is_made_again(tmp_path, shards, small_chunks, monkeypatch, file):
     whole = TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "whole")
     with monkeypatch.context() as broken:
-        broken.setattr("training.data.preparation._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        broken.setattr(
+            "training.data.preparing.preparation._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt())
+        )
         with pytest.raises(KeyboardInterrupt):
             TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")
     (path,) = (tmp_path / "cache").glob(f"*.partial/{file}")
@@ -303,7 +305,7 @@ def test_a_full_cache_is_read_where_nothing_can_be_written(tmp_path, shards, mon
         raise PermissionError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("pathlib.Path.mkdir", refuse)
-    monkeypatch.setattr("training.data.preparation.FileLock.acquire", refuse)
+    monkeypatch.setattr("training.data.preparing.preparation.FileLock.acquire", refuse)
     assert contents(TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")) == contents(source)
     with pytest.raises(ValueError, match="cannot be written: .*Read-only"):
         TokenizedSource.prepare(shards, ToyProcessor("other"), tmp_path / "cache")

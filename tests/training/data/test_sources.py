@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from training.data import RowStream, SourceConfig, TemplateConfig, fingerprints
-from training.data.sources import open_source
+from training.data.reading.sources import open_source
 
 from .conftest import png, wav
 

@@ -315,7 +315,8 @@ def test_threads_that_ask_at_once_find_the_same_rows(prepare, pair_source, text_
 
 
 def test_long_rows_of_carried_text_and_pictures_are_filled(carried, processor, data_config, tmp_path):
-    from training.data import DataConfig, SourceConfig, prepare_sources
+    from training.data import DataConfig, SourceConfig
+    from training.data.rows import prepare_sources
 
     pairs = [TemplateConfig(["text:name", "image:image"])]
     definitions = [TemplateConfig(["text:{word}: {definition}"])]
@@ -332,7 +333,7 @@ def test_long_rows_of_carried_text_and_pictures_are_filled(carried, processor, d
 
 @pytest.mark.parametrize("seed", range(3))
 def test_long_rows_of_heavy_tailed_lengths_are_filled(seed):
-    from training.data.packing import pack
+    from training.data.documents import pack
     from training.data.stream import _block_documents
 
     random = np.random.default_rng(seed)

@@ -159,7 +159,7 @@ def test_bad_records_are_skipped_and_counted(broken_folder, prepare):
 
 
 def test_what_was_finished_before_a_bad_record_is_kept_when_it_is_skipped(tmp_path, processor, monkeypatch):
-    monkeypatch.setattr("training.data.preparation.CHUNK_BYTES", 1)
+    monkeypatch.setattr("training.data.preparing.preparation.CHUNK_BYTES", 1)
     (tmp_path / "0.jsonl").write_text('{"text": "a"}\n' * 200 + '{"text": " "}\n')
     config = SourceConfig("x", f"{tmp_path}/*.jsonl", [TemplateConfig(["text:text"])])
     with pytest.raises(ValueError, match="shard 0.jsonl, record 200: the text of text:text is empty"):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from datasets import Audio, Features, Value
 
-from ..parquet_folder import by_group, print_counts, write_folder
+from training.data.adapters.parquet_folder import by_group, print_counts, write_folder
 
 
 FEATURES = Features(

@@ -21,10 +21,9 @@ from PIL import Image, ImageOps
 from pyarrow import parquet
 
 from modeling_mot.image_loading import flatten
-
-from .. import carried_path
-from ..media import decode_picture
-from ..parquet_folder import print_counts, write_folder
+from training.data.adapters.parquet_folder import print_counts, write_folder
+from training.data.config import carried_path
+from training.data.reading.values import decode_picture
 
 
 FEATURES = Features(

@@ -17,8 +17,9 @@ from pathlib import Path
 from datasets import Features, Image, Value
 from pyarrow import parquet
 
-from .. import carried_path
-from ..parquet_folder import print_counts, write_folder
+from training.data.adapters.parquet_folder import print_counts, write_folder
+from training.data.config import carried_path
+
 from .pictures import square_png, svg_png
 
 

@@ -5,8 +5,7 @@ import io
 from PIL import Image
 
 from modeling_mot.image_loading import flatten
-
-from ..media import decode_picture
+from training.data.reading.values import decode_picture
 
 
 def square_png(data: bytes | str, size: int) -> bytes:

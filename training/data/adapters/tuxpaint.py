@@ -14,7 +14,8 @@ from pathlib import Path
 
 from datasets import Audio, Features, Image, Value
 
-from ..parquet_folder import by_group, print_counts, write_folder
+from training.data.adapters.parquet_folder import by_group, print_counts, write_folder
+
 from .pictures import square_png, svg_png
 
 

@@ -1,0 +1,73 @@
+"""What disks, people and attackers do to the files of a checkpoint."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+from training.run_files.checkpoints import MANIFEST, _hash_of_manifest, _hashes
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def add_another(file: Path) -> None:
+    """One more file beside it."""
+    file.with_name(f"another-{file.name}").write_bytes(b"not of this checkpoint")
+
+
+def link(file: Path) -> None:
+    """The same bytes, by a symbolic link to elsewhere."""
+    elsewhere = file.parents[file.parts[::-1].index("checkpoints")] / f"elsewhere-{file.parent.name}-{file.name}"
+    os.replace(file, elsewhere)
+    file.symlink_to(elsewhere)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "flipped bit": flip_a_bit,
+    "truncated file": truncate,
+    "missing file": Path.unlink,
+    "extra file": add_another,
+    "symbolic link": link,
+}
+
+
+def kinds_of_file(checkpoint: Path) -> dict[str, Path]:
+    """One file of each kind that a checkpoint holds: each part of each rank's shards, and what describes the model."""
+    state, described = sorted((checkpoint / "state").iterdir()), checkpoint / "pretrained"
+    others = [described / "config.json", described / "processor_config.json", described / "configuration_mot.py"]
+    others += sorted(described.glob("*/*.safetensors"))[:1]
+    return {file.relative_to(checkpoint).as_posix(): file for file in [*state, *others, checkpoint / MANIFEST]}
+
+
+class _Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def pickled(marker: Path) -> bytes:
+    """A pickle that makes the file `marker` when something loads it."""
+    return pickle.dumps(_Payload(marker))
+
+
+def reseal(checkpoint: Path) -> None:
+    """Make the manifest agree with files that were changed, as somebody would who means harm."""
+    path = checkpoint / MANIFEST
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    del manifest["sha256"]
+    files = _hashes(checkpoint, "**/*")
+    manifest["files"] = {name: entry for name, entry in sorted(files.items()) if name != MANIFEST}
+    path.write_text(json.dumps({**manifest, "sha256": _hash_of_manifest(manifest)}), encoding="utf-8")

@@ -1,0 +1,156 @@
+"""training/train.py to which something happens; `python -m tests.faults` launches it in the place of train.py.
+
+The variable MOT_FAULT holds JSON: `do`, one of `ACTIONS` or `CHANGES`; `nth` and `at`, when this process comes to a
+moment of stages.py for the nth time (a step has one micro-batch here); `rank`, whose process it is; `notes`, a folder.
+What happened is noted there, and so it happens once, whatever is restarted.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from unittest import mock
+
+import psutil
+from accelerate import Accelerator
+
+from tests.faults.stages import at
+from training import train, trainer
+from training.run_files.metrics import iterate_rows
+
+
+RANK = int(os.environ.get("RANK", 0))
+
+
+def _kill(process: int) -> None:
+    os.kill(process, signal.SIGKILL)
+
+
+def _kill_tree() -> None:
+    launcher = psutil.Process().parent()
+    others = [process.pid for process in launcher.children(recursive=True) if process.pid != os.getpid()]
+    for process in (launcher.pid, *others, os.getpid()):
+        _kill(process)
+
+
+def _signal_all(number: int) -> None:
+    launcher = psutil.Process().parent()
+    for process in (launcher, *launcher.children(recursive=True)):
+        process.send_signal(number)
+
+
+def _fill(fault: dict) -> None:
+    """Leave no room: in the file system of the run where that is a small one, else for any file of this process."""
+    if fault["filler"] is None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        return
+    with open(fault["filler"], "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(2**16)):
+                pass
+        except OSError:
+            return
+
+
+def _make_room(fault: dict) -> None:
+    if fault["filler"] is None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    else:
+        Path(fault["filler"]).unlink()
+
+
+ACTIONS = {
+    "kill": lambda fault: _kill(os.getpid()),
+    "kill tree": lambda fault: _kill_tree(),
+    "kill launcher": lambda fault: _kill(os.getppid()),
+    "stop": lambda fault: os.kill(os.getpid(), signal.SIGSTOP),
+    "fill": _fill,
+    **{f"{name} launcher": lambda fault, name=name: os.kill(os.getppid(), signal.Signals[name]) for name in ("SIGTERM", "SIGINT")},
+    **{f"{name} all": lambda fault, name=name: _signal_all(signal.Signals[name]) for name in ("SIGTERM", "SIGINT")},
+}  # fmt: skip
+
+
+class Happening:
+    """What is to happen in this process, and how often it has come to the moment."""
+
+    def __init__(self, fault: dict):
+        self.fault, self.times = fault, 0
+        self.notes = Path(fault["notes"])
+        self.mine = fault.get("rank") in (None, RANK)
+
+    def __call__(self) -> None:
+        fault = self.fault
+        self.times += 1
+        if fault["do"] == "kill launcher" and self.times == fault["nth"] + 1:
+            while not (self.notes / "go").exists():  # an orphan that is there when somebody comes
+                time.sleep(0.1)
+        if fault["do"] == "fill" and self.times == fault.get("until"):
+            _make_room(fault)
+        if self.times != fault["nth"] or (self.notes / "note.json").exists():
+            return
+        run = Path(fault["run"])
+        rows = list(iterate_rows(run / "metrics.jsonl")) if (run / "metrics.jsonl").is_file() else []
+        step = max((row["step"] for row in rows), default=0)
+        (self.notes / "note.json").write_text(json.dumps({"time": time.time(), "step": step}), encoding="utf-8")
+        ACTIONS[fault["do"]](fault)
+        if fault["at"] == "data":
+            threading.Event().wait()  # a source that has stalled
+
+
+def _change_loss(fault: dict):
+    """From step nth on, for `steps` of them, the loss or its gradient is another on one rank."""
+    combine, calls = trainer.combine, []
+
+    def changed(*arguments):
+        loss = combine(*arguments)
+        calls.append(1)
+        if not fault["nth"] <= len(calls) < fault["nth"] + fault.get("steps", 1) or fault.get("rank") not in (
+            None,
+            RANK,
+        ):
+            return loss
+        if fault["do"] == "infinite gradient":
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+            return loss
+        return loss * (float("nan") if fault["do"] == "nan loss" else 5.0)
+
+    return mock.patch.object(trainer, "combine", changed)
+
+
+def _take_tracker_down(fault: dict):
+    def down(self, *arguments, **options):
+        raise ConnectionError("the tracker is down")
+
+    return mock.patch.object(Accelerator, fault["call"], down)
+
+
+CHANGES = {
+    "nan loss": _change_loss,
+    "infinite gradient": _change_loss,
+    "high loss": _change_loss,
+    "tracker down": _take_tracker_down,
+}
+
+
+def main() -> int:
+    faults = json.loads(os.environ.get("MOT_FAULT", "[]"))
+    with ExitStack() as stack:
+        for fault in faults:
+            happening = Happening(fault)
+            if fault["do"] in CHANGES:
+                stack.enter_context(CHANGES[fault["do"]](fault))
+            elif happening.mine:
+                stack.enter_context(at(fault["at"], happening))
+        code = train.main()
+    for fault in faults[:1]:
+        (Path(fault["notes"]) / f"code-{RANK}").write_text(str(code), encoding="utf-8")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

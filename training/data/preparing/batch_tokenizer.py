@@ -1,0 +1,250 @@
+"""Records to columns of token ids and of pixels."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from modeling_mot.image_loading import flatten
+from training.data.config import AugmentationConfig, Limits, Segment
+from training.data.reading.lines import BadRecord, LeftOut, blaming
+from training.data.reading.records import Source
+from training.data.reading.values import check_parts, decode_picture, decode_sound, text_of
+
+
+# Mirroring would contradict captions with these words: directions, what is read, and what is known by its sides.
+_SIDED = re.compile(
+    r"(left|right|east|west|clock|counter|watch|letter|word|number|digit|text|writ|alphabet|key|button|sign|symbol|flag|"
+    r"map|globe|calendar|arrow|question|exclamation|note|ruler|score|book|newspaper|page|moon|quarter|hundred|medal|"
+    r"facing|plus|zodiac|mirror|logo|label|card|banknote|receipt|japan|\d)"
+)
+
+
+def may_flip(caption: str) -> bool:
+    """Whether a picture with this caption stays true to it in a mirror.
+
+    No, when there is no caption, or when it names a direction, something that is read (letters, numbers, signs, clocks,
+    books), or something known by its sides (flags, maps, phases of the moon). The rule looks for parts of words and
+    is meant to refuse too much rather than too little.
+    """
+    return bool(caption.strip()) and _SIDED.search(caption.lower()) is None
+
+
+def change_picture(
+    picture: Image.Image, config: AugmentationConfig, rng: np.random.Generator, flip_allowed: bool
+) -> Image.Image:
+    """One changed copy: mirrored or not, shifted on white, colours changed.  Same size, RGB."""
+    flip, across, down, brightness, contrast, saturation = rng.uniform(-1, 1, 6)
+    if config.flip and flip_allowed and flip > 0:
+        picture = ImageOps.mirror(picture)
+    offset = round(across * config.shift * picture.width), round(down * config.shift * picture.height)
+    if offset != (0, 0):
+        canvas = Image.new("RGB", picture.size, "white")
+        canvas.paste(picture, offset)
+        picture = canvas
+    # Contrast about white and brightness as an exponent both leave white white.
+    picture = ImageEnhance.Color(picture).enhance(1 + saturation * config.saturation)
+    pixels = np.asarray(picture, dtype=np.float32) / 255
+    pixels = (1 - (1 - pixels) * (1 + contrast * config.contrast)).clip(0, 1)
+    pixels = pixels ** (1 + brightness * config.brightness)
+    return Image.fromarray((pixels * 255).round().astype(np.uint8))
+
+
+def change_sound(wave: np.ndarray, config: AugmentationConfig, rng: np.random.Generator) -> np.ndarray:
+    """One changed copy: faster or slower (and higher or lower), louder or softer, with noise.  (N,) -> (M,) float32"""
+    speed, gain, noise = rng.uniform(-1, 1, 3)
+    speed = 1 + speed * config.speed
+    positions = np.arange(max(1, round(len(wave) / speed))) * speed
+    wave = np.interp(positions, np.arange(len(wave)), wave)
+    wave = wave * 10 ** (gain * config.gain / 20)
+    wave = wave + rng.standard_normal(len(wave)) * abs(noise) * config.noise
+    return wave.clip(-1, 1).astype(np.float32)
+
+
+def generator(config: AugmentationConfig, record: int, variant: int, segment: int = 0) -> np.random.Generator:
+    """The random numbers of one variant of one segment of one record."""
+    return np.random.default_rng([config.seed, record, variant, segment])
+
+
+# Decoded pixels that are held at once before they are encoded.
+_GROUP_PIXELS = 2**26
+
+
+class BatchTokenizer:
+    """Batches of numbered records to columns, and counts of what was left out. Can go to other processes.
+
+    A column holds the ids of a segment in a list per record and variant. Where the processor keeps pictures as pixels,
+    `image_columns` holds them beside the ids: lists of (3, H, W) uint8 arrays in the order of their placeholders.
+    """
+
+    def __init__(
+        self, source: Source, processor, augmentation: AugmentationConfig | None, limits: Limits | None = None
+    ):
+        self.source, self.config, self.limits = source, source.config, limits or Limits()
+        self.processor, self.augmentation = processor, augmentation
+        self.variants = augmentation.variants if augmentation else 1
+        of_codes = getattr(getattr(processor, "image_tokenizer", None), "config", None)
+        of_pixels = getattr(processor, "image_processor", None)
+        self.continuous = of_pixels is not None
+        self.background = tuple(getattr(of_pixels or of_codes, "background", (255, 255, 255)))
+
+    def __call__(self, batch: list[tuple[int, dict | BadRecord]]) -> tuple[dict[str, list], dict[str, list], LeftOut]:
+        rows: dict[str, list] = {"record": []} | {str(segment): [] for segment in self.config.segments}
+        images: dict[str, list] = {str(segment): [] for segment in self.config.segments if self._holds_images(segment)}
+        usable, pixels, left_out = [], 0, LeftOut()
+        for number, record in batch:
+            try:
+                if isinstance(record, BadRecord):
+                    raise record
+                usable.append((number, self._inputs(number, record)))
+            except BadRecord as error:
+                self.source.leave_out(number, error, left_out)
+                continue
+            pixels += sum(map(_pixels, usable[-1][1].values()))
+            if pixels > _GROUP_PIXELS:
+                self._encode_records(usable, rows, images, left_out)
+                usable, pixels = [], 0
+        self._encode_records(usable, rows, images, left_out)
+        return rows, images, left_out
+
+    def _holds_images(self, segment: Segment) -> bool:
+        return self.continuous and segment.type in ("image", "document")
+
+    def _encode_records(
+        self, usable: list[tuple[int, dict]], rows: dict[str, list], images: dict[str, list], left_out: LeftOut
+    ) -> None:
+        """Add records to the columns."""
+        try:
+            encoded = [
+                (segment, *self._encode(segment, [inputs[segment] for _, inputs in usable]))
+                for segment in self.config.segments
+            ]
+        except BadRecord as error:
+            if len(usable) == 1:
+                self.source.leave_out(usable[0][0], error, left_out)
+            else:  # one by one, to find which
+                for item in usable:
+                    self._encode_records([item], rows, images, left_out)
+            return
+        rows["record"] += [number for number, _ in usable]
+        for segment, ids, pixels in encoded:
+            rows[str(segment)] += ids
+            if self._holds_images(segment):
+                images[str(segment)] += pixels
+
+    def _inputs(self, number: int, record: dict) -> dict[Segment, list]:
+        """What the processor is to encode for each segment of a record: a list over variants."""
+        texts = {s: text_of(s, record) for s in self.config.segments if s.type == "text"}
+        caption = "; ".join(texts.values())
+        inputs: dict[Segment, list] = {segment: [text] for segment, text in texts.items()}
+        for place, segment in enumerate(self.config.segments):
+            if segment.type in ("image", "audio"):
+                where = f"column {segment.column!r}"
+                inputs[segment] = self._media(segment.type, record.get(segment.column), caption, (number, place), where)
+            elif segment.type == "document":
+                inputs[segment] = self._document(segment, record, number)
+        return inputs
+
+    def _media(self, kind: str, value, caption: str, place: tuple[int, int], where: str) -> list:
+        """One picture or sound in all its variants, the first one unchanged.
+
+        Args:
+            place: the number of its record, and that of the segment in it.
+            where: how an error calls the place.
+        """
+        config, changed = self.augmentation, range(1, self.variants)
+        file = _file_name(value)
+        if kind == "image":
+            with blaming(where, file):
+                picture = decode_picture(value, self.limits)
+                flat = flatten(picture, self.background) if changed else picture
+            flip = may_flip(caption)
+            pictures = [picture] + [
+                change_picture(flat, config, generator(config, place[0], v, place[1]), flip) for v in changed
+            ]
+            if not self.continuous:
+                return pictures
+            with blaming(where, file):
+                return self.processor.image_processor.fit_pictures(pictures)
+        with blaming(where, file):
+            wave, rate = decode_sound(value, self.limits)
+        waves = [wave] + [change_sound(wave, config, generator(config, place[0], v, place[1])) for v in changed]
+        return [{"array": wave, "sampling_rate": rate} for wave in waves]
+
+    def _document(self, segment: Segment, record: dict, number: int) -> list[list[dict]]:
+        """An interleaved document in all its variants: lists of segments with decoded values."""
+        parts = check_parts(record.get(segment.column), segment.column)
+        caption = " ".join(part["text"] for part in parts if part["type"] == "text")
+        documents: list[list[dict]] = [[] for _ in range(self.variants)]
+        for place, part in enumerate(parts):
+            kind = part["type"]
+            if kind == "text":
+                values = [part["text"]] * self.variants
+            else:
+                where = f"column {segment.column!r}, segment {place}"
+                values = self._media(kind, part.get(kind), caption, (number, place), where)
+            for document, value in zip(documents, values, strict=True):
+                document.append({"type": kind, kind: value})
+        return documents
+
+    def _encode(self, segment: Segment, inputs: list[list]) -> tuple[list[list[list[int]]], list[list[list]]]:
+        """(records, variants) inputs -> the same nesting of lists of ids, and of lists of pixels.
+
+        Raises:
+            BadRecord: one of them decoded, but cannot be encoded.
+        """
+        with blaming(f"column {segment.column!r}: it does not encode"):
+            return self._encoded(segment, inputs)
+
+    def _encoded(self, segment: Segment, inputs: list[list]) -> tuple[list[list[list[int]]], list[list[list]]]:
+        if segment.type == "text":
+            return [[self._text_ids(text) for text in texts] for texts in inputs], []
+        flat = [value for values in inputs for value in values]
+        if segment.type == "document":
+            encoded = [self._document_ids(document) for document in flat]
+        elif segment.type == "image":
+            encoded = [(ids, pixels) for ids, pixels in zip(*self._image_ids(flat), strict=True)]
+        else:
+            encoded = [(list(ids), []) for ids in (self.processor.encode_audio(flat) if flat else [])]
+        nested = iter(encoded)
+        pairs = [[next(nested) for _ in values] for values in inputs]
+        return tuple([[pair[part] for pair in of_record] for of_record in pairs] for part in (0, 1))
+
+    def _text_ids(self, text: str) -> list[int]:
+        return list(self.processor.encode_segment({"type": "text", "text": text}))
+
+    def _image_ids(self, pictures: list) -> tuple[list[list[int]], list[list[np.ndarray]]]:
+        """The ids of each picture, and a list of its pixels, empty where the ids say it all."""
+        if self.continuous:
+            return [self.processor.placeholder_ids(*pixels.shape[1:]) for pixels in pictures], [[p] for p in pictures]
+        ids = self.processor.encode_images(pictures) if pictures else []
+        return [list(of_picture) for of_picture in ids], [[] for _ in pictures]
+
+    def _document_ids(self, document: list[dict]) -> tuple[list[int], list[np.ndarray]]:
+        encoded: dict[int, list[int]] = {}
+        places = {kind: [p for p, part in enumerate(document) if part["type"] == kind] for kind in ("image", "audio")}
+        ids, pixels = self._image_ids([document[place]["image"] for place in places["image"]])
+        encoded |= zip(places["image"], ids, strict=True)
+        if places["audio"]:
+            sounds = self.processor.encode_audio([document[place]["audio"] for place in places["audio"]])
+            encoded |= zip(places["audio"], sounds, strict=True)
+        tokens = [
+            token
+            for place, part in enumerate(document)
+            for token in (encoded[place] if place in encoded else self._text_ids(part["text"]))
+        ]
+        return tokens, [values for of_picture in pixels for values in of_picture]
+
+
+def _file_name(value) -> str | None:
+    """The file that a picture or sound stands in, or stood in before it was packed."""
+    value = value.get("path") if isinstance(value, dict) else value
+    return str(value) if isinstance(value, (str, Path)) and value else None
+
+
+def _pixels(values: list) -> int:
+    """Of the decoded pictures among the inputs of a segment."""
+    flat = [part for value in values for part in (value if isinstance(value, list) else [value])]
+    pictures = [part.get("image") if isinstance(part, dict) else part for part in flat]
+    return sum(picture.width * picture.height for picture in pictures if isinstance(picture, Image.Image))

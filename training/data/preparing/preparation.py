@@ -1,0 +1,483 @@
+"""Tokenising a source: in parts, in parallel, and from where it was interrupted.
+
+While it is made, a prepared source is a folder `<name>-<fingerprint>.partial` of chunks; in the end `meta.json` is written
+and the folder moved to its name, so what is in place is complete. A part (a shard, or a range of records) is tokenised by
+one process from its start to its end, and a chunk ends where its bytes are enough: the chunks are the same whoever makes
+them, and those that are whole are kept when the rest is made later.
+"""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from training.data.config import Segment, SourceConfig
+from training.data.documents import Vocabulary
+from training.data.preparing.batch_tokenizer import BatchTokenizer
+from training.data.reading.lines import BadRecord, LeftOut
+from training.data.reading.records import Source
+
+
+# What follows a segment in the names of the columns of its images.
+VALUES, SIZES = "|values", "|sizes"
+
+
+def table_schema(segments: list[Segment], images: str | None) -> pa.Schema:
+    """Columns of a prepared source whose images are kept as "pixels", "latents", or are codes (None)."""
+
+    def lists(of: pa.DataType) -> pa.DataType:
+        return pa.list_(pa.list_(of))
+
+    columns = {"record": pa.int64()} | {str(segment): lists(pa.int32()) for segment in segments}
+    for segment in segments if images else []:
+        if segment.type in ("image", "document"):
+            columns[f"{segment}{VALUES}"] = lists(pa.uint8() if images == "pixels" else pa.float16())
+            columns[f"{segment}{SIZES}"] = lists(pa.int32())
+    return pa.schema(columns)
+
+
+def build_table(rows: dict[str, list], pixels: dict[str, list], schema: pa.Schema, vae) -> pa.Table:
+    """A batch as written; images are laid out flat, without a Python object for each of their values."""
+    columns = {name: pa.array(values, type=schema.field(name).type) for name, values in rows.items()}
+    for name, records in pixels.items():
+        versions = [images for variants in records for images in variants]
+        flat = [image for images in versions for image in images]
+        if vae is not None:
+            flat = encode_latents(vae, flat)
+        dtype = np.uint8 if vae is None else np.float16
+        values = np.concatenate([image.ravel() for image in flat]) if flat else np.empty(0, dtype)
+        sizes = np.array([image.shape[1:] for image in flat], dtype=np.int32).ravel()
+        lengths = np.array([image.size for image in flat], dtype=np.int64)
+        # Where the images of each version end, then where the versions of each record end.
+        ends = np.concatenate([[0], np.cumsum([len(images) for images in versions], dtype=np.int64)])
+        of_records = np.concatenate([[0], np.cumsum([len(variants) for variants in records], dtype=np.int64)])
+        value_ends = np.concatenate([[0], np.cumsum(lengths)])[ends]
+        for part, flat_values, offsets in ((VALUES, values, value_ends), (SIZES, sizes, 2 * ends)):
+            inner = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat_values))
+            columns[name + part] = pa.ListArray.from_arrays(pa.array(of_records, pa.int32()), inner)
+    return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
+
+
+def encode_latents(vae, pictures: list[np.ndarray]) -> list[np.ndarray]:
+    """Latents of pictures, those of one size encoded together.  (3, H, W) uint8 -> (C, h, w) float16, each"""
+    import torch
+
+    from modeling_mot.latent_vae import encode_pixels
+
+    latents: list[np.ndarray] = [None] * len(pictures)
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for place, picture in enumerate(pictures):
+        by_size.setdefault(picture.shape, []).append(place)
+    for places in by_size.values():
+        pixels = torch.from_numpy(np.stack([pictures[place] for place in places])).float() / 127.5 - 1
+        encoded = encode_pixels(vae, pixels).cpu().numpy().astype(np.float16)
+        for place, values in zip(places, encoded, strict=True):
+            latents[place] = values
+    return latents
+
+
+def write_chunk(folder: Path, part: int, number: int, tables: list[pa.Table], described: dict) -> None:
+    """Write chunk `number` of a part and, after it, its description: what has one is whole.
+
+    Args:
+        tables: its records; none where all that was read was left out.
+        described: what to note of it beside `file`, `records`, `size` and `sha256`.
+    """
+    name = f"{part:05d}-{number:05d}"
+    if tables:
+        # One record batch: each costs memory wherever the source is opened.
+        table = pa.concat_tables(tables).combine_chunks()
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+        data = sink.getvalue()
+        digest = hashlib.sha256(data).hexdigest()
+        described |= {"file": f"{name}.arrow", "records": len(table), "size": data.size, "sha256": digest}
+        write_whole(folder / described["file"], data)
+    write_description(folder / f"{name}.json", described)
+
+
+def written_chunks(folder: Path, part: int) -> Iterator[dict]:
+    """Descriptions of the whole chunks of a part, in order, up to the first that is not."""
+    number = 0
+    while (path := folder / f"{part:05d}-{number:05d}.json").is_file():
+        try:
+            described = read_description(path)
+        except ValueError:
+            return
+        if "file" in described and chunk_damage(folder, described):
+            return
+        yield described
+        number += 1
+
+
+def write_description(path: Path, described: dict) -> None:
+    """Write a JSON object with its own hash."""
+    write_whole(path, json.dumps(described | {"digest": _digest(described)}, indent=1).encode())
+
+
+def read_description(path: Path) -> dict:
+    """What `write_description` wrote.
+
+    Raises:
+        ValueError: it is not as it was written.
+    """
+    try:
+        described = json.loads(path.read_bytes())
+        if described.pop("digest") == _digest(described):
+            return described
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"{path.name} is not as it was written")
+
+
+def _digest(described: dict) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def chunk_damage(folder: Path, described: dict, anew: bool = False) -> str | None:
+    """What is wrong with a chunk; None: nothing.
+
+    A process hashes a file once, and again when its size, time of change or inode are others.
+
+    Args:
+        anew: hash it in any case.
+    """
+    path = folder / described["file"]
+    try:
+        found = path.stat()
+    except OSError as error:
+        return f"{path.name} is missing: {error.strerror}"
+    if found.st_size != described["size"]:
+        return f"{path.name} has {found.st_size} bytes instead of {described['size']}"
+    digest = _file_digest.__wrapped__ if anew else _file_digest
+    if digest(path, found.st_size, found.st_mtime_ns, found.st_ino) != described["sha256"]:
+        return f"{path.name} has another hash than was noted when it was written"
+    return None
+
+
+@cache
+def _file_digest(path: Path, size: int, changed: int, inode: int) -> str:
+    with pa.memory_map(str(path)) as file:
+        return hashlib.sha256(file.read_buffer()).hexdigest()
+
+
+def open_chunk(path: Path) -> pa.Table:
+    """A chunk, memory-mapped. The file itself does not stay open: a source may have more than a process may open."""
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_stream(file).read_all()
+
+
+def write_whole(path: Path, data) -> None:
+    """Write a file beside its place and move it there."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+logger = logging.getLogger(__name__)
+
+# Records that are tokenised together, and the bytes they may take; a chunk's bytes, in memory and on disk.
+BATCH_SIZE, BATCH_BYTES, CHUNK_BYTES = 64, 2**27, 2**25
+
+
+@dataclass
+class Preparation:
+    """All that it takes to prepare any part of a source. Can go to other processes.
+
+    Attributes:
+        folder: where chunks are written, `<place>.partial`.
+        images: what images are kept as, see `chunks.table_schema`.
+    """
+
+    folder: Path
+    tokenizer: BatchTokenizer
+    images: str | None
+    vae: object
+
+    def part(self, part: int, report: Callable[[int, int], None]) -> None:
+        """Prepare what is missing of a part.
+
+        Args:
+            report: told the number of records that were done before, and then, for each batch, that of records that were
+                read and of tokens that were made.
+        """
+        source = self.tokenizer.source
+        schema = table_schema(source.config.segments, self.images)
+        chunks = list(written_chunks(self.folder, part))
+        skip, number = sum(chunk["read"] for chunk in chunks), len(chunks)
+        report(skip, 0)
+        if chunks and chunks[-1]["last"]:
+            return
+        tables, noted, left_out = [], _nothing(), LeftOut()
+
+        def write() -> None:
+            write_chunk(self.folder, part, number, tables, noted | {"left_out": asdict(left_out)})
+
+        for batch in _batches(source.read(part, skip)):
+            if sum(table.nbytes for table in tables) >= CHUNK_BYTES:
+                write()
+                tables, noted, left_out = [], _nothing(), LeftOut()
+                number += 1
+            rows, pixels, unusable = self.tokenizer(batch)
+            tokens = sum(len(versions[0]) for name, column in rows.items() if name != "record" for versions in column)
+            noted["read"] += len(batch)
+            noted["tokens"] += tokens
+            left_out.join(unusable)
+            if rows["record"]:
+                tables.append(build_table(rows, pixels, schema, self.vae))
+            report(len(batch), tokens)
+        noted["last"] = True
+        write()
+
+
+def prepare(
+    place: Path, fingerprint: str, tokenizer: BatchTokenizer, vae=None, workers: int = 1, progress: bool = False
+) -> None:
+    """Make a prepared source, or finish it, or wait while another process does.
+
+    Args:
+        place: its folder in the end.
+        workers: processes that tokenise; 1: this one.
+        progress: shows a bar with records and tokens per second.
+
+    Raises:
+        ValueError: a record that cannot be used (`on_error: raise`), or nothing left of the source.
+        RuntimeError: a worker died.
+    """
+    partial = place.with_name(f"{place.name}.partial")
+    with _alone(place):
+        if (place / "meta.json").is_file():
+            return
+        partial.mkdir(exist_ok=True)
+        warn_of_change(place, tokenizer.source)
+        if not (partial / "meta.json").is_file():
+            images = None if not tokenizer.continuous else "pixels" if vae is None else "latents"
+            work = Preparation(partial, tokenizer, images, vae)
+            _prepare_parts(work, workers, progress)
+            _finish(work, fingerprint)
+        if place.exists():
+            raise ValueError(f"{place} is no prepared source, as it has no meta.json; move it away")
+        partial.replace(place)
+    for described in place.glob("*-*.json"):
+        described.unlink()
+
+
+def _alone(place: Path):
+    """A context in which no other process prepares this source; there is no limit to the wait.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    # A lock of the operating system: it is free again whatever becomes of its holder.
+    lock = FileLock(f"{place}.lock")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return lock.acquire(timeout=1)
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"data.cache_dir={place.parent} cannot be written: {error}; set data.cache_dir, or the variable MOT_CACHE, to a "
+            "folder that can"
+        ) from error
+    except Timeout:
+        logger.warning("waiting for another process that prepares %s", place.name)
+        return lock.acquire()
+
+
+def _prepare_parts(work: Preparation, workers: int, progress: bool) -> None:
+    source = work.tokenizer.source
+    with tqdm(total=source.num_records, unit=" records", desc=source.config.name, disable=not progress) as bar:
+        tokens = 0
+
+        def report(records: int, made: int) -> None:
+            nonlocal tokens
+            tokens += made
+            bar.update(records)
+            elapsed = bar.format_dict["elapsed"]
+            bar.set_postfix_str(f"{tokens / elapsed:,.0f} tokens/s" if elapsed else "", refresh=False)
+
+        if workers <= 1 or source.num_parts == 1:
+            for part in range(source.num_parts):
+                work.part(part, report)
+        else:
+            _prepare_in_processes(work, min(workers, source.num_parts), report)
+
+
+def _prepare_in_processes(work: Preparation, workers: int, report: Callable[[int, int], None]) -> None:
+    # Fresh processes: a forked one inherits torch's threads in an unusable state.
+    context = multiprocessing.get_context("spawn")
+    reports, stop = context.Queue(), context.Event()
+    listener = threading.Thread(target=lambda: [report(*told) for told in iter(reports.get, None)], daemon=True)
+    listener.start()
+    pool = ProcessPoolExecutor(
+        workers, context, _start_worker, (work, reports, stop, max(1, os.cpu_count() // workers))
+    )
+    has_died = False
+    try:
+        futures = [pool.submit(_prepare_part, part) for part in range(work.tokenizer.source.num_parts)]
+        for future in as_completed(futures):
+            future.result()
+    except BrokenProcessPool as error:
+        has_died = True
+        raise RuntimeError(
+            f"a process that tokenised source {work.tokenizer.config.name!r} died, perhaps for want of memory; prepare "
+            "again with fewer workers"
+        ) from error
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+        # Who was killed may have held the queue's lock or left half a report in it: then nobody waits for its end.
+        if not has_died:
+            reports.put(None)
+            listener.join()
+
+
+def _start_worker(work: Preparation, reports, stop, threads: int) -> None:
+    import signal
+
+    import torch
+
+    # Ctrl-C reaches all processes of a terminal; the first one ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    _worker.update(work=work, reports=reports, stop=stop)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+# What a worker process was started with.
+_worker: dict = {}
+
+
+def _prepare_part(part: int) -> None:
+    def report(records: int, tokens: int) -> None:
+        if _worker["stop"].is_set():
+            raise RuntimeError("stopped, as another part failed")
+        _worker["reports"].put((records, tokens))
+
+    _worker["work"].part(part, report)
+
+
+def _finish(work: Preparation, fingerprint: str) -> None:
+    source, chunks, tokens, left_out = work.tokenizer.source, [], 0, LeftOut()
+    left_out.join(source.left_out)
+    for part in range(source.num_parts):
+        for chunk in written_chunks(work.folder, part):
+            tokens += chunk["tokens"]
+            left_out.join(LeftOut(**chunk["left_out"]))
+            if "file" in chunk:
+                chunks.append({name: chunk[name] for name in ("file", "records", "size", "sha256")})
+    if not chunks:
+        # Nothing of it is kept: why nothing could be used may lie in what the fingerprint does not know.
+        shutil.rmtree(work.folder)
+        first = "; ".join(f"{name}: {reason}" for reason, name in left_out.first.items())
+        raise ValueError(
+            f"source {source.config.name!r} ({source.config.path}) has no usable record; left out: {left_out.counts}"
+            f"{f' (first: {first})' if first else ''}"
+        )
+    meta = {
+        "fingerprint": fingerprint,
+        "source": source.fingerprint,
+        "origin": origin_of(source.config),
+        "records": sum(chunk["records"] for chunk in chunks),
+        "tokens": tokens,
+        "skipped": left_out.counts,
+        "first_skipped": left_out.first,
+        "shards": source.shards,
+        "vocabulary": asdict(Vocabulary.of(work.tokenizer.processor)),
+        "images": work.images,
+        "channels": work.vae.config.latent_channels if work.images == "latents" else 3,
+        "chunks": chunks,
+    }
+    write_description(work.folder / "meta.json", meta)
+    if left_out.counts:
+        logger.warning(
+            "source %r: left out %s (the first of each: %s)", source.config.name, left_out.counts, left_out.first
+        )
+
+
+def origin_of(config: SourceConfig) -> dict:
+    """Where a source comes from, whatever is there."""
+    return {name: getattr(config, name) for name in ("path", "config", "split", "revision", "limit", "match")}
+
+
+def warn_of_change(place: Path, source: Source) -> None:
+    """Say so when a source is prepared again because its files are others than when it was prepared last."""
+    prefix = place.name.rpartition("-")[0]
+    notes = sorted(place.parent.glob(f"{prefix}-*/meta.json"), key=lambda path: path.stat().st_mtime)
+    for path in reversed(notes):
+        try:
+            meta = read_description(path)
+        except ValueError:  # of an earlier version, or damaged
+            continue
+        if meta["origin"] != origin_of(source.config):
+            continue
+        if meta["source"] != source.fingerprint:
+            gone, new = (
+                sorted(set(a) - set(b)) for a, b in ((meta["shards"], source.shards), (source.shards, meta["shards"]))
+            )
+            details = [f"gone: {', '.join(gone[:5])}"] * bool(gone) + [f"new: {', '.join(new[:5])}"] * bool(new)
+            logger.warning(
+                "source %r (%s) is not what it was when %s was prepared (%d records%s); preparing it anew",
+                source.config.name,
+                source.config.path,
+                path.parent.name,
+                meta["records"],
+                "".join(f"; {d}" for d in details),
+            )
+        return
+
+
+def _nothing() -> dict:
+    return {"read": 0, "tokens": 0, "last": False}
+
+
+def _batches(items: Iterator[tuple[int, dict | BadRecord]]) -> Iterator[list]:
+    batch, size = [], 0
+    for item in items:
+        batch.append(item)
+        size += _bytes_in(item[1])
+        if len(batch) == BATCH_SIZE or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _bytes_in(value) -> int:
+    """About how much a record takes in memory."""
+    size, left = 0, [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, (bytes, str)):
+            size += len(item)
+        elif isinstance(item, (dict, list)):
+            size += 64
+            left += item.values() if isinstance(item, dict) else item
+        else:
+            size += 16
+    return size

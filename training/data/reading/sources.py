@@ -1,0 +1,402 @@
+"""Opening a source: what kind it is, which files are of its split, its columns and a fingerprint of its origin."""
+
+import difflib
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path, PurePosixPath
+
+import datasets
+import yaml
+from huggingface_hub import DatasetCard
+from pyarrow import parquet
+
+from modeling_mot.hub_trust import leads_outside
+from training.data.config import DataConfig, Limits, SourceConfig, carried_path, local_path
+from training.data.reading.lines import BadRecord, BrokenShard, LeftOut
+from training.data.reading.records import Source, StreamedDataset, label_names, matches
+from training.data.reading.shards import (
+    KINDS,
+    UNREACHABLE,
+    ShardFiles,
+    find_shards,
+    folder_records,
+    is_remote,
+    read_file,
+    resolve_inside,
+    shard_format,
+)
+from training.data.reading.values import check_parts, source_roots
+
+
+# A single JSONL file of up to this many bytes is read into memory: its records are known, counted and in any order.
+_WHOLE_FILE_BYTES = 2**28
+
+
+def open_source(config: SourceConfig, limits: Limits | None = None) -> Source:
+    """Open a source for reading.
+
+    Args:
+        limits: what a record may take; None: the defaults.
+
+    Raises:
+        ValueError: a path, configuration, split or column that does not exist, with the nearest one that does.
+    """
+    if config.path == "carried":
+        from training.data.config import carried_path
+
+        path = carried_path()
+    else:
+        path = local_path(config.path, f"path of source {config.name!r}")
+    try:
+        kind = _format(config, path)
+    except OSError as error:
+        raise ValueError(f"source {config.name!r}: path {config.path:.200} cannot be read: {error}") from error
+    limits = limits or Limits()
+    if kind == "dataset":
+        return _open_dataset(config, path)
+    if kind in KINDS or (kind == "jsonl" and _is_whole_file(path)):
+        return _open_whole(config, kind, path.absolute(), limits)
+    return _open_shards(config, kind, limits)
+
+
+def _open_whole(config: SourceConfig, kind: str, path: Path, limits: Limits) -> Source:
+    """A folder of files, or a JSONL file that is small: its records are known when it is opened, and so are bad ones."""
+    folder = path if kind in KINDS else path.parent
+    try:
+        if kind in KINDS:
+            has_text = any(column != KINDS[kind].column for column in _columns(config))
+            found = list(folder_records(folder, KINDS[kind], has_text, limits))
+        else:
+            read = (_with_documents(record, config, folder) for record in read_file(path, limits))
+            found = [(f"{path.name}, document {number}", record) for number, record in enumerate(read, start=1)]
+        content = local_fingerprint(folder)
+    except OSError as error:
+        raise ValueError(f"source {config.name!r}: {config.path} cannot be read: {error}") from error
+    if not found:
+        what = f"{kind} ({', '.join(KINDS[kind].suffixes)})" if kind in KINDS else "documents"
+        raise ValueError(f"source {config.name!r}: {config.path} holds no {what}; mend path or format")
+    if kind in KINDS:
+        found = [found[place] for place in _of_split(config, [name for name, _ in found], False, False)]
+    else:
+        _of_split(config, [path.name], by_file=True, is_named=True)
+    columns = dict.fromkeys(column for _, record in found if isinstance(record, dict) for column in record)
+    if columns:
+        _check_columns(config, list(columns))
+    names, records, left_out = [], [], LeftOut()
+    for name, record in islice((pair for pair in found if matches(pair[1], config.match)), config.limit):
+        if isinstance(record, BadRecord):
+            left_out.add(config, name, record)
+        else:
+            names.append(name)
+            records.append(record)
+    described = {"path": content, "file": path.name, "format": kind, "limit": config.limit, "split": config.split}
+    described |= {"match": config.match} if config.match else {}
+    return Source(config, records, len(records), digest_of(described), left_out, (folder,), names)
+
+
+def _with_documents(record: dict | BadRecord, config: SourceConfig, folder: Path) -> dict | BadRecord:
+    """A record whose documents have the form they must have, and files that are there."""
+    columns = [segment.column for segment in config.segments if segment.type == "document"]
+    if isinstance(record, BadRecord):
+        return record
+    try:
+        for column in columns:
+            for part in check_parts(record.get(column), column):
+                name = part.get(part["type"])
+                if part["type"] != "text" and isinstance(name, str) and not resolve_inside(folder, name).is_file():
+                    raise BadRecord(f"missing file: {part['type']} file {folder / name} does not exist")
+    except BadRecord as error:
+        return error
+    return record
+
+
+def _is_whole_file(path: Path) -> bool:
+    return path.suffix == ".jsonl" and path.is_file() and path.stat().st_size <= _WHOLE_FILE_BYTES
+
+
+def _format(config: SourceConfig, path: Path) -> str:
+    remote, globbed = is_remote(config.path), bool(re.search(r"[*?\[]", config.path))
+    if config.format != "auto":
+        if config.format != "dataset" and not remote and not globbed and not path.exists():
+            raise ValueError(f"source {config.name!r}: path {config.path} does not exist")
+        return config.format
+    if remote or globbed or path.is_file():
+        if kind := shard_format(config.path):
+            return kind
+        if remote or globbed:
+            raise ValueError(
+                f"source {config.name!r}: path {config.path} does not end as shards do; end it with .jsonl, .jsonl.gz, "
+                ".jsonl.zst, .parquet or .tar, or set format"
+            )
+    if path.is_dir() and not (path / "README.md").is_file() and not any(path.rglob("*.parquet")):
+        suffixes = {file.suffix.lower() for file in path.rglob("*")}
+        if found := next((kind for kind in KINDS if suffixes & set(KINDS[kind].suffixes)), None):
+            return found
+        shards = {shard_format(file.name) for file in path.rglob("*") if file.is_file()}
+        if len(shards) == 1 and None not in shards:
+            return shards.pop()
+    looks_local = (
+        config.path.startswith(("/", ".", "~")) or config.path.count("/") > 1 or path.suffix in (".jsonl", ".json")
+    )
+    if not path.exists() and looks_local:
+        raise ValueError(f"source {config.name!r}: path {config.path} does not exist")
+    return "dataset"
+
+
+def _open_shards(config: SourceConfig, kind: str, limits: Limits) -> Source:
+    path = config.path if is_remote(config.path) else str(local_path(config.path, "path").absolute())
+    try:
+        shards = find_shards(path, kind)
+    except (OSError, ValueError, *UNREACHABLE) as error:
+        raise ValueError(f"source {config.name!r}: {config.path} cannot be listed: {error}") from error
+    if not shards:
+        raise ValueError(f"source {config.name!r}: {config.path} holds no {kind} shards; mend path or format")
+    root = Path(shards[0].url).parents[shards[0].name.count("/")]
+    is_folder = not is_remote(path) and Path(path).is_dir()
+    shards = [shards[place] for place in _of_split(config, [shard.name for shard in shards], True, not is_folder)]
+    files = ShardFiles(kind, tuple(shards), tuple(_columns(config)), limits)
+    described = {"format": kind, "limit": config.limit, "match": config.match, "names": files.names}
+    described["sizes"] = [shard.size for shard in shards]
+    if is_remote(path) or sum(described["sizes"]) > CONTENT_FINGERPRINT_BYTES:
+        described["stamps"] = [shard.stamp for shard in shards]
+    else:
+        described["content"] = [content_fingerprint(Path(shard.url)) for shard in shards]
+    # Pictures and sounds that records name stand in the folder of all shards, those of a webdataset in its shards.
+    roots = (root,) if not is_remote(path) and kind != "webdataset" else ()
+    if roots and any(segment.type != "text" for segment in config.segments):
+        described["files"] = local_fingerprint(root)
+    labels = _labels_of_parquet(files) if kind == "parquet" else {}
+    source = Source(config, files, None, digest_of(described), roots=roots, labels=labels)
+    _check_first_columns(source)
+    return source
+
+
+def _columns(config: SourceConfig) -> dict[str, None]:
+    """The columns that are read."""
+    return dict.fromkeys([*(config.match or {}), *(c for segment in config.segments for c in segment.columns)])
+
+
+def _of_split(config: SourceConfig, names: list[str], by_file: bool, is_named: bool) -> list[int]:
+    """Which of some files are of the split.
+
+    Args:
+        names: paths relative to the folder of all.
+        by_file: whether their own names tell it, too.
+        is_named: the path names the files themselves. Those of one split are then taken as they are.
+    """
+    splits = splits_of(names, by_file)
+    known = sorted(set(splits))
+    if (is_named and len(known) == 1 and config.split == "train") or (
+        known == ["train"] and [config.split] == splits_of([config.path], by_file=True)
+    ):
+        return list(range(len(names)))
+    if config.split not in known:
+        raise ValueError(_unknown(config, "split", config.split, known))
+    return [place for place, split in enumerate(splits) if split == config.split]
+
+
+def _labels_of_parquet(files: ShardFiles) -> dict[str, list[str]]:
+    """The names of labels, which `datasets` writes beside the columns of a parquet file."""
+    for number in range(len(files.shards)):
+        try:
+            with files.open(number) as file:
+                return label_names(datasets.Features.from_arrow_schema(parquet.read_schema(file)))
+        except UNREACHABLE:
+            raise
+        except Exception:  # a broken shard, which is named when its records are read
+            continue
+    return {}
+
+
+def _check_first_columns(source: Source) -> None:
+    """That the first records have the columns; one of them may lack some."""
+    files = replace(source.records, columns=())
+    items = (item for shard in range(len(files.shards)) for item in islice(files.read(shard), 16))
+    first = list(islice((item for item in items if not isinstance(item, BrokenShard)), 16))
+    columns = dict.fromkeys(name for record in first if isinstance(record, dict) for name in record)
+    if columns:
+        _check_columns(source.config, list(columns))
+
+
+def _open_dataset(config: SourceConfig, path: Path) -> Source:
+    records = _load(config, path)
+    streamed = not isinstance(records, datasets.Dataset)
+    if records.features is not None:
+        _check_columns(config, list(records.features))
+    if not streamed and config.match:
+        columns = list(config.match)
+        records = records.filter(
+            lambda *values: matches(dict(zip(columns, values, strict=True)), config.match), input_columns=columns
+        )
+    if not streamed and config.limit is not None:
+        records = records.select(range(min(config.limit, len(records))))
+    described = {"config": config.config, "split": config.split, "limit": config.limit}
+    described |= {"match": config.match} if config.match else {}
+    roots = source_roots(path)
+    if path.exists():
+        names_files = any(segment.type != "text" for segment in config.segments)
+        described["files"] = local_fingerprint(roots[0] if names_files else path)
+    else:
+        described["dataset"] = [config.path, _hub_commit(config)] if streamed else records._fingerprint
+    if streamed:
+        described["shards"] = records.num_shards  # records have other numbers
+    number, labels = None if streamed else len(records), label_names(records.features)
+    records = StreamedDataset(records) if streamed else records
+    return Source(config, records, number, digest_of(described), roots=roots, labels=labels)
+
+
+def _load(config: SourceConfig, path: Path):
+    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        return datasets.load_from_disk(str(path))
+    if (path / "dataset_dict.json").is_file():
+        splits = datasets.load_from_disk(str(path))
+        if config.split not in splits:
+            raise ValueError(_unknown(config, "split", config.split, list(splits)))
+        return splits[config.split]
+    local = str(path) if path.exists() else config.path
+    try:
+        names = datasets.get_dataset_config_names(local, revision=config.revision)
+        if config.config is not None and config.config not in names:
+            raise ValueError(_unknown(config, "config", config.config, names))
+        return datasets.load_dataset(
+            local, config.config, split=config.split, revision=config.revision, streaming=config.streaming
+        )
+    except ValueError as error:
+        if "split" in str(error).lower() and "source" not in str(error):
+            splits = datasets.get_dataset_split_names(local, config.config, revision=config.revision)
+            raise ValueError(_unknown(config, "split", config.split, splits)) from error
+        raise
+    except datasets.exceptions.DatasetGenerationError as error:
+        way_out = "fetch it again, or set format to that of its files, which names the broken one"
+        if isinstance(error.__cause__, ImportError):
+            way_out = "set format: sounds for a folder of sounds, which are then read without that package"
+        raise ValueError(
+            f"source {config.name!r}: {config.path} cannot be read: {error.__cause__ or error}; {way_out}"
+        ) from error
+    except (FileNotFoundError, ConnectionError, OSError) as error:
+        raise ValueError(
+            f"source {config.name!r}: {config.path!r} is neither a local path nor a reachable data set: {error}"
+        ) from error
+
+
+def _hub_commit(config: SourceConfig) -> str:
+    from huggingface_hub import HfApi
+
+    return HfApi().dataset_info(config.path, revision=config.revision).sha
+
+
+def _check_columns(config: SourceConfig, columns: list[str]) -> None:
+    for column in config.match or {}:
+        if column not in columns:
+            raise ValueError(_unknown(config, "column of match", column, columns))
+    for segment in config.segments:
+        for column in segment.columns:
+            if column not in columns:
+                raise ValueError(_unknown(config, f"column of {segment}", column, columns))
+
+
+def _unknown(config: SourceConfig, what: str, value: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(value, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(map(repr, known)) or 'nothing'}"
+    return f"source {config.name!r} ({config.path}): no {what} {value!r}; {hint}"
+
+
+_WORDS = {
+    "train": "train|training",
+    "validation": "validation|valid|val|dev",
+    "test": "test|testing|eval|evaluation",
+}
+_APART = r"[-._ 0-9]"
+
+
+def splits_of(names: Sequence[str], by_file: bool) -> list[str]:
+    """The split of each file.
+
+    Args:
+        names: paths relative to the folder of all files, with `/`.
+        by_file: whether a word in the name of the file tells, too, such as `validation-00000-of-00002.parquet`.
+    """
+    return [_split_of(PurePosixPath(name), by_file) for name in names]
+
+
+def _split_of(path: PurePosixPath, by_file: bool) -> str:
+    for folder in path.parts[:-1]:
+        for split, words in _WORDS.items():
+            if re.fullmatch(rf"(?:{words}){_APART}*", folder, re.IGNORECASE):
+                return split
+    if by_file:
+        for split, words in _WORDS.items():
+            if re.search(rf"(?:^|{_APART})(?:{words})(?:{_APART}|$)", path.name, re.IGNORECASE):
+                return split
+    return "train"
+
+
+# Up to this many bytes a local source is fingerprinted by content, beyond it by file sizes and times of change.
+CONTENT_FINGERPRINT_BYTES = 2**31
+
+
+def local_fingerprint(path: Path) -> str:
+    """Over every file's relative path, and its content or, for a large source, its size and time of change.
+
+    A link that leads out of a folder is never opened: it counts by the size and time of what it leads to.
+    """
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    foreign = {file for file in files if file != path and file.is_symlink() and leads_outside(file, path)}
+    by_content = sum(file.stat().st_size for file in files if file not in foreign) <= CONTENT_FINGERPRINT_BYTES
+    digest = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        digest.update(os.fsencode(file.relative_to(path)) + f"\0{stat.st_size}\0".encode())
+        digest.update(
+            (str(stat.st_mtime_ns) if file in foreign or not by_content else content_fingerprint(file)).encode()
+        )
+    return digest.hexdigest()
+
+
+def content_fingerprint(file: Path) -> str:
+    """A hash of a file; one that may not be read has none, and is named when its record is."""
+    digest = hashlib.sha256()
+    try:
+        with open(file, "rb") as opened:
+            while chunk := opened.read(2**20):
+                digest.update(chunk)
+    except PermissionError:
+        return "unreadable"
+    return digest.hexdigest()
+
+
+def digest_of(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+logger = logging.getLogger(__name__)
+KEYS = ("pretty_name", "license", "license_name", "license_link", "language")
+
+
+def data_cards(config: DataConfig) -> dict[str, dict]:
+    """`path` of a source -> what the README.md of its folder declares of `KEYS`, and `attribution`, the section of it
+    that a heading with the word licence names; only of sources in local folders that have one. Data sets on the Hub have
+    their cards there."""
+    cards = {}
+    for path in dict.fromkeys(source.path for source in (*config.sources, *config.validation_sources)):
+        file = (carried_path() if path == "carried" else Path(path).expanduser()) / "README.md"
+        if file.is_file():
+            try:
+                cards[path] = _declared(DatasetCard(file.read_text(encoding="utf-8")))
+            except (ValueError, yaml.YAMLError) as error:
+                logger.warning("%s is not read, its licence is not in the manifest: %s", file, error)
+    return cards
+
+
+def _declared(card: DatasetCard) -> dict:
+    found = {key: card.data.get(key) for key in KEYS if card.data.get(key) is not None}
+    section = re.search(
+        r"^##+[^\n]*licen[cs]e[^\n]*\n(.*?)(?=^#|\Z)", card.text, re.IGNORECASE | re.MULTILINE | re.DOTALL
+    )
+    return found | ({"attribution": section[1].strip()} if section else {})

@@ -1,0 +1,198 @@
+"""The rows of a run: the training stream, and held-out rows in one direction each."""
+
+import hashlib
+import json
+from dataclasses import asdict
+
+import numpy as np
+
+from modeling_mot import MoTProcessor
+from training.config import ConfigError
+from training.data.config import MODALITY_OF_TYPE, DataConfig, Segment, SourceConfig
+from training.data.documents import IGNORED, build_row, compose, images_of, pack
+from training.data.stream import RowStream
+from training.data.tokenized import TokenizedSource
+
+
+MODALITIES = tuple(MODALITY_OF_TYPE.values())
+
+
+def single_direction_rows(
+    source: TokenizedSource,
+    direction: str,
+    row_length: int,
+    segments: tuple[str, ...] | None = None,
+    limit: int | None = None,
+    start: int = 0,
+) -> list[dict]:
+    """Pack the records of a source as documents of one direction.
+
+    Args:
+        source: a tokenised source; variant 0, the unchanged one, is used.
+        direction: `text-to-image`, `image-to-text`, `text-to-speech` and so on, one modality alone: `text`, or several
+            that are given: `image+text-to-image`.
+        row_length: tokens of a row.
+        segments: which segments to take, such as `("text:name", "image:image")`, in the order of the direction; by
+            default the first segment of each modality.
+        limit: number of records; None: all.
+        start: first record.
+
+    Returns:
+        Rows as of a `RowStream`. Labels are -100 except on the target: the codes of a picture or the units of a sound
+        without the markers around them, the tokens of a text and, where it ends the document, the end of document.
+        A continuous image that is the target has no labels at all, it is diffused; one that is given is clean.
+
+    Raises:
+        ValueError: a direction the source has no segments for, or a document that is longer than a row.
+    """
+    chosen = _choose(source, direction, segments)
+    columns = [source.columns[segment] for segment in chosen]
+    stop = len(source) if limit is None else min(len(source), start + limit)
+    vocabulary = source.vocabulary
+    lengths = sum(column.lengths[start:stop, 0].astype(np.int64) for column in columns) + vocabulary.frame_length
+    if not len(lengths):
+        raise ValueError(
+            f"start={start} and limit={limit} leave no record of the {len(source)} of {source.config.name!r}"
+        )
+    longest = int(lengths.max())
+    if longest > row_length and (len(chosen) > 1 or chosen[0].type != "text"):
+        raise ValueError(
+            f"row_length={row_length} is shorter than a {direction} document of {longest} tokens of source "
+            f"{source.config.name!r}; set row_length to {longest} or more"
+        )
+    rows = []
+    for pieces in pack(lengths, row_length):
+        documents = []
+        for piece in pieces:
+            record = start + piece.document
+            spans = [column.ids(record, 0) for column in columns]
+            images = images_of(source.image_columns, chosen, record, 0)
+            document = compose(spans, images, vocabulary, targets="last")
+            if chosen[-1].type != "text":
+                document.labels[vocabulary.modality_ids(document.ids) == 0] = IGNORED
+            documents.append(document.cut(piece.start, piece.stop))
+        rows.append(build_row(documents, row_length, vocabulary))
+    return rows
+
+
+def _choose(source: TokenizedSource, direction: str, segments: tuple[str, ...] | None) -> list[Segment]:
+    given, _, target = direction.rpartition("-to-")
+    wanted = [*(given.split("+") if given else []), target]
+    if any(name not in MODALITIES for name in wanted):
+        raise ValueError(
+            f"direction={direction!r} is not a modality or two joined by -to-, of which the first may be several joined "
+            f"by +; the modalities are {MODALITIES}"
+        )
+    if segments is not None:
+        chosen = [Segment.parse(written) for written in segments]
+        kinds = [MODALITY_OF_TYPE.get(segment.type) for segment in chosen]
+        if kinds != wanted or any(segment not in source.columns for segment in chosen):
+            raise ValueError(
+                f"segments={segments} do not make {direction!r} of source {source.config.name!r}, "
+                f"which has {[str(segment) for segment in source.columns]}"
+            )
+        return chosen
+    chosen = []
+    for name in wanted:
+        fitting = [segment for segment in source.columns if MODALITY_OF_TYPE.get(segment.type) == name]
+        if not fitting:
+            raise ValueError(
+                f"direction={direction!r} needs {name}, but source {source.config.name!r} has "
+                f"{[str(segment) for segment in source.columns]}; add a template with such a segment"
+            )
+        # The first that is not taken yet, so that an image may be made of another.
+        chosen.append(next((segment for segment in fitting if segment not in chosen), fitting[0]))
+    return chosen
+
+
+def prepare_sources(
+    config: DataConfig, processor, num_proc: int = 1, validation: bool = False, vae=None, progress: bool = False
+) -> list[TokenizedSource]:
+    """Tokenise all training sources, or all validation sources (never augmented), or find them in the cache.
+
+    Args:
+        vae: a diffusers autoencoder that makes the latents of continuous images, where `config.latents` is "cached".
+            Without it their pixels are kept.
+        progress: shows a bar for each source that is tokenised.
+    """
+    vae = vae if config.latents == "cached" else None
+    sources = config.validation_sources if validation else config.sources
+    augmentation = None if validation else config.augmentation
+    return [
+        TokenizedSource.prepare(
+            source, processor, config.cache_path, num_proc, augmentation, vae, config.limits, progress
+        )
+        for source in sources
+    ]
+
+
+def build_stream(config: DataConfig, processor, num_proc: int = 1, vae=None) -> RowStream:
+    """The training stream of a data section."""
+    config.validate()
+    return RowStream(config, prepare_sources(config, processor, num_proc, vae=vae))
+
+
+def prepare_rows(
+    data: DataConfig, processor: MoTProcessor, held_out_rows: int, vae=None
+) -> tuple[RowStream, dict[str, list[dict]], str]:
+    """Tokenise what a recipe names, or find it in the cache.
+
+    Args:
+        vae: a diffusers autoencoder for continuous images, see `prepare_sources`.
+
+    Returns:
+        The stream; direction -> at most `held_out_rows` packed held-out rows; a fingerprint of the training data and of
+        how it is mixed, which a resumed run must share.
+
+    Raises:
+        ConfigError: a source that cannot be used, with the source, the record and the way out.
+    """
+    try:
+        sources = prepare_sources(data, processor, vae=vae)
+        stream = RowStream(data, sources)
+        held_out: dict[str, list[dict]] = {}
+        for source in prepare_sources(data, processor, validation=True, vae=vae) if held_out_rows else []:
+            for direction, segments in directions_of(source.config).items():
+                if direction not in held_out:
+                    rows = single_direction_rows(source, direction, data.row_length, segments)
+                    held_out[direction] = rows[:held_out_rows]
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"data: {error}; what is prepared is kept in data.cache_dir={data.cache_path}") from error
+    return stream, held_out, _fingerprint(data, sources)
+
+
+def directions_of(source: SourceConfig) -> dict[str, tuple[str, ...]]:
+    """What can be asked of a source: `text` of a template of text alone, both ways of one of a text and another, and
+    the last segment from the others (`image+text-to-image`) of one that learns only that."""
+    directions = {}
+    for template in source.templates:
+        segments = template.parsed
+        kinds = [segment.type for segment in segments]
+        if template.targets == "last" and len(kinds) > 1 and (len(kinds) > 2 or template.caption_first is None):
+            *given, target = (MODALITY_OF_TYPE[kind] for kind in kinds)
+            directions.setdefault(f"{'+'.join(given)}-to-{target}", tuple(map(str, segments)))
+            continue
+        if kinds == ["text"]:
+            directions.setdefault("text", (str(segments[0]),))
+        if len(kinds) == 2 and kinds.count("text") == 1:
+            text, other = sorted(segments, key=lambda segment: segment.type != "text")
+            modality = MODALITY_OF_TYPE[other.type]
+            directions.setdefault(f"text-to-{modality}", (str(text), str(other)))
+            directions.setdefault(f"{modality}-to-text", (str(other), str(text)))
+    return directions
+
+
+def _fingerprint(data: DataConfig, sources: list[TokenizedSource]) -> str:
+    made_of = {
+        "sources": [source.fingerprint for source in sources],
+        "mixture": [
+            [source.config.name, source.config.weight, [asdict(template) for template in source.config.templates]]
+            for source in sources
+        ],
+        "rows": [data.row_length, data.seed, data.weights_by, data.block_documents, data.replaced_codes],
+    }
+    if data.clean_copies:
+        made_of["clean_copies"] = True
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()

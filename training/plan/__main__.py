@@ -1,0 +1,258 @@
+"""What a run will need, before there is one: parameters, FLOPs, memory, messages and time, from its configuration alone.
+
+    python -m training.plan [CONFIG.yaml] [key=value ...] [options]
+
+Nothing is tokenised, and models are built without weights. CONFIG.yaml and key=value are those of training/train.py.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from modeling_mot import MoTConfig
+from modeling_mot.configuration_presets import variant_fields
+from training.config import ConfigError, one_line
+from training.model.building import load_initial
+from training.model.fitting import Budget, leaves_size_open, plan_model
+from training.model.flops import GPUS, forward_flops_per_token, recomputed_flops, training_flops
+from training.plan.activations import count_kept
+from training.plan.cluster import Device, Mesh, find_device, mesh_of_accelerate
+from training.plan.communication import Traffic, plan_traffic, seconds_of_traffic
+from training.plan.memory import FLOAT, plan_memory
+from training.plan.parameters import FROZEN, count_parameters, fsdp_units, meta_model
+from training.plan.screen import render
+from training.recipe import Recipe
+from training.train import load_recipe
+
+
+# What is compared in the paper's section 6.1.
+COMPARED = ("dense", "moe-4x", "mot")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 a request that cannot be met."""
+    options = _parser().parse_intermixed_args(arguments)
+    try:
+        plan = make_plan(load_recipe(options.words), options)
+        if options.json is not None:
+            write_new(Path(options.json), json.dumps(plan, indent=2) + "\n")
+    except ConfigError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    print(render(plan))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("words", nargs="*", metavar="CONFIG.yaml | key=value", help="as for training/train.py")
+    add("--world", type=int, metavar="N", help="processes, one to a GPU, that share the model by FSDP2 (default: 1)")
+    add("--replicate", type=int, metavar="R", help="hybrid shard: R groups of N / R, each with the whole model")
+    add("--accelerate", metavar="FILE", help="an Accelerate configuration, instead of --world and --replicate")
+    add("--device", default="H100", metavar="NAME", help=f"cpu (this machine), {', '.join(GPUS)} (default: H100)")
+    add("--utilisation", type=float, default=0.4, help="share of the device's peak while it computes (default: 0.4)")
+    add(
+        "--network", type=float, default=50.0, metavar="GB/S", help="what a GPU receives from other nodes (default: 50)"
+    )
+    add("--per-node", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
+    add("--shares", metavar="text=0.5,image=0.5", help="modalities' shares of the tokens (default: equal)")
+    add("--json", metavar="FILE", help="write all figures to a new file, in parameters, bytes, FLOPs and seconds")
+    return parser
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that is not there yet.
+
+    Raises:
+        ConfigError: it is, or it cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise ConfigError(f"--json {path} exists; name a new file") from error
+    except OSError as error:
+        raise ConfigError(f"--json {path} cannot be written: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- the plan
+
+
+def make_plan(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
+    """All figures of a recipe, as JSON values.
+
+    Raises:
+        ConfigError: options or keys that contradict each other.
+    """
+    for name in ("utilisation", "network", "per_node"):
+        if getattr(options, name) <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')}={getattr(options, name)} must be positive")
+    if options.utilisation > 1:
+        raise ConfigError(f"--utilisation={options.utilisation} is a share of the device's peak, at most 1")
+    mesh, checkpointing = _mesh(recipe, options)
+    device = find_device(options.device, recipe.train.precision, mesh.world)
+    config = _config(recipe, mesh, device, options.utilisation)
+    tokens = _tokens(config, recipe, options.shares)
+    return {
+        "model": {
+            "class": config.model_type,
+            "towers": dict(config.towers),
+            "experts": dict.fromkeys(config.moe_towers, config.num_experts),
+            "layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+        },
+        "batch": {
+            "rows": recipe.train.rows,
+            "row_length": recipe.data.row_length,
+            "accumulation": recipe.train.accumulation,
+            "tokens_of_a_micro_batch": tokens,
+            "tokens_of_a_step": sum(tokens.values()) * recipe.train.accumulation * mesh.world,
+        },
+        "mesh": {"world": mesh.world, "replicate": mesh.replicate, "shard": mesh.shard, "described": mesh.describe()},
+        "device": vars(device),
+        **_figures(recipe, config, tokens, mesh, device, checkpointing, options),
+        "comparison": _comparison(config, mesh, device.precision == "bf16", recipe.train.accumulation),
+    }
+
+
+def _mesh(recipe: Recipe, options: argparse.Namespace) -> tuple[Mesh, bool]:
+    checkpointing = recipe.model.gradient_checkpointing
+    if options.accelerate is None:
+        given = {name: getattr(options, name) for name in ("world", "replicate") if getattr(options, name) is not None}
+        return Mesh(**given), checkpointing
+    if options.world is not None or options.replicate is not None:
+        raise ConfigError("--accelerate names the processes already; leave out --world and --replicate")
+    mesh, asked = mesh_of_accelerate(options.accelerate)
+    return mesh, checkpointing or asked
+
+
+def _config(recipe: Recipe, mesh: Mesh, device: Device, utilisation: float) -> MoTConfig:
+    budget = None
+    if leaves_size_open(recipe.model):  # any other is planned, whether it fits or not
+        budget = Budget.of(recipe, device.memory, device.peak, mesh.world, mesh.shard, utilisation)
+    return plan_model(recipe.model, recipe.data, load_initial(recipe.model), budget).config
+
+
+def _tokens(config: MoTConfig, recipe: Recipe, shares: str | None) -> dict[str, int]:
+    """Modality -> tokens of a micro-batch."""
+    weights = dict.fromkeys(config.modalities, 1.0)
+    if shares is not None:
+        try:
+            weights |= dict.fromkeys(weights, 0.0) | {
+                name.strip(): float(value) for name, value in (pair.split("=") for pair in shares.split(","))
+            }
+        except ValueError as error:
+            raise ConfigError(f"--shares={shares!r} is not modality=share,modality=share") from error
+    if set(weights) != set(config.modalities) or min(weights.values()) < 0 or not sum(weights.values()):
+        raise ConfigError(f"--shares={shares!r}: shares of {', '.join(config.modalities)}, none negative, not all zero")
+    left, of_weights, tokens = recipe.train.rows * recipe.data.row_length, sum(weights.values()), {}
+    for name, weight in weights.items():
+        tokens[name] = round(left * weight / of_weights) if of_weights else 0
+        left, of_weights = left - tokens[name], of_weights - weight
+    return tokens
+
+
+def _figures(
+    recipe: Recipe,
+    config: MoTConfig,
+    tokens: Mapping[str, int],
+    mesh: Mesh,
+    device: Device,
+    checkpointing: bool,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    train, length = recipe.train, recipe.data.row_length
+    model, bf16 = meta_model(config), device.precision == "bf16"
+    counts = count_parameters(model)
+    frozen = sum(counts.pop(FROZEN, {}).values())
+    by_tower: dict[str, int] = {}
+    for towers in counts.values():
+        for tower, number in towers.items():
+            by_tower[tower] = by_tower.get(tower, 0) + number
+
+    per_token = forward_flops_per_token(config, length)
+    flops = training_flops(config, tokens, length) * train.accumulation
+    recomputed = recomputed_flops(config, tokens, length) * train.accumulation if checkpointing else 0
+
+    kept = count_kept(
+        config, tokens, train.rows, bf16=bf16, sharded=mesh.world > 1, attention=recipe.model.attn_implementation
+    )
+    parts = {
+        recompute: plan_memory(
+            model, kept, sum(tokens.values()), mesh, bf16=bf16, checkpointing=recompute,
+            averaged=train.ema_decay is not None,
+        )
+        for recompute in (False, True)
+    }  # fmt: skip
+
+    traffic = plan_traffic(fsdp_units(model, mesh.reshard), mesh, bf16, train.accumulation)
+    compute = (flops + recomputed) / (device.peak * options.utilisation)
+    communication = seconds_of_traffic(traffic, mesh, options.network * 1e9, device.link, options.per_node)
+    step = max(compute, communication)
+    return {
+        "parameters": {
+            "total": sum(by_tower.values()),
+            "active": config.num_parameters(active=True),
+            "frozen": frozen,
+            "by_tower": by_tower,
+            "by_part": {part: dict(towers) for part, towers in counts.items()},
+        },
+        "flops": {
+            "forward_per_token": per_token,
+            "training_per_token": {name: 3 * number for name, number in per_token.items()},
+            "step_of_a_process": flops,
+            "recomputed": recomputed,
+        },
+        "memory": {
+            "checkpointing": checkpointing,
+            "parts": parts[checkpointing],
+            "total": sum(parts[checkpointing].values()),
+            "total_otherwise": sum(parts[not checkpointing].values()),
+            "device": device.memory,
+        },
+        "traffic": _traffic(traffic),
+        "time": {
+            "utilisation": options.utilisation,
+            "network_bytes_per_second": options.network * 1e9,
+            "compute_seconds": compute,
+            "communication_seconds": communication,
+            "step_seconds": step,
+            "step_seconds_nothing_hidden": compute + communication,
+            "mfu": flops / (step * device.peak),
+            "tokens_per_second": sum(tokens.values()) * train.accumulation * mesh.world / step,
+            "steps": train.steps,
+            "run_seconds": train.steps * step,
+        },
+    }
+
+
+def _traffic(traffic: Traffic) -> dict[str, int]:
+    return vars(traffic) | {"total": traffic.total}
+
+
+def _comparison(config: MoTConfig, mesh: Mesh, bf16: bool, accumulation: int) -> dict[str, dict]:
+    """The same sizes as dense, MoE-4x and MoT: parameters, and bytes of weights, gradients and optimizer and of messages."""
+    rows = {}
+    for variant in COMPARED:
+        fields = config.to_dict()
+        for name in ("towers", "untied", "moe_towers"):
+            fields.pop(name)
+        other = type(config).from_dict(fields | variant_fields(variant, config.modalities))
+        units = fsdp_units(meta_model(other), mesh.reshard)
+        rows[variant] = {
+            "total": other.num_parameters(),
+            "active": other.num_parameters(active=True),
+            "state_bytes": 4 * FLOAT * sum(unit.shard_numel(mesh.shard) for unit in units),
+            "received_bytes": plan_traffic(units, mesh, bf16, accumulation).total,
+        }
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

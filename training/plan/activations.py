@@ -1,0 +1,156 @@
+"""What autograd keeps of a forward for its backward: counted on a model of one layer and of two, on tensors without data.
+
+Layers are alike, so n of them keep n times what one keeps. The forward is the model's own, in the precision of the run,
+with a loss. Attention is PyTorch's fused one, which keeps queries, keys, values, outputs and the mask, unless
+`attn_implementation` is eager, which keeps the probabilities too. Compiled layers keep less.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modeling_mot import MoTConfig, MoTPreTrainedModel, MoTTransfusionConfig
+from modeling_mot.tower_routing import ModalityRouting
+from training.model.building import MODEL_CLASSES, set_up_layers
+
+
+# B rows, L row length, T = B * L tokens, V vocabulary, N images, C latent channels
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that the forward of a micro-batch leaves for its backward.
+
+    Attributes:
+        layer, beside: of one layer, and of all that is no layer, but for tensors of (T, V), which `loss_bytes` counts.
+        recomputed_layer, recomputed_beside: the same with gradient checkpointing (a patchifier recomputes too).
+        copies: parameters that autocast has cast; none where FSDP holds them in that precision.
+    """
+
+    layer: int
+    beside: int
+    recomputed_layer: int
+    recomputed_beside: int
+    copies: int
+
+    def of_model(self, layers: int, checkpointing: bool) -> int:
+        """With `checkpointing`, without the layer that is being recomputed."""
+        if checkpointing:
+            return self.recomputed_beside + layers * self.recomputed_layer
+        return self.beside + layers * self.layer
+
+
+def loss_bytes(config: MoTConfig, tokens: int, bf16: bool) -> int:
+    """Bytes of (T, V) tensors when the backward begins: the logits, and in float32 their log-probabilities and the
+    gradients of both. The z-loss has a gradient of its own, and keeps logits in float32."""
+    each = (2 if bf16 else 4) + 3 * 4
+    if config.z_loss_coefficient:
+        each += 4 + (4 if bf16 else 0)
+    return tokens * config.vocab_size * each
+
+
+def count_kept(
+    config: MoTConfig,
+    tokens: Mapping[str, int],
+    rows: int,
+    *,
+    bf16: bool = False,
+    sharded: bool = False,
+    attention: str | None = None,
+) -> Kept:
+    """What the model of `config` keeps.
+
+    Args:
+        tokens: modality -> number in a micro-batch of `rows` rows; together rows x row length.
+        bf16: products in bf16, else in float32.
+        sharded: FSDP holds the parameters in the precision of products, else autocast casts them.
+        attention: `attn_implementation` of the run.
+    """
+    config, layers = copy.deepcopy(config), config.num_hidden_layers
+    if attention != "eager":
+        attention, config.attention_dropout = "sdpa", 0.0  # with dropout, a CPU has no fused one
+    if isinstance(config, MoTTransfusionConfig):
+        config.vae_config = None  # latents are encoded beforehand
+    dtype = torch.bfloat16 if bf16 and sharded else torch.float32
+
+    def forward(number: int, checkpointing: bool) -> tuple[int, int]:
+        config.num_hidden_layers = number
+        with FakeTensorMode():
+            model = MODEL_CLASSES[config.model_type]._from_config(config, dtype=dtype, attn_implementation=attention)
+            set_up_layers(model, checkpointing, compiled=False)
+            batch = made_up_batch(config, tokens, rows)
+            return saved_bytes(model.train(), batch, torch.autocast("cpu", torch.bfloat16, enabled=bf16))
+
+    (one, casts), (two, more_casts) = forward(1, False), forward(2, False)
+    (one_again, _), (two_again, _) = forward(1, True), forward(2, True)
+    return Kept(
+        layer=two - one,
+        beside=2 * one - two,
+        recomputed_layer=two_again - one_again,
+        recomputed_beside=2 * one_again - two_again,
+        copies=casts + (layers - 1) * (more_casts - casts),
+    )
+
+
+def made_up_batch(config: MoTConfig, tokens: Mapping[str, int], rows: int) -> dict:
+    """A batch with these numbers of tokens, as the collation makes it: routing and documents, images with their noise."""
+    total = sum(tokens.values())
+    ids = torch.zeros(rows, total // rows, dtype=torch.long)
+    names = tuple(config.tower_names)
+    counts = tuple(sum(n for modality, n in tokens.items() if config.towers[modality] == name) for name in names)
+    places = None if max(counts) == total else torch.arange(total)
+    routing = ModalityRouting(names, counts, places, places, (0,) * len(names))
+    batch = {"input_ids": ids, "modality_ids": ids, "document_ids": ids, "labels": ids, "routing": routing}
+    if isinstance(config, MoTTransfusionConfig) and (images := images_of(config, tokens)):
+        latents = torch.zeros(images, config.latent_channels, *config.latent_size)
+        timesteps = torch.zeros(images, dtype=torch.long)
+        batch |= {"latents": latents, "noise": latents, "timesteps": timesteps}
+        batch["clean_images"] = torch.zeros(images, dtype=torch.bool)
+    return batch
+
+
+def images_of(config: MoTTransfusionConfig, tokens: Mapping[str, int]) -> int:
+    """Images of `latent_size` that have so many tokens."""
+    return round(tokens.get("image", 0) / config.image_length(*config.latent_size))
+
+
+class _Casts(TorchDispatchMode):
+    """Remembers the copies that are made of some storages in another precision."""
+
+    def __init__(self, storages: set[int]):
+        super().__init__()
+        self.storages, self.casts = storages, {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        output = function(*arguments, **(options or {}))
+        if function is torch.ops.aten._to_copy.default and _storage(arguments[0]) in self.storages:
+            self.casts[_storage(output)] = output
+        return output
+
+
+def saved_bytes(model: MoTPreTrainedModel, batch: dict, autocast: torch.autocast) -> tuple[int, int]:
+    """Bytes that autograd keeps of a forward, without parameters and tensors of the logits' size; and bytes of parameters
+    that autocast has cast."""
+    casts, saved = _Casts({_storage(parameter) for parameter in model.parameters()}), {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[_storage(tensor)] = tensor  # held, or another would get the same address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast, casts:
+        output = model(**batch, use_cache=False)
+    logits = output.logits.numel()
+    own = {
+        storage: tensor.untyped_storage().nbytes()
+        for storage, tensor in saved.items()
+        if storage not in casts.storages and storage not in casts.casts and tensor.numel() != logits
+    }
+    return sum(own.values()), sum(tensor.untyped_storage().nbytes() for tensor in casts.casts.values())
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata

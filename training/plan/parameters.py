@@ -1,0 +1,93 @@
+"""Parameters of a model by part and tower, and the units in which FSDP2 gathers them."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from modeling_mot import MoTConfig, MoTPreTrainedModel
+from modeling_mot.tower_routing import PerTower
+from training.model.building import MODEL_CLASSES
+
+
+SHARED = "shared"
+PARTS = ("embeddings", "attention", "feed-forward", "norms", "output layer", "patchifier")
+FROZEN = "VAE (frozen)"
+
+
+def meta_model(config: MoTConfig) -> MoTPreTrainedModel:
+    """The model of a configuration with all its parts and no memory for any of them."""
+    with torch.device("meta"):
+        return MODEL_CLASSES[config.model_type]._from_config(config, dtype=torch.float32)
+
+
+def count_parameters(model: MoTPreTrainedModel) -> dict[str, Counter]:
+    """Part -> tower -> number. What all towers use is of the tower `shared`; tied embeddings count once."""
+    towers = {
+        f"{path}.{tower}": tower
+        for path, module in model.named_modules()
+        if isinstance(module, PerTower)
+        for tower in module
+    }
+    counts = {part: Counter() for part in (*PARTS, FROZEN)}
+    for name, parameter in model.named_parameters():
+        prefixes = accumulate(name.split("."), lambda path, word: f"{path}.{word}")
+        tower = next((towers[path] for path in prefixes if path in towers), SHARED)
+        counts[_part_of(name)][tower] += parameter.numel()
+    return {part: towers for part, towers in counts.items() if towers}
+
+
+def _part_of(name: str) -> str:
+    if name.startswith("vae."):
+        return FROZEN
+    if name.startswith("patchifier."):
+        return "patchifier"
+    if name.startswith("lm_head."):
+        return "output layer"
+    if "embed_tokens." in name:
+        return "embeddings"
+    if ".mlp." in name:
+        return "feed-forward"
+    return "norms" if "norm" in name else "attention"
+
+
+# ------------------------------------------------------------------------------------------------------- units of FSDP2
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that are gathered together.
+
+    Attributes:
+        kind: layer, embeddings or root.
+        shapes: of the parameters.
+        stays: whether what the forward gathered is kept for the backward.
+    """
+
+    kind: str
+    shapes: tuple[torch.Size, ...]
+    stays: bool
+
+    @property
+    def numel(self) -> int:
+        return sum(map(math.prod, self.shapes))
+
+    def shard_numel(self, processes: int) -> int:
+        """What each of `processes` holds: parameters are cut along their first dimension, rounded up."""
+        return sum(-(-shape[0] // processes) * math.prod(shape[1:]) for shape in self.shapes)
+
+
+def fsdp_units(model: MoTPreTrainedModel, reshard: bool = True) -> list[Unit]:
+    """Units as `training.world.processes.shard_model` makes them: each layer; the embeddings; the rest, which stays from the
+    forward to the backward. Tied embeddings belong to the rest, as the output layer does."""
+    left = {name: value.shape for name, value in model.named_parameters() if not name.startswith("vae.")}
+
+    def take(*prefixes: str) -> tuple[torch.Size, ...]:
+        return tuple(left.pop(name) for name in list(left) if name.startswith(prefixes))
+
+    units = [Unit("layer", take(f"model.layers.{index}."), not reshard) for index in range(len(model.model.layers))]
+    if model.lm_head.weight is not model.model.embed_tokens.weight:
+        units.append(Unit("embeddings", take("model.embed_tokens."), not reshard))
+    return [*units, Unit("root", take(""), True)]
