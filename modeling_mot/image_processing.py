@@ -16,9 +16,8 @@ import torch
 from PIL import Image
 
 from .checks_fields import Whole, check_fields
-from .image_loading import MAX_KEPT_PIXELS, load_fitted
 from .image_tokenizer import PICTURE_RULES, from_known_fields, read_hub_json, without_defaults
-from .media_sources import describe_source
+from .media_loading import MAX_KEPT_PIXELS, describe_source, load_fitted
 
 
 # One side stands for both of `image_size`.

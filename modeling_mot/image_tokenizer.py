@@ -20,8 +20,15 @@ from torch import nn
 
 from .checks_fields import Maybe, OneOf, Several, Typed, Whole, check_fields, check_names
 from .hub_trust import forget_code, read_json_object, reading, without_code
-from .image_loading import MAX_KEPT_PIXELS, RESAMPLING, cut_long_side, fit_picture, load_picture, pixel_limit
-from .media_sources import describe_source
+from .media_loading import (
+    MAX_KEPT_PIXELS,
+    RESAMPLING,
+    cut_long_side,
+    describe_source,
+    fit_picture,
+    load_picture,
+    pixel_limit,
+)
 
 
 IMAGE_TOKENIZER_CONFIG_NAME = "image_tokenizer_config.json"

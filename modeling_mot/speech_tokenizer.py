@@ -30,7 +30,7 @@ from .image_tokenizer import (
     without_autocast,
     without_defaults,
 )
-from .speech_loading import MAX_RATE, MIN_RATE, check_rate, load_sound
+from .media_loading import MAX_RATE, MIN_RATE, check_rate, load_sound
 
 
 SPEECH_TOKENIZER_CONFIG_NAME = "speech_tokenizer_config.json"

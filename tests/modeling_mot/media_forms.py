@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image
 
-from modeling_mot.media_sources import MediaError
+from modeling_mot.media_loading import MediaError
 from training.data.reading.values import decode_picture, decode_sound
 
 

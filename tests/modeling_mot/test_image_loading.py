@@ -9,24 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_mot.image_loading import fit_picture, load_fitted, load_picture
 from modeling_mot.image_processing import MoTImageProcessor
 from modeling_mot.image_tokenizer import ImageTokenizerConfig
+from modeling_mot.media_loading import fit_picture, load_fitted, load_picture
 from training.data.reading.values import decode_picture
 
-from .media_forms import COLOURS, chat_ids, encoded, outcome, outcomes_of_file, site_of
-from .test_processor import build_processor
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return build_processor(background=[10, 200, 30])
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    with site_of(tmp_path_factory.mktemp("site")) as folder_and_address:
-        yield folder_and_address
+from .media_forms import COLOURS, chat_ids, encoded, outcome, outcomes_of_file
 
 
 ALPHA = np.tile(np.linspace(0, 255, 30).astype(np.uint8), (20, 1))
@@ -243,7 +231,7 @@ def test_kept_pictures_have_a_limit_of_their_own():
 
 
 def test_a_picture_for_chameleon_is_cut_before_it_is_scaled():
-    from modeling_mot.image_loading import cut_long_side
+    from modeling_mot.media_loading import cut_long_side
 
     thin = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20_001, 1, 3), dtype=np.uint8))
     found = cut_long_side(thin)

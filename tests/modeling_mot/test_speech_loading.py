@@ -7,27 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_mot.speech_loading import load_sound
+from modeling_mot.media_loading import load_sound
 from modeling_mot.speech_tokenizer import SpeechTokenizerConfig, resample
 from training.data.reading.values import decode_sound
 
-from .media_forms import WAVE, chat_ids, outcome, outcomes_of_file, site_of, sound_file
-from .test_processor import build_processor
+from .media_forms import WAVE, chat_ids, outcome, outcomes_of_file, sound_file
 from .test_speech_tokenizer import tokenizer_with_random_units
 
 
 soundfile = pytest.importorskip("soundfile")
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return build_processor(background=[10, 200, 30])
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    with site_of(tmp_path_factory.mktemp("site")) as folder_and_address:
-        yield folder_and_address
 
 
 SOUNDS = {
@@ -134,10 +122,10 @@ def test_a_rate_that_is_none_is_refused_everywhere(processor, rate):
 
 
 def test_an_array_without_a_rate_is_warned_of_and_refused_in_training(processor, monkeypatch):
-    from modeling_mot import speech_loading
+    from modeling_mot import media_loading
 
     warned = []
-    monkeypatch.setattr(speech_loading.logger, "warning_once", warned.append)
+    monkeypatch.setattr(media_loading.logger, "warning_once", warned.append)
     speech = tokenizer_with_random_units(sampling_rate=24_000)
     warned.clear()
     expected = speech.encode([WAVE], 24_000)[0]
