@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# -- where the content comes from --------------------------------------------------------------------------------------
+# -- where the content comes from -------------------------------------------------------------------------------------
 
 # Content that is fetched or spelled out in text may hold this many bytes: ten minutes of uncompressed stereo sound.
 MAX_BYTES = 2**27
@@ -240,7 +240,7 @@ def _fetch(address: str, seconds: float | None = None, most: int | None = None) 
         watch.cancel()
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- pictures ---------------------------------------------------------------------------------------------------------
 
 RESAMPLING = {
     name: getattr(Image.Resampling, name.upper()) for name in ("bicubic", "bilinear", "lanczos", "nearest", "box")
@@ -494,7 +494,7 @@ def _scaled_middle(
     return picture.crop((left, top, right, bottom)).resize(wanted, resample, box=(start_x, start_y, end_x, end_y))
 
 
-# -- sounds ------------------------------------------------------------------------------------------------------------
+# -- sounds -----------------------------------------------------------------------------------------------------------
 
 MIN_RATE, MAX_RATE = 1_000, 768_000
 # Samples of all channels in a second of sound, at most: 48 kHz in stereo, twice over.

@@ -9,7 +9,8 @@ from conversion.towers import Wishes
 from conversion.upcycle import upcycle
 from conversion.vocabulary import Media
 from modeling_mot import MoTForCausalLM, MoTProcessor
-from modeling_mot.processing_vocabulary import CHAT_TEMPLATE, extend_tokenizer
+from modeling_mot.processing_prompts import CHAT_TEMPLATE
+from modeling_mot.processing_vocabulary import extend_tokenizer
 from tests.conversion.sources import save_source
 from tests.conversion.tokenizer_sources import FAMILIES
 from tests.modeling_mot.test_speech_tokenizer import tokenizer_with_random_units
