@@ -90,6 +90,7 @@ class MoTImageProcessor:
         fitted = []
         for image in images:
             pixels = load_fitted(image, self, **access)
+            # Refuse a kept picture whose sides do not divide, by its name.
             self.grid(*pixels.shape[:2], name=describe_source(image))
             fitted.append(np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
         return fitted
@@ -108,16 +109,19 @@ class MoTImageProcessor:
         """
         if not fitted:
             return {}
+        # One array of the largest height and width.
         sizes = np.array([pixels.shape[1:] for pixels in fitted], dtype=np.int64)
         values = np.zeros((len(fitted), 3, *sizes.max(axis=0)), dtype=np.float32)
         for target, pixels in zip(values, fitted):
             target[:, : pixels.shape[1], : pixels.shape[2]] = pixels.astype(np.float32) / 127.5 - 1
+        # The sizes tell the model what is padding; without padding it needs none.
         same = (sizes == sizes[0]).all()
         return {"pixel_values": values} | ({} if same else {"image_sizes": sizes})
 
     @staticmethod
     def to_pictures(pixel_values: Any, image_sizes: Any = None) -> list[Image.Image]:
         """PIL pictures of pixels (N, 3, H, W) in [-1, 1], cut to `image_sizes` (N, 2) where these are given."""
+        # The inverse of `stack`, with values rounded to the nearest of 256.
         values = torch.as_tensor(pixel_values).detach().float().cpu()
         pixels = ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         sizes = [value.shape[:2] for value in pixels] if image_sizes is None else torch.as_tensor(image_sizes).tolist()

@@ -148,6 +148,7 @@ class ImageTokenizerConfig:
             self._check_model()
 
     def _check_model(self):
+        """Raise ValueError for arguments of `VQModel` that are impossible or do not fit each other."""
         check_fields(self.model, VQ_MODEL_RULES, "model.")
         groups = self.model.get("norm_num_groups", 32)  # the default is diffusers'
         if wrong := [width for width in self.model.get("block_out_channels", ()) if width % groups]:
@@ -181,11 +182,14 @@ class ImageTokenizerConfig:
         arguments = dict(self.model)
         if "block_out_channels" not in arguments:
             raise ValueError(f"model={self.model} has no block_out_channels: give the channels of each scale")
+
+        # `VQModel` takes folded patches in the place of pixels, and the kind of block for each scale.
         scales = len(arguments["block_out_channels"])
         channels = 3 * self.patch_size**2
         arguments |= {"in_channels": channels, "out_channels": channels, "sample_size": self.image_size[0]}
         arguments["down_block_types"] = ("DownEncoderBlock2D",) * scales
         arguments["up_block_types"] = ("UpDecoderBlock2D",) * scales
+        # Lists, as JSON has them, become the tuples of its own signature.
         return {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
 
 
@@ -227,6 +231,7 @@ class MoTImageTokenizer:
 
     @property
     def num_codes(self) -> int:
+        """K, the number of codes."""
         return self.codebook.shape[0]
 
     @property
@@ -250,9 +255,11 @@ class MoTImageTokenizer:
 
     @property
     def device(self) -> torch.device:
+        """Where the model is, and codes are computed."""
         return self.codebook.device
 
     def to(self, device) -> "MoTImageTokenizer":
+        """Move the model to a device, in place."""
         self.model.to(device)
         return self
 
@@ -282,6 +289,7 @@ class MoTImageTokenizer:
         """The pixels that transformers' processor for Chameleon makes."""
         from transformers import ChameleonImageProcessorPil
 
+        # A given size is that of the picture already, so it is neither scaled nor cut.
         height, width = size or self.config.image_size
         settings = self.config.image_processor
         if size is not None and (picture.height, picture.width) != tuple(size):
@@ -316,6 +324,8 @@ class MoTImageTokenizer:
         """
         if not isinstance(images, (list, tuple)):
             raise ValueError(f"encode takes a list of pictures, not {type(images).__name__}")
+
+        # Pictures of one size are encoded together, others one by one.
         grids: list[torch.Tensor] = []
         for start in range(0, len(images), self.config.batch_size):
             batch = [self.preprocess(image, size, **access) for image in images[start : start + self.config.batch_size]]
@@ -396,8 +406,9 @@ class MoTImageTokenizer:
 
         # The weights in memory are rounded too, so that the saved and the loaded tokenizer give the same codes.
         nn.Module.to(self.model, getattr(torch, self.config.storage_dtype))
+        # Neither code nor the path of the source goes into the saved configuration.
         if self.config.backend == "diffusers":
-            self.model.register_to_config(_name_or_path=None)  # the path of the source may be private
+            self.model.register_to_config(_name_or_path=None)
             self.model._internal_dict = type(self.model.config)(without_code(self.model.config))
         else:
             forget_code(self.model.config)
@@ -433,6 +444,7 @@ class MoTImageTokenizer:
 
 def nearest_code(latents: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Index of the nearest row of the codebook by Euclidean distance, the lowest of equals.  (M, C), (K, C) -> (M,)"""
+    # |x - c|^2 without |x|^2, which is the same for all codes; in chunks, so that the products fit into memory.
     codebook = codebook.float()
     offsets = codebook.square().sum(1)
     chunks = latents.float().split(65_536)

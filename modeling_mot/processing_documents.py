@@ -117,6 +117,7 @@ class DocumentDecoder:
 
     def checked(self, ids: Any) -> list[int]:
         """One sequence of ids as a list; ValueError for other shapes and for ids outside the vocabulary."""
+        # A list, array or tensor, with or without an axis of sequences.
         try:
             ids = torch.as_tensor(ids)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -127,6 +128,7 @@ class DocumentDecoder:
             raise ValueError(
                 f"decode_document takes one sequence of token ids, not {ids.dtype} of shape {tuple(ids.shape)}"
             )
+
         outside = ((ids < 0) | (ids >= self.size)).nonzero().flatten()
         if len(outside):
             position = int(outside[0])
@@ -145,6 +147,8 @@ class DocumentDecoder:
             return []
         if image_grids is not None:
             raise ValueError("image_grids= go with an image tokenizer; this processor takes its pictures from images=")
+
+        # An image counts where its begin token and a placeholder stand: a cut one may have no placeholder yet.
         begin, image = self.tokenizer.boi_token_id, self.tokenizer.image_token_id
         count = sum(one == begin and other == image for one, other in zip(ids, ids[1:]))
         given = len(images or [])

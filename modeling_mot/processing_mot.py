@@ -116,6 +116,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         super().__init__(tokenizer, chat_template=CHAT_TEMPLATE if chat_template is None else chat_template)
 
     def _check_parts(self) -> None:
+        """Raise ValueError for parts that exclude each other or do not fit the vocabulary."""
         has_codes = self.image_tokenizer is not None or "image" in self.modality_token_ranges
         if self.image_processor is not None and has_codes:
             raise ValueError(
@@ -167,6 +168,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
             >>> arguments["vocab_size"], arguments["modalities"], arguments["image_grid"]
             (5620, ['text', 'image', 'speech'], [8, 8])
         """
+        # Every token must have a modality.
         tokenizer = self.tokenizer
         size = max(last for _, last in self.modality_token_ranges.values())
         if len(tokenizer) > size:
@@ -174,6 +176,8 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
                 f"{len(tokenizer) - size} tokens were added after the image and speech tokens, so they belong to no "
                 "modality; add them to the text tokenizer before extend_tokenizer"
             )
+
+        # Fields that every model has, and those of images of codes or of pixels.
         kwargs = {
             "vocab_size": size,
             "modalities": self.modalities,
@@ -209,11 +213,13 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
 
     def fingerprint(self) -> str:
         """sha256 of all that changes tokens: the tokenizer, and the configurations and weights of the other parts."""
+        # The vocabulary, without padding and truncation, which are left over from the last call.
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        # Padding and truncation are left over from the last call; they are no properties of the vocabulary.
         backend = {name: value for name, value in backend.items() if name not in ("padding", "truncation")}
         digest = hashlib.sha256(json.dumps(backend, sort_keys=True).encode())
         digest.update(json.dumps(self.config_kwargs(), sort_keys=True).encode())
+
+        # The other parts. An image processor came later: processors without one keep their fingerprints.
         for sub_tokenizer in (self.image_tokenizer, self.speech_tokenizer):
             digest.update(b"none" if sub_tokenizer is None else sub_tokenizer.fingerprint().encode())
         if self.image_processor is not None:
@@ -275,6 +281,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         check_text_options(merged["text_kwargs"])
 
+        # Text with placeholders, or documents.
         if documents is None:
             if add_eos is not None or continue_with is not None:
                 raise ValueError("add_eos and continue_with go with documents=; in text= write the special tokens")
@@ -324,6 +331,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         spans, pixels = self.prepare_pictures([s["image"] for s in flat if s["type"] == "image"], **access)
         images = iter(spans)
 
+        # Texts, images and sounds in the order of the document.
         rows = []
         for document in checked:
             ids = list(beginning)
@@ -376,6 +384,8 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         if self.image_processor is not None:
             pixels = self.image_processor.fit_pictures(pictures, **access)
             return [self.placeholder_ids(*picture.shape[1:]) for picture in pixels], pixels
+
+        # Codes of the vocabulary; without pictures the image tokenizer is not needed.
         if not pictures:
             return [], []
         first = self.first_code("image", self.image_tokenizer)
@@ -488,6 +498,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         check_fields({"generation_mode": generation_mode}, OUTPUT_RULES)
         kind = OTHER_NAMES.get(generation_mode, generation_mode)
 
+        # Sequences may be cut off, or begin in the midst of a document.
         images = images if images is not None and self.image_processor is not None else [None] * len(rows)
         documents = [self.decode_document(row, own, allow_incomplete=True) for row, own in zip(rows, images)]
         if kind == "document":

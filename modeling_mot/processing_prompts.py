@@ -305,12 +305,14 @@ def checked_conversation(conversation: Any) -> list:
 
 
 def _checked_messages(messages: Any) -> list:
+    """The messages of one conversation, checked one by one."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"conversation={shortened(messages)} must be a list of messages, with one at least")
     return [_checked_message(message) for message in messages]
 
 
 def _checked_message(message: Any) -> Mapping:
+    """A message with a role, and with text or checked blocks."""
     role = message.get("role") if isinstance(message, Mapping) else None
     if not isinstance(role, str):
         raise ValueError(
@@ -321,6 +323,8 @@ def _checked_message(message: Any) -> Mapping:
     if content is None or isinstance(content, str):
         check_text(content or "")
         return message
+
+    # Blocks that a template does not know would vanish, so each is checked.
     if not isinstance(content, (list, tuple)):
         raise ValueError(
             f"the content of a message by {role!r} must be text or a list of blocks, not {shortened(content)}"
@@ -332,6 +336,7 @@ def _checked_message(message: Any) -> Mapping:
 
 
 def _checked_block(block: Any, where: str) -> dict:
+    """A text, picture or sound of a message, under its usual type; `where` names it in errors."""
     block = with_known_type(block, where, (*SEGMENT_TYPES, "image_url"))
     kind = block["type"]
     if kind in ("text", "image_url") and block.get(kind) is None:

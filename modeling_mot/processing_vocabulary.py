@@ -287,6 +287,7 @@ def checked_document(document: list[dict], may_be_empty: bool = False) -> list[d
 
 
 def _checked_segment(segment: Any, position: int) -> dict:
+    """A segment under its usual type, with content under the name of that type."""
     segment = with_known_type(segment, f"segment {position}", SEGMENT_TYPES)
     kind = segment["type"]
     if segment.get(kind) is None:

@@ -150,22 +150,27 @@ class MoTSpeechTokenizer:
 
     @property
     def num_units(self) -> int:
+        """K, the number of units."""
         return self.config.num_units
 
     @property
     def sampling_rate(self) -> int:
+        """Samples a second of the tokenizer, in Hz."""
         return self.config.sampling_rate
 
     @property
     def units_per_second(self) -> int:
+        """Units a second of sound."""
         return self.config.units_per_second
 
     @property
     def frames_per_unit(self) -> int:
+        """Frames of 10 ms that a unit stands for."""
         return round(1 / HOP_SECONDS) // self.config.units_per_second
 
     @property
     def samples_per_unit(self) -> int:
+        """Samples that a unit stands for."""
         return self.config.sampling_rate // self.config.units_per_second
 
     # -- encoding -----------------------------------------------------------------------------------------------------
@@ -178,9 +183,12 @@ class MoTSpeechTokenizer:
         ours = self.config.sampling_rate
         wave, rate = load_sound(audio, sampling_rate, ours, self.config.max_seconds, **access)
         samples = resample(torch.from_numpy(wave), rate, ours)
+
+        # Silence is not made louder.
         level = samples.square().mean().sqrt()
         if self.config.loudness and level > 1e-5:
             samples = samples * (self.config.loudness / level)
+
         units = math.ceil(len(samples) / self.samples_per_unit)
         return nn.functional.pad(samples, (0, units * self.samples_per_unit - len(samples)))
 
@@ -224,6 +232,7 @@ class MoTSpeechTokenizer:
         extractor = WhisperFeatureExtractor(
             feature_size=encoder.config.num_mel_bins, sampling_rate=self.config.sampling_rate, chunk_length=seconds
         )
+        # Whisper hears chunks of a fixed length, padded; frames of the padding are left out.
         parts = []
         for chunk in samples.split(seconds * self.config.sampling_rate):
             inputs = extractor(chunk.numpy(), sampling_rate=self.config.sampling_rate, return_tensors="pt")

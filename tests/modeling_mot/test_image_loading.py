@@ -79,7 +79,7 @@ FILES = {
     "greys beyond 16 bits": (lambda: encoded(Image.fromarray(np.full((20, 30), 70_000, np.int32)), "TIFF"), None),
     "negative greys": (lambda: encoded(Image.fromarray(np.full((20, 30), -1, np.int32)), "TIFF"), None),
     "floats beyond one": (lambda: encoded(Image.fromarray(np.full((20, 30), 1.5, np.float32)), "TIFF"), None),
-    "floats that are not finite": (lambda: encoded(Image.fromarray(np.full((20, 30), np.nan, np.float32)), "TIFF"), None),
+    "floats not finite": (lambda: encoded(Image.fromarray(np.full((20, 30), np.nan, np.float32)), "TIFF"), None),
     "postscript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n", None),
     "a cut png": (lambda: encoded(Image.fromarray(COLOURS))[:900], None),
     "no pixels": (lambda: png(0, 5, 8, 2), None),
@@ -182,8 +182,9 @@ def test_bfloat16_is_a_float():
     [
         np.full((4, 4), 300), np.full((4, 4), -1), np.full((4, 4), 1.5), np.full((4, 4), -0.1), np.full((4, 4), np.nan),
         np.zeros((4, 4), complex), np.zeros((4, 4), object), np.zeros((4, 4), "U2"), np.zeros((5, 5, 2)), np.zeros(4),
-        np.zeros((1, 4, 4, 3)), np.zeros((0, 4)), np.broadcast_to(np.uint8(0), (10**5, 10**5)), torch.empty(4, 4, device="meta"),
-        [1, 2], 7, None, {}, {"path": None}, {"bytes": "text"}, {"path": {"path": "x"}}, "a\0b", "x" * 5000, "\ud800",
+        np.zeros((1, 4, 4, 3)), np.zeros((0, 4)), np.broadcast_to(np.uint8(0), (10**5, 10**5)),
+        torch.empty(4, 4, device="meta"), [1, 2], 7,
+        None, {}, {"path": None}, {"bytes": "text"}, {"path": {"path": "x"}}, "a\0b", "x" * 5000, "\ud800",
     ],
 )  # fmt: skip
 def test_what_is_no_picture_is_the_same_error_everywhere(processor, bad):

@@ -148,7 +148,8 @@ load_fitted(picture(9, 9), ImageTokenizerConfig(image_size=512)), hear(sound(8_0
 before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
 for fit in ("crop", "pad"):
     for data in pictures:
-        assert (load_fitted(data, ImageTokenizerConfig(image_size=512, fit=fit))[256, 256] == (77 if fit == "crop" else 255)).any()
+        fitted = load_fitted(data, ImageTokenizerConfig(image_size=512, fit=fit))
+        assert (fitted[256, 256] == (77 if fit == "crop" else 255)).any()
 for data in sounds:
     hear(data)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, time.monotonic() - started)
