@@ -144,7 +144,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """The inputs that every call returns; `image_sizes` comes only with pictures that differ in size."""
+        """The model's inputs, without `image_sizes`, which comes only with pictures that differ in size."""
         names = ["input_ids", "attention_mask", "modality_ids"]
         return names if self.image_processor is None else [*names, "pixel_values"]
 

@@ -262,6 +262,15 @@ def test_generated_speech_is_found_under_either_name(processor):
     assert processor([text("a")], continue_with="speech") == processor([text("a")], continue_with="audio")
 
 
+def test_generate_opens_speech_under_either_name(tiny_model):
+    prompt = torch.tensor([[1, 10, 11]])
+    model = tiny_model()
+    spoken, heard = (
+        model.generate(prompt, generation_mode=mode, max_new_tokens=6, do_sample=False) for mode in ("speech", "audio")
+    )
+    assert torch.equal(spoken, heard) and spoken[0, 3] == 5
+
+
 def test_missing_and_broken_files_are_named(processor, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.png"):
         processor([{"type": "image", "image": str(tmp_path / "nowhere.png")}])
