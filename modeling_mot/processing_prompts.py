@@ -42,7 +42,7 @@ class PromptMixin:
         Args:
             merged: transformers' arguments, sorted by what they are for.
         """
-        pictures, sounds = flatten(images), flatten_audio(audio)
+        pictures, sounds = leaves_of(images), sounds_of(audio)
         if text is None and not pictures and not sounds:
             raise ValueError("there is nothing to process: give documents=, text=, images= or audio=")
         if text is None:
@@ -157,22 +157,22 @@ def check_text_options(options: Mapping[str, Any]) -> None:
     check_fields({name: getattr(value, "value", value) for name, value in options.items()}, TEXT_RULES)
 
 
-def flatten(values: Any) -> list[Any]:
+def leaves_of(values: Any) -> list[Any]:
     """Leaves of nested lists; a value that is no list is its own leaf."""
     if values is None:
         return []
     if isinstance(values, (list, tuple)):
-        return [leaf for value in values for leaf in flatten(value)]
+        return [leaf for value in values for leaf in leaves_of(value)]
     return [values]
 
 
-def flatten_audio(audio: Any) -> list[Any]:
-    """Leaves of nested lists, where a list of numbers is one sound."""
+def sounds_of(audio: Any) -> list[Any]:
+    """Sounds of nested lists, where a list of numbers is one sound."""
     if isinstance(audio, (list, tuple)) and audio and isinstance(audio[0], (int, float, np.number)):
         return [np.asarray(audio)]
     if isinstance(audio, (list, tuple)):
-        return [sound for part in audio for sound in flatten_audio(part)]
-    return flatten(audio)
+        return [sound for part in audio for sound in sounds_of(part)]
+    return leaves_of(audio)
 
 
 def check_placeholders(prompts: Any, image_token: str, pictures: list, audio_token: str, sounds: list) -> None:
