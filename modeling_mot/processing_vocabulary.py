@@ -91,6 +91,7 @@ def extend_tokenizer(
         # They are special, so that a text that spells one does not become it when documents are encoded.
         tokenizer.add_tokens([special(code_token(modality, i)) for i in range(count)], special_tokens=True)
 
+    # Texts begin as documents do. Ids with holes are refused at the end, when all tokens are there.
     if begins_texts and (
         tokenizer.backend_tokenizer.post_processor is None
         or not tokenizer.backend_tokenizer.post_processor.num_special_tokens_to_add(False)
