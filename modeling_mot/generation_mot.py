@@ -174,8 +174,9 @@ class MoTGenerationMixin(GenerationMixin):
         max_speech_tokens: instead of `config.max_speech_tokens`.
         constrain_spans: False to sample from the whole vocabulary everywhere (default True).
         generator: of sampled tokens: a `torch.Generator`, or one for each sequence; default: torch's global one.
-        generation_mode: "image" or "audio" opens a picture or speech behind prompts that do not end with one opened; a
-            picture is then all that is made, whatever `max_new_tokens`. Default, and "text": as the model chooses.
+        generation_mode: "image" or "audio" ("speech" is the same) opens a picture or speech behind prompts that do not
+            end with one opened; a picture is then all that is made, whatever `max_new_tokens`. Default, and "text": as
+            the model chooses.
 
     `guidance_scale` with `negative_prompt_ids` guides pictures away from the unconditional prompt.
     """
@@ -187,6 +188,7 @@ class MoTGenerationMixin(GenerationMixin):
                 "generate() needs config.modality_token_ranges to know the modality of each new token; it is None"
             )
         if (mode := kwargs.pop("generation_mode", None)) not in (None, "text"):
+            mode = "audio" if mode == "speech" else mode
             if mode not in self.output_modalities:
                 raise ValueError(f"generation_mode={mode!r} is not one of {', '.join(self.output_modalities)}")
             input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
