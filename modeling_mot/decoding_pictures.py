@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import logging
 
 from .attention_masks import RANGES, AttentionPlan, ImageBlocks, attention_mask_for
@@ -149,17 +149,6 @@ class ScratchLayer(DynamicLayer):
         return self.length
 
 
-class PlannedCache(DynamicCache):
-    """Layers of which an attention plan tells what is seen; by its length it has nothing of an earlier forward."""
-
-    def __init__(self, layers: list[ScratchLayer]):
-        super().__init__()
-        self.layers = layers
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-
 class ImageForward:
     """Forwards over [BOI,] an image [, EOI] behind prefixes, for images of one size. The prefixes are copied once, here.
 
@@ -210,7 +199,7 @@ class ImageForward:
             # Ranges of keys; for float32 torch's own kernel with a mask is as fast.
             last = longest + torch.where(in_block, int(in_block[0].sum()) - 1, total - 1)
             plan = AttentionPlan.from_ranges(missing[:, None].expand_as(last), last)
-            return {"past_key_values": PlannedCache(layers), "attention_plan": plan}
+            return {"past_key_values": Cache(layers=layers), "attention_plan": plan}
         blocks = ImageBlocks(F.pad(torch.where(in_block, 0, -1), (longest, 0), value=-1))
         mask = (torch.arange(longest + total, device=embeds.device) >= missing[:, None]).long()
         cache = Cache(layers=layers)

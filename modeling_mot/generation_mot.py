@@ -29,7 +29,7 @@ from .checks_arguments import (
 )
 from .configuration_mot import check_spans
 from .decoding_lean import LeanDecoder, is_plain_dynamic
-from .decoding_loop import Sampling, sample
+from .decoding_loop import Request, Sampling
 from .serving_mot import MoTServer
 from .serving_requests import TextSequence
 from .tower_routing import ModalityRouting, keeps_methods
@@ -334,9 +334,9 @@ class MoTGenerationMixin(GenerationMixin):
         streamer=None,
         **model_kwargs,
     ):
-        generator = getattr(generation_config, "generator", None)
-        lean = None if synced_gpus else self._lean_decoder(input_ids, generation_config, model_kwargs)
-        if lean is None and generator is None:
+        request = Request(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, streamer)
+        lean = None if synced_gpus else self._lean_decoder(request)
+        if lean is None and getattr(generation_config, "generator", None) is None:
             return super()._sample(
                 input_ids,
                 logits_processor,
@@ -348,21 +348,22 @@ class MoTGenerationMixin(GenerationMixin):
             )
         if self._shows_insides(generation_config) or synced_gpus:
             raise ValueError("generator= goes with neither output_attentions, output_hidden_states nor synced_gpus")
-        sampling = Sampling(self, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
-        return sample(sampling, lean, streamer)
+        return Sampling(self, request).run(lean)
 
     @staticmethod
     def _shows_insides(generation_config) -> bool:
         return bool(generation_config.output_attentions or generation_config.output_hidden_states)
 
-    def _lean_decoder(self, input_ids, generation_config, model_kwargs) -> LeanDecoder | None:
-        """What runs the steps after the prompt, or None where the model's own forward does."""
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        if self._shows_insides(generation_config) or not model_kwargs.get("use_cache") or not is_plain_dynamic(cache):
+    def _lean_decoder(self, request: Request) -> LeanDecoder | None:
+        """Return the decoder of the steps behind the prompt, or None where the model's own forward must run them."""
+        given = request.model_kwargs
+        cache, mask, modality_ids = given.get("past_key_values"), given.get("attention_mask"), given.get("modality_ids")
+        if self._shows_insides(request.generation_config) or not given.get("use_cache") or not is_plain_dynamic(cache):
             return None
+        # A mask no longer than the cache, or modalities of tokens that are still to come, are the forward's to read.
         is_continued = cache.get_seq_length() > 0 and mask is not None and mask.shape[1] <= cache.get_seq_length()
-        given, embeds = model_kwargs.get("modality_ids"), model_kwargs.get("inputs_embeds")
-        runs_ahead = given is not None and embeds is None and given.shape[1] > input_ids.shape[1]
+        has_ids_alone = modality_ids is not None and given.get("inputs_embeds") is None
+        runs_ahead = has_ids_alone and modality_ids.shape[1] > request.input_ids.shape[1]
         return None if is_continued or runs_ahead else LeanDecoder.of(self)
 
     def generate_batch(

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from .attention_masks import find_image_blocks, image_positions
 from .checks_arguments import negative_prompt
-from .decoding_loop import IMAGE_INPUTS, InterleavedDecoding
+from .decoding_loop import IMAGE_INPUTS, InterleavedDecoding, Request
 from .decoding_pictures import DiffusionSettings
 from .generation_mot import MoTGenerationMixin
 from .serving_rounds import PictureSequence, Studio
@@ -212,8 +212,5 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         streamer=None,
         **model_kwargs,
     ):
-        decoding = InterleavedDecoding(
-            self, input_ids, model_kwargs, generation_config, logits_processor, stopping_criteria, streamer
-        )
-        decoding.run()
-        return decoding.output()
+        request = Request(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, streamer)
+        return InterleavedDecoding(self, request).run()

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 
 from .decoding_lean import DecodingCache, Prefix, decoder_of
-from .decoding_loop import InterleavedDecoding
+from .decoding_loop import InterleavedDecoding, Request
 from .decoding_pictures import Denoising, ImageForward, commit
-from .serving_requests import Request, attempt, own_error
+from .serving_requests import attempt, own_error
 
 
 # V vocabulary
@@ -179,29 +179,25 @@ class PictureSequence:
     """A request that writes and draws: `TextSequence` with pictures.
 
     Attributes:
-        drawing: the picture that is drawn now.
+        token, position: the token to run next and its position; None while a picture is drawn, and at the end.
+        drawing: the picture that is drawn now, or None.
     """
 
     def __init__(self, model, request: Request, decoder):
-        self.model, self.request, self.decoder = model, request, decoder
-        self.token, self.drawing, self.began = None, None, time.perf_counter()
+        self.model = model
+        self.request = request
+        self.decoder = decoder
+        self.token: int | None = None
+        self.drawing: Denoising | None = None
+        self.began = time.perf_counter()
 
     @property
     def is_drawing(self) -> bool:
         return self.drawing is not None
 
     def begin(self) -> Prefix:
-        request = self.request
-        self.decoding = InterleavedDecoding(
-            self.model,
-            request.input_ids,
-            request.model_kwargs,
-            request.generation_config,
-            request.logits_processor,
-            request.stopping_criteria,
-            request.streamer,
-            self.decoder,
-        )
+        """Run the prompt, and choose the first token or begin a picture.  -> the keys and values to cache"""
+        self.decoding = InterleavedDecoding(self.model, self.request, self.decoder)
         (self.position,) = self.decoding.positions
         prefix = self.decoding.cache.prefix(0, self.position)
         self.decoding.cache = None  # the server keeps it
@@ -209,15 +205,18 @@ class PictureSequence:
         return prefix
 
     def take(self, logits: torch.Tensor) -> None:
-        self.token, self.drawing, self.decoding.logits = None, None, logits.float()
+        """Choose the next token from the logits (1, V) of the last one, or begin a picture behind BOI."""
+        self.token = None
+        self.drawing = None
         if self.decoding.last_token(0) == self.model.config.boi_token_id:
             self.drawing = Denoising(self.model, self.decoding.settings, self.decoding.generators, [0])
             return
-        (token,) = self.decoding.choose()
-        self.token = token if self.decoding.running else None
+        self.decoding.choose(logits.float())
+        if self.decoding.running:
+            self.token = self.decoding.last_token(0)
 
     def keep(self) -> None:
-        """The picture that is done; behind it the sequence goes on, or does not and draws no more."""
+        """Append the finished picture. The sequence goes on behind it, or ends."""
         self.decoding.keep([0], self.drawing)
         if not self.decoding.running:
             self.drawing = None
