@@ -43,7 +43,7 @@ class Request(NamedTuple):
     created_time: float | None = None
 
 
-# ------------------------------------------------------------------------------------------------------- one choice
+# ---------------------------------------------------------------------------------------------------------- one choice
 
 
 class TokenLoop:
@@ -153,7 +153,7 @@ def draw(scores: torch.Tensor, do_sample: bool, generators: Generators) -> torch
     return torch.cat([token.to(scores.device) for token in drawn])
 
 
-# ----------------------------------------------------------------------------------------------- sequences of tokens
+# ------------------------------------------------------------------------------------------------- sequences of tokens
 
 
 class Sampling(TokenLoop):
@@ -291,7 +291,7 @@ class ModelSteps:
         return self.model_kwargs.get("past_key_values")
 
 
-# ------------------------------------------------------------------------------------- sequences of tokens and pictures
+# ------------------------------------------------------------------------------------ sequences of tokens and pictures
 
 
 @dataclass
@@ -431,7 +431,7 @@ class InterleavedDecoding(TokenLoop):
     def last_token(self, row: int) -> int:
         return self.new_tokens[row][-1] if self.new_tokens[row] else int(self.prompt[row, -1])
 
-    # ------------------------------------------------------------------------------------------------- text mode
+    # ------------------------------------------------------------------------------------------------------- text mode
 
     def _process(self, logits: torch.Tensor) -> torch.Tensor:
         """(R, V) -> (R, V)"""
@@ -478,7 +478,7 @@ class InterleavedDecoding(TokenLoop):
         self.logits = self.decoder.step(self.prompt.new_tensor(tokens), self.positions, self.cache).float()
         self.positions = [position + 1 for position in self.positions]
 
-    # -------------------------------------------------------------------------------------------- diffusion mode
+    # -------------------------------------------------------------------------------------------------- diffusion mode
 
     def _draw(self, rows: list[int]) -> None:
         """Draw a picture in each of these sequences, and append it with EOI."""
@@ -499,7 +499,7 @@ class InterleavedDecoding(TokenLoop):
             self.positions[row] = position
 
     def unconditional_prefixes(self, rows: list[int]) -> list[Prefix]:
-        """Return the prefixes that guidance leads these sequences away from. They are run once; none without guidance."""
+        """Return the prefixes that guidance leads these sequences away from, run once; none without guidance."""
         if self.settings.guidance_scale == 1:
             return []
         if self.unconditional is None:
@@ -534,7 +534,7 @@ class InterleavedDecoding(TokenLoop):
                     streamer.put_image(pictures[place])
         self._end(rows)
 
-    # --------------------------------------------------------------------------------------------------- results
+    # --------------------------------------------------------------------------------------------------------- results
 
     def sequences(self) -> torch.Tensor:
         """Return prompts and new tokens, padded on the right.  -> (R, P + longest)"""

@@ -91,7 +91,7 @@ class MoTServer:
         self.stopping, self.exiting = False, False
         self.failure: BaseException | None = None
 
-    # ----------------------------------------------------------------------------------------------- what users call
+    # ------------------------------------------------------------------------------------------------- what users call
 
     def add_request(self, inputs, request_id: str | None = None, timeout: float | None = None, **arguments) -> str:
         """Put a request in the queue.
@@ -237,7 +237,7 @@ class MoTServer:
                     if self.desk.accepted and not self.desk.results and not self._is_run():
                         raise RuntimeError(NOBODY)
 
-    # ------------------------------------------------------------------------------------------------------- rounds
+    # ---------------------------------------------------------------------------------------------------------- rounds
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -324,7 +324,7 @@ class MoTServer:
                 self.desk.accepted.clear()
                 self.changed.notify_all()
 
-    # -------------------------------------------------------------------------------------------------- a request in
+    # ---------------------------------------------------------------------------------------------------- a request in
 
     def _prepared(self, name: str, inputs, arguments: dict) -> Request | None:
         """None where it cannot be served, which its result then says."""

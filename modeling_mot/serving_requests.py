@@ -1,7 +1,6 @@
 """The requests of a server: their results, how `generate()` prepares them, and the desk where they wait.
 
-A request is prepared by `generate()` itself, which stops before it decodes. `TextSequence` then decodes it one token at a
-time.
+`generate()` itself prepares a request, and stops before it decodes. `TextSequence` then decodes it token by token.
 """
 
 import itertools
@@ -25,7 +24,7 @@ from .decoding_loop import Request, Sampling
 # V vocabulary
 
 
-# ---------------------------------------------------------------------------------------------------------- results
+# ------------------------------------------------------------------------------------------------------------- results
 
 
 class RequestStatus(IntEnum):
@@ -104,7 +103,7 @@ def end_stream(streamer) -> BaseException | None:
     return attempt(streamer.end) if callable(getattr(streamer, "end", None)) else None
 
 
-# -------------------------------------------------------------------------------------------------------- preparation
+# --------------------------------------------------------------------------------------------------------- preparation
 
 
 class Terms(NamedTuple):
@@ -216,7 +215,7 @@ def _check_length(request: Request, terms: Terms) -> None:
             )
 
 
-# ----------------------------------------------------------------------------------------------- a request that runs
+# ------------------------------------------------------------------------------------------------- a request that runs
 
 
 class TextSequence:
@@ -260,7 +259,7 @@ class TextSequence:
         return self.sampling.output()
 
 
-# -------------------------------------------------------------------------------------------------------------- desk
+# ---------------------------------------------------------------------------------------------------------------- desk
 
 
 class Desk:
@@ -347,7 +346,7 @@ class Desk:
             self.known.discard(name)
             return self.results.pop(name)
 
-    # ------------------------------------------------------------------------------------------- results come in
+    # ------------------------------------------------------------------------------------------------- results come in
 
     def ended(self, sequence, error: BaseException | str | None) -> None:
         """Lay out the result of a sequence that ran."""

@@ -59,7 +59,7 @@ class Rounds:
         if self.studio is not None:
             self.studio.forget({x.drawing.size for x in self.sequences if x.is_drawing})
 
-    # ---------------------------------------------------------------------------------------------- shared forwards
+    # ------------------------------------------------------------------------------------------------- shared forwards
 
     def _share(self, forward: Callable, go_on: Callable, sequences: list) -> None:
         """Run a forward for all of these, or for each alone where it fails; then let each go on by itself.
@@ -120,7 +120,7 @@ class Rounds:
         cache = DecodingCache.empty(self.model.config, 1, self.dtype, self.model.device)
         self.decoder.step(torch.zeros(1, dtype=torch.long, device=self.model.device), [0], cache)
 
-    # -------------------------------------------------------------------------------------------------------- places
+    # ---------------------------------------------------------------------------------------------------------- places
 
     def _by_size(self, drawing: Iterable) -> list[list]:
         by_size = defaultdict(list)
@@ -142,7 +142,7 @@ class Rounds:
         self.cache.swap(row, other)
         self.sequences[row], self.sequences[other] = self.sequences[other], self.sequences[row]
 
-    # ------------------------------------------------------------------------------------------------------- endings
+    # --------------------------------------------------------------------------------------------------------- endings
 
     def _try(self, sequence, function: Callable, *args) -> None:
         """Call what is a request's own, and end the request where that fails."""
