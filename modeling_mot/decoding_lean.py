@@ -1,7 +1,7 @@
 """Decode one token for each of several sequences, from a model's weights and not through its modules.
 
 This is a second transformer, and that is its cost: a change of the architecture has to be made here a second time, or
-generation no longer does what the model's own forward does. It has to be made in one place, under "Reading a model":
+generation no longer does what the model's own forward does. It has to be made in one place, under "reading a model":
 `LeanDecoder._read` names the modules of a layer, and `_Reader` says which function each module becomes.
 `tests/modeling_mot/test_lean_decoding.py` compares the two transformers.
 
