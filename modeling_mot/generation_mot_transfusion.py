@@ -70,8 +70,8 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
                 `config.latent_size`.
             latent_bound: the largest clean latent that a prediction of noise may imply (default 6.0; latents have about
                 unit deviation); see `NoiseSchedule.bounded`.
-            callback_on_step_end: called as (model, step, timestep, {"latents", "rows"}); it may return {"latents": ...},
-                finite and of the same shape.
+            callback_on_step_end: called as (model, step, timestep, {"latents", "rows"}); it may return
+                {"latents": ...}, finite and of the same shape.
             intermediate_every: keep an estimate of the picture every so many steps.
             output_type: "pil", "pt" (tensors (3, H, W) in [0, 1]) or "latent" (no pictures, only latents).
             progress_bar: show one for each picture.
