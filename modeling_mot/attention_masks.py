@@ -271,11 +271,13 @@ def attention_mask_for(
     Raises:
         ValueError: `document_ids` together with keys of an earlier forward, whose documents are unknown.
     """
-    # A plan that is made here is of this forward's keys alone: a static cache would have room for more.
+    # Ranges that were made ahead are of all keys. Any other plan is of this forward's keys alone, and a static cache
+    # would have room for more.
+    has_ranges = plan is not None and not plan.is_causal
     is_fresh = past_key_values is None or (
         isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() == 0
     )
-    if config._attn_implementation == RANGES and attention_mask is None and (is_fresh or plan is not None):
+    if config._attn_implementation == RANGES and attention_mask is None and (is_fresh or has_ranges):
         if plan is None:
             if position_ids is not None:
                 position_ids = position_ids.expand(inputs_embeds.shape[:2])

@@ -1,7 +1,7 @@
 """Decode one token for each of several sequences, from a model's weights and not through its modules.
 
 This is a second transformer, and that is its cost: a change of the architecture has to be made here a second time, or
-generation no longer does what the model's own forward does. It has to be made in one place, under "reading a model":
+generation no longer equals the model's own forward. It has to be made in one place, under "reading a model":
 `LeanDecoder._read` names the modules of a layer, and `_Reader` says which function each module becomes.
 `tests/modeling_mot/test_lean_decoding.py` compares the two transformers.
 
@@ -175,6 +175,8 @@ class DecodingCache:
                 f"{len(keys)} layers of keys and values of shape {sorted(shapes)} do not fit into a cache of "
                 f"{len(self.keys)} layers of {heads} heads of {head_dim}"
             )
+
+        # Copy them, and show them.
         self._tell_lengths_apart()
         self.reserve(stop)
         for mine, others in ((self.keys, keys), (self.values, values)):
@@ -228,6 +230,8 @@ class Columns:
         if self.is_ragged:
             self.rows = torch.arange(self.count, device=cache.mask.device)
             self.columns = torch.tensor(lengths, device=cache.mask.device)
+
+        # The written columns are shown.
         if cache.mask is not None:
             if self.is_ragged:
                 cache.mask[self.rows, 0, 0, self.columns] = 0
@@ -308,19 +312,24 @@ class LeanLinear:
         if has_mkldnn and dtype == torch.float32:
             self.few = FEW if self.weight.numel() < LARGE else 1
         can_pack = dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        self.may_pack = has_mkldnn and can_pack and not self.weight.is_inference()  # those have no version
+        self.may_pack = has_mkldnn and can_pack and not self.weight.is_inference()  # inference tensors have no version
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """(n, inputs) -> (n, outputs)"""
+        # A packed weight serves as long as the weight itself does not change.
         if self.packed is not None:
             if self.version == self.weight._version:
                 return torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
             self.packed = None  # a server's model was trained on, or adapters were merged into it
+
+        # Pack a weight that has been used for a while.
         self.uses += 1
         if self.uses == PACK_AFTER and self.may_pack and self.room.take(self.weight.nbytes):
             self.packed, self.version = torch.ops.mkldnn._reorder_linear_weight(self.weight), self.weight._version
+
+        # Until then, take the kernel that is fastest for so many rows.
         if len(rows) >= self.few:
-            # Up to twice as fast as what `F.linear` calls, which is better for one row and a small weight, or for many.
+            # Up to twice as fast as the kernel of `F.linear`, which is better for one row of a small weight, or for many.
             return torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
         if self.bias is None:
             return torch.mm(rows, self.transposed)
@@ -512,6 +521,7 @@ class LeanDecoder:
     def _read(self, reader: _Reader, layer: nn.Module) -> LeanLayer:
         """Read a layer: each tower's modules by name, and the function of each."""
         config, attention = self.config, _ours(_ours(layer).self_attn)
+        # The modules of each part, in the order of the towers.
         modules = {
             "attention_norm": self._of_towers(layer.input_layernorm, "norm"),
             "query": self._of_towers(attention.q_proj, "attention"),
@@ -524,6 +534,7 @@ class LeanDecoder:
             "feed_forward": self._of_towers(layer.mlp, "feed_forward"),
         }
 
+        # The function of each module.
         towers = []
         for index, name in enumerate(config.tower_names):
             of_tower = {part: of_towers[index] for part, of_towers in modules.items()}
@@ -560,6 +571,7 @@ class LeanDecoder:
             hidden_states = hidden_states * self.embedding_scale.to(hidden_states.dtype)
         angles, columns = self._angles(positions), cache.open(len(positions))
 
+        # Each layer adds attention and feed-forward to the residual stream, each with the norms of the towers present.
         for index, layer in enumerate(self.layers):
             own = [layer.towers[tower] for tower in towers]
             turns = angles if layer.has_rope else None

@@ -74,11 +74,14 @@ class TokenLoop:
         Args:
             logits: (R, V) in float32. They belong to the loop from now on.
         """
+        # Process the logits. Scores and logits are kept if `generate()` is to return them.
         scores = self._process(logits)
         if self.kept_scores is not None:
             self.kept_scores += (scores,)
         if self.kept_logits is not None:
             self.kept_logits += (logits,)
+
+        # Draw and append tokens, hand them out, and see which sequences are complete.
         tokens = self._append(draw(scores, self.generation_config.do_sample, self.generators))
         if self.request.streamer is not None:
             self.request.streamer.put(tokens.cpu())  # a streamer may write into them: nothing reads them after this
@@ -182,18 +185,23 @@ class Sampling(TokenLoop):
         Returns:
             What `generate()` returns.
         """
+        # The prompts, and who runs the steps behind them.
         outputs = self.prefill()
         cache = outputs.past_key_values
         if lean is None:
             steps = ModelSteps(self.model, outputs, self.request.model_kwargs)
         else:
             steps = LeanSteps(lean, cache, self.request.model_kwargs.get("attention_mask"), self.positions())
+
+        # A choice, a step, a choice, ..., until all sequences have ended.
         self.take(outputs.logits[:, -1])
         del outputs  # the logits of whole prompts are large
         while not self.is_done:
             self.take(steps(self.input_ids))
         if self.request.streamer is not None:
             self.request.streamer.end()
+
+        # The cache is worth a copy only if somebody can see it.
         wants_cache = self.generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
         return self.output(steps.past_key_values(wants_cache))
 
@@ -318,8 +326,8 @@ class InterleavedDecoding(TokenLoop):
     """Sequences that write tokens and draw pictures.
 
     A sequence whose last token is BOI draws a picture, and the others wait. Sequences may therefore differ in length at
-    any time. Logits processors and stopping criteria see each sequence as its own prompt with what followed, so that
-    the result of a sequence does not depend on the others.
+    any time. Logits processors and stopping criteria see each sequence as its own prompt with the tokens behind it, so
+    that the result of a sequence does not depend on the others.
 
     Args:
         model: a `MoTTransfusionModel`.
@@ -398,6 +406,7 @@ class InterleavedDecoding(TokenLoop):
             zeros = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
             images |= {"timesteps": zeros, "clean_images": zeros == 0, "noise": torch.zeros_like(latents)}
 
+        # One forward, of which only the last logits are computed.
         if position_ids is None:
             position_ids = self.model.positions_of_prompts(ids, attention_mask)
         position_ids = position_ids.expand_as(ids)
@@ -417,6 +426,7 @@ class InterleavedDecoding(TokenLoop):
     def run(self) -> MoTTransfusionGenerateOutput:
         """Go from the prompts to the last token and picture.  -> what `generate()` returns"""
         while self.running:
+            # Pictures come first, so that the sequences that draw catch up with the others.
             drawing = [row for row in self.running if self.last_token(row) == self.config.boi_token_id]
             if drawing:
                 self._draw(drawing)
@@ -482,6 +492,7 @@ class InterleavedDecoding(TokenLoop):
 
     def _draw(self, rows: list[int]) -> None:
         """Draw a picture in each of these sequences, and append it with EOI."""
+        # A BOI that belongs to the image's block is run again with it, and is no part of the prefix.
         drop = int(self.config.markers_in_image_block)
         prefixes = [self.cache.prefix(row, self.positions[row], drop) for row in rows]
         drawing = Denoising(self.model, self.settings, [self.generators[row] for row in rows], rows)
@@ -517,10 +528,13 @@ class InterleavedDecoding(TokenLoop):
         Raises:
             ValueError: latents that are not finite.
         """
+        # Decode everything before anything is appended.
         latents = drawing.latents
         check_finite(latents, f"after {drawing.num_steps} steps with guidance_scale={self.settings.guidance_scale}")
         pictures = pictures_of(self.model, latents, self.settings.output_type)
         along = [pictures_of(self.model, estimate, self.settings.output_type) for estimate in drawing.estimates]
+
+        # Append placeholders and EOI, and hand out tokens and picture.
         tokens = [self.config.image_token_id] * self.length + [self.config.eoi_token_id]
         streamer = self.request.streamer
         for place, row in enumerate(rows):

@@ -134,6 +134,7 @@ class MoTGenerationMixin(GenerationMixin):
         """Append the opening token of a span to prompts that do not end with it.  -> (B, L [+ 1]), keywords"""
         if input_ids is None or not input_ids.shape[1]:
             raise ValueError(f"generation_mode={mode!r} needs input_ids, behind which the span is opened")
+        # All prompts stay of one length: all of them get the token, or none.
         token = getattr(self.config, opening)
         ended = input_ids[:, -1] == token
         if ended.all():
@@ -159,6 +160,8 @@ class MoTGenerationMixin(GenerationMixin):
     def _prepare_generation_config(self, generation_config, **kwargs):
         check_config(generation_config)  # a server calls this without `generate()`
         check_lengths(kwargs)
+
+        # Settings of ours bypass transformers, which would take them for arguments of the model.
         own = {name: kwargs.pop(name) for name in OWN_SETTINGS if kwargs.get(name) is not None}
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         for name, value in own.items():
@@ -261,6 +264,8 @@ class MoTGenerationMixin(GenerationMixin):
                 streamer=streamer,
                 **model_kwargs,
             )
+
+        # Ours draws from a generator for each sequence, and may run lean steps.
         if self._shows_insides(generation_config) or synced_gpus:
             raise ValueError("generator= goes with neither output_attentions, output_hidden_states nor synced_gpus")
         return Sampling(self, request).run(lean)
@@ -429,6 +434,7 @@ def spans_of(config, image_grid=None, max_speech_tokens=None) -> list[Span]:
         ValueError: the grid is not two positive numbers, or there is no room for speech.
     """
     check_spans(image_grid, max_speech_tokens)
+    # A grid fixes the number of codes; the model may have none of these markers.
     codes = None if image_grid is None else image_grid[0] * image_grid[1]
     spans = [
         Span("image", config.boi_token_id, config.eoi_token_id, codes or 1, codes),
@@ -518,10 +524,12 @@ class OpenSpanCriteria(StoppingCriteria):
     """
 
     def __init__(self, spans: list[Span], length: int):
-        self.spans, self.length = spans, length
+        self.spans = spans
+        self.length = length
 
     def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
         """(R, L) -> (R,)"""
+        # Spans are looked for only once the length is reached.
         ends = torch.full((len(input_ids),), input_ids.shape[1] >= self.length, device=input_ids.device)
         for span in self.spans if input_ids.shape[1] >= self.length else ():
             ends &= ~span.opened(input_ids)[1]

@@ -149,7 +149,7 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         for name, value in model_kwargs.items():
             if value is not None and name not in PROMPT_INPUTS:
                 raise ValueError(
-                    f"generate() of a Transfusion model takes no {name}; what it reads of a prompt are input_ids and "
+                    f"generate() of a Transfusion model takes no {name}; of a prompt it reads input_ids and "
                     f"{', '.join(PROMPT_INPUTS)}"
                 )
 
@@ -168,6 +168,7 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         saved = {name: getattr(generation_config, name, None) for name in SETTINGS if name != "unconditional_prompt"}
         settings = DiffusionSettings(**({name: value for name, value in saved.items() if value is not None} | given))
         settings.validate(self.config)
+        # Guidance needs a model that has learnt to draw without a caption.
         if settings.guidance_scale not in (0, 1) and not self.config.caption_dropout:
             logger.warning(
                 f"guidance_scale={settings.guidance_scale} with a model of caption_dropout=0: it never learnt to draw "

@@ -50,8 +50,7 @@ class MoTTransfusionPipeline(DiffusionPipeline):
 
         Args:
             name_or_path: the folder, or the repository on the Hub.
-            kwargs: of `MoTTransfusionModel.from_pretrained`; those that name a revision or a token go to the processor
-                as well.
+            kwargs: of `MoTTransfusionModel.from_pretrained`. A revision, a token and the like go to the processor too.
 
         Raises:
             ValueError: the checkpoint is not complete, or does not fit.
@@ -175,6 +174,7 @@ class MoTTransfusionPipeline(DiffusionPipeline):
             raise ValueError(
                 f"{len(texts)} negative prompts came for {count} prompts; give one for all, or one for each"
             )
+        # Each picture of a prompt has the negative prompt of that prompt.
         if len(texts) > 1:
             texts = [text for text in texts for _ in range(repeats)]
         encoded = self.processor(

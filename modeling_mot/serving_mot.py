@@ -113,7 +113,7 @@ class MoTServer:
         self.exiting = False
         self.failure: BaseException | None = None
 
-    # ------------------------------------------------------------------------------------------------- what users call
+    # ------------------------------------------------------------------------------------------------- called by users
 
     def add_request(self, inputs, request_id: str | None = None, timeout: float | None = None, **arguments) -> str:
         """Put a request in the queue.
@@ -133,6 +133,7 @@ class MoTServer:
             RuntimeError: the server was stopped, or has failed.
         """
         _check_timeout(timeout)
+        # The name is taken at once; preparing a request takes time, for which `changed` is not held.
         with self.changed:
             self._check_open()
             request_id = self.desk.open(request_id)
@@ -175,6 +176,8 @@ class MoTServer:
         with self.changed:
             # After a failure the results of all that were in are still to come.
             self._wait(lambda: is_settled() or self.failure is not None and not desk.accepted, timeout)
+
+            # The result is there, will be there, or never comes.
             if request_id is not None and request_id not in desk.known:
                 raise KeyError(f"no request is called {request_id!r}, or its result was taken already")
             if is_settled():
@@ -299,6 +302,8 @@ class MoTServer:
             if not self.stepping.acquire(blocking=False):
                 raise RuntimeError("a round is under way already; only one thread may run the server, and no callback")
             self.runner = threading.current_thread()
+
+        # Errors of single requests stay within these calls. Any other error is the server's.
         try:
             self._cancel()
             self._admit()
@@ -328,7 +333,7 @@ class MoTServer:
                 self.changed.notify_all()
 
     def _exit(self) -> None:
-        """Wait for the last round when the interpreter ends, which a thread inside of torch would abort."""
+        """Wait for the last round when the interpreter ends: a thread inside of torch would abort the interpreter."""
         with self.changed:
             self.exiting, thread = True, self.thread
             self.changed.notify_all()
@@ -357,9 +362,12 @@ class MoTServer:
 
     def _fail(self, error: BaseException) -> None:
         """Let no more requests in, and give every request a result that tells of the failure."""
+        # From here on no request is let in, and none begins.
         with self.changed:
             self.failure = error
             self.desk.waiting.clear()
+
+        # Requests that ran keep the tokens and pictures that they have.
         try:
             for sequence in list(self.rounds.sequences):
                 self.desk.ended(sequence, error)
@@ -375,6 +383,7 @@ class MoTServer:
 
     def _prepared(self, name: str, inputs, arguments: dict) -> Request | None:
         """Prepare a request.  -> None if it cannot be served; its result then says why"""
+        # The server's arguments come first, those of the request overrule them.
         streamer = None
         try:
             given = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
@@ -406,6 +415,7 @@ class MoTServer:
         def is_settled() -> bool:
             return self._queue_has_room() or self._is_cancelled(name) or self.stopping or self.failure is not None
 
+        # Wait, and let the request in. A request that was cancelled meanwhile needs no room.
         with self.changed:
             came = self._wait(is_settled, timeout)
             self._check_open()

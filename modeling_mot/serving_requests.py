@@ -167,6 +167,7 @@ def prepared(model, request_id: str, arguments: dict, terms: Terms) -> Request:
     model.generate(**arguments, custom_generate=catch)
     (request,) = caught
 
+    # The server runs one sequence for each request, with a cache that it can copy.
     _check_one(len(request.input_ids))
     cache = request.model_kwargs.get("past_key_values")
     if cache is not None and not is_plain_dynamic(cache):
@@ -181,13 +182,16 @@ def _refuse_what_is_not_served(model, arguments: dict) -> None:
     for name in ("allow_urls", "allow_paths"):
         if name in arguments:
             raise ValueError(f"{name} came with a request; it is the server's to say: MoTServer(model, {name}=...)")
+
+    # Beams and assistants decode in another way.
     rest = {name: value for name, value in arguments.items() if name != "generation_config"}
     config, _ = model._prepare_generation_config(arguments.get("generation_config"), **rest)
     mode = config.get_generation_mode(arguments.get("assistant_model"))
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(f"a request asks for {mode.value}; served are sampling and greedy search: use generate()")
     _check_one(config.num_return_sequences)
-    # "paged" in a configuration is what brought `generate()` to a server; as an argument it would make another.
+
+    # "paged" in a configuration has brought `generate()` to a server; as an argument it would make another server.
     served = (None, "dynamic") if "cache_implementation" in arguments else (None, "dynamic", "paged")
     if config.cache_implementation not in served:
         raise ValueError(
@@ -202,6 +206,7 @@ def _check_one(count: int) -> None:
 
 
 def _check_length(request: Request, terms: Terms) -> None:
+    # The unconditional prompt of guidance is cached as well.
     diffusion = getattr(request.generation_config, "diffusion", None)
     negative = getattr(diffusion, "unconditional_prompt", None)
     lengths = {"max_new_tokens": request.generation_config.max_length}
@@ -292,6 +297,7 @@ class Desk:
         """
         if name is not None and not isinstance(name, str):
             raise ValueError(f"request_id={name!r} must be a string")
+        # A number may have been taken as a name.
         with self.changed:
             if name is None:
                 name = next(name for name in self.numbered if name not in self.known)

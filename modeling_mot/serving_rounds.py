@@ -53,6 +53,7 @@ class Rounds:
 
     def step(self) -> None:
         """Take one step with each sequence: a token for all that write, then a denoising step for all that draw."""
+        # Tokens, then denoising steps, for pictures of one size together.
         self._share(self._write, _go_on, [sequence for sequence in self.sequences if sequence.token is not None])
         for members in self._by_size(sequence for sequence in self.sequences if sequence.is_drawing):
             self._share(self._predict, _draw_on, members)
@@ -64,6 +65,8 @@ class Rounds:
         for members in self._by_size(x for x in done if x in self.sequences and x.is_drawing):
             self._share(self._commit, _go_on, members)
         self._leave_finished()
+
+        # Prefixes of pictures that nobody draws any more are freed.
         if self.studio is not None:
             self.studio.forget({x.drawing.size for x in self.sequences if x.is_drawing})
 
@@ -108,6 +111,7 @@ class Rounds:
 
     def _write(self, sequences: list) -> list:
         """Run one token of each.  -> logits (1, V) for each"""
+        # A decoder steps in the first rows of the cache.
         self._to_the_front(sequences)
         first = self.sequences[: len(sequences)]
         lengths = self.cache.lengths[: len(sequences)]
@@ -115,6 +119,7 @@ class Rounds:
         try:
             logits = self.decoder.step(tokens, [sequence.position for sequence in first], self.cache)
         except BaseException:
+            # The columns that the step began are cut off again.
             for row, length in enumerate(lengths):
                 self.cache.cut(row, length)
             raise
@@ -169,6 +174,7 @@ class Rounds:
 
     def leave(self, sequence, error: BaseException | str | None = None) -> None:
         """Free the row of a sequence, and tell that the sequence has ended."""
+        # The last sequence takes the free row.
         row, last = self.sequences.index(sequence), len(self.sequences) - 1
         if row != last:
             self._swap(row, last)
