@@ -329,7 +329,7 @@ class LeanLinear:
 
         # Until then, take the kernel that is fastest for so many rows.
         if len(rows) >= self.few:
-            # Up to twice as fast as the kernel of `F.linear`, which is better for one row of a small weight, or for many.
+            # Up to twice as fast as `F.linear`, which is better for one row of a small weight, or for many rows.
             return torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
         if self.bias is None:
             return torch.mm(rows, self.transposed)
@@ -413,6 +413,7 @@ class _NotPlain(Exception):
 
 
 def _ours(module: nn.Module) -> nn.Module:
+    """Return a module that has no hooks and a forward of this package; others are not plain."""
     if not is_of_this_package(module):
         raise _NotPlain
     return module
