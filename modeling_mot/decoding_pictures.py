@@ -157,7 +157,7 @@ class Denoising:
         self.scheduler = build_scheduler(config, settings.scheduler, **settings.scheduler_kwargs)
         self.scheduler.set_timesteps(settings.num_inference_steps, device=device)
 
-        # Each image begins as noise of its own generator, from which the scheduler draws too if it is a random one.
+        # Each image begins as noise of its own generator, from which a scheduler with random steps draws too.
         shape = (1, config.latent_channels, *self.size)
         self.latents = torch.cat([_randn(shape, generator, device) for generator in generators])
         self.latents = self.latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
@@ -195,7 +195,7 @@ class Denoising:
             free: (R, C, h, w) of the model without the prompt, for guidance; None without guidance.
 
         Raises:
-            ValueError: the callback made latents that cannot be gone on with.
+            ValueError: the callback left no finite latents of the same shape.
         """
         # Guidance: unconditional + scale * (conditional - unconditional).
         settings, timestep = self.settings, self.timestep
@@ -288,7 +288,7 @@ class ImageForward:
         with_end: True to run EOI even if it does not belong to the block: the pass that commits the image.
 
     Attributes:
-        seen: the cache and the visibility of its keys, as arguments of the model's forward.
+        seen: the arguments of `_seen`, the same in all forwards.
     """
 
     def __init__(self, model, prefixes: list[Prefix], size: tuple[int, int], with_end: bool = False):
@@ -330,7 +330,9 @@ class ImageForward:
         self.seen = self._seen(embeds, is_patch, missing)
 
     def _seen(self, embeds: torch.Tensor, is_patch: torch.Tensor, missing: torch.Tensor) -> dict:
-        """Let all tokens of the block see each other, EOI behind it see them, and nothing see padding before prefixes.
+        """Return the cache and the visibility of its keys, as arguments of the model's forward.
+
+        All tokens of the block see each other, EOI behind the block sees them, and padding before prefixes is hidden.
 
         Args:
             embeds: (R, T, D), read for its shape, dtype and device.
@@ -436,7 +438,7 @@ def commit(
     """Run clean images of one size once, with EOI, and append them to rows of a cache.
 
     Args:
-        prefixes: of these rows, as they were drawn behind.
+        prefixes: of these rows, behind which the images were drawn.
         latents: (R, C, h, w)
 
     Returns:
