@@ -105,7 +105,7 @@ def orphans(bench: Bench) -> Outcome:
 
 
 def signals(bench: Bench) -> Outcome:
-    """SIGTERM and SIGINT, to the launcher and to all, in a step, an evaluation, a save and while data are waited for."""
+    """Send SIGTERM and SIGINT to the launcher and to all: in a step, an evaluation, a save, and a wait for data."""
     outcome, run = Outcome(), bench.new("signalled")
     newest, slowest, codes = 0, 0.0, set()
     for number, (moment, name, who) in enumerate(
@@ -149,7 +149,7 @@ def stopped_rank(bench: Bench) -> Outcome:
     bench.compare(run, outcome)
     bench.check_checkpoints(run, outcome, bench.steps)
     outcome.remarks = [
-        f"timeout of 10 s; {ended.seconds_after:.0f} s from the stop to the end of the run, 30 of which the launcher gives "
-        "a stopped process to end"
+        f"timeout of 10 s; {ended.seconds_after:.0f} s from the stop to the end of the run, 30 of which the launcher "
+        "gives a stopped process to end"
     ]
     return outcome

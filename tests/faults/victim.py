@@ -70,13 +70,15 @@ ACTIONS = {
     "kill launcher": lambda fault: _kill(os.getppid()),
     "stop": lambda fault: os.kill(os.getpid(), signal.SIGSTOP),
     "fill": _fill,
-    **{f"{name} launcher": lambda fault, name=name: os.kill(os.getppid(), signal.Signals[name]) for name in ("SIGTERM", "SIGINT")},
-    **{f"{name} all": lambda fault, name=name: _signal_all(signal.Signals[name]) for name in ("SIGTERM", "SIGINT")},
-}  # fmt: skip
+    "SIGTERM launcher": lambda fault: os.kill(os.getppid(), signal.SIGTERM),
+    "SIGINT launcher": lambda fault: os.kill(os.getppid(), signal.SIGINT),
+    "SIGTERM all": lambda fault: _signal_all(signal.SIGTERM),
+    "SIGINT all": lambda fault: _signal_all(signal.SIGINT),
+}
 
 
 class Happening:
-    """What is to happen in this process, and how often it has come to the moment."""
+    """A fault that is to happen in this process, and how often the process has come to its moment."""
 
     def __init__(self, fault: dict):
         self.fault, self.times = fault, 0

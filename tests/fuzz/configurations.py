@@ -32,7 +32,8 @@ SHARES = (-0.1, 1.0, 1.5, NAN, INF, -INF, "0.1", True)
 SCALES = (0, -1.0, NAN, INF, -INF, "1e-5", None, 1e308)
 TOKEN_IDS = (-1, 3, 4, 5, 59, 60, 10**12, NAN, "3", True, [3], [[3]])
 IMAGE_GRIDS = (
-    [NAN, 2], [2.5, 2], [True, True], [0, 2], [-1, -1], [2], [2, 3, 4], 4, "23", [10**9, 10**9], [INF, 1], [None, None], [],
+    [NAN, 2], [2.5, 2], [True, True], [0, 2], [-1, -1], [2], [2, 3, 4], 4, "23", [10**9, 10**9], [INF, 1],
+    [None, None], [],
 )  # fmt: skip
 SPEECH_LENGTHS = (0, -1, NAN, 2.5, "4", True, INF)
 _REST = {"image": [30, 45], "speech": [45, 60]}
@@ -61,7 +62,8 @@ FIELDS: dict[str, tuple] = {
         ["text", "\ud800"], ["text", "__class__"], ["text", "image", "speech", "x" * 10_000],
     ),
     "towers": (
-        {}, {"text": "a"}, {"text": "a.b", "image": "b", "speech": "c"}, {"text": "shared", "image": "b", "speech": "c"},
+        {}, {"text": "a"}, {"text": "a.b", "image": "b", "speech": "c"}, {"text": "shared", "image": "b",
+        "speech": "c"},
         {"text": "", "image": "", "speech": ""}, {"text": "weight", "image": "bias", "speech": "forward"}, [1], 3,
         {"text": "a/b", "image": "\0", "speech": "*"}, {"text": "keys", "image": "items", "speech": "training"},
         {"text": None},

@@ -26,7 +26,8 @@ UPCYCLE: dict[str, tuple[str, ...]] = {
     "--moe-text": _NUMBERS,
     "--max-length": ("-5", "0", "x", str(10**30), "1"),
     "--init": (
-        "image=perturbed:inf", "image=perturbed:nan", "image=perturbed:-1", "image=perturbed:1e400", "nope=copy", "image",
+        "image=perturbed:inf", "image=perturbed:nan", "image=perturbed:-1", "image=perturbed:1e400",
+        "nope=copy", "image",
         "image=", "image=nope", "=copy", "text=fresh", "image=perturbed:x",
     ),
     "--set": (

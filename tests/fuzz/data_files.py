@@ -42,7 +42,7 @@ NAMES = (
 
 
 def read(rng: Random, place: Place) -> Case:
-    """A source that is prepared: one of its records is bad, or its file is damaged. With `on_error: skip` the good remain."""
+    """Prepare a source with a bad record or a damaged file. With `on_error: skip` the good records remain."""
     make = rng.choice([_bad_record, _bad_record, _bad_record, _damaged_file, _bad_settings])
     return make(rng, place)
 
@@ -137,7 +137,8 @@ def good(folder: Path) -> None:
 
 _NAMES_IN_LINES: tuple = (
     "no-such", "a\0b", "a" * 300, "", ".", "/dev/zero", None, 3, [], {"bytes": None}, {"bytes": "x"}, ["a"], "é" * 200,
-    "\ud800.png", "http://outside.invalid/a.png", {"array": [1.0], "sampling_rate": 1}, {"array": None, "sampling_rate": -1},
+    "\ud800.png", "http://outside.invalid/a.png", {"array": [1.0], "sampling_rate": 1}, {"array": None,
+    "sampling_rate": -1},
     {"array": [1.0] * 1600, "sampling_rate": 11_127}, {"array": [[]], "sampling_rate": 16_000},
     {"array": ["a"], "sampling_rate": "b"},
 )  # fmt: skip
@@ -202,7 +203,8 @@ def _bad_record(rng: Random, place: Place) -> Case:
 
 
 _LINES = (
-    b'{"txt": "a"', b"\xff\xfe", b"[]", b"null", b"[" * 100_000, b'{"a":' * 50_000, b"3", b'{"txt": 1e999999}', b"\0", b"",
+    b'{"txt": "a"', b"\xff\xfe", b"[]", b"null", b"[" * 100_000, b'{"a":' * 50_000, b"3", b'{"txt": 1e999999}',
+    b"\0", b"",
     b'{"txt": "\\ud800"}', b'{"txt": 1' + b"0" * 10_000 + b"}", b'{"txt": "a", "txt": "b"}', b'{"txt": NaN}',
     b'\xef\xbb\xbf{"txt": "a"}',
 )  # fmt: skip
@@ -384,7 +386,9 @@ _SETTINGS: dict[str, dict[str, tuple]] = {
         "flip": ("x", 3),
     },
     "data": {
-        **dict.fromkeys(("max_pixels", "max_audio_seconds", "max_record_bytes", "max_group_bytes"), (0, -1, NAN, INF, "x", 1)),
+        **dict.fromkeys(
+            ("max_pixels", "max_audio_seconds", "max_record_bytes", "max_group_bytes"), (0, -1, NAN, INF, "x", 1)
+        ),
         "row_length": (0, -1, 9, NAN, 10**12, "x"),
         "block_documents": (0, -1, 10**12, NAN),
         "replaced_codes": (-1, 2, NAN),

@@ -49,8 +49,10 @@ def push(rng: Random, place: Place) -> Case:
 
 
 _FILES = (
-    "samples.png", "losses.png", "a.jpg", "a.webp", "README.md", "LICENSE", "NOTICE", "conversion.json", "x.bin", "x.pkl",
-    "generation_config.json", "chat_template.jinja", "LICENSE.png", "image_tokenizer/x.json", "vocab.json", "merges.txt",
+    "samples.png", "losses.png", "a.jpg", "a.webp", "README.md", "LICENSE", "NOTICE", "conversion.json",
+    "x.bin", "x.pkl",
+    "generation_config.json", "chat_template.jinja", "LICENSE.png", "image_tokenizer/x.json", "vocab.json",
+    "merges.txt",
     "tokenizer.model", ".gitattributes", "USE_POLICY.md",
 )  # fmt: skip
 _NEVER_TEXT = (".png", ".jpg", ".webp", ".bin", ".pkl")

@@ -51,16 +51,20 @@ def good(folder: Path) -> None:
 
 _OF_TYPE: dict[str, tuple[str, ...]] = {
     "int": (
-        "-1", "0", str(2**63), str(10**30), ".nan", ".inf", "1.5", "true", "x", "null", "[1]", "{a: 1}", "'3'", "1_0", "0x10",
+        "-1", "0", str(2**63), str(10**30), ".nan", ".inf", "1.5", "true", "x", "null", "[1]", "{a: 1}", "'3'",
+        "1_0", "0x10",
         "2024-01-01",
     ),
     "float": (
-        "-1", "0", ".nan", ".inf", "-.inf", "1e400", "-1e-400", "true", "x", "null", "[1.0]", "'3'", "1e308", str(10**400),
+        "-1", "0", ".nan", ".inf", "-.inf", "1e400", "-1e-400", "true", "x", "null", "[1.0]", "'3'", "1e308",
+        str(10**400),
     ),
     "bool": ("1", "x", "null", "[true]", "yes", "'true'", ".nan"),
     "str": (
-        "''", "3", "null", "[a]", "'\\0'", '"\\0"', '"\\uD800"', "~", "!!binary aGk=", "nosuch", "'../../../x'", "/dev/null",
-        "/etc", "x" * 5000, "é" * 300, "/proc/self/mem", "http://outside.invalid/a.jsonl", "hf://datasets/no/such", "'*'",
+        "''", "3", "null", "[a]", "'\\0'", '"\\0"', '"\\uD800"', "~", "!!binary aGk=", "nosuch",
+        "'../../../x'", "/dev/null",
+        "/etc", "x" * 5000, "é" * 300, "/proc/self/mem", "http://outside.invalid/a.jsonl",
+        "hf://datasets/no/such", "'*'",
         "'[[['",
     ),
 }  # fmt: skip
@@ -74,7 +78,8 @@ _OF_KEY: dict[str, tuple[str, ...]] = {
         "/etc/nothing", "''", "/dev/null", "'*.jsonl'", '"\\0"', "/proc/self/mem", "'**'", "hf://x",
     ),
     "data.sources.0.templates.0.segments": (
-        "[]", "['text:']", "['nope:text']", "['text:{}']", "['text:{text.__class__}']", "['text:{text[0]}']", "['text:{']",
+        "[]", "['text:']", "['nope:text']", "['text:{}']", "['text:{text.__class__}']", "['text:{text[0]}']",
+        "['text:{']",
         "['text:{text!r:>999999999}']", "['text:{text:{text}}']", "['image:text']", "['document:text']", "[3]",
         "['text:nope']",
     ),

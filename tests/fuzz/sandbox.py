@@ -124,7 +124,7 @@ def _read(path: Path) -> str:
     return path.read_text(errors="replace") if path.is_file() else ""
 
 
-# ------------------------------------------------------------------------------------------------- in the case's process
+# ------------------------------------------------------------------------------------------------ in the case's process
 
 
 def _child(area: Area, drawn_from: str, place: Place, root: Path) -> None:

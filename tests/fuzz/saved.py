@@ -106,7 +106,8 @@ def bad_index(rng: Random, place: Place, source: Path, copy: Path) -> str:
 _HEADERS = (
     b"{}", b"[]", b"[" * 100_000, b'{"a":' * 50_000, b'{"w":3}', b'{"__metadata__":{"a":1}}', b"\xff",
     b'{"w":{"dtype":"F32","shape":[1000000000,1000000000],"data_offsets":[0,4]}}',
-    b'{"w":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', b'{"w":{"dtype":"F7","shape":[1],"data_offsets":[0,4]}}',
+    b'{"w":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}',
+    b'{"w":{"dtype":"F7","shape":[1],"data_offsets":[0,4]}}',
     b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}',
 )  # fmt: skip
 _DTYPES = (torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.uint8, torch.float64)

@@ -135,7 +135,8 @@ ANSWERS: dict[str, Callable[..., Any]] = {
 
 
 ERRORS = (
-    ValueError, RuntimeError, KeyboardInterrupt, SystemExit, asyncio.CancelledError, GeneratorExit, MemoryError, StopIteration,
+    ValueError, RuntimeError, KeyboardInterrupt, SystemExit, asyncio.CancelledError, GeneratorExit, MemoryError,
+    StopIteration,
 )  # fmt: skip
 PROMPTS = ([], [10**6], [-1], "abc", [[1, 2], [3, 4]], [1.5, 2], None, [1] * 3000, [NAN], [None], 5, {}, [[]], b"a")
 

@@ -47,7 +47,7 @@ def test_parameters_by_part_are_those_of_a_real_model(name):
         getattr(attention, part)
         for attention in attentions
         for part in ("q_norm", "k_norm")
-        if hasattr(attention, part)
+        if getattr(attention, part) is not None
     ]
     projections = ("q_proj", "k_proj", "v_proj", "o_proj")
     expected = {
@@ -238,7 +238,7 @@ def test_each_process_holds_its_share_of_sixteen_bytes_a_parameter():
     assert parts["gradients being reduced"] == pytest.approx((2 + 4) * layer, rel=1e-3)
 
 
-# -------------------------------------------------------------------------------------------------------------- messages
+# ------------------------------------------------------------------------------------------------------------- messages
 
 
 @pytest.fixture(scope="module")

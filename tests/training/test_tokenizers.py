@@ -451,9 +451,11 @@ def _junk_text(folder):
     [
         ("text", _junk_text, "--text: the tokenizer of .* cannot be read"),
         ("speech", lambda folder: (folder / "model.safetensors").write_bytes(b"junk"), "model.safetensors cannot be"),
-        ("speech", lambda folder: (folder / "speech_tokenizer_config.json").write_text("3"), "config.json holds no JSON"),
+        ("speech", lambda folder: (folder / "speech_tokenizer_config.json").write_text("3"),
+        "config.json holds no JSON"),
         ("speech", lambda folder: (folder / "speech_tokenizer_config.json").write_bytes(b"\xff"), "config.json cannot"),
-        ("speech", lambda folder: (folder / "speech_tokenizer_config.json").write_text("[" * 10**5), "config.json cannot"),
+        ("speech", lambda folder: (folder / "speech_tokenizer_config.json").write_text("[" * 10**5),
+        "config.json cannot"),
         ("speech", shutil.rmtree, "--speech: "),
     ],
 )  # fmt: skip
