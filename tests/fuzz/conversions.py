@@ -1,4 +1,4 @@
-"""Conversions from and to other checkpoints."""
+"""Bad sources and options for conversions from and to other checkpoints."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +68,7 @@ CONVERSIONS: dict[str, tuple[Callable, tuple[str, ...], dict, list[str]]] = {
 
 
 def good(folder: Path) -> None:
-    """Every conversion of a good source."""
+    """Run every conversion on a good source."""
     root = saved()
     for main, words in (
         (upcycle.main, [root / "llama", folder / "upcycled", *UPCYCLED]),
@@ -84,7 +84,7 @@ def good(folder: Path) -> None:
 
 
 def convert(rng: Random, place: Place) -> Case:
-    """A source that is damaged or means harm, or an option that is bad."""
+    """Make a conversion with a damaged or hostile source, or a bad option."""
     name = rng.choice(["upcycle", "upcycle", "export_dense", "import_chameleon", "vae"])
     main, sources, options, good = CONVERSIONS[name]
     source, out = saved() / rng.choice(sources), place.inside / "out"

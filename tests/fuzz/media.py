@@ -1,4 +1,4 @@
-"""The processor, its parts, chat templates, and the way back from ids."""
+"""Bad inputs of the processor, its parts and chat templates, and bad ids to decode."""
 
 import functools
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from .case import Case, Place, WrongResult
 from .values import INF, NAN
 
 
-Made = tuple[str, Callable[[], Any], tuple[str, ...]]  # what is bad, the call, the names of a case
+Made = tuple[str, Callable[[], Any], tuple[str, ...]]  # description, call and names of a case
 
 TEXT = {"type": "text", "text": "a cat"}
 DOCUMENT = [TEXT, {"type": "image", "image": PICTURE}, {"type": "audio", "audio": SOUND, "sampling_rate": 16_000}]
@@ -26,7 +26,7 @@ DOCUMENT = [TEXT, {"type": "image", "image": PICTURE}, {"type": "audio", "audio"
 
 @functools.cache
 def processors() -> tuple[Any, Any]:
-    """Of pictures as codes, and as pixels."""
+    """Make a processor of pictures as codes, and one of pictures as pixels."""
     return build_processor(), build_continuous(with_speech=True)
 
 
@@ -40,7 +40,7 @@ def good(folder: Path) -> None:
 
 
 def process(rng: Random, place: Place) -> Case:
-    """Documents, prompts, conversations, pictures, sounds and ids; ids of what is accepted are in the vocabulary."""
+    """Make a bad document, prompt, conversation, picture, sound or list of ids. Accepted ids are in the vocabulary."""
     processor = rng.choice(processors())
     make = rng.choice([_document, _document, _prompt, _conversation, _ids, _picture, _sound, _sound, _from_strangers])
     says, call, names = make(rng, processor, *([place] if make is _from_strangers else []))
@@ -79,7 +79,7 @@ _RATES = (*files.RATES, -1, NAN, INF, 16_000.5, "16000", True, 10**12, [16_000],
 
 
 def bad_image(rng: Random) -> tuple[Any, str]:
-    """(what is given as a picture, what is bad)"""
+    """Make a bad picture.  -> (picture, description)"""
     way = rng.choice(["file", "file", "file", "array", "pillow", "nothing"])
     if way == "file":
         data, says = files.bad_picture(rng)
@@ -100,7 +100,7 @@ def bad_image(rng: Random) -> tuple[Any, str]:
 
 
 def bad_audio(rng: Random) -> tuple[Any, Any, str]:
-    """(what is given as a sound, its rate, what is bad)"""
+    """Make a bad sound.  -> (sound, rate, description)"""
     if rng.random() < 0.4:
         data, says = files.bad_sound(rng)
         return rng.choice([data, {"bytes": data, "path": None}]), None, says
@@ -225,7 +225,7 @@ def _conversation(rng: Random, processor: Any) -> Made:
 
 
 def _from_strangers(rng: Random, processor: Any, place: Place) -> Made:
-    """Paths where they are not allowed, and addresses, which never are unless the caller says so."""
+    """Give paths where they are not allowed, and addresses, which are allowed only if the caller says so."""
     kind, secret = rng.choice([("image", "secret.png"), ("audio", "secret.wav")])
     where, names = (
         files.anywhere(rng, place, secret),
