@@ -378,6 +378,7 @@ OPTIONS = [
     (text_command, "--vocab-size", ["0", "x", "nan", str(10**30)]),
     (text_command, "--min-frequency", ["-1"]),
     (image_command, "--batch-size", ["0", "-1"]),
+    (image_command, "--steps", ["0", "-1"]),
     (image_command, "--lr", ["nan", "inf", "-1"]),
     (vae_command, "--layers", ["-1"]),
     (vae_command, "--kl", ["nan", "-1"]),

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modeling_mot import MoTConfig
+from modeling_mot import MoTConfig, MoTPreTrainedModel
 from modeling_mot.configuration_presets import variant_fields
 from training.config import ConfigError, one_line
 from training.model.building import load_initial
@@ -175,17 +175,9 @@ def _figures(
     checkpointing: bool,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    # Parameters, by part and by tower; a frozen VAE apart.
+    # FLOPs of one process in a step.
     train, length = recipe.train, recipe.data.row_length
     model, bf16 = meta_model(config), device.precision == "bf16"
-    counts = count_parameters(model)
-    frozen = sum(counts.pop(FROZEN, {}).values())
-    by_tower: dict[str, int] = {}
-    for towers in counts.values():
-        for tower, number in towers.items():
-            by_tower[tower] = by_tower.get(tower, 0) + number
-
-    # FLOPs of one process in a step.
     per_token = forward_flops_per_token(config, length)
     flops = training_flops(config, tokens, length) * train.accumulation
     recomputed = recomputed_flops(config, tokens, length) * train.accumulation if checkpointing else 0
@@ -208,13 +200,7 @@ def _figures(
     communication = seconds_of_traffic(traffic, mesh, options.network * 1e9, device.link, options.per_node)
     step = max(compute, communication)
     return {
-        "parameters": {
-            "total": sum(by_tower.values()),
-            "active": config.num_parameters(active=True),
-            "frozen": frozen,
-            "by_tower": by_tower,
-            "by_part": {part: dict(towers) for part, towers in counts.items()},
-        },
+        "parameters": _parameters(model),
         "flops": {
             "forward_per_token": per_token,
             "training_per_token": {name: 3 * number for name, number in per_token.items()},
@@ -241,6 +227,23 @@ def _figures(
             "steps": train.steps,
             "run_seconds": train.steps * step,
         },
+    }
+
+
+def _parameters(model: MoTPreTrainedModel) -> dict[str, Any]:
+    """Parameters of a model by part and by tower, with those of a frozen VAE apart."""
+    counts = count_parameters(model)
+    frozen = sum(counts.pop(FROZEN, {}).values())
+    by_tower: dict[str, int] = {}
+    for towers in counts.values():
+        for tower, number in towers.items():
+            by_tower[tower] = by_tower.get(tower, 0) + number
+    return {
+        "total": sum(by_tower.values()),
+        "active": model.config.num_parameters(active=True),
+        "frozen": frozen,
+        "by_tower": by_tower,
+        "by_part": {part: dict(towers) for part, towers in counts.items()},
     }
 
 

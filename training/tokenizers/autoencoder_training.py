@@ -4,7 +4,8 @@ B batch, (H, W) pixels.
 """
 
 import argparse
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def add_training_arguments(
 ) -> argparse._ArgumentGroup:
     """Add the options that `training_settings` reads, and --sheet."""
     training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=number(int, ge=0), default=defaults.steps, help=f"default: {defaults.steps}")
+    training.add_argument("--steps", type=number(int, ge=1), default=defaults.steps, help=f"default: {defaults.steps}")
     training.add_argument(
         "--minutes",
         type=number(float, gt=0),
@@ -72,6 +73,38 @@ def training_settings(arguments: argparse.Namespace) -> dict:
         "bf16": not arguments.no_bf16,
         "seed": arguments.seed,
     }
+
+
+class Progress:
+    """How far a training is, with running means of its figures.
+
+    Attributes:
+        share: the share of the run that is done, by steps or by minutes, whichever is more.
+        step: number of steps that are done.
+    """
+
+    def __init__(self, config: AutoencoderTrainingConfig, log: Callable[[str], None]):
+        self.config = config
+        self.log = log
+        self.share = 0.0
+        self.step = 0
+        self.averages: dict[str, float] = {}
+        self.started = time.monotonic()
+
+    def advance(self, figures: dict[str, float], phase: str = "") -> None:
+        """Count a step with its figures; every `log_every` steps a line is logged, which names the phase."""
+        self.step += 1
+        minutes = (time.monotonic() - self.started) / 60
+        self.share = max(self.step / self.config.steps, minutes / self.config.minutes if self.config.minutes else 0.0)
+        self.averages = {k: 0.99 * self.averages.get(k, v) + 0.01 * v for k, v in figures.items()}
+        if self.step % self.config.log_every == 0:
+            means = [f"{name} {value:.4f}" for name, value in self.averages.items()]
+            words = [f"step {self.step}", f"{100 * self.share:.0f} %", phase, *means, f"{minutes:.1f} min"]
+            self.log("  ".join(filter(None, words)))
+
+    def summary(self) -> dict[str, float]:
+        """Return the running means, the number of steps and the minutes that the run took."""
+        return {**self.averages, "steps": self.step, "minutes": (time.monotonic() - self.started) / 60}
 
 
 def reconstruction_loss(

@@ -3,7 +3,6 @@
 N pictures, B batch, (H, W) pixels, C latent channels, (h, w) latent cells.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch import nn
 from modeling_mot.latent_vae import encode_pixels
 from training.tokenizers.autoencoder_training import (
     AutoencoderTrainingConfig,
+    Progress,
     augment,
     draw_batch,
     learning_rate_factor,
@@ -87,10 +87,8 @@ def train_vae(
     generator = torch.Generator().manual_seed(config.seed)
     vae.train().requires_grad_(True).to(memory_format=torch.channels_last)
     optimizer = MuonAdamW(vae, config.lr, config.matrix_lr)
-    started, progress, step = time.monotonic(), 0.0, 0
-    averages: dict[str, float] = {}
-
-    while progress < 1:
+    progress = Progress(config, log)
+    while progress.share < 1:
         # Sample latents from the posterior, and decode them.
         batch = draw_batch(pictures, config.batch_size, generator)
         pixels = augment(batch, config, generator).contiguous(memory_format=torch.channels_last)
@@ -103,20 +101,11 @@ def train_vae(
         # The divergence gains its weight slowly, over the warm-up.
         loss = reconstruction_loss(predicted.float(), pixels, config)
         kl = normal_divergence(mean, logvar)
-        (loss + config.kl * min(1.0, progress / config.kl_warmup) * kl).backward()
-        optimizer.step(learning_rate_factor(progress, config))
-
-        # Steps or minutes, whichever ends first, say how far the run is.
-        step += 1
-        elapsed = (time.monotonic() - started) / 60
-        progress = max(step / config.steps, elapsed / config.minutes if config.minutes else 0.0)
-        figures = {"loss": loss.item(), "kl": kl.item()}
-        averages = {k: 0.99 * averages.get(k, v) + 0.01 * v for k, v in figures.items()}
-        if step % config.log_every == 0:
-            numbers = "  ".join(f"{k} {v:.4f}" for k, v in averages.items())
-            log(f"step {step}  {100 * progress:.0f} %  {numbers}  {elapsed:.1f} min")
+        (loss + config.kl * min(1.0, progress.share / config.kl_warmup) * kl).backward()
+        optimizer.step(learning_rate_factor(progress.share, config))
+        progress.advance({"loss": loss.item(), "kl": kl.item()})
     vae.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
-    return {**averages, "steps": step, "minutes": (time.monotonic() - started) / 60}
+    return progress.summary()
 
 
 def normal_divergence(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ network takes part.
 B batch, (H, W) pixels, C latent channels, K codes, M = B h w latents.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from torch import nn
 from modeling_mot.image_tokenizer import MoTImageTokenizer, fold, nearest_code, unfold
 from training.tokenizers.autoencoder_training import (
     AutoencoderTrainingConfig,
+    Progress,
     augment,
     draw_batch,
     learning_rate_factor,
@@ -87,13 +87,11 @@ def train_vq(
     groups = [{"params": encoder_parameters}, {"params": decoder_parameters}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), weight_decay=1e-4)
     codebook: Codebook | None = None
-    started, progress, step = time.monotonic(), 0.0, 0
-    averages: dict[str, float] = {}
-
-    while progress < 1:
+    progress = Progress(config, log)
+    while progress.share < 1:
         # The phase: autoencoder, then with a codebook, then the decoder alone with final codes.
-        quantising = progress >= config.autoencoder_share
-        encoder_frozen = progress >= 1 - config.decoder_share
+        quantising = progress.share >= config.autoencoder_share
+        encoder_frozen = progress.share >= 1 - config.decoder_share
         if quantising and codebook is None:
             codebook = start_codebook(tokenizer, pictures, config, generator, log)
         if encoder_frozen and groups[0]["params"][0].requires_grad:
@@ -101,7 +99,7 @@ def train_vq(
             for parameter in encoder_parameters:
                 parameter.requires_grad_(False)
                 parameter.grad = None
-        rate = config.lr * learning_rate_factor(progress, config)
+        rate = config.lr * learning_rate_factor(progress.share, config)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
@@ -117,7 +115,7 @@ def train_vq(
             codes = nearest_code(flat.detach(), codebook.weight)
             if not encoder_frozen:
                 codebook.update(flat.detach(), codes)
-                if step % config.restart_every == 0:
+                if progress.step % config.restart_every == 0:
                     codebook.restart_unused(flat.detach(), generator)
             quantised = codebook.weight[codes].view(len(latents), *latents.shape[2:], -1).permute(0, 3, 1, 2)
             commitment = (latents - quantised).square().mean()
@@ -131,19 +129,10 @@ def train_vq(
         (loss + config.commitment * commitment).backward()
         nn.utils.clip_grad_norm_(decoder_parameters + encoder_parameters, 1.0)
         optimizer.step()
-
-        # Steps or minutes, whichever ends first, say how far the run is.
-        step += 1
-        elapsed = (time.monotonic() - started) / 60
-        progress = max(step / config.steps, elapsed / config.minutes if config.minutes else 0.0)
-        figures = {"loss": loss.item(), "commitment": commitment.item()}
-        averages = {k: 0.99 * averages.get(k, v) + 0.01 * v for k, v in figures.items()}
-        if step % config.log_every == 0:
-            phase = "decoder" if encoder_frozen else "codebook" if quantising else "autoencoder"
-            numbers = "  ".join(f"{k} {v:.4f}" for k, v in averages.items())
-            log(f"step {step}  {100 * progress:.0f} %  {phase}  {numbers}  {elapsed:.1f} min")
+        phase = "decoder" if encoder_frozen else "codebook" if quantising else "autoencoder"
+        progress.advance({"loss": loss.item(), "commitment": commitment.item()}, phase)
     model.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
-    return {**averages, "steps": step, "minutes": (time.monotonic() - started) / 60}
+    return progress.summary()
 
 
 @torch.no_grad()
