@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import platform
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -74,6 +75,15 @@ def _loss(options) -> dict:
     return figures
 
 
+def _attention(options) -> dict:
+    dtype = getattr(torch, options.dtype)
+    return _groups(time_attention(SIZES[options.size], dtype, options.lengths, options.rounds))
+
+
+def _scaling(options) -> dict:
+    return _groups(time_scaling(options.size, getattr(torch, options.dtype), options.towers, options.rounds))
+
+
 def _sample(options) -> dict:
     figures = time_sample(SIZES[options.size], getattr(torch, options.dtype), options.steps, options.rounds)
     _groups({f"{steps} steps": of_steps for steps, of_steps in figures["steps"].items()})
@@ -115,37 +125,47 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m training.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = main_parser.add_subparsers(dest="command", required=True)
+    _add_training(commands)
+    _add_generation(commands)
+    return main_parser
 
-    def add(name: str, run, rounds: int, text: str, sized: bool = True) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text)
-        command.set_defaults(run=run)
-        command.add_argument("--rounds", type=int, default=rounds, help=f"timed rounds (default: {rounds})")
-        command.add_argument("--json", help="new file to write the figures to")
-        command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
-        # The training command's own options, for all contestants alike.
-        command.add_argument(
-            "--keep-freed-memory",
-            action=argparse.BooleanOptionalAction,
-            default=True,
-            help="as train.keep_freed_memory (default: yes)",
-        )
-        command.add_argument(
-            "--float32-matmul-precision",
-            choices=("highest", "high", "medium"),
-            default="highest",
-            help="as train.float32_matmul_precision (default: highest)",
-        )
-        if sized:
-            command.add_argument("--size", choices=SIZES, default="small", help="of the models (default: small)")
-        return command
 
-    # Training and its parts.
-    train = add(
-        "train",
-        _train,
-        20,
-        "forward and backward of one batch, against transformers' Llama and the paper's Algorithm 1",
+def _add(
+    commands: argparse._SubParsersAction, name: str, run: Callable, rounds: int, text: str, sized: bool = True
+) -> argparse.ArgumentParser:
+    """Add a sub-command with the options that all share; `run` makes and prints its figures."""
+    command = commands.add_parser(name, help=text)
+    command.set_defaults(run=run)
+    command.add_argument("--rounds", type=int, default=rounds, help=f"timed rounds (default: {rounds})")
+    command.add_argument("--json", help="new file to write the figures to")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+    # The training command's own options, for all contestants alike.
+    command.add_argument(
+        "--keep-freed-memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="as train.keep_freed_memory (default: yes)",
     )
+    command.add_argument(
+        "--float32-matmul-precision",
+        choices=("highest", "high", "medium"),
+        default="highest",
+        help="as train.float32_matmul_precision (default: highest)",
+    )
+    if sized:
+        command.add_argument("--size", choices=SIZES, default="small", help="of the models (default: small)")
+    return command
+
+
+def _add_towers(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--towers", type=int, default=2, help="towers of the MoT (default: 2)")
+
+
+def _add_training(commands: argparse._SubParsersAction) -> None:
+    """Add the benchmarks of a training step, of its parts, and of several processes."""
+    about = "forward and backward of one batch, against transformers' Llama and the paper's Algorithm 1"
+    train = _add(commands, "train", _train, 20, about)
+    _add_towers(train)
     train.add_argument("--rows", type=int, default=4, help="rows of the batch (default: 4)")
     train.add_argument("--length", type=int, default=512, help="tokens of a row (default: 512)")
     train.add_argument("--vocab", type=int, default=8192, help="entries of the vocabulary (default: 8192)")
@@ -162,42 +182,37 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--profile", action="store_true", help="also show where the time of a step goes, by operator")
     train.add_argument("--memory", action="store_true", help="also measure the peak memory of a step")
-    loss = add("loss", _loss, 10, "the last projection and the cross-entropy, against those with all logits")
+
+    # Parts of a step, and how a step grows.
+    loss = _add(commands, "loss", _loss, 10, "the last projection and the cross-entropy, against those with all logits")
     loss.add_argument("--tokens", type=int, default=2048, help="(default: 2048)")
     loss.add_argument("--vocabs", type=int, nargs="+", default=[8192, 32768, 65536], help="entries of the vocabulary")
-    attention = add(
-        "attention",
-        lambda o: _groups(time_attention(SIZES[o.size], getattr(torch, o.dtype), o.lengths, o.rounds)),
-        10,
-        "attention alone over causal, packed and image rows, against torch's with a mask",
-    )
+    about = "attention alone over causal, packed and image rows, against torch's with a mask"
+    attention = _add(commands, "attention", _attention, 10, about)
     attention.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048], help="tokens of a row")
-    scaling = add(
-        "scaling",
-        lambda o: _groups(time_scaling(o.size, getattr(torch, o.dtype), o.towers, o.rounds)),
-        8,
-        "a step as towers, row length, rows and imbalance grow, with its FLOPs",
-    )
-
-    # Generation and serving.
-    decode = add("decode", _decode, 5, "greedy decoding, against transformers' Llama")
-    for command in (train, scaling, decode):
-        command.add_argument("--towers", type=int, default=2, help="towers of the MoT (default: 2)")
-    sample = add("sample", _sample, 5, "a picture with guidance, against full recomputation")
-    sample.add_argument("--steps", type=int, nargs="+", default=[25], help="denoising steps (default: 25)")
-    serve = add("serve", _serve, 3, "eight requests of text and pictures together, against one after another")
-    serve.add_argument(
-        "--soak", type=float, metavar="MINUTES", help="instead: good, bad and cancelled requests from several threads"
-    )
+    about = "a step as towers, row length, rows and imbalance grow, with its FLOPs"
+    _add_towers(_add(commands, "scaling", _scaling, 8, about))
 
     # Several processes.
-    distributed = add(
-        "distributed", _distributed, 3, "sharded processes against one, and the cost of saving", sized=False
-    )
+    about = "sharded processes against one, and the cost of saving"
+    distributed = _add(commands, "distributed", _distributed, 3, about, sized=False)
     distributed.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
     distributed.add_argument("--steps", type=int, default=20, help="of each run (default: 20)")
     distributed.add_argument("--save-every", type=int, default=4, help="steps between saves (default: 4)")
-    return main_parser
+
+
+def _add_generation(commands: argparse._SubParsersAction) -> None:
+    """Add the benchmarks of decoding, drawing and serving."""
+    decode = _add(commands, "decode", _decode, 5, "greedy decoding, against transformers' Llama")
+    _add_towers(decode)
+    sample = _add(commands, "sample", _sample, 5, "a picture with guidance, against full recomputation")
+    sample.add_argument("--steps", type=int, nargs="+", default=[25], help="denoising steps (default: 25)")
+    serve = _add(
+        commands, "serve", _serve, 3, "eight requests of text and pictures together, against one after another"
+    )
+    serve.add_argument(
+        "--soak", type=float, metavar="MINUTES", help="instead: good, bad and cancelled requests from several threads"
+    )
 
 
 def main(arguments=None) -> None:
