@@ -62,8 +62,8 @@ FIELDS: dict[str, tuple] = {
         ["text", "\ud800"], ["text", "__class__"], ["text", "image", "speech", "x" * 10_000],
     ),
     "towers": (
-        {}, {"text": "a"}, {"text": "a.b", "image": "b", "speech": "c"}, {"text": "shared", "image": "b",
-        "speech": "c"},
+        {}, {"text": "a"}, {"text": "a.b", "image": "b", "speech": "c"},
+        {"text": "shared", "image": "b", "speech": "c"},
         {"text": "", "image": "", "speech": ""}, {"text": "weight", "image": "bias", "speech": "forward"}, [1], 3,
         {"text": "a/b", "image": "\0", "speech": "*"}, {"text": "keys", "image": "items", "speech": "training"},
         {"text": None},

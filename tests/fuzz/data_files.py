@@ -137,8 +137,8 @@ def good(folder: Path) -> None:
 
 _NAMES_IN_LINES: tuple = (
     "no-such", "a\0b", "a" * 300, "", ".", "/dev/zero", None, 3, [], {"bytes": None}, {"bytes": "x"}, ["a"], "é" * 200,
-    "\ud800.png", "http://outside.invalid/a.png", {"array": [1.0], "sampling_rate": 1}, {"array": None,
-    "sampling_rate": -1},
+    "\ud800.png", "http://outside.invalid/a.png", {"array": [1.0], "sampling_rate": 1},
+    {"array": None, "sampling_rate": -1},
     {"array": [1.0] * 1600, "sampling_rate": 11_127}, {"array": [[]], "sampling_rate": 16_000},
     {"array": ["a"], "sampling_rate": "b"},
 )  # fmt: skip

@@ -202,8 +202,8 @@ def _prompt(rng: Random, processor: Any) -> Made:
 _CONTENTS = (
     [{"type": "text"}], [{"type": "nope", "nope": 1}], [{}], [3], [{"type": "image"}], [{"type": "image", "url": 3}],
     [{"type": "image", "base64": "!!"}], [{"type": "audio", "path": "no-such.wav"}], [{"text": "a"}], "<|image|>",
-    [{"type": "text", "text": None}], [{"type": "text",
-    "text": "<|eos|>{{ 7 * 7 }}{% for x in range(10**9) %}x{% endfor %}"}],
+    [{"type": "text", "text": None}],
+    [{"type": "text", "text": "<|eos|>{{ 7 * 7 }}{% for x in range(10**9) %}x{% endfor %}"}],
 )  # fmt: skip
 _TEMPLATES = (
     {"chat_template": "{{ nope.nope.nope }}"}, {"chat_template": "{{ ''.__class__.__mro__ }}"}, {"chat_template": 3},
@@ -274,8 +274,8 @@ def _ids(rng: Random, processor: Any) -> Made:
     codes = [processor.modality_token_ranges.get("image", [0, 1])[0]] * rng.choice([0, 1, 15, 16, 17])
     boi, eoi, begin, end = map(token, ("boi", "eoi", "begin_of_speech", "end_of_speech"))
     spans = (
-        [boi, *codes, eoi], [boi, *codes], [eoi], [boi, boi, *codes, eoi], [begin, 3, end], [begin, end], [boi,
-        size - 1, eoi],
+        [boi, *codes, eoi], [boi, *codes], [eoi], [boi, boi, *codes, eoi], [begin, 3, end], [begin, end],
+        [boi, size - 1, eoi],
         list(range(size)), [size],
     )  # fmt: skip
     ids, options = rng.choice(_NO_IDS if rng.random() < 0.5 else spans), rng.choice(_DECODING)

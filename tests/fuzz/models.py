@@ -100,8 +100,8 @@ def _bad_arguments(rng: Random, good: dict[str, Any]) -> dict[str, tuple]:
     return bad | {
         "latents": (
             torch.zeros(2, 2, 4, 4), torch.zeros(1, 3, 4, 4), torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 0, 4), [[1.0]],
-            torch.zeros(2, 4, 4), torch.zeros(1, 2, 4, 4, dtype=torch.long), torch.zeros(1, 2, 4, 4,
-            dtype=torch.cfloat),
+            torch.zeros(2, 4, 4), torch.zeros(1, 2, 4, 4, dtype=torch.long),
+            torch.zeros(1, 2, 4, 4, dtype=torch.cfloat),
         ),
         "pixel_values": (
             torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8), torch.zeros(1, 3, 7, 8), torch.zeros(0, 3, 8, 8), 3,

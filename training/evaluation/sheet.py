@@ -1,4 +1,4 @@
-"""What a run leaves to look at: its losses over steps, and a sheet of samples as a PNG and as one HTML file.
+"""Draw the losses of a run over its steps, and a sheet of its samples as a PNG and as one HTML file.
 
 The report of finished runs (`training.report`) draws its loss curves with the functions of this module.
 """

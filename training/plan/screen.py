@@ -30,7 +30,7 @@ def _heading(plan: dict) -> str:
 
 
 def _device(device: dict) -> Iterable[str]:
-    """Say first which device the figures are for: the default is a GPU, whatever machine runs the command."""
+    """Say which device the figures are for: the default is a GPU, whatever machine runs the command."""
     peak = f"{device['peak'] / 1e12:,.4g} TFLOP/s ({device['source']})"
     where = "this machine's CPU" if device["name"] == "CPU" else f"{device['name']}, not for this machine"
     yield f"planned for {where}: {peak}"

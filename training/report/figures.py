@@ -155,7 +155,7 @@ def _legend(runs: Sequence[Run], view: View, name: str) -> list[Line2D]:
 
 
 def _plain(text: str) -> str:
-    """Escape `$`, which matplotlib would take for the begin of a formula."""
+    """Escape `$`, which matplotlib would take for the beginning of a formula."""
     return text.replace("$", r"\$")
 
 

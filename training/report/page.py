@@ -52,7 +52,7 @@ def _at_a_glance(runs: Sequence[Run], figures: Mapping[str, Any]) -> list[Row]:
         memory, planned, skipped = figure["memory_bytes"], figure["planned_steps"], figure["skipped_steps"]
         row = {
             "run": run,
-            "variant": (run.config.get("model") or {}).get("variant"),
+            "variant": str((run.config.get("model") or {}).get("variant") or ""),
             "step": f"{figure['step']:,}" + (f" of {planned:,}" if planned else ""),
             **loss,
             "tokens": count(figure["tokens"]),
