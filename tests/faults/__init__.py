@@ -1,4 +1,4 @@
-"""What goes wrong in a long run, done on purpose: `python -m tests.faults` injects each fault and counts what is lost.
+"""Inject the faults of long runs on purpose, and count what is lost: `python -m tests.faults`.
 
-Nothing here is imported by the trainer; faults are patched into it from outside.
+The trainer imports nothing from here; the faults are patched into it from outside.
 """

@@ -1,10 +1,10 @@
-"""Inject the faults that a long run meets into small ones, and count what is lost.
+"""Inject the faults that long runs meet into small runs, and count what is lost.
 
     python -m tests.faults --long [--ranks 2] [--times 20] [--json FILE] [--keep FOLDER]
     python -m tests.faults --only NAME [NAME ...]
 
-An undisturbed run comes first; each fault is followed by a resume to the end, whose log must repeat it row for row
-and whose weights must have the same sha256. Exit code: 0, or 1 where anything is lost or not as it should be.
+An undisturbed run comes first. After each fault the run is resumed to its end; its log must be that of the undisturbed
+run, row for row, and its weights must have the same sha256. The exit code is 0, or 1 if anything is lost or wrong.
 """
 
 import argparse
@@ -41,7 +41,7 @@ LONG = {"kills", "signals", "spikes"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: see above."""
+    """Return the exit code that the module's docstring describes."""
     listed = "\n".join(f"  {name:13} {fault.__doc__}" for name, fault in FAULTS.items())
     parser = argparse.ArgumentParser(
         prog="python -m tests.faults",
@@ -60,10 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.keep is not None and options.keep.exists():
         parser.error(f"--keep {options.keep} exists; name another folder")
+
+    # Inject each fault, and report faults at once.
     outcomes = {}
     with nullcontext(options.keep) if options.keep else tempfile.TemporaryDirectory(prefix="faults-") as folder:
         short = Bench(Path(folder), options.ranks, 24, options.times)
-        # One run is killed or signalled many times, and gets a few steps further each time.
+        # A long run is killed or signalled many times, and gets a few steps further each time.
         long = Bench(Path(folder) / "long", options.ranks, 4 * max(options.times, 16), options.times)
         for name in options.only or FAULTS:
             begin = time.perf_counter()
@@ -71,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
             for line in outcome.wrong:
                 print(f"  WRONG: {line}", file=sys.stderr, flush=True)
+
     print(table(outcomes))
     if options.json is not None:
         tree = {name: asdict(outcome) for name, outcome in outcomes.items()}
@@ -79,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def table(outcomes: dict[str, Outcome]) -> str:
-    """Markdown."""
+    """Return a table in Markdown: a row for each fault."""
     lines = ["| fault | injected | rows lost or changed | checkpoints lost | remarks |", "|---|--:|--:|--:|---|"]
     for name, outcome in outcomes.items():
         remarks = "; ".join([*outcome.remarks, *(f"**{line.splitlines()[0][:120]}**" for line in outcome.wrong)])

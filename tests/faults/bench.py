@@ -1,4 +1,4 @@
-"""Runs that are launched, disturbed and compared with one that was not."""
+"""Launch runs, disturb them, and compare them with a run that was not disturbed."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from training.run_files.metrics import read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "training" / "configs" / "smoke.yaml"
 TRAIN = ROOT / "training" / "train.py"
-# One row a rank and step, exact arithmetic, nothing drawn at the end.
+# Each rank takes one row a step, arithmetic is exact, and nothing is drawn at the end.
 WORDS = (
     "model.hidden_size=32", "model.intermediate_size=64", "train.rows=1", "train.accumulation=1",
     "train.precision=float32", "train.cpu_threads=1", "train.progress_bar=false", "samples.enabled=false",
@@ -33,7 +33,7 @@ COMPARED = re.compile(r"step|loss.*|tokens_(?!per_second).*|grad_norm.*|lr|event
 
 @dataclass
 class Outcome:
-    """A row of the table; `wrong` says what should not be."""
+    """A row of the table; `wrong` lists what went wrong."""
 
     times: int = 0
     rows_changed: int = 0
@@ -46,7 +46,7 @@ class Outcome:
             self.wrong.append(otherwise)
 
     def injected(self, ended: "Ended") -> None:
-        """Count a fault of the victim, if it did happen."""
+        """Count a fault of the victim, if it happened."""
         if ended.note is None:
             self.wrong.append(f"nothing happened; the launcher ended with {ended.code}: {ended.printed[-1500:]}")
         else:
@@ -55,13 +55,21 @@ class Outcome:
 
 @dataclass
 class Ended:
-    """A launch that has ended."""
+    """A launch that has ended.
+
+    Attributes:
+        code: exit code of the launcher.
+        codes: rank -> exit code, of the ranks that ended by themselves.
+        printed: everything that was printed.
+        seconds: how long the launch took.
+        note: when, and after which step, the fault happened; None if it did not happen.
+    """
 
     code: int
-    codes: dict[int, int]  # of the ranks that ended by themselves
+    codes: dict[int, int]
     printed: str
     seconds: float
-    note: dict | None  # when, and after which step, the fault happened
+    note: dict | None
 
     @property
     def seconds_after(self) -> float:
@@ -69,16 +77,19 @@ class Ended:
 
 
 class Bench:
-    """A folder for runs, and the undisturbed run of so many steps that they are compared with."""
+    """A folder for runs, with the undisturbed run of `steps` steps that they are compared with."""
 
     def __init__(self, folder: Path, ranks: int, steps: int, times: int):
-        self.folder, self.ranks, self.steps, self.times = folder.resolve(), ranks, steps, times
+        self.folder = folder.resolve()
+        self.ranks = ranks
+        self.steps = steps
+        self.times = times
         self.folder.mkdir(parents=True, exist_ok=True)
         self.launches = 0
         self._references: dict[int, Path] = {}
 
     def reference(self, ranks: int | None = None) -> Path:
-        """The folder of the undisturbed run, which keeps all of its checkpoints."""
+        """Return the folder of the undisturbed run, which keeps all its checkpoints; it runs at the first call."""
         ranks = ranks or self.ranks
         if ranks not in self._references:
             run = self.folder / f"undisturbed-{ranks}"
@@ -93,18 +104,15 @@ class Bench:
     def start(
         self, run: Path, *words: str, faults: Sequence[dict] = (), ranks: int | None = None, options: Sequence[str] = ()
     ) -> subprocess.Popen:
-        """Launch a training, in a session of its own; what happens to it is `faults` (see victim.py)."""
+        """Launch a training in a session of its own, with `faults` that happen to it (see victim.py)."""
+        # The victim writes its notes, and we write what it prints, into a folder of this launch.
         self.launches += 1
         notes = self.folder / f"notes-{self.launches:03d}"
         notes.mkdir()
         faults = [{"run": str(run), "notes": str(notes), **fault} for fault in faults]
-        command = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            launcher_file(ranks or self.ranks),
-        ]
+
+        command = [sys.executable, "-m", "accelerate.commands.launch"]
+        command += ["--config_file", launcher_file(ranks or self.ranks)]
         command += [*options, *(["-m", "tests.faults.victim"] if faults else [str(TRAIN)]), str(CONFIG), *WORDS]
         command += [f"train.steps={self.steps}", f"train.output_dir={run}", "train.resume=auto", *words]
         environment = os.environ | {
@@ -119,7 +127,8 @@ class Bench:
         return process
 
     def end(self, process: subprocess.Popen, timeout: float = 300) -> Ended:
-        """Wait for a launch and its workers; what hangs is killed, and its code is then -9."""
+        """Wait for a launch and its workers. A launch that hangs is killed, and its code is then -9."""
+        # The launcher first; its workers are remembered, since they may outlive it.
         workers = []
         try:
             while process.poll() is None:
@@ -134,6 +143,8 @@ class Bench:
         ended = time.time()
         for worker in psutil.wait_procs(workers, timeout=5)[1]:
             worker.kill()
+
+        # Collect what the ranks noted.
         note = process.notes / "note.json"
         codes = {int(path.name[5:]): int(path.read_text()) for path in process.notes.glob("code-*")}
         note = json.loads(note.read_text(encoding="utf-8")) | {"ended": ended} if note.is_file() else None
@@ -144,11 +155,11 @@ class Bench:
         return self.end(self.start(run, *words, **how), timeout)
 
     def new(self, name: str) -> Path:
-        """A folder for a run that is to begin."""
+        """Return a folder for a new run."""
         return self.folder / name
 
     def copy(self, name: str, newest: int = 6) -> Path:
-        """The undisturbed run with its newest checkpoints, as if it had been cut off before the last of its steps."""
+        """Copy the undisturbed run with `newest` checkpoints, as if it had been cut off before its last steps."""
         source, run = self.reference(), self.new(name)
         shutil.copytree(source, run, ignore=shutil.ignore_patterns("step-*", "final", "latest"))
         steps = RunFolder(source).saved_steps()[-newest - 2 : -2]
@@ -160,13 +171,14 @@ class Bench:
     # --------------------------------------------------------------------------------------------------- comparing
 
     def finish(self, run: Path, outcome: Outcome, *words: str, **how) -> Ended:
-        """Resume to the end without faults; rows of the log and weights must be those of the undisturbed run."""
+        """Resume to the end without faults, and compare the log and the weights with the undisturbed run's."""
         ended = self.launch(run, *words, **how)
         outcome.expect(ended.code == 0, f"the resumed run ended with {ended.code}: {ended.printed[-1500:]}")
         self.compare(run, outcome, how.get("ranks"))
         return ended
 
     def compare(self, run: Path, outcome: Outcome, ranks: int | None = None) -> None:
+        """Note every row of the log, and the final weights, that differ from the undisturbed run's."""
         expected, found = (rows_by_step(folder) for folder in (self.reference(ranks), run))
         changed = [step for step in sorted(expected.keys() | found.keys()) if expected.get(step) != found.get(step)]
         outcome.rows_changed += len(changed)
@@ -175,7 +187,7 @@ class Bench:
         outcome.expect(same, "the final weights differ")
 
     def check_checkpoints(self, run: Path, outcome: Outcome, at_least: int) -> int:
-        """Count checkpoints that are there and not intact, or are gone; the step of the newest one."""
+        """Count checkpoints that are damaged or gone; return the step of the newest one."""
         intact = []
         for step in RunFolder(run).saved_steps():
             try:
@@ -192,7 +204,7 @@ class Bench:
 
 
 def launcher_file(ranks: int) -> str:
-    """Accelerate's configuration of so many processes on CPUs."""
+    """Return the path of Accelerate's configuration for so many processes on CPUs."""
     return str(ROOT / "training" / "configs" / "accelerate" / {1: "cpu.yaml", 2: "cpu-2-fsdp.yaml"}[ranks])
 
 

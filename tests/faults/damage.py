@@ -1,4 +1,4 @@
-"""What disks, people and attackers do to the files of a checkpoint."""
+"""Damage that disks, people and attackers do to the files of a checkpoint."""
 
 import json
 import os
@@ -20,12 +20,12 @@ def truncate(file: Path) -> None:
 
 
 def add_another(file: Path) -> None:
-    """One more file beside it."""
+    """Add a file that does not belong to the checkpoint."""
     file.with_name(f"another-{file.name}").write_bytes(b"not of this checkpoint")
 
 
 def link(file: Path) -> None:
-    """The same bytes, by a symbolic link to elsewhere."""
+    """Put a symbolic link to the same bytes elsewhere in the place of a file."""
     elsewhere = file.parents[file.parts[::-1].index("checkpoints")] / f"elsewhere-{file.parent.name}-{file.name}"
     os.replace(file, elsewhere)
     file.symlink_to(elsewhere)
@@ -41,7 +41,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 
 def kinds_of_file(checkpoint: Path) -> dict[str, Path]:
-    """One file of each kind that a checkpoint holds: each part of each rank's shards, and what describes the model."""
+    """Return name -> path of a file of each kind: the shards of each rank, the model's description, the manifest."""
     state, described = sorted((checkpoint / "state").iterdir()), checkpoint / "pretrained"
     others = [described / "config.json", described / "processor_config.json", described / "configuration_mot.py"]
     others += sorted(described.glob("*/*.safetensors"))[:1]
@@ -49,7 +49,7 @@ def kinds_of_file(checkpoint: Path) -> dict[str, Path]:
 
 
 class _Payload:
-    """Makes a file when it is unpickled."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -64,7 +64,7 @@ def pickled(marker: Path) -> bytes:
 
 
 def reseal(checkpoint: Path) -> None:
-    """Make the manifest agree with files that were changed, as somebody would who means harm."""
+    """Make the manifest agree with changed files, as an attacker would."""
     path = checkpoint / MANIFEST
     manifest = json.loads(path.read_text(encoding="utf-8"))
     del manifest["sha256"]

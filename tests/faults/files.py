@@ -1,4 +1,4 @@
-"""Disks that are full, and checkpoints that are damaged or made by somebody who means harm."""
+"""Faults of files: full disks, damaged checkpoints, and checkpoints that an attacker made."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from training.run_files.folder import RunFolder
 
 @contextmanager
 def small_disk(folder: Path, megabytes: int):
-    """A file system in memory, of a namespace of its own; None where this user may not make one."""
+    """Mount a file system in memory, in a namespace of its own; gives None if this user may not."""
     folder.mkdir()
     command = f"mount -t tmpfs -o size={megabytes}m tmpfs '{folder}' && echo mounted && exec sleep 100000"
     process = subprocess.Popen(["unshare", "-rm", "sh", "-c", command], stdout=subprocess.PIPE, text=True)
@@ -38,12 +38,16 @@ def full_disk(bench: Bench) -> Outcome:
             run = (disk or bench.folder / f"full-{asynchronous}") / "run"
             words = [f"train.save_asynchronously={asynchronous}"]
             rank = None if disk is None else 0
+
+            # Full for a while: saves fail, the run goes on and ends like the undisturbed one.
             fault = {"do": "fill", "at": "step", "filler": filler, "rank": rank}
             ended = bench.launch(run, *words, faults=[fault | {"nth": 5, "until": 9}])
             outcome.injected(ended)
             outcome.expect(ended.code == 0, f"with room again the run ended with {ended.code}: {ended.printed[-1500:]}")
             outcome.expect("could not be written" in ended.printed, "no failed save was reported")
             bench.compare(run, outcome)
+
+            # Full for good: the last save fails, and so does the run. With room again it can be resumed.
             for name in ("final", "checkpoints", "metrics.jsonl"):
                 entry = run / name
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -61,6 +65,7 @@ def full_disk(bench: Bench) -> Outcome:
 
 def damage(bench: Bench) -> Outcome:
     """A flipped bit, a truncated, missing, extra or linked file, in every kind of file of a checkpoint."""
+    # Every damage of every kind of file is noticed, and the file is named.
     outcome, source = Outcome(), RunFolder(bench.reference())
     newest = source.checkpoint(source.saved_steps()[-1])
     for name in kinds_of_file(newest):
@@ -75,6 +80,8 @@ def damage(bench: Bench) -> Outcome:
                 outcome.wrong.append(f"{kind}, {name}: not noticed")
             except DamagedError as error:
                 outcome.expect(Path(name).name in str(error), f"{kind}, {name}: {error}")
+
+    # A run whose newest checkpoints are damaged passes over them, keeps them aside, and goes on from an older one.
     run = RunFolder(bench.copy("passed-over", newest=len(DAMAGES) + 1))
     steps, names = run.saved_steps()[1:], list(kinds_of_file(newest))
     for number, (step, do) in enumerate(zip(steps, DAMAGES.values(), strict=True)):
@@ -113,6 +120,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 def pickles(bench: Bench) -> Outcome:
     """A pickle in a checkpoint whose manifest vouches for it: .metadata, .pt, .bin, and one called .safetensors."""
+    # Pickles beside the shards are not read at all.
     outcome, marker = Outcome(), bench.folder / "executed"
     run = RunFolder(bench.copy("pickles", newest=2))
     for step in run.saved_steps():
@@ -121,6 +129,8 @@ def pickles(bench: Bench) -> Outcome:
             outcome.times += 1
         reseal(run.checkpoint(step))
     bench.finish(run.path, outcome)
+
+    # A pickle in the place of a shard is refused, by the trainer and by consolidate.
     run = RunFolder(bench.copy("pickled-shard", newest=2))
     for step in run.saved_steps():
         next(iter(kinds_of_file(run.checkpoint(step)).values())).write_bytes(pickled(marker))

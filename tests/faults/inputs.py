@@ -1,4 +1,4 @@
-"""Data that changed or broke since they were prepared, recipes that mean harm, and secrets that must not be written."""
+"""Faults of inputs: data that changed since they were prepared, hostile recipes, and secrets that must not leak."""
 
 import os
 import subprocess
@@ -15,11 +15,14 @@ NEVER = {"do": "kill", "at": "step", "nth": -1}  # so that the ranks note their 
 
 def changed_data(bench: Bench) -> Outcome:
     """A source with fewer records than the run began with; prepared data that are cut short."""
+    # The source has another number of records than the checkpoint knows.
     outcome, run = Outcome(), bench.copy("shrunk")
     ended = bench.launch(run, "data.sources.0.limit=5", faults=[NEVER])
     outcome.times += 1
     outcome.expect(set(ended.codes.values()) == {2}, f"ranks ended with {ended.codes}: {ended.printed[-800:]}")
     outcome.expect("data was" in ended.printed, f"data are not named: {ended.printed[-800:]}")
+
+    # A file of prepared data is half as long.
     chunk = max((bench.folder / "cache").rglob("*.arrow"), key=lambda path: path.stat().st_size)
     whole = chunk.read_bytes()
     os.truncate(chunk, len(whole) // 2)
@@ -50,6 +53,7 @@ def python_tags(bench: Bench) -> Outcome:
 
 def secrets(bench: Bench) -> Outcome:
     """A token, a password and a key: in the environment, in the recipe, on the command line, in an address."""
+    # One run that ends well, and one whose address does not answer.
     outcome, run = Outcome(), bench.new("secrets")
     segment = f"text:{{word}} {SECRETS[0]} https://user:{SECRETS[1]}@hub/ api_key={SECRETS[2]}"
     word = f"data.sources.1.templates.0.segments.0='{segment}'"
@@ -65,6 +69,8 @@ def secrets(bench: Bench) -> Outcome:
     outcome.times = 2
     outcome.expect(ended.code == 0, f"the run ended with {ended.code}: {ended.printed[-800:]}")
     outcome.expect(refused.code != 0, "an address that does not answer was trained on")
+
+    # The secrets are nowhere.
     for path in (file for file in sorted(Path(run).rglob("*")) if file.is_file()):
         data = path.read_bytes()
         for secret in SECRETS:

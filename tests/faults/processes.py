@@ -16,8 +16,11 @@ def kills(bench: Bench) -> Outcome:
     chance, outcome, run = random.Random(0), Outcome(), bench.new("killed")
     newest, slowest = 0, 0.0
     for number in range(bench.times):
+        # Every third run saves asynchronously; kills of one worker and of the tree take turns.
         words = [f"train.save_asynchronously={'true' if number % 3 == 1 else 'false'}"]
         do = ("kill", "kill tree")[number % 2]
+
+        # First each stage of a save, then random moments.
         if number < len(SAVE_STAGES):
             stage = list(SAVE_STAGES)[number]
             rank = 0 if SAVE_STAGES[stage].main_only else chance.randrange(bench.ranks)
@@ -27,6 +30,8 @@ def kills(bench: Bench) -> Outcome:
         else:
             _kill_at_random(bench, run, words, do, chance, outcome)
         newest = bench.check_checkpoints(run, outcome, newest)
+
+    # The run that was killed so often must end like the one that never was.
     bench.finish(run, outcome)
     stages = min(bench.times, len(SAVE_STAGES))
     outcome.remarks = [
@@ -37,11 +42,14 @@ def kills(bench: Bench) -> Outcome:
 
 
 def _kill_at_random(bench: Bench, run, words, do: str, chance: random.Random, outcome: Outcome) -> None:
+    # Wait for the first new step, and up to a second longer.
     before = len(rows_by_step(run))
     process = bench.start(run, *words)
     while process.poll() is None and len(rows_by_step(run)) <= before:
         time.sleep(0.05)
     time.sleep(chance.uniform(0, 1.0))
+
+    # Kill one worker, or the launcher and all workers.
     launcher = psutil.Process(process.pid)
     workers = [child for child in launcher.children(recursive=True) if "train.py" in " ".join(child.cmdline())]
     if len(workers) < bench.ranks:
@@ -54,6 +62,7 @@ def _kill_at_random(bench: Bench, run, words, do: str, chance: random.Random, ou
 
 def orphans(bench: Bench) -> Outcome:
     """kill -9 of the launcher alone: its workers go on, and nobody else may write to their folder."""
+    # The workers must outlive their launcher.
     outcome, run = Outcome(), bench.new("orphaned")
     process = bench.start(run, faults=[{"do": "kill launcher", "at": "step", "nth": 3, "rank": 0}])
     workers = []
@@ -63,23 +72,13 @@ def orphans(bench: Bench) -> Outcome:
     workers = [worker for worker in workers if worker.is_running()]
     outcome.expect(len(workers) >= bench.ranks, "the workers did not outlive their launcher")
     outcome.times = 1
-    for command, name in (
-        ([sys.executable, str(TRAIN)], "one process"),
-        (
-            [
-                sys.executable,
-                "-m",
-                "accelerate.commands.launch",
-                "--config_file",
-                launcher_file(bench.ranks),
-                str(TRAIN),
-            ],
-            "launched",
-        ),
-    ):
+
+    # A second trainer of the same folder is refused by name while they live, whichever way it is started.
+    launch = ["-m", "accelerate.commands.launch", "--config_file", launcher_file(bench.ranks)]
+    for options, name in (([], "one process"), (launch, "launched")):
         begin, first = time.perf_counter(), None
         second = subprocess.Popen(
-            [*command, str(CONFIG), f"train.output_dir={run}", "train.resume=auto"],
+            [sys.executable, *options, str(TRAIN), str(CONFIG), f"train.output_dir={run}", "train.resume=auto"],
             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
         )  # fmt: skip
         for line in second.stderr:
@@ -94,6 +93,8 @@ def orphans(bench: Bench) -> Outcome:
             f"{name}: refused after {first or 0:.1f} s, code {code} after {time.perf_counter() - begin:.1f} s"
         )
     outcome.expect(all(worker.is_running() for worker in workers), "the workers were disturbed")
+
+    # Told to end, they save and leave; the folder can then be resumed.
     (process.notes / "go").touch()
     for worker in workers:
         worker.terminate()
@@ -105,7 +106,7 @@ def orphans(bench: Bench) -> Outcome:
 
 
 def signals(bench: Bench) -> Outcome:
-    """SIGTERM and SIGINT, to the launcher and to all, in a step, an evaluation, a save and while data are waited for."""
+    """SIGTERM and SIGINT, to the launcher and to all, in a step, an evaluation, a save and a wait for data."""
     outcome, run = Outcome(), bench.new("signalled")
     newest, slowest, codes = 0, 0.0, set()
     for number, (moment, name, who) in enumerate(
@@ -122,6 +123,8 @@ def signals(bench: Bench) -> Outcome:
         outcome.injected(ended)
         if ended.note is None:
             continue
+
+        # The run has to save the step it was in, soon, and end with the signal's code on every rank.
         newest = bench.check_checkpoints(run, outcome, newest)
         step = ended.note["step"]
         outcome.expect(step <= newest <= step + 1, f"{what} after step {step}, checkpoint of step {newest}")
@@ -149,7 +152,7 @@ def stopped_rank(bench: Bench) -> Outcome:
     bench.compare(run, outcome)
     bench.check_checkpoints(run, outcome, bench.steps)
     outcome.remarks = [
-        f"timeout of 10 s; {ended.seconds_after:.0f} s from the stop to the end of the run, 30 of which the launcher gives "
-        "a stopped process to end"
+        f"timeout of 10 s; {ended.seconds_after:.0f} s from the stop to the end of the run, 30 of which the launcher "
+        "gives a stopped process to end"
     ]
     return outcome

@@ -1,4 +1,4 @@
-"""The moments of a run at which something can go wrong, among them every stage of a save; and how to be there."""
+"""The moments of a run at which something can go wrong, among them every stage of a save, and a way to act at them."""
 
 import io
 import os
@@ -23,7 +23,13 @@ from training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Moment:
-    """Before or after a call of `owner.name` whose arguments `matches` accepts; on the main process or on any."""
+    """The moment before or after a call of `owner.name`.
+
+    Attributes:
+        after: whether the moment is after the call; else it is before.
+        matches: tells by the arguments whether a call counts.
+        main_only: whether only the main process makes the call.
+    """
 
     owner: Any
     name: str
@@ -36,7 +42,7 @@ def _renames(pattern: str) -> Callable[..., bool]:
     return lambda source, target: re.fullmatch(f"(.*/)?{pattern}", Path(target).as_posix()) is not None
 
 
-# In the order in which a save comes to them.
+# The stages of a save, in order.
 SAVE_STAGES = {
     "before anything is written": Moment(Checkpointer, "_begin"),
     "after the description": Moment(Checkpointer, "_begin", after=True),
@@ -64,7 +70,7 @@ MOMENTS = SAVE_STAGES | OTHER_MOMENTS
 
 @contextmanager
 def at(moment: str, action: Callable[[], None]) -> Iterator[None]:
-    """Inside the block, `action` is called whenever this process comes to the moment."""
+    """Call `action` whenever this process comes to the moment, as long as the block lasts."""
     point = MOMENTS[moment]
     original = getattr(point.owner, point.name)
     special = {"half of a shard written": _half_written, "old one half deleted": _half_deleted}
@@ -87,10 +93,11 @@ def at(moment: str, action: Callable[[], None]) -> Iterator[None]:
 
 
 class _Halting:
-    """A stream that calls `action` between the halves of what is written to it."""
+    """A stream that calls `action` in the middle of every write."""
 
     def __init__(self, stream: io.IOBase, action: Callable[[], None]):
-        self._stream, self._action = stream, action
+        self._stream = stream
+        self._action = action
 
     def write(self, data: bytes) -> int:
         half = len(data) // 2

@@ -1,4 +1,4 @@
-"""Steps whose loss is no number or jumps, and trackers that are down."""
+"""Faults of steps: losses that are not finite, losses that jump, and trackers that cannot be reached."""
 
 from pathlib import Path
 
@@ -14,6 +14,7 @@ CLEAN_STEPS = 1000
 
 def not_finite(bench: Bench) -> Outcome:
     """NaN in the loss of one rank, an infinite gradient on another; then NaN in every step."""
+    # Single steps are left out on all ranks, and change nothing.
     outcome, run = Outcome(), bench.new("not-finite")
     faults = [{"do": "nan loss", "nth": 3, "rank": bench.ranks - 1}, {"do": "infinite gradient", "nth": 6, "rank": 0}]
     ended = bench.launch(run, "train.steps=8", "train.keep_checkpoints=9", faults=faults)
@@ -23,6 +24,8 @@ def not_finite(bench: Bench) -> Outcome:
     outcome.expect(events == {3: "not_finite", 6: "not_finite"}, f"events are {events}")
     unchanged = [step for step in range(2, 9) if _state(run, step) == _state(run, step - 1)]
     outcome.expect(unchanged == [3, 6], f"the state is that of the step before in steps {unchanged}, not in 3 and 6")
+
+    # A run whose every step is not finite ends by itself.
     run = bench.new("never-finite")
     always = {"do": "nan loss", "nth": 3, "steps": 10**9, "rank": 0}
     ended = bench.launch(run, "train.not_finite_limit=4", faults=[always])
@@ -35,7 +38,7 @@ def not_finite(bench: Bench) -> Outcome:
 
 
 def _state(run: Path, step: int) -> dict[str, bytes]:
-    """Weights and both moments of a checkpoint; the count of updates is a scalar in its manifest."""
+    """Return the weights and both moments of a checkpoint; the number of updates is a scalar in its manifest."""
     files = sorted((RunFolder(run).checkpoint(step) / "state").iterdir())
     return {
         f"{file.name} {name}": tensor.numpy().tobytes() for file in files for name, tensor in load_file(file).items()
@@ -44,6 +47,7 @@ def _state(run: Path, step: int) -> dict[str, bytes]:
 
 def spikes(bench: Bench) -> Outcome:
     """A loss five times as high, flagged or left out; and a clean run."""
+    # A jump is flagged, and left out only if the recipe says so.
     outcome = Outcome()
     for skip in (False, True):
         run = bench.new(f"spike-{skip}")
@@ -54,6 +58,8 @@ def spikes(bench: Bench) -> Outcome:
         events = {step: row["event"] for step, row in rows_by_step(run).items() if row["event"]}
         expected = {45: "spike_skipped", 46: "spike_skipped"} if skip else {45: "spike"}
         outcome.expect(events == expected, f"events are {events}")
+
+    # A clean run has no flags.
     run = bench.new("clean")
     words = [f"train.steps={CLEAN_STEPS}", "train.save_every=0"]
     ended = bench.launch(run, *words, ranks=1, timeout=900)

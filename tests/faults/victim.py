@@ -1,8 +1,8 @@
-"""training/train.py to which something happens; `python -m tests.faults` launches it in the place of train.py.
+"""Run training/train.py and let faults happen to it; `python -m tests.faults` launches this in place of train.py.
 
-The variable MOT_FAULT holds JSON: `do`, one of `ACTIONS` or `CHANGES`; `nth` and `at`, when this process comes to a
-moment of stages.py for the nth time (a step has one micro-batch here); `rank`, whose process it is; `notes`, a folder.
-What happened is noted there, and so it happens once, whatever is restarted.
+The variable MOT_FAULT holds JSON. Each fault has `do`, a key of `ACTIONS` or `CHANGES`; `at` and `nth`: it happens when
+the process comes to this moment of stages.py for the nth time (a step has one micro-batch here); `rank`, the rank that
+it happens to; and `notes`, a folder. The fault is noted there, so that it happens once, even if the run is restarted.
 """
 
 import json
@@ -45,7 +45,7 @@ def _signal_all(number: int) -> None:
 
 
 def _fill(fault: dict) -> None:
-    """Leave no room: in the file system of the run where that is a small one, else for any file of this process."""
+    """Leave no room on the run's small disk; without one, for any file of this process."""
     if fault["filler"] is None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         return
@@ -70,29 +70,35 @@ ACTIONS = {
     "kill launcher": lambda fault: _kill(os.getppid()),
     "stop": lambda fault: os.kill(os.getpid(), signal.SIGSTOP),
     "fill": _fill,
-    **{f"{name} launcher": lambda fault, name=name: os.kill(os.getppid(), signal.Signals[name]) for name in ("SIGTERM", "SIGINT")},
-    **{f"{name} all": lambda fault, name=name: _signal_all(signal.Signals[name]) for name in ("SIGTERM", "SIGINT")},
-}  # fmt: skip
+    "SIGTERM launcher": lambda fault: os.kill(os.getppid(), signal.SIGTERM),
+    "SIGINT launcher": lambda fault: os.kill(os.getppid(), signal.SIGINT),
+    "SIGTERM all": lambda fault: _signal_all(signal.SIGTERM),
+    "SIGINT all": lambda fault: _signal_all(signal.SIGINT),
+}
 
 
 class Happening:
-    """What is to happen in this process, and how often it has come to the moment."""
+    """A fault that is to happen in this process, and how often the process has come to its moment."""
 
     def __init__(self, fault: dict):
-        self.fault, self.times = fault, 0
+        self.fault = fault
+        self.times = 0
         self.notes = Path(fault["notes"])
         self.mine = fault.get("rank") in (None, RANK)
 
     def __call__(self) -> None:
+        """The process has come to the moment once more."""
         fault = self.fault
         self.times += 1
         if fault["do"] == "kill launcher" and self.times == fault["nth"] + 1:
-            while not (self.notes / "go").exists():  # an orphan that is there when somebody comes
+            while not (self.notes / "go").exists():  # an orphan stays until the bench has looked at it
                 time.sleep(0.1)
         if fault["do"] == "fill" and self.times == fault.get("until"):
             _make_room(fault)
         if self.times != fault["nth"] or (self.notes / "note.json").exists():
             return
+
+        # Note the fault first, since it may end the process.
         run = Path(fault["run"])
         rows = list(iterate_rows(run / "metrics.jsonl")) if (run / "metrics.jsonl").is_file() else []
         step = max((row["step"] for row in rows), default=0)
@@ -103,16 +109,14 @@ class Happening:
 
 
 def _change_loss(fault: dict):
-    """From step nth on, for `steps` of them, the loss or its gradient is another on one rank."""
+    """Change the loss or its gradient on one rank, from step `nth` on, for `steps` steps."""
     combine, calls = trainer.combine, []
+    is_mine = fault.get("rank") in (None, RANK)
 
     def changed(*arguments):
         loss = combine(*arguments)
         calls.append(1)
-        if not fault["nth"] <= len(calls) < fault["nth"] + fault.get("steps", 1) or fault.get("rank") not in (
-            None,
-            RANK,
-        ):
+        if not is_mine or not fault["nth"] <= len(calls) < fault["nth"] + fault.get("steps", 1):
             return loss
         if fault["do"] == "infinite gradient":
             loss.register_hook(lambda gradient: gradient * float("inf"))

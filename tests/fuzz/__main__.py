@@ -1,11 +1,12 @@
-"""Hand seeded bad inputs to the public entry points, and count what becomes of them.
+"""Hand seeded bad inputs to the public entry points, and count how they end.
 
     python -m tests.fuzz --count 1000 [--seed N] [--only AREA ...] [--jobs N] [--json FILE]
     python -m tests.fuzz --repeat AREA:SEED          one case again, with its traceback
 
-A clear error is one that our code raises, or that names the field, value or file; of a command it is an exit code with a
-line that does. Exit code 1 where anything hangs, crashes, takes a gigabyte, runs code, opens a file or an address that is
-not its own, or gives a wrong result, or where more than 5 % of the errors are those of a library.
+An error is clear if our code raises it, or if it names the field, the value or the file. The error of a command is an
+exit code with a line that does so. The fuzz ends with exit code 1 if an input hangs, crashes, takes a gigabyte, runs
+code, opens a file or an address that is not its own, or gives a wrong result, or if more than 5 % of the errors are
+those of a library.
 """
 
 import argparse
@@ -38,8 +39,8 @@ _CASES_OF_A_SEED = 1_000_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: see above."""
-    tempfile.tempdir = os.environ["HF_HOME"]  # processes that are forked do not tidy up after themselves
+    """Return the exit code that the module's docstring describes."""
+    tempfile.tempdir = os.environ["HF_HOME"]  # forked processes do not remove their own files
     try:
         options = _parser().parse_args(arguments)
         return repeat(*options.repeat.split(":")) if options.repeat else fuzz(options)
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def fuzz(options: argparse.Namespace) -> int:
-    """Run cases, and print what is to be mended and the table."""
+    """Run cases, and print the faults that were found and the table."""
     begin = time.perf_counter()
     outcomes = run(options.only or list(AREAS), options.count, options.seed, options.jobs, Path(tempfile.tempdir))
     findings = [outcome for outcome in outcomes if outcome.verdict in FATAL or outcome.verdict == LIBRARY]
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(names: Sequence[str], count: int, seed: int, jobs: int, folder: Path) -> list[Outcome]:
-    """`count` cases, in equal shares of the areas."""
+    """Run `count` cases, in equal shares of the areas, and the good inputs of each area."""
     shares = {name: count // len(names) + (place < count % len(names)) for place, name in enumerate(names)}
     cases = [(name, seed * _CASES_OF_A_SEED + number) for name, share in shares.items() for number in range(share)]
     outcomes = []
@@ -101,7 +102,7 @@ def _run(name: str, seed: int, folder: Path) -> Outcome:
 
 
 def _run_control(name: str, folder: Path) -> Outcome:
-    """Good inputs; what is not accepted is a fault of the fuzz, or a check that refuses too much."""
+    """Run an area's good inputs: if one is refused, the fuzz is at fault, or a check refuses too much."""
     outcome = run_case(name, AREAS[name].control, -1, folder)
     if outcome.verdict != ACCEPTED:
         outcome.verdict, outcome.detail = BROKEN, f"good inputs are not accepted: {outcome.verdict}: {outcome.detail}"
@@ -114,13 +115,13 @@ def is_failure(outcomes: Sequence[Outcome]) -> bool:
 
 
 def described(outcome: Outcome) -> str:
-    """What was bad and what came of it, in letters that any terminal shows."""
+    """Say what was bad about a case and how it ended, in letters that any terminal shows."""
     lines = (f"{outcome.verdict}: {outcome.says}", outcome.detail[:600])
     return "\n  ".join(re.sub(r"[^ -~]", lambda found: repr(found[0])[1:-1], line) for line in lines)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Markdown: a row for each area, a column for each verdict."""
+    """Return a table in Markdown: a row for each area, a column for each verdict."""
     columns = [*VERDICTS, *([BROKEN] if any(outcome.verdict == BROKEN for outcome in outcomes) else [])]
     counts = Counter((outcome.area, outcome.verdict) for outcome in outcomes)
     names = list(dict.fromkeys(outcome.area for outcome in outcomes))

@@ -1,4 +1,4 @@
-"""The entry points, by name; in this order they are run."""
+"""The areas of the fuzz by name, in the order in which they are run."""
 
 from . import (
     checkpoints,

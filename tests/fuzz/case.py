@@ -1,4 +1,4 @@
-"""What a case of the fuzz is: one bad input and the call that it goes to."""
+"""A case of the fuzz: one bad input, and the call that receives it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,11 +8,11 @@ from typing import Any
 
 
 class Hung(Exception):
-    """Something that was waited for did not come."""
+    """The case waited for something that did not come."""
 
 
 class WrongResult(Exception):
-    """The input was accepted, and what came of it is not what it has to be."""
+    """The input was accepted, and the result is not the right one."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,10 @@ class Place:
     """Folders of one case.
 
     Attributes:
-        inside: what the case may read and write.
-        outside: files that nothing may open: `secret.txt`, `.json`, `.png`, `.wav`, `.safetensors`, `.py`. Each is watched.
-        ran: code that stands in an input makes this folder when it is run.
+        inside: files that the case may read and write.
+        outside: files that nothing may open: `secret.txt`, `.json`, `.png`, `.wav`, `.safetensors`, `.py`. Each is
+            watched.
+        ran: a folder that does not exist; code that stands in an input makes it when the code is run.
     """
 
     inside: Path
@@ -35,11 +36,11 @@ class Case:
     """A bad input.
 
     Attributes:
-        says: what is bad about it, for the reader of a finding.
-        call: hands it to the entry point; raises WrongResult where the input is taken and should not be, or where the
-            result is not what it has to be. A command's `call` returns its exit code.
-        names: fields, values and files, one of which an error has to name.
-        is_command: errors are exit codes and lines of stderr.
+        says: what is bad about the input, for the reader of a finding.
+        call: hands the input to the entry point. It raises WrongResult if the input is accepted and should not be, or
+            if the result is wrong. The `call` of a command returns the exit code.
+        names: fields, values and files; an error has to name one of them.
+        is_command: whether errors are exit codes and lines of stderr.
     """
 
     says: str
@@ -53,9 +54,9 @@ class Area:
     """A group of entry points.
 
     Attributes:
-        make: a case from what it draws.
-        good: calls the entry points with good inputs in a folder; without it a fuzz that never gets anywhere looks well.
-        warm: builds once what all cases share, in the process that the cases' own are forked from.
+        make: draws a case.
+        good: calls the entry points with good inputs in a folder. It shows that the cases reach the code at all.
+        warm: builds once the objects that all cases share, in the process from which those of the cases are forked.
     """
 
     make: Callable[[Random, Place], Case]
@@ -64,5 +65,5 @@ class Area:
 
     @property
     def control(self) -> "Area":
-        """The same with its good inputs in the place of each case."""
+        """The area with its good inputs in place of each case."""
         return replace(self, make=lambda rng, place: Case("good inputs", lambda: self.good(place.inside), ()))

@@ -1,4 +1,4 @@
-"""Saved models, processors and their parts that are damaged, or that mean harm to whoever loads them."""
+"""Damaged or hostile folders of models, processors and their parts."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def good(folder: Path) -> None:
 
 
 def load(rng: Random, place: Place) -> Case:
-    """A folder that is read by our classes; what is accepted is saved again, without a way to foreign code."""
+    """Make a bad folder for our classes to read. If it is accepted, it is saved again without foreign code."""
     name, copy = rng.choice(["mot", "transfusion", "dense"]), place.inside / "model"
     says = rng.choice([damage_folder, damage_folder, bad_config, bad_index, bad_tensors])(
         rng, place, saved() / name, copy

@@ -1,4 +1,4 @@
-"""The commands that train and assemble tokenizers."""
+"""Bad options and sources for the commands that train and assemble tokenizers."""
 
 import csv
 import json
@@ -90,7 +90,7 @@ def warm() -> None:
 
 
 def good(folder: Path) -> None:
-    """Every command on good sources."""
+    """Run every command on good sources."""
     for name, (main, kind, options) in COMMANDS.items():
         data = folder / kind
         data.mkdir(exist_ok=True)
@@ -102,7 +102,7 @@ def good(folder: Path) -> None:
 
 
 def tokenize(rng: Random, place: Place) -> Case:
-    """An option, a source or a part that is bad."""
+    """Make a command with a bad option, source or part."""
     if rng.random() < 0.2:
         return _assemble(rng, place)
     name = rng.choice(list(COMMANDS))
@@ -125,7 +125,7 @@ def tokenize(rng: Random, place: Place) -> Case:
 
 
 def _without(arguments: list[str], option: str) -> list[str]:
-    """Without an option and what follows it up to the next."""
+    """Return the words without an option and its values."""
     kept, skipping = [], False
     for word in arguments:
         skipping = word == option if word.startswith("--") else skipping
@@ -149,12 +149,12 @@ _TEXTS = (
 
 
 def _bad_source(rng: Random, place: Place, folder: Path, kind: str) -> tuple[Path, str]:
-    """(source, what is bad)"""
+    """Make a bad source.  -> (source, description)"""
     return rng.choice([_bad_folder, _bad_table])(rng, place, folder, kind)
 
 
 def _bad_folder(rng: Random, place: Place, folder: Path, kind: str) -> tuple[Path, str]:
-    """A bad file beside good ones."""
+    """Make a folder with a bad file beside good ones."""
     _good_source(rng, folder, kind)
     bad = folder / f"bad.{kind}"
     if rng.random() < 0.3:
@@ -168,7 +168,7 @@ def _bad_folder(rng: Random, place: Place, folder: Path, kind: str) -> tuple[Pat
 
 
 def _bad_table(rng: Random, place: Place, folder: Path, kind: str) -> tuple[Path, str]:
-    """A table whose values are bad, or that is damaged."""
+    """Make a table that is damaged or has bad values."""
     secret, column = f"secret.{kind}", {"txt": "text", "png": "image", "wav": "audio"}[kind]
     named = files.outside_path(rng, folder, place.outside, secret)
     others = ["", None, 3, "no-such", "a\0b", ["a"], "\ud83d", values.text(rng)[:500], "http://outside.invalid/a"]
@@ -190,7 +190,7 @@ def _bad_table(rng: Random, place: Place, folder: Path, kind: str) -> tuple[Path
 
 
 def _assemble(rng: Random, place: Place) -> Case:
-    """`training.tokenizers.processor` with parts that are bad."""
+    """Make a call of `training.tokenizers.processor` with bad parts."""
     given = {f"--{part}": str(parts() / part) for part in ("text", "image", "speech")}
     given["--output"] = str(place.inside / "out")
     if rng.random() < 0.5:

@@ -1,4 +1,4 @@
-"""Configurations: of models by class, variant, preset, dictionary and file, and of the processor's parts."""
+"""Bad configurations: of models, by class, variant, preset, dictionary and file, and of the processor's parts."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from .case import Case, Place, WrongResult
 from .values import INF, NAN
 
 
-SMALL = 2_000_000  # parameters of a model that is built to try a configuration that was accepted
+SMALL = 2_000_000  # most parameters of a model that is built to try an accepted configuration
 PICTURE = np.zeros((16, 16, 3), dtype=np.uint8)
 
 SIZES = (0, -1, NAN, 2.5, True, 10**9, 10**30, "8", None, [8])
@@ -32,7 +32,8 @@ SHARES = (-0.1, 1.0, 1.5, NAN, INF, -INF, "0.1", True)
 SCALES = (0, -1.0, NAN, INF, -INF, "1e-5", None, 1e308)
 TOKEN_IDS = (-1, 3, 4, 5, 59, 60, 10**12, NAN, "3", True, [3], [[3]])
 IMAGE_GRIDS = (
-    [NAN, 2], [2.5, 2], [True, True], [0, 2], [-1, -1], [2], [2, 3, 4], 4, "23", [10**9, 10**9], [INF, 1], [None, None], [],
+    [NAN, 2], [2.5, 2], [True, True], [0, 2], [-1, -1], [2], [2, 3, 4], 4, "23", [10**9, 10**9], [INF, 1],
+    [None, None], [],
 )  # fmt: skip
 SPEECH_LENGTHS = (0, -1, NAN, 2.5, "4", True, INF)
 _REST = {"image": [30, 45], "speech": [45, 60]}
@@ -61,7 +62,8 @@ FIELDS: dict[str, tuple] = {
         ["text", "\ud800"], ["text", "__class__"], ["text", "image", "speech", "x" * 10_000],
     ),
     "towers": (
-        {}, {"text": "a"}, {"text": "a.b", "image": "b", "speech": "c"}, {"text": "shared", "image": "b", "speech": "c"},
+        {}, {"text": "a"}, {"text": "a.b", "image": "b", "speech": "c"},
+        {"text": "shared", "image": "b", "speech": "c"},
         {"text": "", "image": "", "speech": ""}, {"text": "weight", "image": "bias", "speech": "forward"}, [1], 3,
         {"text": "a/b", "image": "\0", "speech": "*"}, {"text": "keys", "image": "items", "speech": "training"},
         {"text": None},
@@ -151,7 +153,7 @@ PARTS: dict[type, tuple[dict, dict[str, tuple]]] = {
 
 
 def configure(rng: Random, place: Place) -> Case:
-    """A configuration with a bad field; one that is accepted is saved, read and built."""
+    """Make a configuration with a bad field. If it is accepted, it is saved, read and built."""
     return _part(rng) if rng.random() < 0.3 else _model(rng, place)
 
 
@@ -193,7 +195,7 @@ def good(folder: Path) -> None:
 
 
 def _try(config: Any, folder: Path) -> None:
-    """What is accepted is saved and read as it was and, where it is small, makes a model whose logits are finite."""
+    """Check an accepted configuration: it is saved and read unchanged, and a small one makes finite logits."""
     config.save_pretrained(folder / "saved")
     again = type(config).from_pretrained(folder / "saved")
     if again.to_dict() != config.to_dict() and "nan" not in str(config.to_dict()):

@@ -1,4 +1,4 @@
-"""Conversions from and to other checkpoints."""
+"""Bad sources and options for conversions from and to other checkpoints."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,8 @@ UPCYCLE: dict[str, tuple[str, ...]] = {
     "--moe-text": _NUMBERS,
     "--max-length": ("-5", "0", "x", str(10**30), "1"),
     "--init": (
-        "image=perturbed:inf", "image=perturbed:nan", "image=perturbed:-1", "image=perturbed:1e400", "nope=copy", "image",
+        "image=perturbed:inf", "image=perturbed:nan", "image=perturbed:-1", "image=perturbed:1e400",
+        "nope=copy", "image",
         "image=", "image=nope", "=copy", "text=fresh", "image=perturbed:x",
     ),
     "--set": (
@@ -67,7 +68,7 @@ CONVERSIONS: dict[str, tuple[Callable, tuple[str, ...], dict, list[str]]] = {
 
 
 def good(folder: Path) -> None:
-    """Every conversion of a good source."""
+    """Run every conversion on a good source."""
     root = saved()
     for main, words in (
         (upcycle.main, [root / "llama", folder / "upcycled", *UPCYCLED]),
@@ -83,7 +84,7 @@ def good(folder: Path) -> None:
 
 
 def convert(rng: Random, place: Place) -> Case:
-    """A source that is damaged or means harm, or an option that is bad."""
+    """Make a conversion with a damaged or hostile source, or a bad option."""
     name = rng.choice(["upcycle", "upcycle", "export_dense", "import_chameleon", "vae"])
     main, sources, options, good = CONVERSIONS[name]
     source, out = saved() / rng.choice(sources), place.inside / "out"

@@ -1,4 +1,4 @@
-"""Sources of data: good files and damaged ones, and records that mean harm, in every format."""
+"""Bad sources of data: damaged files and hostile records, beside good ones, in every format."""
 
 import gzip
 import io
@@ -21,7 +21,7 @@ from .media import processors
 from .values import INF, NAN
 
 
-GOOD = 4  # records that are good in each source
+GOOD = 4  # good records of each source
 SEGMENTS = ["text:txt", "image:png", "audio:wav"]
 NAMES = (
     "data",
@@ -42,7 +42,7 @@ NAMES = (
 
 
 def read(rng: Random, place: Place) -> Case:
-    """A source that is prepared: one of its records is bad, or its file is damaged. With `on_error: skip` the good remain."""
+    """Prepare a source with a bad record or a damaged file. With `on_error: skip` the good records remain."""
     make = rng.choice([_bad_record, _bad_record, _bad_record, _damaged_file, _bad_settings])
     return make(rng, place)
 
@@ -54,7 +54,7 @@ def _prepared(
 
 
 def _rows(source: TokenizedSource, config: DataConfig | None = None) -> None:
-    """The first rows of a stream over it."""
+    """Read the first rows of a stream over a source."""
     config = config or DataConfig(row_length=512, block_documents=8, sources=[source.config])
     stream = RowStream(config, [source])
     for index in range(3):
@@ -72,7 +72,7 @@ def _good_records(rng: Random) -> list[dict[str, Any]]:
 
 
 def _write(kind: str, folder: Path, records: list[dict[str, Any]]) -> Path:
-    """A source of one shard.  -> its path"""
+    """Write a source of one shard.  -> its path"""
     folder.mkdir(exist_ok=True)
     path = folder / f"shard.{kind}"
     if kind == "tar":
@@ -109,7 +109,7 @@ def _write(kind: str, folder: Path, records: list[dict[str, Any]]) -> Path:
 
 
 def _write_folder(folder: Path, records: list[dict[str, Any]]) -> Path:
-    """Pictures with captions beside them."""
+    """Write a folder of pictures with captions beside them."""
     folder.mkdir(exist_ok=True)
     for number, record in enumerate(records):
         (folder / f"{number}.png").write_bytes(record["png"])
@@ -118,7 +118,7 @@ def _write_folder(folder: Path, records: list[dict[str, Any]]) -> Path:
 
 
 def good(folder: Path) -> None:
-    """Every format."""
+    """Read good sources of every format."""
     records = _good_records(Random(0))
     for kind in ("tar", "parquet", "jsonl", "jsonl.gz", "pictures"):
         segments, path = SEGMENTS, folder / kind
@@ -137,14 +137,15 @@ def good(folder: Path) -> None:
 
 _NAMES_IN_LINES: tuple = (
     "no-such", "a\0b", "a" * 300, "", ".", "/dev/zero", None, 3, [], {"bytes": None}, {"bytes": "x"}, ["a"], "é" * 200,
-    "\ud800.png", "http://outside.invalid/a.png", {"array": [1.0], "sampling_rate": 1}, {"array": None, "sampling_rate": -1},
+    "\ud800.png", "http://outside.invalid/a.png", {"array": [1.0], "sampling_rate": 1},
+    {"array": None, "sampling_rate": -1},
     {"array": [1.0] * 1600, "sampling_rate": 11_127}, {"array": [[]], "sampling_rate": 16_000},
     {"array": ["a"], "sampling_rate": "b"},
 )  # fmt: skip
 
 
 def _bad_value(rng: Random, place: Place, folder: Path, column: str, kind: str) -> tuple[Any, str]:
-    """What stands in a column of a record; files that records name are looked for in `folder`."""
+    """Draw a value for a column of a record; a file that the record names is looked for in `folder`."""
     if column == "txt":
         value = rng.choice(
             [
@@ -202,7 +203,8 @@ def _bad_record(rng: Random, place: Place) -> Case:
 
 
 _LINES = (
-    b'{"txt": "a"', b"\xff\xfe", b"[]", b"null", b"[" * 100_000, b'{"a":' * 50_000, b"3", b'{"txt": 1e999999}', b"\0", b"",
+    b'{"txt": "a"', b"\xff\xfe", b"[]", b"null", b"[" * 100_000, b'{"a":' * 50_000, b"3", b'{"txt": 1e999999}',
+    b"\0", b"",
     b'{"txt": "\\ud800"}', b'{"txt": 1' + b"0" * 10_000 + b"}", b'{"txt": "a", "txt": "b"}', b'{"txt": NaN}',
     b'\xef\xbb\xbf{"txt": "a"}',
 )  # fmt: skip
@@ -217,7 +219,7 @@ def _insert_bad_line(rng: Random, path: Path) -> bytes:
 
 
 def _bad_captions(rng: Random, place: Place, records: list[dict[str, Any]]) -> Case:
-    """A folder of pictures whose captions or metadata are bad."""
+    """Write a folder of pictures with bad captions or metadata."""
     folder = _write_folder(place.inside / "data", records)
     (folder / "9.png").write_bytes(records[0]["png"])
     caption, least = folder / "9.txt", GOOD
@@ -263,7 +265,7 @@ def _bad_captions(rng: Random, place: Place, records: list[dict[str, Any]]) -> C
 def _case(
     rng: Random, place: Place, path: Path, segments: list[str], says: str, least: int | None, **settings: Any
 ) -> Case:
-    """A source with `on_error` of either kind.
+    """Prepare a source with either kind of `on_error`.
 
     Args:
         least: with `skip` at least so many records are left; None: there may be none, for the file as a whole is bad.
@@ -346,7 +348,7 @@ def _tar_of_links(rng: Random, place: Place, folder: Path) -> Path:
 # ------------------------------------------------------------------------------------------------------------ settings
 
 
-# Section -> key -> values, as YAML has them.
+# Section -> key -> bad values, as YAML holds them.
 _SETTINGS: dict[str, dict[str, tuple]] = {
     "source": {
         "name": ("", "a/b", "..", "\0", "x" * 300, "é" * 200, None, 3),
@@ -384,7 +386,9 @@ _SETTINGS: dict[str, dict[str, tuple]] = {
         "flip": ("x", 3),
     },
     "data": {
-        **dict.fromkeys(("max_pixels", "max_audio_seconds", "max_record_bytes", "max_group_bytes"), (0, -1, NAN, INF, "x", 1)),
+        **dict.fromkeys(
+            ("max_pixels", "max_audio_seconds", "max_record_bytes", "max_group_bytes"), (0, -1, NAN, INF, "x", 1)
+        ),
         "row_length": (0, -1, 9, NAN, 10**12, "x"),
         "block_documents": (0, -1, 10**12, NAN),
         "replaced_codes": (-1, 2, NAN),
@@ -394,7 +398,7 @@ _SETTINGS: dict[str, dict[str, tuple]] = {
 
 
 def _bad_settings(rng: Random, place: Place) -> Case:
-    """A data section with a bad value, over a good shard."""
+    """Make a data section with a bad value, over a good shard."""
     path = _write(rng.choice(["jsonl", "parquet", "tar"]), place.inside / "data", _good_records(rng))
     section = rng.choice(list(_SETTINGS))
     name = rng.choice(sorted(_SETTINGS[section]))

@@ -1,4 +1,4 @@
-"""Files that mean harm: pictures and sounds of extreme sizes, pickles under other names, damaged copies, links."""
+"""Hostile files: pictures and sounds of extreme sizes, pickles under other names, damaged copies, links."""
 
 import gzip
 import io
@@ -21,7 +21,7 @@ SECRET = "Zqxjkv the secret that nobody may read. " * 8
 
 
 def write_secrets(folder: Path) -> None:
-    """Files of each kind that no case may open."""
+    """Write a file of each kind that no case may open."""
     folder.mkdir()
     (folder / "secret.txt").write_text(SECRET)
     (folder / "secret.json").write_text(json.dumps({"text": SECRET}))
@@ -33,7 +33,7 @@ def write_secrets(folder: Path) -> None:
 
 
 def outside_path(rng: Random, inside: Path, outside: Path, name: str) -> str:
-    """A way to write the path of a secret, as content of a file or of a record; some lay a link inside."""
+    """Write the path of a secret as a file or a record may name it; some ways make a link inside."""
     target = outside / name
     link = inside / f"link-{name}"
     if not link.is_symlink():
@@ -48,7 +48,7 @@ _ADDRESSES = (
 
 
 def anywhere(rng: Random, place: Place, name: str) -> Any:
-    """A secret or an address in the place of a picture or sound, as strangers may write it."""
+    """Name a secret or an address in the place of a picture or sound, as strangers may."""
     named = rng.choice([outside_path(rng, place.inside, place.outside, name), rng.choice(_ADDRESSES)])
     return rng.choice([named, named, {"path": named}, {"bytes": None, "path": named}, Path(named)])
 
@@ -67,12 +67,12 @@ class _Payload:
 
 
 def pickled(ran: Path) -> bytes:
-    """Bytes that make the folder `ran` when they are unpickled."""
+    """Return bytes that make the folder `ran` when they are unpickled."""
     return pickle.dumps(_Payload(ran), protocol=2)
 
 
 def code(ran: Path) -> str:
-    """Python that makes the folder `ran` when it is imported."""
+    """Return Python code that makes the folder `ran` when it is imported."""
     return f"import os\nos.makedirs({str(ran)!r}, exist_ok=True)\nclass Evil:\n    pass\n"
 
 
@@ -80,7 +80,7 @@ def code(ran: Path) -> str:
 
 
 def damaged(rng: Random, data: bytes) -> bytes:
-    """Cut, flipped, overwritten, doubled or filled up."""
+    """Cut, flip, overwrite, double or extend bytes."""
     way = rng.choice(["cut", "flip", "zero", "insert", "double", "empty", "swap"])
     if way == "empty" or not data:
         return b""
@@ -107,7 +107,7 @@ def damaged(rng: Random, data: bytes) -> bytes:
 
 
 def picture(rng: Random, kind: str = "PNG", size: tuple[int, int] = (24, 20), mode: str = "RGB") -> bytes:
-    """A good picture of noise."""
+    """Make a good picture of noise."""
     buffer = io.BytesIO()
     noise = np.frombuffer(rng.randbytes(size[0] * size[1] * 4), np.uint8).reshape(size[1], size[0], 4)
     Image.fromarray(noise, "RGBA").convert(mode).save(buffer, kind)
@@ -119,7 +119,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, rows: bool = True, before: bytes = b"") -> bytes:
-    """A grey picture of any size in a few bytes; without its rows it is a promise alone."""
+    """Make a grey picture of any size in a few bytes; without rows, it only has the header of one."""
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     packer, body = zlib.compressobj(9), b""
     if rows:
@@ -181,7 +181,7 @@ def _frames(rng: Random) -> bytes:
 
 
 def sound(rng: Random, rate: int = 16_000, seconds: float = 0.5, kind: str = "WAV") -> bytes:
-    """A good sound of noise."""
+    """Make a good sound of noise."""
     buffer = io.BytesIO()
     noise = np.random.default_rng(rng.getrandbits(32)).uniform(-0.5, 0.5, int(rate * seconds)).astype(np.float32)
     soundfile.write(buffer, noise, rate, format=kind)
@@ -189,7 +189,7 @@ def sound(rng: Random, rate: int = 16_000, seconds: float = 0.5, kind: str = "WA
 
 
 def wav(rate: int, frames: int = 1600, channels: int = 1, promised: int | None = None) -> bytes:
-    """A WAV whose header says whatever it is asked to."""
+    """Make a WAV with the header that is asked for."""
     data = bytes(2 * frames * min(channels, 8))
     size = len(data) if promised is None else promised
     form = struct.pack(
@@ -238,7 +238,7 @@ def _damaged_sound(rng: Random) -> tuple[bytes, str]:
 
 
 def bad_json(rng: Random, good: object) -> tuple[bytes, str]:
-    """(bytes, what they are) in the place of a file of JSON."""
+    """Return (bytes, description) to put in the place of a file of JSON."""
     whole = json.dumps(good).encode()
     return rng.choice(
         [
@@ -256,5 +256,5 @@ def bad_json(rng: Random, good: object) -> tuple[bytes, str]:
 
 
 def zipped_bomb() -> bytes:
-    """A line of JSON of a gigabyte in a megabyte: members of gzip follow one another."""
+    """Make a line of JSON of a gigabyte in a megabyte, as gzip members that follow one another."""
     return gzip.compress(b'{"text": "') + gzip.compress(b"a" * 2**24) * 64

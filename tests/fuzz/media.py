@@ -1,4 +1,4 @@
-"""The processor, its parts, chat templates, and the way back from ids."""
+"""Bad inputs of the processor, its parts and chat templates, and bad ids to decode."""
 
 import functools
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from .case import Case, Place, WrongResult
 from .values import INF, NAN
 
 
-Made = tuple[str, Callable[[], Any], tuple[str, ...]]  # what is bad, the call, the names of a case
+Made = tuple[str, Callable[[], Any], tuple[str, ...]]  # description, call and names of a case
 
 TEXT = {"type": "text", "text": "a cat"}
 DOCUMENT = [TEXT, {"type": "image", "image": PICTURE}, {"type": "audio", "audio": SOUND, "sampling_rate": 16_000}]
@@ -26,7 +26,7 @@ DOCUMENT = [TEXT, {"type": "image", "image": PICTURE}, {"type": "audio", "audio"
 
 @functools.cache
 def processors() -> tuple[Any, Any]:
-    """Of pictures as codes, and as pixels."""
+    """Make a processor of pictures as codes, and one of pictures as pixels."""
     return build_processor(), build_continuous(with_speech=True)
 
 
@@ -40,7 +40,7 @@ def good(folder: Path) -> None:
 
 
 def process(rng: Random, place: Place) -> Case:
-    """Documents, prompts, conversations, pictures, sounds and ids; ids of what is accepted are in the vocabulary."""
+    """Make a bad document, prompt, conversation, picture, sound or list of ids. Accepted ids are in the vocabulary."""
     processor = rng.choice(processors())
     make = rng.choice([_document, _document, _prompt, _conversation, _ids, _picture, _sound, _sound, _from_strangers])
     says, call, names = make(rng, processor, *([place] if make is _from_strangers else []))
@@ -79,7 +79,7 @@ _RATES = (*files.RATES, -1, NAN, INF, 16_000.5, "16000", True, 10**12, [16_000],
 
 
 def bad_image(rng: Random) -> tuple[Any, str]:
-    """(what is given as a picture, what is bad)"""
+    """Make a bad picture.  -> (picture, description)"""
     way = rng.choice(["file", "file", "file", "array", "pillow", "nothing"])
     if way == "file":
         data, says = files.bad_picture(rng)
@@ -100,7 +100,7 @@ def bad_image(rng: Random) -> tuple[Any, str]:
 
 
 def bad_audio(rng: Random) -> tuple[Any, Any, str]:
-    """(what is given as a sound, its rate, what is bad)"""
+    """Make a bad sound.  -> (sound, rate, description)"""
     if rng.random() < 0.4:
         data, says = files.bad_sound(rng)
         return rng.choice([data, {"bytes": data, "path": None}]), None, says
@@ -124,11 +124,13 @@ def _sound(rng: Random, processor: Any) -> Made:
 # ----------------------------------------------------------------------------------------------- documents and prompts
 
 _SEGMENTS = (
-    {}, {"type": "nope"}, {"type": None}, {"type": ["text"]}, {"text": "a"}, None, 3, {"type": "text"}, {"type": "image"},
+    {}, {"type": "nope"}, {"type": None}, {"type": ["text"]}, {"text": "a"}, None, 3, {"type": "text"},
+    {"type": "image"},
     {"type": "text", "text": b"a"}, {"type": "text", "text": ["a"]}, {"type": "document", "document": DOCUMENT},
 )  # fmt: skip
 _DOCUMENTS = (
-    [], [[]], [DOCUMENT, []], [[DOCUMENT]], TEXT, None, "text", 3, [DOCUMENT, None], values.recursive(), values.nested(2000),
+    [], [[]], [DOCUMENT, []], [[DOCUMENT]], TEXT, None, "text", 3, [DOCUMENT, None], values.recursive(),
+    values.nested(2000),
 )  # fmt: skip
 _OPTIONS = {
     "max_length": (-1, 0, NAN, "3"),
@@ -200,7 +202,8 @@ def _prompt(rng: Random, processor: Any) -> Made:
 _CONTENTS = (
     [{"type": "text"}], [{"type": "nope", "nope": 1}], [{}], [3], [{"type": "image"}], [{"type": "image", "url": 3}],
     [{"type": "image", "base64": "!!"}], [{"type": "audio", "path": "no-such.wav"}], [{"text": "a"}], "<|image|>",
-    [{"type": "text", "text": None}], [{"type": "text", "text": "<|eos|>{{ 7 * 7 }}{% for x in range(10**9) %}x{% endfor %}"}],
+    [{"type": "text", "text": None}],
+    [{"type": "text", "text": "<|eos|>{{ 7 * 7 }}{% for x in range(10**9) %}x{% endfor %}"}],
 )  # fmt: skip
 _TEMPLATES = (
     {"chat_template": "{{ nope.nope.nope }}"}, {"chat_template": "{{ ''.__class__.__mro__ }}"}, {"chat_template": 3},
@@ -222,7 +225,7 @@ def _conversation(rng: Random, processor: Any) -> Made:
 
 
 def _from_strangers(rng: Random, processor: Any, place: Place) -> Made:
-    """Paths where they are not allowed, and addresses, which never are unless the caller says so."""
+    """Give paths where they are not allowed, and addresses, which are allowed only if the caller says so."""
     kind, secret = rng.choice([("image", "secret.png"), ("audio", "secret.wav")])
     where, names = (
         files.anywhere(rng, place, secret),
@@ -271,7 +274,8 @@ def _ids(rng: Random, processor: Any) -> Made:
     codes = [processor.modality_token_ranges.get("image", [0, 1])[0]] * rng.choice([0, 1, 15, 16, 17])
     boi, eoi, begin, end = map(token, ("boi", "eoi", "begin_of_speech", "end_of_speech"))
     spans = (
-        [boi, *codes, eoi], [boi, *codes], [eoi], [boi, boi, *codes, eoi], [begin, 3, end], [begin, end], [boi, size - 1, eoi],
+        [boi, *codes, eoi], [boi, *codes], [eoi], [boi, boi, *codes, eoi], [begin, 3, end], [begin, end],
+        [boi, size - 1, eoi],
         list(range(size)), [size],
     )  # fmt: skip
     ids, options = rng.choice(_NO_IDS if rng.random() < 0.5 else spans), rng.choice(_DECODING)

@@ -1,6 +1,7 @@
-"""`forward` and `generate()` of models of a few kilobytes."""
+"""Bad arguments of `forward` and `generate()`, on models of a few kilobytes.
 
-# B sequences, L tokens, N pictures
+B sequences, L tokens, N pictures.
+"""
 
 import functools
 from pathlib import Path
@@ -41,7 +42,7 @@ def warm() -> None:
 
 
 def token_batch() -> dict[str, Any]:
-    """Arguments of `forward` for two rows with a code of a picture in each."""
+    """Make good arguments of `forward`: two rows, each with a code of a picture."""
     ids = torch.tensor([[7, 8, 9, 31, 10, 11]] * 2)
     return {
         "input_ids": ids,
@@ -53,7 +54,7 @@ def token_batch() -> dict[str, Any]:
 
 
 def picture_batch() -> dict[str, Any]:
-    """Arguments of `forward` for a row with a picture of four patches."""
+    """Make good arguments of `forward`: a row with a picture of four patches."""
     ids = torch.tensor([[1, 8, 3, 5, 5, 5, 5, 4, 9, 2]])
     return {
         "input_ids": ids,
@@ -99,7 +100,8 @@ def _bad_arguments(rng: Random, good: dict[str, Any]) -> dict[str, tuple]:
     return bad | {
         "latents": (
             torch.zeros(2, 2, 4, 4), torch.zeros(1, 3, 4, 4), torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 0, 4), [[1.0]],
-            torch.zeros(2, 4, 4), torch.zeros(1, 2, 4, 4, dtype=torch.long), torch.zeros(1, 2, 4, 4, dtype=torch.cfloat),
+            torch.zeros(2, 4, 4), torch.zeros(1, 2, 4, 4, dtype=torch.long),
+            torch.zeros(1, 2, 4, 4, dtype=torch.cfloat),
         ),
         "pixel_values": (
             torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8), torch.zeros(1, 3, 7, 8), torch.zeros(0, 3, 8, 8), 3,
@@ -119,7 +121,7 @@ def _bad_arguments(rng: Random, good: dict[str, Any]) -> dict[str, tuple]:
 
 
 def forward(rng: Random, place: Place) -> Case:
-    """Arguments of `forward`; losses and logits of what is accepted are finite."""
+    """Make bad arguments of `forward`. If they are accepted, losses and logits are finite."""
     with_pictures = rng.random() < 0.5
     model, good = (picture_model(), picture_batch()) if with_pictures else (token_model(), token_batch())
     bad, names = values.mutated(rng, good, _bad_arguments(rng, good))
@@ -147,7 +149,7 @@ def _run(model: Any, batch: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------------------ generate
 
 _MASK = torch.ones(1, 4, dtype=torch.long)
-# What our models read themselves.
+# Arguments that our models read themselves.
 OURS: dict[str, tuple] = {
     "guidance_scale": (NAN, INF, -1, "3", True, [1.0], 0, 1e308),
     "image_grid": IMAGE_GRIDS,
@@ -192,7 +194,7 @@ OF_PICTURES: dict[str, tuple] = {
     "processor": (3, None),
     "past_key_values": (3, "cache", []),
 }  # fmt: skip
-# What transformers reads before our models decode.
+# Arguments that transformers reads before our models decode.
 THEIRS: dict[str, tuple] = {
     "max_new_tokens": (0, -1, NAN, 2.5, "3", True, [3]),
     "min_new_tokens": (10**9, -1, NAN, "3"),
@@ -225,14 +227,14 @@ def prompt(model: Any) -> dict[str, Any]:
 
 
 def bad_settings(rng: Random, model: Any) -> dict[str, tuple]:
-    """Bad values of arguments that are read by our code, or now and then by transformers'."""
+    """Return bad values of arguments that our code reads, or now and then of arguments that transformers reads."""
     if rng.random() < 0.15:
         return THEIRS
     return OURS | (OF_PICTURES if isinstance(model, MoTTransfusionModel) else {})
 
 
 def generate(rng: Random, place: Place) -> Case:
-    """Arguments of `generate()`; tokens of what is accepted are in the vocabulary, and pictures finite."""
+    """Make bad arguments of `generate()`. If they are accepted, tokens are in the vocabulary and pictures finite."""
     model = rng.choice([token_model, picture_model])()
     bad, names = values.mutated(rng, prompt(model), bad_settings(rng, model))
     if isinstance(model, MoTTransfusionModel) and rng.random() < 0.3:
@@ -247,7 +249,7 @@ def good_generate(folder: Path) -> None:
 
 
 def check_made(made: Any, model: Any) -> None:
-    """Raises WrongResult for tokens outside of the vocabulary, and for pictures and latents that are not finite."""
+    """Raise WrongResult if a token is not in the vocabulary, or if a picture or latent is not finite."""
     ids, size = getattr(made, "sequences", made), model.config.vocab_size
     if isinstance(ids, torch.Tensor) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
         raise WrongResult(f"token {int(ids.max())} is outside of the vocabulary")

@@ -1,4 +1,4 @@
-"""Publishing: a folder with something that must not leave the machine, and requests that cannot be met."""
+"""Bad pushes: folders with something that must not leave the machine, and requests that cannot be met."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def good(folder: Path) -> None:
 
 
 def push(rng: Random, place: Place) -> Case:
-    """A folder with something that must not leave the machine, or a request that cannot be met."""
+    """Make a folder with something that must not leave the machine, or a request that cannot be met."""
     way = rng.choice(["stays", "stays", "stays", "damaged", "request"])
     if way == "request":
         return _bad_request(rng)
@@ -49,15 +49,17 @@ def push(rng: Random, place: Place) -> Case:
 
 
 _FILES = (
-    "samples.png", "losses.png", "a.jpg", "a.webp", "README.md", "LICENSE", "NOTICE", "conversion.json", "x.bin", "x.pkl",
-    "generation_config.json", "chat_template.jinja", "LICENSE.png", "image_tokenizer/x.json", "vocab.json", "merges.txt",
+    "samples.png", "losses.png", "a.jpg", "a.webp", "README.md", "LICENSE", "NOTICE", "conversion.json",
+    "x.bin", "x.pkl",
+    "generation_config.json", "chat_template.jinja", "LICENSE.png", "image_tokenizer/x.json", "vocab.json",
+    "merges.txt",
     "tokenizer.model", ".gitattributes", "USE_POLICY.md",
 )  # fmt: skip
 _NEVER_TEXT = (".png", ".jpg", ".webp", ".bin", ".pkl")
 
 
 def _what_must_stay(rng: Random, place: Place, folder: Path) -> tuple[str, bool]:
-    """Put something into a copy of a good folder.  -> what, and whether it must not be published"""
+    """Put something into a copy of a good folder.  -> description, and whether it must not be published"""
     shutil.copytree(saved() / rng.choice(["mot", "transfusion"]), folder)
     name = rng.choice(_FILES)
     way, file = rng.choice(["pickle", "token", "key", "link", "folder", "code", "zip", "executable"]), folder / name

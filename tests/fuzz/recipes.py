@@ -1,4 +1,4 @@
-"""Recipes: keys of a command line and files of YAML, for training, preparing and planning."""
+"""Bad recipes, as keys on a command line and as files of YAML, for training, preparing and planning."""
 
 import functools
 import json
@@ -22,12 +22,12 @@ def warm() -> None:
 
 @functools.cache
 def keys() -> dict[str, str]:
-    """Key -> type, of every key of a recipe; of lists the first entry's."""
+    """Return key -> type of every key of a recipe; a list gives the keys of its first entry."""
     return {key.replace("[i]", ".0"): kind for key, kind, _, _ in describe(Recipe)}
 
 
 def good_recipe(inside: Path) -> dict:
-    """A run of one step on twenty texts."""
+    """Write the recipe of a run of one step on twenty texts."""
     (inside / "texts.jsonl").write_text("".join(json.dumps({"text": f"thing {n} is red"}) + "\n" for n in range(20)))
     source = {"name": "texts", "path": str(inside / "texts.jsonl"), "templates": [{"segments": ["text:text"]}]}
     process = {"cpu": True, "cpu_threads": 1, "progress_bar": False, "timeout_seconds": 30}
@@ -41,7 +41,7 @@ def good_recipe(inside: Path) -> dict:
 
 
 def good(folder: Path) -> None:
-    """All commands of a good recipe."""
+    """Run all commands on a good recipe."""
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(good_recipe(folder)))
     for command, options in ((prepare, ["--workers", "1"]), (plan, []), (train, ["--print-config"]), (train, [])):
@@ -51,16 +51,20 @@ def good(folder: Path) -> None:
 
 _OF_TYPE: dict[str, tuple[str, ...]] = {
     "int": (
-        "-1", "0", str(2**63), str(10**30), ".nan", ".inf", "1.5", "true", "x", "null", "[1]", "{a: 1}", "'3'", "1_0", "0x10",
+        "-1", "0", str(2**63), str(10**30), ".nan", ".inf", "1.5", "true", "x", "null", "[1]", "{a: 1}", "'3'",
+        "1_0", "0x10",
         "2024-01-01",
     ),
     "float": (
-        "-1", "0", ".nan", ".inf", "-.inf", "1e400", "-1e-400", "true", "x", "null", "[1.0]", "'3'", "1e308", str(10**400),
+        "-1", "0", ".nan", ".inf", "-.inf", "1e400", "-1e-400", "true", "x", "null", "[1.0]", "'3'", "1e308",
+        str(10**400),
     ),
     "bool": ("1", "x", "null", "[true]", "yes", "'true'", ".nan"),
     "str": (
-        "''", "3", "null", "[a]", "'\\0'", '"\\0"', '"\\uD800"', "~", "!!binary aGk=", "nosuch", "'../../../x'", "/dev/null",
-        "/etc", "x" * 5000, "é" * 300, "/proc/self/mem", "http://outside.invalid/a.jsonl", "hf://datasets/no/such", "'*'",
+        "''", "3", "null", "[a]", "'\\0'", '"\\0"', '"\\uD800"', "~", "!!binary aGk=", "nosuch",
+        "'../../../x'", "/dev/null",
+        "/etc", "x" * 5000, "é" * 300, "/proc/self/mem", "http://outside.invalid/a.jsonl",
+        "hf://datasets/no/such", "'*'",
         "'[[['",
     ),
 }  # fmt: skip
@@ -74,7 +78,8 @@ _OF_KEY: dict[str, tuple[str, ...]] = {
         "/etc/nothing", "''", "/dev/null", "'*.jsonl'", '"\\0"', "/proc/self/mem", "'**'", "hf://x",
     ),
     "data.sources.0.templates.0.segments": (
-        "[]", "['text:']", "['nope:text']", "['text:{}']", "['text:{text.__class__}']", "['text:{text[0]}']", "['text:{']",
+        "[]", "['text:']", "['nope:text']", "['text:{}']", "['text:{text.__class__}']", "['text:{text[0]}']",
+        "['text:{']",
         "['text:{text!r:>999999999}']", "['text:{text:{text}}']", "['image:text']", "['document:text']", "[3]",
         "['text:nope']",
     ),
@@ -90,7 +95,7 @@ _OF_KEY: dict[str, tuple[str, ...]] = {
 
 
 def recipe(rng: Random, place: Place) -> Case:
-    """A recipe that is bad in a key or as a file, for one of the commands that read recipes."""
+    """Make a recipe that is bad in a key or as a file, for one of the commands that read recipes."""
     good, file = good_recipe(place.inside), place.inside / "recipe.yaml"
     file.write_text(yaml.safe_dump(good))
     words, names = [], ()
@@ -112,19 +117,19 @@ def recipe(rng: Random, place: Place) -> Case:
 
 
 def _bad_words(rng: Random) -> tuple[list[str], tuple[str, ...]]:
-    """(`key=value` words, names)"""
+    """Make bad words `key=value`.  -> (words, names)"""
     words, names = [], []
     for _ in range(rng.choice([1, 1, 1, 2])):
         key = rng.choice(sorted(_OF_KEY) if rng.random() < 0.35 else sorted(keys()))
         kind = keys().get(key, "").split(" ")[0]
         value = rng.choice(_OF_KEY.get(key) or _OF_TYPE.get(kind, _OF_TYPE["str"] + _OF_TYPE["int"]))
         if key == "train.steps" and value in (str(2**63), str(10**30)):
-            value = "-1"  # as many steps are a wish like any other, and never done
+            value = "-1"  # a huge number of steps is valid, and the run would never end
         if rng.random() < 0.06:
             others = ["." + key, key.replace(".", ".."), "train", "data.sources.7.name", "", "=", "nope"]
             key = rng.choice([key + "s", key + ".x", *others])
         if key.startswith("model.transfusion."):
-            words.append("model.transfusion.patchifier=linear")  # by default it is the paper's 0.27 B
+            words.append("model.transfusion.patchifier=linear")  # the default is the paper's U-Net of 0.27 B parameters
         words.append(f"{key}={value}")
         parts, given = key.split("."), value.strip("'\"")
         names += [key, parts[-1], *(".".join(parts[:count]) for count in range(2, len(parts)))]
@@ -169,7 +174,7 @@ _FILES = (
 
 
 def _bad_file(rng: Random, file: Path, good: str) -> str:
-    """Write a bad recipe.  -> what is bad"""
+    """Write a bad recipe.  -> description"""
     way = rng.choice(["known", "known", "known", "damaged", "text"])
     if way == "damaged":
         file.write_bytes(files.damaged(rng, good.encode()))

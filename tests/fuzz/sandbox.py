@@ -1,7 +1,7 @@
-"""One case in a process of its own: with a deadline, a bound on memory, and an eye on what it opens and runs.
+"""Run one case in a process of its own, with a deadline and a bound on memory, and watch the files that it opens.
 
-The process is forked from one that has imported everything, so a case takes milliseconds, and each begins from the same
-state. Nothing of a case stays but its `Outcome`.
+The process is forked from one that has imported everything. So a case takes milliseconds, and each begins from the same
+state. Only its `Outcome` stays.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ from . import files, verdicts
 from .case import Area, Case, Place
 
 
-CPU_SECONDS, WALL_SECONDS = 20, 60  # the second is for what waits, and for machines that do other things as well
+CPU_SECONDS, WALL_SECONDS = 20, 60  # wall time is longer, for cases that wait and for busy machines
 GIGABYTE = 2**30
-_ADDRESSES = 4 * GIGABYTE  # on top of what is mapped already; threads reserve a part of it
-# Programs that our commands and their libraries start by design; the rest would be somebody else's.
+_ADDRESSES = 4 * GIGABYTE  # address space beyond what is mapped already; threads reserve part of it
+# Programs that our commands and their libraries start by design; an input must not start any other.
 _PROGRAMS = {
     Path(sys.executable).name,
     "python",
@@ -46,7 +46,7 @@ _PROGRAMS = {
 
 @dataclass
 class Outcome:
-    """What became of a case."""
+    """How a case ended."""
 
     area: str
     seed: int
@@ -54,19 +54,20 @@ class Outcome:
     says: str = ""
     detail: str = ""
     seconds: float = 0.0
-    grown: int = 0  # bytes at the peak, above what the process began with
+    grown: int = 0  # peak memory in bytes, above that of the process at its start
 
     def worse(self, verdict: str, detail: str) -> None:
-        """Another verdict than that of the case's own process, whose detail is kept."""
-        self.verdict, self.detail = verdict, f"{detail}; {self.detail}" if self.detail else detail
+        """Replace the verdict of the case's own process, and keep its detail."""
+        self.verdict = verdict
+        self.detail = f"{detail}; {self.detail}" if self.detail else detail
 
 
 def run_case(name: str, area: Area, seed: int, folder: Path, loud: bool = False) -> Outcome:
     """Run a case and judge it.
 
     Args:
-        folder: where the case's own folder is made; it is removed at the end.
-        loud: tracebacks and what is printed go to stderr.
+        folder: the case's own folder is made here, and removed at the end.
+        loud: whether tracebacks and printed text go to stderr.
     """
     area.warm()
     root = Path(tempfile.mkdtemp(prefix="case-", dir=folder))
@@ -96,7 +97,7 @@ def run_case(name: str, area: Area, seed: int, folder: Path, loud: bool = False)
 
 
 def _wait(pid: int, root: Path, outcome: Outcome) -> Outcome:
-    """The child's report or, where it left none, how it ended."""
+    """Return the child's report or, if it left none, how it ended."""
     handle = os.pidfd_open(pid)
     ended, _, _ = select.select([handle], [], [], WALL_SECONDS)
     os.close(handle)
@@ -104,7 +105,7 @@ def _wait(pid: int, root: Path, outcome: Outcome) -> Outcome:
         os.kill(pid, signal.SIGKILL)
     _, status, usage = os.wait4(pid, 0)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)  # what it started
+        os.killpg(pid, signal.SIGKILL)  # programs that it started
     report = json.loads(_read(root / "report") or "{}")
     for field, value in report.items():
         setattr(outcome, field, value)
@@ -124,14 +125,14 @@ def _read(path: Path) -> str:
     return path.read_text(errors="replace") if path.is_file() else ""
 
 
-# ------------------------------------------------------------------------------------------------- in the case's process
+# ------------------------------------------------------------------------------------------------ in the case's process
 
 
 def _child(area: Area, drawn_from: str, place: Place, root: Path) -> None:
-    """Make and run the case; leaves the process."""
+    """Make and run the case in the forked process, and end the process."""
     try:
         os.setsid()
-        faulthandler.disable()  # of a pytest that it was forked from
+        faulthandler.disable()  # a pytest that it was forked from has it on
         _redirect(root / "printed")
         os.chdir(place.inside)
         for name in ("MOT_CACHE", "HOME"):
@@ -166,11 +167,11 @@ def _redirect(path: Path) -> None:
 
 
 def _bound(root: Path, report: Outcome) -> None:
-    """From here on: memory, time, and what Python opens and starts."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    """Bound memory and time from here on, and watch what Python opens and starts."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of memory
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     report.grown = int(fields["VmRSS"].split()[0]) * 1024
-    _note(root, report, "says", "grown")  # for a case that never comes back
+    _note(root, report, "says", "grown")  # for a case that never returns
     mapped = int(fields["VmSize"].split()[0]) * 1024
     resource.setrlimit(resource.RLIMIT_AS, (mapped + _ADDRESSES,) * 2)
     used = int(sum(os.times()[:2]))
@@ -203,7 +204,7 @@ def _printed(root: Path) -> str:
 
 
 def _auditor(seen: list[tuple[str, str]]):
-    """Notes programs that are started and addresses that are asked for; the latter are refused."""
+    """Note programs that are started and addresses that are asked for, and refuse the addresses."""
 
     def audit(event: str, arguments: tuple) -> None:
         if event in ("subprocess.Popen", "os.posix_spawn", "os.exec"):
@@ -228,12 +229,13 @@ def _auditor(seen: list[tuple[str, str]]):
 
 
 class Watch:
-    """Which files of a folder are opened, by whatever process and library: Linux's inotify."""
+    """Tells which files of a folder any process opens, by Linux's inotify."""
 
     _OPENED = 0x20
 
     def __init__(self, folder: Path):
-        self.folder, self.libc = folder, ctypes.CDLL(None, use_errno=True)
+        self.folder = folder
+        self.libc = ctypes.CDLL(None, use_errno=True)
 
     def __enter__(self) -> "Watch":
         self.handle = self.libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)

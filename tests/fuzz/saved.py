@@ -1,4 +1,4 @@
-"""Folders of good checkpoints and tokenizers, and damage to a file of them."""
+"""Make folders of good checkpoints and tokenizers, and damage their files."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ from .case import Place
 
 @functools.cache
 def saved() -> Path:
-    """A folder of good checkpoints: `llama`, `qwen2` in shards, `chameleon`, `mot`, `dense`, `transfusion`, `vae`."""
+    """Make good checkpoints: `llama`, `qwen2` in shards, `chameleon`, `mot`, `dense`, `transfusion`, `vae`."""
     root = Path(tempfile.mkdtemp())
     torch.manual_seed(0)
     save_source(root / "llama", "llama", tokenizer=True)
@@ -53,7 +53,7 @@ def saved() -> Path:
 
 @functools.cache
 def parts() -> Path:
-    """A folder of a text tokenizer, an image tokenizer and a speech tokenizer."""
+    """Make a folder of a text tokenizer, an image tokenizer and a speech tokenizer."""
     folder = Path(tempfile.mkdtemp())
     words_tokenizer(40).save_pretrained(folder / "text")
     tiny_tokenizer().save_pretrained(folder / "image")
@@ -65,12 +65,12 @@ def parts() -> Path:
 
 
 def words_of(says: str) -> tuple[str, ...]:
-    """Names of fields and files in what is said of a damage."""
+    """Return the names of fields and files that the description of a damage contains."""
     return tuple(word.split("=")[0] for word in says.replace(",", " ").split() if "." in word or "=" in word)
 
 
 def bad_config(rng: Random, place: Place, source: Path, copy: Path) -> str:
-    """Copy a folder, with another value of a field of config.json; numbers for numbers most often.  -> what was done"""
+    """Copy a folder with a bad value in config.json, most often a number for a number.  -> description"""
     shutil.copytree(source, copy)
     tree = json.loads((copy / "config.json").read_text())
     key = rng.choice(sorted(tree))
@@ -83,7 +83,7 @@ def bad_config(rng: Random, place: Place, source: Path, copy: Path) -> str:
 
 
 def bad_index(rng: Random, place: Place, source: Path, copy: Path) -> str:
-    """Copy a folder, with another index of its weights.  -> what was done"""
+    """Copy a folder with a bad index of its weights.  -> description"""
     shutil.copytree(source, copy)
     weights = sorted(copy.glob("model*.safetensors"))
     tensors = [name for path in weights for name in load_file(path)]
@@ -106,14 +106,15 @@ def bad_index(rng: Random, place: Place, source: Path, copy: Path) -> str:
 _HEADERS = (
     b"{}", b"[]", b"[" * 100_000, b'{"a":' * 50_000, b'{"w":3}', b'{"__metadata__":{"a":1}}', b"\xff",
     b'{"w":{"dtype":"F32","shape":[1000000000,1000000000],"data_offsets":[0,4]}}',
-    b'{"w":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', b'{"w":{"dtype":"F7","shape":[1],"data_offsets":[0,4]}}',
+    b'{"w":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}',
+    b'{"w":{"dtype":"F7","shape":[1],"data_offsets":[0,4]}}',
     b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}',
 )  # fmt: skip
 _DTYPES = (torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.uint8, torch.float64)
 
 
 def bad_tensors(rng: Random, place: Place, source: Path, copy: Path) -> str:
-    """Copy a folder, with another tensor in a file of weights, or another file.  -> what was done"""
+    """Copy a folder with a bad tensor in a file of weights, or a bad file.  -> description"""
     shutil.copytree(source, copy)
     file = rng.choice(sorted(copy.glob("model*.safetensors")))
     way = rng.choice(["dtype", "shape", "gone", "surplus", "nan", "header", "header", "pickle", "bin"])
@@ -149,7 +150,7 @@ def bad_tensors(rng: Random, place: Place, source: Path, copy: Path) -> str:
 
 
 def damage_folder(rng: Random, place: Place, source: Path, copy: Path) -> str:
-    """Copy a folder, and damage, replace or remove a file of it, or a value in it.  -> what was done"""
+    """Copy a folder, and damage, replace or remove one of its files or values.  -> description"""
     shutil.copytree(source, copy)
     known = (path for path in copy.rglob("*") if path.suffix in (".json", ".safetensors", ".jinja"))
     file = rng.choice(sorted(known))

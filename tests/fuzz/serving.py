@@ -1,4 +1,4 @@
-"""Requests of a server: the bad one among good ones, which must become what they become alone."""
+"""Bad requests to a server, beside good requests, whose results must be the same as alone."""
 
 import asyncio
 import builtins
@@ -28,7 +28,7 @@ WAIT = 12  # seconds for any answer of a server
 
 @functools.cache
 def documents_model() -> tuple[MoTTransfusionModel, Any]:
-    """A model that is served documents, and its processor."""
+    """Make a model that is served documents, and its processor."""
     torch.manual_seed(0)
     processor = build_continuous(image_size=[8, 8], downsampling=4)
     fields = {"vae_config": VAE, "noise_schedule": "linear", "caption_dropout": 0.1}
@@ -47,7 +47,7 @@ def good_request(model: Any) -> dict[str, Any]:
 
 @functools.cache
 def alone(model: Any) -> list[int]:
-    """The tokens that `generate()` makes of the good request."""
+    """Return the tokens that `generate()` makes of the good request."""
     request = good_request(model)
     made = model.generate(torch.tensor([request.pop("input_ids")]), **request)
     return getattr(made, "sequences", made)[0].tolist()
@@ -59,7 +59,7 @@ def warm() -> None:
 
 
 def serve(rng: Random, place: Place) -> Case:
-    """A bad request beside good ones, in a list or in a running server; or calls of a server in no good order."""
+    """Make a bad request beside good ones, in a list or in a running server; or calls of a server in a bad order."""
     if rng.random() < 0.15:
         return _calls(rng)
     if rng.random() < 0.2:
@@ -90,10 +90,11 @@ def good(folder: Path) -> None:
 
 
 class Streamer:
-    """Fails where it is told to."""
+    """A streamer that fails in the method named `failing`."""
 
     def __init__(self, failing: str, error: BaseException):
-        self.failing, self.error = failing, error
+        self.failing = failing
+        self.error = error
 
     def put(self, value: Any) -> None:
         if self.failing == "put":
@@ -114,7 +115,7 @@ class NoEnd:
 
 
 def _failing(error: BaseException, then: int, answer: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that answers `then` times, and fails from then on."""
+    """Make a function that answers `then` times and then fails."""
     left = [None] * then
 
     def fail(*arguments: Any, **_: Any) -> Any:
@@ -126,7 +127,7 @@ def _failing(error: BaseException, then: int, answer: Callable[..., Any]) -> Cal
     return fail
 
 
-# What logits processors, stopping criteria and callbacks give back.
+# Bad values that logits processors, stopping criteria and callbacks return.
 ANSWERS: dict[str, Callable[..., Any]] = {
     "logits_processor": lambda ids, scores: scores,
     "stopping_criteria": lambda ids, scores: torch.zeros(len(ids), dtype=torch.bool),
@@ -135,13 +136,14 @@ ANSWERS: dict[str, Callable[..., Any]] = {
 
 
 ERRORS = (
-    ValueError, RuntimeError, KeyboardInterrupt, SystemExit, asyncio.CancelledError, GeneratorExit, MemoryError, StopIteration,
+    ValueError, RuntimeError, KeyboardInterrupt, SystemExit, asyncio.CancelledError, GeneratorExit, MemoryError,
+    StopIteration,
 )  # fmt: skip
 PROMPTS = ([], [10**6], [-1], "abc", [[1, 2], [3, 4]], [1.5, 2], None, [1] * 3000, [NAN], [None], 5, {}, [[]], b"a")
 
 
 def _bad_request(rng: Random, model: Any) -> tuple[Any, tuple[str, ...], str]:
-    """(what is given to `add_request`, names, what is bad)"""
+    """Make a bad request.  -> (request, names, description)"""
     good, way = good_request(model), rng.random()
     if way < 0.5:
         own = {"max_new_tokens": (10**12, 0, -1, NAN, "3"), "input_ids": PROMPTS}
@@ -154,7 +156,7 @@ def _bad_request(rng: Random, model: Any) -> tuple[Any, tuple[str, ...], str]:
 
 
 def _with_code(rng: Random, good: dict) -> tuple[dict, tuple[str, ...], str]:
-    """A request with code of the caller's that fails, or gives what it should not."""
+    """Make a request with code of the caller that fails or returns a bad value."""
     error, then = rng.choice(ERRORS)("of the caller"), rng.choice([0, 1, 3])
     name = rng.choice(["streamer", *ANSWERS])
     own: Any = None
@@ -182,7 +184,7 @@ def _with_code(rng: Random, good: dict) -> tuple[dict, tuple[str, ...], str]:
 
 
 def _bad_document(rng: Random, place: Place) -> tuple[Any, str]:
-    """(document, what is bad)"""
+    """Make a bad document.  -> (document, description)"""
     image, says = files.bad_picture(rng)
     if rng.random() < 0.6:
         image = files.anywhere(rng, place, "secret.png")
@@ -212,7 +214,7 @@ def _served_by_a_thread(model: Any, bad: Any) -> None:
         first = server.add_request(good_request(model))
         try:
             name = server.add_request(bad)
-        except BaseException as error:  # of a streamer, which is given the prompt at once
+        except BaseException as error:  # from a streamer, which gets the prompt at once
             name, refused = None, error if isinstance(error, Exception) else RuntimeError(str(error))
         last = server.add_request(good_request(model))
         for good in (first, last):
@@ -247,7 +249,7 @@ def _check_good(result: Any, model: Any) -> None:
 
 
 def _raise_error(result: Any, model: Any) -> None:
-    """The error of a result, as an error."""
+    """Raise the error of a result, or check the output if there is none."""
     if result.error is None:
         check_made(result.output, model)
         return
@@ -260,7 +262,7 @@ def _raise_error(result: Any, model: Any) -> None:
 
 
 def _calls(rng: Random) -> Case:
-    """Calls of a server before its start, after its end, twice, of names that there are not."""
+    """Call a server before its start, after its end, twice, or with unknown names."""
     model = rng.choice([token_model, picture_model])()
     limits = {}
     if rng.random() < 0.4:

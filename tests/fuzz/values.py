@@ -1,4 +1,4 @@
-"""Values that mean harm or are mistakes: numbers, texts, containers, tensors, trees of JSON."""
+"""Values that are mistakes or attacks: numbers, texts, containers, tensors, trees of JSON."""
 
 import json
 import reprlib
@@ -15,8 +15,10 @@ NUMBERS = (
     False, np.float32("nan"), np.int64(-3), 3 + 4j,
 )  # fmt: skip
 TEXTS = (
-    "", " ", "\0", "a\0b", "\ud800", "a\udfffb", "\u202e\u2066x", "👩‍👩‍👧‍👦" * 50, "nan", "1", "-1", "null", "true", "None", "{x}", "{0.__class__}",
-    "%s%n", "../../outside", "/etc/passwd", "~root", "<|image|>", "<|boi|><|eoi|>", "<|endoftext|>", "é" * 300, "x" * 100_000,
+    "", " ", "\0", "a\0b", "\ud800", "a\udfffb", "\u202e\u2066x", "👩‍👩‍👧‍👦" * 50, "nan",
+    "1", "-1", "null", "true", "None", "{x}", "{0.__class__}",
+    "%s%n", "../../outside", "/etc/passwd", "~root", "<|image|>", "<|boi|><|eoi|>", "<|endoftext|>", "é" * 300,
+    "x" * 100_000,
     "__import__('os').system('true')", "${HOME}", "a.b.c", "a/b", "\\", "\r\n", "'; --", "!!python/object:os.system",
 )  # fmt: skip
 _short = reprlib.Repr()
@@ -24,7 +26,7 @@ _short.maxstring = _short.maxother = 60
 
 
 def shown(value: Any) -> str:
-    """A value in a few words, whatever it is."""
+    """Describe any value in a few words."""
     try:
         return _short.repr(value)
     except Exception:
@@ -92,7 +94,7 @@ def json_number(rng: Random) -> Any:
 
 
 def json_value(rng: Random) -> Any:
-    """A value that JSON holds; NaN and infinity are what Python's JSON reads and writes."""
+    """A value that JSON holds, with NaN and infinity, which Python's JSON reads and writes."""
     return rng.choices(
         [
             json_number,
@@ -107,7 +109,7 @@ def json_value(rng: Random) -> Any:
 
 
 def as_json(tree: dict) -> dict:
-    """What JSON holds of a mapping; the rest as text."""
+    """A mapping with the values that JSON can hold, and a description of every other value."""
 
     def held(value: Any) -> Any:
         try:
@@ -142,10 +144,10 @@ def mutated(rng: Random, good: dict, choices: dict[str, Any], most: int = 2) -> 
     """`good` with one or a few entries replaced, left out or misspelt.
 
     Args:
-        choices: name -> bad values that are of interest there; others are drawn from `anything`.
+        choices: name -> bad values that suit this entry; other entries get values from `anything`.
 
     Returns:
-        The changed mapping, and the names of what changed.
+        The changed mapping, and the names of the entries that changed.
     """
     bad, names = dict(good), []
     for _ in range(rng.randint(1, most)):

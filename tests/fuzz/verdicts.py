@@ -1,4 +1,4 @@
-"""What became of a case, judged strictly: an error is clear only if our code raised it on purpose, or it names the input."""
+"""Judge how a case ended: an error is clear only if our code raised it on purpose, or if it names the input."""
 
 import dis
 import re
@@ -22,13 +22,13 @@ VERDICTS = (CLEAR, LIBRARY, ACCEPTED, WRONG, HANG, CRASH, MEMORY, CODE, OUTSIDE)
 FATAL = (WRONG, HANG, CRASH, MEMORY, CODE, OUTSIDE, BROKEN)
 
 _OURS = tuple(str(Path(package.__file__).parent) for package in (conversion, modeling_mot, training))
-# What somebody who calls a function expects for a bad argument; others are accidents whatever they say.
+# The errors that a caller expects for a bad argument; any other is an accident, whatever it says.
 _EXPECTED = (ValueError, TypeError, LookupError, OSError, ImportError, RuntimeError, StrictDataclassError)
 _NO_MEMORY = re.compile(r"can't allocate memory|[Cc]annot allocate memory|Unable to allocate|bad_alloc|malloc of size")
 
 
 def judge_error(error: BaseException, case: Case) -> tuple[str, str]:
-    """(verdict, what is said) of an exception that came out of a call."""
+    """Return (verdict, message) of an exception that came out of a call."""
     said = f"{type(error).__name__}: {error}"
     if isinstance(error, WrongResult):
         return WRONG, str(error)
@@ -45,7 +45,7 @@ def judge_error(error: BaseException, case: Case) -> tuple[str, str]:
 
 
 def judge_command(code: object, printed: str, case: Case) -> tuple[str, str]:
-    """(verdict, what is said) of the exit code of a command, or the text it ended with."""
+    """Return (verdict, message) of a command, from its exit code or the text that it ended with."""
     if isinstance(code, str):
         printed, code = f"{printed}\n{code}", 1
     if not code:
@@ -73,7 +73,7 @@ def _is_raise(trace: TracebackType) -> bool:
 
 
 def _is_accident(error: BaseException, last: TracebackType) -> bool:
-    """True for an operation of Python that failed; a call with a keyword that is not known is none."""
+    """True if an operation of Python failed in our code; a call with an unknown keyword is no accident."""
     if isinstance(error, TypeError) and "unexpected keyword argument" in str(error):
         return False
     return last.tb_frame.f_code.co_filename.startswith(_OURS) and not _is_raise(last)

@@ -238,7 +238,7 @@ def test_each_process_holds_its_share_of_sixteen_bytes_a_parameter():
     assert parts["gradients being reduced"] == pytest.approx((2 + 4) * layer, rel=1e-3)
 
 
-# -------------------------------------------------------------------------------------------------------------- messages
+# ------------------------------------------------------------------------------------------------------------- messages
 
 
 @pytest.fixture(scope="module")
@@ -269,8 +269,8 @@ def test_messages_and_shards_are_those_of_fsdp2(real_messages, index):
     [("dense", 2, 6.98, 55), ("mot", 2, 13.4, 106), ("mot", 3, 19.9, 156), ("moe-4x", 2, 19.9, 156)],
 )
 def test_7b_moves_what_its_parameters_make(variant, modalities, billions, gigabytes):
-    # The paper's section 6.1 with the real matrices: FFN 8 D^2, vocabulary 65,536. Parameters in bf16 there and back and
-    # gradients in float32 would be 8 B each; the output layer stays from the forward to the backward.
+    # The paper's section 6.1 with the real matrices: FFN 8 D^2, vocabulary 65,536. Parameters in bf16 there and back,
+    # and gradients in float32, would be 8 B each; the output layer stays from the forward to the backward.
     names = ["text", "image", "speech"][:modalities]
     sizes = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 65536}
     # 8/3 D, up to a multiple of 64 so that no shard is padded.

@@ -77,7 +77,8 @@ class Page(html.parser.HTMLParser):
         self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset", "data")]
 
     def handle_data(self, data):
-        self.cells.append(data)
+        if data.strip():  # a browser shows no white space between tags
+            self.cells.append(data)
 
     def pictures(self) -> list[bytes]:
         return [base64.b64decode(address.partition("base64,")[2]) for address in self.addresses]

@@ -378,6 +378,7 @@ OPTIONS = [
     (text_command, "--vocab-size", ["0", "x", "nan", str(10**30)]),
     (text_command, "--min-frequency", ["-1"]),
     (image_command, "--batch-size", ["0", "-1"]),
+    (image_command, "--steps", ["0", "-1"]),
     (image_command, "--lr", ["nan", "inf", "-1"]),
     (vae_command, "--layers", ["-1"]),
     (vae_command, "--kl", ["nan", "-1"]),
@@ -451,9 +452,11 @@ def _junk_text(folder):
     [
         ("text", _junk_text, "--text: the tokenizer of .* cannot be read"),
         ("speech", lambda folder: (folder / "model.safetensors").write_bytes(b"junk"), "model.safetensors cannot be"),
-        ("speech", lambda folder: (folder / "speech_tokenizer_config.json").write_text("3"), "config.json holds no JSON"),
+        ("speech", lambda folder: (folder / "speech_tokenizer_config.json").write_text("3"),
+        "config.json holds no JSON"),
         ("speech", lambda folder: (folder / "speech_tokenizer_config.json").write_bytes(b"\xff"), "config.json cannot"),
-        ("speech", lambda folder: (folder / "speech_tokenizer_config.json").write_text("[" * 10**5), "config.json cannot"),
+        ("speech", lambda folder: (folder / "speech_tokenizer_config.json").write_text("[" * 10**5),
+        "config.json cannot"),
         ("speech", shutil.rmtree, "--speech: "),
     ],
 )  # fmt: skip

@@ -1,1 +1,1 @@
-"""Side-by-side timings against the models that a MoT replaces; README.md says how each figure is obtained."""
+"""Side-by-side timings against the models that a MoT replaces. README.md explains how each figure is obtained."""

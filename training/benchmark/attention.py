@@ -1,4 +1,4 @@
-"""Attention alone, forward and backward: ranges of keys beside torch's attention with the mask that says the same."""
+"""Time attention alone, forward and backward: ranges of keys beside torch's attention with an equal mask."""
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,12 @@ ROWS, IMAGE = 4, 64
 
 
 def made_up_rows(kind: str, length: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(document_ids, block_ids), (B, L) or None: `causal`; `packed` documents of about 256 tokens; `images`: the same, half
-    of whose tokens are images of 64 that see themselves in both directions."""
+    """Make (document_ids, block_ids), each (B, L) or None.
+
+    Args:
+        kind: `causal`: neither; `packed`: documents of about 256 tokens; `images`: the same documents, half of whose
+            tokens are in images of 64 tokens that attend in both directions.
+    """
     if kind == "causal":
         return None, None
     generator = torch.Generator().manual_seed(2)
@@ -30,7 +34,7 @@ def made_up_rows(kind: str, length: int) -> tuple[torch.Tensor | None, torch.Ten
 
 
 def mask_of(documents: torch.Tensor | None, blocks: torch.Tensor | None, length: int) -> torch.Tensor:
-    """What each query sees, written plainly.  -> (B, 1, L, L) bool"""
+    """Write out plainly which keys each query sees.  -> (B, 1, L, L) bool"""
     visible = torch.ones(length, length, dtype=torch.bool).tril()
     if blocks is not None:
         visible = visible | ((blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] >= 0))
@@ -40,12 +44,19 @@ def mask_of(documents: torch.Tensor | None, blocks: torch.Tensor | None, length:
 
 
 def time_attention(size: dict, dtype: torch.dtype, lengths: list[int], rounds: int) -> dict:
-    """For each row length and kind of rows, `compare`'s figures of `ranges`, `sdpa_mask` (torch's with the dense mask) and
-    `sdpa_causal` (torch's without any, which ignores documents and images)."""
+    """Time attention for each row length and kind of rows.
+
+    Contestants are `ranges`, `sdpa_mask` (torch's attention with the dense mask) and `sdpa_causal` (torch's without a
+    mask, which ignores documents and images).
+
+    Returns:
+        dict: "kind, length" -> the figures of `compare`.
+    """
     figures, num_heads = {}, size["num_attention_heads"]
     head_dim = size["hidden_size"] // num_heads
     for length in lengths:
         for kind in ("causal", "packed", "images"):
+            # The same heads go to all three, with the mask or the plan of these rows.
             documents, blocks = made_up_rows(kind, length)
             mask, plan = mask_of(documents, blocks, length), AttentionPlan.from_ids(documents, blocks)
             torch.manual_seed(0)
@@ -60,6 +71,7 @@ def time_attention(size: dict, dtype: torch.dtype, lengths: list[int], rounds: i
             def causal(heads=heads):
                 return F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
 
+            # Time forward and backward, after checking that the outputs agree.
             _check_equal(ranges, with_mask, heads)
             calls = {"ranges": ranges, "sdpa_mask": with_mask, "sdpa_causal": causal}
             calls = {name: lambda call=call: call().sum().backward() for name, call in calls.items()}

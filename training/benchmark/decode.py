@@ -1,4 +1,7 @@
-"""Decoding token by token: a MoT's `generate()` beside that of transformers' Llama of equal active size and weights."""
+"""Time decoding: a MoT's `generate()` beside that of transformers' Llama of equal active size and weights.
+
+R sequences.
+"""
 
 from functools import partial
 
@@ -10,11 +13,11 @@ from training.benchmark.rounds import compare, interleave
 
 
 VOCAB_SIZE, PROMPT, NEW_TOKENS = 8192, 32, 96
-TEXT_SHARES = {1: 1.0, 16: 0.5}  # sequences -> share of the vocabulary that is text: one tower a step, and both
+TEXT_SHARES = {1: 1.0, 16: 0.5}  # sequences -> text's share of the vocabulary: one tower in a step, or both
 
 
 def build(size: dict, dtype: torch.dtype, towers: int) -> dict[str, torch.nn.Module]:
-    """Llama and a MoT of so many towers, all with its weights, so that the same follows from both."""
+    """Build Llama, and a MoT whose towers all have the Llama's weights, so that both generate the same."""
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB_SIZE, rms_norm_eps=1e-5, initializer_range=0.1, **size))
     models = {"llama": llama, "mot": build_mot(llama, size, towers)}
@@ -22,7 +25,7 @@ def build(size: dict, dtype: torch.dtype, towers: int) -> dict[str, torch.nn.Mod
 
 
 def token_ranges(modalities: list[str], text_share: float) -> dict[str, list[int]]:
-    """A share of the vocabulary for text, the first of the modalities, and equal parts of the rest for the others."""
+    """Give text, the first modality, its share of the vocabulary, and the others equal parts of the rest."""
     text, *others = modalities
     first = min(int(text_share * VOCAB_SIZE), VOCAB_SIZE - len(others)) if others else VOCAB_SIZE
     edges = torch.linspace(first, VOCAB_SIZE, len(others) + 1).int().tolist()
@@ -30,14 +33,14 @@ def token_ranges(modalities: list[str], text_share: float) -> dict[str, list[int
 
 
 def decode(model: torch.nn.Module, batch: int) -> torch.Tensor:
-    """-> (R, PROMPT + NEW_TOKENS)"""
+    """Continue `batch` random prompts greedily.  -> (R, PROMPT + NEW_TOKENS)"""
     ids = torch.randint(1, VOCAB_SIZE, (batch, PROMPT), generator=torch.Generator().manual_seed(1))
     length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
     return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **length)
 
 
 def share_of_agreement(models: dict[str, torch.nn.Module], batch: int) -> float:
-    """Share of the MoT's tokens that are Llama's likeliest, or within rounding of it, after what stands before them."""
+    """Return the share of the MoT's tokens that Llama finds likeliest too, up to rounding, after the same tokens."""
     tokens = decode(models["mot"], batch)
     with torch.no_grad():
         logits = models["llama"](tokens[:, :-1]).logits[:, PROMPT - 1 :].float()
@@ -47,10 +50,13 @@ def share_of_agreement(models: dict[str, torch.nn.Module], batch: int) -> float:
 
 
 def time_decode(size: dict, dtype: torch.dtype, towers: int, rounds: int) -> dict:
-    """Seconds of a greedy token, the prompt's forward included, for each batch, and their ratios.
+    """Time a greedy token, including its part of the prompt's forward, for each batch.
 
     Returns:
-        dict: `batches`: for each number of sequences what `compare` makes of it, `seconds` being those of one step.
+        dict: `batches`: number of sequences -> the figures of `compare`; `seconds` are those of one step.
+
+    Raises:
+        SystemExit: the two models generate different tokens.
     """
     models, figures = build(size, dtype, towers), {}
     for batch, share in TEXT_SHARES.items():

@@ -1,4 +1,4 @@
-"""Two sharded processes beside one, and what saving costs: real runs of the training command, side by side."""
+"""Time sharded processes beside one process, and the cost of saving, by real runs of the training command."""
 
 import os
 import statistics
@@ -18,7 +18,7 @@ WARM_UP = 4
 
 
 def run(folder: Path, ranks: int, steps: int, *words: str) -> list[dict]:
-    """The metrics rows of the default recipe in so many processes, the same rows in a step, a thread for each core."""
+    """Run the default recipe in `ranks` processes, with the same rows in a step; return the rows of its metrics."""
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "accelerate.commands.launch", "--config_file", str(FSDP), "--num_processes", str(ranks)]
@@ -32,11 +32,11 @@ def run(folder: Path, ranks: int, steps: int, *words: str) -> list[dict]:
 
 
 def time_distributed(ranks: int, rounds: int, steps: int, save_every: int) -> dict:
-    """Seconds of a step (median over steps and rounds) of one process, of sharded ones, and of those while they save.
+    """Time a step of one process, of sharded processes, and of sharded processes that save.
 
     Returns:
-        dict: `compare`'s figures, saving included; `save_seconds` by way of saving: for how long one save holds up the
-        training; `data_share`: of a step, spent waiting for rows.
+        dict: the figures of `compare`, saving included; `save_seconds`: way of saving -> how long one save holds up the
+        training; `data_share`: the share of a step that is spent waiting for rows.
     """
     saving = f"train.save_every={save_every}"
     contestants = {
@@ -45,6 +45,8 @@ def time_distributed(ranks: int, rounds: int, steps: int, save_every: int) -> di
         "saving": (ranks, (saving,)),
         "saving asynchronously": (ranks, (saving, "train.save_asynchronously=true")),
     }
+
+    # One run of each contestant in turn; each run gives its mean step, its saves and its share of waiting.
     means: dict[str, list[float]] = {name: [] for name in contestants}
     stalls: dict[str, list[float]] = {name: [] for name in contestants}
     waits: dict[str, list[float]] = {name: [] for name in contestants}
@@ -56,6 +58,7 @@ def time_distributed(ranks: int, rounds: int, steps: int, save_every: int) -> di
                 means[name].append((sum(step) + sum(stall)) / len(rows))
                 stalls[name] += [seconds for seconds in stall if seconds]
                 waits[name].append(sum(row["data_seconds"] for row in rows) / sum(step))
+
     many = f"{ranks} processes"
     pairs = ((many, "one process"), ("saving", many), ("saving asynchronously", many))
     return compare(means, pairs) | {

@@ -1,7 +1,7 @@
-"""The last projection and the cross-entropy after it, forward and backward: a block of tokens at a time beside torch's
-with all logits."""
+"""Time the last projection and its cross-entropy, forward and backward: in blocks of tokens, and with all logits.
 
-# T tokens, D hidden size, V vocabulary
+T tokens, D hidden size, V vocabulary.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ Z_LOSS = 1e-5  # Chameleon's
 
 
 def made_up(hidden_size: int, dtype: torch.dtype, tokens: int, vocab_size: int) -> tuple[torch.Tensor, ...]:
-    """Hidden states (T, D), weight (V, D), of the size that a trained model has, and targets (T,)."""
+    """Make hidden states (T, D), a weight (V, D) of the size that a trained model has, and targets (T,)."""
     generator = torch.Generator().manual_seed(3)
     hidden_states = torch.randn(tokens, hidden_size, generator=generator).to(dtype).requires_grad_()
     weight = (torch.randn(vocab_size, hidden_size, generator=generator) / hidden_size**0.5).to(dtype).requires_grad_()
@@ -31,7 +31,7 @@ def in_blocks_with_z_loss(hidden_states: torch.Tensor, weight: torch.Tensor, tar
 
 
 def all_logits(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """As transformers does it."""
+    """The loss as transformers computes it."""
     return F.cross_entropy(F.linear(hidden_states, weight).float(), targets)
 
 
@@ -49,7 +49,11 @@ CONTESTANTS = {
 
 
 def time_loss(hidden_size: int, dtype: torch.dtype, tokens: int, vocabs: list[int], rounds: int) -> dict:
-    """For each vocabulary `compare`'s figures of the loss in `blocks` and with all `logits`, and with a z-loss."""
+    """Time the loss in `blocks` and with all `logits`, without and with a z-loss, for each vocabulary.
+
+    Returns:
+        dict: "vocabulary N" -> the figures of `compare`.
+    """
     figures = {}
     for vocab_size in vocabs:
         tensors = made_up(hidden_size, dtype, tokens, vocab_size)
@@ -78,7 +82,7 @@ def _losses(name: str, tensors: tuple[torch.Tensor, ...]):
 
 
 def memory_of_loss(hidden_size: int, dtype: torch.dtype, tokens: int, vocab_size: int) -> dict[str, int]:
-    """Most bytes that forward and backward take, gradients included, in a process of its own."""
+    """Return the peak bytes of forward and backward, gradients included, each in a fresh process."""
     return {
         name: peak_bytes(_build, _run, name, hidden_size, dtype, tokens, vocab_size) for name in ("blocks", "logits")
     }

@@ -1,4 +1,7 @@
-"""Who is compared: MoTs, transformers' Llama of equal active size, and the paper's Algorithm 1 as it is written."""
+"""The models that are compared: MoTs, transformers' Llama of equal active size, and the paper's Algorithm 1.
+
+B rows, L row length, D hidden size, V vocabulary.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +11,6 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from modeling_mot import MoTConfig, MoTForCausalLM
 
-
-# B rows, L row length, D hidden size, V vocabulary
 
 SIZES = {
     "small": dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=8, intermediate_size=768),
@@ -23,7 +24,7 @@ def build_llama(size: dict, dtype: torch.dtype, vocab_size: int) -> LlamaForCaus
 
 
 def build_mot(llama: LlamaForCausalLM, size: dict, towers: int) -> MoTForCausalLM:
-    """A MoT of so many towers, all of them with the Llama's weights, so that both compute the same."""
+    """Build a MoT whose towers all have the Llama's weights, so that both compute the same."""
     modalities = ["text", *(f"modality_{index}" for index in range(1, towers))]
     weights, dtype = llama.state_dict(), llama.dtype
     model = MoTForCausalLM(MoTConfig.from_variant("mot", modalities=modalities, vocab_size=llama.vocab_size, **size))
@@ -35,7 +36,7 @@ def build_mot(llama: LlamaForCausalLM, size: dict, towers: int) -> MoTForCausalL
 def made_up_batch(
     rows: int, length: int, vocab_size: int, towers: int, shares: list[float] | None = None, seed: int = 1
 ) -> dict:
-    """Random tokens, (B, L), of modalities in random places; `shares` of them, else as many of each."""
+    """Make random tokens (B, L) of random modalities, each with its share of `shares`, or with an equal share."""
     generator = torch.Generator().manual_seed(seed)
     weights = torch.tensor(shares or [1.0] * towers)
     modality_ids = torch.multinomial(weights, rows * length, replacement=True, generator=generator).view(rows, length)
@@ -46,15 +47,18 @@ def made_up_batch(
 
 
 class BooleanMaskMoT(nn.Module):
-    """The paper's Algorithm 1 line by line over the modules of a MoT: in every layer, and for every part, the tokens of a
-    modality are picked by a boolean mask and put back by it. Pre-norm, as our default is."""
+    """The paper's Algorithm 1, line by line, over the modules of a MoT.
+
+    In every layer and for every part, a boolean mask picks the tokens of a modality and puts the results back. The
+    norms stand before the parts, as in our default.
+    """
 
     def __init__(self, model: MoTForCausalLM):
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, modality_ids: torch.Tensor, labels: torch.Tensor | None = None):
-        """-> loss, logits (B, L, V)"""
+        """Return the loss (None without labels) and the logits (B, L, V)."""
         model = self.model.model
         masks = [(tower, modality_ids == index) for index, tower in enumerate(self.model.config.tower_names)]
 
@@ -64,9 +68,12 @@ class BooleanMaskMoT(nn.Module):
                 out[mask] = part[tower](rows[mask])
             return out
 
+        # Embeddings and rotary angles are shared by the modalities.
         hidden = model.embed_tokens(input_ids)
         positions = torch.arange(input_ids.shape[1]).unsqueeze(0)
         embeddings = model.rotary_emb(hidden, position_ids=positions)
+
+        # Each layer: projections, attention over the whole sequence, output projection, feed-forward.
         for layer in model.layers:
             attention = layer.self_attn
             normed = each(layer.input_layernorm, hidden)
@@ -78,6 +85,7 @@ class BooleanMaskMoT(nn.Module):
             seen = F.scaled_dot_product_attention(query, key, heads[2], is_causal=True)
             hidden = hidden + each(attention.o_proj, seen.transpose(1, 2).flatten(2))
             hidden = hidden + each(layer.mlp, each(layer.post_attention_layernorm, hidden))
+
         logits = self.model.lm_head(each(model.norm, hidden))
         loss = None
         if labels is not None:

@@ -1,4 +1,4 @@
-"""Side by side: contestants run in turn, and ratios are taken round by round."""
+"""Run contestants in turn, and compare them round by round."""
 
 import ctypes
 import multiprocessing
@@ -13,7 +13,11 @@ import psutil
 def interleave(
     contestants: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of every call: A B C A B C ..., so that a noisy machine slows all of them alike."""
+    """Time every call in the order A B C A B C ..., so that a noisy machine slows all contestants alike.
+
+    Returns:
+        dict: contestant -> seconds of its timed calls, one for each round.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds + warm_up):
         for name, call in contestants.items():
@@ -25,11 +29,11 @@ def interleave(
 
 
 def compare(seconds: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, str]], each: float = 1.0) -> dict:
-    """Medians and ratios.
+    """Compute medians and ratios.
 
     Args:
-        pairs: (a, b) for a/b.
-        each: divides the seconds, such as by the pictures of a call.
+        pairs: (a, b) for the ratio a/b.
+        each: a divisor of the seconds, such as the number of pictures that a call draws.
 
     Returns:
         dict: `seconds` (median by contestant), `ratio_of_medians`, and `ratio_quartiles`: "a/b" -> [lower quartile,
@@ -47,8 +51,10 @@ def compare(seconds: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, s
 
 
 def peak_bytes(build: Callable, call: Callable, *arguments) -> int:
-    """Most memory of a fresh process that calls `call(build(*arguments), *arguments)`, beyond what it held when that was
-    built (Linux with glibc)."""
+    """Measure the peak memory of `call(build(*arguments), *arguments)` in a fresh process (Linux with glibc).
+
+    Memory that the process held after `build` is not counted.
+    """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_bytes, (build, call, arguments))
 
@@ -56,7 +62,7 @@ def peak_bytes(build: Callable, call: Callable, *arguments) -> int:
 def _peak_bytes(build: Callable, call: Callable, arguments: tuple) -> int:
     built = build(*arguments)
     process, ended, peak = psutil.Process(), threading.Event(), [0]
-    ctypes.CDLL(None).malloc_trim(0)  # what building took and freed shall not serve again unseen
+    ctypes.CDLL(None).malloc_trim(0)  # memory that building freed must not serve the call uncounted
     before = process.memory_info().rss
 
     def watch() -> None:

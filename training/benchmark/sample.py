@@ -1,4 +1,7 @@
-"""Drawing a picture by diffusion: `generate()` with its prefix in the cache, beside loops that compute whole rows anew."""
+"""Time drawing a picture by diffusion: `generate()` with a cached prefix, beside loops that recompute whole rows.
+
+R pictures, L prompt tokens, C latent channels, (h, w) latents.
+"""
 
 import torch
 from tqdm.auto import tqdm
@@ -8,15 +11,15 @@ from modeling_mot.latent_images import build_scheduler
 from training.benchmark.rounds import compare, interleave, peak_bytes
 
 
-# R pictures, L prompt tokens, C latent channels, (h, w) latents
-
 GUIDANCE, ROWS, PROMPT, LATENTS = 3.0, 1, 64, (32, 32)
 BOS, BOI, EOI, IMAGE = 1, 3, 4, 5
 
 
 def build(size: dict, dtype: torch.dtype) -> MoTTransfusionModel:
-    """Two towers and a U-Net of about a tenth of their parameters; weights are random, for the time does not depend on
-    them."""
+    """Build two towers, and a U-Net with about a tenth of their parameters.
+
+    The weights are random, since the time does not depend on them.
+    """
     torch.manual_seed(0)
     config = MoTTransfusionConfig.from_variant(
         "mot", vocab_size=8192, bos_token_id=BOS, boi_token_id=BOI, eoi_token_id=EOI, image_token_id=IMAGE,
@@ -27,14 +30,14 @@ def build(size: dict, dtype: torch.dtype) -> MoTTransfusionModel:
 
 
 def prompts() -> torch.Tensor:
-    """(R, L) of which the last is BOI"""
+    """Make prompts (R, L) that end with BOI."""
     ids = torch.randint(6, 8192, (ROWS, PROMPT), generator=torch.Generator().manual_seed(1))
     ids[:, 0], ids[:, -1] = BOS, BOI
     return ids
 
 
 def cached(model: MoTTransfusionModel, steps: int) -> torch.Tensor:
-    """What the project does.  -> (R, C, h, w)"""
+    """Draw as the project does.  -> (R, C, h, w)"""
     length = model.config.image_length(*LATENTS)
     output = model.generate(
         prompts(),
@@ -49,7 +52,8 @@ def cached(model: MoTTransfusionModel, steps: int) -> torch.Tensor:
 
 
 def recomputed(model: MoTTransfusionModel, steps: int, in_one_batch: bool = False) -> torch.Tensor:
-    """The loop written plainly: in each step the whole conditional row and the whole unconditional row."""
+    """Draw by a plain loop: each step computes the whole conditional and unconditional row.  -> (R, C, h, w)"""
+    # Noise from the same generators as in `cached`.
     config = model.config
     length = config.image_length(*LATENTS)
     scheduler = build_scheduler(config, "ddpm")
@@ -57,6 +61,8 @@ def recomputed(model: MoTTransfusionModel, steps: int, in_one_batch: bool = Fals
     generators = [torch.Generator().manual_seed(row) for row in range(ROWS)]
     shape = (config.latent_channels, *LATENTS)
     latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+    # The rows of the two passes, padded to one batch if asked for.
     image = torch.full((ROWS, length), IMAGE)
     conditional = torch.cat([prompts(), image], dim=1)
     free = torch.cat([torch.tensor([[BOS, BOI]]).expand(ROWS, -1), image], dim=1)
@@ -65,11 +71,13 @@ def recomputed(model: MoTTransfusionModel, steps: int, in_one_batch: bool = Fals
         padding = torch.zeros(ROWS, PROMPT - 2, dtype=torch.long)
         ids, mask = (torch.cat([a, torch.cat([padding, b], dim=1)]) for a, b in zip(*rows))
         rows = [(ids, mask)]
+
+    # Each step predicts with and without the prompt, and extrapolates from one to the other.
     for timestep in tqdm(scheduler.timesteps, disable=True):
         predictions = []
         for ids, mask in rows:
             noisy = latents.repeat(len(ids) // ROWS, 1, 1, 1)
-            # The forward adds noise to clean latents; to none of them it adds the noisy latents themselves.
+            # The forward adds noise to clean latents. If these are zero, the sum is the noisy latents themselves.
             timesteps = timestep.expand(len(noisy))
             _, of_noise = model.noise_schedule.weights(timesteps)
             output = model(
@@ -98,17 +106,22 @@ CONTESTANTS = ("cached", "recomputed", "one_batch")
 
 
 def time_sample(size: dict, dtype: torch.dtype, steps: list[int], rounds: int) -> dict:
-    """Seconds a picture with guidance, for each number of steps, and their ratios; peak memory of a process of its own.
+    """Time a picture with guidance for each number of steps, and measure the peak memory in a fresh process.
 
     Returns:
-        dict: `steps`: for each number of steps `compare`'s figures; `peak_bytes` by contestant.
+        dict: `steps`: number of steps -> the figures of `compare`; `peak_bytes` by contestant.
+
+    Raises:
+        SystemExit: the contestants draw different pictures.
     """
+    # All contestants have to draw the same.
     model = build(size, dtype)
     wanted = contestant("recomputed", model, 4)
     for name in CONTESTANTS:
         difference = (contestant(name, model, 4) - wanted).abs().max().item()
         if difference > (1e-3 if dtype == torch.float32 else 0.5):
             raise SystemExit(f"{name} differs from recomputed by {difference:.2e}: nothing was timed")
+
     figures = {}
     pairs = [("cached", other) for other in CONTESTANTS[1:]]
     for number in steps:

@@ -1,4 +1,4 @@
-"""What a step costs as towers, row length, rows and imbalance grow, with the FLOPs that it has beside it."""
+"""Time a step as towers, row length, rows and imbalance grow, beside the FLOPs of the step."""
 
 import torch
 
@@ -12,7 +12,7 @@ VOCAB_SIZE = 8192
 
 
 def settings(towers: int) -> list[dict]:
-    """Around so many towers with equal shares, 4 rows of 512: one thing is changed at a time."""
+    """List settings that each change one thing of the base: `towers` towers with equal shares, 4 rows of 512."""
     base = {"towers": towers, "rows": 4, "length": 512, "shares": None}
     varied = [("towers", number) for number in (1, 2, 3, 4, 8)]
     varied += [("length", length) for length in (256, 1024, 2048, 4096)]
@@ -23,8 +23,11 @@ def settings(towers: int) -> list[dict]:
 
 
 def time_scaling(size: str, dtype: torch.dtype, towers: int, rounds: int) -> dict:
-    """For each setting `compare`'s figures of `mot` and `llama`, forward and backward, the analytic `flops`, and
-    `flops_per_second` of the MoT."""
+    """Time forward and backward of `mot` and `llama` for each setting.
+
+    Returns:
+        dict: setting -> the figures of `compare`, the analytic `flops`, and the `flops_per_second` of the MoT.
+    """
     llama = build_llama(SIZES[size], dtype, VOCAB_SIZE)
     figures = {}
     for setting in settings(towers):
@@ -32,9 +35,11 @@ def time_scaling(size: str, dtype: torch.dtype, towers: int, rounds: int) -> dic
         mot = build_mot(llama, SIZES[size], number)
         batch = made_up_batch(rows, length, VOCAB_SIZE, number, setting["shares"])
         calls = {"mot": lambda mot=mot, batch=batch: step(mot, batch), "llama": lambda batch=batch: step(llama, batch)}
-        # Long steps are less noisy.
+        # Long steps are less noisy, so fewer rounds do.
         turns = max(2, rounds * 2048 // max(rows * length, 2048))
         compared = compare(interleave(calls, turns, warm_up=2), [("mot", "llama")])
+
+        # FLOPs depend on how many tokens each tower got.
         counts = batch["modality_ids"].flatten().bincount(minlength=number).tolist()
         flops = training_flops(mot.config, dict(zip(mot.config.modalities, counts, strict=True)), length)
         name = f"{number} tower{'s' * (number > 1)}, {rows} x {length}"

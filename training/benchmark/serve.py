@@ -1,4 +1,4 @@
-"""Eight requests of text and image served together, beside the same requests one after another."""
+"""Time eight requests of text and images served together, beside the same requests one after another."""
 
 from functools import partial
 
@@ -14,7 +14,11 @@ LATENTS, STEPS, GUIDANCE = (16, 16), 10, 3.0
 
 
 def build(kind: str, size: dict, dtype: torch.dtype) -> torch.nn.Module:
-    """Two towers with random weights. "codes": images of 8 x 8 tokens; "diffusion": of as many patches, and a U-Net."""
+    """Build two towers with random weights.
+
+    Args:
+        kind: "codes": images are 8 x 8 tokens; "diffusion": images are 8 x 8 patches, and there is a U-Net.
+    """
     torch.manual_seed(0)
     shared = {"vocab_size": VOCAB_SIZE, "bos_token_id": BOS, "boi_token_id": BOI, "eoi_token_id": EOI}
     if kind == "codes":
@@ -31,7 +35,7 @@ def build(kind: str, size: dict, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def requests(kind: str) -> list[dict]:
-    """Prompts of 16 to 44 tokens; every other one ends with BOI, so that an image follows."""
+    """Make prompts of 16 to 44 tokens. Every other prompt ends with BOI, so that an image follows."""
     generator, made = torch.Generator().manual_seed(1), []
     for number in range(REQUESTS):
         ids = torch.randint(6, VOCAB_SIZE // 2, (16 + 4 * number,), generator=generator)
@@ -58,7 +62,10 @@ def one_by_one(model: torch.nn.Module, kind: str) -> list:
 
 
 def share_of_agreement(kind: str, model: torch.nn.Module) -> float:
-    """Share of new tokens that are the same in both ways, up to the first that differs in each; pictures count as one."""
+    """Return the share of new tokens that are the same in both ways, in each request up to the first that differs.
+
+    A diffused picture counts as one token.
+    """
     same, total = 0, 0
     for ours, theirs in zip(together(model, kind), one_by_one(model, kind), strict=True):
         if kind == "diffusion":
@@ -72,13 +79,16 @@ def share_of_agreement(kind: str, model: torch.nn.Module) -> float:
 
 
 def time_serve(size: dict, dtype: torch.dtype, rounds: int) -> dict:
-    """Seconds of all eight requests, of image codes and of diffused images, and their ratios.
+    """Time all eight requests, with image codes and with diffused images.
 
-    In float32 the outputs are checked to be the same. In bfloat16 products of eight rows round otherwise than those of
-    one, and random weights leave tokens close to each other; the share that agrees is reported.
+    In float32 the outputs have to be the same. In bfloat16, products of eight rows are rounded differently from
+    products of one row, and random weights make tokens almost equally likely; the share that agrees is reported.
 
     Returns:
-        dict: for "codes" and "diffusion" what `compare` makes of it, and `agreement`.
+        dict: "codes" and "diffusion" -> the figures of `compare`, and `agreement`.
+
+    Raises:
+        SystemExit: outputs differ in float32.
     """
     figures = {}
     for kind in ("codes", "diffusion"):

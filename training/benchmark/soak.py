@@ -1,4 +1,4 @@
-"""Good, bad and cancelled requests from several threads for a while: what is good equals what it becomes alone."""
+"""Soak a server: good, bad and cancelled requests from several threads; good ones must come out as they do alone."""
 
 import random
 import threading
@@ -34,7 +34,7 @@ class Streamer:
 
 
 def good(kind: str, seed: int) -> dict:
-    """A prompt of its own length; every other one draws."""
+    """Make a good request. Each seed has a prompt of its own length, and every other seed draws a picture."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(6, VOCAB_SIZE // 2, (4 + 5 * seed,), generator=generator)
     ids[0], draws = BOS, seed % 2
@@ -52,7 +52,7 @@ def _fail(*args):
     raise KeyboardInterrupt("a callback")
 
 
-# What makes a good request a bad one.
+# Changes that make a good request a bad one.
 BAD = (
     lambda: {"input_ids": [VOCAB_SIZE]},
     lambda: {"input_ids": "text"},
@@ -83,18 +83,17 @@ def is_same(kind: str, output, expected) -> bool:
 
 
 class Client(threading.Thread):
-    """Sends requests of all sorts one after another, and looks at what comes back."""
+    """A thread that sends requests of all sorts and checks the results."""
 
     def __init__(self, number: int, kind: str, server: MoTServer, expected: list, until: float):
         super().__init__(name=f"client {number}")
-        self.random, self.kind, self.server, self.expected, self.until = (
-            random.Random(number),
-            kind,
-            server,
-            expected,
-            until,
-        )
-        self.counts, self.wrong = Counter(), []
+        self.random = random.Random(number)
+        self.kind = kind
+        self.server = server
+        self.expected = expected
+        self.until = until
+        self.counts = Counter()
+        self.wrong = []
 
     def run(self) -> None:
         try:
@@ -107,7 +106,7 @@ class Client(threading.Thread):
             self.wrong.append(f"the server raised {type(error).__name__}: {error}")
 
     def send(self) -> tuple[str, str, int]:
-        """One request.  -> its name, what should become of it, and its seed"""
+        """Send one request.  -> its name, how it should end, and its seed"""
         seed, fate = self.random.randrange(SEEDS), self.random.choice(["good", "good", "bad", "cancelled"])
         request = good(self.kind, seed)
         if fate == "bad":
@@ -130,23 +129,26 @@ class Client(threading.Thread):
 
 
 def soak(size: dict, seconds: float) -> dict:
-    """Half of the time image codes, half of it diffused images.
+    """Soak a server of image codes for half of the time, and a server of diffused images for the other half.
 
     Returns:
-        dict: for "codes" and "diffusion" how many requests of each sort were sent, and the memory of the process in
+        dict: "codes" and "diffusion" -> how many requests of each sort were sent, and the memory of the process in
             bytes after the first half and at the end.
 
     Raises:
-        SystemExit: a good request that became something else than alone, a bad one that was served, memory that grew.
+        SystemExit: a good request came out differently from alone, a bad request was served, or memory grew.
     """
     figures = {}
     for kind in ("codes", "diffusion"):
+        # The right result of each good request is the one that it has alone.
         model = build(kind, size, torch.float32)
         requests = (good(kind, seed) for seed in range(SEEDS))
         expected = [model.generate(request.pop("input_ids")[None], **request) for request in requests]
-        counts, wrong, memory, start = Counter(), [], [], time.monotonic()
+        counts, start = Counter(), time.monotonic()
+        wrong: list[str] = []
+        memory: list[int] = []
         with MoTServer(model, **LIMITS) as server:
-            # After each half all requests have ended, so that the two figures are of the same state.
+            # After each half all requests have ended, so that the two figures of memory can be compared.
             for half in (1, 2):
                 until = start + seconds * half / 4
                 clients = [Client(half * CLIENTS + n, kind, server, expected, until) for n in range(CLIENTS)]
@@ -157,6 +159,7 @@ def soak(size: dict, seconds: float) -> dict:
                     counts += client.counts
                     wrong += client.wrong
                 memory.append(psutil.Process().memory_info().rss)
+
         if wrong:
             raise SystemExit(f"of {sum(counts.values())} {kind} requests {len(wrong)} went wrong; first: {wrong[0]}")
         if memory[1] - memory[0] > LEAK:

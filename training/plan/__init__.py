@@ -1,1 +1,1 @@
-"""What a run will need, from its configuration alone: parameters, memory, messages, time. `python -m training.plan`."""
+"""Estimate the parameters, memory, messages and time of a run from its configuration: `python -m training.plan`."""

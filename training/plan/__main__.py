@@ -1,8 +1,10 @@
-"""What a run will need, before there is one: parameters, FLOPs, memory, messages and time, from its configuration alone.
+"""Estimate what a run will need before it begins: parameters, FLOPs, memory, messages and time.
 
     python -m training.plan [CONFIG.yaml] [key=value ...] [options]
 
-Nothing is tokenised, and models are built without weights. CONFIG.yaml and key=value are those of training/train.py.
+The figures are for the GPU that --device names (H100 by default), not for the machine that runs the command;
+`--device cpu` plans for this machine. The plan needs the configuration alone: no data are read, and the model is built
+without weights. CONFIG.yaml and key=value are those of training/train.py.
 """
 
 import argparse
@@ -12,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modeling_mot import MoTConfig
+from modeling_mot import MoTConfig, MoTPreTrainedModel
 from modeling_mot.configuration_presets import variant_fields
 from training.config import ConfigError, one_line
 from training.model.building import load_initial
@@ -28,7 +30,7 @@ from training.recipe import Recipe
 from training.train import load_recipe
 
 
-# What is compared in the paper's section 6.1.
+# The variants that the paper compares in section 6.1.
 COMPARED = ("dense", "moe-4x", "mot")
 
 
@@ -55,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--world", type=int, metavar="N", help="processes, one to a GPU, that share the model by FSDP2 (default: 1)")
     add("--replicate", type=int, metavar="R", help="hybrid shard: R groups of N / R, each with the whole model")
     add("--accelerate", metavar="FILE", help="an Accelerate configuration, instead of --world and --replicate")
-    add("--device", default="H100", metavar="NAME", help=f"cpu (this machine), {', '.join(GPUS)} (default: H100)")
+    add("--device", default="H100", metavar="NAME", help=f"cpu (this machine) or {', '.join(GPUS)} (default: H100)")
     add("--utilisation", type=float, default=0.4, help="share of the device's peak while it computes (default: 0.4)")
     add(
         "--network", type=float, default=50.0, metavar="GB/S", help="what a GPU receives from other nodes (default: 50)"
@@ -67,10 +69,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a file that is not there yet.
+    """Write a file that does not exist yet.
 
     Raises:
-        ConfigError: it is, or it cannot be written.
+        ConfigError: the file exists, or it cannot be written.
     """
     try:
         with path.open("x", encoding="utf-8") as file:
@@ -85,16 +87,19 @@ def write_new(path: Path, text: str) -> None:
 
 
 def make_plan(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
-    """All figures of a recipe, as JSON values.
+    """Return all figures of a recipe, as JSON values.
 
     Raises:
-        ConfigError: options or keys that contradict each other.
+        ConfigError: options or keys contradict each other.
     """
+    # Options that argparse cannot check.
     for name in ("utilisation", "network", "per_node"):
         if getattr(options, name) <= 0:
             raise ConfigError(f"--{name.replace('_', '-')}={getattr(options, name)} must be positive")
     if options.utilisation > 1:
         raise ConfigError(f"--utilisation={options.utilisation} is a share of the device's peak, at most 1")
+
+    # Where the run takes place decides how large a model of open size is; the model decides everything else.
     mesh, checkpointing = _mesh(recipe, options)
     device = find_device(options.device, recipe.train.precision, mesh.world)
     config = _config(recipe, mesh, device, options.utilisation)
@@ -133,14 +138,15 @@ def _mesh(recipe: Recipe, options: argparse.Namespace) -> tuple[Mesh, bool]:
 
 
 def _config(recipe: Recipe, mesh: Mesh, device: Device, utilisation: float) -> MoTConfig:
+    # A model of open size is made to fit the device; a model of given size is planned whether it fits or not.
     budget = None
-    if leaves_size_open(recipe.model):  # any other is planned, whether it fits or not
+    if leaves_size_open(recipe.model):
         budget = Budget.of(recipe, device.memory, device.peak, mesh.world, mesh.shard, utilisation)
     return plan_model(recipe.model, recipe.data, load_initial(recipe.model), budget).config
 
 
 def _tokens(config: MoTConfig, recipe: Recipe, shares: str | None) -> dict[str, int]:
-    """Modality -> tokens of a micro-batch."""
+    """Return modality -> tokens of a micro-batch."""
     weights = dict.fromkeys(config.modalities, 1.0)
     if shares is not None:
         try:
@@ -151,6 +157,8 @@ def _tokens(config: MoTConfig, recipe: Recipe, shares: str | None) -> dict[str, 
             raise ConfigError(f"--shares={shares!r} is not modality=share,modality=share") from error
     if set(weights) != set(config.modalities) or min(weights.values()) < 0 or not sum(weights.values()):
         raise ConfigError(f"--shares={shares!r}: shares of {', '.join(config.modalities)}, none negative, not all zero")
+
+    # Each modality gets its share of the tokens that are left, so that roundings do not lose a token.
     left, of_weights, tokens = recipe.train.rows * recipe.data.row_length, sum(weights.values()), {}
     for name, weight in weights.items():
         tokens[name] = round(left * weight / of_weights) if of_weights else 0
@@ -167,19 +175,14 @@ def _figures(
     checkpointing: bool,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
+    # FLOPs of one process in a step.
     train, length = recipe.train, recipe.data.row_length
     model, bf16 = meta_model(config), device.precision == "bf16"
-    counts = count_parameters(model)
-    frozen = sum(counts.pop(FROZEN, {}).values())
-    by_tower: dict[str, int] = {}
-    for towers in counts.values():
-        for tower, number in towers.items():
-            by_tower[tower] = by_tower.get(tower, 0) + number
-
     per_token = forward_flops_per_token(config, length)
     flops = training_flops(config, tokens, length) * train.accumulation
     recomputed = recomputed_flops(config, tokens, length) * train.accumulation if checkpointing else 0
 
+    # Memory, with gradient checkpointing and without it.
     kept = count_kept(
         config, tokens, train.rows, bf16=bf16, sharded=mesh.world > 1, attention=recipe.model.attn_implementation
     )
@@ -191,18 +194,13 @@ def _figures(
         for recompute in (False, True)
     }  # fmt: skip
 
+    # Messages, and the time of both if messages are hidden behind products.
     traffic = plan_traffic(fsdp_units(model, mesh.reshard), mesh, bf16, train.accumulation)
     compute = (flops + recomputed) / (device.peak * options.utilisation)
     communication = seconds_of_traffic(traffic, mesh, options.network * 1e9, device.link, options.per_node)
     step = max(compute, communication)
     return {
-        "parameters": {
-            "total": sum(by_tower.values()),
-            "active": config.num_parameters(active=True),
-            "frozen": frozen,
-            "by_tower": by_tower,
-            "by_part": {part: dict(towers) for part, towers in counts.items()},
-        },
+        "parameters": _parameters(model),
         "flops": {
             "forward_per_token": per_token,
             "training_per_token": {name: 3 * number for name, number in per_token.items()},
@@ -232,12 +230,29 @@ def _figures(
     }
 
 
+def _parameters(model: MoTPreTrainedModel) -> dict[str, Any]:
+    """Parameters of a model by part and by tower, with those of a frozen VAE apart."""
+    counts = count_parameters(model)
+    frozen = sum(counts.pop(FROZEN, {}).values())
+    by_tower: dict[str, int] = {}
+    for towers in counts.values():
+        for tower, number in towers.items():
+            by_tower[tower] = by_tower.get(tower, 0) + number
+    return {
+        "total": sum(by_tower.values()),
+        "active": model.config.num_parameters(active=True),
+        "frozen": frozen,
+        "by_tower": by_tower,
+        "by_part": {part: dict(towers) for part, towers in counts.items()},
+    }
+
+
 def _traffic(traffic: Traffic) -> dict[str, int]:
     return vars(traffic) | {"total": traffic.total}
 
 
 def _comparison(config: MoTConfig, mesh: Mesh, bf16: bool, accumulation: int) -> dict[str, dict]:
-    """The same sizes as dense, MoE-4x and MoT: parameters, and bytes of weights, gradients and optimizer and of messages."""
+    """Compare the variants of `COMPARED` at the same sizes: parameters, and bytes of training state and of messages."""
     rows = {}
     for variant in COMPARED:
         fields = config.to_dict()

@@ -1,8 +1,9 @@
-"""What autograd keeps of a forward for its backward: counted on a model of one layer and of two, on tensors without data.
+"""Count the bytes that autograd keeps of a forward for its backward, on tensors without data.
 
-Layers are alike, so n of them keep n times what one keeps. The forward is the model's own, in the precision of the run,
-with a loss. Attention is PyTorch's fused one, which keeps queries, keys, values, outputs and the mask, unless
-`attn_implementation` is eager, which keeps the probabilities too. Compiled layers keep less.
+We count a model of one layer and a model of two. Layers are alike, so n layers keep n times as much as one. The forward
+is the model's own, in the precision of the run, with a loss. Attention is PyTorch's fused attention, which keeps
+queries, keys, values, outputs and the mask; with `attn_implementation: eager` the probabilities are kept too. Compiled
+layers keep less.
 """
 
 import copy
@@ -23,12 +24,13 @@ from training.model.building import MODEL_CLASSES, set_up_layers
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that the forward of a micro-batch leaves for its backward.
+    """Bytes that the forward of a micro-batch keeps for its backward.
 
     Attributes:
-        layer, beside: of one layer, and of all that is no layer, but for tensors of (T, V), which `loss_bytes` counts.
+        layer: bytes of one layer.
+        beside: bytes of everything that is not a layer, without tensors of (T, V), which `loss_bytes` counts.
         recomputed_layer, recomputed_beside: the same with gradient checkpointing (a patchifier recomputes too).
-        copies: parameters that autocast has cast; none where FSDP holds them in that precision.
+        copies: bytes of parameters that autocast has cast; 0 if FSDP holds them in that precision.
     """
 
     layer: int
@@ -38,15 +40,18 @@ class Kept:
     copies: int
 
     def of_model(self, layers: int, checkpointing: bool) -> int:
-        """With `checkpointing`, without the layer that is being recomputed."""
+        """Return the bytes of a model; with `checkpointing`, without the layer that is being recomputed."""
         if checkpointing:
             return self.recomputed_beside + layers * self.recomputed_layer
         return self.beside + layers * self.layer
 
 
 def loss_bytes(config: MoTConfig, tokens: int, bf16: bool) -> int:
-    """Bytes of (T, V) tensors when the backward begins: the logits, and in float32 their log-probabilities and the
-    gradients of both. The z-loss has a gradient of its own, and keeps logits in float32."""
+    """Return the bytes of (T, V) tensors when the backward begins.
+
+    These are the logits and, in float32, their log-probabilities and the gradients of both. The z-loss has a gradient
+    of its own, and keeps the logits in float32.
+    """
     each = (2 if bf16 else 4) + 3 * 4
     if config.z_loss_coefficient:
         each += 4 + (4 if bf16 else 0)
@@ -62,17 +67,18 @@ def count_kept(
     sharded: bool = False,
     attention: str | None = None,
 ) -> Kept:
-    """What the model of `config` keeps.
+    """Count the bytes that the model of `config` keeps.
 
     Args:
-        tokens: modality -> number in a micro-batch of `rows` rows; together rows x row length.
-        bf16: products in bf16, else in float32.
-        sharded: FSDP holds the parameters in the precision of products, else autocast casts them.
+        tokens: modality -> tokens in a micro-batch of `rows` rows; together rows x row length.
+        bf16: whether products are in bf16; else they are in float32.
+        sharded: whether FSDP holds the parameters in the precision of products; else autocast casts them.
         attention: `attn_implementation` of the run.
     """
+    # The copy of the configuration leaves out what the count does not need.
     config, layers = copy.deepcopy(config), config.num_hidden_layers
     if attention != "eager":
-        attention, config.attention_dropout = "sdpa", 0.0  # with dropout, a CPU has no fused one
+        attention, config.attention_dropout = "sdpa", 0.0  # a CPU has no fused attention with dropout
     if isinstance(config, MoTTransfusionConfig):
         config.vae_config = None  # latents are encoded beforehand
     dtype = torch.bfloat16 if bf16 and sharded else torch.float32
@@ -85,6 +91,7 @@ def count_kept(
             batch = made_up_batch(config, tokens, rows)
             return saved_bytes(model.train(), batch, torch.autocast("cpu", torch.bfloat16, enabled=bf16))
 
+    # The second layer's bytes are the difference of the two models; the rest is what the first has more.
     (one, casts), (two, more_casts) = forward(1, False), forward(2, False)
     (one_again, _), (two_again, _) = forward(1, True), forward(2, True)
     return Kept(
@@ -97,7 +104,7 @@ def count_kept(
 
 
 def made_up_batch(config: MoTConfig, tokens: Mapping[str, int], rows: int) -> dict:
-    """A batch with these numbers of tokens, as the collation makes it: routing and documents, images with their noise."""
+    """Make a batch with these numbers of tokens as collation does: with routing, documents, and images with noise."""
     total = sum(tokens.values())
     ids = torch.zeros(rows, total // rows, dtype=torch.long)
     names = tuple(config.tower_names)
@@ -114,16 +121,17 @@ def made_up_batch(config: MoTConfig, tokens: Mapping[str, int], rows: int) -> di
 
 
 def images_of(config: MoTTransfusionConfig, tokens: Mapping[str, int]) -> int:
-    """Images of `latent_size` that have so many tokens."""
+    """Return how many images of `latent_size` the image tokens of a micro-batch make."""
     return round(tokens.get("image", 0) / config.image_length(*config.latent_size))
 
 
 class _Casts(TorchDispatchMode):
-    """Remembers the copies that are made of some storages in another precision."""
+    """Remembers the copies of some storages that are made in another precision."""
 
     def __init__(self, storages: set[int]):
         super().__init__()
-        self.storages, self.casts = storages, {}
+        self.storages = storages
+        self.casts: dict[int, torch.Tensor] = {}
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         output = function(*arguments, **(options or {}))
@@ -133,12 +141,14 @@ class _Casts(TorchDispatchMode):
 
 
 def saved_bytes(model: MoTPreTrainedModel, batch: dict, autocast: torch.autocast) -> tuple[int, int]:
-    """Bytes that autograd keeps of a forward, without parameters and tensors of the logits' size; and bytes of parameters
-    that autocast has cast."""
+    """Return the bytes that autograd keeps of a forward, and the bytes of parameters that autocast has cast.
+
+    The first leave out parameters and tensors of the logits' size.
+    """
     casts, saved = _Casts({_storage(parameter) for parameter in model.parameters()}), {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        saved[_storage(tensor)] = tensor  # held, or another would get the same address
+        saved[_storage(tensor)] = tensor  # held, or another tensor would get the same address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast, casts:

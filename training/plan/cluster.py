@@ -1,4 +1,4 @@
-"""The machines of a plan: how many processes, how parameters lie on them, and what each can hold, compute and receive."""
+"""The machines of a plan: the processes, how they share parameters, and how much each can hold, compute and receive."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,12 @@ class Mesh:
     """Processes that share parameters in groups of `shard` and replicate them `replicate` times.
 
     Attributes:
-        world: processes, one to a GPU.
-        replicate: groups that each hold all parameters; 1 is full shard.
-        reshard: whether layers are dropped after the forward and gathered anew for the backward.
+        world: number of processes, one for each GPU.
+        replicate: number of groups that each hold all parameters; 1 means full shard.
+        reshard: whether layers are dropped after the forward and gathered again for the backward.
+
+    Raises:
+        ConfigError: the numbers do not make groups of equal size, of two processes at least.
     """
 
     world: int = 1
@@ -33,19 +36,18 @@ class Mesh:
                 raise ConfigError(f"--{name}={getattr(self, name)} must be at least 1")
         if self.world % self.replicate:
             raise ConfigError(
-                f"--world={self.world} is no multiple of --replicate={self.replicate}: every group of a hybrid shard is of "
-                "the same size"
+                f"--world={self.world} is no multiple of --replicate={self.replicate}: every group of a hybrid shard "
+                "is of the same size"
             )
-
         if self.replicate > 1 and self.shard == 1:
             raise ConfigError(
-                f"--replicate={self.replicate} leaves groups of one process, which FSDP2 does not shard; the groups of a "
-                f"hybrid shard are of two at least: --replicate={max(1, self.world // 2)} or less"
+                f"--replicate={self.replicate} leaves groups of one process, which FSDP2 does not shard; the groups of "
+                f"a hybrid shard are of two at least: --replicate={max(1, self.world // 2)} or less"
             )
 
     @property
     def shard(self) -> int:
-        """Processes that hold the parameters once."""
+        """Number of processes that together hold the parameters once."""
         return self.world // self.replicate
 
     def describe(self) -> str:
@@ -57,10 +59,10 @@ class Mesh:
 
 
 def mesh_of_accelerate(path: str) -> tuple[Mesh, bool]:
-    """The mesh of an Accelerate configuration, and whether it asks for activation checkpointing.
+    """Return the mesh of an Accelerate configuration, and whether it asks for activation checkpointing.
 
     Raises:
-        ConfigError: there is no such file, or it shards otherwise than by FSDP2.
+        ConfigError: the file does not exist, or it shards by something else than FSDP2.
     """
     if not Path(path).is_file():
         raise ConfigError(f"--accelerate {path} does not exist; the project's are in training/configs/accelerate")
@@ -68,6 +70,8 @@ def mesh_of_accelerate(path: str) -> tuple[Mesh, bool]:
         config = load_config_from_file(path)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"--accelerate {path}: {error}") from error
+
+    # A plan knows one process, or several that FSDP2 shards.
     fsdp = config.fsdp_config
     if config.num_processes > 1 and (
         config.distributed_type != DistributedType.FSDP or str(fsdp.get("fsdp_version")) != "2"
@@ -76,6 +80,8 @@ def mesh_of_accelerate(path: str) -> tuple[Mesh, bool]:
             f"--accelerate {path}: distributed_type={config.distributed_type.value!r} with fsdp_version="
             f"{fsdp.get('fsdp_version')}; a plan is of one process or of FSDP version 2"
         )
+
+    # Sizes that the file leaves out follow from the number of processes.
     replicate = config.parallelism_config.get("parallelism_config_dp_replicate_size", 1)
     shard = config.parallelism_config.get("parallelism_config_dp_shard_size", config.num_processes // replicate)
     if replicate * shard != config.num_processes:
@@ -89,12 +95,12 @@ def mesh_of_accelerate(path: str) -> tuple[Mesh, bool]:
 
 @dataclass(frozen=True)
 class Device:
-    """What a process runs on.
+    """The device that a process runs on.
 
     Attributes:
-        peak: FLOP/s of matrix products in `precision`, from `source`.
-        memory: bytes; None where it is not known.
-        link: bytes/s it receives inside a node; None: the network's.
+        peak: FLOP/s of matrix products in `precision`; `source` says where the figure comes from.
+        memory: bytes; None if unknown.
+        link: bytes/s that it receives inside a node; None: as from other nodes.
     """
 
     name: str
@@ -106,14 +112,14 @@ class Device:
 
 
 def find_device(name: str, precision: str, processes: int = 1) -> Device:
-    """A GPU of `training.model.flops.GPUS` by name; or `cpu`, a share of this machine, whose peak is measured.
+    """Find a GPU of `training.model.flops.GPUS` by name; or `cpu`, a share of this machine, whose peak is measured.
 
     Args:
-        precision: of `train.precision`: auto, bf16 or float32.
-        processes: that share this machine, if it is the device.
+        precision: the value of `train.precision`: auto, bf16 or float32.
+        processes: how many processes share this machine, if it is the device.
 
     Raises:
-        ConfigError: an unknown name, or a precision that the device does not have.
+        ConfigError: the name is unknown, or the device does not have the precision.
     """
     if name.lower() == "cpu":
         precision = choose_precision(precision, "cpu")

@@ -1,4 +1,4 @@
-"""What the processes of FSDP2 send each other in a step."""
+"""Count the bytes that the processes of FSDP2 send each other in a step, and the time that takes."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from training.plan.parameters import Unit
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a process receives in a step (and sends as many), by collective; a ring moves (N - 1) / N of a whole."""
+    """Bytes that a process receives in a step, by collective; it sends as many. A ring moves (N - 1) / N of a whole."""
 
     gather_forward: int
     gather_backward: int
@@ -29,9 +29,12 @@ class Traffic:
 
 
 def plan_traffic(units: list[Unit], mesh: Mesh, bf16: bool, accumulation: int = 1) -> Traffic:
-    """Parameters are gathered in the precision of products, in every micro-batch, and again for the backward where they
-    did not stay; gradients are reduced in float32: scattered over a shard group in every micro-batch, and what is left of
-    them summed over the groups once a step (a ring moves it twice)."""
+    """Count the bytes that a process receives in a step.
+
+    Parameters are gathered in the precision of products, in every micro-batch, and again for the backward unless they
+    stayed. Gradients are reduced in float32: in every micro-batch they are scattered over a shard group, and once a
+    step each process sums its part over the groups (a ring moves it twice).
+    """
     others = mesh.shard - 1
     compute = BF16 if bf16 else FLOAT
     everything = sum(unit.shard_numel(mesh.shard) for unit in units)
@@ -45,7 +48,7 @@ def plan_traffic(units: list[Unit], mesh: Mesh, bf16: bool, accumulation: int = 
 
 
 def seconds_of_traffic(traffic: Traffic, mesh: Mesh, network: float, link: float | None, per_node: int) -> float:
-    """Time of a step's messages one after another.
+    """Return the seconds of a step's messages, sent one after another.
 
     Args:
         network: bytes/s that a process receives from other nodes.

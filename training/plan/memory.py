@@ -1,6 +1,6 @@
-"""Memory of one process at its fullest, which is early in the backward, by part.
+"""Estimate the memory of one process at its fullest, which is early in the backward, by part.
 
-What is there only for the time of an operator is not counted, but gradients are, of which few exist so early.
+Tensors that live for one operator only are not counted. All gradients are, though few exist so early.
 """
 
 from modeling_mot import MoTConfig, MoTPreTrainedModel
@@ -22,17 +22,18 @@ def plan_memory(
     checkpointing: bool,
     averaged: bool,
 ) -> dict[str, int]:
-    """Part -> bytes of the process that holds most.
+    """Return part -> bytes, of the process that holds most.
 
     Parameters, gradients, AdamW's two moments and the moving average are float32 and sharded; a frozen VAE is whole
-    everywhere. Of the units of FSDP2 (`fsdp_units`) what stays is gathered at once, and of the others two: one computes
-    while the next comes. A gradient is in the precision of products until it is reduced in float32.
+    everywhere. FSDP2 gathers units (`fsdp_units`): all units that stay, and two others at a time, since one computes
+    while the next arrives. A gradient has the precision of products until it is reduced in float32.
 
     Args:
-        model: on the meta device.
-        kept: of the forward of a micro-batch of `tokens` tokens.
-        averaged: whether there is a moving average of the weights.
+        model: the model on the meta device.
+        kept: bytes that the forward of a micro-batch of `tokens` tokens keeps.
+        averaged: whether the run keeps a moving average of the weights.
     """
+    # The state of training, float32 and sharded.
     config: MoTConfig = model.config
     units = fsdp_units(model, mesh.reshard)
     own = sum(unit.shard_numel(mesh.shard) for unit in units)
@@ -46,6 +47,8 @@ def plan_memory(
         parts["moving average (float32)"] = FLOAT * own
     if (vae := getattr(model, "vae", None)) is not None:
         parts["VAE (frozen, whole)"] = FLOAT * sum(parameter.numel() for parameter in vae.parameters())
+
+    # Weights in the precision of products: gathered by FSDP, or cast by autocast.
     if mesh.world > 1:
         staying = sum(unit.numel for unit in units if unit.stays)
         passing = sorted((unit.numel for unit in units if not unit.stays), reverse=True)
@@ -53,11 +56,13 @@ def plan_memory(
         parts["gradients being reduced"] = (compute + FLOAT) * max(unit.numel for unit in units)
     elif kept.copies:
         parts["weights cast to bf16"] = kept.copies
+
+    # Activations, and the tensors of the loss or of the layer that is recomputed.
     parts["activations"] = kept.of_model(config.num_hidden_layers, checkpointing)
     loss = loss_bytes(config, tokens, bf16)
     if checkpointing:
-        # By then only the logits are left of the loss, which the model's output holds; and the widest gradients are
-        # those of a SwiGLU's three inner tensors.
+        # When a layer is recomputed, only the logits are left of the loss, since the model's output holds them. The
+        # widest gradients are then those of a SwiGLU's three inner tensors.
         recomputed = kept.layer + tokens * (config.vocab_size + 3 * config.intermediate_size) * compute
         parts["loss, or the layer recomputed"] = max(loss, recomputed)
     else:

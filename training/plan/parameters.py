@@ -1,4 +1,4 @@
-"""Parameters of a model by part and tower, and the units in which FSDP2 gathers them."""
+"""Count the parameters of a model by part and tower, and list the units in which FSDP2 gathers them."""
 
 import math
 from collections import Counter
@@ -18,13 +18,13 @@ FROZEN = "VAE (frozen)"
 
 
 def meta_model(config: MoTConfig) -> MoTPreTrainedModel:
-    """The model of a configuration with all its parts and no memory for any of them."""
+    """Build the model of a configuration on the meta device: all its parts, without memory."""
     with torch.device("meta"):
         return MODEL_CLASSES[config.model_type]._from_config(config, dtype=torch.float32)
 
 
 def count_parameters(model: MoTPreTrainedModel) -> dict[str, Counter]:
-    """Part -> tower -> number. What all towers use is of the tower `shared`; tied embeddings count once."""
+    """Return part -> tower -> number of parameters. Parameters of all towers stand under `shared`; ties count once."""
     towers = {
         f"{path}.{tower}": tower
         for path, module in model.named_modules()
@@ -58,12 +58,12 @@ def _part_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters that are gathered together.
+    """Parameters that FSDP2 gathers together.
 
     Attributes:
         kind: layer, embeddings or root.
-        shapes: of the parameters.
-        stays: whether what the forward gathered is kept for the backward.
+        shapes: the shapes of the parameters.
+        stays: whether the parameters stay gathered from the forward to the backward.
     """
 
     kind: str
@@ -75,13 +75,15 @@ class Unit:
         return sum(map(math.prod, self.shapes))
 
     def shard_numel(self, processes: int) -> int:
-        """What each of `processes` holds: parameters are cut along their first dimension, rounded up."""
+        """Number of elements that each of `processes` holds: parameters are cut along dimension 0, rounded up."""
         return sum(-(-shape[0] // processes) * math.prod(shape[1:]) for shape in self.shapes)
 
 
 def fsdp_units(model: MoTPreTrainedModel, reshard: bool = True) -> list[Unit]:
-    """Units as `training.world.processes.shard_model` makes them: each layer; the embeddings; the rest, which stays from the
-    forward to the backward. Tied embeddings belong to the rest, as the output layer does."""
+    """List the units that `training.world.processes.shard_model` makes: each layer, the embeddings, and the rest.
+
+    The rest stays gathered from the forward to the backward; the output layer belongs to it, and so do tied embeddings.
+    """
     left = {name: value.shape for name, value in model.named_parameters() if not name.startswith("vae.")}
 
     def take(*prefixes: str) -> tuple[torch.Size, ...]:

@@ -1,28 +1,40 @@
-"""A plan as text."""
+"""A plan as text, for the screen."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from training.model.flops import GPUS
+
 
 def render(plan: dict[str, Any]) -> str:
-    """The tables that `python -m training.plan` prints; `plan` is what `make_plan` returns."""
+    """Return the tables that `python -m training.plan` prints; `plan` is the result of `make_plan`."""
     sections = (_parameters, _flops, _memory, _traffic, _time, _comparison)
     return "\n\n".join([_heading(plan), *("\n".join(section(plan)) for section in sections)])
 
 
 def _heading(plan: dict) -> str:
-    batch, device, model = plan["batch"], plan["device"], plan["model"]
+    batch, mesh, model = plan["batch"], plan["mesh"], plan["model"]
+    processes = f"{mesh['world']} process" + "es" * (mesh["world"] > 1)
     mixture = ", ".join(f"{name} {count}" for name, count in batch["tokens_of_a_micro_batch"].items())
     return "\n".join(
         [
+            *_device(plan["device"]),
             f"{model['class']}: {model['layers']} layers of {model['hidden_size']}, towers "
             + ", ".join(f"{modality}: {tower}" for modality, tower in model["towers"].items())
             + "".join(f", {count} experts in {tower}" for tower, count in model["experts"].items()),
-            f"{plan['mesh']['described']}; {device['name']}, {device['peak'] / 1e12:,.4g} TFLOP/s ({device['source']})",
+            mesh["described"],
             f"{batch['rows']} rows of {batch['row_length']:,} x {batch['accumulation']} micro-batches x "
-            f"{plan['mesh']['world']} processes = {batch['tokens_of_a_step']:,} tokens a step; a micro-batch: {mixture}",
+            f"{processes} = {batch['tokens_of_a_step']:,} tokens a step; a micro-batch: {mixture}",
         ]
     )
+
+
+def _device(device: dict) -> Iterable[str]:
+    """Say which device the figures are for: the default is a GPU, whatever machine runs the command."""
+    peak = f"{device['peak'] / 1e12:,.4g} TFLOP/s ({device['source']})"
+    where = "this machine's CPU" if device["name"] == "CPU" else f"{device['name']}, not for this machine"
+    yield f"planned for {where}: {peak}"
+    yield f"others with --device: cpu (this machine), {', '.join(GPUS)}"
 
 
 def _parameters(plan: dict) -> Iterable[str]:
@@ -34,6 +46,8 @@ def _parameters(plan: dict) -> Iterable[str]:
     ]
     rows.append(["all", *figures["by_tower"].values(), figures["total"]])
     yield from table(["parameters", *towers, "total"], [[row[0], *map(_grouped, row[1:])] for row in rows])
+    if "shared" in towers:
+        yield "shared: used by the tokens of every tower"
     yield f"active, of one token: {figures['active']:,}" + (
         f"; a frozen VAE of {figures['frozen']:,} beside them" if figures["frozen"] else ""
     )
@@ -85,31 +99,35 @@ def _time(plan: dict) -> Iterable[str]:
         ["tokens/s", f"{time['tokens_per_second']:,.0f}"],
         [f"{time['steps']:,} steps", duration(time["run_seconds"])],
     ]
-    yield from table(["time", ""], rows)
+    yield from table([f"time on {plan['device']['name']}, estimated", ""], rows)
+    yield "small models take longer: the time to start each operation on the device is not counted"
 
 
 def _comparison(plan: dict) -> Iterable[str]:
     figures = plan["comparison"]
+    yield "for comparison, as in section 6.1 of the paper: a model of the same sizes as each variant"
     rows = [
         [name, _grouped(row["total"]), _grouped(row["active"]), in_bytes(row["state_bytes"])]
         + [in_bytes(row["received_bytes"]), f"{row['total'] / figures['dense']['total']:.2f}"]
         for name, row in figures.items()
     ]
-    header = ["the same sizes as", "total", "active", "state of a process", "received in a step", "total / dense"]
+    header = ["variant", "total", "active", "state of a process", "received in a step", "total / dense"]
     yield from table(header, rows)
-    key, what = ("received_bytes", "moved in a step") if plan["mesh"]["world"] > 1 else ("total", "parameters")
+
+    # The order of the variants, in one line.
+    key, what = ("received_bytes", "bytes moved in a step") if plan["mesh"]["world"] > 1 else ("total", "parameters")
     order = sorted(figures, key=lambda name: figures[name][key])
     values = [figures[name][key] for name in order]
     signs = ["<" if after > 1.01 * before else "~" for before, after in zip(values, values[1:])]
     chain = " ".join(word for pair in zip(order, [*signs, ""]) for word in pair).strip()
-    yield f"{what}: {chain}" + (" (~: within 1 %)" if "~" in signs else "")
+    yield f"from least to most {what}: {chain}" + (" (~: within 1 %)" if "~" in signs else "")
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines with the first column to the left and all others to the right."""
+    """Return the lines of a table, with the first column to the left and all others to the right."""
     rows = [header, *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = []
@@ -120,7 +138,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def in_bytes(number: float) -> str:
-    """Bytes in decimal units, as memory and networks are sold: 1 GB = 10^9."""
+    """Write bytes in decimal units, as memory and networks are sold: 1 GB = 10^9."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= size:
             return f"{number / size:.1f} {unit}"

@@ -1,1 +1,1 @@
-"""Curves and tables of one or several runs, from their folders alone."""
+"""The report of one or several runs, made from their folders alone: `python -m training.report`."""

@@ -1,6 +1,7 @@
 """The pictures of a report: curves of one or several runs on shared axes.
 
-One run, one colour, in every panel. A panel that no run has anything for is left out, and so is a figure without panels.
+A run has the same colour in every panel. A panel for which no run has values is left out, and so is a figure without
+panels.
 """
 
 import io
@@ -20,7 +21,7 @@ from training.report.step_matching import StepMatch, loss_curves, match_steps, m
 from training.report.tables import objectives_of
 
 
-# Okabe and Ito's, told apart by colour-blind eyes too, without the yellow that white paper swallows.
+# The colours of Okabe and Ito, which colour-blind eyes tell apart, without the yellow that white paper swallows.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 
 _PLAIN = FuncFormatter(lambda value, place: f"{value:.3g}")
@@ -37,13 +38,13 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class View:
-    """What the curves of a report are drawn over (`AXES`), and over how many steps their running mean goes."""
+    """How curves are drawn: over which axis of `AXES`, and with running means over how many steps."""
 
     axis: str
     window: int
 
 
-# A panel: its title, and what draws it and says whether there was anything to draw.
+# A panel: its title, and a function that draws it and returns whether there was anything to draw.
 Panel = tuple[str, Callable[[Axes], bool]]
 
 
@@ -52,11 +53,14 @@ def colour_of(index: int) -> str:
 
 
 def draw_pictures(runs: Sequence[Run], view: View) -> dict[str, bytes]:
-    """PNGs by name: `losses`, `step_matching` (of several runs), `gradients`, `speed`, `resources`."""
+    """Return PNGs by name: `losses`, `step_matching` (of several runs), `gradients`, `speed`, `resources`."""
+    # Losses: a panel for each objective, or for the sum where a run of an earlier version records only that.
     objectives = objectives_of(runs)
     towers = list(dict.fromkeys(tower for run in runs for tower in run.towers))
     losses = [(objective, _losses(runs, view, objective)) for objective in objectives]
     losses = losses or [("all objectives", _curve(runs, view, "loss", unit="nats per target", marked=True))]
+
+    # Gradients, speed and resources: a panel for each figure of a step.
     gradients = [("Gradient norm, all parameters", _curve(runs, view, "grad_norm", unit="before clipping", log=True))]
     gradients += [
         (f"Gradient norm, {tower}", _curve(runs, view, f"grad_norm_{tower}", unit="before clipping", log=True))
@@ -73,10 +77,15 @@ def draw_pictures(runs: Sequence[Run], view: View) -> dict[str, bytes]:
         ("Memory", _curve(runs, view, _memory, unit="GiB, the most so far", mean=False)),
         ("Updates left out", _curve(runs, view, _skipped, unit="so far", mean=False)),
     ]
+
+    # Step matching: a panel for each objective and split, training before held out.
     matches: dict[tuple[str, str], list[StepMatch]] = {}
     for match in sorted(match_steps(runs, view.window), key=lambda match: match.split != "training"):
         matches.setdefault((match.objective, match.split), []).append(match)
-    matching = [(f"{objective}, {split}", _matching(runs, view, of)) for (objective, split), of in matches.items()]
+    matching = [
+        (f"{objective}, {split}", _matching(runs, view, found)) for (objective, split), found in matches.items()
+    ]
+
     groups = {
         "losses": losses,
         "step_matching": matching,
@@ -92,7 +101,9 @@ def draw_pictures(runs: Sequence[Run], view: View) -> dict[str, bytes]:
 
 
 def _draw(runs: Sequence[Run], view: View, name: str, panels: Sequence[Panel]) -> bytes | None:
+    """Lay panels out on one figure.  -> PNG, or None if all panels are empty"""
     with rc_context(_STYLE):
+        # Panels are drawn once to see which have anything to show, and at most three stand in a line.
         filled = [(title, draw) for title, draw in panels if draw(Figure().subplots())]
         if not filled:
             return None
@@ -100,6 +111,8 @@ def _draw(runs: Sequence[Run], view: View, name: str, panels: Sequence[Panel]) -
         if name == "step_matching" and len(filled) % 2 == 0:
             columns = min(columns, len(filled) // 2)  # training above, held out below
         lines = -(-len(filled) // columns)
+
+        # The filled panels take the first places of the grid; places that are left over are removed.
         figure = Figure(figsize=(max(4.1 * columns, 6.2), 3.1 * lines + 0.5), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.03)
         grid = figure.subplots(lines, columns, squeeze=False).ravel()
@@ -108,6 +121,7 @@ def _draw(runs: Sequence[Run], view: View, name: str, panels: Sequence[Panel]) -
             draw(axes)
         for axes in grid[len(filled) :]:
             axes.remove()
+
         handles = _legend(runs, view, name)
         figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 5))
         picture = io.BytesIO()
@@ -116,13 +130,18 @@ def _draw(runs: Sequence[Run], view: View, name: str, panels: Sequence[Panel]) -
 
 
 def _legend(runs: Sequence[Run], view: View, name: str) -> list[Line2D]:
+    # The colours of runs; of step matching without the reference, which has no curve there.
     runs_of = enumerate(runs[1:], 1) if name == "step_matching" else enumerate(runs)
     handles = [Line2D([], [], color=colour_of(index), linewidth=3, label=_plain(run.name)) for index, run in runs_of]
+
+    # The kinds of line that this figure has.
     if name == "step_matching":
         handles.append(Line2D([], [], color="#999999", linestyle=":", label="as many steps as " + _plain(runs[0].name)))
     elif name != "resources" and view.window > 1:
         handles.append(Line2D([], [], color="#666666", linewidth=0.8, alpha=0.5, label="each step"))
         handles.append(Line2D([], [], color="#666666", linewidth=1.5, label=f"mean of {view.window} steps"))
+
+    # Held-out curves and the marks of events stand on the losses alone.
     if name == "losses":
         if any(len(run.held_out(objective)[0]) for run in runs for objective in run.objectives):
             colour = HELD_OUT_COLOUR if len(runs) == 1 else "#666666"
@@ -136,7 +155,7 @@ def _legend(runs: Sequence[Run], view: View, name: str) -> list[Line2D]:
 
 
 def _plain(text: str) -> str:
-    """Text as matplotlib writes it, without taking `$` for mathematics."""
+    """Escape `$`, which matplotlib would take for the beginning of a formula."""
     return text.replace("$", r"\$")
 
 
@@ -171,7 +190,7 @@ def _losses(runs: Sequence[Run], view: View, objective: str) -> Callable[[Axes],
 
 
 def mark_events(axes: Axes, runs: Sequence[Run], view: View) -> None:
-    """Along the top, not on the curve: the loss of such a step may lie outside the panel, or be no number."""
+    """Mark events along the top of a panel: the loss of such a step may lie outside the panel, or be no number."""
     for index, run in enumerate(runs):
         for event, marker in _MARKERS.items():
             steps = np.array([step for step, kind in run.events if kind == event], dtype=np.int64)
@@ -191,7 +210,11 @@ def _curve(
     log: bool = False,
     marked: bool = False,
 ) -> Callable[[Axes], bool]:
-    """A value of each step: a key of the rows, or what a function makes of a run (NaN: nothing)."""
+    """Make a function that draws a value of each step: `what` is a key of the rows, or a function of a run.
+
+    A step whose value is NaN has no point. `mean` draws a running mean over faint values, `log` allows a logarithmic
+    axis, and `marked` marks events.
+    """
 
     def draw(axes: Axes) -> bool:
         everything = []
@@ -220,7 +243,7 @@ def _curve(
 
 
 def _frame(axes: Axes, values: np.ndarray, log: bool) -> None:
-    """From zero up, or logarithmic where that is wished for and the values span more than a decade or so."""
+    """Begin the axis at zero; or make it logarithmic, if `log` allows it and the values span more than a decade."""
     low, high = values.min(), values.max()
     if log and low > 0 and high > 20 * low:
         axes.set_yscale("log")
@@ -247,7 +270,7 @@ def _saves(runs: Sequence[Run], view: View) -> Callable[[Axes], bool]:
 
 
 def _matching(runs: Sequence[Run], view: View, matches: Sequence[StepMatch]) -> Callable[[Axes], bool]:
-    """The matches of one objective and split."""
+    """Make a function that draws the matches of one objective and split."""
     objective, split = matches[0].objective, matches[0].split
 
     def draw(axes: Axes) -> bool:

@@ -1,7 +1,7 @@
-"""The folder that a report is written to, in which nothing is replaced that the report did not write itself.
+"""The folder that a report is written to. A report replaces only files that a report wrote.
 
-`report.json` holds, beside the figures, the sha256 of every file as it was written. A file is the report's own as long
-as it still is what that says; one that somebody changed or put there is not, and stands until `--overwrite`.
+`report.json` holds, beside the figures, the sha256 of every file as it was written. A file belongs to the report while
+it has that sha256. A file that somebody changed or put there stays, unless `--overwrite` is given.
 """
 
 import hashlib
@@ -20,22 +20,35 @@ _WRITER = "python -m training.report"
 
 
 class ReportFolder:
-    """Raises ConfigError when the folder cannot be written, or holds a file of these names that is not a report's."""
+    """A folder for reports, with the record of the report that it holds already.
+
+    Args:
+        path: the folder; it need not exist.
+        overwrite: also replace files that no report wrote.
+    """
 
     def __init__(self, path: str | Path, overwrite: bool = False):
-        self.path, self.overwrite = Path(path), overwrite
+        self.path = Path(path)
+        self.overwrite = overwrite
         self.written = self._written_before()
 
     def write(self, files: Mapping[str, bytes], figures: Mapping[str, Any]) -> None:
-        """Write files and the record of them; those of an earlier report that this one has no more are removed."""
+        """Write the files and the record of them, and remove files that only an earlier report had.
+
+        Raises:
+            ConfigError: the folder cannot be written, or a file of these names is not a report's.
+        """
+        # Files that no report wrote stop the report before it has changed anything.
         foreign = [name for name in files if os.path.lexists(self.path / name) and not self._is_own(name)]
         if os.path.lexists(self.path / RECORD) and self.written is None:
             foreign.append(RECORD)
         if foreign and not self.overwrite:
             raise ConfigError(
-                f"{self.path} holds {', '.join(foreign)}, not as a report left it; choose another --output, or replace "
-                "with --overwrite"
+                f"{self.path} holds {', '.join(foreign)}, which no report wrote or somebody changed since; choose "
+                "another --output, or replace with --overwrite"
             )
+
+        # Each file appears whole or not at all; the record comes last.
         outdated = [name for name in self.written or {} if name not in files and self._is_own(name)]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -51,7 +64,7 @@ class ReportFolder:
             raise ConfigError(f"--output {self.path} cannot be written: {error}") from error
 
     def _written_before(self) -> dict[str, str] | None:
-        """sha256 by file name of the report that is there; None where there is none."""
+        """Return file name -> sha256 of the report that the folder holds; None if it holds none."""
         try:
             record = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -59,8 +72,9 @@ class ReportFolder:
         if not isinstance(record, dict) or record.get("written_by") != _WRITER:
             return None
         files = record.get("files")
-        # Only names of files in the folder itself: a record that was made up must not reach others.
-        return {name: of for name, of in files.items() if Path(name).name == name} if isinstance(files, dict) else {}
+        # Only names of files in the folder itself: a record that was made up must not reach files elsewhere.
+        known = files.items() if isinstance(files, dict) else ()
+        return {name: sha256 for name, sha256 in known if Path(name).name == name}
 
     def _is_own(self, name: str) -> bool:
         path = self.path / name

@@ -1,7 +1,7 @@
-"""A run as its folder tells it: rows, manifest and configuration, and the figures that follow from them.
+"""A run as its folder records it: rows, manifest and configuration, and the figures that follow from them.
 
-Read as it stands: of a run in progress, of one that was interrupted and resumed (of a repeated step the later row
-counts), and of one that an earlier version of the project left behind (figures it did not write are missing, not zero).
+The folder may be that of a run in progress, of a run that was resumed (if a step was done twice, its later row counts),
+or of an earlier version of the project (figures that it did not write are missing, not zero).
 """
 
 import json
@@ -18,10 +18,10 @@ from training.config import ConfigError, read_yaml
 from training.run_files.metrics import iterate_rows, read_metrics, series
 
 
-# What curves can be drawn over, with the label of the axis.
+# The axes that curves can be drawn over, with their labels.
 AXES = {"step": "step", "tokens": "tokens trained on", "flops": "training FLOPs", "hours": "hours of training"}
 
-# `event` of a row, and what a launch adds, in words.
+# The `event` of a row in words; "resumed" comes from the launches of the manifest.
 EVENTS = {
     "not_finite": "not finite, update left out",
     "spike": "loss spike",
@@ -35,11 +35,13 @@ class Run:
     """One run folder, read once.
 
     Attributes:
-        name: what it is called in legends and tables; unlike that of any other run of the report.
-        training, evaluation: rows of metrics.jsonl, one of each step, by step.
-        repeated: training rows that a later row of the same step replaced (steps done again after a resume).
-        manifest: of the run, {} where there is none. config: the resolved recipe as a tree, {} where there is none.
-        problems: what could not be read, in words.
+        name: its name in legends and tables; no other run of the report has it.
+        path: the folder.
+        training, evaluation: rows of metrics.jsonl, one for each step, by step.
+        repeated: number of training rows that a later row of the same step replaced (steps done again after a resume).
+        manifest: the run's manifest.json; {} if there is none.
+        config: the resolved recipe as a tree; {} if there is none.
+        problems: files that could not be read, in words.
     """
 
     name: str
@@ -66,12 +68,12 @@ class Run:
 
     @cached_property
     def objectives(self) -> list[str]:
-        """`text`, `image`, ...: what there are losses of, in the order in which the rows name them."""
+        """Names that the rows record losses of (`text`, `image`, ...), in the order of the rows."""
         return _suffixes(self.training, "loss_")
 
     @cached_property
     def towers(self) -> list[str]:
-        """What there are gradient norms of: the towers, and `shared`."""
+        """Names that the rows record gradient norms of: the towers, and `shared`."""
         return _suffixes(self.training, "grad_norm_")
 
     @cached_property
@@ -82,24 +84,24 @@ class Run:
 
     @property
     def launches(self) -> list[dict]:
-        """Each time that the run was begun or gone on with, the last of them last."""
+        """The launches of the manifest: one for the start of the run and one for each resume, in order."""
         launches = self.manifest.get("launches")
         return [launch for launch in launches if isinstance(launch, dict)] if isinstance(launches, list) else []
 
     @property
     def processes(self) -> int:
-        """Of the last launch."""
+        """Number of processes of the last launch."""
         return section(self.manifest, "world").get("processes") or self.manifest.get("processes") or 1
 
     @cached_property
     def events(self) -> list[tuple[int, str]]:
-        """(step, `event` of its row or "resumed"), by step."""
+        """(step, the `event` of its row or "resumed"), by step."""
         flagged = [(row["step"], row["event"]) for row in self.training if row.get("event")]
         return sorted(flagged + [(start, "resumed") for start in map(_from_step, self.launches) if start])
 
     @property
     def skipped_steps(self) -> int | None:
-        """Updates left out so far; None where the run did not count them."""
+        """Number of updates that were left out so far; None if the run did not count them."""
         return self.training[-1].get("skipped_steps")
 
     def column(self, key: str) -> np.ndarray:
@@ -123,18 +125,20 @@ class Run:
 
     @cached_property
     def seconds(self) -> np.ndarray:
-        """Seconds of each step, the saving that followed it included; evaluations are not counted.  -> (rows,)"""
+        """Seconds of each step and of the saving that followed it, without evaluations.  -> (rows,)"""
         return self.column("step_seconds") + np.nan_to_num(self.column("checkpoint_seconds"))
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """Positions of each step that are not padding.  -> (rows,)"""
+        """Positions of each step that are not padding: the tokens trained on.  -> (rows,)"""
         return self.column("tokens_per_second") * self.column("step_seconds")
 
     @cached_property
     def flops(self) -> np.ndarray:
-        """Training FLOPs of each step; runs that did not record them have `mfu`, a share of the peak of all processes.
-        -> (rows,)"""
+        """Training FLOPs of each step.  -> (rows,)
+
+        Older runs recorded only `mfu`, a share of the peak of all processes; their FLOPs are computed from it.
+        """
         processes = np.full(len(self.training), float(self.processes))
         for launch in self.launches:
             processes[self.steps > _from_step(launch)] = section(launch, "world").get("processes") or self.processes
@@ -144,10 +148,10 @@ class Run:
         return np.where(np.isnan(recorded), shared, recorded)
 
     def places(self, axis: str, steps: np.ndarray) -> np.ndarray:
-        """Where these steps lie on an axis of `AXES`: what the run had spent when they were done.
+        """Return where these steps lie on an axis of `AXES`: how much the run had spent when they were done.
 
         Raises:
-            ConfigError: the run does not record what the axis is made of.
+            ConfigError: the run does not record the figures that the axis needs.
         """
         if axis == "step":
             return steps
@@ -160,7 +164,7 @@ class Run:
         return np.concatenate([[0.0], np.cumsum(spent)])[np.searchsorted(self.steps, steps, side="right")]
 
     def totals(self) -> dict[str, float | None]:
-        """Figures of all steps together: `tokens`, `hours`, means over time, shares of time; None: not recorded."""
+        """Return sums, means over time and shares of time of all steps; None for a figure that was not recorded."""
         step_seconds = self.column("step_seconds")
         saving, memory = self.column("checkpoint_seconds"), self.column("memory_bytes")
         stalls = saving[saving > 0]
@@ -185,13 +189,13 @@ def _from_step(launch: dict) -> int:
 
 
 def section(tree: dict, key: str) -> dict:
-    """A mapping within a mapping; {} where there is none."""
+    """Return the mapping that `tree` holds under `key`; {} if it holds none."""
     value = tree.get(key)
     return value if isinstance(value, dict) else {}
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Runs in the order given, each under the shortest end of its path that no other shares.
+    """Read runs in the order given. The name of a run is the shortest end of its path that no other run shares.
 
     Raises:
         ConfigError: a folder is given twice, is not one of a run, or the run has not done a step.
@@ -213,10 +217,12 @@ def _read_run(path: Path, name: str) -> Run:
     training, evaluation = read_metrics(metrics)
     if not training:
         raise ConfigError(f"{metrics} holds no training step yet; try again when the run has done one")
-    # Up to the last step that was read: the run may have gone on meanwhile.
+
+    # Count rows up to the last step that was read only: the run may have written more meanwhile.
     until = training[-1]["step"]
     rows = (row for row in iterate_rows(metrics) if row["step"] <= until)
     written = sum(1 for row in rows if not any(key.startswith("eval/") for key in row))
+
     problems: list[str] = []
     manifest = _read_manifest(path, problems)
     config = _read_config(path, manifest, problems)
@@ -224,7 +230,7 @@ def _read_run(path: Path, name: str) -> Run:
 
 
 def _read_manifest(path: Path, problems: list[str]) -> dict:
-    # environment.json is what the manifest was called in earlier versions.
+    # Earlier versions called the manifest environment.json.
     for file in (path / "manifest.json", path / "environment.json"):
         if file.is_file():
             try:

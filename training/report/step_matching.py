@@ -1,9 +1,11 @@
-"""Step matching (MoT, section 3.2, figure 5b): how many steps one model needs for the loss that another has.
+"""Step matching (MoT, section 3.2, figure 5b): how many steps one model needs to reach the loss of another.
 
-For each loss on the curve of the reference, the step at which the other model first reaches it. The figure is that step
-at the reference's last loss, as a share of the reference's steps: 45.5 % means that fewer than half were needed. Losses
-of training are running means over whole windows, so that one lucky step does not count as having got there; held-out
-losses are taken as they are, at the steps where they were measured.
+For each loss on the curve of the reference, we look for the step at which the other model first reaches that loss.
+The figure is this step for the reference's last loss, as a share of the reference's steps: 45.5 % means that fewer than
+half of the steps were needed. Training losses are running means over whole windows, so that one lucky step does not
+count. Held-out losses are taken as they are, at the steps where they were measured.
+
+N steps of a curve, M losses to reach.
 """
 
 from collections.abc import Sequence
@@ -21,7 +23,13 @@ Curve = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class StepMatch:
-    """What `run` needs for the last loss of `reference`; `step` is None when it has not reached it."""
+    """How soon `run` reaches the last loss of `reference` for one objective and split.
+
+    Attributes:
+        loss, reference_step: the last loss of `reference`, and its step.
+        step: the first step at which `run` has that loss; None if it never has.
+        lowest: the lowest loss of `run`.
+    """
 
     run: str
     reference: str
@@ -34,19 +42,19 @@ class StepMatch:
 
     @property
     def share(self) -> float | None:
-        """Steps needed over steps of the reference."""
+        """Steps that were needed, divided by the steps of the reference."""
         return None if self.step is None else self.step / self.reference_step
 
 
 def whole_windows(curve: Curve, window: int) -> Curve:
-    """Running means over exactly `window` values (over all, where there are fewer), each at its last step."""
+    """Return running means over exactly `window` values (over all values if there are fewer), each at its last step."""
     steps, losses = curve
     first = max(0, min(window, len(losses)) - 1)
     return steps[first:], smooth(losses, window)[first:]
 
 
 def first_steps(curve: Curve, losses: np.ndarray) -> np.ndarray:
-    """The first step at which the curve is at or below each loss; NaN where it never is.  (M,) -> (M,)"""
+    """Return the first step at which the curve is at or below each loss; NaN if it never is.  (M,) -> (M,)"""
     steps, values = curve
     lowest = np.minimum.accumulate(values)
     index = np.searchsorted(-lowest, -np.asarray(losses), side="left")
@@ -54,13 +62,13 @@ def first_steps(curve: Curve, losses: np.ndarray) -> np.ndarray:
 
 
 def matched_curve(reference: Curve, other: Curve) -> Curve:
-    """(steps of the reference, steps of the other to the lowest loss that the reference has had by then)."""
+    """Return the steps of the reference, and the steps that the other needs to the reference's lowest loss by then."""
     steps, losses = reference
     return steps, first_steps(other, np.minimum.accumulate(losses))
 
 
 def loss_curves(run: Run, objective: str, window: int) -> dict[str, Curve]:
-    """The curves of an objective that are compared, by split."""
+    """Return split -> the curve of an objective that is compared."""
     return {
         "training": whole_windows(run.curve(f"loss_{objective}"), window),
         "held out": run.held_out(objective),
@@ -68,7 +76,7 @@ def loss_curves(run: Run, objective: str, window: int) -> dict[str, Curve]:
 
 
 def match_steps(runs: Sequence[Run], window: int) -> list[StepMatch]:
-    """Every run against the first, for each objective and split that both have."""
+    """Match every run against the first, for each objective and split that both have."""
     reference, *others = runs
     matches = []
     for objective in reference.objectives:

@@ -1,4 +1,4 @@
-"""The figures of a report: what stands in its tables, and in report.json."""
+"""The figures of a report, for its tables and for report.json."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,7 +11,7 @@ from training.report.step_matching import loss_curves, match_steps
 
 
 def losses_at(run: Run, objective: str, step: int, window: int, held_out_step: int | None) -> dict[str, float | None]:
-    """The running mean of the training loss at a step, and the held-out loss of an evaluation."""
+    """Return the running mean of the training loss at `step`, and the held-out loss at `held_out_step`."""
     steps, losses = loss_curves(run, objective, window)["training"]
     index = int(np.searchsorted(steps, step, side="right")) - 1
     held_steps, held = run.held_out(objective)
@@ -27,14 +27,14 @@ def objectives_of(runs: Sequence[Run]) -> list[str]:
 
 
 def common_steps(runs: Sequence[Run]) -> tuple[int, int | None]:
-    """(the last step that all runs have reached, the last one up to it at which all were evaluated, or None)."""
+    """Return the last step that all runs have reached, and the last step until then at which all were evaluated."""
     step = min(run.last_step for run in runs)
     evaluated = set.intersection(*({row["step"] for row in run.evaluation} for run in runs))
     return step, max((at for at in evaluated if at <= step), default=None)
 
 
 def compare(runs: Sequence[Run], window: int) -> dict[str, Any]:
-    """Losses of all runs at the end of each and at the same step, what each has cost, and step matching."""
+    """Return the figures of all runs: losses at the end of each and at the same step, costs, and step matching."""
     step, held_out_step = common_steps(runs)
     objectives = objectives_of(runs)
     figures: dict[str, Any] = {"running_mean_steps": window, "runs": [], "same_step": step}
@@ -61,7 +61,7 @@ def compare(runs: Sequence[Run], window: int) -> dict[str, Any]:
 
 
 def describe_run(run: Run) -> list[tuple[str, str]]:
-    """The manifest of a run in words: (what, value), without what it does not say."""
+    """Return (what, value) for each fact that the manifest of a run records."""
     manifest, model = run.manifest, section(run.config, "model")
     world = section(manifest, "world")
     per_token = section(manifest, "forward_flops_per_token")
@@ -93,7 +93,7 @@ def describe_run(run: Run) -> list[tuple[str, str]]:
 
 
 def describe_launches(run: Run) -> list[tuple[str, str, str, str]]:
-    """(started, from step, processes, command) of each time the run was begun or gone on with."""
+    """Return (started, from step, processes, command) of each launch of a run."""
     return [
         (
             str(launch.get("started", "")),
@@ -113,7 +113,7 @@ def _words(command: Any) -> str:
 
 
 def count(value: Any, unit: str = "") -> str:
-    """Three digits and a power of a thousand: 13.4 M, 1.25 E; "" of None."""
+    """Write a number with three digits and a power of a thousand: 13.4 M, 1.25 E; None as ""."""
     if not isinstance(value, (int, float)):
         return "" if value is None else str(value)
     for power, name in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
@@ -123,7 +123,7 @@ def count(value: Any, unit: str = "") -> str:
 
 
 def duration(hours: float | None) -> str:
-    """`41 s`, `12.5 min`, `3.2 h`, `4.1 days`; "" of None."""
+    """Write hours as `41 s`, `12.5 min`, `3.2 h` or `4.1 days`; None as ""."""
     if hours is None:
         return ""
     for limit, unit, name in ((1 / 60, 3600, "s"), (1, 60, "min"), (48, 1, "h")):

@@ -1,10 +1,11 @@
-"""What the training of the VQ tokenizer and of the VAE share: loss, augmentation, batches, learning rate.
+"""Training code that the VQ tokenizer and the VAE share: options, loss, augmentation, batches, learning rate.
 
-Shapes: B batch, (H, W) pixels.
+B batch, (H, W) pixels.
 """
 
 import argparse
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from training.tokenizers.sources import number
 
 @dataclass
 class AutoencoderTrainingConfig:
-    """Steps, optimiser and loss weights; `minutes` ends a run early, with the same schedule squeezed into the time."""
+    """Steps, optimiser and weights of the loss. `minutes` ends a run early and squeezes its schedule into the time."""
 
     steps: int = 6000
     minutes: float | None = None
@@ -36,11 +37,13 @@ class AutoencoderTrainingConfig:
 def add_training_arguments(
     parser: argparse.ArgumentParser, defaults: AutoencoderTrainingConfig
 ) -> argparse._ArgumentGroup:
-    """The options of `training_settings`, and --sheet."""
+    """Add the options that `training_settings` reads, and --sheet."""
     training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=number(int, ge=0), default=defaults.steps, help=f"default: {defaults.steps}")
+    training.add_argument("--steps", type=number(int, ge=1), default=defaults.steps, help=f"default: {defaults.steps}")
     training.add_argument(
-        "--minutes", type=number(float, gt=0), help="end after this time at the latest, the schedule squeezed into it"
+        "--minutes",
+        type=number(float, gt=0),
+        help="end after this time at the latest; the schedule is squeezed into it",
     )
     training.add_argument(
         "--batch-size",
@@ -60,7 +63,7 @@ def add_training_arguments(
 
 
 def training_settings(arguments: argparse.Namespace) -> dict:
-    """The fields of an `AutoencoderTrainingConfig` that the command line sets."""
+    """Return the fields of an `AutoencoderTrainingConfig` that the command line sets."""
     return {
         "steps": arguments.steps,
         "minutes": arguments.minutes,
@@ -72,10 +75,42 @@ def training_settings(arguments: argparse.Namespace) -> dict:
     }
 
 
+class Progress:
+    """How far a training is, with running means of its figures.
+
+    Attributes:
+        share: the share of the run that is done, by steps or by minutes, whichever is more.
+        step: number of steps that are done.
+    """
+
+    def __init__(self, config: AutoencoderTrainingConfig, log: Callable[[str], None]):
+        self.config = config
+        self.log = log
+        self.share = 0.0
+        self.step = 0
+        self.averages: dict[str, float] = {}
+        self.started = time.monotonic()
+
+    def advance(self, figures: dict[str, float], phase: str = "") -> None:
+        """Count a step with its figures; every `log_every` steps a line is logged, which names the phase."""
+        self.step += 1
+        minutes = (time.monotonic() - self.started) / 60
+        self.share = max(self.step / self.config.steps, minutes / self.config.minutes if self.config.minutes else 0.0)
+        self.averages = {k: 0.99 * self.averages.get(k, v) + 0.01 * v for k, v in figures.items()}
+        if self.step % self.config.log_every == 0:
+            means = [f"{name} {value:.4f}" for name, value in self.averages.items()]
+            words = [f"step {self.step}", f"{100 * self.share:.0f} %", phase, *means, f"{minutes:.1f} min"]
+            self.log("  ".join(filter(None, words)))
+
+    def summary(self) -> dict[str, float]:
+        """Return the running means, the number of steps and the minutes that the run took."""
+        return {**self.averages, "steps": self.step, "minutes": (time.monotonic() - self.started) / 60}
+
+
 def reconstruction_loss(
     predicted: torch.Tensor, pixels: torch.Tensor, config: AutoencoderTrainingConfig
 ) -> torch.Tensor:
-    """L1 on pixels, their differences (sharp edges) and two coarser scales (right colours).  (B, 3, H, W) twice"""
+    """L1 of pixels, their differences (sharp edges) and two coarser scales (right colours).  (B, 3, H, W) twice"""
     error = predicted - pixels
     loss = config.l1 * error.abs().mean()
     horizontal, vertical = error.diff(dim=-1), error.diff(dim=-2)
@@ -87,7 +122,7 @@ def reconstruction_loss(
 
 
 def augment(pixels: torch.Tensor, config: AutoencoderTrainingConfig, generator: torch.Generator) -> torch.Tensor:
-    """Random mirror images and small shifts (edges repeated).  (B, 3, H, W)"""
+    """Mirror and shift pictures at random; a shift repeats the edge.  (B, 3, H, W)"""
     if config.flip:
         flipped = torch.rand(len(pixels), generator=generator) < config.flip
         pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
@@ -95,20 +130,20 @@ def augment(pixels: torch.Tensor, config: AutoencoderTrainingConfig, generator: 
         height, width = pixels.shape[-2:]
         padded = nn.functional.pad(pixels, (config.shift,) * 4, mode="replicate")
         top, left = torch.randint(2 * config.shift + 1, (2,), generator=generator).tolist()
-        # Half of the batches stay in place: that is where pictures are when they are tokenised.
+        # Half of the batches are not shifted, since pictures are not shifted when they are tokenised.
         if torch.rand((), generator=generator) < 0.5:
             pixels = padded[..., top : top + height, left : left + width]
     return pixels
 
 
 def learning_rate_factor(progress: float, config: AutoencoderTrainingConfig) -> float:
-    """Linear warm-up, then a half cosine down to 2 %."""
+    """Share of the peak rate: a linear warm-up, then half a cosine down to 2 %."""
     if progress < config.warmup:
         return progress / config.warmup + 0.01
     return 0.02 + 0.98 * 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
 
 
 def draw_batch(pictures: Sequence[torch.Tensor], size: int, generator: torch.Generator) -> torch.Tensor:
-    """(B, 3, H, W), float32 in [-1, 1]"""
+    """Draw `size` pictures with replacement.  -> (B, 3, H, W), float32 in [-1, 1]"""
     indices = torch.randint(len(pictures), (size,), generator=generator).tolist()
     return torch.stack([pictures[i] for i in indices]).float() / 127.5 - 1

@@ -37,7 +37,7 @@ from training.tokenizers.vq_training import VQTrainingConfig, train_vq
 
 
 def reconstruction_figures(tokenizer: MoTImageTokenizer, pictures: Sequence[torch.Tensor], limit: int = 2048) -> dict:
-    """Error, code usage and how often a reconstruction's nearest picture, in pixel space, is its original."""
+    """Measure reconstructions of up to `limit` pictures (see `compare_pictures`), and how evenly codes are used."""
     originals = first_pictures(pictures, limit)
     codes, rebuilt = [], []
     for batch in originals.split(32):
@@ -106,6 +106,8 @@ def tokenizer_config(arguments: argparse.Namespace) -> ImageTokenizerConfig:
 
 
 def main(argv: list[str] | None = None) -> dict:
+    """Run the command; return the figures that it prints."""
+    # Everything that can be refused is refused before training.
     arguments = build_parser().parse_args(argv)
     check_output(arguments.output, arguments.overwrite)
     check_sheet(arguments.sheet)
@@ -113,7 +115,8 @@ def main(argv: list[str] | None = None) -> dict:
     with in_one_line():
         tokenizer = MoTImageTokenizer(tokenizer_config(arguments))
         pictures = read_pictures(arguments.source or [carried_source("emoji")], arguments, tokenizer.config)
-        pictures[0]
+        pictures[0]  # a first picture that cannot be read ends the command here
+
     print(
         f"{len(pictures)} pictures, the first: {describe_source(pictures.sources[0])}; grid {tokenizer.image_grid}",
         flush=True,
@@ -121,6 +124,8 @@ def main(argv: list[str] | None = None) -> dict:
     training = VQTrainingConfig(**training_settings(arguments))
     with in_one_line():
         figures = train_vq(tokenizer, pictures, training, log=lambda line: print(line, flush=True))
+
+    # The folder appears when it is complete.
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.output.parent) as folder:
         tokenizer.save_pretrained(folder)
@@ -131,6 +136,7 @@ def main(argv: list[str] | None = None) -> dict:
             if path != finished:
                 path.rename(finished / path.name)
         publish(finished, arguments.output)
+
     if arguments.sheet:
         chosen = [picture.permute(1, 2, 0).numpy() for picture in spread(pictures)]
         save_sheet(chosen, [np.asarray(p) for p in tokenizer.decode(tokenizer.encode(chosen))], arguments.sheet)

@@ -1,16 +1,19 @@
-"""Lloyd's k-means in torch: k-means++ seeds, empty clusters refilled, deterministic for a seed.
+"""Lloyd's k-means in torch: seeds by k-means++, empty clusters refilled, the same result for the same seed.
 
-No dependency beyond torch, and every pass sees all points, so 500 speech units or 1,024 codes on some 10^5 to 10^7
-vectors need no mini-batch approximation.
+It needs torch alone. Every pass sees all points: 500 speech units or 1,024 codes on 10^5 to 10^7 vectors need no
+approximation by mini-batches.
+
+M points, K clusters, C components of a vector.
 """
 
 import torch
 
 
 def kmeans(points: torch.Tensor, num_clusters: int, iterations: int = 30, seed: int = 0) -> torch.Tensor:
-    """Centroids of `points`.  (M, C) -> (K, C), float32
+    """Find the centroids of `points`.  (M, C) -> (K, C), float32
 
-    Raises ValueError when there are fewer distinct points than clusters.
+    Raises:
+        ValueError: there are fewer distinct points than clusters.
     """
     points = points.float()
     generator = torch.Generator().manual_seed(seed)
@@ -20,6 +23,8 @@ def kmeans(points: torch.Tensor, num_clusters: int, iterations: int = 30, seed: 
             f"{num_clusters} clusters were asked for but there are only {len(distinct)} distinct vectors; "
             "give more data or ask for fewer"
         )
+
+    # Lloyd's steps: assign each point to its nearest centroid, move each centroid to the mean of its points.
     centroids = seed_centroids(distinct, num_clusters, generator)
     for _ in range(iterations):
         assigned, distances = assign(points, centroids)
@@ -28,7 +33,7 @@ def kmeans(points: torch.Tensor, num_clusters: int, iterations: int = 30, seed: 
         updated = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centroids)
         empty = (counts == 0).nonzero().flatten()
         if len(empty):
-            # An empty cluster takes one of the points that are served worst.
+            # An empty cluster takes one of the points that are farthest from their centroids.
             updated[empty] = points[distances.topk(len(empty)).indices]
         if torch.equal(updated, centroids):
             break
@@ -37,7 +42,7 @@ def kmeans(points: torch.Tensor, num_clusters: int, iterations: int = 30, seed: 
 
 
 def seed_centroids(points: torch.Tensor, num_clusters: int, generator: torch.Generator) -> torch.Tensor:
-    """k-means++: each seed is drawn with probability proportional to its squared distance from the earlier ones."""
+    """Draw seeds by k-means++: a point's probability is proportional to its squared distance from earlier seeds."""
     if len(points) > 32 * num_clusters:
         points = points[torch.randperm(len(points), generator=generator)[: 32 * num_clusters]]
     chosen = [int(torch.randint(len(points), (1,), generator=generator))]
@@ -49,7 +54,7 @@ def seed_centroids(points: torch.Tensor, num_clusters: int, generator: torch.Gen
 
 
 def assign(points: torch.Tensor, centroids: torch.Tensor, chunk: int = 65_536) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nearest centroid and squared distance to it.  (M, C), (K, C) -> (M,), (M,)"""
+    """Find the nearest centroid and the squared distance to it.  (M, C), (K, C) -> (M,), (M,)"""
     offsets = centroids.square().sum(1)
     indices, distances = [], []
     for part in points.split(chunk):

@@ -1,4 +1,7 @@
-"""Pictures as the training commands of image tokenizers and VAEs read them, and as they are compared and shown."""
+"""Read, compare and show pictures, for the commands that train image tokenizers and VAEs.
+
+N pictures, (H, W) pixels.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -17,7 +20,7 @@ PICTURE_COLUMNS = ["image", "picture", "img"]
 
 
 def add_picture_arguments(group: argparse._ArgumentGroup) -> None:
-    """How pictures are fitted, and weights stored."""
+    """Add the options that say how pictures are fitted and how weights are stored."""
     group.add_argument(
         "--fit", choices=("crop", "pad"), default="crop", help="how other shapes are fitted (default: crop)"
     )
@@ -30,7 +33,7 @@ def add_picture_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def both_sides(size: list[int]) -> list[int]:
-    """[height, width] of one side or both."""
+    """Return [height, width] of one side, for squares, or of both."""
     return size * 2 if len(size) == 1 else size
 
 
@@ -38,7 +41,8 @@ class Pictures(Sequence):
     """uint8 pictures (3, H, W), prepared as the tokenizer prepares them; kept in memory up to `memory` bytes."""
 
     def __init__(self, sources: Sequence, config: ImageTokenizerConfig, memory: int = 2 << 30):
-        self.sources, self.config = sources, config
+        self.sources = sources
+        self.config = config
         height, width = config.image_size
         self.cache = {} if 3 * height * width * len(sources) <= memory else None
 
@@ -56,7 +60,7 @@ class Pictures(Sequence):
 
 
 def read_pictures(where: list[str], arguments: argparse.Namespace, config: ImageTokenizerConfig) -> Pictures:
-    """The pictures of the sources a command names; it ends with an error where there are none."""
+    """Read the pictures of the sources that a command names. A command without pictures ends with an error."""
     sources = list(read_media(where, arguments.column or PICTURE_COLUMNS, arguments.limit, PICTURE_SUFFIXES))
     if not sources:
         raise SystemExit(f"error: no pictures in {', '.join(where)}")
@@ -64,7 +68,7 @@ def read_pictures(where: list[str], arguments: argparse.Namespace, config: Image
 
 
 def check_sheet(path: Path | None) -> None:
-    """End the command, before any work, where `save_sheet` could not write."""
+    """End the command, before any work, if `save_sheet` could not write there."""
     if path is None:
         return
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
@@ -73,20 +77,20 @@ def check_sheet(path: Path | None) -> None:
 
 
 def first_pictures(pictures: Sequence[torch.Tensor], limit: int) -> torch.Tensor:
-    """(N, 3, H, W), uint8"""
+    """Stack the first `limit` pictures, or all if there are fewer.  -> (N, 3, H, W), uint8"""
     return torch.stack([pictures[i] for i in range(min(len(pictures), limit))])
 
 
 def to_bytes(pixels: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] to what a picture file holds: whole numbers from 0 to 255, as uint8."""
+    """Turn pixels in [-1, 1] into the whole numbers of a picture file, from 0 to 255, as uint8."""
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def compare_pictures(rebuilt: torch.Tensor, originals: torch.Tensor) -> dict[str, float]:
-    """Figures of uint8 reconstructions (N, 3, H, W) and their originals.
+    """Compare uint8 reconstructions (N, 3, H, W) with their originals.
 
-    `psnr` is the mean of the pictures' own, in dB, one without error counted as one of a single grey level in one
-    value; `nearest_is_original` the share whose nearest picture, in pixel space, is their original.
+    `psnr` is the mean over pictures, in dB; a picture without error counts as if one value were wrong by one level.
+    `nearest_is_original` is the share of reconstructions whose nearest picture, in pixel space, is their original.
     """
     found, wanted = rebuilt.flatten(1).float(), originals.flatten(1).float()
     least = 1 / found.shape[1]
@@ -101,7 +105,7 @@ def compare_pictures(rebuilt: torch.Tensor, originals: torch.Tensor) -> dict[str
 
 
 def save_sheet(originals: Sequence[np.ndarray], rebuilt: Sequence[np.ndarray], path: Path) -> None:
-    """Originals (H, W, 3) above their reconstructions, 16 to a row, the last row filled up with white."""
+    """Save originals (H, W, 3) above their reconstructions, 16 in a row; white fills the last row."""
     rows, across = [], min(16, len(originals))
     for start in range(0, len(originals), across):
         for pictures in (originals, rebuilt):
@@ -113,5 +117,5 @@ def save_sheet(originals: Sequence[np.ndarray], rebuilt: Sequence[np.ndarray], p
 
 
 def spread(pictures: Sequence[torch.Tensor], count: int = 64) -> list[torch.Tensor]:
-    """Up to `count` pictures from the whole length of a sequence."""
+    """Choose up to `count` pictures that are spread evenly over a sequence."""
     return [pictures[i] for i in range(0, len(pictures), max(1, len(pictures) // count))][:count]

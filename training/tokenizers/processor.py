@@ -1,7 +1,7 @@
 """Assemble a MoTProcessor of tokenizers: `python -m training.tokenizers.processor --text DIR --output DIR`.
 
-With `--downsampling` pictures stay pixels, for a model that diffuses them; --text may then be a processor's folder, of
-which the vocabulary is taken without its image and speech tokens.
+With `--downsampling`, pictures stay pixels, for a model that diffuses them. `--text` may then name a processor's
+folder; the new processor has its vocabulary without the image and speech tokens.
 """
 
 import argparse
@@ -30,25 +30,27 @@ def continuous_processor(
     keep_speech: bool = False,
     **image_settings,
 ) -> MoTProcessor:
-    """A processor of the same text whose pictures are pixels, for a model that diffuses them.
+    """Make a processor of the same text whose pictures are pixels, for a model that diffuses them.
 
     Args:
-        source: a processor, or a fast tokenizer; its image tokens are left out, and it is not changed.
+        source: a processor, or a fast tokenizer. It is not changed; the new processor lacks its image tokens.
         image_size: side, or [height, width], of the pictures in pixels.
         downsampling: pixels along the side of a token: the VAE's factor times the patch size.
-        keep_speech: keep the speech units of a processor.
+        keep_speech: whether to keep the speech units of a processor.
         image_settings: `fit`, `resample`, `background` and `max_pixels` of `MoTImageProcessor`.
 
     Raises:
-        ValueError: a size that `downsampling` does not divide, or no speech where it is to be kept.
+        ValueError: `downsampling` does not divide the size, or there is no speech to keep.
     """
+    # The parts of the source that the new processor keeps.
     tokenizer, speech, template = source, None, None
     if isinstance(source, MoTProcessor):
         tokenizer, template = source.tokenizer, source.chat_template
         speech = source.speech_tokenizer if keep_speech else None
     if keep_speech and speech is None:
         raise ValueError("keep_speech=True needs a MoTProcessor with a speech tokenizer; pass one, or leave it out")
-    # A begin token may be missing: a model that was converted may know none.
+
+    # A tokenizer of ours loses its codes; a foreign one gets our special tokens. A converted model may have no BOS.
     is_extended = all(getattr(tokenizer, name, None) is not None for name in SPECIAL_TOKENS if name != "bos_token")
     tokenizer = without_codes(tokenizer) if is_extended else copy.deepcopy(tokenizer)
     if speech is not None or getattr(tokenizer, "image_token", None) is None:
@@ -70,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--image-backend",
         choices=("ours", "diffusers", "chameleon"),
         default="ours",
-        help="what --image holds: our layout, a bare diffusers VQModel, or a ChameleonVQVAE (default: ours)",
+        help="the format of --image: our layout, a bare diffusers VQModel, or a ChameleonVQVAE (default: ours)",
     )
     parser.add_argument(
         "--image-size",
@@ -105,12 +107,16 @@ def load_image_tokenizer(arguments: argparse.Namespace) -> MoTImageTokenizer | N
 
 
 def main(argv: list[str] | None = None) -> dict:
+    """Run the command; return the figures that it prints."""
+    # Everything that can be refused is refused before anything is written.
     arguments = build_parser().parse_args(argv)
     check_output(arguments.output, arguments.overwrite)
     if arguments.downsampling is not None and (arguments.image or arguments.speech):
         raise SystemExit(
             "error: --downsampling keeps pictures as pixels, without speech: leave --image and --speech out"
         )
+
+    # Load the parts and assemble them; an error names the option that it came from.
     with in_one_line("--text: "):
         tokenizer = load_tokenizer(arguments.text)
     with in_one_line("--image: "):
@@ -123,6 +129,8 @@ def main(argv: list[str] | None = None) -> dict:
         else:
             extend_tokenizer(tokenizer, image.num_codes if image else 0, speech.num_units if speech else 0)
             processor = MoTProcessor(tokenizer, image, speech)
+
+    # The folder appears when it is complete.
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.output.parent) as folder:
         finished = Path(folder) / "processor"

@@ -1,4 +1,4 @@
-"""What the tokenizer commands read: `datasets` data sets, parquet folders, text files, folders of pictures or sound."""
+"""The sources of the tokenizer commands: data sets, parquet folders, and files of text, pictures or sound."""
 
 import argparse
 import math
@@ -19,7 +19,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst")
 
 
 def number(kind: type, **bounds: float) -> Callable[[str], Any]:
-    """What reads an option of a command: an `int` or a `float` that is finite, within the bounds of a `Range`."""
+    """Make the `type` of an argparse option: a finite `int` or `float` within the bounds of a `Range`."""
     allowed = Range(**bounds)
 
     def read(text: str) -> Any:
@@ -36,7 +36,7 @@ def number(kind: type, **bounds: float) -> Callable[[str], Any]:
 
 @contextmanager
 def in_one_line(lead: str = "") -> Iterator[None]:
-    """Around what reads the user's files and options: a command ends with a line where they cannot be used."""
+    """Turn an error about the user's files and options into one line that ends the command, after `lead`."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
@@ -44,7 +44,7 @@ def in_one_line(lead: str = "") -> Iterator[None]:
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, what: str, columns: str) -> None:
-    """Arguments shared by the training commands."""
+    """Add the options that name a source: --source, --column and --limit."""
     group = parser.add_argument_group("source")
     group.add_argument(
         "--source",
@@ -59,6 +59,7 @@ def add_source_arguments(parser: argparse.ArgumentParser, what: str, columns: st
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --output, --overwrite and --seed."""
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     parser.add_argument(
@@ -67,14 +68,14 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse, before any work, to write over something that is there, or where nothing can be written."""
+    """End the command, before any work, if the output exists or cannot be written."""
     check_writable("--output", output)
     if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
         raise SystemExit(f"error: {output} exists; choose another --output or pass --overwrite to replace it")
 
 
 def check_writable(option: str, path: Path) -> None:
-    """End the command, before any work, where a file or folder of this path cannot be made."""
+    """End the command, before any work, if a file or folder cannot be made at `path`."""
     try:
         if "\0" in str(path):
             raise ValueError("it holds a null byte")
@@ -85,7 +86,7 @@ def check_writable(option: str, path: Path) -> None:
 
 
 def publish(temporary: Path, output: Path) -> None:
-    """Put a finished folder in its place: nothing half-written is ever seen there."""
+    """Move a finished folder to its place, so that nobody ever sees a half-written one."""
     if output.exists():
         shutil.rmtree(output) if output.is_dir() and not output.is_symlink() else output.unlink()
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -95,12 +96,18 @@ def publish(temporary: Path, output: Path) -> None:
 def read_column_values(
     sources: list[str], columns: list[str], limit: int | None, suffixes: tuple[str, ...]
 ) -> Iterator[Any]:
-    """Values of `columns` from every source in order, nested lists flattened; for plain files their paths, as `Path`."""
+    """Yield the values of `columns` from every source in order.
+
+    Lists of texts are flattened. Plain files give their paths, as `Path`.
+    """
     for source in sources:
+        # Plain files need no columns.
         files = matching_files(source, suffixes)
         if files:
             yield from files[:limit]
             continue
+
+        # A data set gives the columns that it has of those asked for.
         records = load_records(source)
         present = [name for name in columns if name in records.column_names]
         if not present:
@@ -117,7 +124,10 @@ def read_column_values(
 
 
 def read_media(sources: list[str], columns: list[str], limit: int | None, suffixes: tuple[str, ...]) -> Iterator[Any]:
-    """As `read_column_values`, of pictures or sounds: a file that a record names must lie in the folder of its source."""
+    """Yield pictures or sounds, as `read_column_values` does.
+
+    A record may name a file only in the folder of its source; any other ends the command.
+    """
     from training.data.reading.values import OutsidePath, confined, source_roots
 
     for source in sources:
@@ -132,7 +142,7 @@ def read_media(sources: list[str], columns: list[str], limit: int | None, suffix
 
 
 def matching_files(source: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """The file itself, or the files with one of `suffixes` under a folder, sorted; none for a data set."""
+    """List `source` itself, or the files under it that have one of `suffixes`, sorted; nothing for a data set."""
     path = Path(source)
     if path.is_file():
         return [path] if path.suffix.lower() in suffixes else []
@@ -145,7 +155,7 @@ def matching_files(source: str, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def load_records(source: str):
-    """A `datasets.Dataset` with pictures and sound left undecoded."""
+    """Load a `datasets.Dataset` from `path[:config[:split]]`, with pictures and sounds left encoded."""
     from datasets import Audio, Image, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -168,7 +178,7 @@ def load_records(source: str):
 
 
 def carried_source(config: str, split: str = "train") -> str:
-    """A split of a configuration of the carried data."""
+    """Name a split of a configuration of the carried data, as --source takes it."""
     from training.data.config import carried_path
 
     return f"{carried_path()}:{config}:{split}"

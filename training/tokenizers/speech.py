@@ -1,4 +1,4 @@
-"""Train a speech-unit tokenizer by k-means: `python -m training.tokenizers.speech --output DIR`."""
+"""Train a tokenizer of speech units by k-means: `python -m training.tokenizers.speech --output DIR`."""
 
 import argparse
 import json
@@ -28,10 +28,15 @@ from training.tokenizers.sources import (
 def fit_speech_tokenizer(
     config: SpeechTokenizerConfig, sounds: Iterable[Any], iterations: int = 40, seed: int = 0
 ) -> tuple[MoTSpeechTokenizer, dict]:
-    """Centroids of the features of `sounds`, and for each unit the mean log-mel spectrogram it stands for.
+    """Fit the units to the features of `sounds`, and give each unit the mean log-mel spectrogram of its sounds.
 
-    Returns the tokenizer and figures. Raises ValueError when there is too little sound for `num_units`.
+    Returns:
+        The tokenizer, and figures.
+
+    Raises:
+        ValueError: there is too little sound for `num_units`.
     """
+    # Features decide the units; spectra are kept to make units audible again.
     tokenizer = MoTSpeechTokenizer(config)
     features, spectra = [], []
     for sound in sounds:
@@ -40,11 +45,15 @@ def fit_speech_tokenizer(
         spectra.append(tokenizer.front_end.log_mel(samples).view(len(features[-1]), tokenizer.frames_per_unit, -1))
     if not features:
         raise ValueError("there is no sound to learn units from")
+
+    # The units are the clusters of the scaled features.
     points = torch.cat(features)
     tokenizer.mean, tokenizer.scale = points.mean(0), points.std(0).clamp(min=1e-5)
     scaled = (points - tokenizer.mean) / tokenizer.scale
     tokenizer.centroids = kmeans(scaled, config.num_units, iterations, seed)
     units, distances = assign(scaled, tokenizer.centroids)
+
+    # Each unit sounds like the mean of its frames; an unused unit like the mean of all.
     counts = torch.bincount(units, minlength=config.num_units)
     frames = torch.cat(spectra)
     sums = torch.zeros(config.num_units, *frames.shape[1:]).index_add_(0, units, frames)
@@ -95,8 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> dict:
+    """Run the command; return the figures that it prints."""
     arguments = build_parser().parse_args(argv)
     check_output(arguments.output, arguments.overwrite)
+
+    # Sounds are read while units are fitted.
     where = arguments.source or [carried_source("emoji")]
     columns = arguments.column or ["audio", "sound", "speech"]
     sounds = read_media(where, columns, arguments.limit, SOUND_SUFFIXES)
@@ -110,6 +122,8 @@ def main(argv: list[str] | None = None) -> dict:
             deduplicate=arguments.deduplicate,
         )
         tokenizer, figures = fit_speech_tokenizer(config, sounds, arguments.iterations, arguments.seed)
+
+    # The folder appears when it is complete.
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.output.parent) as folder:
         tokenizer.save_pretrained(Path(folder) / "speech")

@@ -25,16 +25,18 @@ from training.tokenizers.sources import (
 )
 
 
-# No word is longer, but a file that is no text may be one: training takes the square of its length.
+# Real words are shorter. A file that is not text may be one long word, and training takes the square of its length.
 _MOST_WORD = 1000
 _MOST_SAMPLE = 100_000
 
 
 def train_text_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of `vocab_size` entries, special tokens first and all 256 bytes among them.
+    """Train a byte-level BPE of `vocab_size` entries: special tokens, all 256 bytes, and merges.
 
-    Nothing is out of vocabulary, and decoding gives back the exact text. Raises ValueError when `vocab_size` has no
-    room for a merge.
+    No text is out of vocabulary, and decoding gives back the exact text.
+
+    Raises:
+        ValueError: `vocab_size` has no room for a merge.
     """
     smallest = len(SPECIAL_TOKENS) + 256
     if vocab_size <= smallest:
@@ -49,10 +51,14 @@ def train_text_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: i
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=sys.stderr.isatty(),
     )
+
+    # Words are cut for training alone; the tokenizer itself takes words of any length.
     as_words = backend.pre_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Sequence([as_words, pre_tokenizers.FixedLength(_MOST_WORD)])
     backend.train_from_iterator(texts, trainer)
     backend.pre_tokenizer = as_words
+
+    # transformers knows three of the special tokens as its own; the others are ours.
     common = {name: SPECIAL_TOKENS[name] for name in ("pad_token", "bos_token", "eos_token")}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **common)
     set_special_attributes(tokenizer, {k: v for k, v in SPECIAL_TOKENS.items() if k not in common})
@@ -62,7 +68,7 @@ def train_text_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: i
 
 
 def read_texts(sources: list[str], columns: list[str], limit: int | None) -> Iterator[str]:
-    """Texts of columns; of files, their lines. What a column holds is text, also where it is the name of a file."""
+    """Yield the texts of columns and the lines of files. A column's value is text, even if it is the name of a file."""
     for value in read_column_values(sources, columns, limit, TEXT_SUFFIXES):
         if isinstance(value, Path):
             with open(value, encoding="utf-8") as lines, reading(f"{value} is no text in UTF-8"):
@@ -96,8 +102,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> dict:
+    """Run the command; return the figures that it prints."""
     arguments = build_parser().parse_args(argv)
     check_output(arguments.output, arguments.overwrite)
+
+    # Load a tokenizer, or train one on all texts.
     if arguments.from_pretrained:
         with in_one_line("--from-pretrained: "):
             tokenizer = load_tokenizer(arguments.from_pretrained)
@@ -109,10 +118,14 @@ def main(argv: list[str] | None = None) -> dict:
             if not texts:
                 raise ValueError(f"no text in {', '.join(where)}")
             tokenizer = train_text_tokenizer(texts, arguments.vocab_size, arguments.min_frequency)
+
+    # The folder appears when it is complete.
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.output.parent) as folder:
         tokenizer.save_pretrained(Path(folder) / "text")
         publish(Path(folder) / "text", arguments.output)
+
+    # How well a trained tokenizer compresses, on a sample of its texts.
     figures = {"vocab_size": len(tokenizer)}
     if not arguments.from_pretrained:
         sample = [text[:_MOST_SAMPLE] for text in texts[:: max(1, len(texts) // 2000)]]

@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--held-out",
         action="append",
         metavar="WHERE",
-        help="pictures to report figures of, not trained on, given as --source is "
+        help="pictures to measure and not to train on, given as --source is "
         "(default: the validation split of the carried data, when --source is not given)",
     )
     model = parser.add_argument_group("model")
@@ -93,7 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--matrix-lr",
         type=number(float, ge=0),
         default=defaults.matrix_lr,
-        help=f"peak rate of Muon, for kernels of convolutions; --lr is AdamW's, for the rest (default: {defaults.matrix_lr})",
+        help="peak rate of Muon, for kernels of convolutions; --lr is AdamW's, for the rest "
+        f"(default: {defaults.matrix_lr})",
     )
     training.add_argument(
         "--kl",
@@ -106,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def vae_config(arguments: argparse.Namespace) -> dict:
-    """The diffusers configuration; convolutions only, so that any multiple of the down-sampling is a size."""
+    """Return the diffusers configuration. It has convolutions only: sides may be any multiple of the down-sampling."""
     scales = len(arguments.channels)
     for channels in arguments.channels:
         if channels < 1 or channels % NORM_GROUPS:
@@ -125,28 +126,31 @@ def vae_config(arguments: argparse.Namespace) -> dict:
 
 
 def rebuild(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    """Through the latents and back.  (N, 3, H, W) -> (N, 3, H, W), uint8"""
+    """Encode pictures and decode their latents.  (N, 3, H, W) -> (N, 3, H, W), uint8"""
     parts = [decode_latents(vae, encode_pixels(vae, part.float() / 127.5 - 1)) for part in pictures.split(64)]
     return to_bytes(torch.cat(parts))
 
 
 def reconstruction_figures(vae: AutoencoderKL, pictures: Sequence[torch.Tensor], limit: int = 2048) -> dict:
+    """Compare up to `limit` pictures with their reconstructions."""
     originals = first_pictures(pictures, limit)
     return compare_pictures(rebuild(vae, originals), originals)
 
 
 def save_vae(vae: AutoencoderKL, output: Path, storage_dtype: str) -> None:
-    """Weights that already are representable in `storage_dtype`, so that what is loaded is what was measured."""
+    """Save a VAE whose weights were rounded to `storage_dtype` before: the loaded VAE is the one that was measured."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
         finished = Path(folder) / "vae"
-        nn.Module.to(vae, getattr(torch, storage_dtype))  # diffusers' own `to` warns of layers that there are not
+        nn.Module.to(vae, getattr(torch, storage_dtype))  # diffusers' own `to` warns of layers that do not exist
         vae.save_pretrained(finished)
         vae.float()
         publish(finished, output)
 
 
 def main(argv: list[str] | None = None) -> dict:
+    """Run the command; return the figures that it prints."""
+    # Everything that can be refused is refused before training.
     arguments = build_parser().parse_args(argv)
     check_output(arguments.output, arguments.overwrite)
     check_sheet(arguments.sheet)
@@ -159,12 +163,15 @@ def main(argv: list[str] | None = None) -> dict:
         check_divisible(*picture_config.image_size, downsampling(config))
         pictures = read_pictures(where, arguments, picture_config)
         others = read_pictures(held_out, arguments, picture_config) if held_out else None
-        pictures[0]
+        pictures[0]  # a first picture that cannot be read ends the command here
+
     vae = build_vae(config)
     print(f"{len(pictures)} pictures, the first: {describe_source(pictures.sources[0])}", flush=True)
     training = VAETrainingConfig(**training_settings(arguments), matrix_lr=arguments.matrix_lr, kl=arguments.kl)
     with in_one_line():
         figures = train_vae(vae, pictures, training, log=lambda line: print(line, flush=True))
+
+    # Weights are rounded to the type that is saved before anything is measured.
     nn.Module.to(vae, getattr(torch, arguments.storage_dtype)).float()
     figures |= scale_latents(vae, pictures)
     figures["parameters"] = sum(p.numel() for p in vae.parameters())
@@ -172,6 +179,7 @@ def main(argv: list[str] | None = None) -> dict:
     if others:
         figures["held_out"] = reconstruction_figures(vae, others)
     save_vae(vae, arguments.output, arguments.storage_dtype)
+
     if arguments.sheet:
         chosen = torch.stack(spread(others or pictures))
         originals, rebuilt = (p.permute(0, 2, 3, 1).numpy() for p in (chosen, rebuild(vae, chosen)))

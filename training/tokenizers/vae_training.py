@@ -1,9 +1,8 @@
-"""Training of the small VAE: reconstruction and a weak pull of the posterior to a standard normal.
+"""Train the small VAE: reconstruction, and a weak pull of the posterior towards a standard normal.
 
-Shapes: B batch, (H, W) pixels, C latent channels, (h, w) latent cells.
+N pictures, B batch, (H, W) pixels, C latent channels, (h, w) latent cells.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch import nn
 from modeling_mot.latent_vae import encode_pixels
 from training.tokenizers.autoencoder_training import (
     AutoencoderTrainingConfig,
+    Progress,
     augment,
     draw_batch,
     learning_rate_factor,
@@ -23,8 +23,11 @@ from training.tokenizers.autoencoder_training import (
 
 @dataclass
 class VAETrainingConfig(AutoencoderTrainingConfig):
-    """`kl` weighs the divergence from a standard normal, in nats per latent element; it grows to that over
-    `kl_warmup`, a share of the run. `lr` is AdamW's, for norms and biases, `matrix_lr` Muon's, for convolutions.
+    """Settings of a VAE's training.
+
+    `kl` weighs the divergence from a standard normal, in nats per latent element. The weight grows from 0 over
+    `kl_warmup`, a share of the run. `lr` is AdamW's rate, for norms and biases; `matrix_lr` is Muon's, for
+    convolutions.
     """
 
     steps: int = 2400
@@ -36,11 +39,14 @@ class VAETrainingConfig(AutoencoderTrainingConfig):
 
 
 class MuonAdamW:
-    """Muon for the kernels of convolutions, as matrices of (out, height * width * in); AdamW for all else.
+    """Muon for the kernels of convolutions, as matrices of (out, height * width * in); AdamW for everything else.
 
-    AdamW alone needs several times the steps: for long, a few directions of the latents carry all (light and dark),
-    and those for rare colours stay empty. Kernels must be in channels_last, so that a matrix is a view of its kernel.
-    Muon: https://kellerjordan.github.io/posts/muon
+    AdamW alone needs several times as many steps: for a long time a few directions of the latents (light and dark)
+    carry everything, and the directions for rare colours stay empty. Kernels must be in channels_last, so that a matrix
+    is a view of its kernel. Muon: https://kellerjordan.github.io/posts/muon
+
+    Raises:
+        ValueError: the model is not in channels_last.
     """
 
     def __init__(self, model: nn.Module, lr: float, matrix_lr: float):
@@ -60,7 +66,7 @@ class MuonAdamW:
         return kernel.permute(0, 2, 3, 1).flatten(1)
 
     def step(self, factor: float) -> None:
-        """One step at `factor` times the peak rates; gradients are cleared."""
+        """Take a step at `factor` times the peak rates, and clear the gradients."""
         for kernel, matrix in zip(self.kernels, self.matrices):
             matrix.grad = self.as_matrix(kernel.grad)
             kernel.grad = None
@@ -77,14 +83,13 @@ def train_vae(
     config: VAETrainingConfig,
     log: Callable[[str], None] = print,
 ) -> dict[str, float]:
-    """Train `vae` in place on uint8 pictures (3, H, W); returns figures of the last steps."""
+    """Train `vae` in place on uint8 pictures (3, H, W); return figures of the last steps."""
     generator = torch.Generator().manual_seed(config.seed)
     vae.train().requires_grad_(True).to(memory_format=torch.channels_last)
     optimizer = MuonAdamW(vae, config.lr, config.matrix_lr)
-    started, progress, step = time.monotonic(), 0.0, 0
-    averages: dict[str, float] = {}
-
-    while progress < 1:
+    progress = Progress(config, log)
+    while progress.share < 1:
+        # Sample latents from the posterior, and decode them.
         batch = draw_batch(pictures, config.batch_size, generator)
         pixels = augment(batch, config, generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
@@ -92,32 +97,27 @@ def train_vae(
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
             noise = torch.randn(mean.shape, generator=generator)
             predicted = vae.decode(mean + (0.5 * logvar).exp() * noise).sample
+
+        # The divergence gains its weight slowly, over the warm-up.
         loss = reconstruction_loss(predicted.float(), pixels, config)
         kl = normal_divergence(mean, logvar)
-        (loss + config.kl * min(1.0, progress / config.kl_warmup) * kl).backward()
-        optimizer.step(learning_rate_factor(progress, config))
-
-        step += 1
-        elapsed = (time.monotonic() - started) / 60
-        progress = max(step / config.steps, elapsed / config.minutes if config.minutes else 0.0)
-        figures = {"loss": loss.item(), "kl": kl.item()}
-        averages = {k: 0.99 * averages.get(k, v) + 0.01 * v for k, v in figures.items()}
-        if step % config.log_every == 0:
-            numbers = "  ".join(f"{k} {v:.4f}" for k, v in averages.items())
-            log(f"step {step}  {100 * progress:.0f} %  {numbers}  {elapsed:.1f} min")
+        (loss + config.kl * min(1.0, progress.share / config.kl_warmup) * kl).backward()
+        optimizer.step(learning_rate_factor(progress.share, config))
+        progress.advance({"loss": loss.item(), "kl": kl.item()})
     vae.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
-    return {**averages, "steps": step, "minutes": (time.monotonic() - started) / 60}
+    return progress.summary()
 
 
 def normal_divergence(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, 1)), the mean over elements, in nats.  (B, C, h, w) twice"""
+    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, as the mean over elements.  (B, C, h, w) twice"""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
 def scale_latents(vae: AutoencoderKL, pictures: Sequence[torch.Tensor], limit: int = 4096) -> dict[str, list[float]]:
     """Set `shift_factor` and `scaling_factor` so that latents of `pictures` have mean 0 and deviation 1 overall.
 
-    Returns mean and deviation of every channel after it.
+    Returns:
+        The mean and the deviation of every channel afterwards.
     """
     vae.register_to_config(shift_factor=0.0, scaling_factor=1.0)
     latents = encode_all(vae, pictures, limit).double()
@@ -130,7 +130,7 @@ def scale_latents(vae: AutoencoderKL, pictures: Sequence[torch.Tensor], limit: i
 
 
 def encode_all(vae: AutoencoderKL, pictures: Sequence[torch.Tensor], limit: int) -> torch.Tensor:
-    """Scaled latents of the first `limit` pictures.  -> (N, C, h, w)"""
+    """Encode the first `limit` pictures into scaled latents.  -> (N, C, h, w)"""
     count = min(len(pictures), limit)
     chunks = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
     return torch.cat([encode_pixels(vae, torch.stack([pictures[i] for i in c]).float() / 127.5 - 1) for c in chunks])

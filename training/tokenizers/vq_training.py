@@ -1,13 +1,13 @@
-"""Training of the VQ image tokenizer: autoencoder, k-means codebook, moving averages, then the decoder alone.
+"""Train the VQ image tokenizer: autoencoder, k-means codebook, moving averages, then the decoder alone.
 
-A codebook that starts at random leaves most codes dead. Ours starts as k-means of what the encoder, trained without
-quantisation, puts out; it follows by exponential moving averages, and codes that fall out of use are restarted from
-latents. In the last phase codes are final, and only the decoder learns. No pretrained network takes part.
+A codebook that starts at random leaves most codes dead. We first train the encoder without quantisation, and start
+the codebook as k-means of its outputs. The codebook then follows by exponential moving averages, and codes that fall
+out of use are restarted from latents. In the last phase the codes are final, and only the decoder learns. No pretrained
+network takes part.
 
-Shapes: B batch, (H, W) pixels, C latent channels, K codes, M = B h w latents.
+B batch, (H, W) pixels, C latent channels, K codes, M = B h w latents.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from torch import nn
 from modeling_mot.image_tokenizer import MoTImageTokenizer, fold, nearest_code, unfold
 from training.tokenizers.autoencoder_training import (
     AutoencoderTrainingConfig,
+    Progress,
     augment,
     draw_batch,
     learning_rate_factor,
@@ -27,7 +28,7 @@ from training.tokenizers.kmeans import assign, kmeans
 
 @dataclass
 class VQTrainingConfig(AutoencoderTrainingConfig):
-    """Shares of the run for its first and last phase, and how the codebook follows."""
+    """Settings of a VQ tokenizer's training: shares of the run for its first and last phase, and of the codebook."""
 
     autoencoder_share: float = 0.12
     decoder_share: float = 0.3
@@ -37,16 +38,17 @@ class VQTrainingConfig(AutoencoderTrainingConfig):
 
 
 class Codebook:
-    """The codebook as moving averages of the latents that were assigned to each code."""
+    """A codebook whose codes are moving averages of the latents that were assigned to them."""
 
     def __init__(self, weight: torch.Tensor, decay: float):
-        self.weight, self.decay = weight, decay
+        self.weight = weight
+        self.decay = decay
         self.counts = torch.ones(len(weight))
         self.sums = weight.clone()
 
     @torch.no_grad()
     def update(self, latents: torch.Tensor, codes: torch.Tensor) -> None:
-        """(M, C), (M,)"""
+        """Move codes towards the latents (M, C) that were assigned to them by `codes` (M,)."""
         counts = torch.bincount(codes, minlength=len(self.weight)).float()
         sums = torch.zeros_like(self.sums).index_add_(0, codes, latents)
         self.counts.lerp_(counts, 1 - self.decay)
@@ -56,7 +58,7 @@ class Codebook:
 
     @torch.no_grad()
     def restart_unused(self, latents: torch.Tensor, generator: torch.Generator) -> int:
-        """Codes used less than 3 % as often as the average one move onto latents that are served badly."""
+        """Move rarely used codes (under 3 % of the average) onto latents far from their codes; return their number."""
         unused = (self.counts < 0.03 * len(latents) / len(self.weight)).nonzero().flatten()
         if len(unused):
             distances = assign(latents, self.weight)[1]
@@ -73,9 +75,11 @@ def train_vq(
     config: VQTrainingConfig,
     log: Callable[[str], None] = print,
 ) -> dict[str, float]:
-    """Train `tokenizer` in place on uint8 pictures (3, H, W); returns figures of the last steps."""
+    """Train `tokenizer` in place on uint8 pictures (3, H, W); return figures of the last steps."""
     generator = torch.Generator().manual_seed(config.seed)
     model, patch = tokenizer.model, tokenizer.config.patch_size
+
+    # The codebook learns by moving averages, everything else by gradients.
     model.train().requires_grad_(True).to(memory_format=torch.channels_last)
     model.quantize.requires_grad_(False)
     decoder_parameters = [*model.post_quant_conv.parameters(), *model.decoder.parameters()]
@@ -83,12 +87,11 @@ def train_vq(
     groups = [{"params": encoder_parameters}, {"params": decoder_parameters}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), weight_decay=1e-4)
     codebook: Codebook | None = None
-    started, progress, step = time.monotonic(), 0.0, 0
-    averages: dict[str, float] = {}
-
-    while progress < 1:
-        quantising = progress >= config.autoencoder_share
-        encoder_frozen = progress >= 1 - config.decoder_share
+    progress = Progress(config, log)
+    while progress.share < 1:
+        # The phase: autoencoder, then with a codebook, then the decoder alone with final codes.
+        quantising = progress.share >= config.autoencoder_share
+        encoder_frozen = progress.share >= 1 - config.decoder_share
         if quantising and codebook is None:
             codebook = start_codebook(tokenizer, pictures, config, generator, log)
         if encoder_frozen and groups[0]["params"][0].requires_grad:
@@ -96,10 +99,11 @@ def train_vq(
             for parameter in encoder_parameters:
                 parameter.requires_grad_(False)
                 parameter.grad = None
-        rate = config.lr * learning_rate_factor(progress, config)
+        rate = config.lr * learning_rate_factor(progress.share, config)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
+        # Encode, and replace latents by their codes; gradients pass straight through to the encoder.
         batch = draw_batch(pictures, config.batch_size, generator)
         pixels = augment(batch, config, generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
@@ -111,11 +115,13 @@ def train_vq(
             codes = nearest_code(flat.detach(), codebook.weight)
             if not encoder_frozen:
                 codebook.update(flat.detach(), codes)
-                if step % config.restart_every == 0:
+                if progress.step % config.restart_every == 0:
                     codebook.restart_unused(flat.detach(), generator)
             quantised = codebook.weight[codes].view(len(latents), *latents.shape[2:], -1).permute(0, 3, 1, 2)
             commitment = (latents - quantised).square().mean()
             latents = latents + (quantised - latents).detach()
+
+        # Decode and learn.
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
             predicted = unfold(model.decode(latents, force_not_quantize=True).sample, patch)
         loss = reconstruction_loss(predicted.float(), pixels, config)
@@ -123,23 +129,15 @@ def train_vq(
         (loss + config.commitment * commitment).backward()
         nn.utils.clip_grad_norm_(decoder_parameters + encoder_parameters, 1.0)
         optimizer.step()
-
-        step += 1
-        elapsed = (time.monotonic() - started) / 60
-        progress = max(step / config.steps, elapsed / config.minutes if config.minutes else 0.0)
-        figures = {"loss": loss.item(), "commitment": commitment.item()}
-        averages = {k: 0.99 * averages.get(k, v) + 0.01 * v for k, v in figures.items()}
-        if step % config.log_every == 0:
-            phase = "decoder" if encoder_frozen else "codebook" if quantising else "autoencoder"
-            numbers = "  ".join(f"{k} {v:.4f}" for k, v in averages.items())
-            log(f"step {step}  {100 * progress:.0f} %  {phase}  {numbers}  {elapsed:.1f} min")
+        phase = "decoder" if encoder_frozen else "codebook" if quantising else "autoencoder"
+        progress.advance({"loss": loss.item(), "commitment": commitment.item()}, phase)
     model.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
-    return {**averages, "steps": step, "minutes": (time.monotonic() - started) / 60}
+    return progress.summary()
 
 
 @torch.no_grad()
 def sample_latents(tokenizer, pictures, config, generator, limit: int = 2048) -> torch.Tensor:
-    """Encoder outputs of up to `limit` pictures.  -> (M, C)"""
+    """Encode up to `limit` random pictures.  -> (M, C)"""
     order = torch.randperm(len(pictures), generator=generator)[:limit].tolist()
     tokenizer.model.eval()
     parts = []
@@ -152,6 +150,7 @@ def sample_latents(tokenizer, pictures, config, generator, limit: int = 2048) ->
 
 
 def start_codebook(tokenizer, pictures, config, generator, log) -> Codebook:
+    """Set the codebook to k-means of the encoder's outputs."""
     latents = sample_latents(tokenizer, pictures, config, generator)
     weight = tokenizer.codebook.data
     weight.copy_(kmeans(latents, len(weight), iterations=8, seed=config.seed))
@@ -161,7 +160,7 @@ def start_codebook(tokenizer, pictures, config, generator, log) -> Codebook:
 
 
 def finish_codebook(tokenizer, pictures, config, generator, log) -> None:
-    """A few exact Lloyd steps from the moving averages; unused codes take badly served latents."""
+    """Take four exact Lloyd steps from the moving averages; unused codes move onto latents far from their codes."""
     latents = sample_latents(tokenizer, pictures, config, generator)
     weight = tokenizer.codebook.data
     for _ in range(4):

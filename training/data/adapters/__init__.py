@@ -1,1 +1,1 @@
-"""Commands that turn installed packages of real data into data sets that a source can name as its `path`."""
+"""Commands that make data sets from packages of real data; a source of a recipe can name the result as its `path`."""

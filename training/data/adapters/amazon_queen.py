@@ -1,4 +1,4 @@
-"""The speech of the game Flight of the Amazon Queen with its text, as a data set.
+"""Make a data set of the speech and the text of the game Flight of the Amazon Queen.
 
 Get the package (35 MB; free to redistribute, not for resale alone):
     apt-get download flight-of-the-amazon-queen && dpkg -x flight-of-the-amazon-queen_*.deb unpacked
@@ -37,10 +37,10 @@ licence allows free distribution with its notices, not resale on its own. Made b
 
 
 def read_archive(data: bytes) -> dict[str, bytes]:
-    """File name -> content of a `queen.1c` archive.
+    """Return file name -> content of a `queen.1c` archive.
 
     Raises:
-        ValueError: not such an archive.
+        ValueError: `data` is not such an archive.
     """
     if data[:4] != b"QTBL":
         raise ValueError(f"the archive starts with {data[:4]!r}, not b'QTBL'; give the package's queen.1c")
@@ -53,9 +53,10 @@ def read_archive(data: bytes) -> dict[str, bytes]:
 
 
 def dialogue_lines(table: bytes) -> list[tuple[str, str]]:
-    """(clip prefix, line) of a `.DOG` table: prefix is dialogue number, line number and J (Joe) or P (other person).
+    """Return (clip prefix, line) for each line of a `.DOG` table.
 
-    The table is big-endian: counts, then for each of the two speakers entries of a skipped word, the line's number, a
+    The prefix is the dialogue's number, the line's number, and J (Joe) or P (the other person). The table is
+    big-endian: counts, then entries of each of the two speakers. An entry is a word that we skip, the line's number, a
     length byte and the text, padded to four bytes.
     """
     table = table[_BANK_HEADER:]
@@ -74,7 +75,7 @@ def dialogue_lines(table: bytes) -> list[tuple[str, str]]:
 
 
 def paired_clips(files: dict[str, bytes]) -> list[dict]:
-    """One row for every clip whose text is known, sorted by id."""
+    """Make a row for every clip whose text is known, sorted by id."""
     rows = {}
     for name, table in files.items():
         if not name.endswith(".DOG"):

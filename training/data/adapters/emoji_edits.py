@@ -1,10 +1,10 @@
-"""Image editing on the carried emoji: a picture, an instruction, and the picture that the instruction asks for.
+"""Make a data set of edits of the carried emoji: a picture, an instruction, and the picture that it asks for.
 
     python -m training.data.adapters.emoji_edits --out DIR
 
 Every edit is exact: the target is computed from the source, so a model can be measured against it. Pairs whose two
-pictures look alike (a symmetric picture flipped, a green one made green) are left out. A concept is in the split it has
-in the carried set. Use it with a template that learns the target alone:
+pictures look alike (a symmetric picture flipped, a green one made green) are left out. A concept is in the same split
+as in the carried set. Use the data set with a template that learns the target alone:
 
     - {segments: ["image:source", "text:instruction", "image:target"], caption_first: null, targets: last}
 """
@@ -36,7 +36,7 @@ FEATURES = Features(
 )
 # Hues in degrees.
 COLOURS = {"red": 0, "yellow": 52, "green": 120, "blue": 220, "purple": 280}
-# Mean absolute difference of the two pictures, of 255, below which an edit does not count as seen.
+# Smallest mean absolute difference of the two pictures, of 255, at which an edit counts as visible.
 NOTICEABLE = 10.0
 HEAD = "license: apache-2.0\nlanguage: en\npretty_name: Exact edits of emoji\ntags: [image, text, image-editing]"
 CARD = """# Exact edits of emoji
@@ -57,25 +57,27 @@ Pictures: Noto Emoji, Copyright Google Inc., Apache-2.0, changed as the table sa
 
 
 def turn_hue(picture: Image.Image, degrees: int) -> Image.Image:
-    """All hues turned by one angle, such that the most frequent comes to lie at `degrees`; white, grey, black stay."""
+    """Turn all hues by one angle that brings the most frequent hue to `degrees`; white, grey and black stay."""
+    # The most frequent hue, by saturation and value.
     hue, saturation, value = (np.asarray(band) for band in picture.convert("HSV").split())
     weights = saturation.astype(np.int64) * value
     counts = np.bincount(hue.ravel(), weights.ravel(), minlength=256)
-    # Neighbouring hues count together, round the circle, the nearer the more.
+    # Hues near each other on the circle count together, the nearer the more.
     smooth = sum((9 - abs(shift)) * np.roll(counts, shift) for shift in range(-8, 9))
     shift = round(degrees * 256 / 360) - int(smooth.argmax())
+
     turned = ((hue.astype(np.int64) + shift) % 256).astype(np.uint8)
     bands = [Image.fromarray(band) for band in (turned, saturation, value)]
     return Image.merge("HSV", bands).convert("RGB")
 
 
 def gamma(picture: Image.Image, exponent: float) -> Image.Image:
-    """Every channel c / 255 to a power; white and black stay."""
+    """Raise every channel c / 255 to a power; white and black stay."""
     return picture.point([round(255 * (level / 255) ** exponent) for level in range(256)] * 3)
 
 
 def shrink(picture: Image.Image) -> Image.Image:
-    """Half the size, in the middle of white."""
+    """Halve the size, and paste the picture into the middle of white."""
     width, height = picture.size
     small = picture.resize((width // 2, height // 2), Image.Resampling.BOX)
     canvas = Image.new("RGB", picture.size, "white")
@@ -83,7 +85,7 @@ def shrink(picture: Image.Image) -> Image.Image:
     return canvas
 
 
-# edit -> (instruction, what the card says of the target, the edit)
+# edit -> (instruction, words of the card for the target, function)
 EDITS: dict[str, tuple[str, str, Callable[[Image.Image], Image.Image]]] = {
     "mirror": ("flip it", "left and right exchanged", ImageOps.mirror),
     "upside-down": ("turn it upside down", "turned by 180 degrees", lambda p: p.transpose(Image.Transpose.ROTATE_180)),
@@ -97,18 +99,22 @@ EDITS: dict[str, tuple[str, str, Callable[[Image.Image], Image.Image]]] = {
     "lighter": ("make it lighter", "square root of the channels, of 1", lambda p: gamma(p, 0.5)),
     "smaller": ("make it smaller", "half the size, in the middle", shrink),
 } | {
-    colour: (f"make it {colour}", f"hues turned, the most frequent to {degrees} degrees", lambda p, d=degrees: turn_hue(p, d))
+    colour: (
+        f"make it {colour}",
+        f"hues turned, the most frequent to {degrees} degrees",
+        lambda p, d=degrees: turn_hue(p, d),
+    )
     for colour, degrees in COLOURS.items()
-}  # fmt: skip
+}
 
 
 def difference(one: Image.Image, other: Image.Image) -> float:
-    """Mean absolute difference of two pictures of one size, of 255."""
+    """Return the mean absolute difference of two pictures of one size, of 255."""
     return float(np.abs(np.asarray(one, dtype=np.int16) - np.asarray(other, dtype=np.int16)).mean())
 
 
 def edited(record: dict, edits: list[str]) -> Iterator[dict]:
-    """A row for each edit of a carried record that can be seen."""
+    """Yield a row for each edit of a carried record that is visible."""
     source = flatten(decode_picture(record["image"]))
     for edit in edits:
         instruction, _, change = EDITS[edit]
@@ -142,12 +148,16 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--limit", type=int, help="only the first so many concepts of each split")
     options = parser.parse_args(arguments)
+
+    # Every edit of every concept, in the split of the concept.
     chosen = [edit for edit in EDITS if edit in options.edits]
     splits = {}
     for split in ("train", "validation"):
         table = parquet.read_table(carried_path() / "emoji" / f"{split}.parquet", columns=["id", "name", "image"])
         records = table.to_pylist()[: options.limit]
         splits[split] = [row for record in records for row in edited(record, chosen)]
+
+    # The card lists the edits that were made.
     table = "\n".join(f"| `{edit}` | {EDITS[edit][0]} | {EDITS[edit][1]} |" for edit in chosen)
     licence = "licenses/emoji-data.txt"
     try:

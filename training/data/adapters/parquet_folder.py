@@ -1,4 +1,4 @@
-"""Write a data set as a folder of parquet files with a data card, whole or not at all."""
+"""Write a data set as a folder of parquet files with a data card; the folder appears whole or not at all."""
 
 import hashlib
 import shutil
@@ -14,9 +14,9 @@ ENCODED_FILE = {"bytes": Value("binary"), "path": Value("string")}
 
 
 def write_split(rows: list[dict], features: Features, path: Path) -> None:
-    """One parquet file that carries the features, pictures and sound as encoded bytes.
+    """Write one parquet file that carries the features, with pictures and sounds as encoded bytes.
 
-    `Audio(decode=False)`: decoding is left to soundfile, so that torchcodec is not needed to write or read the set.
+    Sounds have the feature `Audio(decode=False)`: soundfile decodes them, so that nobody needs torchcodec.
     """
     stored = Features(
         {name: ENCODED_FILE if isinstance(kind, (Image, Audio)) else kind for name, kind in features.items()}
@@ -29,7 +29,7 @@ def write_split(rows: list[dict], features: Features, path: Path) -> None:
 
 
 def refuse_full_folder(out: Path) -> None:
-    """Raises ValueError when `out` holds anything."""
+    """Raise ValueError if `out` exists and is not an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is not an empty folder; remove it or name another")
 
@@ -41,14 +41,19 @@ def write_folder(
     files: dict[str, bytes] | None = None,
     head: str = "",
 ) -> dict[str, int]:
-    """Write `{config: (features, {split: rows})}` to `out`; the first configuration is the default.
-
-    Returns the numbers of rows by `config/split`.
+    """Write the configurations of a data set to `out`, with a README.md.
 
     Args:
+        configs: configuration -> (features, {split: rows}); the first configuration is the default.
         card: the text of README.md after its YAML head, which is made here.
-        head: more of the YAML head, such as the licence.
-        files: other files, by path in the folder, such as licences.
+        files: other files, such as licences: path in the folder -> content.
+        head: more lines of the YAML head, such as the licence.
+
+    Returns:
+        dict: "config/split" -> number of rows.
+
+    Raises:
+        ValueError: `out` holds something.
     """
     refuse_full_folder(out)
     counts = {}
@@ -63,6 +68,8 @@ def write_folder(
                     write_split(rows, features, folder / config / f"{split}.parquet")
                     lines += [f"  - split: {split}", f"    path: {config}/{split}.parquet"]
                     counts[f"{config}/{split}"] = len(rows)
+
+        # The card and the other files complete the folder, which then takes its place.
         (folder / "README.md").write_text("\n".join([*lines, "---", "", card]), encoding="utf-8")
         for name, data in (files or {}).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -74,12 +81,12 @@ def write_folder(
 
 
 def held_out(group: str, share: float, salt: str = "") -> bool:
-    """Whether a group of records is held out: a fixed draw with probability `share`."""
+    """True if a group of records is held out: a draw with probability `share` that never changes."""
     return int(hashlib.sha256(f"{salt} {group}".encode()).hexdigest()[:8], 16) < share * 2**32
 
 
 def by_group(rows: list[dict], group: str, share: float = 0.1, salt: str = "") -> dict[str, list[dict]]:
-    """Train and validation such that no value of the column `group` is in both."""
+    """Split rows into train and validation such that no value of the column `group` is in both."""
     splits = {"train": [], "validation": []}
     for row in rows:
         splits["validation" if held_out(row[group], share, salt) else "train"].append(row)

@@ -1,4 +1,4 @@
-"""Pictures of any kind to PNGs of one size."""
+"""Turn pictures of any kind into square PNGs of one size."""
 
 import io
 
@@ -9,7 +9,7 @@ from training.data.reading.values import decode_picture
 
 
 def square_png(data: bytes | str, size: int) -> bytes:
-    """Any raster picture, fitted into a white square of `size` pixels, as PNG."""
+    """Fit a raster picture into a white square of `size` pixels; return it as PNG."""
     picture = flatten(decode_picture(data))
     if picture.size != (size, size):
         scale = size / max(picture.size)
@@ -24,14 +24,15 @@ def square_png(data: bytes | str, size: int) -> bytes:
 
 
 def svg_png(text: str, size: int) -> bytes:
-    """An SVG, rendered to fit a white square of `size` pixels, as PNG.
+    """Render an SVG to fit a white square of `size` pixels; return it as PNG.
 
     Raises:
-        ValueError: it does not render, such as one without a size.
+        ValueError: the SVG does not render, for example because it has no size.
+        ImportError: resvg-py is not installed.
     """
     try:
         import resvg_py
     except ImportError as error:
         raise ImportError("rendering SVG needs resvg-py: pip install resvg-py") from error
-    # Without a resolution, sizes in mm or pt come out as nothing.
+    # Without a resolution, a picture whose size is in mm or pt would be empty.
     return square_png(bytes(resvg_py.svg_to_bytes(svg_string=text, width=size, dpi=96.0)), size)

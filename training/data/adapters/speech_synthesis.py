@@ -1,4 +1,4 @@
-"""Synthetic speech from Debian's flite, and Ogg files whose bytes depend on their content alone."""
+"""Synthesise speech with Debian's flite, and write Ogg files whose bytes depend on their content alone."""
 
 import io
 import shutil
@@ -15,7 +15,12 @@ SAMPLING_RATE = 16_000
 
 
 def synthesise(text: str, voice: str) -> np.ndarray:
-    """`text` spoken by a flite `voice`: float32 mono at 16 kHz, silence trimmed, peak 0.7."""
+    """Speak `text` with a flite `voice`.  -> float32 mono at 16 kHz, silence trimmed, peak 0.7
+
+    Raises:
+        RuntimeError: flite is not installed.
+        ValueError: the voice does not speak at 16 kHz.
+    """
     import soundfile
 
     if shutil.which("flite") is None:
@@ -31,7 +36,7 @@ def synthesise(text: str, voice: str) -> np.ndarray:
 
 
 def trim_silence(wave: np.ndarray, threshold: float = 0.01, margin: int = 480) -> np.ndarray:
-    """Cut what stays under `threshold` of the peak at both ends, but for `margin` samples."""
+    """Cut both ends that are quieter than `threshold` of the peak, but keep `margin` samples of each."""
     loud = np.flatnonzero(np.abs(wave) > threshold * np.abs(wave).max())
     if not len(loud):
         return wave
@@ -39,7 +44,7 @@ def trim_silence(wave: np.ndarray, threshold: float = 0.01, margin: int = 480) -
 
 
 def encode_opus(wave: np.ndarray, compression_level: float) -> bytes:
-    """Ogg Opus bytes of a 16 kHz wave. The stream's serial number, random in the library, is set to 1."""
+    """Encode a 16 kHz wave as Ogg Opus. The library gives a stream a random serial number; we set it to 1."""
     import soundfile
 
     buffer = io.BytesIO()
@@ -48,7 +53,7 @@ def encode_opus(wave: np.ndarray, compression_level: float) -> bytes:
 
 
 def with_ogg_serial(data: bytes, serial: int) -> bytes:
-    """The same Ogg stream under another serial number, page checksums renewed (RFC 3533)."""
+    """Give an Ogg stream another serial number, and its pages new checksums (RFC 3533)."""
     pages, start = [], 0
     while start < len(data):
         if data[start : start + 4] != b"OggS":
@@ -65,6 +70,7 @@ def with_ogg_serial(data: bytes, serial: int) -> bytes:
 
 
 def _checksum_table() -> list[int]:
+    """Return the CRC-32 of each byte with Ogg's polynomial, most significant bit first."""
     table = []
     for byte in range(256):
         value = byte << 24

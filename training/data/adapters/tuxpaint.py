@@ -1,11 +1,11 @@
-"""Tux Paint's stamps: pictures with captions, and the captions spoken by people in many languages, as a data set.
+"""Make a data set of Tux Paint's stamps: pictures with captions, and captions spoken by people in many languages.
 
 Get the package (161 MB, GPL-2):
     apt-get download tuxpaint-stamps-default && dpkg -x tuxpaint-stamps-default_*.deb unpacked
     python -m training.data.adapters.tuxpaint unpacked --out DIR
 
-Two configurations: `stamps`, every captioned stamp once with its English caption, and `spoken`, every spoken
-description with its transcript and picture. Stamps drawn as SVG need resvg-py (pip install resvg-py).
+The set has two configurations: `stamps` holds every captioned stamp once, with its English caption; `spoken` holds
+every spoken description with its transcript and picture. Stamps drawn as SVG need resvg-py (pip install resvg-py).
 """
 
 import argparse
@@ -15,8 +15,7 @@ from pathlib import Path
 from datasets import Audio, Features, Image, Value
 
 from training.data.adapters.parquet_folder import by_group, print_counts, write_folder
-
-from .pictures import square_png, svg_png
+from training.data.adapters.pictures import square_png, svg_png
 
 
 STAMP_FEATURES = Features(id=Value("string"), text=Value("string"), category=Value("string"), image=Image())
@@ -40,7 +39,7 @@ configurations. GPL-2, from the Debian package `tuxpaint-stamps-default`; made b
 
 
 def read_captions(path: Path) -> dict[str, str]:
-    """Language -> caption: the first line is English, the others are `xx.utf8=caption`."""
+    """Return language -> caption. The first line is English, the others are `xx.utf8=caption`."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     captions = {"en": lines[0].strip()} if lines else {}
     for line in lines[1:]:
@@ -50,7 +49,7 @@ def read_captions(path: Path) -> dict[str, str]:
 
 
 def recordings(stamp: Path) -> dict[str, Path]:
-    """Language -> recording of a stamp's description (`name_desc.ogg` is English, `name_desc_xx.ogg` another)."""
+    """Return language -> recording of a stamp's description: `name_desc.ogg` is English, `name_desc_xx.ogg` is not."""
     found = {}
     for path in sorted(stamp.parent.glob(f"{stamp.name}_desc*")):
         match = re.fullmatch(re.escape(stamp.name) + r"_desc(?:_([\w@]+))?\.(ogg|wav)", path.name)
@@ -60,9 +59,10 @@ def recordings(stamp: Path) -> dict[str, Path]:
 
 
 def read_stamps(root: Path, size: int) -> tuple[list[dict], list[dict], dict[str, int]]:
-    """Rows of `stamps`, rows of `spoken`, and how many of each kind were left out."""
+    """Return the rows of `stamps`, the rows of `spoken`, and reason -> how many were left out."""
     stamps, spoken, left_out = [], [], dict.fromkeys(_LEFT_OUT, 0)
     for file in sorted(root.rglob("*.txt")):
+        # A stamp needs a caption and a picture that renders.
         stem = file.with_suffix("")
         captions = read_captions(file)
         png, svg = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".svg")
@@ -74,6 +74,8 @@ def read_stamps(root: Path, size: int) -> tuple[list[dict], list[dict], dict[str
         except ValueError:
             left_out[_LEFT_OUT[1]] += 1
             continue
+
+        # One row of the stamp, and one of each recording whose transcript is known.
         shared = {
             "id": str(stem.relative_to(root)),
             "category": str(stem.parent.relative_to(root)),
