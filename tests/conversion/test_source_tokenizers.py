@@ -17,7 +17,8 @@ from training.tokenizers.processor import continuous_processor
 
 
 TEXTS = [
-    "the cat", " the cat", "  two  spaces ", "a\n\nb\n", "", " ", "\n", "ünï 漢字 🍎", "x<|im_start|>y<|im_end|> z", "hello</s>",
+    "the cat", " the cat", "  two  spaces ", "a\n\nb\n", "", " ", "\n", "ünï 漢字 🍎", "x<|im_start|>y<|im_end|> z",
+    "hello</s>",
 ]  # fmt: skip
 CHATS = {
     "question": [{"role": "user", "content": "what is this?"}],
