@@ -31,9 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser, source: str) -> None:
     parser.add_argument("source", metavar="SOURCE", help=f"{source}: a folder, or a name on the Hub")
     parser.add_argument("out", metavar="OUT", type=Path, help="new folder")
     parser.add_argument("--revision", help="branch, tag or commit of a SOURCE on the Hub")
-    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="of the weights (default: the source's)")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights (default: 5GB)")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="dtype of the weights (default: the source's)")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="size of a file of weights (default: 5GB)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, and write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint that OUT holds")
 
 
@@ -80,6 +82,7 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
 def merge_layers(lines: Iterable[str]) -> list[str]:
     """Make one line of lines that differ in the number of the layer alone: `layers.{0..31}.mlp` for 0 to 31."""
     numbers: dict[str, list[int]] = {}
+    # Lines of equal pattern are one; dictionaries keep the order of the first.
     for line in lines:
         found = set(_LAYER.findall(line))
         # A line that speaks of two layers, or of none, stays as it is.

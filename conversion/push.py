@@ -76,8 +76,7 @@ def push(
 
     # The trial, by a process in which this package does not exist.
     if not skip_validation:
-        print(f"trying {folder} in a process without this package", flush=True)
-        print("  " + ", ".join(f"{name} {value}" for name, value in validate(folder).items()), flush=True)
+        _try(folder)
 
     # The card, then one commit with everything.
     with tempfile.TemporaryDirectory() as workspace:
@@ -94,6 +93,11 @@ def push(
     for path in stale:
         print(f"  deleted {path}, which is not of this model")
     return _say_link(api, repo, commit_hash)
+
+
+def _try(folder: Path) -> None:
+    print(f"trying {folder} in a process without this package", flush=True)
+    print("  " + ", ".join(f"{name} {value}" for name, value in validate(folder).items()), flush=True)
 
 
 def _is_published(repo: str, branch: Branch, files: dict[str, Path], private: bool, exist_ok: bool) -> bool:
@@ -113,7 +117,7 @@ def _is_published(repo: str, branch: Branch, files: dict[str, Path], private: bo
 
 
 def _run_of(folder: Path) -> Path | None:
-    """RUN/final and RUN/consolidated/step-... are of RUN."""
+    """The run whose folder holds `folder`: RUN of RUN/final and of RUN/consolidated/step-..."""
     return next((parent for parent in folder.resolve().parents[:2] if (parent / "manifest.json").is_file()), None)
 
 
@@ -170,13 +174,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m conversion.push", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a checkpoint, such as runs/emoji/final")
     parser.add_argument("repo", metavar="REPO", help="owner/name, or a name of your own")
-    parser.add_argument("--private", action="store_true", help="of a new repository (default: public)")
+    parser.add_argument("--private", action="store_true", help="make a new repository private (default: public)")
     parser.add_argument("--revision", metavar="BRANCH", help="branch, made where there is none (default: main)")
-    parser.add_argument("--run", type=Path, help="folder of the run that the card tells of (default: FOLDER's, if any)")
+    parser.add_argument("--run", type=Path, help="the run that the card describes (default: the run that holds FOLDER)")
     parser.add_argument("--exist-ok", action="store_true", help="add a commit to a repository that holds a model")
     parser.add_argument("--new-card", action="store_true", help="replace a README.md that somebody wrote")
     parser.add_argument("--keep-code", action="store_true", help="publish FOLDER's own code, not this version's")
-    parser.add_argument("--skip-validation", action="store_true", help="of a folder that was tried before")
+    parser.add_argument(
+        "--skip-validation", action="store_true", help="do not try the folder; for one that was tried before"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check, try and list; the Hub is not asked")
     options = parser.parse_args(arguments)
     return exit_code(lambda: push(**vars(options)))

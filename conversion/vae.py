@@ -126,10 +126,8 @@ def import_vae(
             _write_own_code(made)
             write_tensors(made, entries, max_shard_size)
     added = vae.state_dict()
-    return (
-        f"{type(vae).__name__}: {len(added)} tensors, {_num_bytes(added):,} bytes, beside {len(kept)} tensors of the "
-        f"transformer -> {out}"
-    )
+    sums = f"{len(added)} tensors, {_num_bytes(added):,} bytes"
+    return f"{type(vae).__name__}: {sums}, beside {len(kept)} tensors of the transformer -> {out}"
 
 
 def read_vae(folder: str | Path) -> AutoencoderKL | AutoencoderTiny:
@@ -253,8 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 a request that cannot be met."""
     parser = argparse.ArgumentParser(prog="python -m conversion.vae", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    exported = commands.add_parser("export", help="the VAE of a model as a folder of diffusers")
-    imported = commands.add_parser("import", help="a folder of diffusers in the place of a model's VAE")
+    exported = commands.add_parser("export", help="write the VAE of a model as a folder of diffusers")
+    imported = commands.add_parser("import", help="replace a model's VAE by a folder of diffusers")
     for command in (exported, imported):
         command.add_argument("folder", type=Path, help="folder of a saved MoTTransfusionModel")
         if command is imported:
