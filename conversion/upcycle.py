@@ -73,7 +73,7 @@ def upcycle(
         ConversionError: the conversion cannot be done, and nothing was written; the message names the reason and the
             way out.
     """
-    # Everything that can fail does so here, before anything is written.
+    # Every refusal comes before anything is written.
     check_output(out, overwrite)
     folder, commit = fetch(source, revision)
     plan = plan_upcycle(folder, wishes)
@@ -253,8 +253,8 @@ def _add_towers(add: Callable) -> None:
 
 
 def _add_rest(add: Callable) -> None:
-    fields = "fields of the configuration, such as patch_size=2 patchifier=linear prediction_type=flow"
-    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help=fields)
+    settings = "fields of the configuration, such as patch_size=2 patchifier=linear prediction_type=flow"
+    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help=settings)
     add("--max-length", type=int, metavar="N", help="longest sequence (default: the source's)")
     ignored = "fields of SOURCE's config.json that change nothing, on your word"
     add("--ignore-fields", nargs="+", default=[], metavar="FIELD", help=ignored)
