@@ -1,4 +1,4 @@
-"""Share between the commands that write a checkpoint: arguments, errors, plans on the screen, files that go along."""
+"""Helpers of all commands that write a checkpoint: arguments, errors, plans on the screen, copied files."""
 
 import argparse
 import re

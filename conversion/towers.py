@@ -275,7 +275,8 @@ def _value(reader: CheckpointReader, origin: Origin, name: str, config: MoTConfi
     else:
         value = reader.read(origin.name)
     if "expert" in origin.fan_out and ".down_proj." in name and start.kind != "fresh":
-        # A token's expert counts with its weight, about 1 / num_experts; the product is the source's output.
+        # A token's expert counts with a weight of about 1 / num_experts. Multiplied by num_experts, it gives the output
+        # of the source's feed-forward.
         value = value * config.num_experts
     return value
 
