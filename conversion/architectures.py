@@ -1,10 +1,11 @@
-"""The dense language models of transformers whose layer a MoTConfig can express: their fields, their names of tensors.
+"""Translate the dense language models of transformers: their configuration and the names of their tensors.
 
     architecture = architecture_of(source_config)
     fields = architecture.mot_fields(source_config)        # and back: architecture.source_config(mot_config)
     key_map = architecture.key_map(mot_config)
 
-A field that changes what a model computes and is not expressed here is refused, known or not.
+An architecture is in the table if a MoTConfig can express its layer. A field that changes the model's output and that
+a MoTConfig cannot express is refused, and so is a field that nobody here knows.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -24,12 +25,12 @@ COMMON = (
     "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_parameters",
     "tie_word_embeddings", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache",
 )  # fmt: skip
-# What those leave open of a layer.
+# Fields of a layer that COMMON leaves open.
 LAYER = (
     "attention_bias", "attention_output_bias", "mlp_bias", "qk_norm", "norm_position", "norm_offset",
     "embedding_multiplier", "layers_without_rope", "hidden_dropout",
 )  # fmt: skip
-# Fields that change nothing in the forward of a causal language model, or that COMMON says in another way.
+# Fields that change nothing in the forward of a causal language model, or that COMMON expresses in another way.
 NEUTRAL = {
     "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "model_type", "transformers_version",
     "use_cache", "pretraining_tp", "rope_theta", "rope_scaling", "no_rope_layer_interval", "max_window_layers",
@@ -37,14 +38,14 @@ NEUTRAL = {
     "unsloth_version", "unsloth_fixed", "_attn_implementation_autoset", "attn_implementation", "tokenizer_class",
 }  # fmt: skip
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
-# Their factors depend on max_position_embeddings.
+# Kinds of RoPE whose factors depend on max_position_embeddings.
 _ROPE_OF_LENGTH = ("dynamic", "yarn")
 
 _IGNORED = ("model.rotary_emb.inv_freq", "model.layers.{layer}.self_attn.rotary_emb.inv_freq")
 
 
 def rules(attention_norm: str = "input_layernorm", feed_forward_norm: str = "post_attention_layernorm") -> list[Rule]:
-    """Llama's names and ours. The arguments are the source's names of the norms of attention and of feed-forward."""
+    """Pair Llama's names with ours. The arguments are the source's names of the norms of attention and feed-forward."""
     layer = "model.layers.{layer}"
     return [
         Rule("model.embed_tokens.weight", "model.embed_tokens.weight"),
@@ -60,7 +61,7 @@ def rules(attention_norm: str = "input_layernorm", feed_forward_norm: str = "pos
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model type of transformers: what its configuration says in terms of a MoTConfig, and its names of tensors.
+    """Describe a model type of transformers: how its configuration and its names of tensors become ours.
 
     Attributes:
         same: fields of LAYER that it has under their own names.
@@ -89,10 +90,12 @@ class Architecture:
 
     def mot_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
         """The fields of a MoTConfig that compute what `config` computes; all of COMMON and LAYER."""
+        # Fields of one name on both sides, with transformers' defaults where a configuration leaves them open.
         values = {name: getattr(config, name, None) for name in COMMON}
         values["head_dim"] = values["head_dim"] or config.hidden_size // config.num_attention_heads
         values["attention_dropout"] = values["attention_dropout"] or 0.0
         values["rope_parameters"] = dict(config.rope_parameters)
+        # The layer: our defaults, then the fields of this architecture over them.
         values |= {name: _default(MoTConfig, name) for name in LAYER}
         values |= {name: getattr(config, name) for name in self.same}
         values |= {ours: getattr(config, theirs) for theirs, ours in self.renamed.items()}
@@ -112,11 +115,12 @@ class Architecture:
         values = {name: getattr(config, name) for name in (*COMMON, *self.same)}
         has_head_dim = any(known.name == "head_dim" for known in fields(self.config_class))
         if not has_head_dim and config.head_dim == config.hidden_size // config.num_attention_heads:
-            del values["head_dim"]  # its models read it all the same where it is another
+            del values["head_dim"]  # the class has no such field; its models read another value all the same
         values |= {theirs: getattr(config, ours) for theirs, ours in self.renamed.items()}
         values |= {name: value(config) for name, value in self.inverse.items()}
         with reading(f"{self.model_type} cannot express it"):
             made = self.config_class(**values)
+        # The way back must give the same MoT; a field that does not come back cannot be expressed.
         differing = [
             f"{name}={getattr(config, name)!r} (there {value!r})"
             for name, value in self.mot_fields(made).items()
@@ -127,11 +131,11 @@ class Architecture:
         return made
 
     def check(self, config: PreTrainedConfig, stored: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
-        """Refuse what a MoTConfig does not express.
+        """Refuse a configuration that a MoTConfig does not express.
 
         Args:
-            config: as transformers reads it.
-            stored: its config.json.
+            config: the configuration as transformers reads it.
+            stored: the content of its config.json.
             ignored: fields that the user vouches for.
 
         Raises:
@@ -145,10 +149,10 @@ class Architecture:
         self._check_rope(config)
         unknown = {name: value for name, value in self._unknown(config, stored).items() if name not in ignored}
         if unknown:
+            listed = ", ".join(f"{name}={value!r}" for name, value in unknown.items())
             raise ConversionError(
-                f"the configuration has {', '.join(f'{name}={value!r}' for name, value in unknown.items())}, of which this "
-                f"conversion knows nothing; if they do not change what {self.model_type} computes, say so with "
-                f"--ignore-fields {' '.join(unknown)}"
+                f"the configuration has {listed}, of which this conversion knows nothing; if they do not change what "
+                f"{self.model_type} computes, say so with --ignore-fields {' '.join(unknown)}"
             )
 
     def _check_rope(self, config: PreTrainedConfig) -> None:
@@ -160,14 +164,14 @@ class Architecture:
             raise ConversionError(f"partial_rotary_factor={share}: RoPE turns whole heads in a MoT, not a part of them")
 
     def _unknown(self, config: PreTrainedConfig, stored: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields that nothing here speaks of and that are not at their defaults, or have none."""
+        """Fields that no table here names and that differ from their default, or have no default."""
         handled = {*COMMON, *self.same, *self.renamed, *self.inverse, *self.expected, *NEUTRAL}
         handled |= {known.name for known in fields(PreTrainedConfig)}
         own = {known.name: known for known in fields(self.config_class)}
         values = {name: getattr(config, name) for name in own if name not in handled}
         values = {name: value for name, value in values.items() if value != _default(self.config_class, name)}
         strange = {name: value for name, value in stored.items() if name not in handled and name not in own}
-        # What transformers itself gives every configuration it reads, such as settings of generation.
+        # transformers gives some fields to every configuration that it reads, such as settings of generation.
         plain = PreTrainedConfig().to_dict()
         return values | {
             n: v for n, v in strange.items() if not (n in plain and plain[n] == v) and v not in (None, False)
@@ -176,7 +180,7 @@ class Architecture:
     # ------------------------------------------------------------------------------------------------------- tensors
 
     def key_map(self, config: MoTConfig) -> KeyMap:
-        """The names of its tensors and those of a model of `config`."""
+        """Pair the names of its tensors with the names in a model of `config`."""
         tied = config.tie_word_embeddings
         values = {part: config.part_names(part) for part in ("attention", "norm")}
         feed_forwards = config.part_names("feed_forward")
@@ -272,10 +276,10 @@ REFUSED = {
 
 
 def architecture_of(model_type: str) -> Architecture:
-    """The row of a model type.
+    """Find the architecture of a model type.
 
     Raises:
-        ConversionError: there is none; the reason where it is known, and the list of those that there are.
+        ConversionError: there is none. The message gives the reason, if it is known, and the list of architectures.
     """
     if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
@@ -286,13 +290,13 @@ def architecture_of(model_type: str) -> Architecture:
 
 
 def fit_length(config: PreTrainedConfig, max_length: int | None) -> int:
-    """The longest sequence in which a MoT, which sees all of it, computes what `config` computes.
+    """Choose the length of sequences up to which a MoT with full attention computes what `config` computes.
 
     Args:
-        max_length: what the user asks for; None: `max_position_embeddings`.
+        max_length: the length that the user asks for; None: `max_position_embeddings`.
 
     Raises:
-        ConversionError: longer than the source's positions or its window of attention, or RoPE depends on it.
+        ConversionError: the length exceeds the source's positions or its window of attention, or RoPE depends on it.
     """
     longest = config.max_position_embeddings
     length = longest if max_length is None else max_length
@@ -300,6 +304,8 @@ def fit_length(config: PreTrainedConfig, max_length: int | None) -> int:
         raise ConversionError(f"--max-length {length} must be at least 1")
     if length > longest:
         raise ConversionError(f"--max-length {length} is longer than the source's max_position_embeddings={longest}")
+
+    # Within the window of attention both sides are the same.
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise ConversionError(f"layer_types has {', '.join(sorted(unknown))}; a MoT has full attention")
@@ -308,9 +314,11 @@ def fit_length(config: PreTrainedConfig, max_length: int | None) -> int:
         raise ConversionError(f"sliding_window={window!r:.80} must be a whole number, or null")
     if window is not None and length > window:
         raise ConversionError(
-            f"sliding_window={window} is shorter than max_position_embeddings={length}, and a MoT has full attention; within "
-            f"the window they are the same: --max-length {window}"
+            f"sliding_window={window} is shorter than max_position_embeddings={length}, and a MoT has full attention; "
+            f"within the window they are the same: --max-length {window}"
         )
+
+    # Some kinds of RoPE turn with other speeds when the longest sequence changes.
     kind = config.rope_parameters.get("rope_type")
     if (
         length != longest

@@ -1,4 +1,4 @@
-"""Chameleon's VQ-VAE as the image tokenizer of a MoT, with the decoder where somebody has its weights.
+"""Turn Chameleon's VQ-VAE into the image tokenizer of a MoT, with its decoder if somebody has the weights.
 
 Transformers' `ChameleonVQVAE` encodes only. Checkpoints that draw (Anole's, in transformers' layout) hold the decoder
 beside it, and Meta's own release has it in `vqgan.ckpt`; with it the tokenizer is diffusers' `VQModel`, which is the
@@ -22,7 +22,7 @@ from modeling_mot.image_tokenizer import ImageTokenizerConfig, MoTImageTokenizer
 
 
 CODEBOOK = "quantize.embedding.weight"
-# What decides the pixels; the rest of a preprocessor's file is about how it is called.
+# Fields of a preprocessor's file that decide the pixels.
 PICTURE_SETTINGS = (
     "do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
     "do_normalize", "image_mean", "image_std",
@@ -30,12 +30,13 @@ PICTURE_SETTINGS = (
 
 
 def vqgan_rules(levels: int) -> list[Rule]:
-    """Names of a VQGAN as its authors (and transformers) have them -> names in diffusers' `VQModel`.
+    """Pair the names of a VQGAN's authors, which transformers uses too, with the names of diffusers' `VQModel`.
 
-    The decoder's blocks are numbered from the finest scale there, from the coarsest here.
+    The authors number the decoder's blocks from the finest scale, diffusers from the coarsest.
     """
     rules = [Rule(f"{name}.{{kind}}", f"{name}.{{kind}}") for name in ("quant_conv", "post_quant_conv")]
     rules.append(Rule(CODEBOOK, CODEBOOK))
+    # The ends and the middle of encoder and decoder.
     for half in ("encoder", "decoder"):
         rules += [Rule(f"{half}.{name}.{{kind}}", f"{half}.{name}.{{kind}}") for name in ("conv_in", "conv_out")]
         rules.append(Rule(f"{half}.norm_out.{{kind}}", f"{half}.conv_norm_out.{{kind}}"))
@@ -50,6 +51,7 @@ def vqgan_rules(levels: int) -> list[Rule]:
             ("proj_out", "to_out.0"),
         ):
             rules.append(Rule(f"{theirs}.{name}.{{kind}}", f"{ours}.{other}.{{kind}}"))
+    # The scales.
     for level in range(levels):
         down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{levels - 1 - level}"
         rules += _resnet(f"encoder.down.{level}.block.{{block}}", f"{down}.resnets.{{block}}")
@@ -65,7 +67,7 @@ def _resnet(source: str, target: str) -> list[Rule]:
 
 
 def picture_settings(folder: Path, vq_config: ChameleonVQVAEConfig) -> dict[str, Any]:
-    """Settings of transformers' image processor; its defaults, in the VQ-VAE's size, where the source has none.
+    """Read the settings of the source's image processor; without one, transformers' defaults in the VQ-VAE's size.
 
     Raises:
         ConversionError: pictures do not all come out in one size.
@@ -90,14 +92,14 @@ def image_tokenizer(
     vocabulary: ImageVocabulary,
     decoder: Path | None = None,
 ) -> MoTImageTokenizer:
-    """The tokenizer whose code i is the source's token `vocabulary.first + i`.
+    """Build the tokenizer whose code i is the source's token `vocabulary.first + i`.
 
     Args:
-        folder: of the source, for its image processor's settings.
-        read: a tensor of the VQ-VAE by its name.
-        names: of all its tensors; `decoder.*` among them make a tokenizer that draws.
+        folder: the source's folder, for the settings of its image processor.
+        read: reads a tensor of the VQ-VAE by its name.
+        names: the names of all its tensors; with `decoder.*` among them the tokenizer draws.
         vq_config: the source's.
-        decoder: see `read_decoder`; for a source without one.
+        decoder: see `read_decoder`; for a source without a decoder.
 
     Raises:
         ConversionError: tensors are left over or missing, or the decoder is of another VQ-VAE.
@@ -110,6 +112,8 @@ def image_tokenizer(
     has_own = any(name.startswith("decoder.") for name in tensors)
     if has_own and decoder is not None:
         raise ConversionError(f"the source holds a decoder of its own; leave --image-decoder {decoder} out")
+
+    # The settings decide the size of every picture.
     settings = picture_settings(folder, vq_config)
     size = settings.get("crop_size")
     if not isinstance(size, dict) or not all(isinstance(size.get(side), int) for side in ("height", "width")):
@@ -120,6 +124,8 @@ def image_tokenizer(
         "storage_dtype": str(tensors[CODEBOOK].dtype).removeprefix("torch."),
         "image_processor": settings,
     }
+
+    # With a decoder the tokenizer is diffusers' VQModel, without one transformers' encoder.
     if has_own or decoder is not None:
         config |= {"backend": "diffusers", "model": vq_model_arguments(vq_config)}
         model = _vq_model(ImageTokenizerConfig.from_dict(config), tensors, len(vq_config.channel_multiplier), decoder)
@@ -128,12 +134,13 @@ def image_tokenizer(
         with torch.device("meta"), reading("no VQ-VAE can be built of the source's vq_config"):
             model = ChameleonVQVAE(vq_config)
         _load(model, tensors)
+    # Code i is the code of the i-th image token.
     model.float().quantize.embedding.weight.data = model.quantize.embedding.weight.data[list(vocabulary.codes)].clone()
     return MoTImageTokenizer(ImageTokenizerConfig.from_dict(config), model)
 
 
 def vq_model_arguments(vq_config: ChameleonVQVAEConfig) -> dict[str, Any]:
-    """What `ImageTokenizerConfig.model` needs for the same network in diffusers."""
+    """The arguments of diffusers' `VQModel` that make the same network."""
     return {
         "block_out_channels": [vq_config.base_channels * factor for factor in vq_config.channel_multiplier],
         "layers_per_block": vq_config.num_res_blocks,
@@ -158,12 +165,12 @@ def _vq_model(
 
 
 def read_decoder(path: Path, codebook: torch.Tensor, key_map: KeyMap) -> dict[str, torch.Tensor]:
-    """The tensors of a decoder, by diffusers' names.
+    """Read the tensors of a decoder, under diffusers' names.
 
     Args:
         path: a folder or a file of safetensors with a whole VQGAN (or a model that holds one), in the names of its
             authors or of diffusers' `VQModel`.
-        codebook: of the source; the decoder is useless with another.
+        codebook: the source's codebook; the decoder is of no use with another one.
 
     Raises:
         ConversionError: there is no decoder, or it belongs to another codebook.
@@ -181,12 +188,16 @@ def read_decoder(path: Path, codebook: torch.Tensor, key_map: KeyMap) -> dict[st
             f"{path} holds no {'decoder.conv_in.weight' if stem is None else prefix + CODEBOOK}: --image-decoder takes "
             "the safetensors of a whole VQGAN, in its authors' names or diffusers'"
         )
+
+    # A decoder reads the codes of its own codebook alone.
     theirs, ours = reader.read(prefix + CODEBOOK).float(), codebook.float()
     # One of the two may have been rounded to half precision.
     if theirs.shape != ours.shape or (theirs - ours).norm() > 0.01 * ours.norm():
         raise ConversionError(
             f"the codebook of {path} is not that of the source, so its decoder cannot read these codes"
         )
+
+    # The authors' names become diffusers' names.
     named = {name.removeprefix(prefix): name for name in reader.names if name.startswith(f"{prefix}decoder.")}
     if "decoder.mid_block.resnets.0.norm1.weight" not in named:
         named = {target: name for source, name in named.items() for target in key_map.forward(source) or [source]}
@@ -194,7 +205,7 @@ def read_decoder(path: Path, codebook: torch.Tensor, key_map: KeyMap) -> dict[st
 
 
 def _load(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Weights of one projection are stored as a 1 x 1 convolution there and as a matrix here."""
+    """Load tensors into `model`; a projection that is stored as a 1 x 1 convolution becomes a matrix."""
     wanted = model.state_dict()
     shaped = {
         name: tensor.reshape(wanted[name].shape)

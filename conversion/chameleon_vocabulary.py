@@ -1,4 +1,4 @@
-"""Chameleon's vocabulary: image codes in the midst of text, and its tokenizer with our names for them."""
+"""Read Chameleon's vocabulary, in which image codes stand in the midst of text, and convert its tokenizer."""
 
 import json
 import re
@@ -41,7 +41,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class ImageVocabulary:
-    """Where the image codes are.
+    """Say which tokens are image codes, and which code each of them is.
 
     Attributes:
         first: id of the first image token; the others follow without a hole.
@@ -59,7 +59,7 @@ class ImageVocabulary:
 
     @classmethod
     def of(cls, vocabulary_map: dict[str, int] | None, num_codes: int) -> "ImageVocabulary":
-        """From a Chameleon configuration's `vocabulary_map`; its codes are read off as transformers does.
+        """Read a Chameleon configuration's `vocabulary_map`, in the way of transformers.
 
         Raises:
             ConversionError: tokens are missing, image tokens are not one range of ids, or do not name each of the
@@ -89,11 +89,10 @@ class ImageVocabulary:
 def convert_tokenizer(
     folder: Path, vocabulary: ImageVocabulary, num_speech_units: int = 0
 ) -> PreTrainedTokenizerBase | None:
-    """The source's tokenizer with the same ids, its image tokens renamed to `<|image_0|>`, `<|image_1|>` and so on; None
-    where it has none.
+    """Rename the image tokens of the source's tokenizer to `<|image_0|>`, `<|image_1|>` and so on; all ids stay.
 
-    Reserved tokens, which no training has seen, stand for turns and for the begin and end of sound, of which Chameleon
-    has no tokens. Speech units get ids of their own behind the others.
+    Chameleon has no tokens for turns and for the begin and end of sound. Reserved tokens, which no training has seen,
+    take their places. Speech units get ids of their own behind the others. A source without a tokenizer gives None.
 
     Raises:
         ConversionError: the tokenizer is not that of the configuration, or has no reserved tokens left.
@@ -102,6 +101,8 @@ def convert_tokenizer(
         return None
     with reading(f"the tokenizer of {folder} cannot be read"):
         source = load_tokenizer(folder)
+
+    # The image tokens get our names. Padding and truncation belong to a call, not to the tokenizer.
     backend = json.loads(source.backend_tokenizer.to_str())
     names = source.convert_ids_to_tokens(list(range(*vocabulary.token_range)))
     renamed = {name: code_token("image", index) for index, name in enumerate(names)}
@@ -113,6 +114,8 @@ def convert_tokenizer(
     for token in backend["added_tokens"]:
         token["content"] = renamed.get(token["content"], token["content"])
     backend["padding"] = backend["truncation"] = None
+
+    # Special tokens: Chameleon's own, then reserved ones for the rest.
     own = {name: source.convert_ids_to_tokens(index) for name, index in vocabulary.special.items()}
     if own != OWN_TOKENS:
         raise ConversionError(
@@ -131,6 +134,8 @@ def convert_tokenizer(
     # Special, so that text which spells such a token is not taken for it when documents are encoded.
     tokenizer.add_tokens([special(token) for token in (*own.values(), *renamed.values())], special_tokens=True)
     set_special_attributes(tokenizer, own)
+
+    # The ids are as they were; speech units come behind them.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     if tokenizer.get_vocab() != {renamed.get(name, name): index for name, index in source.get_vocab().items()}:
         raise ConversionError("the tokenizer's ids changed while its image tokens were renamed; it cannot be converted")
@@ -140,7 +145,7 @@ def convert_tokenizer(
 
 
 def _from_reserved(vocabulary: dict[str, int]) -> dict[str, str]:
-    """A token for each special token of ours that Chameleon lacks: the separator, then reserved ones by their ids."""
+    """Choose a token for each of our special tokens that Chameleon lacks: the separator, then reserved ones by id."""
     reserved = sorted((name for name in vocabulary if RESERVED.fullmatch(name)), key=vocabulary.__getitem__)
     wanted = [name for name in SPECIAL_TOKENS if name not in OWN_TOKENS and name != "end_of_turn_token"]
     free = [name for name in reserved if name != END_OF_TURN]

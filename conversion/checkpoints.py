@@ -1,4 +1,4 @@
-"""Folders of safetensors read and written tensor by tensor, so that no model is ever whole in memory.
+"""Read and write folders of safetensors tensor by tensor, so that no model is ever whole in memory.
 
     reader = CheckpointReader(source)
     entries = [Entry(name, reader.shape(name), reader.dtype(name), partial(reader.read, name)) for name in reader.names]
@@ -37,13 +37,13 @@ _OTHER_DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in (DTYPES | _OTHER_DTYPES).items()}
-# Everything but pickled weights, and but other formats of the same weights.
+# Everything except pickled weights and other formats of the same weights.
 _FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICEN*", "NOTICE*")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor that is to be written: what is known of it ahead, and how to make it when its turn comes."""
+    """A tensor that is to be written: its name, shape and dtype, and the function that makes it when its turn comes."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,19 +59,19 @@ class Entry:
         return self.num_elements * self.dtype.itemsize
 
 
-# --------------------------------------------------------------------------------------------------------------- reading
+# -------------------------------------------------------------------------------------------------------------- reading
 
 
 def fetch(source: str, revision: str | None = None) -> tuple[Path, str | None]:
-    """The folder of a checkpoint and, where it came from the Hub, its commit; pickled weights are never fetched.
+    """Find the folder of a checkpoint and, if it came from the Hub, its commit. Pickled weights are never fetched.
 
     Args:
         source: a folder, or a name on the Hub.
         revision: branch, tag or commit of a name on the Hub.
 
     Raises:
-        ConversionError: there is no such folder or repository, or the Hub is out of reach, or the folder has links that
-            lead out of it.
+        ConversionError: there is no such folder or repository, the Hub is out of reach, or the folder has a link that
+            leads out of it.
     """
     if Path(source).is_dir():
         if revision is not None:
@@ -95,14 +95,14 @@ def fetch(source: str, revision: str | None = None) -> tuple[Path, str | None]:
 
 
 class CheckpointReader:
-    """The tensors of a folder with one file of safetensors, or several and their index; read one at a time.
+    """Read the tensors of a folder one at a time, from one file of safetensors or from several and their index.
 
     Args:
         folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files it names.
-        weights: name of the one file, where it is another (diffusers: `diffusion_pytorch_model.safetensors`).
+        weights: another name of the one file (diffusers: `diffusion_pytorch_model.safetensors`).
 
     Raises:
-        ConversionError: there are none, only pickled ones, or they are not what the index says.
+        ConversionError: there are no weights, only pickled ones, or other weights than the index says.
     """
 
     def __init__(self, folder: str | Path, weights: str = WEIGHTS):
@@ -132,8 +132,8 @@ class CheckpointReader:
         pickled = sorted(path.name for pattern in PICKLED for path in self.folder.glob(pattern))
         if pickled:
             raise ConversionError(
-                f"{self.folder} has its weights in {pickled[0]}, which would be unpickled, and unpickling runs whatever "
-                "code is inside. If you trust it, load it with transformers and save it again (save_pretrained writes "
+                f"{self.folder} has its weights in {pickled[0]}, which would be unpickled, and unpickling runs the "
+                "code inside. If you trust it, load it with transformers and save it again (save_pretrained writes "
                 "safetensors), or take the repository's revision with safetensors, such as refs/pr/N"
             )
         raise ConversionError(f"{self.folder} holds neither {weights} nor {index.name}; is it a checkpoint's folder?")
@@ -149,28 +149,28 @@ class CheckpointReader:
         return tuple(self._headers[name]["shape"])
 
     def dtype(self, name: str) -> torch.dtype:
-        """Raises ConversionError for a type of quantized weights: whole numbers, and floats of 8 bits and fewer."""
+        """The dtype of a tensor. Raises ConversionError for quantized weights: integers, floats of at most 8 bits."""
         code = self._headers[name]["dtype"]
         if code not in DTYPES:
             raise ConversionError(f"{name} is stored as {code}; convert the checkpoint before it was quantized")
         return DTYPES[code]
 
     def has_values(self, name: str) -> bool:
-        """False for a tensor with a side of 0, of which the other sides say nothing."""
+        """False for a tensor with a side of 0; its other sides then mean nothing."""
         return 0 not in self.shape(name)
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Refuse a tensor that is not in the expected shape, or of quantized weights. Raises ConversionError."""
+        """Refuse a tensor of another shape, or of quantized weights. Raises ConversionError."""
         self.dtype(name)
         if self.shape(name) != shape:
             raise ConversionError(f"{name} has shape {self.shape(name)}, where config.json says {shape}")
 
     def num_bytes(self) -> int:
-        """Of all tensors."""
+        """The bytes of all tensors together."""
         return sum(end - begin for begin, end in (self._headers[name]["data_offsets"] for name in self._files))
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor. The file is opened for it alone: what is mapped of it is given back with the tensor.
+        """Read one tensor. The file is opened for this tensor alone, so its memory is free again with the tensor.
 
         Raises:
             ConversionError: see `dtype`.
@@ -185,7 +185,7 @@ class CheckpointReader:
 
 
 def provenance(source: str, folder: Path, commit: str | None, reader: CheckpointReader) -> dict:
-    """What `conversion.json` says of where a model came from; of a folder the name and not the path.
+    """The origin that `conversion.json` records. A folder is recorded by its name, not by its path.
 
     Args:
         folder, commit: as `fetch` gave them for `source`.
@@ -215,7 +215,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-# --------------------------------------------------------------------------------------------------------------- writing
+# -------------------------------------------------------------------------------------------------------------- writing
 
 
 def write_tensors(
@@ -225,7 +225,7 @@ def write_tensors(
     metadata: Mapping[str, str] | None = None,
     weights: str = WEIGHTS,
 ) -> None:
-    """Write tensors as `model.safetensors`, or as shards with an index, each made when it is written.
+    """Write tensors as `model.safetensors`, or as shards with an index. Each tensor is made when it is written.
 
     Args:
         entries: in the order of the files; names must differ.
@@ -247,11 +247,14 @@ def write_tensors(
         )
     except (ValueError, OverflowError) as error:
         raise ConversionError(f"max_shard_size={max_shard_size!r} is no size, such as '5GB': {error}") from error
+
+    # A full disk is found before anything is written.
     needed, free = sum(entry.num_bytes for entry in entries), shutil.disk_usage(folder).free
     if needed > free:
         raise ConversionError(
             f"{needed:,} bytes are to be written to {folder.parent}, which has {free:,} left; make room"
         )
+
     for file, names in split.filename_to_tensors.items():
         _write_file(folder / file, [by_name[name] for name in names], {"format": "pt"} | dict(metadata or {}))
     if split.is_sharded:
@@ -260,8 +263,10 @@ def write_tensors(
 
 
 def _write_file(path: Path, entries: list[Entry], metadata: dict[str, str]) -> None:
-    """The layout of safetensors. Its own writer wants all tensors of a file at once; this one has one at a time."""
+    """Write a file of safetensors. The library's writer takes all tensors at once, this one takes one at a time."""
     entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)  # so that each begins at a multiple of its size
+
+    # The header holds the place of each tensor, and is filled up to a multiple of 8 bytes.
     header, end = {"__metadata__": metadata}, 0
     for entry in entries:
         begin, end = end, end + entry.num_bytes
@@ -272,6 +277,8 @@ def _write_file(path: Path, entries: list[Entry], metadata: dict[str, str]) -> N
         }
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
+
+    # The tensors, one after another.
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for entry in entries:
@@ -294,16 +301,16 @@ def write_model(
     max_shard_size: int | str = "5GB",
     processor: ProcessorMixin | None = None,
 ) -> None:
-    """What `model.save_pretrained(folder)` writes, with the values of `entries`; the model's own may be on `meta`.
+    """Write the files of `model.save_pretrained(folder)`, with the values of `entries`; the model may be on `meta`.
 
     Args:
-        model: of `modeling_mot`; `model.config.dtype` is that of the weights.
-        processor: saved beside it.
+        model: a model of `modeling_mot`; `model.config.dtype` is the dtype of the weights.
+        processor: is saved beside the model.
     """
     model.config.architectures = [type(model).__name__]
     custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
-    model.generation_config._from_model_config = None  # else whoever reads it loses `image_grid` and the like
+    model.generation_config._from_model_config = None  # or a reader would lose `image_grid` and the like
     model.generation_config.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
@@ -322,7 +329,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 @contextmanager
 def new_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder beside `folder` that takes its name when the block ends without an error; else nothing is left of it.
+    """Give a temporary folder that becomes `folder` when the block ends without an error, and is removed otherwise.
 
     Raises:
         ConversionError: see `check_output`.

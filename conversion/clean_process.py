@@ -1,4 +1,4 @@
-"""Load a folder as a stranger does, and use it once; a script, which `conversion.validation` starts in isolated mode.
+"""Load a folder as a stranger does, and use it once. `conversion.validation` starts this script in isolated mode.
 
     python -I clean_process.py FOLDER
 
@@ -12,7 +12,7 @@ import sys
 
 
 class Absent(importlib.abc.MetaPathFinder):
-    """Before all other finders: these packages are not there, wherever they are installed."""
+    """Hide the packages of this repository, even if they are installed; stands before all other finders."""
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("modeling_mot", "training", "conversion"):
@@ -35,7 +35,8 @@ def refuse_load(*arguments, **kwargs):
 
 
 def load(folder: str) -> tuple:
-    """Configuration, model and processor, as the auto classes give them."""
+    """Load configuration, model and processor with the auto classes."""
+    # The model, with all its weights and no others.
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     model, found = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, dtype="auto", use_safetensors=True, output_loading_info=True
@@ -43,6 +44,8 @@ def load(folder: str) -> tuple:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, found.get(kind) or ())):
             raise ValueError(f"the weights have {kind.replace('_', ' ')}: {', '.join(names[:4])} ({len(names)} in all)")
+
+    # The processor, which must be this model's.
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     if tokenizer.get_vocab() != processor.tokenizer.get_vocab():
@@ -50,14 +53,14 @@ def load(folder: str) -> tuple:
     expected = processor.config_kwargs()
     if expected["vocab_size"] > config.vocab_size or expected["modalities"] != config.modalities:
         raise ValueError(
-            f"the processor is another model's: it has {expected['vocab_size']} tokens of {expected['modalities']}, the "
-            f"model {config.vocab_size} of {config.modalities}"
+            f"the processor is another model's: it has {expected['vocab_size']} tokens of {expected['modalities']}, "
+            f"the model has {config.vocab_size} of {config.modalities}"
         )
     return config, model.eval(), processor
 
 
 def use(config, model, processor) -> dict:
-    """One token and, where pictures are diffused, a picture of two steps."""
+    """Generate a token and, if the model diffuses pictures, a picture of two steps."""
     prompt = processor([{"type": "text", "text": "a"}], continue_with="text", return_tensors="pt")
     with torch.no_grad():
         if not torch.isfinite(model(**prompt).logits).all():

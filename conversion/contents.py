@@ -1,4 +1,4 @@
-"""What a file that is to be published holds, whatever its name says: its format, secrets, and what runs when it is opened."""
+"""Look into a file before it is published: is it of the format that its name says, free of secrets and of pickles?"""
 
 import io
 import json
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 
 _PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-# What each provider's documentation says of the form of its tokens.
+# The form of tokens and keys, from each provider's documentation.
 _SECRETS = {
     "a token of the Hub": rb"\bhf_[A-Za-z0-9]{30,}",
     "a key of AWS": rb"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|aws_secret_access_key[\"']?\s*[=:]\s*[\"']?[A-Za-z0-9/+]{40}",
@@ -30,22 +30,22 @@ _SECRETS = {
     "a password": rb"\bmachine\s+\S+\s+login\s+\S+\s+password\s+\S+|\bhttps?://[^\s/:@\"']+:[^\s/:@\"']+@[\w.-]+",
 }
 _SECRET = {kind: re.compile(pattern) for kind, pattern in _SECRETS.items()}
-_SHOWN = 4  # characters of a secret: enough to find it by, and those of its kind
-_MOST_TEXT = 1 << 22  # bytes of a compressed text that are looked at
-# What a picture is made of, and what may stand beside it; private chunks could be anything.
+_SHOWN = 4  # characters of a secret: enough to find it, too few to use it
+_MOST_TEXT = 1 << 22  # bytes of a compressed text that are searched
+# The chunks of pictures. Private chunks are not among them, since they could hold anything.
 _PNG_CHUNKS = frozenset(
-    b"IHDR PLTE IDAT IEND tRNS cHRM gAMA iCCP sBIT sRGB cICP mDCv cLLi tEXt zTXt iTXt bKGD hIST pHYs sPLT eXIf tIME acTL "
-    b"fcTL fdAT".split()
+    b"IHDR PLTE IDAT IEND tRNS cHRM gAMA iCCP sBIT sRGB cICP mDCv cLLi tEXt zTXt iTXt bKGD hIST pHYs sPLT eXIf tIME "
+    b"acTL fcTL fdAT".split()
 )
 _WEBP_CHUNKS = frozenset((b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF", b"ICCP", b"EXIF", b"XMP "))
 _PIXELS = {b"IDAT", b"fdAT", b"VP8 ", b"VP8L", b"ALPH", b"ANMF"}
-# How a pickle begins in newer protocols, and its instructions that find, call or build something.
+# The first bytes of a pickle in newer protocols, and the instructions that find, call or build something.
 _PROTOCOL = re.compile(rb"\x80[\x02-\x05]")
 _CALLS = {"GLOBAL", "STACK_GLOBAL", "REDUCE", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "BUILD", "EXT1", "EXT2", "EXT4"}
 
 
 def problem_of(file: Path) -> str | None:
-    """Why a file's content must not be published, or None. Secrets are named by their first characters alone."""
+    """The reason why a file must not be published, or None. Of a secret only the first characters are told."""
     suffix = file.suffix.lower()
     try:
         parts = list(_weights(file) if suffix == ".safetensors" else _parts(suffix, file.read_bytes()))
@@ -55,6 +55,8 @@ def problem_of(file: Path) -> str | None:
         return f"is not what its name says: {error}"
     except Image.DecompressionBombError as error:
         return f"is too large a picture to be looked at: {error}"
+
+    # A file of a known format may hold an archive, a pickle or a secret all the same.
     if zipfile.is_zipfile(file):
         return "is an archive as well, which may hold anything; write it anew"
     for part in parts:
@@ -68,7 +70,7 @@ def problem_of(file: Path) -> str | None:
 
 
 def _parts(suffix: str, content: bytes) -> Iterator[bytes]:
-    """The parts of a file that somebody could have put something into. ValueError where it is of another format."""
+    """The parts of a file in which something could be hidden. Raises ValueError for a file of another format."""
     if suffix in _PICTURES:
         yield from _picture(content, _PICTURES[suffix])
         return
@@ -81,14 +83,14 @@ def _parts(suffix: str, content: bytes) -> Iterator[bytes]:
 
 
 def _weights(file: Path) -> Iterator[bytes]:
-    """The header of a file of safetensors, with what was escaped; tensors hold numbers."""
+    """The header of a file of safetensors, without escapes. Tensors hold numbers alone."""
     with safe_open(file, framework="np") as opened:  # which compares the header with the file's size
         yield json.dumps(opened.metadata() or {}, ensure_ascii=False).encode("utf-8", "surrogatepass")
         yield "\n".join(opened.keys()).encode("utf-8", "surrogatepass")
 
 
 def _picture(content: bytes, name: str) -> Iterator[bytes]:
-    """What stands in a picture beside its pixels. ValueError for what is no such picture, or has more behind its end."""
+    """The parts of a picture beside its pixels. Raises ValueError for another format, or bytes behind its end."""
     with Image.open(io.BytesIO(content), formats=[name]) as picture:
         picture.verify()
     for part in {"PNG": _of_png, "JPEG": _of_jpeg, "WEBP": _of_webp}[name](content):
@@ -110,7 +112,7 @@ def _of_png(content: bytes) -> Iterator[bytes]:
 
 
 def _png_texts(kind: bytes, chunk: bytes) -> Iterator[bytes]:
-    """A chunk beside the pixels, and what is compressed in it."""
+    """A chunk beside the pixels, and the text that is compressed in it."""
     yield chunk
     _, _, rest = chunk.partition(b"\0")  # behind the keyword
     if kind == b"iTXt" and rest[:1] == b"\1":

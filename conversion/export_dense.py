@@ -1,9 +1,10 @@
-"""Make a dense checkpoint of a MoT: of towers that are equal, or of one tower.
+"""Turn a MoT into a dense checkpoint: all towers, if they are equal, or one tower.
 
     python -m conversion.export_dense SOURCE OUT [--tower text] [--architecture llama] [--vocab-size N]
 
 SOURCE is a folder or a name on the Hub. transformers loads OUT as one of its own models, without any code of this
-package; the logits are those that the MoT gives the tokens of that tower. Two tensors are in memory at a time, at most.
+package. The dense model has the logits that the MoT gives the tokens of that tower. At most two tensors are in memory
+at a time.
 """
 
 import argparse
@@ -20,7 +21,15 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig, PreTrain
 
 from conversion.architectures import ARCHITECTURES, Architecture, architecture_of
 from conversion.checkpoints import CheckpointReader, Entry, check_output, fetch, new_folder, provenance, write_tensors
-from conversion.commands import add_arguments, copy_licences, exit_code, read_config, read_generation_config, read_json
+from conversion.commands import (
+    add_arguments,
+    copy_licences,
+    exit_code,
+    merge_layers,
+    read_config,
+    read_generation_config,
+    read_json,
+)
 from conversion.key_maps import ConversionError, KeyMap
 from conversion.sizes import check_sizes
 from conversion.tokenizer_files import check_cut, copy_tokenizer
@@ -35,31 +44,37 @@ SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be written, before anything is.
+    """A conversion that has been checked, and not yet done.
 
     Attributes:
-        config: of the dense model.
-        entries: its tensors.
+        config: the dense model's configuration.
+        generation: the dense model's settings of generation.
+        architecture: the dense model's architecture.
+        entries: the tensors to write.
         copies: dense tensor -> the MoT's tensors that are equal and become it.
         left_behind: the MoT's tensors that no dense tensor comes from.
         cut_off: special tokens that no longer have a row, such as "pad_token_id=61", and are no longer named.
+        reader: reads the MoT.
     """
 
     config: PreTrainedConfig
+    generation: GenerationConfig
+    architecture: Architecture
     entries: list[Entry]
     copies: dict[str, list[str]]
     left_behind: list[str]
     cut_off: list[str]
+    reader: CheckpointReader
 
     def describe(self) -> str:
-        """Every tensor with its shape and origin, and the sums."""
+        """List every tensor with its shape and origin, and the sums. Equal layers are one line, `layers.{0..31}`."""
         lines = [f"{' = '.join(self.copies[entry.name])} -> {entry.name} {list(entry.shape)}" for entry in self.entries]
         lines += [f"{name} stays behind" for name in self.left_behind]
         lines += [f"{token} is cut off" for token in self.cut_off]
-        parameters, size = (
-            sum(getattr(entry, what) for entry in self.entries) for what in ("num_elements", "num_bytes")
-        )
-        return "\n".join([*lines, f"{self.config.architectures[0]}: {parameters:,} parameters, {size:,} bytes"])
+        parameters = sum(entry.num_elements for entry in self.entries)
+        size = sum(entry.num_bytes for entry in self.entries)
+        sums = f"{self.config.architectures[0]}: {parameters:,} parameters, {size:,} bytes"
+        return "\n".join([*merge_layers(lines), sums])
 
 
 def export_dense(
@@ -79,13 +94,13 @@ def export_dense(
     Args:
         source: a folder, or a name on the Hub.
         out: a new folder; it appears whole or not at all.
-        tower: the one to keep; None: all of them, which must then be equal, tensor by tensor.
-        architecture: model type of transformers; None: that of the checkpoint which the MoT was made of, where it is
-            recorded and still fits, else the first that computes the same.
-        vocab_size: keep the rows of tokens below this; None: all, those of images and speech among them.
-        dtype: None: as stored.
-        max_shard_size: of a file of weights.
-        revision: of a source on the Hub.
+        tower: the tower to keep; None: all towers, which must then be equal, tensor by tensor.
+        architecture: model type of transformers; None: the architecture of the MoT's own source, if it is recorded and
+            still fits, else the first architecture that computes the same.
+        vocab_size: keep the rows of tokens below this; None: keep all rows, also of images and speech.
+        dtype: dtype of the weights; None: as stored.
+        max_shard_size: size of a file of weights.
+        revision: branch, tag or commit of a source on the Hub.
         overwrite: replace a checkpoint at `out`.
         dry_run: check, compare and plan, write nothing.
 
@@ -95,47 +110,64 @@ def export_dense(
     """
     check_output(out, overwrite)
     folder, commit = fetch(source, revision)
-    stored = read_json(folder / "config.json")
-    if stored.get("model_type") not in MODEL_TYPES:
-        raise ConversionError(
-            f"{source} has model_type={stored.get('model_type')!r} and is no MoT, which has one of {', '.join(MODEL_TYPES)}"
-        )
-    reader = CheckpointReader(folder)
-    check_sizes(stored, reader, folder / "config.json")
-    config = read_config(stored)
-    wanted = _modules_of(config, tower)
-    row, dense = dense_architecture(config, architecture, _recorded_architecture(folder))
-    copies, left_behind = _copies(reader, config, dense, row, wanted, tower)
-    generation = _generation_config(folder, dense)
-    cut_off = [] if vocab_size is None else _cut_vocabulary(folder, dense, generation, vocab_size)
-    first = {name: same[0] for name, same in copies.items()}
-    dense.dtype = dtype or reader.dtype(first["model.embed_tokens.weight"])
-    entries = [_entry(reader, name, first[name], dtype, dense.vocab_size) for name in copies]
-    _check_equal(reader, copies)
-    plan = Plan(dense, entries, copies, left_behind, cut_off)
+    plan = _plan(folder, source, tower, architecture, vocab_size, dtype)
     if dry_run:
         return plan
     record = {
         "command": "export_dense",
-        **provenance(source, folder, commit, reader),
-        "architecture": row.model_type,
+        **provenance(source, folder, commit, plan.reader),
+        "architecture": plan.architecture.model_type,
         "tower": tower,
     }
     with new_folder(out, overwrite) as made:
-        dense.save_pretrained(made)
-        generation.save_pretrained(made)
-        copy_tokenizer(folder, made, dense.vocab_size)
+        plan.config.save_pretrained(made)
+        plan.generation.save_pretrained(made)
+        copy_tokenizer(folder, made, plan.config.vocab_size)
         copy_licences(folder, made)
         (made / "conversion.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        write_tensors(made, entries, max_shard_size)
+        write_tensors(made, plan.entries, max_shard_size)
     return plan
+
+
+def _plan(
+    folder: Path,
+    source: str,
+    tower: str | None,
+    architecture: str | None,
+    vocab_size: int | None,
+    dtype: torch.dtype | None,
+) -> Plan:
+    """Decide everything about the conversion of the checkpoint in `folder`, which the user calls `source`."""
+    stored = read_json(folder / "config.json")
+    if stored.get("model_type") not in MODEL_TYPES:
+        raise ConversionError(
+            f"{source} has model_type={stored.get('model_type')!r} and is no MoT, which has one of "
+            f"{', '.join(MODEL_TYPES)}"
+        )
+    reader = CheckpointReader(folder)
+    check_sizes(stored, reader, folder / "config.json")
+
+    # The configuration of the dense model, and the MoT's tensors that become each of its tensors.
+    config = read_config(stored)
+    modules = _modules_of(config, tower)
+    row, dense = dense_architecture(config, architecture, _recorded_architecture(folder))
+    copies, left_behind = _copies(reader, config, dense, row, modules, tower)
+    generation = _generation_config(folder, dense)
+    cut_off = [] if vocab_size is None else _cut_vocabulary(folder, dense, generation, vocab_size)
+
+    # Tensors that are to become one must be equal; the first is written.
+    first = {name: same[0] for name, same in copies.items()}
+    dense.dtype = dtype or reader.dtype(first["model.embed_tokens.weight"])
+    entries = [_entry(reader, name, first[name], dtype, dense.vocab_size) for name in copies]
+    _check_equal(reader, copies)
+    return Plan(dense, generation, row, entries, copies, left_behind, cut_off, reader)
 
 
 # ------------------------------------------------------------------------------------------------------- configurations
 
 
 def _modules_of(config: MoTConfig, tower: str | None) -> dict[str, list[str]]:
-    """Part of a layer -> the modules that make up the tower, or all towers."""
+    """Part of a layer -> the modules of the tower, or of all towers."""
     if tower is not None and tower not in config.tower_names:
         raise ConversionError(f"--tower {tower} is none of the checkpoint's towers, {', '.join(config.tower_names)}")
     parts = {part: config.part_names(part) for part in ("attention", "feed_forward", "norm")}
@@ -154,13 +186,13 @@ def _modules_of(config: MoTConfig, tower: str | None) -> dict[str, list[str]]:
 def dense_architecture(
     config: MoTConfig, wanted: str | None = None, recorded: str | None = None
 ) -> tuple[Architecture, PreTrainedConfig]:
-    """An architecture of transformers and its configuration that compute what one tower of `config` computes.
+    """Find an architecture of transformers, and its configuration, that computes the same as a tower of `config`.
 
     Args:
-        wanted: the model type; None: `recorded` if it fits, else the first of `ARCHITECTURES` that does.
+        wanted: the model type; None: `recorded` if it fits, else the first of `ARCHITECTURES` that fits.
 
     Raises:
-        ConversionError: there is none; each is named with the fields that it cannot express.
+        ConversionError: none fits; each is named with the fields that it cannot express.
     """
     if wanted is not None:
         return architecture_of(wanted), _source_config(architecture_of(wanted), config)
@@ -176,24 +208,27 @@ def dense_architecture(
 def _source_config(architecture: Architecture, config: MoTConfig) -> PreTrainedConfig:
     if "hidden_dropout" not in architecture.renamed.values():
         config = copy.deepcopy(config)
-        config.hidden_dropout = 0.0  # of training alone
+        config.hidden_dropout = 0.0  # it acts in training alone
     dense = architecture.source_config(config)
     dense.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(dense)].__name__]
     return dense
 
 
 def _recorded_architecture(folder: Path) -> str | None:
-    """The model type of the checkpoint that `conversion.upcycle` made this one of."""
+    """The model type of the checkpoint that `conversion.upcycle` read."""
     path = folder / "conversion.json"
     return read_json(path).get("architecture") if path.is_file() else None
 
 
 def _cut_vocabulary(folder: Path, dense: PreTrainedConfig, generation: GenerationConfig, vocab_size: int) -> list[str]:
-    """-> what `Plan.cut_off` holds"""
+    """Cut the rows from `vocab_size` on.  -> the special tokens that have lost their row, for `Plan.cut_off`"""
     if not 1 <= vocab_size <= dense.vocab_size:
         raise ConversionError(f"--vocab-size {vocab_size} must be from 1 to the checkpoint's {dense.vocab_size}")
     check_cut(folder, vocab_size)
-    dense.vocab_size, cut_off = vocab_size, []
+
+    # A setting that names a token without a row would name another token, or none.
+    dense.vocab_size = vocab_size
+    cut_off = []
     for settings in (dense, generation):
         for field in SPECIAL:
             value = getattr(settings, field)
@@ -207,7 +242,7 @@ def _cut_vocabulary(folder: Path, dense: PreTrainedConfig, generation: Generatio
 
 
 def _generation_config(source: Path, dense: PreTrainedConfig) -> GenerationConfig:
-    """The source's without what only a MoT reads."""
+    """The source's settings of generation without the fields that only a MoT reads."""
     generation = read_generation_config(source)
     if generation is None:
         return GenerationConfig.from_model_config(dense)
@@ -227,7 +262,8 @@ def _copies(
     modules: dict[str, list[str]],
     tower: str | None,
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """Dense tensor -> those of the MoT that it comes from; and those of the MoT that are left behind."""
+    """(dense tensor -> the MoT's tensors that become it, the MoT's tensors that are left behind)."""
+    # The tensors of the dense model, and their names in the MoT.
     with torch.device("meta"):
         shapes = {k: tuple(v.shape) for k, v in MODEL_FOR_CAUSAL_LM_MAPPING[type(dense)](dense).state_dict().items()}
     if dense.tie_word_embeddings:
@@ -236,6 +272,8 @@ def _copies(
     key_map = KeyMap(architecture.key_map(config).rules, modules | {"mixture": [], "expert": []})
     copies = {name: key_map.forward(name) for name in shapes}
     wanted = {target: shapes[name] for name, targets in copies.items() for target in targets}
+
+    # Other towers, patchifier and VAE stay behind; nothing else may be left over.
     left_behind = [
         name
         for name in reader.names
@@ -253,6 +291,7 @@ def _copies(
 
 
 def _check_equal(reader: CheckpointReader, copies: dict[str, list[str]]) -> None:
+    """Refuse towers that differ, and name the first two tensors that do."""
     differing = []
     for same in copies.values():
         tensors = (reader.read(name) for name in same)
@@ -286,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser, "a MoT")
-    parser.add_argument("--tower", metavar="NAME", help="the one to keep (default: all, which must be equal)")
+    parser.add_argument("--tower", metavar="NAME", help="the tower to keep (default: all, which must be equal)")
     parser.add_argument(
         "--architecture",
         choices=tuple(ARCHITECTURES),

@@ -1,4 +1,4 @@
-"""The Hub's side of publishing: who may write where, what is there, one commit, and every refusal in plain words."""
+"""Talk to the Hub: check the account, read a branch, make one commit, and put every refusal into plain words."""
 
 import hashlib
 import re
@@ -27,7 +27,7 @@ _AGAIN = "run the same command again: what has been uploaded is not sent twice"
 
 @dataclass(frozen=True)
 class Branch:
-    """What a branch of a repository holds.
+    """The files of a branch of a repository.
 
     Attributes:
         head: its commit; None where the branch, or the repository, is new.
@@ -44,30 +44,32 @@ class Branch:
 
 
 def check_account(api: HfApi, repo: str) -> str:
-    """The full name, owner/name, of a repository that the token may write to.
+    """Find the full name, owner/name, of a repository that the token may write to.
 
     Raises:
-        ConversionError: no token, one that is not accepted or may only read, another's name.
+        ConversionError: there is no token, it is not accepted or may only read, or the name is somebody else's.
     """
     with in_words(api, repo):
         account = api.whoami()
     me = account["name"]
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise ConversionError(
-            f"the token of {me} may only read; make one that may write at {api.endpoint}/settings/tokens, then: hf auth login"
+            f"the token of {me} may only read; make one that may write at {api.endpoint}/settings/tokens, then: "
+            "hf auth login"
         )
     owner = repo.split("/")[0] if "/" in repo else me
     roles = {me.lower(): "admin"} | {o["name"].lower(): o.get("roleInOrg") for o in account.get("orgs", [])}
     if owner.lower() not in roles or roles[owner.lower()] == "read":
         writable = sorted(name for name, role in roles.items() if role != "read")
         raise ConversionError(
-            f"{repo} is a name of {owner}, where {me}, whose token this is, may not write; take one of {', '.join(writable)}"
+            f"{repo} is a name of {owner}, where {me}, whose token this is, may not write; take one of "
+            f"{', '.join(writable)}"
         )
     return repo if "/" in repo else f"{me}/{repo}"
 
 
 def read_branch(api: HfApi, repo: str, revision: str | None) -> Branch:
-    """Head and files of a branch; nothing where there is no such repository or branch."""
+    """Read head and files of a branch; both are empty if there is no such repository or branch."""
     if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
         raise ConversionError(f"--revision {revision} is a commit, and nothing can be added to one; name a branch")
     with in_words(api, repo):
@@ -86,7 +88,7 @@ def _files(api: HfApi, repo: str, commit_hash: str) -> dict[str, RepoFile]:
 
 
 def differing(additions: Iterable[CommitOperationAdd], files: Mapping[str, RepoFile]) -> list[str]:
-    """Paths whose content is not among the Hub's `files`, by the Hub's hashes: SHA-256 of large files, git's of others."""
+    """The paths whose content differs from the Hub's `files`, by SHA-256 of large files and git's hash of others."""
     return [one.path_in_repo for one in additions if not _is_there(one, files.get(one.path_in_repo))]
 
 
@@ -112,7 +114,7 @@ def commit(
     private: bool,
     message: str,
 ) -> tuple[str, list[str]]:
-    """Make the repository and branch where they are new, upload, and commit all at once.
+    """Make the repository and the branch if they are new, upload the files, and commit all of them at once.
 
     Files of an earlier save that this one does not have are deleted in the same commit: a stale model.safetensors would
     be loaded in the place of new shards. (`HfApi.upload_folder` may make several commits, so it is not used.)
@@ -124,12 +126,13 @@ def commit(
         The commit, and the paths that were deleted.
 
     Raises:
-        ConversionError: what went wrong; the branch is then as it was.
+        ConversionError: the upload failed, and the branch is as it was; or the Hub holds other content than was sent.
     """
     with in_words(api, repo):
         api.create_repo(repo, private=private or None, exist_ok=True)
         if revision not in (None, DEFAULT_REVISION) and not revision.startswith("refs/pr/"):
             api.create_branch(repo, branch=revision, exist_ok=True)
+        # Files of an earlier save leave in the commit that brings the new ones.
         before = read_branch(api, repo, revision) if seen.head is None else seen
         added = {addition.path_in_repo for addition in additions}
         stale = sorted(path for path in before.files if path not in added and matches(path, SAVED))
@@ -147,7 +150,7 @@ def commit(
 
 @contextmanager
 def in_words(api: HfApi, repo: str) -> Iterator[None]:
-    """What the client raises, as a ConversionError that says what to do; tokens and signed addresses are left out."""
+    """Turn the client's errors into a ConversionError that says what to do, without tokens and signed addresses."""
     try:
         yield
     except ConversionError:
@@ -191,7 +194,7 @@ def _explain_status(error: HfHubHTTPError, api: HfApi, repo: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """Without the token, and without the queries of addresses, which may be signed."""
+    """Remove the token from a text, and the queries of addresses, since they may hold a signature."""
     if token := get_token():
         text = text.replace(token, "(token)")
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1?...", text)

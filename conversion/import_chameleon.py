@@ -1,11 +1,11 @@
-"""Make a MoT of transformers' Chameleon: its dense self, or a tower for each modality, with the tokens of its pictures.
+"""Turn transformers' Chameleon into a MoT with the tokens of its pictures: one tower, or a tower for each modality.
 
     python -m conversion.import_chameleon SOURCE OUT
     python -m conversion.import_chameleon SOURCE OUT --variant dense --image-decoder FOLDER
     python -m conversion.import_chameleon SOURCE OUT --modalities text image speech --dry-run
 
-Ids stay Chameleon's own, and logits are equal, those of image tokens included, which transformers hides. Tensors are
-read and written one by one; the VQ-VAE alone is whole in memory.
+Ids stay Chameleon's own. Logits are equal, also those of image tokens, which transformers hides. Tensors are read and
+written one by one; the VQ-VAE alone is whole in memory.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from conversion.commands import (
     check_range,
     copy_licences,
     exit_code,
+    merge_layers,
     read_config,
     read_generation_config,
     read_json,
@@ -53,21 +54,21 @@ CHAMELEON = Architecture(
     computed={"norm_position": lambda config: "post" if config.swin_norm else "pre"},
     inverse={"swin_norm": lambda config: config.norm_position == "post"},
 )
-# Read here; model_parallel_size is of a layout that transformers' conversion has undone: each head has its own weights.
+# Fields that this file reads. model_parallel_size belongs to a layout that transformers' conversion has undone.
 _READ = ("vq_config", "vocabulary_map", "image_token_id", "model_parallel_size")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be written, before anything is.
+    """A conversion that has been checked, and not yet done.
 
     Attributes:
         model: the MoT, on `meta`.
-        entries: its tensors.
+        entries: the tensors to write.
         moves: source tensor -> its targets.
         pictures: the image tokenizer.
-        processor: None where the source has no tokenizer.
-        reader: of the source.
+        processor: None if the source has no tokenizer.
+        reader: reads the source.
     """
 
     model: MoTForCausalLM
@@ -78,7 +79,7 @@ class Plan:
     reader: CheckpointReader
 
     def describe(self) -> str:
-        """Every tensor with its shape and place, and the sums."""
+        """List every tensor with its shape and targets, and the sums. Equal layers are one line, `layers.{0..31}`."""
         lines = [
             f"{name} {list(self.reader.shape(name))} -> {', '.join(self.moves.get(name, ['image_tokenizer/']))}"
             for name in self.reader.names
@@ -88,7 +89,7 @@ class Plan:
         draws = "read and drawn" if self.pictures.can_decode else "read; no decoder, so none is drawn"
         return "\n".join(
             [
-                *lines,
+                *merge_layers(lines),
                 f"towers {', '.join(config.tower_names)}; token ids {config.modality_token_ranges}",
                 f"pictures of {' x '.join(map(str, self.pictures.config.image_size))} pixels are {draws}",
                 f"{self.reader.num_bytes():,} bytes become {size:,}",
@@ -116,14 +117,15 @@ def import_chameleon(
     Args:
         source: a folder, or a name on the Hub.
         out: a new folder; it appears whole or not at all.
-        variant: `mot` (towers that start as copies), `dense`, or one that unties a part of the layers.
-        image_decoder: safetensors of a VQGAN that has the decoder, for a source without one; see
-            `chameleon_pictures.read_decoder`. Without any, the processor reads pictures and draws none.
-        speech_units: a third modality of so many tokens, in rows behind the vocabulary that start as upcycled ones do.
-        speech_tokenizer: what makes those tokens; their number is then its own.
-        dtype: of the transformer; None: as stored.
-        max_shard_size: of a file of weights.
-        revision: of a source on the Hub.
+        variant: `mot` (towers that start as copies), `dense`, or a variant that unties a part of the layers.
+        image_decoder: safetensors of a VQGAN with a decoder, for a source without one; see
+            `chameleon_pictures.read_decoder`. Without a decoder the processor reads pictures and draws none.
+        speech_units: adds a third modality of so many tokens; their rows stand behind the vocabulary and start as in
+            `conversion.upcycle`.
+        speech_tokenizer: makes these tokens and decides their number.
+        dtype: dtype of the transformer; None: as stored.
+        max_shard_size: size of a file of weights.
+        revision: branch, tag or commit of a source on the Hub.
         overwrite: replace a checkpoint at `out`.
         dry_run: check and plan, write nothing.
 
@@ -136,7 +138,7 @@ def import_chameleon(
         plan = _plan(folder, variant, image_decoder, speech_units, speech_tokenizer, dtype)
     except ConversionError:
         raise
-    except ValueError as error:  # of a configuration or a processor that contradicts itself
+    except ValueError as error:  # a configuration or a processor contradicts itself
         raise ConversionError(f"{source} cannot be converted: {error}") from error
     if dry_run:
         return plan
@@ -166,8 +168,8 @@ def _plan(
     stored = read_json(folder / "config.json")
     if stored.get("model_type") != CHAMELEON.model_type:
         raise ConversionError(
-            f"{folder} has model_type={stored.get('model_type')!r}, not 'chameleon'; python -m conversion.upcycle converts "
-            "dense language models"
+            f"{folder} has model_type={stored.get('model_type')!r}, not 'chameleon'; python -m conversion.upcycle "
+            "converts dense language models"
         )
     reader = CheckpointReader(folder)
     for part in (stored, stored.get("vq_config")):
@@ -175,6 +177,8 @@ def _plan(
     source = read_config(stored)
     source.vq_config.model_type = type(source.vq_config).model_type  # which names the class when it is saved
     CHAMELEON.check(source, stored, ignored=_READ)
+
+    # The image tokenizer and the processor.
     vocabulary = ImageVocabulary.of(source.vocabulary_map, source.vq_config.num_embeddings)
     images = [name.removeprefix(VQ_VAE) for name in reader.names if name.startswith(VQ_VAE)]
     pictures = image_tokenizer(
@@ -189,6 +193,7 @@ def _plan(
     elif speech is not None or speech_units:
         raise ConversionError(f"{folder} has no tokenizer.json, to which tokens of speech could be added")
 
+    # A model that takes no memory, and the origin of each of its tensors.
     config = _mot_config(source, vocabulary, pictures, processor, variant)
     names = [name for name in reader.names if not name.startswith(VQ_VAE)]
     config.dtype = dtype or reader.dtype(names[0])
@@ -225,7 +230,7 @@ def _mot_config(
 
 
 def _generation_config(folder: Path, config: MoTConfig) -> GenerationConfig:
-    """The source's, with the tokens that its tokenizer begins, ends and pads with."""
+    """The source's settings of generation, with the tokens that its tokenizer begins, ends and pads with."""
     generation = read_generation_config(folder)
     if generation is None:
         return GenerationConfig.from_model_config(config)
@@ -297,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _speech(options: argparse.Namespace) -> tuple[int, MoTSpeechTokenizer | None]:
-    """Number of units, and what makes them. Raises ConversionError for options that do not go together."""
+    """(number of units, their tokenizer). Raises ConversionError for options that contradict each other."""
     units, folder = options.speech_units, options.speech_tokenizer
     if not {"text", "image"} <= set(options.modalities):
         raise ConversionError(f"--modalities {' '.join(options.modalities)}: a Chameleon has text and image")

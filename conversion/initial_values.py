@@ -1,4 +1,4 @@
-"""How a tensor of a new checkpoint begins: as a copy, drawn anew, as a copy with noise, or with rows added.
+"""Make the first values of a tensor: a copy, drawn anew, a copy with noise, or a copy with more rows.
 
 Noise depends on the seed and the tensor's name alone, not on the order or the files in which tensors are written.
 """
@@ -13,7 +13,7 @@ from conversion.key_maps import ConversionError
 from modeling_mot import MoTConfig
 
 
-# Of the standard deviation of a source's rows: enough to tell new rows apart, little enough to stay near their mean.
+# Share of the standard deviation of a source's rows: enough to tell new rows apart, and still near their mean.
 NEW_ROW_NOISE = 0.1
 _ROWS_AT_ONCE = 1024
 MOST_NOISE = 100  # times what a tensor holds; with more, half precision overflows
@@ -21,7 +21,7 @@ MOST_NOISE = 100  # times what a tensor holds; with more, half precision overflo
 
 @dataclass(frozen=True)
 class Start:
-    """How a tower begins; `std` is of `perturbed`, as a share of each tensor's root mean square."""
+    """The way a tower begins. `std` belongs to `perturbed`: a share of each tensor's root mean square."""
 
     kind: Literal["copy", "fresh", "perturbed"] = "copy"
     std: float = 0.0
@@ -51,7 +51,7 @@ def generator_of(seed: int, name: str) -> torch.Generator:
 
 
 def fresh(name: str, shape: tuple[int, ...], config: MoTConfig, generator: torch.Generator) -> torch.Tensor:
-    """As a new model of `config` begins: biases 0, norms the identity, matrices normal.  -> `shape`, float32"""
+    """Draw a tensor as a new model of `config` has it: biases 0, norms the identity, matrices normal.  -> float32"""
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if "norm." in name:
@@ -60,13 +60,13 @@ def fresh(name: str, shape: tuple[int, ...], config: MoTConfig, generator: torch
 
 
 def perturbed(tensor: torch.Tensor, std: float, generator: torch.Generator) -> torch.Tensor:
-    """Normal noise of `std` times the tensor's root mean square is added.  -> the same shape, float32"""
+    """Add normal noise of `std` times the tensor's root mean square.  -> the same shape, float32"""
     tensor = tensor.float()
     return tensor + torch.randn(tensor.shape, generator=generator) * (std * tensor.square().mean().sqrt())
 
 
 def extended(rows: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
-    """More rows at the end: the mean of those there are, and `NEW_ROW_NOISE` of their spread in each dimension.
+    """Add rows at the end: the mean of the present rows, plus `NEW_ROW_NOISE` of their spread in each dimension.
 
     A row at the mean has the mean of all logits, so new tokens take little from the probability of the old ones
     (Hewitt, "Initializing new word embeddings for pretrained language models", 2021).  (V, D) -> (size, D)

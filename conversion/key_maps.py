@@ -1,10 +1,10 @@
-"""Names of tensors in one checkpoint and in another, as a table of rules that reads in both directions.
+"""Translate names of tensors between two checkpoints, by a table of rules that reads in both directions.
 
     Rule("layers.{layer}.mlp.{part}_proj.weight", "layers.{layer}.mlp.{tower}.{part}_proj.weight")
 
-`{layer}` and `{part}` stand for text without a dot and are the same on both sides; `{rest*}` may hold dots. `{tower}`,
-which only the target has, takes each of the values that the map gives it: one tensor of the source becomes one for each
-tower, and the tensors of all towers come from that one.
+`{layer}` and `{part}` stand for text without a dot and are the same on both sides; `{rest*}` may hold dots. `{tower}`
+stands on the target's side alone and takes each of its values in the map: one tensor of the source becomes one tensor
+for each tower, and the tensors of all towers come from this one.
 """
 
 import itertools
@@ -18,7 +18,7 @@ _FIELD = re.compile(r"\{(\w+)(\*?)\}")
 
 
 class ConversionError(ValueError):
-    """A conversion that cannot be done; the message names what is in the way and the way out."""
+    """A conversion that cannot be done; the message names the obstacle and the way out."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Rule:
 
 
 class Origin(NamedTuple):
-    """Where a tensor of the target comes from: a name in the source, and the values of the fields it lacks there."""
+    """The origin of a tensor of the target: a name in the source, and the values of the fields that it lacks there."""
 
     name: str
     fan_out: dict[str, str]
@@ -61,17 +61,20 @@ class KeyMap:
     def __init__(
         self, rules: Iterable[Rule], values: Mapping[str, Sequence[str]] | None = None, ignored: Iterable[str] = ()
     ):
+        # Every field that targets alone have needs values.
         self.values = {field: list(given) for field, given in (values or {}).items()}
         self.rules = list(rules)
         for rule in self.rules:
             if unknown := [field for field in rule.fan_out if field not in self.values]:
                 raise ValueError(f"no values are given for {unknown} of {rule.target!r}")
+
+        # The rules as regular expressions, for both directions.
         self._sources = [_pattern(rule.source) for rule in self.rules]
         self._targets = [_pattern(rule.target, self.values) for rule in self.rules]
         self._ignored = [_pattern(pattern) for pattern in ignored]
 
     def forward(self, name: str) -> list[str]:
-        """The targets of a tensor of the source, in the order of rules and values; empty where no rule fits."""
+        """The targets of a tensor of the source, in the order of rules and values; empty if no rule fits."""
         targets = []
         for rule, pattern in zip(self.rules, self._sources):
             if match := pattern.fullmatch(name):
@@ -80,7 +83,7 @@ class KeyMap:
         return targets
 
     def backward(self, name: str) -> Origin | None:
-        """Where a tensor of the target comes from; None where no rule fits.
+        """The origin of a tensor of the target; None if no rule fits.
 
         Raises:
             ValueError: two rules give it two sources, a mistake in the table.
@@ -98,19 +101,23 @@ class KeyMap:
         return any(pattern.fullmatch(name) for pattern in self._ignored)
 
     def origins(self, source: Iterable[str], target: Iterable[str]) -> dict[str, Origin]:
-        """Where each name of `target` comes from, in its order; every name of `source` is used, or ignored.
+        """The origin of each name of `target`, in its order; every name of `source` must be used or ignored.
 
         Raises:
             ConversionError: names are left over on either side; all of them are listed.
         """
         source = list(source)
-        present, origins, unmet = set(source), {}, []
+        present = set(source)
+        origins = {}
+        unmet = []
         for name in target:
             origin = self.backward(name)
             if origin is None or origin.name not in present:
                 unmet.append(name if origin is None else f"{name} (from {origin.name})")
             else:
                 origins[name] = origin
+
+        # Nothing of the source may be lost in silence.
         used = {origin.name for origin in origins.values()}
         unused = [name for name in source if name not in used and not self.ignores(name)]
         if unused or unmet:
@@ -125,7 +132,9 @@ def fields_of(pattern: str) -> list[str]:
 
 def _pattern(pattern: str, values: Mapping[str, Sequence[str]] | None = None) -> re.Pattern:
     """A pattern as a regular expression; a field with `values` is one of them, any other is text without a dot."""
-    parts, end, seen = [], 0, set()
+    parts = []
+    seen = set()
+    end = 0
     for match in _FIELD.finditer(pattern):
         field, many = match.groups()
         parts.append(re.escape(pattern[end : match.start()]))

@@ -1,10 +1,10 @@
-"""Publish a checkpoint's folder on the Hub, so that one line loads it: checked, tried by a stranger's process, one commit.
+"""Publish a checkpoint's folder on the Hub: check it, try it in a stranger's process, upload it in one commit.
 
     python -m conversion.push FOLDER REPO [--private] [--revision BRANCH] [--run RUN] [--dry-run]
 
-FOLDER is what save_pretrained, a run (RUN/final), python -m training.consolidate or a conversion wrote. The token is that
-of `hf auth login` or of HF_TOKEN. What must be so is checked before anything takes time, and nothing is on the branch
-before everything is uploaded. An upload that was interrupted is run again with the same command.
+FOLDER was written by save_pretrained, a run (RUN/final), python -m training.consolidate or a conversion. The token is
+that of `hf auth login` or of HF_TOKEN. All checks come before anything that takes time, and nothing is on the branch
+before everything is uploaded. After an interruption, run the same command again.
 """
 
 import argparse
@@ -39,18 +39,19 @@ def push(
     skip_validation: bool = False,
     dry_run: bool = False,
 ) -> str | None:
-    """Publish a folder; what is done is printed.
+    """Publish a folder, and print each step.
 
     Args:
-        repo: owner/name, or a name of the token's owner.
-        private: of a new repository.
-        revision: the branch, which is made where there is none; None: main.
-        run: the run that the card is written from; None: that whose folder holds `folder`, where there is one.
+        folder: the folder of a checkpoint.
+        repo: owner/name, or a name without an owner for the token's owner.
+        private: make a new repository private.
+        revision: the branch; it is made if it does not exist; None: main.
+        run: the run that the card is written from; None: the run whose folder holds `folder`, if there is one.
         exist_ok: add a commit to a branch that has files.
-        new_card: write a new card in the place of one that somebody wrote.
+        new_card: replace a card that somebody wrote by a new one.
         keep_code: see `repository_files`.
-        skip_validation: for a folder that was tried before, by a dry run or an upload that was interrupted.
-        dry_run: check and try the folder and say what would be uploaded; the Hub is not asked.
+        skip_validation: do not try the folder; for a folder that a dry run or an interrupted upload has tried.
+        dry_run: check and try the folder, and print the files of the upload; the Hub is not asked.
 
     Returns:
         The commit, or None with `dry_run`.
@@ -58,6 +59,7 @@ def push(
     Raises:
         ConversionError: the folder or the Hub does not allow it; the message says what to do.
     """
+    # The checks, first those that need no network.
     api, branch = HfApi(), Branch()
     with in_words(api, repo):
         validate_repo_id(repo)
@@ -71,9 +73,12 @@ def push(
         if _is_published(repo, branch, files, private, exist_ok):
             print(f"{repo} holds these files already")
             return _say_link(api, repo, branch.head)
+
+    # The trial, by a process in which this package does not exist.
     if not skip_validation:
-        print(f"trying {folder} in a process without this package", flush=True)
-        print("  " + ", ".join(f"{name} {value}" for name, value in validate(folder).items()), flush=True)
+        _try(folder)
+
+    # The card, then one commit with everything.
     with tempfile.TemporaryDirectory() as workspace:
         if new_card or not (keeper := _keeper_of_card(api, repo, branch, files)):
             files |= _card_files(folder, repo, run, files, Path(workspace))
@@ -90,8 +95,13 @@ def push(
     return _say_link(api, repo, commit_hash)
 
 
+def _try(folder: Path) -> None:
+    print(f"trying {folder} in a process without this package", flush=True)
+    print("  " + ", ".join(f"{name} {value}" for name, value in validate(folder).items()), flush=True)
+
+
 def _is_published(repo: str, branch: Branch, files: dict[str, Path], private: bool, exist_ok: bool) -> bool:
-    """Whether the branch holds the files already, as after a commit whose answer was lost; refuse if others stand there."""
+    """True if the branch holds the files already, as after a commit whose answer was lost. Refuse another model."""
     if private and branch.is_private is False:
         raise ConversionError(
             f"{repo} exists and is public; --private is of new repositories: make it private there first"
@@ -107,7 +117,7 @@ def _is_published(repo: str, branch: Branch, files: dict[str, Path], private: bo
 
 
 def _run_of(folder: Path) -> Path | None:
-    """RUN/final and RUN/consolidated/step-... are of RUN."""
+    """The run whose folder holds `folder`: RUN of RUN/final and of RUN/consolidated/step-..."""
     return next((parent for parent in folder.resolve().parents[:2] if (parent / "manifest.json").is_file()), None)
 
 
@@ -116,8 +126,8 @@ def _additions(files: dict[str, Path], but: str | None = None) -> list[CommitOpe
 
 
 def _keeper_of_card(api: HfApi, repo: str, branch: Branch, files: dict[str, Path]) -> str | None:
-    """Where a card stands that somebody wrote: in the folder or else on the Hub; None: nowhere."""
-    from model_cards.card import is_generated  # takes seconds: after the checks
+    """The place of a card that somebody wrote: the folder, else the Hub; None if there is no such card."""
+    from model_cards.card import is_generated  # takes seconds, so it waits for the checks
 
     if CARD in files and not is_generated(files[CARD].read_text(encoding="utf-8")):
         return _HERE
@@ -130,7 +140,7 @@ def _keeper_of_card(api: HfApi, repo: str, branch: Branch, files: dict[str, Path
 
 
 def _card_files(folder: Path, repo: str, run: Path | None, files: dict[str, Path], workspace: Path) -> dict[str, Path]:
-    """A new card, and what it shows of the run."""
+    """Write a new card, and add the run's pictures that it shows."""
     from model_cards.card import PICTURES, model_card
 
     with reading("the card could not be written"):
@@ -164,13 +174,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m conversion.push", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a checkpoint, such as runs/emoji/final")
     parser.add_argument("repo", metavar="REPO", help="owner/name, or a name of your own")
-    parser.add_argument("--private", action="store_true", help="of a new repository (default: public)")
+    parser.add_argument("--private", action="store_true", help="make a new repository private (default: public)")
     parser.add_argument("--revision", metavar="BRANCH", help="branch, made where there is none (default: main)")
-    parser.add_argument("--run", type=Path, help="folder of the run that the card tells of (default: FOLDER's, if any)")
+    parser.add_argument("--run", type=Path, help="the run that the card describes (default: the run that holds FOLDER)")
     parser.add_argument("--exist-ok", action="store_true", help="add a commit to a repository that holds a model")
     parser.add_argument("--new-card", action="store_true", help="replace a README.md that somebody wrote")
     parser.add_argument("--keep-code", action="store_true", help="publish FOLDER's own code, not this version's")
-    parser.add_argument("--skip-validation", action="store_true", help="of a folder that was tried before")
+    parser.add_argument(
+        "--skip-validation", action="store_true", help="do not try the folder; for one that was tried before"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check, try and list; the Hub is not asked")
     options = parser.parse_args(arguments)
     return exit_code(lambda: push(**vars(options)))

@@ -1,4 +1,4 @@
-"""A recipe of the trainer for a checkpoint whose text is to stay as it is."""
+"""Write a recipe of the trainer that leaves the text of an upcycled checkpoint as it is."""
 
 import json
 import shlex
@@ -11,32 +11,40 @@ from modeling_mot import MoTConfig, MoTProcessor, MoTTransfusionConfig
 
 
 _HEAD = """\
-# What the dense model brought is held: its tower, and its rows of the embeddings and of the output layer. Everything
-# else is trained, on the pictures that the project carries; put your own data in their place.
+# The dense model's part is held: its tower, and its rows of the embeddings and of the output layer. Everything else is
+# trained, on the pictures that the project carries; put your own data in their place.
 #
-#   python training/train.py {file}
+#   {command}
 """
 _TEXT_TOKENS = 64  # about what a caption needs
 
 
+def train_command(out: Path) -> str:
+    """The command that trains with the recipe in `out`."""
+    return f"python training/train.py {shlex.quote(str(out / 'train.yaml'))}"
+
+
 def frozen_text_recipe(out: Path, config: MoTConfig, processor: MoTProcessor | None, held_rows: int) -> str:
-    """The text of `train.yaml`.
+    """Make the text of `train.yaml`.
 
     Args:
-        out: where the checkpoint will be.
-        held_rows: rows of the source's vocabulary.
+        out: the folder that the checkpoint will be in.
+        held_rows: number of rows of the source's vocabulary.
 
     Raises:
-        ConversionError: there is nothing to encode pictures or sound with, so nothing that could be trained.
+        ConversionError: nothing encodes pictures or sound, so nothing could be trained.
     """
+    # Something must encode what is trained.
     parts = (
         [] if processor is None else [processor.image_tokenizer, processor.image_processor, processor.speech_tokenizer]
     )
     if not any(part is not None for part in parts):
         raise ConversionError(
-            "--freeze-text writes a recipe, which needs a tokenizer beside SOURCE, and --image-tokenizer, --transfusion or "
-            "--speech-tokenizer to encode what is trained"
+            "--freeze-text writes a recipe, which needs a tokenizer beside SOURCE, and --image-tokenizer, "
+            "--transfusion or --speech-tokenizer to encode what is trained"
         )
+
+    # Captions of the carried pictures, and their sounds if there is a speech tokenizer.
     has_pictures = processor.image_tokenizer is not None or processor.image_processor is not None
     segments = [["text:name", "image:image"]] if has_pictures else []
     segments += [["text:name", "audio:audio"]] if processor.speech_tokenizer is not None else []
@@ -61,7 +69,7 @@ def frozen_text_recipe(out: Path, config: MoTConfig, processor: MoTProcessor | N
         },
     }
     plain = json.loads(json.dumps(recipe))  # or YAML would refer to lists that stand in it twice
-    return _HEAD.format(file=shlex.quote(str(out / "train.yaml"))) + yaml.safe_dump(plain, sort_keys=False, width=120)
+    return _HEAD.format(command=train_command(out)) + yaml.safe_dump(plain, sort_keys=False, width=120)
 
 
 def _picture_tokens(config: MoTConfig) -> int:

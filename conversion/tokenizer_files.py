@@ -1,4 +1,4 @@
-"""The tokenizer of a MoT for a dense model: the same files, without the processor around it and the tokens it cuts off."""
+"""Copy the tokenizer of a MoT for a dense model, without the processor and without tokens that lose their row."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ FILES = (
 
 
 def check_cut(folder: Path, vocab_size: int) -> None:
-    """Refuse to cut what cannot be cut: a vocabulary's own tokens, which merges are made of. Raises ConversionError."""
+    """Refuse to cut into the tokens that a vocabulary's merges make. Raises ConversionError."""
     if not (folder / TOKENIZER).is_file():
         return
     with reading(f"{folder / TOKENIZER} cannot be read"):
@@ -36,14 +36,16 @@ def copy_tokenizer(source: Path, out: Path, vocab_size: int) -> None:
     """Copy a tokenizer's files, where there are any.
 
     Args:
-        vocab_size: added tokens from here on, the settings that name them and a chat template that writes them are left
-            out.
+        vocab_size: added tokens from this id on are left out, and so are settings and chat templates that name them.
     """
+    # The files as they are.
     for name in FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
     if (source / TEMPLATES).is_dir():
         shutil.copytree(source / TEMPLATES, out / TEMPLATES)
+
+    # Without the tokens that lose their row; a template that writes one of them goes too.
     cut = _cut_tokens(out / TOKENIZER, vocab_size) if (out / TOKENIZER).is_file() else []
     for path in (out / TEMPLATE, *(out / TEMPLATES).glob("*.jinja")):
         if path.is_file():
@@ -51,25 +53,26 @@ def copy_tokenizer(source: Path, out: Path, vocab_size: int) -> None:
             path.write_text(template, encoding="utf-8")
             if _writes(template, cut):
                 path.unlink()
+
+    # The settings, without the MoT's processor and its code.
     if (out / SETTINGS).is_file():
         settings = {
             name: value
             for name, value in without_code(read_json(out / SETTINGS)).items()
-            # The processor is a MoT's, and so is its code.
             if name != "processor_class" and not _writes(json.dumps(value, ensure_ascii=False), cut)
         }
         _write_json(out / SETTINGS, settings)
 
 
 def _cut_tokens(path: Path, vocab_size: int) -> list[str]:
-    """Take the added tokens from `vocab_size` on out of a tokenizer.json. -> those tokens"""
+    """Remove the added tokens from `vocab_size` on from a tokenizer.json.  -> the removed tokens"""
     with reading(f"{path.name} of the source cannot be read"):
         Tokenizer.from_file(str(path))
     tree = read_json(path)
     cut = [token["content"] for token in tree["added_tokens"] if token["id"] >= vocab_size]
     if cut:
         tree["added_tokens"] = [token for token in tree["added_tokens"] if token["id"] < vocab_size]
-        # A begin token that was added, together with the template that puts it before a text.
+        # An added begin token goes together with the template that puts it before a text.
         if _writes(json.dumps(tree.get("post_processor"), ensure_ascii=False), cut):
             tree["post_processor"] = None
         _write_json(path, tree)

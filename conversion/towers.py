@@ -1,4 +1,4 @@
-"""From a dense checkpoint to the towers of a MoT: what every tensor of the new one is made of, decided before any is."""
+"""Plan the towers of a MoT from a dense checkpoint: decide the origin of every tensor before any tensor is made."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +12,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from conversion.architectures import Architecture, architecture_of, fit_length
 from conversion.checkpoints import CheckpointReader, Entry
-from conversion.commands import check_range, read_config, read_generation_config, read_json, reading, stored_dtype
+from conversion.commands import (
+    check_range,
+    merge_layers,
+    read_config,
+    read_generation_config,
+    read_json,
+    reading,
+    stored_dtype,
+)
 from conversion.initial_values import Start, extended, fresh, generator_of, perturbed
 from conversion.key_maps import ConversionError, Origin
 from conversion.sizes import check_sizes
@@ -23,7 +31,7 @@ from modeling_mot.latent_vae import downsampling, vae_config_of
 from modeling_mot.modeling_mot_transfusion import build_patchifier
 
 
-# Several times what any model has had.
+# Several times the sizes of any known model.
 MOST_EXPERTS = MOST_LAYERS = 1024
 MOST_SIDE = 1 << 20
 MOST_PATCHIFIER = 1 << 30  # parameters, which are drawn all at once
@@ -32,18 +40,18 @@ EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass
 class Wishes:
-    """How a MoT is made of a dense model.
+    """The options of making a MoT from a dense model.
 
     Attributes:
-        media: what stands for pictures and sound in the vocabulary.
+        media: the tokens of pictures and sound in the vocabulary.
         share: parts of a layer that the towers have in common.
-        starts: tower -> how it begins; those that are not named are copies.
-        text_experts: experts of the text tower's feed-forward; None: it stays one.
-        vae: a diffusers autoencoder; pictures are then diffused, as `MoTTransfusionModel` does.
-        settings: fields of the configuration that neither the source nor the above decides.
+        starts: tower -> how it begins; a tower that is not named is a copy.
+        text_experts: number of experts in the text tower's feed-forward; None: it stays one feed-forward.
+        vae: a diffusers autoencoder; with it the model diffuses pictures, as `MoTTransfusionModel` does.
+        settings: fields of the configuration that neither the source nor another option decides.
         max_length: see `fit_length`.
-        dtype: of the weights; None: the source's.
-        seed: of everything that is drawn.
+        dtype: dtype of the weights; None: the source's.
+        seed: seed of everything that is drawn.
         ignored_fields: fields of the source's configuration that the user vouches for.
         use_tokenizer: take the source's tokenizer along.
     """
@@ -66,13 +74,13 @@ class Plan:
     """A conversion that has been checked, and not yet done.
 
     Attributes:
-        reader: of the source.
-        architecture: of the source.
-        model: of the new configuration, without values.
-        processor: None where the source has no tokenizer.
+        reader: reads the source.
+        architecture: the source's architecture.
+        model: a model of the new configuration, without values.
+        processor: None if the source has no tokenizer.
         entries: the tensors to write, in order.
-        origins: name of a tensor to write -> where it comes from; what is made here has none.
-        source_vocabulary: rows of the source's embeddings, which are the first of the new ones.
+        origins: name of a tensor to write -> its origin in the source; a tensor that is made here has none.
+        source_vocabulary: number of rows in the source's embeddings; they are the first rows of the new ones.
     """
 
     reader: CheckpointReader
@@ -84,7 +92,11 @@ class Plan:
     source_vocabulary: int
 
     def describe(self) -> str:
-        """Each tensor of the source and what becomes of it; what is new; sizes and parameters."""
+        """List every tensor of the source with its targets, every new tensor, and the sums.
+
+        Layers that become the same are one line, `layers.{0..31}`.
+        """
+        # The source's tensors and the new ones.
         targets: dict[str, list[str]] = {}
         for name, origin in self.origins.items():
             targets.setdefault(origin.name, []).append(name)
@@ -95,32 +107,39 @@ class Plan:
         for entry in self.entries:
             if entry.name not in self.origins:
                 lines.append(f"new: {entry.name} {list(entry.shape)} {_short(entry.dtype)}")
+
+        # The sums.
         config, size = self.model.config, sum(entry.num_bytes for entry in self.entries)
         new_rows = config.vocab_size - self.source_vocabulary
-        lines += [
-            f"{self.architecture.model_type} -> {type(self.model).__name__} with towers {', '.join(config.tower_names)}",
+        active = config.num_parameters(active=True)
+        towers = ", ".join(config.tower_names)
+        sums = [
+            f"{self.architecture.model_type} -> {type(self.model).__name__} with towers {towers}",
             f"{config.vocab_size:,} rows of the vocabulary: {self.source_vocabulary:,} of the source, {new_rows:,} new",
             f"{self.reader.num_bytes():,} bytes become {size:,}",
-            f"{config.num_parameters():,} parameters, {config.num_parameters(active=True):,} of them active for a token",
+            f"{config.num_parameters():,} parameters, {active:,} of them active for a token",
         ]
-        return "\n".join(lines)
+        return "\n".join([*merge_layers(lines), *sums])
 
 
 def plan_upcycle(folder: Path, wishes: Wishes) -> Plan:
-    """Decide everything about a conversion; of the weights only headers are read.
+    """Decide everything about a conversion. Of the weights only the headers are read.
 
     Args:
-        folder: the source's.
+        folder: the source's folder.
 
     Raises:
-        ConversionError: it cannot be done; the message says why, and the way out.
+        ConversionError: the conversion cannot be done; the message names the reason and the way out.
     """
+    # The source must be an architecture that a MoT expresses.
     stored = read_json(folder / "config.json")
     architecture = architecture_of(stored.get("model_type"))
     reader = CheckpointReader(folder)
     check_sizes(stored, reader, folder / "config.json")
     source = read_config(stored)
     architecture.check(source, stored, wishes.ignored_fields)
+
+    # The new configuration, and a model of it that takes no memory.
     length = fit_length(source, wishes.max_length)
     vocabulary = extend_vocabulary(folder, source, wishes.media, wishes.use_tokenizer)
     config = _mot_config(architecture, source, vocabulary, wishes, length)
@@ -129,6 +148,7 @@ def plan_upcycle(folder: Path, wishes: Wishes) -> Plan:
         model = (MoTForCausalLM if wishes.vae is None else MoTTransfusionModel)(config)
     _take_generation_config(folder, model)
 
+    # Every tensor of the new model is made here or comes from one tensor of the source.
     targets = model.state_dict()
     if config.tie_word_embeddings:
         del targets[HEAD]
@@ -136,6 +156,8 @@ def plan_upcycle(folder: Path, wishes: Wishes) -> Plan:
     made_here = _made_here(config, targets, wishes)
     wanted = [name for name in targets if name not in made_here]
     origins = architecture.key_map(config).origins(reader.names, wanted)
+
+    # The order of writing, with shapes checked before anything is written.
     entries = []
     for name, target in targets.items():
         make = made_here.get(name) or partial(_value, reader, origins[name], name, config, wishes)
@@ -147,12 +169,13 @@ def plan_upcycle(folder: Path, wishes: Wishes) -> Plan:
     return Plan(reader, architecture, model, vocabulary.processor, entries, origins, source.vocab_size)
 
 
-# --------------------------------------------------------------------------------------------------------- configuration
+# -------------------------------------------------------------------------------------------------------- configuration
 
 
 def _mot_config(
     architecture: Architecture, source: PreTrainedConfig, vocabulary: Vocabulary, wishes: Wishes, length: int
 ) -> MoTConfig:
+    # The source's fields, the vocabulary's over them, then the options.
     values = architecture.mot_fields(source) | vocabulary.fields | {"max_position_embeddings": length}
     values["untied"] = [part for part in UNTIED_PARTS if part not in wishes.share]
     check_range("--moe-text", wishes.text_experts, 2, MOST_EXPERTS)
@@ -162,6 +185,8 @@ def _mot_config(
                 "--moe-text is of the text tower's feed-forward, which --share feed_forward leaves none"
             )
         values |= {"moe_towers": ["text"], "num_experts": wishes.text_experts}
+
+    # Pictures that are diffused need the sizes of the VAE's latents.
     config_class = MoTConfig
     if wishes.vae is not None:
         config_class, factor = MoTTransfusionConfig, downsampling(vae_config_of(wishes.vae))
@@ -171,6 +196,8 @@ def _mot_config(
     _check_settings(wishes.settings)
     with reading("these options contradict each other"):
         config = config_class(**values | wishes.settings)
+
+    # Only now the towers have names.
     if unknown := [tower for tower in wishes.starts if tower not in config.tower_names]:
         raise ConversionError(f"--init names {unknown[0]!r}; the towers are {', '.join(config.tower_names)}")
     if wishes.starts and not config.untied:
@@ -179,7 +206,7 @@ def _mot_config(
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
-    """Refuse numbers that are larger than any model has: modules of such sizes would be built to find that out."""
+    """Refuse sizes beyond any known model, since modules of such sizes would be built before anything else fails."""
     for name, value in settings.items():
         most = MOST_LAYERS if name == "unet_layers" else MOST_SIDE
         for number in value if isinstance(value, list) else [value]:
@@ -188,7 +215,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
 
 
 def _take_generation_config(folder: Path, model: PreTrainedModel) -> None:
-    """The source's settings of generation (its list of end tokens among them), with the special tokens of the model."""
+    """Give the model the source's settings of generation; special tokens that they leave open are the model's."""
     own, taken = model.generation_config, read_generation_config(folder)
     if taken is None:
         return
@@ -198,11 +225,11 @@ def _take_generation_config(folder: Path, model: PreTrainedModel) -> None:
     model.generation_config = taken
 
 
-# ---------------------------------------------------------------------------------------------------------------- values
+# --------------------------------------------------------------------------------------------------------------- values
 
 
 def _made_here(config: MoTConfig, targets: dict[str, torch.Tensor], wishes: Wishes) -> dict[str, Callable]:
-    """Name -> how it is made, of the tensors that no dense model has: routers, the patchifier and the VAE."""
+    """Name -> maker of each tensor that no dense model has: those of routers, patchifier and VAE."""
     made = {}
     for name, target in targets.items():
         if name.endswith(".router.weight"):
@@ -210,8 +237,8 @@ def _made_here(config: MoTConfig, targets: dict[str, torch.Tensor], wishes: Wish
     if wishes.vae is not None:
         if (count := config.patchifier_parameters()) > MOST_PATCHIFIER:
             raise ConversionError(
-                f"unet_channels={config.unet_channels} and unet_layers={config.unet_layers} make a patchifier of {count:,} "
-                f"parameters; at most {MOST_PATCHIFIER:,} are drawn"
+                f"unet_channels={config.unet_channels} and unet_layers={config.unet_layers} make a patchifier of "
+                f"{count:,} parameters; at most {MOST_PATCHIFIER:,} are drawn"
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator_of(wishes.seed, "patchifier").initial_seed())
@@ -222,7 +249,7 @@ def _made_here(config: MoTConfig, targets: dict[str, torch.Tensor], wishes: Wish
 
 
 def _router(name: str, shape: tuple[int, ...], config: MoTConfig, seed: int) -> torch.Tensor:
-    # D inputs add up: so small, all experts begin with about the same weight, and a token's best one with little more.
+    # D inputs add up. With values this small all experts begin with about the same weight.
     return fresh(name, shape, config, generator_of(seed, name)) / shape[1] ** 0.5
 
 
@@ -235,6 +262,7 @@ def _cast(make: Callable[[], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _value(reader: CheckpointReader, origin: Origin, name: str, config: MoTConfig, wishes: Wishes) -> torch.Tensor:
+    # The vocabulary's tables get more rows; every other tensor begins as its tower does.
     generator = generator_of(wishes.seed, name)
     if name in (EMBEDDINGS, HEAD):
         return extended(reader.read(origin.name), config.vocab_size, generator)
@@ -247,12 +275,13 @@ def _value(reader: CheckpointReader, origin: Origin, name: str, config: MoTConfi
     else:
         value = reader.read(origin.name)
     if "expert" in origin.fan_out and ".down_proj." in name and start.kind != "fresh":
-        # A token's expert counts with its weight, about 1 / num_experts: together they give what the one gave.
+        # A token's expert counts with a weight of about 1 / num_experts. Multiplied by num_experts, it gives the output
+        # of the source's feed-forward.
         value = value * config.num_experts
     return value
 
 
-# ---------------------------------------------------------------------------------------------------------------- checks
+# --------------------------------------------------------------------------------------------------------------- checks
 
 
 def _check_shape(reader: CheckpointReader, source: str, entry: Entry, source_vocabulary: int) -> None:
@@ -263,10 +292,10 @@ def _check_shape(reader: CheckpointReader, source: str, entry: Entry, source_voc
 
 
 def _refuse_untied(reader: CheckpointReader) -> None:
-    """A tied output layer that is stored all the same must be what it is tied to."""
+    """Refuse an output layer that is tied to the embeddings and stored with other values."""
     if HEAD in reader and not torch.equal(reader.read(HEAD), reader.read(EMBEDDINGS)):
         raise ConversionError(
-            f"config.json has tie_word_embeddings=true, but {HEAD} is stored and is not {EMBEDDINGS}; which of them is meant? "
+            f"config.json has tie_word_embeddings=true, but {HEAD} is stored and is not {EMBEDDINGS}; which is meant? "
             "Set tie_word_embeddings to false there, or leave the tensor out"
         )
 

@@ -1,4 +1,4 @@
-"""Make a Mixture-of-Transformers of a dense language model; its text has the logits that it had.
+"""Turn a dense language model into a Mixture-of-Transformers; text keeps the dense model's logits.
 
     python -m conversion.upcycle SOURCE OUT --modalities text image
     python -m conversion.upcycle SOURCE OUT --image-tokenizer FOLDER
@@ -12,7 +12,7 @@ tensors are read and written one by one.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from conversion.checkpoints import check_output, fetch, new_folder, provenance, 
 from conversion.commands import add_arguments, check_range, copy_licences, exit_code, reading
 from conversion.initial_values import Start
 from conversion.key_maps import ConversionError
-from conversion.recipes import frozen_text_recipe
+from conversion.recipes import frozen_text_recipe, train_command
 from conversion.sizes import check_part
 from conversion.towers import Plan, Wishes, plan_upcycle
 from conversion.vae import read_vae
@@ -38,7 +38,7 @@ from modeling_mot.speech_tokenizer import MoTSpeechTokenizer
 
 IMAGE_CODES, IMAGE_GRID = 8192, [32, 32]  # of Chameleon's image tokenizer
 
-# What --set may change: what neither the source nor another option decides.
+# Fields that --set may change: neither the source nor another option decides them.
 SETTABLE = {"attention_dropout", "hidden_dropout", "z_loss_coefficient", "max_speech_tokens", "initializer_range"}
 SETTABLE_TRANSFUSION = (
     {known.name for known in fields(MoTTransfusionConfig)}
@@ -63,20 +63,25 @@ def upcycle(
     Args:
         source: a folder, or a name on the Hub.
         out: a new folder, which appears whole or not at all.
-        revision: of a name on the Hub.
-        freeze_text: write `train.yaml`, a recipe that trains everything but what the source brought.
-        dry_run: only plan.
+        revision: branch, tag or commit of a name on the Hub.
+        max_shard_size: size of a file of weights.
+        freeze_text: write `train.yaml`, a recipe that holds the source's weights and trains everything else.
+        dry_run: plan and write nothing.
         overwrite: replace the checkpoint that `out` holds.
 
     Raises:
-        ConversionError: it cannot be done, and nothing was written; the message says why, and the way out.
+        ConversionError: the conversion cannot be done, and nothing was written; the message names the reason and the
+            way out.
     """
+    # Every refusal comes before anything is written.
     check_output(out, overwrite)
     folder, commit = fetch(source, revision)
     plan = plan_upcycle(folder, wishes)
     recipe = frozen_text_recipe(out, plan.model.config, plan.processor, plan.source_vocabulary) if freeze_text else None
     if dry_run:
         return plan
+
+    # The folder appears whole or not at all.
     record = {
         "command": "upcycle",
         **provenance(source, folder, commit, plan.reader),
@@ -94,11 +99,12 @@ def upcycle(
     return plan
 
 
-# --------------------------------------------------------------------------------------------------------------- options
+# -------------------------------------------------------------------------------------------------------------- options
 
 
 def wishes_of(options: argparse.Namespace) -> Wishes:
-    """Raises ConversionError for options that do not go together, and parts that cannot be loaded."""
+    """Read the options. Raises ConversionError for contradictions, and for parts that cannot be loaded."""
+    # Pictures are diffused, or codes; the modalities follow from this and must be those that the user named.
     vae = None
     if options.transfusion:
         if options.vae is None:
@@ -111,9 +117,11 @@ def wishes_of(options: argparse.Namespace) -> Wishes:
     media = media_of(options, vae, settings)
     if media.modalities != [name for name in ("text", "image", "speech") if name in options.modalities]:
         raise ConversionError(
-            f"--modalities {' '.join(options.modalities)}, but the other options make {' '.join(media.modalities)}; name "
-            "these, or leave the options out"
+            f"--modalities {' '.join(options.modalities)}, but the other options make {' '.join(media.modalities)}; "
+            "name these, or leave the options out"
         )
+
+    # How each tower begins.
     starts = {}
     for text in options.init:
         tower, separator, start = text.partition("=")
@@ -138,7 +146,7 @@ def wishes_of(options: argparse.Namespace) -> Wishes:
 
 
 def make_room(options: argparse.Namespace) -> None:
-    """Where nothing says what stands for pictures or sound: as many tokens as the usual tokenizers have, and say so."""
+    """Give pictures and sound as many tokens as the usual tokenizers have, if no option says more; tell the user."""
     asked = (options.transfusion, options.image_tokenizer, options.image_codes)
     if "image" in options.modalities and not any(one is not None and one is not False for one in asked):
         options.image_codes, options.image_grid = IMAGE_CODES, options.image_grid or IMAGE_GRID
@@ -153,7 +161,8 @@ def make_room(options: argparse.Namespace) -> None:
 
 
 def media_of(options: argparse.Namespace, vae: torch.nn.Module | None, settings: dict[str, Any]) -> Media:
-    """What stands for pictures and sound. Raises ConversionError for options that do not go together."""
+    """The tokens of pictures and sound. Raises ConversionError for options that contradict each other."""
+    # Room for codes is asked for by a number, or follows from a tokenizer, never both.
     media = Media(options.image_codes or 0, options.speech_units or 0, image_grid=options.image_grid)
     if options.image_grid is not None and options.image_codes is None:
         raise ConversionError("--image-grid is of --image-codes; an image tokenizer has its own")
@@ -165,6 +174,8 @@ def media_of(options: argparse.Namespace, vae: torch.nn.Module | None, settings:
         if folder is not None and count is not None:
             raise ConversionError(f"{counted} follows from --{modality}-tokenizer; leave it out")
         check_range(counted, count, 1, MOST_CODES)
+
+    # The tokenizers, and the processor of pictures that are diffused.
     if options.image_tokenizer is not None:
         media.image_tokenizer = _image_tokenizer(options.image_tokenizer)
         media.image_codes, media.image_grid = media.image_tokenizer.num_codes, media.image_tokenizer.image_grid
@@ -190,7 +201,7 @@ def _image_tokenizer(folder: str) -> MoTImageTokenizer:
 
 
 def parse_settings(words: Sequence[str], is_transfusion: bool) -> dict[str, Any]:
-    """`field=value` words, values as JSON or text. Raises ConversionError for fields that are not to be set."""
+    """Read `field=value` words, with values as JSON or text. Raises ConversionError for fields that cannot be set."""
     allowed = SETTABLE | (SETTABLE_TRANSFUSION if is_transfusion else set())
     settings = {}
     for word in words:
@@ -211,7 +222,13 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m conversion.upcycle", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser, "a dense language model of transformers")
-    add = parser.add_argument
+    _add_media(parser.add_argument_group("pictures and sound").add_argument)
+    _add_towers(parser.add_argument_group("towers").add_argument)
+    _add_rest(parser.add_argument_group("configuration").add_argument)
+    return parser
+
+
+def _add_media(add: Callable) -> None:
     add("--modalities", nargs="+", choices=("text", "image", "speech"), default=["text", "image"], metavar="NAME")
     add("--image-tokenizer", metavar="FOLDER", help="pictures are its codes; a folder that MoTImageTokenizer saved")
     add("--image-codes", type=int, metavar="N", help="room for the codes of an image tokenizer that comes later")
@@ -220,53 +237,29 @@ def build_parser() -> argparse.ArgumentParser:
     add("--speech-units", type=int, metavar="N", help="room for the units of a speech tokenizer that comes later")
     add("--transfusion", action="store_true", help="pictures are diffused: OUT is a MoTTransfusionModel")
     add("--vae", metavar="FOLDER", help="with --transfusion: an autoencoder of diffusers, folder or Hub name")
-    add(
-        "--image-size", type=int, nargs=2, metavar=("H", "W"), help="with --transfusion: of pictures (default: 256 256)"
-    )
-    add(
-        "--share",
-        nargs="+",
-        choices=UNTIED_PARTS,
-        default=[],
-        metavar="PART",
-        help="of attention, feed_forward, norm: towers have it in common",
-    )
-    add(
-        "--init",
-        nargs="+",
-        default=[],
-        metavar="TOWER=START",
-        help="copy (default), fresh, or perturbed:STD, noise of STD times each tensor's root mean square",
-    )
-    add(
-        "--moe-text",
-        type=int,
-        metavar="N",
-        help="the text tower's feed-forward becomes N experts, all copies; the text's logits change",
-    )
-    add(
-        "--freeze-text",
-        action="store_true",
-        help="write OUT/train.yaml, a recipe that leaves untouched what SOURCE brought",
-    )
-    add(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="fields of the configuration, such as patch_size=2 patchifier=linear prediction_type=flow",
-    )
+    size = "with --transfusion: the pictures' size (default: 256 256)"
+    add("--image-size", type=int, nargs=2, metavar=("H", "W"), help=size)
+
+
+def _add_towers(add: Callable) -> None:
+    shared = "attention, feed_forward, norm: the towers share this part of a layer"
+    add("--share", nargs="+", choices=UNTIED_PARTS, default=[], metavar="PART", help=shared)
+    start = "copy (default), fresh, or perturbed:STD, noise of STD times each tensor's root mean square"
+    add("--init", nargs="+", default=[], metavar="TOWER=START", help=start)
+    experts = "the text tower's feed-forward becomes N experts, all copies; the text's logits change"
+    add("--moe-text", type=int, metavar="N", help=experts)
+    held = "write OUT/train.yaml, a recipe that holds the weights of SOURCE and trains the rest"
+    add("--freeze-text", action="store_true", help=held)
+
+
+def _add_rest(add: Callable) -> None:
+    settings = "fields of the configuration, such as patch_size=2 patchifier=linear prediction_type=flow"
+    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help=settings)
     add("--max-length", type=int, metavar="N", help="longest sequence (default: the source's)")
-    add(
-        "--ignore-fields",
-        nargs="+",
-        default=[],
-        metavar="FIELD",
-        help="of SOURCE's config.json that change nothing, on your word",
-    )
+    ignored = "fields of SOURCE's config.json that change nothing, on your word"
+    add("--ignore-fields", nargs="+", default=[], metavar="FIELD", help=ignored)
     add("--no-tokenizer", action="store_true", help="leave SOURCE's tokenizer behind")
-    add("--seed", type=int, default=0, help="of all that is drawn (default: 0)")
-    return parser
+    add("--seed", type=int, default=0, help="seed of everything that is drawn (default: 0)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -286,6 +279,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             overwrite=options.overwrite,
         )
         print(plan.describe() if options.dry_run else options.out)
+        if options.freeze_text and not options.dry_run:
+            print(f"train.yaml in it holds the text and trains the rest: {train_command(options.out)}")
 
     return exit_code(work)
 

@@ -30,7 +30,7 @@ from modeling_mot.latent_vae import build_vae, downsampling, vae_class, vae_conf
 
 
 PREFIX = "vae."
-# What scales latents; a model knows only those it was trained on.
+# Fields that scale latents. A model knows only latents of the scale that it was trained on.
 SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
@@ -38,16 +38,16 @@ def export_vae(folder: Path, out: Path, overwrite: bool = False, dry_run: bool =
     """Write the VAE of a Transfusion model as `AutoencoderKL` or `AutoencoderTiny.from_pretrained` reads it.
 
     Args:
-        folder: of the model.
+        folder: the model's folder.
         out: a new folder; it appears whole or not at all.
         overwrite: replace a model at `out`.
         dry_run: check and plan, write nothing.
 
     Returns:
-        What is written, in a line.
+        One line that says what is written.
 
     Raises:
-        ConversionError: the model holds no VAE, or its tensors are not those of its `vae_config`.
+        ConversionError: the model holds no VAE, or its tensors do not fit its `vae_config`.
     """
     check_output(out, overwrite)
     config = _config(folder)
@@ -80,30 +80,34 @@ def import_vae(
     """Write a copy of a Transfusion model with another VAE, kept in float32.
 
     Args:
-        folder: of the model, with or without a VAE.
+        folder: the model's folder; the model may lack a VAE.
         vae_folder: folder or Hub name of a diffusers `AutoencoderKL` or `AutoencoderTiny`, with weights in safetensors.
         out: a new folder; it appears whole or not at all.
         other_latents: take a VAE that scales its latents otherwise than the one before.
-        max_shard_size: of a file of weights.
+        max_shard_size: size of a file of weights.
         overwrite: replace a model at `out`.
         dry_run: check and plan, write nothing.
 
     Returns:
-        What is written, in a line.
+        One line that says what is written.
 
     Raises:
-        ConversionError: the VAE is of another class, or its latents do not fit the model: their channels, the pixels of
-            one, or their scale.
+        ConversionError: the VAE is of another class, or its latents do not fit the model in their channels, in the
+            pixels of a latent, or in their scale.
     """
     check_output(out, overwrite)
     config = _config(folder)
     vae = read_vae(vae_folder)
     _check_fits(config, folder, vae, vae_folder, other_latents)
+
+    # The transformer's tensors as they are, and the new VAE's.
     reader = CheckpointReader(folder)
     kept = [name for name in reader.names if not name.startswith(PREFIX)]
     entries = [Entry(name, reader.shape(name), reader.dtype(name), partial(reader.read, name)) for name in kept]
     for name, tensor in vae.state_dict().items():
         entries.append(Entry(PREFIX + name, tuple(tensor.shape), tensor.dtype, tensor.contiguous))
+
+    # Every other file is copied; the configuration, the record and the code are written anew.
     if not dry_run:
         stored = read_json(folder / "config.json") | {"vae_config": vae_config_of(vae)}
         record = {
@@ -122,10 +126,8 @@ def import_vae(
             _write_own_code(made)
             write_tensors(made, entries, max_shard_size)
     added = vae.state_dict()
-    return (
-        f"{type(vae).__name__}: {len(added)} tensors, {_num_bytes(added):,} bytes, beside {len(kept)} tensors of the "
-        f"transformer -> {out}"
-    )
+    sums = f"{len(added)} tensors, {_num_bytes(added):,} bytes"
+    return f"{type(vae).__name__}: {sums}, beside {len(kept)} tensors of the transformer -> {out}"
 
 
 def read_vae(folder: str | Path) -> AutoencoderKL | AutoencoderTiny:
@@ -158,7 +160,8 @@ def _config(folder: Path) -> MoTTransfusionConfig:
     stored = read_json(path)
     if stored.get("model_type") != MoTTransfusionConfig.model_type:
         raise ConversionError(
-            f"{folder} has model_type={stored.get('model_type')!r}; only {MoTTransfusionConfig.model_type!r} holds a VAE"
+            f"{folder} has model_type={stored.get('model_type')!r}; only {MoTTransfusionConfig.model_type!r} holds a "
+            "VAE"
         )
     with reading(f"{path} cannot be read"):
         return MoTTransfusionConfig.from_dict(stored)
@@ -171,46 +174,52 @@ def _check_fits(
     vae_folder: str,
     other_latents: bool,
 ) -> None:
+    """Refuse a VAE whose latents the model cannot read."""
+    # The channels and the size of a latent decide the shape of pictures in the model.
     given = vae_config_of(vae)
     if given["latent_channels"] != config.latent_channels:
         raise ConversionError(
-            f"latent_channels={given['latent_channels']} of {vae_folder}, but {config.latent_channels} of the model, whose "
-            "patchifier reads as many; take a VAE with the same"
+            f"latent_channels={given['latent_channels']} of {vae_folder}, but {config.latent_channels} of the model, "
+            "whose patchifier reads as many; take a VAE with the same"
         )
     pixels = downsampling(given)
     if config.vae_config is not None and pixels != config.vae_downsampling:
         raise ConversionError(
             f"a latent of {vae_folder} is {pixels} x {pixels} pixels, one of the model's own VAE "
-            f"{config.vae_downsampling} x {config.vae_downsampling}: pictures would have other lengths; take one with the same"
+            f"{config.vae_downsampling} x {config.vae_downsampling}: pictures would have other lengths; take one with "
+            "the same"
         )
     processor = folder / "image_processor" / IMAGE_PROCESSOR_CONFIG_NAME
     if processor.is_file():
         expected = read_json(processor).get("downsampling")
         if expected != pixels * config.patch_size:
             raise ConversionError(
-                f"the model's processor counts a token for {expected} pixels a side (image_processor.downsampling); with "
-                f"{vae_folder} one stands for {pixels * config.patch_size} (its {pixels} times patch_size={config.patch_size})"
+                f"the model's processor counts a token for {expected} pixels a side (image_processor.downsampling); "
+                f"with {vae_folder} one stands for {pixels * config.patch_size} (its {pixels} times "
+                f"patch_size={config.patch_size})"
             )
+
+    # A model has learnt one scale of latents.
     if config.vae_config is None or other_latents:
         return
     before, after = _scaling(config.vae_config), _scaling(given)
     if differing := [name for name in SCALING if before[name] != after[name]]:
         listed = ", ".join(f"{name}={after[name]} (the model's own: {before[name]})" for name in differing)
         raise ConversionError(
-            f"{vae_folder} scales its latents otherwise: {listed}. The model has learnt to denoise the others; if it is to be "
-            "trained on these, say --other-latents"
+            f"{vae_folder} scales its latents otherwise: {listed}. The model has learnt to denoise the others; if it "
+            "is to be trained on these, say --other-latents"
         )
 
 
 def _scaling(vae_config: dict[str, Any]) -> dict[str, Any]:
-    """With diffusers' defaults for what a configuration leaves out; a shift of 0 is none."""
+    """The scaling fields, with diffusers' defaults for absent ones; a shift of 0 counts as none."""
     with torch.device("meta"):
         complete = build_vae(vae_config).config
     return {name: complete.get(name) or None for name in SCALING}
 
 
 def _written_anew(root: Path, folder: str, names: list[str]) -> set[str]:
-    """The model's own weights, and code; weights of the processor's parts are in folders of theirs."""
+    """The names that are not copied: code, and the model's own weights, which stand in the root alone."""
     stem, code = WEIGHTS.removesuffix(".safetensors"), {name for name in names if name.endswith(".py")}
     if Path(folder) != root:
         return code
@@ -219,7 +228,7 @@ def _written_anew(root: Path, folder: str, names: list[str]) -> set[str]:
 
 
 def _write_own_code(folder: Path) -> None:
-    """The code of this package, and no other code named in a file that was copied."""
+    """Write the code of this package, and remove every other name of code from the copied files."""
     for part in (MoTTransfusionConfig, MoTTransfusionModel, MoTProcessor):
         custom_object_save(part, folder)
     own = MoTTransfusionConfig.auto_classes
@@ -242,8 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 a request that cannot be met."""
     parser = argparse.ArgumentParser(prog="python -m conversion.vae", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    exported = commands.add_parser("export", help="the VAE of a model as a folder of diffusers")
-    imported = commands.add_parser("import", help="a folder of diffusers in the place of a model's VAE")
+    exported = commands.add_parser("export", help="write the VAE of a model as a folder of diffusers")
+    imported = commands.add_parser("import", help="replace a model's VAE by a folder of diffusers")
     for command in (exported, imported):
         command.add_argument("folder", type=Path, help="folder of a saved MoTTransfusionModel")
         if command is imported:

@@ -1,4 +1,4 @@
-"""Whether a stranger can load a folder: tried in a process of its own, where this package is not importable."""
+"""Try whether a stranger can load a folder, in a process that cannot import this package."""
 
 import json
 import os
@@ -12,19 +12,21 @@ from conversion.key_maps import ConversionError
 
 
 _SCRIPT = Path(__file__).with_name("clean_process.py")
-# Their settings, and credentials, are not a stranger's.
+# Variables of the environment that a stranger does not have: settings and credentials.
 _LEFT_OUT = ("PYTHON", "HF_", "HUGGING", "TRANSFORMERS_", "DIFFUSERS_")
 
 
 def validate(folder: Path) -> dict[str, Any]:
-    """Load configuration, model, processor and tokenizer with `trust_remote_code`, generate a token and, for Transfusion,
-    a picture of two steps; on the CPU, offline, from an empty folder and with empty caches.
+    """Load a folder as a stranger does, and use it once.
+
+    The process loads configuration, model, processor and tokenizer with `trust_remote_code`, and generates a token and,
+    for Transfusion, a picture of two steps. It runs on the CPU, offline, from an empty folder, with empty caches.
 
     Returns:
         `model`, `parameters`, `token` and, for Transfusion, `picture` (its shape).
 
     Raises:
-        ConversionError: with the last lines of what went wrong.
+        ConversionError: the process failed; the message holds its last lines.
     """
     with tempfile.TemporaryDirectory() as workspace:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_LEFT_OUT)}

@@ -1,7 +1,7 @@
-"""The vocabulary of a dense model with markers, image codes and speech units behind it, and the processor of both.
+"""Extend the vocabulary of a dense model by markers, image codes and speech units, and build the processor.
 
-The source's rows keep their ids: special tokens that it lacks follow after them, then image codes, then speech units, as
-`modeling_mot.processing_vocabulary` lays them out.
+The source's rows keep their ids. Behind them come special tokens that it lacks, then image codes, then speech units, in
+the order of `modeling_mot.processing_vocabulary`.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from modeling_mot.processing_vocabulary import COMMON_SPECIAL_TOKENS, SPECIAL_TO
 from modeling_mot.speech_tokenizer import MoTSpeechTokenizer
 
 
-# More tokens of pictures or sound than any tokenizer makes; each takes about a kilobyte of the text tokenizer.
+# More tokens than any tokenizer of pictures or sound has; each takes about a kilobyte of the text tokenizer.
 MOST_CODES = 1 << 20
 SPEECH_UNITS = 500  # of HuBERT's k-means, as in the paper's trimodal models
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -30,13 +30,13 @@ MARKERS = ("boi_token", "eoi_token", "begin_of_speech_token", "end_of_speech_tok
 
 @dataclass
 class Media:
-    """What stands for pictures and sound in the new vocabulary.
+    """The tokens of pictures and sound in the new vocabulary.
 
     Attributes:
-        image_codes, speech_units: how many tokens they get; 0 for none.
-        image_tokenizer, speech_tokenizer: what makes those tokens, where it is known already.
+        image_codes, speech_units: numbers of their tokens; 0 for none.
+        image_tokenizer, speech_tokenizer: make these tokens, if they are known already.
         image_grid: rows and columns of codes of a picture.
-        image_processor: pictures stay pixels, which the model diffuses.
+        image_processor: prepares pictures for a model that diffuses them; they have no tokens then.
     """
 
     image_codes: int = 0
@@ -54,27 +54,29 @@ class Media:
 
 @dataclass
 class Vocabulary:
-    """The fields of a MoTConfig that the vocabulary decides, and the processor, where the source has a tokenizer."""
+    """The fields of a MoTConfig that the vocabulary decides, and the processor, if the source has a tokenizer."""
 
     fields: dict[str, Any]
     processor: MoTProcessor | None
 
 
 def extend_vocabulary(folder: Path, config: PreTrainedConfig, media: Media, use_tokenizer: bool = True) -> Vocabulary:
-    """The vocabulary of the checkpoint in `folder`, with room for `media`.
+    """Extend the vocabulary of the checkpoint in `folder` by the tokens of `media`.
 
     Args:
-        config: the source's.
-        use_tokenizer: take the source's tokenizer along, where there is one.
+        config: the source's configuration.
+        use_tokenizer: take the source's tokenizer along, if there is one.
 
     Raises:
-        ConversionError: its tokenizer cannot be loaded or extended.
+        ConversionError: the tokenizer cannot be loaded or extended.
     """
     check_range("--image-codes", media.image_codes, 0, MOST_CODES)
     check_range("--speech-units", media.speech_units, 0, MOST_CODES)
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     if not (use_tokenizer and has_tokenizer):
         return Vocabulary(laid_out(config, media), None)
+
+    # The tokenizer gets a token for every row of the source, then the new tokens.
     try:
         with reading("it cannot be loaded"):
             tokenizer = load_tokenizer(folder)
@@ -96,11 +98,11 @@ def extend_vocabulary(folder: Path, config: PreTrainedConfig, media: Media, use_
 
 
 def fill_up(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Give a token to every row of the source, in place, so that new ones come behind them.
+    """Give a token to every row of the source, in place, so that new tokens come behind them.
 
-    Many checkpoints have more rows than tokens, for round sizes. Where the tokenizer names no padding or end of text but
-    the configuration names a special token, that is taken rather than one that nothing was trained on. A tokenizer
-    without a begin token (Qwen) stays without one.
+    Many checkpoints have more rows than tokens, for round sizes. If the tokenizer names no padding or end of text, but
+    the configuration names a special token, the tokenizer gets this one, since the model was trained with it. A
+    tokenizer without a begin token (Qwen) stays without one.
     """
     missing = config.vocab_size - len(tokenizer)
     tokenizer.add_tokens([special(f"<|unused_{index}|>") for index in range(missing)], special_tokens=True)
@@ -111,10 +113,13 @@ def fill_up(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> Non
 
 
 def extend_chat_template(tokenizer: PreTrainedTokenizerBase, named: list[str]) -> str | dict[str, str] | None:
-    """The chat template of an extended tokenizer, or all that it has by name, with room for pictures and sounds.
+    """Give the chat templates of an extended tokenizer room for pictures and sounds.
 
     Args:
-        named: which of the common special tokens it had before.
+        named: the common special tokens that the tokenizer had before.
+
+    Returns:
+        The template, or name -> template if it has several; None if it has none.
     """
     template = tokenizer.chat_template
     unnamed = [name for name in COMMON_SPECIAL_TOKENS if name not in named]
@@ -124,13 +129,16 @@ def extend_chat_template(tokenizer: PreTrainedTokenizerBase, named: list[str]) -
 
 
 def laid_out(config: PreTrainedConfig, media: Media) -> dict[str, Any]:
-    """The fields of a source without a tokenizer; one that is extended later has the same ids."""
+    """Lay out the ids for a source without a tokenizer; a tokenizer that is extended later has the same ids."""
+    # Special tokens keep the source's ids, or come behind its rows.
     ids, end = {}, config.vocab_size
     for name in SPECIAL_TOKENS:
         ids[name] = _first(getattr(config, f"{name}_id", None)) if name in COMMON_SPECIAL_TOKENS else None
         # A tokenizer that begins its texts with no token is extended by none.
         if ids[name] is None and name != "bos_token":
             ids[name], end = end, end + 1
+
+    # Image codes and speech units come behind them.
     ranges = {"text": [0, end]}
     for modality, count in (("image", media.image_codes), ("speech", media.speech_units)):
         if count:

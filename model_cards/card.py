@@ -1,7 +1,10 @@
-"""The card of a model: what it is, how it was made and measured, how to load it; every figure read from files.
+"""Write the card of a model: what the model is, how it was made and measured, how to load it.
 
-A saved folder tells the architecture, the folder of a run its data, training and figures. What no file tells is left
-out. The text is `template.md`, beside this file.
+Every figure is read from files. A saved folder tells the architecture. The folder of a run tells the data, the training
+and the figures. A fact that no file holds is left out. The text of a card is `template.md`, beside this file.
+
+    card = model_card("runs/emoji/final", "runs/emoji", repo="you/emoji")
+    card.save("README.md")
 """
 
 import hashlib
@@ -20,114 +23,23 @@ from modeling_mot.configuration_mot_transfusion import MoTTransfusionConfig
 from modeling_mot.hub_trust import reading
 
 
-class RunFacts:
-    """What the files of a run tell of one of its steps; everything is empty without a run."""
-
-    def __init__(self, run: Path | None, step: int | None):
-        self.manifest = read_json(run, "manifest.json")
-        self.summary = read_json(run, "summary.json")
-        self.step = step if step is not None else self.summary.get("step")
-        if self.step != self.summary.get("step"):
-            self.summary = {}  # of other weights
-        self.training, self.evaluation = _read_metrics(run, self.step)
-        if self.step is None and self.training:
-            self.step = max(self.training)
-        if self.step is not None:
-            # What the checkpoint says of itself is of this step; the run's manifest is of its last launch.
-            self.manifest |= read_json(run, f"checkpoints/step-{self.step:08d}/manifest.json")
-        self.recipe = _without_places(self.manifest.get("config") or {})
-        self.held_out = self.summary.get("held_out") or self.evaluation
-        self.sources = self.section("data").get("sources") or []
-        self.validation_sources = self.section("data").get("validation_sources") or []
-        self.data_cards = _without_places(self.manifest.get("data_cards") or {})
-
-    def section(self, name: str) -> dict:
-        return self.recipe.get(name) or {}
-
-    def total(self, *keys: str) -> float | None:
-        """The sum over all steps of the product of these figures; None unless every step recorded them."""
-        rows = [[row.get(key) for key in keys] for row in self.training.values()]
-        complete = len(rows) == self.step and not any(None in row for row in rows)
-        return sum(math.prod(row) for row in rows) if complete else None
-
-
-def _without_places(tree: Any) -> Any:
-    """Of absolute paths the last part: a card is read by others, whom a machine's folders tell nothing."""
-    if isinstance(tree, str):
-        return Path(tree).name if tree.startswith(("/", "~")) else tree
-    if isinstance(tree, dict):
-        return {_without_places(key): _without_places(value) for key, value in tree.items()}
-    return [_without_places(item) for item in tree] if isinstance(tree, list) else tree
-
-
-def read_json(folder: Path | None, name: str) -> dict:
-    file = None if folder is None else folder / name
-    if file is None or not file.is_file():
-        return {}
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} cannot be read: {error}; mend or remove it") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{file} does not hold a JSON object; mend or remove it")
-    return tree
-
-
-def _read_metrics(run: Path | None, until: int | None) -> tuple[dict[int, dict], dict]:
-    """(step -> training row, the last evaluation row) up to a step; of a repeated step the later row counts."""
-    training, evaluation = {}, {}
-    if run is None or not (run / "metrics.jsonl").is_file():
-        return training, evaluation
-    with open(run / "metrics.jsonl", encoding="utf-8") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # torn by a stop
-            if not isinstance(row, dict) or "step" not in row or (until is not None and row["step"] > until):
-                continue
-            kind = evaluation if any(key.startswith("eval/") for key in row) else training
-            kind[row["step"]] = row
-    last = evaluation[max(evaluation)] if evaluation else {}
-    return training, {key: value for key, value in last.items() if key.startswith("eval/")}
-
-
-def licence_of(facts: RunFacts) -> tuple[str | None, str | None]:
-    """(license, license_name) that follow from the data: theirs, if all declare one; else none is claimed."""
-    cards = [facts.data_cards.get(source["path"], {}) for source in facts.sources]
-    names = {card.get("license_name") or card.get("license") for card in cards}
-    if not names or None in names:
-        return None, None
-    if len(names) == 1 and cards[0]["license"] != "other":
-        return cards[0]["license"], None
-    return "other", "-and-".join(sorted(names))
-
-
-def languages_of(facts: RunFacts) -> list[str] | None:
-    found = [facts.data_cards.get(source["path"], {}).get("language") for source in facts.sources]
-    flat = [name for item in found if item for name in (item if isinstance(item, list) else [item])]
-    return list(dict.fromkeys(flat)) or None
-
-
-def hub_name(source: Mapping[str, Any], facts: RunFacts) -> str | None:
-    """The data set's name on the Hub; None where the source is somewhere else."""
-    path = source["path"]
-    if match := re.match(r"hf://datasets/([^/]+/[^/@]+)", path):
-        return match[1]
-    return path if path not in facts.data_cards and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) else None
-
-
 TEMPLATE = Path(__file__).resolve().parent / "template.md"
-# What a card shows of a run's folder; whoever writes the card puts them beside it.
+# The pictures of a run's folder that a card shows. The caller of `model_card` copies them beside the card.
 PICTURES = ("samples.png", "losses.png")
+# The last line of a card: it tells later whether somebody has changed the card since.
 _MARK = (
     r"<!-- generated from files \((?:no step|step (?P<step>\d+)), (?P<weights>\w+)\), sha256 (?P<digest>\w+) -->\s*\Z"
 )
 _CONFIGURATIONS = {kind.model_type: kind for kind in (MoTConfig, MoTTransfusionConfig)}
-# A held-out loss so many times that of training is called out as learning by heart.
+# A held-out loss of more than so many times the training loss is called learning by heart.
 _BY_HEART = 1.2
+# The share of the last steps whose mean is the training loss, as in a run's own summary.
+_LAST_STEPS = 1 / 40
+# A longer caption does not become the prompt of the example.
+_LONGEST_EXAMPLE = 60
+_FILE_ENDINGS = (".json", ".jsonl", ".csv", ".txt", ".parquet", ".tar", ".gz", ".zst")
 
-# Measure of summary.json -> (task, metric, what it is); `{}` takes the numbers beside it.
+# Measure of summary.json -> (task, metric, description). The description is filled with the numbers beside the measure.
 _MEASURES = {
     "drawn_right": (
         "text-to-image",
@@ -149,6 +61,15 @@ _MEASURES = {
     ),
     "distance_ratio": ("image-to-image", "distance_ratio", "median distance to the target over that to the source"),
 }
+# Task of an evaluation, as the trainer names it -> its name on the Hub, where that is another.
+_TASKS = {
+    "text": "text-generation",
+    "text-to-speech": "text-to-speech",
+    "speech-to-text": "automatic-speech-recognition",
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ the card
 
 
 def model_card(
@@ -161,48 +82,40 @@ def model_card(
     revision: str | None = None,
     **metadata: Any,
 ) -> ModelCard:
-    """The card of a saved checkpoint.
+    """Make the card of a saved checkpoint.
 
     Args:
-        folder: with config.json, as `save_pretrained` writes it.
-        run: the folder of the run that made it: manifest.json, summary.json, metrics.jsonl, samples.png, losses.png
-            are read, where they are there.
-        repo: its name on the Hub, for the title and the example.
-        step: of the checkpoint; default: what an earlier card in `folder` says, or the run's last.
-        weights: `trained`, or their moving `average`; default: what an earlier card in `folder` says, or the average
-            where the run kept one.
-        revision: shown in the example; without it the example says where to find one.
-        metadata: fields of `huggingface_hub.ModelCardData`, such as `license` or `base_model`, that win over what is
-            found.
+        folder: holds config.json, as `save_pretrained` writes it.
+        run: the folder of the run that made the checkpoint. Of its files these are read, where they exist:
+            manifest.json, summary.json, metrics.jsonl, samples/names.tsv, samples.png, losses.png.
+        repo: the model's name on the Hub, for the title and the example.
+        step: the step of the checkpoint; default: the step that an earlier card in `folder` names, or the run's last.
+        weights: `trained`, or their moving `average`; default: the word of an earlier card in `folder`, or `average`
+            if the run kept one.
+        revision: the commit that the example loads; without it the example says where to find one.
+        metadata: fields of `huggingface_hub.ModelCardData`, such as `license` or `base_model`. They replace the fields
+            that were found in the files.
 
     Raises:
         ValueError: `folder` holds no configuration of a MoT, or a file of the run cannot be read.
-        FileNotFoundError: the template is not beside this package, as where this is run as remote code.
+        FileNotFoundError: the template is not beside this module.
     """
     folder, run = Path(folder), None if run is None else Path(run)
+    if not TEMPLATE.is_file():
+        raise FileNotFoundError(f"{TEMPLATE}: cards are made by the installed package, not by code from the Hub")
+
+    # An earlier card in the folder knows which step and which weights were saved there.
     config = _configuration(folder)
     told_step, told_weights = _told_before(folder)
     facts = RunFacts(run, step if step is not None else told_step)
     weights = weights or told_weights or ("trained" if facts.section("train").get("ema_decay") is None else "average")
+
+    # The head is for the Hub, the body is for people.
     name = repo.split("/")[-1] if repo else (run or folder).resolve().name
     made_from = read_json(folder, "conversion.json")
     results = list(_results(facts))
-    found = {
-        "language": languages_of(facts),
-        "license": licence_of(facts)[0],
-        "license_name": licence_of(facts)[1],
-        "base_model": _base_model(made_from, facts),
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation" if config.modalities == ["text"] else "any-to-any",
-        "tags": ["mixture-of-transformers", "multimodal", "custom_code"],
-        "datasets": [hub for source in facts.sources if (hub := hub_name(source, facts))] or None,
-        "model_name": name if results else None,
-        "eval_results": [result for result, _ in results if result.task_type] or None,
-    }
-    if not TEMPLATE.is_file():
-        raise FileNotFoundError(f"{TEMPLATE}: cards are made by the installed package, not by code from the Hub")
     card = ModelCard.from_template(
-        ModelCardData(**(found | metadata)),
+        ModelCardData(**(_head(config, facts, made_from, name, results) | metadata)),
         template_path=str(TEMPLATE),
         name=repo or name,
         repo=repo,
@@ -211,50 +124,74 @@ def model_card(
         made_from=made_from,
         is_transfusion=isinstance(config, MoTTransfusionConfig),
         has_processor=(folder / "processor_config.json").is_file() or not (folder / "tokenizer_config.json").is_file(),
-        architecture=list(_architecture(config, facts)),
-        training=list(_training(facts, weights)),
-        recipe=yaml_dump(facts.recipe, sort_keys=False).strip() if facts.recipe else None,
-        sources=list(_sources(facts)),
-        attributions=list(_attributions(facts)),
-        losses=list(_losses(facts)),
-        figures=[
-            (result.metric_name, _figure(result.metric_value, share)) for result, share in results if share is not None
-        ],
-        by_heart=_by_heart(facts),
-        note=facts.summary.get("note"),
-        limited=[(source["name"], source["limit"]) for source in facts.sources if source.get("limit")],
-        samples=facts.summary.get("samples") or {},
-        recipe_samples=facts.section("samples"),
-        # They were made with the summary, of its step.
+        **_body(config, facts, weights, results),
+        # The pictures were made together with the summary, so they show the summary's step.
         pictures=[file for file in PICTURES if facts.summary and (run / file).is_file()],
     )
+
+    # The mark is a digest of everything before it.
     card.text = f"{card.text.rstrip()}\n\n"
-    body = card.content
-    step = "no step" if facts.step is None else f"step {facts.step}"
-    card.text += f"<!-- generated from files ({step}, {weights}), sha256 {_digest(body)} -->\n"
+    digest = _digest(card.content)
+    told = "no step" if facts.step is None else f"step {facts.step}"
+    card.text += f"<!-- generated from files ({told}, {weights}), sha256 {digest} -->\n"
     return card
 
 
 def is_generated(text: str) -> bool:
-    """Whether a README.md is a card as it was made here, and nobody has changed it since."""
+    """True if a README.md is a card that was made here and that nobody has changed since."""
     match = re.search(_MARK, text)
     return match is not None and match["digest"] == _digest(text[: match.start()])
+
+
+def _head(
+    config: MoTConfig, facts: "RunFacts", made_from: dict, name: str, results: list[tuple[EvalResult, bool | None]]
+) -> dict[str, Any]:
+    """The fields of `ModelCardData` that follow from the files."""
+    licence, licence_name = licence_of(facts)
+    return {
+        "language": languages_of(facts),
+        "license": licence,
+        "license_name": licence_name,
+        "base_model": _base_model(made_from, facts),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation" if config.modalities == ["text"] else "any-to-any",
+        "tags": ["mixture-of-transformers", "multimodal", "custom_code"],
+        "datasets": [hub for source in facts.sources if (hub := hub_name(source, facts))] or None,
+        "model_name": name if results else None,
+        "eval_results": [result for result, _ in results if result.task_type] or None,
+    }
+
+
+def _body(
+    config: MoTConfig, facts: "RunFacts", weights: str, results: list[tuple[EvalResult, bool | None]]
+) -> dict[str, Any]:
+    """The values of the template that follow from the run's files."""
+    # Losses have a table of their own.
+    measured = [(result, is_share) for result, is_share in results if is_share is not None]
+    return {
+        # JSON's quotes and escapes are Python's as well.
+        "caption": facts.caption and json.dumps(facts.caption, ensure_ascii=False),
+        "architecture": list(_architecture(config, facts)),
+        "training": list(_training(facts, weights)),
+        "recipe": yaml_dump(facts.recipe, sort_keys=False).strip() if facts.recipe else None,
+        "sources": list(_sources(facts)),
+        "attributions": list(_attributions(facts)),
+        "losses": list(_losses(facts)),
+        "figures": [(result.metric_name, _figure(result.metric_value, is_share)) for result, is_share in measured],
+        "by_heart": _by_heart(facts),
+        "note": facts.summary.get("note"),
+        "limited": [(source["name"], source["limit"]) for source in facts.sources if source.get("limit")],
+        "samples": facts.summary.get("samples") or {},
+        "recipe_samples": facts.section("samples"),
+    }
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _base_model(made_from: dict, facts: RunFacts) -> str | None:
-    """The model on the Hub that this one was converted from, or that its run began with."""
-    if made_from.get("revision"):
-        return made_from["source"]
-    begun = facts.section("model").get("init_from")
-    return hub_name({"path": begun}, facts) if begun and not Path(begun).exists() else None
-
-
 def _told_before(folder: Path) -> tuple[int | None, str | None]:
-    """(step, weights) of which the folder's present card says that it is, if it was made here."""
+    """(step, weights) that the mark of the folder's present card names; (None, None) without such a card."""
     readme = folder / "README.md"
     match = re.search(_MARK, readme.read_text(encoding="utf-8")) if readme.is_file() else None
     return (None, None) if match is None else (match["step"] and int(match["step"]), match["weights"])
@@ -264,15 +201,228 @@ def _configuration(folder: Path) -> MoTConfig:
     kind = read_json(folder, "config.json").get("model_type")
     if kind not in _CONFIGURATIONS:
         what = "has no config.json" if kind is None else f"is of model_type={kind!r}"
-        raise ValueError(f"{folder} {what}; a card is of a folder that a MoT was saved to")
+        raise ValueError(f"{folder} {what}; give a folder that a MoT was saved to")
     with reading(f"{folder / 'config.json'} cannot be read"):
         return _CONFIGURATIONS[kind].from_pretrained(folder)
 
 
-# ------------------------------------------------------------------------------------------------------- what is said
+# ------------------------------------------------------------------------------------------------ the files of a run
+
+
+class RunFacts:
+    """The facts that the files of a run hold about one of its steps. Without a run every fact is empty.
+
+    Attributes:
+        manifest: manifest.json, with the checkpoint's own manifest over it.
+        summary: summary.json, if it is about `step`; else empty.
+        step: None if no file tells it.
+        training: step -> row of metrics.jsonl, up to `step`.
+        learnt: key such as `loss_text` -> training loss over the last steps.
+        held_out: key such as `eval/loss_text` -> held-out figure.
+        recipe: the resolved recipe.
+        sources, validation_sources: the data sources of the recipe.
+        data_cards: path of a local source -> the declarations of its own card, which may be empty.
+        caption: a caption of the training data; None if the run kept none that is short.
+        starts: the folders that relative paths of the recipe may begin in.
+    """
+
+    def __init__(self, run: Path | None, step: int | None):
+        self.manifest = read_json(run, "manifest.json")
+        self.summary = read_json(run, "summary.json")
+        self.step = step if step is not None else self.summary.get("step")
+        if self.step != self.summary.get("step"):
+            self.summary = {}  # it is about other weights
+        self.training, evaluation = _read_metrics(run, self.step)
+        if self.step is None and self.training:
+            self.step = max(self.training)
+        if self.step is not None:
+            # The checkpoint's manifest is about this step; the run's manifest is about its last launch.
+            self.manifest |= read_json(run, f"checkpoints/step-{self.step:08d}/manifest.json")
+        self.recipe = _without_places(self.manifest.get("config") or {})
+        self.learnt = _recent_losses(self.training) | (self.summary.get("training") or {})
+        self.held_out = self.summary.get("held_out") or evaluation
+        self.sources = self.section("data").get("sources") or []
+        self.validation_sources = self.section("data").get("validation_sources") or []
+        self.data_cards = _without_places(self.manifest.get("data_cards") or {})
+        self.caption = _first_caption(run) if self.summary else None
+        self.starts = _starts(run, self.section("train").get("output_dir"))
+
+    def section(self, name: str) -> dict:
+        """A section of the recipe; empty if the recipe has none of that name."""
+        return self.recipe.get(name) or {}
+
+    def total(self, *keys: str) -> float | None:
+        """The sum over all steps of the product of these figures; None unless every step recorded them."""
+        rows = [[row.get(key) for key in keys] for row in self.training.values()]
+        complete = len(rows) == self.step and not any(None in row for row in rows)
+        return sum(math.prod(row) for row in rows) if complete else None
+
+
+def read_json(folder: Path | None, name: str) -> dict:
+    """The object in a JSON file; empty without a folder or a file.
+
+    Raises:
+        ValueError: the file is not JSON, or holds another value than an object.
+    """
+    file = None if folder is None else folder / name
+    if file is None or not file.is_file():
+        return {}
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}; mend or remove it") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file} does not hold a JSON object; mend or remove it")
+    return tree
+
+
+def _read_metrics(run: Path | None, until: int | None) -> tuple[dict[int, dict], dict]:
+    """(step -> training row, the last evaluation row) up to step `until`; of a repeated step the later row counts."""
+    training, evaluation = {}, {}
+    if run is None or not (run / "metrics.jsonl").is_file():
+        return training, evaluation
+    with open(run / "metrics.jsonl", encoding="utf-8") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # a stop has torn the line
+            if not isinstance(row, dict) or "step" not in row or (until is not None and row["step"] > until):
+                continue
+            kind = evaluation if any(key.startswith("eval/") for key in row) else training
+            kind[row["step"]] = row
+    last = evaluation[max(evaluation)] if evaluation else {}
+    return training, {key: value for key, value in last.items() if key.startswith("eval/")}
+
+
+def _recent_losses(training: dict[int, dict]) -> dict[str, float]:
+    """Key such as `loss_text` -> its mean over the targets of the last steps.
+
+    A short run may have no target of a modality in its last fortieth; its last step with such targets then counts.
+    """
+    rows = [training[step] for step in sorted(training)]
+    losses = {}
+    for key in dict.fromkeys(key for row in rows for key in row if key.startswith("loss_")):
+        objective = key.removeprefix("loss_")
+        count = f"{'elements' if objective == 'image_diffusion' else 'tokens'}_{objective}"
+        pairs = [(row[key], row.get(count) or 0) for row in rows[-max(1, int(len(rows) * _LAST_STEPS)) :] if key in row]
+        pairs = [(loss, targets) for loss, targets in pairs if loss is not None and targets]
+        if not pairs:
+            pairs = [(row[key], row[count]) for row in rows if row.get(key) is not None and row.get(count)][-1:]
+        if pairs:
+            losses[key] = sum(loss * targets for loss, targets in pairs) / sum(targets for _, targets in pairs)
+    return losses
+
+
+def _first_caption(run: Path) -> str | None:
+    """The first caption that the run drew a picture for at its end; None if there is none, or only a long one."""
+    file = run / "samples" / "names.tsv"
+    lines = file.read_text(encoding="utf-8").splitlines()[1:2] if file.is_file() else []
+    caption = lines[0].split("\t")[0].strip() if lines else ""
+    return caption if 0 < len(caption) <= _LONGEST_EXAMPLE else None
+
+
+def _starts(run: Path | None, output_dir: str | None) -> list[Path]:
+    """The present folder and, if the run still lies where its recipe says, the folder that the run was started in."""
+    written = Path(output_dir or "").parts
+    if run is None or not written or run.resolve().parts[-len(written) :] != written:
+        return [Path()]
+    return [Path(), run.resolve().parents[len(written) - 1]]
+
+
+def _without_places(tree: Any) -> Any:
+    """The tree with the last part in the place of each absolute path: strangers read the card, not this machine."""
+    if isinstance(tree, str):
+        return Path(tree).name if tree.startswith(("/", "~")) else tree
+    if isinstance(tree, dict):
+        return {_without_places(key): _without_places(value) for key, value in tree.items()}
+    return [_without_places(item) for item in tree] if isinstance(tree, list) else tree
+
+
+# ------------------------------------------------------------------------------------------------- data and licences
+
+
+def hub_name(source: Mapping[str, Any], facts: RunFacts) -> str | None:
+    """The name on the Hub of a source's data set; None if the data are elsewhere.
+
+    `my/pets` may be a data set of the user "my" or a folder. It is a folder if the run read a card there, or if such a
+    folder exists.
+    """
+    path = source["path"]
+    if match := re.match(r"hf://datasets/([^/]+/[^/@]+)", path):
+        return match[1]
+    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not path.endswith(_FILE_ENDINGS)
+    is_local = path in facts.data_cards or any((start / path).exists() for start in facts.starts)
+    return path if is_name and not is_local else None
+
+
+def licence_of(facts: RunFacts) -> tuple[str | None, str | None]:
+    """(license, license_name) of the data, if every source declares one; else (None, None)."""
+    cards = [facts.data_cards.get(source["path"], {}) for source in facts.sources]
+    names = {card.get("license_name") or card.get("license") for card in cards}
+    if not names or None in names:
+        return None, None
+    if len(names) == 1 and cards[0].get("license", "other") != "other":
+        return cards[0]["license"], None
+    return "other", "-and-".join(sorted(names))
+
+
+def languages_of(facts: RunFacts) -> list[str] | None:
+    """The languages that the data declare, each once; None if no source declares one."""
+    found = [facts.data_cards.get(source["path"], {}).get("language") for source in facts.sources]
+    flat = [name for item in found if item for name in (item if isinstance(item, list) else [item])]
+    return list(dict.fromkeys(flat)) or None
+
+
+def _base_model(made_from: dict, facts: RunFacts) -> str | None:
+    """The model on the Hub that this one was converted from, or that its run began with."""
+    if made_from.get("revision"):
+        return made_from["source"]
+    begun = facts.section("model").get("init_from")
+    return hub_name({"path": begun}, facts) if begun else None
+
+
+def _data_name(path: str, facts: RunFacts) -> str:
+    """A source's name for people: its name on the Hub, the title of its own card, or its path."""
+    return hub_name({"path": path}, facts) or facts.data_cards.get(path, {}).get("pretty_name", path)
+
+
+def _sources(facts: RunFacts) -> Iterator[tuple[str, ...]]:
+    """(name, data, split, records, share, documents, licence) of each source that the model was trained on."""
+    total = sum(source["weight"] for source in facts.sources)
+    for source in facts.sources:
+        hub = hub_name(source, facts)
+        card = facts.data_cards.get(source["path"], {})
+        local = card.get("pretty_name") or f"local files, `{source['path']}`"
+        split = " ".join(filter(None, (source.get("config"), source["split"])))
+        records = f"the first {source['limit']:,}" if source.get("limit") else "all"
+        if source.get("match"):
+            records += " where " + ", ".join(f"{column} has `{what}`" for column, what in source["match"].items())
+        yield (
+            source["name"],
+            f"[{hub}](https://huggingface.co/datasets/{hub})" if hub else local,
+            split,
+            records,
+            f"{source['weight'] / total:.0%}",
+            "; ".join(", ".join(template["segments"]) for template in source["templates"]),
+            card.get("license_name") or card.get("license") or ("see there" if hub else "not declared"),
+        )
+
+
+def _attributions(facts: RunFacts) -> Iterator[tuple[str, str]]:
+    """(title, text) of each data card that says whom to name."""
+    for path in dict.fromkeys(source["path"] for source in facts.sources):
+        card = facts.data_cards.get(path, {})
+        if card.get("attribution"):
+            yield card.get("pretty_name", path), card["attribution"]
+
+
+# ----------------------------------------------------------------------------------------- architecture and training
 
 
 def _architecture(config: MoTConfig, facts: RunFacts) -> Iterator[tuple[str, str]]:
+    """(what, value) of each row in the table of the architecture."""
+    # The towers.
     if variant := facts.section("model").get("variant"):
         yield "variant", f"`{variant}`"
     yield "modalities", ", ".join(config.modalities)
@@ -280,6 +430,8 @@ def _architecture(config: MoTConfig, facts: RunFacts) -> Iterator[tuple[str, str
     yield "towers", ", ".join(config.tower_names) + (f"; each has its own {own}" if len(config.tower_names) > 1 else "")
     if config.moe_towers:
         yield "experts", f"{config.num_experts} in the feed-forwards of {', '.join(config.moe_towers)}"
+
+    # The sizes.
     yield "layers", f"{config.num_hidden_layers} of width {config.hidden_size}, feed-forward {config.intermediate_size}"
     yield "heads", f"{config.num_attention_heads}, {config.num_key_value_heads} of keys and values"
     yield "vocabulary", f"{config.vocab_size:,}"
@@ -288,6 +440,8 @@ def _architecture(config: MoTConfig, facts: RunFacts) -> Iterator[tuple[str, str
         yield "pictures", f"latents of {size}, {config.patchifier} patchifier, {config.prediction_type}"
     elif config.image_grid is not None:
         yield "pictures", f"{' x '.join(map(str, config.image_grid))} codes"
+
+    # The costs.
     yield "active parameters (of one token)", _millions(config.num_parameters(active=True))
     beside = ", the frozen VAE not counted" if isinstance(config, MoTTransfusionConfig) else ""
     yield f"total parameters{beside}", _millions(config.num_parameters(active=False))
@@ -297,20 +451,23 @@ def _architecture(config: MoTConfig, facts: RunFacts) -> Iterator[tuple[str, str
 
 
 def _training(facts: RunFacts, weights: str) -> Iterator[tuple[str, str]]:
+    """(what, value) of each row in the table of the training."""
     manifest, train, optimizer = facts.manifest, facts.section("train"), facts.section("optimizer")
+
+    # The recipe.
     if facts.step is not None:
         yield "step", f"{facts.step:,}" + (f" of {train['steps']:,}" if train else "")
     if train:
         yield "rows in a micro-batch", f"{train['rows']} of {facts.section('data')['row_length']:,} tokens"
         yield "micro-batches in a step", str(train["accumulation"])
         if (decay := train.get("ema_decay")) is not None:
-            yield (
-                "weights",
-                f"their moving average ({decay})" if weights == "average" else "of the last step, no average",
-            )
+            average = weights == "average"
+            yield "weights", f"their moving average ({decay})" if average else "of the last step, no average"
     if optimizer:
         schedule = f"{optimizer['lr']:g} to {optimizer['min_lr']:g}, {optimizer['warmup_steps']:,} steps of warm-up"
         yield "optimizer", f"AdamW, learning rate {schedule}, weight decay {optimizer['weight_decay']:g}"
+
+    # The work and the time.
     if tokens := facts.total("tokens_per_second", "step_seconds"):
         yield "tokens", _large(tokens)
     if flops := facts.total("flops") or _flops_of_positions(facts):
@@ -319,6 +476,8 @@ def _training(facts: RunFacts, weights: str) -> Iterator[tuple[str, str]]:
         yield "training time", f"{seconds / 3600:,.2f} h" if seconds >= 3600 else f"{seconds / 60:,.1f} min"
         yield "tokens a second", f"{facts.summary['tokens_per_second']:,.0f}"
         yield "model FLOPs utilisation", f"{facts.summary['mfu']:.0%}"
+
+    # The machine and the versions.
     if world := manifest.get("world"):
         yield "processes", f"{world['processes']} x {manifest.get('device', '').split(':')[0]}".removesuffix(" x ")
     if precision := manifest.get("precision"):
@@ -331,65 +490,45 @@ def _training(facts: RunFacts, weights: str) -> Iterator[tuple[str, str]]:
 
 
 def _flops_of_positions(facts: RunFacts) -> int | None:
-    """3 x forward FLOPs of all positions, where each costs the same."""
+    """3 x forward FLOPs of all positions; None if positions of different modalities cost differently."""
     per_token, train = set((facts.manifest.get("forward_flops_per_token") or {}).values()), facts.section("train")
     if len(per_token) != 1 or not train or facts.step is None or "rows_in_a_step" not in facts.manifest:
         return None
     return 3 * per_token.pop() * facts.step * facts.manifest["rows_in_a_step"] * facts.section("data")["row_length"]
 
 
-def _sources(facts: RunFacts) -> Iterator[tuple[str, ...]]:
-    """(name, path, split, records, share, segments, licence) of what the model was trained on."""
-    total = sum(source["weight"] for source in facts.sources)
-    for source in facts.sources:
-        hub = hub_name(source, facts)
-        card = facts.data_cards.get(source["path"], {})
-        split = " ".join(filter(None, (source.get("config"), source["split"])))
-        records = f"the first {source['limit']:,}" if source.get("limit") else "all"
-        if source.get("match"):
-            records += " where " + ", ".join(f"{column} has `{what}`" for column, what in source["match"].items())
-        segments = "; ".join(", ".join(template["segments"]) for template in source["templates"])
-        path = f"[{hub}](https://huggingface.co/datasets/{hub})" if hub else card.get("pretty_name", source["path"])
-        licence = card.get("license_name") or card.get("license") or ("see there" if hub else "not declared")
-        yield source["name"], path, split, records, f"{source['weight'] / total:.0%}", segments, licence
-
-
-def _attributions(facts: RunFacts) -> Iterator[tuple[str, str]]:
-    for path in dict.fromkeys(source["path"] for source in facts.sources):
-        card = facts.data_cards.get(path, {})
-        if card.get("attribution"):
-            yield card.get("pretty_name", path), card["attribution"]
+# ------------------------------------------------------------------------------------------------ losses and figures
 
 
 def _losses(facts: RunFacts) -> Iterator[tuple[str, str, str]]:
     """(objective, training loss, held-out loss)."""
-    training = facts.summary.get("training") or {}
-    for key in dict.fromkeys(
-        [*training, *(k.removeprefix("eval/") for k in facts.held_out if k.startswith("eval/loss_"))]
-    ):
-        pair = (training.get(key), facts.held_out.get(f"eval/{key}"))
-        yield (
-            key.removeprefix("loss_").replace("_", " "),
-            *("" if value is None else f"{value:.4g}" for value in pair),
-        )
+    held_out = [key.removeprefix("eval/") for key in facts.held_out if key.startswith("eval/loss_")]
+    for key in dict.fromkeys([*facts.learnt, *held_out]):
+        pair = (facts.learnt.get(key), facts.held_out.get(f"eval/{key}"))
+        learnt, expected = ("not measured" if value is None else f"{value:.4g}" for value in pair)
+        yield _objective(key), learnt, expected
 
 
 def _by_heart(facts: RunFacts) -> list[str]:
-    """Objectives whose held-out loss lies well above that of training."""
-    training = facts.summary.get("training") or {}
-    held_out = {key: facts.held_out.get(f"eval/{key}") for key in training}
+    """The objectives whose held-out loss is far above the training loss."""
+    held_out = {key: facts.held_out.get(f"eval/{key}") for key in facts.learnt}
     return [
-        key.removeprefix("loss_").replace("_", " ")
-        for key, value in training.items()
+        _objective(key)
+        for key, value in facts.learnt.items()
         if held_out[key] is not None and held_out[key] > _BY_HEART * value
     ]
 
 
-def _results(facts: RunFacts) -> Iterator[tuple[EvalResult, bool | None]]:
-    """(result, whether it is a share; None: a loss, of which the card has another table).
+def _objective(key: str) -> str:
+    return key.removeprefix("loss_").replace("_", " ")
 
-    Results without a task are of the image tokenizer and not of the model; they stay out of the metadata.
+
+def _results(facts: RunFacts) -> Iterator[tuple[EvalResult, bool | None]]:
+    """(result, is a share); the second is None for a loss, since losses have another table.
+
+    A result without a task is about the image tokenizer and not about the model; the metadata leave it out.
     """
+    # Held-out losses, by task and by objective.
     for key, value in facts.held_out.items():
         name = key.removeprefix("eval/")
         if value is None:
@@ -401,37 +540,31 @@ def _results(facts: RunFacts) -> Iterator[tuple[EvalResult, bool | None]]:
             metric, _, objective = name.partition("_")
             what = f"held-out {metric} of {objective.replace('_', ' ')}"
             yield _result(facts, True, "any-to-any", metric, value, what), None
+
+    # Measures of the samples, first of learnt names and then of held-out ones.
     measures = facts.summary.get("samples") or {}
     for prefix in ("", "held_out_"):
         numbers = {name: measures.get(prefix + name) for name in ("drawn", "edited")}
         numbers |= {"which": "held-out" if prefix else "learnt", "gallery_size": measures.get("gallery_size")}
         for name, (task, metric, what) in _MEASURES.items():
             if (value := measures.get(prefix + name)) is not None:
-                described = what.format(**numbers)
-                yield (
-                    _result(facts, bool(prefix), task, metric, value, described),
-                    metric in ("accuracy", "exact_match"),
-                )
-
-
-_TASKS = {
-    "text": "text-generation",
-    "text-to-speech": "text-to-speech",
-    "speech-to-text": "automatic-speech-recognition",
-}
+                is_share = metric in ("accuracy", "exact_match")
+                yield _result(facts, bool(prefix), task, metric, value, what.format(**numbers)), is_share
 
 
 def _result(facts: RunFacts, held_out: bool, task: str | None, metric: str, value: float, what: str) -> EvalResult:
+    """A result with the data that it was measured on.
+
+    The Hub reads `owner/name` as the id of a data set, so local files get a type that is no id.
+    """
     sources = (held_out and facts.validation_sources) or facts.sources
     paths = list(dict.fromkeys(source["path"] for source in sources))
-    names = [
-        hub_name({"path": path}, facts) or facts.data_cards.get(path, {}).get("pretty_name", path) for path in paths
-    ]
+    types = [hub_name({"path": path}, facts) or f"local files ({path})" for path in paths]
     splits = set(source["split"] for source in sources)
     return EvalResult(
         task_type=task,
-        dataset_type=" and ".join(paths) or "unknown",
-        dataset_name=" and ".join(names) or "unknown",
+        dataset_type=" and ".join(types) or "unknown",
+        dataset_name=" and ".join(_data_name(path, facts) for path in paths) or "unknown",
         dataset_split=splits.pop() if len(splits) == 1 else None,
         metric_type=metric,
         metric_name=what,

@@ -82,12 +82,14 @@ def row(name: str, folder: Path) -> str:
     mot = MoTForCausalLM.from_pretrained(out, attn_implementation="sdpa").eval()
     difference = (mot(ids).logits[..., : expected.shape[-1]] - expected).abs().max().item()
     size, share = num_bytes(source), (int(peak) - int(before)) * 1024 / num_bytes(source)
-    return f"| {name} | {difference:g} | {size >> 20} MiB -> {num_bytes(out) >> 20} MiB | {share:.2f} | {float(seconds):.1f} |"
+    weights = f"{size >> 20} MiB -> {num_bytes(out) >> 20} MiB"
+    return f"| {name} | {difference:g} | {weights} | {share:.2f} | {float(seconds):.1f} |"
 
 
 if __name__ == "__main__":
     print(
-        "| source | largest difference of logits | weights | peak memory / source's size | seconds |\n|---|---|---|---|---|"
+        "| source | largest difference of logits | weights | peak memory / source's size | seconds |\n"
+        "|---|---|---|---|---|"
     )
     for name in sys.argv[1:] or [*SOURCES, *(f"chameleon-{layout}" for layout in LAYOUTS)]:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,6 @@
 """Tiny random checkpoints of dense language models, saved by transformers itself."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -66,6 +67,16 @@ def save_source(folder: Path, name: str, tokenizer: bool = False, shard_size: st
     if tokenizer:
         words_tokenizer(model.config.vocab_size).save_pretrained(folder)
     return model
+
+
+def spelled_out(plan: str) -> str:
+    """A printed plan with a line for each layer in the place of a line for `layers.{0..2}`."""
+    lines = []
+    for line in plan.splitlines():
+        span = re.search(r"\{(\d+)\.\.(\d+)\}", line)
+        layers = range(int(span[1]), int(span[2]) + 1) if span else [0]
+        lines += [re.sub(r"\{\d+\.\.\d+\}", str(layer), line) for layer in layers]
+    return "\n".join(lines)
 
 
 def words_tokenizer(size: int, bos: bool = True, **settings) -> PreTrainedTokenizerFast:

@@ -16,7 +16,7 @@ SEQUENCES = [torch.tensor(ids) for ids in ([1, 9, 3, 30, 31, 44, 4, 12], [1, 20,
 
 
 class PagedAttention:
-    """One layer's attention of an engine: flat queries, keys and values of all sequences, which it alone tells apart."""
+    """Attention of an engine in one layer: flat queries, keys and values of all sequences, which it tells apart."""
 
     def __init__(self, config, lengths):
         self.config, self.lengths = config, lengths

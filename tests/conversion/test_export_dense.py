@@ -15,7 +15,7 @@ from conversion.vocabulary import Media
 from modeling_mot import MoTTransfusionConfig, MoTTransfusionModel
 from tests.modeling_mot.test_dense_architectures import ARCHITECTURES, RANGES, TOWERS, dense_and_mot
 
-from .sources import SOURCES, save_source, words_tokenizer
+from .sources import SOURCES, save_source, spelled_out, words_tokenizer
 
 
 LAST = "model.layers.2.mlp.image.down_proj.weight"
@@ -113,7 +113,8 @@ def test_the_dense_tower_of_a_hybrid_is_exported_beside_its_experts(tiny_model, 
 def test_the_text_tower_of_a_transfusion_model_is_its_language_model(tmp_path):
     config = MoTTransfusionConfig(
         vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, boi_token_id=3,
-        eoi_token_id=4, image_token_id=5, latent_channels=4, latent_size=[4, 4], unet_channels=[32, 32], unet_layers=1, unet_norm_groups=8,
+        eoi_token_id=4, image_token_id=5, latent_channels=4, latent_size=[4, 4], unet_channels=[32, 32],
+        unet_layers=1, unet_norm_groups=8,
         initializer_range=0.3, attn_implementation="sdpa",
         vae_config={"_class_name": "AutoencoderKL", "latent_channels": 4, "block_out_channels": [32]},
     )  # fmt: skip
@@ -300,7 +301,7 @@ def test_command_prints_the_plan_and_writes_only_without_dry_run(tmp_path, capsy
     saved(tmp_path / "mot")
     arguments = [str(tmp_path / "mot"), str(tmp_path / "dense")]
     assert main([*arguments, "--dry-run"]) == 0 and not (tmp_path / "dense").exists()
-    printed = capsys.readouterr().out
+    printed = spelled_out(capsys.readouterr().out)
     towers = [f"model.layers.1.mlp.{tower}.up_proj.weight" for tower in TOWERS]
     assert f"{' = '.join(towers)} -> model.layers.1.mlp.up_proj.weight [48, 32]" in printed
     assert "LlamaForCausalLM: " in printed

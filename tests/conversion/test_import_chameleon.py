@@ -32,6 +32,7 @@ from .chameleon_sources import (
     vocabulary,
     with_picture,
 )
+from .sources import spelled_out
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -260,7 +261,7 @@ def test_the_map_reads_in_both_directions(small_source, tmp_path):
 
 def test_a_dry_run_prints_every_tensor_and_writes_nothing(small_source, tmp_path, capsys):
     assert main([str(small_source), str(tmp_path / "out"), "--dry-run"]) == 0
-    printed = capsys.readouterr().out
+    printed = spelled_out(capsys.readouterr().out)
     line = "model.norm.weight [32] -> model.norm.text.weight, model.norm.image.weight"
     assert line in printed.splitlines() and "towers text, image;" in printed and "none is drawn" in printed
     assert all(f"{name} [" in printed for name in CheckpointReader(small_source).names)

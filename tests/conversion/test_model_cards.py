@@ -165,9 +165,65 @@ def test_figures_are_those_of_the_files(run):
 
 
 def test_folders_of_a_machine_are_not_told(run):
-    assert "/home/someone" not in str(model_card(run / "final", run)) and "`pets`" in str(
-        model_card(run / "final", run)
-    )
+    text = str(model_card(run / "final", run))
+    assert "/home/someone" not in text and "`pets`" in text
+
+
+def of_folders(run, monkeypatch, **summary):
+    """The run as one on two local folders, one of which is read by its relative path; both are named as on the Hub."""
+    start = run.parent / "start"
+    (start / "my" / "pics_split").mkdir(parents=True)
+    source = {"split": "train", "weight": 1.0, "templates": []}
+    sources = [source | {"name": "pics", "path": "my/pics_split"}, source | {"name": "lines", "path": "my/lines.jsonl"}]
+    data = CONFIG["data"] | {"sources": sources, "validation_sources": []}
+    rewrite(run / "manifest.json", config=CONFIG | {"data": data}, data_cards={})
+    rewrite(run / "summary.json", **summary)
+    monkeypatch.chdir(start)
+
+
+def test_local_folders_are_not_named_as_data_sets_of_the_hub(run, monkeypatch):
+    of_folders(run, monkeypatch)
+    card = model_card(run / "final", run)
+    assert "datasets" not in card.data.to_dict()
+    types = {result.dataset_type for result in card.data.eval_results}
+    assert types == {"local files (my/pics_split) and local files (my/lines.jsonl)"}
+    assert "| `pics` | local files, `my/pics_split` |" in card.text and "huggingface.co/datasets" not in card.text
+
+
+def test_a_run_that_lies_where_its_recipe_says_finds_its_folders_from_anywhere(run, monkeypatch):
+    of_folders(run, monkeypatch)
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["config"]["train"] = CONFIG["train"] | {"output_dir": f"runs/{run.name}"}
+    moved = shutil.copytree(run, run.parent / "start" / "runs" / run.name)
+    (moved / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.chdir("/")
+    assert "datasets" not in model_card(moved / "final", moved).data.to_dict()
+
+
+def test_a_short_run_has_its_last_losses_and_what_was_not_measured_is_said(run):
+    rows = [metrics_row(step, tokens_text=4, tokens_image=0, loss_image=None) for step in (1, 2, 3)]
+    rows[0] |= {"loss_image": 7.0, "tokens_image": 2}
+    rows[2] |= {"loss_text": 5.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rewrite(run / "summary.json", training={}, held_out={})
+    text = model_card(run / "final", run).text
+    assert "| text | 5 | not measured |" in text and "| image | 7 | not measured |" in text
+
+
+def test_no_section_leaves_two_blank_lines(run, monkeypatch):
+    of_folders(run, monkeypatch, samples={}, training={"loss_text": 1.6}, held_out={"eval/loss_text": 1.6})
+    for card in (model_card(run / "final", run), model_card(run / "final")):
+        assert "\n\n\n" not in card.text and not re.search(r"\n\n\n|\S\n## ", card.content)
+
+
+def test_the_example_draws_a_caption_that_the_run_was_trained_on(run):
+    rewrite(run / "final" / "config.json", image_grid=[2, 3])
+    names = run / "samples" / "names.tsv"
+    names.parent.mkdir()
+    names.write_text('name\tread off\tnearer\na "big" cat\tcat\t0\na dog\tdog\t0\n', encoding="utf-8")
+    assert r"""caption = "a \"big\" cat"  # a caption that it was trained on""" in model_card(run / "final", run).text
+    (run / "summary.json").unlink()  # the samples may be of another step
+    assert 'caption = "umbrella"  # write a caption like those' in model_card(run / "final", run).text
 
 
 def test_an_earlier_step_has_no_figures_of_the_last(run):
@@ -252,7 +308,7 @@ def test_the_example_of_diffusion_runs(tmp_path, monkeypatch):
     (tmp_path / "manifest.json").write_text(json.dumps({"config": {"samples": {"num_inference_steps": 2}}}))
     monkeypatch.chdir(tmp_path)
     exec(example(model_card(tmp_path, tmp_path)), {})
-    assert np.asarray(Image.open("umbrella.png")).shape == (8, 8, 3)
+    assert np.asarray(Image.open("drawn.png")).shape == (8, 8, 3)
 
 
 def test_the_example_from_the_hub_pins_a_revision(run):

@@ -1,4 +1,4 @@
-"""Accelerate's device maps: layers on the disk or in the memory of the CPU until they are needed, the numbers the same."""
+"""Accelerate's device maps: layers wait on the disk or in the CPU's memory, and the numbers stay the same."""
 
 import pytest
 import torch

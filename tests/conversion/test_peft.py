@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT on chosen towers: trained, merged, saved, loaded where neither PEFT nor this package is known."""
+"""LoRA adapters of PEFT on chosen towers: trained, merged, saved, and loaded without PEFT and this package."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Weights in 8 bits by torchao and bitsandbytes, on a CPU; without them (`pip install -e ".[quantization]"`) skipped."""
+"""Weights in 8 bits by torchao and bitsandbytes, on a CPU; skipped without `pip install -e ".[quantization]"`."""
 
 import pytest
 import torch

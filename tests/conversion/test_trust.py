@@ -1,5 +1,5 @@
-"""A stranger's checkpoint: its code is neither run nor passed on, no file outside of its folder is read, and what is junk
-is refused in one line."""
+"""A stranger's checkpoint: its code is neither run nor passed on, no file outside of its folder is read, and junk is
+refused in one line."""
 
 import json
 import pickle

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, GenerationConfig
 
 from conversion.checkpoints import CheckpointReader
+from conversion.commands import merge_layers
 from conversion.initial_values import NEW_ROW_NOISE
 from conversion.upcycle import main
 from conversion.validation import validate
@@ -22,7 +23,7 @@ from training.config import load as load_recipe
 from training.recipe import Recipe
 
 from .hub_server import HubServer
-from .sources import SOURCES, save_source, words_tokenizer
+from .sources import SOURCES, save_source, spelled_out, words_tokenizer
 
 
 ASSETS = Path(__file__).resolve().parents[2] / "training" / "assets"
@@ -119,7 +120,7 @@ def test_shared_parts_are_the_sources(tmp_path, share):
     assert torch.equal(model(ids).logits[..., :60], dense(ids).logits)
 
 
-# ------------------------------------------------------------------------------------------------------------ the tensors
+# ---------------------------------------------------------------------------------------------------------- the tensors
 
 
 def test_shards_of_source_and_of_out_change_nothing(tmp_path):
@@ -214,7 +215,7 @@ def test_dtype_is_the_sources_or_the_one_asked_for(tmp_path):
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-# ---------------------------------------------------------------------------------------------------- mixtures of experts
+# -------------------------------------------------------------------------------------------------- mixtures of experts
 
 
 @torch.no_grad()
@@ -250,7 +251,7 @@ def test_generation_with_copied_experts_is_near_the_source(tmp_path):
     assert far > 0.3  # the routing of training is another function at first
 
 
-# ------------------------------------------------------------------------------------------------------------ Transfusion
+# ---------------------------------------------------------------------------------------------------------- Transfusion
 
 
 @torch.no_grad()
@@ -283,7 +284,7 @@ def test_a_half_precision_transfusion_model_keeps_its_vae_in_float32(tmp_path):
     assert {value.dtype for name, value in tensors.items() if not name.startswith("vae.")} == {torch.bfloat16}
 
 
-# ---------------------------------------------------------------------------------------------- vocabulary and processor
+# --------------------------------------------------------------------------------------------- vocabulary and processor
 
 
 def test_the_tokenizer_goes_along_and_its_ids_stay(tmp_path):
@@ -367,7 +368,7 @@ print(first)
 
 
 def test_a_source_is_taken_from_the_hub_at_a_revision(tmp_path):
-    dense = save_source(tmp_path / "source", "llama", tokenizer=True)
+    dense = save_source(tmp_path / "source", "llama", tokenizer=True, max_position_embeddings=256)
     with HubServer() as hub:
         result = subprocess.run(
             [sys.executable, "-c", UPLOAD_AND_CONVERT, str(tmp_path / "source"), str(tmp_path / "out")],
@@ -410,14 +411,16 @@ def test_frozen_text_comes_with_a_recipe_that_the_trainer_reads(tmp_path):
     assert recipe.data.row_length >= len(processor.encode_images([torch.zeros(64, 64, 3).byte().numpy()])[0])
 
 
-# -------------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------ what is refused
 
 
 def test_a_dry_run_says_what_becomes_of_every_tensor_and_writes_nothing(tmp_path, capsys):
     dense = save_source(tmp_path / "source", "llama")
     assert main([str(tmp_path / "source"), str(tmp_path / "out"), *ROOM, "--moe-text", "2", "--dry-run"]) == 0
     assert os.listdir(tmp_path) == ["source"]
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out
+    assert sum("up_proj" in line for line in printed.splitlines()) == 1  # all layers are one line
+    lines = spelled_out(printed).splitlines()
     for name in dense.state_dict():
         assert sum(line.startswith(f"{name} [") for line in lines) == 1, name
     where = "model.layers.0.mlp.{}.up_proj.weight".format
@@ -431,6 +434,28 @@ def test_a_dry_run_says_what_becomes_of_every_tensor_and_writes_nothing(tmp_path
     assert lines[-1].startswith(f"{sum(p.numel() for p in model.parameters()):,} parameters, ")
     size = sum(p.numel() * 4 for p in model.parameters())
     assert lines[-2] == f"{sum(p.numel() * 4 for p in dense.parameters()):,} bytes become {size:,}"
+
+
+def test_lines_of_layers_are_merged_only_where_they_are_the_same():
+    lines = [f"layers.{layer}.a -> layers.{layer}.b" for layer in (0, 10, 1)]
+    assert merge_layers(["embeddings", *lines[:1], "head"]) == ["embeddings", lines[0], "head"]
+    assert merge_layers([*lines, "layers.0.c -> layers.1.c"]) == [
+        "layers.{0,1,10}.a -> layers.{0,1,10}.b",
+        "layers.0.c -> layers.1.c",
+    ]
+    whole = [f"layers.{layer}.a" for layer in range(12)]
+    assert merge_layers(sorted(whole)) == ["layers.{0..11}.a"]
+    assert sorted(spelled_out("layers.{0..11}.a").splitlines()) == sorted(whole)
+
+
+def test_the_recipe_and_the_command_that_starts_it_are_told(tmp_path, capsys):
+    save_source(tmp_path / "source", "llama", tokenizer=True, max_position_embeddings=256)
+    out = tmp_path / "a folder"
+    words = ["--image-tokenizer", str(ASSETS / "processor" / "image_tokenizer"), "--freeze-text"]
+    assert main([str(tmp_path / "source"), str(out), *words]) == 0
+    first, told = capsys.readouterr().out.splitlines()
+    assert first == str(out) and shlex.split(told)[-3:] == ["python", "training/train.py", str(out / "train.yaml")]
+    assert told.endswith((out / "train.yaml").read_text().splitlines()[3].removeprefix("#   "))
 
 
 def test_nothing_is_overwritten_without_being_told(tmp_path, capsys):
