@@ -229,6 +229,25 @@ def documents_of(position_ids: torch.Tensor) -> torch.Tensor:
     return starts.cumsum(dim=1)
 
 
+def positions_of(
+    rows: torch.Tensor, position_ids: torch.Tensor | None, document_ids: torch.Tensor | None, past_key_values
+) -> torch.Tensor:
+    """The positions of all tokens: as given, or from 0 in each document, or behind the cache.  -> (B, L)
+
+    Args:
+        rows: (B, L, any size), read for its shape and device only.
+        position_ids: (B, L) or (1, L), or None.
+        document_ids: (B, L) or None.
+        past_key_values: a cache, or None.
+    """
+    if position_ids is None and document_ids is not None:
+        position_ids = document_positions(document_ids)
+    elif position_ids is None:
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        position_ids = (torch.arange(rows.shape[1], device=rows.device) + past).unsqueeze(0)
+    return position_ids.expand(rows.shape[0], -1)
+
+
 def tokens_of(attention_mask, document_ids: torch.Tensor | None, length: int) -> torch.Tensor | None:
     """What of the rows is no padding, without a wait for the device.  -> (B, L) bool, or None where neither says it
 
@@ -246,42 +265,36 @@ def tokens_of(attention_mask, document_ids: torch.Tensor | None, length: int) ->
 
 def attention_mask_for(
     config,
-    inputs_embeds,
+    rows: torch.Tensor,
     attention_mask,
     past_key_values,
-    position_ids,
-    document_ids,
-    image_blocks=None,
-    plan=None,
-    may_plan=False,
+    position_ids: torch.Tensor | None,
+    document_ids: torch.Tensor | None,
+    image_blocks: ImageBlocks | None = None,
+    plan: AttentionPlan | None = None,
 ):
-    """The mask in the form that the configured attention implementation takes.
+    """Make the mask in the form that the configured attention implementation takes, without a wait for the device.
 
     Args:
-        inputs_embeds: (B, L, D), read for its shape, dtype and device only.
+        rows: (B, L, any size), read for its shape, dtype and device only.
         attention_mask: (B, past + L) 1 for tokens and 0 for padding, or a 4-D mask, taken as it is.
+        past_key_values: a cache, or None.
+        position_ids: (B, L); without `document_ids` a jump in them begins a document, as in transformers.
         document_ids: (B, L); tokens whose ids differ do not see each other.
-        position_ids: (B, L) as the caller passed them, or None. Without `document_ids` and
-            `attention_mask`, positions that begin anew begin a new document, as in transformers.
-        image_blocks: `ImageBlocks` of the keys, (B, past + L), or None.
-        plan: an `AttentionPlan` of all this, made ahead; attention that runs from plans then needs nothing else.
-        may_plan: make one where none is given and attention runs from plans, which waits for the device.
+        image_blocks: the images of all keys.
+        plan: all this, made ahead; attention that runs from plans then needs nothing else.
 
     Raises:
         ValueError: `document_ids` together with keys of an earlier forward, whose documents are unknown.
     """
-    # The keys are those of this forward: a static cache would have room for more.
-    is_fresh = past_key_values is None or (
-        isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() == 0
-    )
-    if config._attn_implementation == RANGES and is_fresh and attention_mask is None:
+    # Attention that runs from a plan.
+    if takes_plan(config, attention_mask, past_key_values):
         if plan is None:
-            if position_ids is not None:
-                position_ids = position_ids.expand(inputs_embeds.shape[:2])
-            may_wait = may_plan and inputs_embeds.device.type != "meta"  # nothing can be read there
-            plan = plan_attention(position_ids, document_ids, image_blocks, may_wait)
+            plan = _known_plan(position_ids, document_ids, image_blocks)
         if plan is not None:
-            return plan.for_device(inputs_embeds.device)
+            return plan.for_device(rows.device)
+
+    # Every other implementation takes a mask, which transformers makes of functions of queries and keys.
     functions = {}
     if image_blocks is not None:
         functions["or_mask_function"] = image_blocks.same
@@ -289,7 +302,9 @@ def attention_mask_for(
             functions["and_mask_function"] = image_blocks.visible
         position_ids = None  # shared positions are no new documents
     if document_ids is None:
-        return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, **functions)
+        return create_causal_mask(config, rows, attention_mask, past_key_values, position_ids, **functions)
+
+    # Packed documents.
     if past_key_values is not None and past_key_values.get_seq_length() > 0:
         raise ValueError(
             "document_ids came with a filled past_key_values, whose documents are not known; "
@@ -303,27 +318,46 @@ def attention_mask_for(
 
     both = functions.pop("and_mask_function", None)
     allowed = same_document if both is None else and_masks(same_document, both)
-    return create_causal_mask(config, inputs_embeds, attention_mask, None, and_mask_function=allowed, **functions)
+    return create_causal_mask(config, rows, attention_mask, None, and_mask_function=allowed, **functions)
 
 
-def plan_attention(position_ids, document_ids, image_blocks, may_wait: bool) -> AttentionPlan | None:
-    """The plan of rows without padding and cache, or None where visibility is no range or would have to be waited for.
+def takes_plan(config, attention_mask, past_key_values) -> bool:
+    """True if attention runs from an `AttentionPlan`: the keys are those of this forward, and no mask hides padding."""
+    is_fresh = past_key_values is None or (
+        # A static cache has room for more keys than those of this forward.
+        isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() == 0
+    )
+    return config._attn_implementation == RANGES and is_fresh and attention_mask is None
+
+
+def plan_attention(
+    shape: tuple[int, int],
+    position_ids: torch.Tensor | None,
+    document_ids: torch.Tensor | None,
+    image_blocks: ImageBlocks | None,
+) -> AttentionPlan | None:
+    """Plan rows without padding and cache; waits for the device.
 
     Args:
-        As of `attention_mask_for`.
+        shape: (B, L).
+        position_ids, document_ids, image_blocks: as `attention_mask_for` takes them.
+
+    Returns:
+        The plan; None where what tokens see is no range of keys.
     """
     if image_blocks is not None and image_blocks.hidden is not None:
         return None
-    if document_ids is None and image_blocks is None and position_ids is not None:
-        if not may_wait:
-            return None
+    block_ids = None if image_blocks is None else image_blocks.ids
+    if document_ids is None and block_ids is None and position_ids is not None:
         # Positions that are not consecutive begin a document, as in transformers.
+        position_ids = position_ids.expand(shape)
         document_ids = (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(dim=1)
-    if document_ids is None and image_blocks is None:
-        return AttentionPlan()
-    return (
-        AttentionPlan.from_ids(document_ids, None if image_blocks is None else image_blocks.ids) if may_wait else None
-    )
+    return AttentionPlan.from_ids(document_ids, block_ids)
+
+
+def _known_plan(position_ids, document_ids, image_blocks) -> AttentionPlan | None:
+    """The plan of rows of one document and no image, which is known without looking at the device."""
+    return AttentionPlan() if position_ids is None and document_ids is None and image_blocks is None else None
 
 
 def plan_rows(config, input_ids, document_ids, clean_images=None) -> AttentionPlan | None:

@@ -12,8 +12,10 @@ from transformers.generation import GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import TransformersKwargs
 
+from .attention_masks import AttentionPlan, ImageBlocks
 from .checks_fields import Maybe, Number, Whole, check_fields, did_you_mean, is_real, is_whole
 from .configuration_mot import check_spans
+from .tower_routing import ModalityRouting
 
 
 # B batch, L row length, H heads, V vocabulary
@@ -98,6 +100,24 @@ def check_ids(name: str, ids: torch.Tensor, shape: tuple | None = None) -> None:
         )
 
 
+def check_forward(
+    model, keywords: dict, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, document_ids
+) -> tuple[int, int]:
+    """Check the arguments that all forwards have, without a wait for a device.  -> (B, L)
+
+    Args:
+        keywords: those that the forward only passes on.
+
+    Raises:
+        TypeError: an unknown keyword.
+        ValueError: tokens that are missing or given twice, or tensors that do not fit them; by name.
+    """
+    check_keywords(model, keywords)
+    shape = check_tokens(model.config, input_ids, inputs_embeds)
+    check_rows(model.config, shape, attention_mask, position_ids, past_key_values, document_ids)
+    return shape
+
+
 def check_tokens(config, input_ids, inputs_embeds) -> tuple[int, int]:
     """Refuse all but either ids (B, L) or embeddings (B, L, D).  -> (B, L)
 
@@ -120,14 +140,16 @@ def check_tokens(config, input_ids, inputs_embeds) -> tuple[int, int]:
     return inputs_embeds.shape[:2]
 
 
-def check_plan(name: str, plan: Any, kind: type) -> None:
-    """Refuse what lacks the fields of a plan that is made ahead; one made by another copy of this code is as good.
+def check_plans(routing: Any, attention_plan: Any, image_blocks: Any) -> None:
+    """Refuse a plan made ahead that lacks fields of its class. A plan of another copy of this code is as good.
 
     Raises:
         ValueError: by name.
     """
-    if plan is not None and not all(hasattr(plan, field) for field in kind._fields):
-        raise ValueError(f"{name}={shortened(plan)} must be a {kind.__name__}, or None to make one here")
+    kinds = {"routing": ModalityRouting, "attention_plan": AttentionPlan, "image_blocks": ImageBlocks}
+    for (name, kind), plan in zip(kinds.items(), (routing, attention_plan, image_blocks)):
+        if plan is not None and not all(hasattr(plan, field) for field in kind._fields):
+            raise ValueError(f"{name}={shortened(plan)} must be a {kind.__name__}, or None to make one here")
 
 
 def check_logits_to_keep(logits_to_keep: Any, shape: tuple[int, int]) -> None:

@@ -1,4 +1,8 @@
-"""Cross-entropy of tokens as sums and counts by modality."""
+"""The loss of tokens: targets, cross-entropy as sums and counts by modality, and a projection fused with it.
+
+A model's forward calls `targets_of`, then `logits_and_losses`. Without logits (`skip_logits`) the projection to the
+vocabulary and the cross-entropy are one operator, `linear_cross_entropy`, which holds the logits of a block at a time.
+"""
 
 import re
 from collections.abc import Callable
@@ -8,11 +12,76 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
+from transformers.modeling_utils import slice_logits_to_keep
 
+from .checks_arguments import behind_virtual_tokens, check_ids, check_items, check_labels, check_logits_to_keep
 from .tower_routing import autocast_dtype, is_plain_linear
 
 
-# B batch, L row length, D hidden size, V vocabulary
+# B batch, L row length, T = B * L tokens, D hidden size, V vocabulary, c tokens of a block
+
+
+# ------------------------------------------------------------------------------------------- what a forward asks for
+
+
+def targets_of(model, shape, labels, shift_labels, modality_ids) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Targets aligned with the logits and their modalities, (B, L) both; None twice where there are no labels.
+
+    Args:
+        shape: (B, L) of the tokens.
+        labels: (B, L), to be shifted by one; or `shift_labels`, which are aligned already.
+        modality_ids: (B, L) of the tokens, or None; without them modalities follow from the vocabulary.
+
+    Raises:
+        ValueError: labels of another shape, or that are neither tokens nor -100.
+    """
+    given = labels if shift_labels is None else shift_labels
+    if given is None:
+        return None, None
+    check_ids("labels" if shift_labels is None else "shift_labels", given, shape)
+    check_labels(given, model.config.vocab_size)
+    given = given.long()
+    if shift_labels is not None:
+        return given, _modalities(model, given)
+    of_labels = (
+        _modalities(model, given) if modality_ids is None else behind_virtual_tokens(modality_ids, given.shape[1])
+    )
+    # The labels move, not the logits: the last position of a row has no target.
+    return tuple(F.pad(ids[:, 1:], (0, 1), value=-100) for ids in (given, of_labels))
+
+
+def _modalities(model, labels):
+    if model.config.modality_token_ranges is None and len(model.config.tower_names) == 1:
+        return torch.zeros_like(labels)  # one tower and no ranges: all of it counts as text
+    return model.model.modality_ids_of(labels)
+
+
+def logits_and_losses(
+    model, hidden_states, targets, num_items_in_batch, logits_to_keep, skip_logits
+) -> tuple[torch.Tensor | None, dict]:
+    """Logits unless they are skipped, and the losses of tokens where there are targets.
+
+    Args:
+        targets: of `targets_of`.
+
+    Raises:
+        ValueError: logits are skipped without targets, or together with `logits_to_keep`; or what is kept are no
+            positions; a number of items that nothing can be divided by.
+    """
+    check_logits_to_keep(logits_to_keep, tuple(hidden_states.shape[:2]))
+    logits_to_keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else int(logits_to_keep)
+    check_items(num_items_in_batch)
+    targets, modality_ids = targets
+    args = (targets, modality_ids, num_items_in_batch)
+    if not skip_logits:
+        logits = model.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        return logits, {} if targets is None else token_losses(model.config, logits, *args)
+    if targets is None or torch.is_tensor(logits_to_keep) or logits_to_keep != 0:
+        raise ValueError(
+            "skip_logits=True leaves the losses alone: it needs labels, one per token, and logits_to_keep=0; "
+            f"labels are {'absent' if targets is None else 'given'}, logits_to_keep={logits_to_keep}"
+        )
+    return None, token_losses_without_logits(model.config, hidden_states, model.lm_head, *args)
 
 
 def token_losses(
@@ -83,7 +152,7 @@ def _sums(config, cross_entropy, z_losses, targets, modality_ids, num_items_in_b
     return {"loss": loss, "loss_sums": loss_sums, "loss_counts": loss_counts, "z_loss_sum": z_loss_sum}
 
 
-# T tokens, D hidden size, V vocabulary, c tokens of a block
+# --------------------------------------------------------------------------------- projection and loss as one operator
 
 
 BLOCK_LOGITS = 1 << 24  # logits of one block, made by one product
