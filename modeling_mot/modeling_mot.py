@@ -13,8 +13,8 @@ The code is Llama's with one argument more, `routing`. Two classes of tower_rout
 
 - `ModalityRouting` knows which tokens belong to which tower. `routing.sort` makes the tokens of each tower contiguous,
   (B, L, D) -> (T, D), and `routing.restore` puts tokens back into the order of the sequence.
-- `PerTower` holds a module for each tower and runs each on the tokens of its tower: `(rows, routing) -> rows`, with rows
-  sorted by tower. `TowerNorms` is the `PerTower` of norms.
+- `PerTower` holds a module for each tower and runs each on the tokens of its tower: `(rows, routing) -> rows`, where
+  rows are sorted by tower. `TowerNorms` is the `PerTower` of norms.
 
 The file is read from top to bottom, from the smallest part to the whole model:
 
@@ -382,7 +382,7 @@ class MoTModel(MoTPreTrainedModel):
             routing: a `ModalityRouting` made ahead of the forward; `modality_ids` are then not read.
             attention_plan: an `AttentionPlan` made ahead, from the same documents and images. Absent, it is made here,
                 unless `routing` was made ahead: then nothing here may wait for the device.
-            image_blocks: `ImageBlocks` of all keys, (B, past + L): images whose tokens see each other in both directions.
+            image_blocks: `ImageBlocks` of all keys, (B, past + L): the tokens of an image see each other both ways.
             token_choice: route mixtures of experts by each token's choice, as generation does.
                 Default: when the forward continues a cache.
             kwargs: keywords that attention functions and libraries pass on; `checks_arguments.KEYWORDS` lists them.
