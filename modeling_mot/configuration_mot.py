@@ -89,6 +89,23 @@ class MoTConfig(PreTrainedConfig):
 
     Raises:
         ValueError: a contradiction between fields; the message names field, value and way out.
+
+    Examples:
+
+        >>> from modeling_mot import MoTConfig
+        >>> config = MoTConfig(modalities=["text", "image", "speech"])  # a tower for each modality
+        >>> config.tower_names
+        ['text', 'image', 'speech']
+        >>> config.num_parameters() > config.num_parameters(active=True)  # a token passes through one tower
+        True
+
+        Image and speech in one tower, with norms that both towers share:
+
+        >>> config = MoTConfig.from_variant("loo-text", config.modalities, untied=["attention", "feed_forward"])
+        >>> config.towers
+        {'text': 'text', 'image': 'image_speech', 'speech': 'image_speech'}
+        >>> MoTConfig.from_preset("chameleon-443m", "dense").tower_names  # a row of the paper's Table 1
+        ['shared']
     """
 
     field_rules = CONFIG_RULES

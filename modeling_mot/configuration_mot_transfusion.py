@@ -102,6 +102,13 @@ class MoTTransfusionConfig(MoTConfig):
         vae_config (`dict`, *optional*):
             Configuration of diffusers' `AutoencoderKL` or `AutoencoderTiny` inside the model, with its `_class_name`;
             None for a model that is fed latents.
+
+    Examples:
+
+        >>> from modeling_mot import MoTTransfusionConfig
+        >>> config = MoTTransfusionConfig(latent_size=[32, 48], patch_size=2)
+        >>> config.image_length(32, 48)  # tokens of an image
+        384
     """
 
     field_rules = TRANSFUSION_RULES
