@@ -1,4 +1,4 @@
-"""How models and processors are loaded, saved and pushed to the Hub: whole checkpoints, no foreign code, with a card."""
+"""Loading, saving and pushing models and processors: whole checkpoints, no foreign code, a card on the Hub."""
 
 import importlib
 from pathlib import Path
