@@ -325,13 +325,13 @@ def attention_mask_for(
         position_ids: (B, L); without `document_ids` a jump in them begins a document, as in transformers.
         document_ids: (B, L); tokens whose ids differ do not see each other.
         image_blocks: the images of all keys.
-        plan: all this, made ahead; attention that runs from plans then needs nothing else.
+        plan: all this, made ahead, with the keys of the cache; attention that runs from plans then needs nothing else.
 
     Raises:
         ValueError: `document_ids` together with keys of an earlier forward, whose documents are unknown.
     """
     # Attention that runs from a plan.
-    if takes_plan(config, attention_mask, past_key_values):
+    if takes_plan(config, attention_mask, past_key_values, plan):
         if plan is None:
             plan = _known_plan(position_ids, document_ids, image_blocks)
         if plan is not None:
@@ -364,13 +364,20 @@ def attention_mask_for(
     return create_causal_mask(config, rows, attention_mask, None, and_mask_function=allowed, **functions)
 
 
-def takes_plan(config, attention_mask, past_key_values) -> bool:
-    """True if attention runs from an `AttentionPlan`: the keys are those of this forward, and no mask hides padding."""
-    is_fresh = past_key_values is None or (
-        # A static cache has room for more keys than those of this forward.
+def takes_plan(config, attention_mask, past_key_values, plan: AttentionPlan | None = None) -> bool:
+    """True if attention runs from an `AttentionPlan`: the plan covers all keys, and no mask hides padding.
+
+    Args:
+        plan: one made ahead, or None. Its ranges are of all keys; any other plan is of this forward's keys alone.
+    """
+    if config._attn_implementation != RANGES or attention_mask is not None:
+        return False
+    if plan is not None and not plan.is_causal:
+        return True
+    # A static cache has room for more keys than those of this forward.
+    return past_key_values is None or (
         isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() == 0
     )
-    return config._attn_implementation == RANGES and is_fresh and attention_mask is None
 
 
 def plan_attention(

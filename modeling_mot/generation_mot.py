@@ -181,26 +181,6 @@ class MoTGenerationMixin(GenerationMixin):
     """
 
     def generate(self, inputs=None, *args, **kwargs):
-        """Continue prompts, as `GenerationMixin.generate` does, across modalities.
-
-        Examples:
-
-            >>> import torch
-            >>> from modeling_mot import MoTConfig, MoTForCausalLM
-            >>> config = MoTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-            ...                    modality_token_ranges={"text": [0, 48], "image": [48, 64]},
-            ...                    boi_token_id=1, eoi_token_id=2, image_grid=[2, 2])
-            >>> model = MoTForCausalLM(config)
-            >>> prompt = torch.tensor([[5, 9, 7]])
-            >>> model.generate(prompt, max_new_tokens=4, do_sample=False).shape
-            torch.Size([1, 7])
-
-            The same prompt, with an image behind it: BOI, four codes, EOI.
-
-            >>> row = model.generate(prompt, generation_mode="image", do_sample=False)[0, 3:].tolist()
-            >>> row[0], [48 <= code < 64 for code in row[1:5]], row[5]
-            (1, [True, True, True, True], 2)
-        """
         self._check_call(inputs, args, kwargs)
         if len(self.config.tower_names) > 1 and self.config.modality_token_ranges is None:
             raise ValueError(

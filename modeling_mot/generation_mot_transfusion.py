@@ -78,22 +78,6 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
 
         Raises:
             ValueError: what cannot be done, by name, before anything is drawn.
-
-        Examples:
-
-            >>> import torch
-            >>> from modeling_mot import MoTTransfusionConfig, MoTTransfusionModel
-            >>> config = MoTTransfusionConfig(
-            ...     vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, boi_token_id=60,
-            ...     eoi_token_id=61, image_token_id=62, patchifier="linear", latent_channels=4, latent_size=[4, 4])
-            >>> model = MoTTransfusionModel(config)
-            >>> prompt = torch.tensor([[5, 9, 7]])
-            >>> drawn = model.generate(prompt, generation_mode="image", num_inference_steps=2,
-            ...                        generator=torch.Generator().manual_seed(0))
-            >>> drawn.sequences.shape  # BOI, a placeholder for each of four patches, EOI
-            torch.Size([1, 9])
-            >>> drawn.latents[0][0].shape  # a VAE would make a picture of them
-            torch.Size([4, 4, 4])
         """
         config = kwargs.get("generation_config") or next(iter(args), None) or self.generation_config
         mode = kwargs.get("generation_mode") or getattr(config, "generation_mode", None)

@@ -1,4 +1,4 @@
-"""Guards against a stranger's checkpoint: it may name neither code that others then run nor files outside its folder."""
+"""Guards against a stranger's checkpoint: it may name neither code that others run nor files outside of its folder."""
 
 import json
 import os

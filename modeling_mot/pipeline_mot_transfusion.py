@@ -16,26 +16,6 @@ class MoTTransfusionPipeline(DiffusionPipeline):
     Args:
         model: a `MoTTransfusionModel`.
         processor: its `MoTProcessor`, with an image processor.
-
-    Examples:
-
-        >>> import tokenizers, torch
-        >>> from transformers import PreTrainedTokenizerFast
-        >>> from modeling_mot import MoTProcessor, MoTTransfusionConfig, MoTTransfusionModel, MoTTransfusionPipeline
-        >>> from modeling_mot.image_processing import MoTImageProcessor
-        >>> from modeling_mot.processing_vocabulary import extend_tokenizer
-        >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"cat": 0, "?": 1}, unk_token="?"))
-        >>> tokenizer = extend_tokenizer(PreTrainedTokenizerFast(tokenizer_object=words))
-        >>> pictures = MoTImageProcessor(image_size=[8, 8], downsampling=2)
-        >>> processor = MoTProcessor(tokenizer, image_processor=pictures)
-        >>> config = MoTTransfusionConfig(
-        ...     hidden_size=32, num_hidden_layers=2, num_attention_heads=4, patchifier="linear", latent_channels=3,
-        ...     latent_size=[8, 8], **processor.config_kwargs())
-        >>> pipe = MoTTransfusionPipeline(MoTTransfusionModel(config), processor)
-        >>> pipe.set_progress_bar_config(disable=True)
-        >>> drawn = pipe("cat", num_inference_steps=2, output_type="latent", generator=torch.Generator().manual_seed(0))
-        >>> drawn.images.shape  # without a VAE there are latents alone
-        torch.Size([1, 3, 8, 8])
     """
 
     def __init__(self, model: MoTTransfusionModel, processor: MoTProcessor):

@@ -77,25 +77,6 @@ class MoTProcessor(PushWithoutCard, ProcessorMixin):
     Attributes:
         modalities: names in the order of `modality_ids`.
         modality_token_ranges: [first, last + 1] of the token ids of each modality that has tokens of its own.
-
-    Examples:
-
-        >>> import tokenizers
-        >>> from PIL import Image
-        >>> from transformers import PreTrainedTokenizerFast
-        >>> from modeling_mot import MoTProcessor
-        >>> from modeling_mot.image_processing import MoTImageProcessor
-        >>> from modeling_mot.processing_vocabulary import extend_tokenizer
-        >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"cat": 0, "?": 1}, unk_token="?"))
-        >>> tokenizer = extend_tokenizer(PreTrainedTokenizerFast(tokenizer_object=words))
-        >>> pictures = MoTImageProcessor(image_size=[8, 16], downsampling=8)  # two tokens for a picture
-        >>> processor = MoTProcessor(tokenizer, image_processor=pictures)
-        >>> picture = Image.new("RGB", (32, 16))
-        >>> row = processor([{"type": "text", "text": "cat"}, {"type": "image", "image": picture}])
-        >>> tokenizer.convert_ids_to_tokens(row["input_ids"])
-        ['<|bos|>', 'cat', '<|boi|>', '<|image|>', '<|image|>', '<|eoi|>', '<|eos|>']
-        >>> row["modality_ids"]
-        [0, 0, 0, 1, 1, 0, 0]
     """
 
     def __init__(
