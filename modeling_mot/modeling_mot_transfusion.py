@@ -201,6 +201,8 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
 
         # 2. One row of embeddings: tokens of text, and the patches of images in the places of their placeholders.
         embeds, patches, features = self._embed(input_ids, inputs_embeds, places, images)
+
+        # Positions, modalities and targets of that row.
         if position_ids is None and self.config.image_positions == "shared":
             position_ids = self._shared_positions(places, is_filled)
         if modality_ids is None and (labels is not None or not planned):
