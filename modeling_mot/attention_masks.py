@@ -374,7 +374,7 @@ def takes_plan(config, attention_mask, past_key_values, plan: AttentionPlan | No
         return False
     if plan is not None and not plan.is_causal:
         return True
-    # A static cache has room for more keys than those of this forward.
+    # Not a static cache, which has room for more keys than this forward has.
     return past_key_values is None or (
         isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() == 0
     )

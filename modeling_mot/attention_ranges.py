@@ -129,6 +129,7 @@ def _attend(
     batch, heads, length, _ = query.shape
     out = query.new_empty(batch, length, heads, value.shape[-1])
     kept, place, groups = query.new_empty(num_kept), 0, heads // key.shape[1]
+    # Each block writes its part of the output, and its probabilities if they are kept.
     for block in _all_blocks(query, first, last, blocks):
         queries = block.queries(query, groups)
         begin, place = place, place + block.num_scores(queries)

@@ -114,7 +114,7 @@ def check_forward(
     """Check the arguments that all forwards have, without a wait for a device.  -> (B, L)
 
     Args:
-        keywords: those that the forward only passes on.
+        keywords: the keyword arguments that the forward passes on.
 
     Raises:
         TypeError: an unknown keyword.

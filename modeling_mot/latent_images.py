@@ -172,7 +172,7 @@ def build_scheduler(config, name: str = "ddpm", **kwargs):
             f"scheduler={name!r} cannot sample a model of prediction_type={config.prediction_type!r}; take {fitting}"
         )
 
-    # Its settings: those of training, then those of the caller.
+    # Its settings: the noise of training, then the caller's arguments.
     settings = {"num_train_timesteps": config.num_train_timesteps}
     if is_flow:
         settings["shift"] = config.timestep_shift
@@ -480,12 +480,8 @@ class LatentImagesMixin:
 
         # Draw where the generator is.
         latents = latents.float()
-        timesteps, noise, clean_images, image_first = (
-            given.timesteps,
-            given.noise,
-            given.clean_images,
-            given.image_first,
-        )
+        timesteps, noise = given.timesteps, given.noise
+        clean_images, image_first = given.clean_images, given.image_first
         if clean_images is None:
             clean_images = torch.zeros(count, dtype=torch.bool, device=device)
         if image_first is None:

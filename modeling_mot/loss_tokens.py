@@ -390,7 +390,7 @@ def _product_flops(hidden_shape, weight_shape) -> int:
     return 2 * hidden_shape[0] * hidden_shape[1] * weight_shape[0]
 
 
-# FLOPs are those of the three products of a projection; logits that are computed again are not counted.
+# FLOPs count the three products of a projection; logits that are computed again do not count.
 @register_flop_formula(getattr(torch.ops, _NAMESPACE).forward)
 def _(hidden_shape, weight_shape, *args, **kwargs) -> int:
     return _product_flops(hidden_shape, weight_shape)

@@ -2,8 +2,8 @@
 
 Text, images and speech stand in one sequence. Every modality has a *tower*: attention projections, feed-forward and
 norms of its own, all parameters but the embeddings (paper, section 2.2). Each token passes through the weights of its
-tower alone, so a token costs as many FLOPs as in a dense transformer of one tower's size. What joins the towers is one
-self-attention over the whole sequence. With m_i the modality of token i, a layer is (equation 2)
+tower alone, so a token costs as many FLOPs as in a dense transformer of one tower's size. One self-attention over the
+whole sequence joins the towers. With m_i the modality of token i, a layer is (equation 2)
 
     a        = GlobalAttn(x, {theta_attn of every modality})
     h_i      = x_i + Norm_attn of m_i (a_i)
@@ -135,6 +135,7 @@ class MoTAttention(nn.Module):
         self.is_causal = True
         self.has_rope = layer_idx not in config.layers_without_rope
 
+        # Every projection and QK-norm is one module for each tower, or one named `shared`.
         names = config.part_names("attention")
         hidden = config.hidden_size
         queries = config.num_attention_heads * self.head_dim

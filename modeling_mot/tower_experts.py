@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 
 class ExpertChoiceFeedForward(nn.Module):
-    """Each expert takes the n / E tokens that prefer it most, so the FLOPs are those of one dense feed-forward.
+    """Each expert takes the n / E tokens that prefer it most, so the FLOPs are as many as in one dense feed-forward.
 
     The experts choose among all tokens of the batch, later tokens included, so this is not causal. Training and
     validation use it as it is, as the paper does; generation passes `token_choice=True`, and each token then takes its

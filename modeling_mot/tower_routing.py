@@ -422,7 +422,7 @@ def run_together(modules: list[nn.Module], parts: dict[str, torch.Tensor], produ
     Returns:
         (T, F), sorted by tower; None where the modules are more than linear maps, or cannot be run so.
     """
-    # The linear maps of the modules, a list of those of all towers for each.
+    # A list for each linear map, with the map of every tower.
     first = modules[0]
     if type(first) is nn.Linear:
         layers = [modules]
@@ -452,7 +452,7 @@ def _can_join(modules: list[nn.Module], products: str) -> bool:
     weight, bias = modules[0].weight, modules[0].bias
     if products == "batched_mm":
         return True
-    # What torch's grouped product takes everywhere, also while it is traced.
+    # Torch's grouped product takes these everywhere, also while it is traced.
     is_aligned = all(size % 8 == 0 for size in weight.shape)
     return bias is None and is_aligned and _dtype_of_products(weight) == torch.bfloat16
 
