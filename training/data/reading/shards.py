@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from pyarrow import parquet
 
-from modeling_mot.image_loading import PICTURE_FORMATS
+from modeling_mot.media_loading import PICTURE_FORMATS
 from training.data.config import Limits
 from training.data.reading.lines import BadRecord, BrokenShard, blaming, csv_records, jsonl_records, parse_json
 

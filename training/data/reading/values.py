@@ -11,9 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from modeling_mot.image_loading import load_picture
-from modeling_mot.media_sources import MediaError, name_within
-from modeling_mot.speech_loading import load_sound
+from modeling_mot.media_loading import MediaError, load_picture, load_sound, name_within
 from training.data.config import Limits, Segment
 from training.data.reading.lines import BadRecord, is_unicode
 
