@@ -1,4 +1,4 @@
-"""Mixture-of-Transformers for Hugging Face transformers."""
+"""Mixture-of-Transformers for Hugging Face transformers. Importing the package registers it with the auto classes."""
 
 from transformers import (
     AutoConfig,

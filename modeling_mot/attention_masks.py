@@ -1,5 +1,10 @@
-"""Who may attend to whom: causal in a document, both ways inside an image that is diffused, and never across the
-documents of a packed row.
+"""Who may attend to whom: causal in a document, both ways inside a diffused image, never across packed documents.
+
+`attention_mask_for` makes the mask of a forward for any attention implementation of transformers. The default
+implementation, `"mot_ranges"`, runs from an `AttentionPlan`: every query sees one range of keys, so blocks of queries
+can be planned once per forward, or ahead of it by a collator (`plan_rows`).
+
+In reading order: the plan, images, documents and positions, the mask of a forward, the attention function.
 """
 
 from typing import NamedTuple
@@ -23,21 +28,24 @@ from .attention_ranges import attend_in_ranges, kept_scores
 # B batch, L row length
 
 
-RANGES = "mot_ranges"  # the attention that runs from a plan, as `attn_implementation`
-BLOCK_SIZES = (64, 128, 256)
-ALIGNED = 32  # a block begins and ends at multiples of so many keys: whole vectors are worked on several times as fast
-BLOCK_OVERHEAD = 16384  # what a block costs beside its arithmetic, in scores of one row
+RANGES = "mot_ranges"  # the name of the attention that runs from a plan, for `attn_implementation`
+BLOCK_SIZES = (64, 128, 256)  # queries of a block; the cheapest is taken
+ALIGNED = 32  # blocks begin and end at multiples of so many keys: whole vectors are several times as fast
+BLOCK_OVERHEAD = 16384  # the cost of a block beside its arithmetic, in scores of one row
+
+
+# ------------------------------------------------------------------------------------------------------------- the plan
 
 
 class AttentionPlan(NamedTuple):
-    """Which keys each query of a batch sees; without ranges, all up to itself.
+    """The range of keys that each query of a batch sees; without ranges, all keys up to the query itself.
 
     Attributes:
         first, last: (B, L) int32, the first and the last key that a query sees.
-        blocks: (n, 8) int64 of blocks of queries: first row and end, first query and end, first key and end of what any
-            of them sees, first key and end of what all of them see; keys rounded to multiples of `ALIGNED`, the former
-            outwards and the latter inwards.
-        num_scores: of all blocks, for one head.
+        blocks: (n, 8) int64, for each block of queries: first row and end; first query and end; first key and end of
+            the keys that any of its queries sees, rounded outwards to multiples of `ALIGNED`; first key and end of the
+            keys that all of its queries see, rounded inwards.
+        num_scores: scores of all blocks, for one head.
     """
 
     first: torch.Tensor | None = None
@@ -47,9 +55,9 @@ class AttentionPlan(NamedTuple):
 
     @classmethod
     def from_ranges(cls, first: torch.Tensor, last: torch.Tensor) -> "AttentionPlan":
-        """Plan blocks for ranges.  (B, L) twice
+        """Plan blocks for ranges; waits for the device.  (B, L) twice
 
-        Rows share a block where that saves more than the keys cost that only some of them see. Waits for the device.
+        Rows share a block where one block less saves more than the keys cost that only some of the rows see.
         """
         first, last = first.to(torch.int32), last.to(torch.int32)
         if bool((first == 0).all()) and torch.equal(last, torch.arange(last.shape[1]).to(last).expand_as(last)):
@@ -63,20 +71,22 @@ class AttentionPlan(NamedTuple):
     def from_ids(
         cls, document_ids: torch.Tensor | None, block_ids: torch.Tensor | None = None
     ) -> "AttentionPlan | None":
-        """The plan of packed rows with images that see themselves in both directions.
+        """Plan packed rows with images that see themselves in both directions; waits for the device.
 
         Args:
             document_ids: (B, L); tokens whose ids differ do not see each other. None: one document a row.
             block_ids: (B, L) of `find_image_blocks`, or None.
 
         Returns:
-            The plan; None where a document stands in several pieces, so that what its tokens see is no range.
+            The plan; None where a document stands in several pieces, so that its tokens see no single range.
         """
         if document_ids is None and block_ids is None:
             return cls()
         like = block_ids if document_ids is None else document_ids
         places = torch.arange(like.shape[1], device=like.device).expand_as(like)
         first, last = torch.zeros_like(places), places
+
+        # A query sees keys from the first token of its document on.
         if document_ids is not None:
             starts = torch.ones_like(like, dtype=torch.bool)
             starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
@@ -84,6 +94,8 @@ class AttentionPlan(NamedTuple):
             if not torch.equal((ordered.diff(dim=1) != 0).sum(), starts[:, 1:].sum()):
                 return None
             first = torch.where(starts, places, 0).cummax(dim=1).values
+
+        # A query in an image sees keys up to the last token of the image.
         if block_ids is not None:
             ends = torch.ones_like(like, dtype=torch.bool)
             ends[:, :-1] = block_ids[:, 1:] != block_ids[:, :-1]
@@ -93,14 +105,15 @@ class AttentionPlan(NamedTuple):
 
     @property
     def is_causal(self) -> bool:
+        """True if every query sees all keys up to itself."""
         return self.first is None
 
     def sees(self, batch, head, query, key):
-        """Whether a query sees a key, as transformers' and flex attention's mask functions say it."""
+        """True if a query sees a key: a mask function for transformers and flex attention."""
         return key <= query if self.is_causal else (self.first[batch, query] <= key) & (key <= self.last[batch, query])
 
     def mask(self, device: torch.device) -> torch.Tensor | None:
-        """The same as torch's attention takes it.  -> (B, 1, L, L) bool, or None for a causal one"""
+        """Make the mask that torch's attention takes.  -> (B, 1, L, L) bool, or None for a causal plan"""
         if self.is_causal:
             return None
         keys = torch.arange(self.first.shape[1], device=device)
@@ -108,9 +121,9 @@ class AttentionPlan(NamedTuple):
         return (first <= keys) & (keys <= last)
 
     def for_device(self, device: torch.device):
-        """What the layers take as their mask: the plan on a CPU, a block mask of flex attention on CUDA.
+        """Make the mask that layers take: the plan on a CPU, a block mask of flex attention on CUDA.
 
-        Elsewhere a boolean mask, and None for a causal one.
+        On other devices it is a boolean mask; a causal plan is None there and on CUDA.
         """
         if device.type in ("cpu", "meta"):
             return self
@@ -121,14 +134,16 @@ class AttentionPlan(NamedTuple):
 
 
 def _blocks(starts: torch.Tensor, ends: torch.Tensor, size: int) -> tuple[int, list[list[int]]]:
-    """Blocks of so many queries, each of one row or of all, and what they cost in scores."""
+    """Cut rows into blocks of `size` queries, each of one row or of all rows.  -> cost in scores, blocks"""
     batch, length = starts.shape
     num_keys, cost, blocks = ends.max(), 0, []
     for begin in range(0, length, size):
         end = min(begin + size, length)
         part = slice(begin, end)
+        # For each row the keys that any of its queries sees, and the keys that all of them see.
         low, high = _down(starts[:, part].amin(1)), _up(ends[:, part].amax(1)).clamp(max=num_keys)
         common, common_end = _up(starts[:, part].amax(1)), _down(ends[:, part].amin(1))
+        # One block for all rows, or one for each.
         keys, end_key = low.min().item(), high.max().item()
         together = batch * (end - begin) * (end_key - keys) + BLOCK_OVERHEAD
         apart = (end - begin) * int((high - low).sum()) + batch * BLOCK_OVERHEAD
@@ -149,22 +164,26 @@ def _up(keys: torch.Tensor) -> torch.Tensor:
     return _down(keys + ALIGNED - 1)
 
 
+# --------------------------------------------------------------------------------------------------------------- images
+
+
 class ImageBlocks(NamedTuple):
-    """The images of the Transfusion setting, in rows of L tokens.
+    """Where the images of the Transfusion setting stand, and who sees them.
 
     Attributes:
         ids: (B, L) the number of the image in its row, -1 outside of images. Tokens of one image see each other.
-        hidden: (B, L) bool, tokens that no token outside of their image sees; None where there are none.
+        hidden: (B, L) bool, tokens that no token outside of their image sees; None where there are no such tokens.
     """
 
     ids: torch.Tensor
     hidden: torch.Tensor | None = None
 
     def visible(self, batch, head, query, key):
-        """Whether the images allow `query` to see `key`, beside causality."""
+        """True if the images allow `query` to see `key`; causality is another matter."""
         return ~self.hidden[batch, key] | self.same(batch, head, query, key)
 
     def same(self, batch, head, query, key):
+        """True if `query` and `key` are tokens of one image."""
         return (self.ids[batch, query] == self.ids[batch, key]) & (self.ids[batch, key] >= 0)
 
 
@@ -173,7 +192,7 @@ def find_image_blocks(is_patch: torch.Tensor, document_ids: torch.Tensor | None,
 
     Args:
         document_ids: (B, L) or None.
-        with_markers: whether the token before and the token after a run (BOI and EOI) belong to it.
+        with_markers: True if the token before and the token after a run (BOI and EOI) belong to the image.
     """
     begins_document = document_starts(torch.zeros_like(is_patch) if document_ids is None else document_ids)
     starts = is_patch.clone()
@@ -181,6 +200,7 @@ def find_image_blocks(is_patch: torch.Tensor, document_ids: torch.Tensor | None,
     numbers = starts.cumsum(dim=1) - 1
     ids = torch.where(is_patch, numbers, -1)
     if with_markers:
+        # The neighbours of a run in its document take its number.
         before, after = torch.full_like(ids, -1), torch.full_like(ids, -1)
         before[:, :-1] = torch.where(starts[:, 1:] & ~begins_document[:, 1:], numbers[:, 1:], -1)
         after[:, 1:] = torch.where(is_patch[:, 1:] | begins_document[:, 1:], -1, ids[:, :-1])
@@ -191,10 +211,12 @@ def find_image_blocks(is_patch: torch.Tensor, document_ids: torch.Tensor | None,
 def image_positions(
     block_ids: torch.Tensor, document_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Positions at which all tokens of an image share one, from 0 in each document.  (B, L) -> (B, L)
+    """Count positions so that all tokens of an image share one, from 0 in each document.  (B, L) -> (B, L)
 
     Args:
-        attention_mask: (B, L); padding on the left does not count.
+        block_ids: (B, L) of `find_image_blocks`.
+        document_ids: (B, L) or None.
+        attention_mask: (B, L) or None; padding on the left is not counted.
     """
     moves = torch.ones_like(block_ids)
     moves[:, 1:] = ((block_ids[:, 1:] < 0) | (block_ids[:, 1:] != block_ids[:, :-1])).long()
@@ -206,34 +228,56 @@ def image_positions(
     return counted - torch.where(document_starts(document_ids), counted, 0).cummax(dim=1).values
 
 
+# ---------------------------------------------------------------------------------------------- documents and positions
+
+
 def document_starts(document_ids: torch.Tensor) -> torch.Tensor:
-    """Whether a document begins at a token.  (B, L) -> (B, L) bool"""
+    """Mark the tokens at which a document begins.  (B, L) -> (B, L) bool"""
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return starts
 
 
 def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
-    """Positions that begin at 0 in every document.  (B, L) -> (B, L)"""
+    """Count positions from 0 in every document.  (B, L) -> (B, L)"""
     steps = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     return steps - torch.where(document_starts(document_ids), steps, 0).cummax(dim=1).values
 
 
 def documents_of(position_ids: torch.Tensor) -> torch.Tensor:
-    """Number the documents of rows whose positions return to 0 where the next one begins.  (B, L) -> (B, L)
+    """Number the documents of rows whose positions return to 0 where a document begins.  (B, L) -> (B, L)
 
-    Transformers begins one wherever positions are not consecutive, but those of an image may be shared.
+    Transformers begins a document wherever positions are not consecutive, but the patches of an image may share one.
     """
     starts = torch.zeros_like(position_ids)
     starts[:, 1:] = ((position_ids[:, 1:] == 0) & (position_ids[:, :-1] != 0)).long()
     return starts.cumsum(dim=1)
 
 
-def tokens_of(attention_mask, document_ids: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """What of the rows is no padding, without a wait for the device.  -> (B, L) bool, or None where neither says it
+def positions_of(
+    rows: torch.Tensor, position_ids: torch.Tensor | None, document_ids: torch.Tensor | None, past_key_values
+) -> torch.Tensor:
+    """Find the positions of all tokens: as given, or from 0 in each document, or behind the cache.  -> (B, L)
 
     Args:
-        attention_mask: (B, past + L), 0 for padding; masks of other forms do not tell padding.
+        rows: (B, L, any size), read for its shape and device only.
+        position_ids: (B, L) or (1, L), or None.
+        document_ids: (B, L) or None.
+        past_key_values: a cache, or None.
+    """
+    if position_ids is None and document_ids is not None:
+        position_ids = document_positions(document_ids)
+    elif position_ids is None:
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        position_ids = (torch.arange(rows.shape[1], device=rows.device) + past).unsqueeze(0)
+    return position_ids.expand(rows.shape[0], -1)
+
+
+def tokens_of(attention_mask, document_ids: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """Mark what is no padding, without a wait for the device.  -> (B, L) bool, or None where nothing marks padding
+
+    Args:
+        attention_mask: (B, past + L), 0 for padding; masks of other forms do not mark padding.
         document_ids: (B, L), negative for padding.
         length: L.
     """
@@ -244,47 +288,56 @@ def tokens_of(attention_mask, document_ids: torch.Tensor | None, length: int) ->
     return is_token
 
 
-def attention_mask_for(
-    config,
-    inputs_embeds,
-    attention_mask,
-    past_key_values,
-    position_ids,
-    document_ids,
-    image_blocks=None,
-    plan=None,
-    may_plan=False,
-):
-    """The mask in the form that the configured attention implementation takes.
+def flash_documents(document_ids: torch.Tensor) -> dict:
+    """Describe packed documents for flash attention's kernels: cumulative lengths over the flattened rows.
 
     Args:
-        inputs_embeds: (B, L, D), read for its shape, dtype and device only.
+        document_ids: (B, L)
+
+    Returns:
+        The kernels' keywords.
+    """
+    starts = document_positions(document_ids).flatten().eq(0).nonzero().squeeze(-1)
+    bounds = torch.cat([starts, starts.new_tensor([document_ids.numel()])]).to(torch.int32)
+    longest = int(bounds.diff().max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+# ------------------------------------------------------------------------------------------------ the mask of a forward
+
+
+def attention_mask_for(
+    config,
+    rows: torch.Tensor,
+    attention_mask,
+    past_key_values,
+    position_ids: torch.Tensor | None,
+    document_ids: torch.Tensor | None,
+    image_blocks: ImageBlocks | None = None,
+    plan: AttentionPlan | None = None,
+):
+    """Make the mask in the form that the configured attention implementation takes, without a wait for the device.
+
+    Args:
+        rows: (B, L, any size), read for its shape, dtype and device only.
         attention_mask: (B, past + L) 1 for tokens and 0 for padding, or a 4-D mask, taken as it is.
+        past_key_values: a cache, or None.
+        position_ids: (B, L); without `document_ids` a jump in them begins a document, as in transformers.
         document_ids: (B, L); tokens whose ids differ do not see each other.
-        position_ids: (B, L) as the caller passed them, or None. Without `document_ids` and
-            `attention_mask`, positions that begin anew begin a new document, as in transformers.
-        image_blocks: `ImageBlocks` of the keys, (B, past + L), or None.
-        plan: an `AttentionPlan` of all this, the keys of the cache included, made ahead; attention that runs from plans
-            then needs nothing else.
-        may_plan: make one where none is given and attention runs from plans, which waits for the device.
+        image_blocks: the images of all keys.
+        plan: all this, made ahead, with the keys of the cache; attention that runs from plans then needs nothing else.
 
     Raises:
         ValueError: `document_ids` together with keys of an earlier forward, whose documents are unknown.
     """
-    # Ranges that were made ahead are of all keys. Any other plan is of this forward's keys alone, and a static cache
-    # would have room for more.
-    has_ranges = plan is not None and not plan.is_causal
-    is_fresh = past_key_values is None or (
-        isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() == 0
-    )
-    if config._attn_implementation == RANGES and attention_mask is None and (is_fresh or has_ranges):
+    # Attention that runs from a plan.
+    if takes_plan(config, attention_mask, past_key_values, plan):
         if plan is None:
-            if position_ids is not None:
-                position_ids = position_ids.expand(inputs_embeds.shape[:2])
-            may_wait = may_plan and inputs_embeds.device.type != "meta"  # nothing can be read there
-            plan = plan_attention(position_ids, document_ids, image_blocks, may_wait)
+            plan = _known_plan(position_ids, document_ids, image_blocks)
         if plan is not None:
-            return plan.for_device(inputs_embeds.device)
+            return plan.for_device(rows.device)
+
+    # Every other implementation takes a mask, which transformers makes of functions of queries and keys.
     functions = {}
     if image_blocks is not None:
         functions["or_mask_function"] = image_blocks.same
@@ -292,7 +345,9 @@ def attention_mask_for(
             functions["and_mask_function"] = image_blocks.visible
         position_ids = None  # shared positions are no new documents
     if document_ids is None:
-        return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values, position_ids, **functions)
+        return create_causal_mask(config, rows, attention_mask, past_key_values, position_ids, **functions)
+
+    # Packed documents.
     if past_key_values is not None and past_key_values.get_seq_length() > 0:
         raise ValueError(
             "document_ids came with a filled past_key_values, whose documents are not known; "
@@ -306,34 +361,60 @@ def attention_mask_for(
 
     both = functions.pop("and_mask_function", None)
     allowed = same_document if both is None else and_masks(same_document, both)
-    return create_causal_mask(config, inputs_embeds, attention_mask, None, and_mask_function=allowed, **functions)
+    return create_causal_mask(config, rows, attention_mask, None, and_mask_function=allowed, **functions)
 
 
-def plan_attention(position_ids, document_ids, image_blocks, may_wait: bool) -> AttentionPlan | None:
-    """The plan of rows without padding and cache, or None where visibility is no range or would have to be waited for.
+def takes_plan(config, attention_mask, past_key_values, plan: AttentionPlan | None = None) -> bool:
+    """True if attention runs from an `AttentionPlan`: the plan covers all keys, and no mask hides padding.
 
     Args:
-        As of `attention_mask_for`.
+        plan: one made ahead, or None. Its ranges are of all keys; any other plan is of this forward's keys alone.
     """
-    if image_blocks is not None and image_blocks.hidden is not None:
-        return None
-    if document_ids is None and image_blocks is None and position_ids is not None:
-        if not may_wait:
-            return None
-        # Positions that are not consecutive begin a document, as in transformers.
-        document_ids = (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(dim=1)
-    if document_ids is None and image_blocks is None:
-        return AttentionPlan()
-    return (
-        AttentionPlan.from_ids(document_ids, None if image_blocks is None else image_blocks.ids) if may_wait else None
+    if config._attn_implementation != RANGES or attention_mask is not None:
+        return False
+    if plan is not None and not plan.is_causal:
+        return True
+    # Not a static cache, which has room for more keys than this forward has.
+    return past_key_values is None or (
+        isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() == 0
     )
 
 
-def plan_rows(config, input_ids, document_ids, clean_images=None) -> AttentionPlan | None:
-    """The plan of a training batch as a collator makes it, or None where what tokens see is no range.
+def plan_attention(
+    shape: tuple[int, int],
+    position_ids: torch.Tensor | None,
+    document_ids: torch.Tensor | None,
+    image_blocks: ImageBlocks | None,
+) -> AttentionPlan | None:
+    """Plan rows without padding and cache; waits for the device.
 
     Args:
-        config: the model's.
+        shape: (B, L).
+        position_ids, document_ids, image_blocks: as `attention_mask_for` takes them.
+
+    Returns:
+        The plan; None where what tokens see is no range of keys.
+    """
+    if image_blocks is not None and image_blocks.hidden is not None:
+        return None
+    block_ids = None if image_blocks is None else image_blocks.ids
+    if document_ids is None and block_ids is None and position_ids is not None:
+        # Positions that are not consecutive begin a document, as in transformers.
+        position_ids = position_ids.expand(shape)
+        document_ids = (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(dim=1)
+    return AttentionPlan.from_ids(document_ids, block_ids)
+
+
+def _known_plan(position_ids, document_ids, image_blocks) -> AttentionPlan | None:
+    """The plan of rows of one document and no image, which is known without looking at the device."""
+    return AttentionPlan() if position_ids is None and document_ids is None and image_blocks is None else None
+
+
+def plan_rows(config, input_ids, document_ids, clean_images=None) -> AttentionPlan | None:
+    """Plan a training batch, for a collator; None where what tokens see is no range of keys.
+
+    Args:
+        config: the configuration of the model.
         input_ids, document_ids: (B, L).
         clean_images: (N,) bool of the images in the rows; None where there are none.
     """
@@ -346,16 +427,7 @@ def plan_rows(config, input_ids, document_ids, clean_images=None) -> AttentionPl
     return AttentionPlan.from_ids(document_ids, blocks)
 
 
-def flash_documents(document_ids: torch.Tensor) -> dict:
-    """Packed documents as flash attention's kernels take them: cumulative lengths over the flattened rows.
-
-    Args:
-        document_ids: (B, L)
-    """
-    starts = document_positions(document_ids).flatten().eq(0).nonzero().squeeze(-1)
-    bounds = torch.cat([starts, starts.new_tensor([document_ids.numel()])]).to(torch.int32)
-    longest = int(bounds.diff().max())
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+# ----------------------------------------------------------------------------------------------- the attention function
 
 
 def range_attention_forward(
@@ -368,10 +440,14 @@ def range_attention_forward(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function of transformers, `attn_implementation="mot_ranges"`.
+    """Run attention from a plan; an attention function of transformers, `attn_implementation="mot_ranges"`.
 
     Args:
-        attention_mask: what `AttentionPlan.for_device` makes; or a mask as torch's attention takes it, which then runs.
+        query, key, value: (B, H, L, d), keys and values with the heads of keys.
+        attention_mask: made by `AttentionPlan.for_device`; or a mask for torch's attention, which then runs.
+
+    Returns:
+        (B, L, H, d), and None for the weights.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(attention_mask, tuple):

@@ -1,8 +1,8 @@
 """Attention in which every query sees one range of keys: causal, both ways inside an image, apart in packed documents.
 
-On a CPU it runs over blocks of queries, each against the keys that any of them sees: torch's kernel there computes what
-a dense mask then hides, and its backward is slow. On CUDA the same plan becomes a block mask of flex attention. Where
-every query sees all earlier keys, and a device or precision has a better kernel for that, torch's is taken.
+`attend_in_ranges` is the attention for a CPU. It runs over blocks of queries, each against the keys that any of its
+queries sees: torch's kernel computes all scores, also the ones that a mask hides, and its backward is slow.
+attention_masks.py makes the plan of blocks, and gives it to other kernels on other devices.
 """
 
 import re
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula, sdpa_flop_count
 from .tower_routing import autocast_dtype
 
 
-# B batch, L row length, H heads, K heads of keys, h head dimension, R rows, c queries and k keys of a block
+# B batch, L row length, H heads, K heads of keys, h head dimension; R rows, c queries and k keys of a block
 
 
 CAUSAL_BLOCK = 128  # queries of a block where all rows are causal
@@ -22,13 +22,19 @@ KEPT_WIDTH = 32  # probabilities are kept for the backward up to so many keys pe
 
 
 def _causal_blocks(query: torch.Tensor) -> list[list[int]]:
+    """Cut causal rows into blocks, as `AttentionPlan.blocks` has them."""
     batch, _, length, _ = query.shape
     spans = ((begin, min(begin + CAUSAL_BLOCK, length)) for begin in range(0, length, CAUSAL_BLOCK))
     return [[0, batch, begin, end, 0, end, 0, begin] for begin, end in spans]
 
 
 def kept_scores(query: torch.Tensor, num_scores: int) -> int:
-    """Probabilities of all heads, or 0 where there are so many that they are computed again in the backward."""
+    """Count the probabilities to keep for the backward; 0 if they are too many and computed again there.
+
+    Args:
+        query: (B, H, L, h)
+        num_scores: of one head; 0 for causal rows.
+    """
     batch, heads, length, head_dim = query.shape
     if not num_scores:
         num_scores = sum(batch * (end - begin) * end for _, _, begin, end, *_ in _causal_blocks(query))
@@ -36,11 +42,20 @@ def kept_scores(query: torch.Tensor, num_scores: int) -> int:
 
 
 class _Block:
-    """The queries and keys of one block, as views or copies with one dimension of rows and heads of keys."""
+    """The queries and keys of one block, as views or copies with one dimension of rows and heads of keys.
+
+    Args:
+        bounds: one row of `AttentionPlan.blocks`.
+        first, last: (B, L), the range of keys of each query; None for causal rows.
+    """
 
     def __init__(self, bounds: list[int], first, last):
-        self.row, self.row_end, self.begin, self.end, self.low, self.high, self.common, self.common_end = bounds
-        self.first, self.last = first, last
+        self.row, self.row_end = bounds[0:2]
+        self.begin, self.end = bounds[2:4]  # queries
+        self.low, self.high = bounds[4:6]  # keys that any query sees
+        self.common, self.common_end = bounds[6:8]  # keys that all queries see
+        self.first = first
+        self.last = last
 
     def queries(self, heads: torch.Tensor, groups: int) -> torch.Tensor:
         """(B, H, L, h) -> (R * K, H / K * c, h)"""
@@ -52,13 +67,15 @@ class _Block:
         return heads[self.row : self.row_end].flatten(0, 1)[:, self.low : self.high]
 
     def scatter(self, out: torch.Tensor, part: torch.Tensor) -> None:
-        """(R * K, H / K * c, h) into the block's place of (B, L, H, h)"""
+        """Write (R * K, H / K * c, h) into the block's place of (B, L, H, h)."""
         place = out[self.row : self.row_end, self.begin : self.end]
         place.copy_(part.view(place.shape[0], place.shape[2], place.shape[1], -1).transpose(1, 2))
 
     def probabilities(self, queries, keys, scale, out=None) -> torch.Tensor:
-        """-> (R * K, H / K * c, k)"""
+        """softmax(scale * Q K^T) over the keys that each query sees.  -> (R * K, H / K * c, k)"""
         scores = torch.baddbmm(queries.new_empty(()), queries, keys.transpose(1, 2), beta=0, alpha=scale)
+
+        # Hide keys at both ends; the ones between are seen by all queries.
         by_head = scores.view(self.row_end - self.row, -1, self.end - self.begin, self.high - self.low)
         spans = [(self.low, self.common), (self.common_end, self.high)]
         if self.common >= self.common_end:
@@ -73,7 +90,7 @@ class _Block:
         return queries.shape[0] * queries.shape[1] * (self.high - self.low)
 
     def bias(self, low: int, high: int, like: torch.Tensor) -> torch.Tensor:
-        """0 where a query sees a key and -inf elsewhere.  -> (R or 1, 1, c, high - low)"""
+        """Make a bias of 0 where a query sees a key and -inf elsewhere.  -> (R or 1, 1, c, high - low)"""
         keys = torch.arange(low, high, dtype=torch.int32)
         if self.first is None:
             hidden = keys > torch.arange(self.begin, self.end, dtype=torch.int32)[:, None]
@@ -88,8 +105,11 @@ def _all_blocks(query, first, last, blocks) -> list[_Block]:
     return [_Block(of_block, first, last) for of_block in bounds]
 
 
-# Operators of their own, so that a compiler sees one node and no loop that depends on the plan. Remote code may be
-# loaded beside the installed package: each module has its own names.
+# ------------------------------------------------------------------------------------ the operators and their gradients
+
+
+# Forward and backward are operators, so that a compiler sees one node and no loop that depends on the plan. Remote code
+# may be loaded beside the installed package, so the operators of each module have names of their own.
 _NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
@@ -109,6 +129,7 @@ def _attend(
     batch, heads, length, _ = query.shape
     out = query.new_empty(batch, length, heads, value.shape[-1])
     kept, place, groups = query.new_empty(num_kept), 0, heads // key.shape[1]
+    # Each block writes its part of the output, and its probabilities if they are kept.
     for block in _all_blocks(query, first, last, blocks):
         queries = block.queries(query, groups)
         begin, place = place, place + block.num_scores(queries)
@@ -137,7 +158,7 @@ def _attend_backward(
     kept: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of queries, keys and values, of their shapes."""
+    """The gradients of queries, keys and values, in their shapes."""
     batch, heads, length, _ = query.shape
     grad = grad.transpose(1, 2).contiguous()
     grad_query = query.new_empty(batch, length, heads, query.shape[-1])
@@ -146,12 +167,15 @@ def _attend_backward(
     grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
     place, groups = 0, heads // key.shape[1]
     for block in _all_blocks(query, first, last, blocks):
+        # The probabilities of the forward, kept or computed again.
         queries, out_grad = block.queries(query, groups), block.queries(grad, groups)
         begin, place = place, place + block.num_scores(queries)
         if len(kept):
             probabilities = kept[begin:place].view(*queries.shape[:2], -1)
         else:
             probabilities = block.probabilities(queries, block.keys(key), scale)
+
+        # Back through the product with the values, the softmax, and the product of queries and keys.
         block.keys(grad_value).add_(torch.bmm(probabilities.transpose(1, 2), out_grad))
         grad_probabilities = torch.bmm(out_grad, block.keys(value).transpose(1, 2))
         grad_scores = torch._softmax_backward_data(grad_probabilities, probabilities, -1, probabilities.dtype)
@@ -171,7 +195,7 @@ def _(grad, query, key, value, first, last, blocks, kept, scale):
 def _setup(ctx, inputs, output):
     query, key, value, first, last, blocks, ctx.scale, _ = inputs
     ctx.save_for_backward(query, key, value, first, last, blocks, output[1])
-    ctx.set_materialize_grads(False)  # of the probabilities there is none, and they are large
+    ctx.set_materialize_grads(False)  # the probabilities have no gradient, and zeros in its place would be large
 
 
 def _gradients(ctx, grad, _):
@@ -184,7 +208,7 @@ _attend.register_autograd(_gradients, setup_context=_setup)
 
 
 class _Attend(torch.autograd.Function):
-    """The operator as `torch.func` takes it, which knows no gradients that are registered with an operator."""
+    """The operator for `torch.func`, which does not know gradients that are registered with an operator."""
 
     @staticmethod
     def forward(*args):
@@ -208,12 +232,14 @@ def _(grad_shape, query_shape, key_shape, value_shape, *args, **kwargs) -> int:
 def attend_in_ranges(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan, scale: float) -> torch.Tensor:
     """softmax(scale * Q K^T) V over the keys that each query sees.  (B, H, L, h), (B, K, L, h) twice -> (B, L, H, h)
 
-    `plan` is an `AttentionPlan` (attention_masks.py).
+    Args:
+        plan: an `AttentionPlan` (attention_masks.py).
+        scale: of the scores, d^-0.5 for heads of d.
     """
     dtype = autocast_dtype(query.device.type)
     if dtype is not None:  # torch's own attention is cast by autocast, operators of others are not
         query, key, value = (heads.to(dtype) for heads in (query, key, value))
-    # Here and not in the operator, whose backward would copy them again.
+    # Contiguous already here, and not in the operator, whose backward would copy them again.
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     num_kept = kept_scores(query, plan.num_scores) if needs_grad else 0

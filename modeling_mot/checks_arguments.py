@@ -1,4 +1,8 @@
-"""What the forwards take: the keywords that others pass, and the shapes of tensors, checked on the host by name."""
+"""Checks of the arguments of `forward` and `generate()`, on the host and by name, without a wait for a device.
+
+In reading order: the arguments of a forward, labels and logits, then prompts and settings of `generate()`, then the
+rows of tokens that a server takes.
+"""
 
 import inspect
 from reprlib import repr as shortened
@@ -12,15 +16,21 @@ from transformers.generation import GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import TransformersKwargs
 
+from .attention_masks import AttentionPlan, ImageBlocks
 from .checks_fields import Maybe, Number, Whole, check_fields, did_you_mean, is_real, is_whole
 from .configuration_mot import check_spans
+from .tower_routing import ModalityRouting
 
 
-# B batch, L row length, H heads, V vocabulary
+# B batch, L row length, D hidden size, H heads, V vocabulary, R rows
 
 
-# Passed on to layers and attention, or read by transformers' decorators: what Trainer, TRL, PEFT, accelerate and engines
-# give to any model. A model of tokens has no use for `token_type_ids`, but tokenizers of other families make them.
+# ------------------------------------------------------------------------------------------ the arguments of a forward
+
+
+# Keywords that Trainer, TRL, PEFT, accelerate and engines give to any model. Layers, attention functions or
+# transformers' decorators read them. A model of tokens has no use for `token_type_ids`, but tokenizers of other
+# families make them.
 KEYWORDS = frozenset(TransformersKwargs.__optional_keys__) | {
     "cache_position",
     "debug_io",
@@ -38,9 +48,9 @@ KEYWORDS = frozenset(TransformersKwargs.__optional_keys__) | {
 
 
 def check_keywords(model, kwargs: dict) -> None:
-    """Refuse keywords that nobody reads, with the nearest that is; None asks for nothing and passes.
+    """Refuse unknown keywords, and suggest the nearest known one; a keyword of None asks for nothing and passes.
 
-    An attention function that somebody registered may have parameters of its own.
+    A registered attention function may have parameters of its own, which are known.
 
     Raises:
         TypeError: an unknown keyword.
@@ -59,7 +69,7 @@ def check_keywords(model, kwargs: dict) -> None:
 
 
 def check_tensor(name: str, value: Any, shape: tuple | None = None, dtype: torch.dtype | None = None) -> None:
-    """Refuse what is no tensor, or of another shape or dtype than is given here.
+    """Refuse a value that is no tensor, or has another shape or dtype than the given one.
 
     Raises:
         ValueError: by name.
@@ -73,7 +83,7 @@ def check_tensor(name: str, value: Any, shape: tuple | None = None, dtype: torch
 
 
 def check_whole(name: str, ids: Any) -> None:
-    """Refuse what is no tensor of whole numbers.
+    """Refuse a value that is no tensor of whole numbers.
 
     Raises:
         ValueError: by name.
@@ -84,7 +94,7 @@ def check_whole(name: str, ids: Any) -> None:
 
 
 def check_ids(name: str, ids: torch.Tensor, shape: tuple | None = None) -> None:
-    """Refuse what is no tensor of whole numbers of a shape, (B, L) by default.
+    """Refuse a value that is no tensor of whole numbers of this shape, by default of any (B, L).
 
     Raises:
         ValueError: by name.
@@ -98,8 +108,26 @@ def check_ids(name: str, ids: torch.Tensor, shape: tuple | None = None) -> None:
         )
 
 
+def check_forward(
+    model, keywords: dict, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, document_ids
+) -> tuple[int, int]:
+    """Check the arguments that all forwards have, without a wait for a device.  -> (B, L)
+
+    Args:
+        keywords: the keyword arguments that the forward passes on.
+
+    Raises:
+        TypeError: an unknown keyword.
+        ValueError: tokens that are missing or given twice, or tensors that do not fit them; by name.
+    """
+    check_keywords(model, keywords)
+    shape = check_tokens(model.config, input_ids, inputs_embeds)
+    check_rows(model.config, shape, attention_mask, position_ids, past_key_values, document_ids)
+    return shape
+
+
 def check_tokens(config, input_ids, inputs_embeds) -> tuple[int, int]:
-    """Refuse all but either ids (B, L) or embeddings (B, L, D).  -> (B, L)
+    """Refuse anything but either ids (B, L) or embeddings (B, L, D).  -> (B, L)
 
     Raises:
         ValueError: by name.
@@ -120,21 +148,27 @@ def check_tokens(config, input_ids, inputs_embeds) -> tuple[int, int]:
     return inputs_embeds.shape[:2]
 
 
-def check_plan(name: str, plan: Any, kind: type) -> None:
-    """Refuse what lacks the fields of a plan that is made ahead; one made by another copy of this code is as good.
+def check_plans(routing: Any, attention_plan: Any, image_blocks: Any) -> None:
+    """Refuse a plan made ahead that lacks fields of its class. A plan of another copy of this code is as good.
 
     Raises:
         ValueError: by name.
     """
-    if plan is not None and not all(hasattr(plan, field) for field in kind._fields):
-        raise ValueError(f"{name}={shortened(plan)} must be a {kind.__name__}, or None to make one here")
+    kinds = {"routing": ModalityRouting, "attention_plan": AttentionPlan, "image_blocks": ImageBlocks}
+    for (name, kind), plan in zip(kinds.items(), (routing, attention_plan, image_blocks)):
+        if plan is not None and not all(hasattr(plan, field) for field in kind._fields):
+            raise ValueError(f"{name}={shortened(plan)} must be a {kind.__name__}, or None to make one here")
+
+
+# ------------------------------------------------------------------------------------------- labels, logits and losses
 
 
 def check_logits_to_keep(logits_to_keep: Any, shape: tuple[int, int]) -> None:
-    """Refuse what is neither a number of last positions nor a tensor of positions, or of whether to keep each.
+    """Refuse anything but a number of last positions, a tensor of positions, or a boolean mask of them.
 
     Args:
-        shape: (B, L) of the tokens. Positions are (n,) or (B, n), and a mask is (L,) or (B, L).
+        logits_to_keep: a number; positions (n,) or (B, n); or a mask (L,) or (B, L).
+        shape: (B, L) of the tokens.
 
     Raises:
         ValueError: by name.
@@ -157,7 +191,7 @@ def check_logits_to_keep(logits_to_keep: Any, shape: tuple[int, int]) -> None:
 
 
 def check_items(num_items_in_batch: Any) -> None:
-    """Refuse what a loss cannot be divided by; a number on a device is not waited for.
+    """Refuse a number of items that no loss can be divided by; a number on a device is not waited for.
 
     Raises:
         ValueError: by name.
@@ -177,16 +211,19 @@ def check_items(num_items_in_batch: Any) -> None:
 
 
 def check_rows(config, shape, attention_mask, position_ids, past_key_values, document_ids=None) -> None:
-    """Refuse tensors beside the tokens that do not fit these, by their shapes alone.
+    """Refuse a mask, positions, documents or a cache whose shapes do not fit the tokens.
 
     Args:
+        config: a `MoTConfig`.
         shape: (B, L) of the tokens.
         attention_mask: (B, past + L), or a 4-D mask (1 or B, 1 or H, L, keys), or a `BlockMask` of flex attention.
+        position_ids: (B, L) or (1, L).
         document_ids: (B, L)
 
     Raises:
         ValueError: by name.
     """
+    # The cache.
     batch, length = shape
     if past_key_values is not None and not isinstance(past_key_values, Cache):
         raise ValueError(f"past_key_values is a {type(past_key_values).__name__}, and must be a Cache of transformers")
@@ -194,6 +231,8 @@ def check_rows(config, shape, attention_mask, position_ids, past_key_values, doc
         keys = getattr(past_key_values.layers[0], "keys", None)
         if keys is not None and keys.dim() == 4 and keys.shape[0] != batch:
             raise ValueError(f"past_key_values holds {keys.shape[0]} rows but there are {batch} rows of tokens")
+
+    # Ids of documents and positions.
     if document_ids is not None:
         check_ids("document_ids", document_ids, shape)
     if position_ids is not None:
@@ -201,6 +240,8 @@ def check_rows(config, shape, attention_mask, position_ids, past_key_values, doc
         check_ids(
             "position_ids", position_ids, position_ids.shape if tuple(position_ids.shape) == (1, length) else shape
         )
+
+    # The mask, over the keys of the cache and of this forward.
     if attention_mask is not None and not isinstance(attention_mask, BlockMask):
         check_tensor("attention_mask", attention_mask)
     if isinstance(attention_mask, torch.Tensor):
@@ -220,16 +261,17 @@ def _check_mask(config, mask: torch.Tensor, batch: int, length: int, keys: int |
     if not fits:
         columns = f"at least {length}" if keys is None else keys
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)} but there are {batch} rows of {length} tokens, and {columns} "
-            f"keys with those of past_key_values: it must be ({batch}, {columns}), or a 4-D mask of {length} queries"
+            f"attention_mask has shape {tuple(mask.shape)} but there are {batch} rows of {length} tokens, and "
+            f"{columns} keys with those of past_key_values: it must be ({batch}, {columns}), or a 4-D mask of {length} "
+            "queries"
         )
 
 
 def behind_virtual_tokens(modality_ids: torch.Tensor, length: int) -> torch.Tensor:
-    """Modalities of rows that begin with virtual tokens, which are text.  (B, tokens behind these) -> (B, L)
+    """Put text before the modalities of rows that begin with virtual tokens.  (B, real tokens) -> (B, L)
 
     Raises:
-        ValueError: no tensor of whole numbers.
+        ValueError: `modality_ids` is no tensor of whole numbers.
     """
     check_whole("modality_ids", modality_ids)
     return F.pad(modality_ids, (max(length - modality_ids.shape[-1], 0), 0))
@@ -238,7 +280,7 @@ def behind_virtual_tokens(modality_ids: torch.Tensor, length: int) -> torch.Tens
 def check_labels(labels: torch.Tensor, vocab_size: int) -> None:
     """Refuse labels that are neither tokens nor -100, without a wait for a device.
 
-    On a CPU the value is named; elsewhere, and while a graph is traced, the device asserts it when it gets there.
+    On a CPU the message names the value. Elsewhere, and while a graph is traced, the device asserts it later.
 
     Raises:
         ValueError: a label outside of the vocabulary.
@@ -247,18 +289,21 @@ def check_labels(labels: torch.Tensor, vocab_size: int) -> None:
     if type(labels) is torch.Tensor and labels.device.type == "cpu" and not torch.compiler.is_compiling():
         if bool(outside.any()):
             raise ValueError(
-                f"labels hold {int(labels[outside][0])}, which is no token of vocab_size={vocab_size}; mark what is not to "
-                "be predicted, padding for one, with -100"
+                f"labels hold {int(labels[outside][0])}, which is no token of vocab_size={vocab_size}; mark what is "
+                "not to be predicted, padding for one, with -100"
             )
     else:
         torch._assert_async(~outside.any(), f"labels must be -100, or in [0, vocab_size={vocab_size})")
 
 
+# ---------------------------------------------------------------------------------- prompts and settings of generate()
+
+
 def check_prompt_keywords(model, model_kwargs: dict) -> None:
-    """Refuse what `generate()` was given and nobody reads, with the nearest name of its arguments.
+    """Refuse unknown arguments of `generate()`, and suggest the nearest known one.
 
     Raises:
-        ValueError: as transformers raises for these.
+        ValueError: as transformers does.
     """
     methods = (model.forward, model.prepare_inputs_for_generation)
     known = {name for method in methods for name in inspect.signature(method).parameters} | KEYWORDS
@@ -269,11 +314,11 @@ def check_prompt_keywords(model, model_kwargs: dict) -> None:
 
 
 def check_call(inputs: Any, arguments: dict) -> None:
-    """Refuse what `generate()` was given of a prompt that is of another type, or of other dimensions.
+    """Refuse tensors of a prompt of `generate()` that have another type or other dimensions.
 
     Args:
         inputs: the positional argument, or None.
-        arguments: by name; of these `input_ids`, masks, ids, embeddings and images are looked at.
+        arguments: all others by name, of which `input_ids`, masks, ids, embeddings and images are checked.
 
     Raises:
         ValueError: by name.
@@ -283,7 +328,7 @@ def check_call(inputs: Any, arguments: dict) -> None:
         if ids is None:
             continue
         check_whole(name, ids)
-        # Ids beside embeddings may be of no tokens, and what is to be served may be one row.
+        # Ids beside embeddings may have no columns, and a request for a server may be one row.
         is_served = arguments.get("cache_implementation") == "paged"
         if ids.dim() not in ((1, 2) if is_served else (2,)) or not len(ids):
             raise ValueError(f"{name} has shape {tuple(ids.shape)}, and must be (batch, length), with a row at least")
@@ -300,7 +345,7 @@ def check_call(inputs: Any, arguments: dict) -> None:
 
 
 def check_prompt(prompt: torch.Tensor, model_kwargs: dict) -> None:
-    """Refuse masks and modalities that are not of the prompts' shape.
+    """Refuse masks, modalities and positions that do not have the prompts' shape.
 
     Args:
         prompt: (B, L) ids, or (B, L, D) embeddings.
@@ -309,9 +354,8 @@ def check_prompt(prompt: torch.Tensor, model_kwargs: dict) -> None:
         ValueError: by name.
     """
     shape = tuple(prompt.shape[:2])
-    continues = (
-        model_kwargs.get("past_key_values") is not None
-    )  # then it may be of cached tokens as well, or of new ones
+    # Beside a cache they may cover the cached tokens too, or the new ones alone.
+    continues = model_kwargs.get("past_key_values") is not None
     for name in ("attention_mask", "modality_ids", "position_ids"):
         given = model_kwargs.get(name)
         if not isinstance(given, torch.Tensor) or given.dim() != 2:
@@ -323,11 +367,8 @@ def check_prompt(prompt: torch.Tensor, model_kwargs: dict) -> None:
             )
 
 
-# R rows, L tokens
-
-
-MOST = 1e6  # of what logits and predictions are multiplied or divided by
-# Arguments of transformers that it never checks: with a limit of NaN no sequence ends.
+MOST = 1e6  # the largest factor or divisor of logits and predictions
+# Arguments that transformers never checks: with a limit of NaN no sequence ends.
 WHOLE = {"max_new_tokens": 0, "max_length": 0, "min_new_tokens": 0, "min_length": 0, "num_return_sequences": 1}
 SAMPLING_RULES = {
     "num_beams": Maybe(Whole()),
@@ -338,7 +379,7 @@ SAMPLING_RULES = {
 
 
 def check_lengths(arguments: dict) -> None:
-    """Refuse lengths and counts, of those that are given, that are no whole numbers.
+    """Refuse lengths and counts that are no whole numbers.
 
     Raises:
         ValueError: the message names field, value and way out.
@@ -350,7 +391,7 @@ def check_lengths(arguments: dict) -> None:
 
 
 def check_settings(generation_config) -> None:
-    """Refuse settings of another kind than the loop over tokens needs.
+    """Refuse settings that the loop over tokens cannot use.
 
     Raises:
         ValueError: the message names field, value and way out.
@@ -364,16 +405,17 @@ def check_settings(generation_config) -> None:
     scale, temperature = generation_config.guidance_scale, generation_config.temperature
     if scale is not None and not (is_real(scale) and abs(scale) <= MOST):
         raise ValueError(f"guidance_scale={scale!r} must be a finite number of at most {MOST:g}; 1 is no guidance")
-    # Others make infinities of logits, from which nothing can be sampled; of 0 transformers tells more.
+    # A tiny or huge temperature makes infinities of logits. Of 0 and less, transformers' own message says more.
     if temperature is not None and not (is_real(temperature) and (temperature <= 0 or 1 / MOST <= temperature <= MOST)):
         raise ValueError(
-            f"temperature={temperature!r} must be a number from {1 / MOST:g} to {MOST:g}; do_sample=False takes the likeliest"
+            f"temperature={temperature!r} must be a number from {1 / MOST:g} to {MOST:g}; do_sample=False takes the "
+            "likeliest"
         )
     check_generator(getattr(generation_config, "generator", None))
 
 
 def check_generator(generator: Any) -> None:
-    """Refuse what is neither a `torch.Generator` nor a list of them.
+    """Refuse anything but a `torch.Generator`, a list of them, or None.
 
     Raises:
         ValueError: the message names the type that came.
@@ -385,7 +427,7 @@ def check_generator(generator: Any) -> None:
 
 
 def check_streamer(streamer: Any) -> None:
-    """Refuse a streamer that cannot be told of tokens, or of their end.
+    """Refuse a streamer that cannot take tokens or their end.
 
     Raises:
         ValueError: a method is missing.
@@ -398,7 +440,7 @@ def check_streamer(streamer: Any) -> None:
 
 
 def check_config(generation_config: Any) -> None:
-    """Refuse what is no `GenerationConfig`.
+    """Refuse anything but a `GenerationConfig` or None.
 
     Raises:
         ValueError: the message names the value.
@@ -408,7 +450,7 @@ def check_config(generation_config: Any) -> None:
 
 
 def check_called(name: str, functions: Any) -> None:
-    """Refuse what is no list of functions: logits processors and stopping criteria.
+    """Refuse anything but a list of functions, such as logits processors and stopping criteria, or None.
 
     Raises:
         ValueError: by name.
@@ -417,14 +459,17 @@ def check_called(name: str, functions: Any) -> None:
         raise ValueError(f"{name}={shortened(functions)} must be a list of what can be called")
 
 
+# ------------------------------------------------------------------------------------------------------ rows of tokens
+
+
 def rows_of(name: str, value: Any, count: int | None = None) -> torch.Tensor:
-    """A tensor, an array or lists, (L,) or (R, L), as a new tensor (R, L).
+    """Make a new tensor (R, L) of a tensor, an array or lists, (L,) or (R, L).
 
     Args:
         count: R may be this or 1; default: any number.
 
     Raises:
-        ValueError: what makes no such tensor, or is empty; another number of rows.
+        ValueError: the value makes no such tensor, is empty, or has another number of rows.
     """
     if isinstance(value, (str, bytes)):
         raise ValueError(f"{name}={value[:40]!r} is text; encode it first, with the model's processor or tokenizer")
@@ -441,13 +486,13 @@ def rows_of(name: str, value: Any, count: int | None = None) -> torch.Tensor:
 
 
 def whole_rows(name: str, value: Any, end: int, of: str, count: int | None = None) -> torch.Tensor:
-    """Whole numbers in [0, end), as `rows_of` takes them.  -> (R, L) int64
+    """Make rows of whole numbers in [0, end), as `rows_of` does.  -> (R, L) int64
 
     Args:
-        of: the name of what `end` is.
+        of: the name of `end`, for the message.
 
     Raises:
-        ValueError: as `rows_of`; numbers of another kind, or outside.
+        ValueError: as `rows_of`; numbers of another kind, or outside of the range.
     """
     rows = rows_of(name, value, count)
     if rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool:
@@ -460,7 +505,7 @@ def whole_rows(name: str, value: Any, end: int, of: str, count: int | None = Non
 
 
 def mask_rows(name: str, value: Any) -> torch.Tensor:
-    """1 (or True) for tokens and 0 for padding, as `rows_of` takes them.  -> (R, L) int64
+    """Make rows of a mask, 1 or True for tokens and 0 for padding, as `rows_of` does.  -> (R, L) int64
 
     Raises:
         ValueError: as `rows_of`; other numbers.
@@ -472,7 +517,7 @@ def mask_rows(name: str, value: Any) -> torch.Tensor:
 
 
 def negative_prompt(config, ids: Any, mask: Any, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`negative_prompt_ids` and `negative_prompt_attention_mask` of `count` prompts.  -> (1 or count, L) twice
+    """Check `negative_prompt_ids` and `negative_prompt_attention_mask` of `count` prompts.  -> (1 or count, L) twice
 
     Raises:
         ValueError: ids outside of the vocabulary or of images, another number of rows, a mask that does not fit.
@@ -483,7 +528,8 @@ def negative_prompt(config, ids: Any, mask: Any, count: int) -> tuple[torch.Tens
     placeholder = getattr(config, "image_token_id", None)  # of a Transfusion model
     if placeholder is not None and (ids == placeholder).any():
         raise ValueError(
-            f"negative_prompt_ids holds image_token_id={placeholder}: a negative prompt is text, so leave its pictures out"
+            f"negative_prompt_ids holds image_token_id={placeholder}: a negative prompt is text, so leave its pictures "
+            "out"
         )
     if mask is None:
         return ids, torch.ones_like(ids)

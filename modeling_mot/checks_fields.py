@@ -1,4 +1,8 @@
-"""What fields of configurations may be, as data: a table of rules, and one check that names field, value and way out."""
+"""Checks of configurations: rules as data, a table of them for each configuration, and one check for all tables.
+
+A rule says what a field may be. `check_fields` refuses the first field that breaks its rule, by field, value and way
+out.
+"""
 
 import difflib
 import math
@@ -14,26 +18,31 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 
-MOST = 2**31 - 1  # of whatever indexes memory
+MOST = 2**31 - 1  # the largest number that indexes memory
+
+
+# --------------------------------------------------------------------------------------------------------------- rules
 
 
 def is_whole(value: Any, least: int = 1) -> bool:
-    """True for a whole number of at least `least`, of NumPy's types too; True and False are none."""
+    """True for a whole number of at least `least`, also of NumPy's types; booleans do not count as numbers."""
     return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 
 def is_real(value: Any) -> bool:
-    """True for a finite number that a float can hold; True, False and NaN are none."""
+    """True for a finite number that a float can hold; booleans and NaN do not count as numbers."""
     return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 class Rule(Protocol):
+    """What a field may be."""
+
     def problem(self, value: Any) -> str | None:
-        """What is wrong with the value, to be read behind "field=value"; None where nothing is."""
+        """Say what is wrong with a value, to be read behind "field=value"; None for a good value."""
 
 
 class Whole(NamedTuple):
-    """Whole numbers from `low` to `high`; True is none."""
+    """Whole numbers from `low` to `high`; booleans do not count as numbers."""
 
     low: int = 1
     high: int = MOST
@@ -45,11 +54,11 @@ class Whole(NamedTuple):
 
 
 class Number(NamedTuple):
-    """Finite numbers from `low` to `high`; neither end itself where it is `open`."""
+    """Finite numbers from `low` to `high`, without the end that is `open`."""
 
     low: float = 0.0
     high: float = math.inf
-    open: str = ""  # "low", "high"
+    open: str = ""  # "low" or "high": that end itself is excluded
 
     def problem(self, value: Any) -> str | None:
         if is_real(value):
@@ -89,7 +98,7 @@ class Several(NamedTuple):
 
 
 class Typed(NamedTuple):
-    """Values of a type."""
+    """Values of one type."""
 
     type: type
 
@@ -106,7 +115,7 @@ class Dtype(NamedTuple):
 
 
 class Maybe(NamedTuple):
-    """As another rule says, or None."""
+    """None, or values that obey another rule."""
 
     rule: Rule
 
@@ -116,13 +125,15 @@ class Maybe(NamedTuple):
 
 
 def check_fields(values: Any, rules: Mapping[str, Rule], where: str = "") -> None:
-    """Check fields of an object, or entries of a mapping that are there, in the order of the table.
+    """Check the fields of an object, or the entries that a mapping has, in the order of the table.
 
     Args:
-        where: what the names are in, to be put before them: "model." makes "model.patch_size=0 must ...".
+        values: the object or mapping.
+        rules: name -> its rule.
+        where: a prefix of the names in messages: "model." makes "model.patch_size=0 must ...".
 
     Raises:
-        ValueError: the first that breaks its rule, with name, value and what it may be.
+        ValueError: the first value that breaks its rule, with its name and what it may be.
     """
     for name, rule in rules.items():
         if isinstance(values, Mapping) and name not in values:
@@ -133,7 +144,10 @@ def check_fields(values: Any, rules: Mapping[str, Rule], where: str = "") -> Non
 
 
 def check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Refuse names that are not known, with the nearest of those that are.
+    """Refuse unknown names, and suggest the nearest known one.
+
+    Args:
+        what: what the names are, for the message: "unknown {what} {name}".
 
     Raises:
         ValueError: the first unknown name.
@@ -145,17 +159,17 @@ def check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:
 
 
 def did_you_mean(name: Any, known: Iterable, cutoff: float = 0.6) -> str:
-    """The known name that is nearest, as the end of a sentence; nothing where none is near.
+    """Return the nearest known name as the end of a sentence, or "" if no name is near.
 
     Args:
-        cutoff: how near, from 0 to 1.
+        cutoff: how alike the names must be, from 0 to 1.
     """
     close = difflib.get_close_matches(str(name), [one for one in known if isinstance(one, str)], n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def strict_configuration(cls: type) -> type:
-    """`strict` of huggingface_hub, which checks types of fields, with the TypeError that Python has for these."""
+    """Check the types of a configuration's fields by huggingface_hub's `strict`; a wrong type raises TypeError."""
     cls = strict(cls)
     checked = cls.__setattr__
 
@@ -169,11 +183,14 @@ def strict_configuration(cls: type) -> type:
     return cls
 
 
+# ----------------------------------------------------------------------------------------------------- tables of rules
+
+
 SPAN_RULES = {
     "image_grid": Maybe(Several(Whole(1, 2**16), count=2)),  # rows and columns
     "max_speech_tokens": Maybe(Whole()),
 }
-# The highest sizes are far above those of any model, so that what is refused is a slip, before memory is asked for.
+# The largest sizes are far above those of any model: a larger one is a slip, refused before memory is asked for.
 CONFIG_RULES = SPAN_RULES | {
     "vocab_size": Whole(1, 2**26),
     "hidden_size": Whole(1, 2**20),
@@ -198,7 +215,7 @@ ROPE_RULES = {
     "rope_type": OneOf(("default", *ROPE_INIT_FUNCTIONS)),
     "rope_theta": Number(open="low"),
     "factor": Number(1),
-    "partial_rotary_factor": Number(1, 1),  # heads are turned as a whole
+    "partial_rotary_factor": Number(1, 1),  # RoPE turns whole heads
     "original_max_position_embeddings": Whole(),
     "attention_factor": Maybe(Number(open="low")),
     "beta_fast": Maybe(Number(open="low")),
@@ -209,16 +226,17 @@ ROPE_RULES = {
     "mscale_all_dim": Maybe(Number()),
     "truncate": Typed(bool),
 }
-# What transformers' own configuration trips over.
+# Fields of transformers' own configuration, which it does not check.
 INHERITED_RULES = {"dtype": Maybe(Dtype()), "id2label": Maybe(Typed(dict))}
 
 
 def check_rope_parameters(parameters: dict, head_dim: int) -> None:
-    """Refuse settings of positions that mean nothing; transformers only warns of these.
+    """Refuse meaningless settings of RoPE; transformers only warns.
 
     Raises:
-        ValueError: an unknown key, with the nearest, or a value that cannot be.
+        ValueError: an unknown key, with the nearest known one, or a value that breaks its rule.
     """
+    # Keys, then values, then keys that do not go together.
     known = set(RopeParameters.__annotations__) - {"mrope_section"} | {"type"}
     check_names(parameters, known, "key of rope_parameters")
     of_frequencies = dict.fromkeys(("short_factor", "long_factor"), Several(Number(open="low"), head_dim // 2))

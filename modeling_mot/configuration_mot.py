@@ -1,8 +1,9 @@
 """Configuration of Mixture-of-Transformers models (arXiv 2411.04996).
 
-One class describes the dense baseline, MoE-4x, MoT with any number of modalities, the hybrid of
-both, the leave-one-out variants and the untying ablation: they differ in which modalities share a
-tower, which parts of a layer are untied between towers, and which towers carry experts.
+One class describes all models of the paper: the dense baseline, MoE-4x, MoT with any number of modalities, the hybrid
+of the two, the leave-one-out variants and the untying ablation. They differ in three fields: `towers` (which modalities
+share a tower), `untied` (which parts of a layer each tower has for itself) and `moe_towers` (which towers have
+experts).
 """
 
 import json
@@ -36,7 +37,7 @@ SPECIAL_TOKENS = TEXT_TOKENS + MARKERS
 
 
 def check_spans(image_grid, max_speech_tokens):
-    """Refuse a grid that is not two positive whole numbers, and no room for speech; None is no bound."""
+    """Refuse a grid that is not two positive whole numbers, and a span of speech without room; None is no bound."""
     check_fields({"image_grid": image_grid, "max_speech_tokens": max_speech_tokens}, SPAN_RULES)
 
 
@@ -44,44 +45,43 @@ def check_spans(image_grid, max_speech_tokens):
 class MoTConfig(PreTrainedConfig):
     r"""Configuration of `MoTModel` and `MoTForCausalLM`.
 
-    Every size of a `LlamaConfig` has its name here. What is added:
+    Every size of a `LlamaConfig` has its name here. Added:
 
     Args:
         attention_output_bias (`bool`, *optional*):
-            Whether the output projection of attention has a bias. None: as `attention_bias` says of queries, keys and
-            values (Qwen2: theirs alone).
+            True if the output projection of attention has a bias. Default: as `attention_bias`, which is for queries,
+            keys and values (Qwen2 has a bias for those three alone).
         norm_offset (`bool`, defaults to `False`): RMSNorms multiply by 1 + weight, and start at 0, as Gemma's do.
         embedding_multiplier (`float`, defaults to 1.0):
             Factor of the embeddings of tokens, rounded to their dtype (Gemma: the square root of `hidden_size`).
         layers_without_rope (`list[int]`, defaults to none):
-            Indices of layers whose attention knows no positions (SmolLM3: each fourth).
+            Indices of layers whose attention has no RoPE (SmolLM3: each fourth).
         modalities (`list[str]`, defaults to `["text", "image"]`):
             Ordered names, text first. `modality_ids` are indices into this list.
         towers (`dict[str, str]`, *optional*):
-            Modality -> tower, a tower being one set of weights. Default: a tower of its own for
-            each modality (MoT). All the same: dense.
+            Modality -> tower; a tower is one set of weights. Default: each modality has a tower of its own (MoT).
+            With one tower for all the model is dense.
         untied (`list[str]`, defaults to all of `"attention"`, `"feed_forward"`, `"norm"`):
-            The parts of a layer that each tower has for itself; the others are one module named
-            `shared` (the rows of the paper's ablation, section 3.5). QK-norms belong to
-            `"attention"`, the final norm to `"norm"`.
+            The parts of a layer that each tower has for itself; each other part is one module named `shared` (the rows
+            of the paper's ablation, section 3.5). QK-norms belong to `"attention"`, the final norm to `"norm"`.
         moe_towers (`list[str]`, defaults to none):
-            Towers whose feed-forward is an expert-choice mixture of `num_experts` (section 3.2.1);
-            `"shared"` where the feed-forward is shared.
+            Towers whose feed-forward is an expert-choice mixture of `num_experts` (section 3.2.1); `"shared"` if the
+            feed-forward is shared.
         num_experts (`int`, defaults to 4): Experts of each tower in `moe_towers`.
         norm_position (`"pre"` or `"post"`, defaults to `"pre"`):
-            `"pre"` normalises the input of attention and feed-forward, as Llama does; `"post"`
-            their output, as Algorithm 1 is written.
+            `"pre"` normalises the input of attention and feed-forward, as Llama does; `"post"` their output, as
+            Algorithm 1 does.
         qk_norm (`None`, `"rms"`, `"rms_all_heads"` or `"layer"`):
             Normalisation of queries and keys before RoPE: RMSNorm over the head dimension (Qwen3), RMSNorm over all
             heads together (OLMo 2), or Chameleon's LayerNorm of each head, with weights of that head.
         modality_token_ranges (`dict[str, list[int]]`, *optional*):
-            Modality -> [first, last + 1] of the vocabulary, from which modality ids are derived
-            where they are not passed. The range of text may enclose others (Chameleon's codes lie in the
-            midst of its vocabulary): text is what no other range holds. Special tokens are text.
+            Modality -> [first, last + 1] of the vocabulary, from which modality ids are derived if they are not passed.
+            The range of text may enclose others (Chameleon's codes lie in the midst of its vocabulary): text is all
+            that no other range holds. Special tokens are text.
         boi_token_id, eoi_token_id, begin_of_speech_token_id, end_of_speech_token_id (`int`, *optional*):
             Markers around an image and around speech.
         image_grid (`list[int]`, *optional*):
-            Rows and columns of codes in a generated image; `generate()` draws exactly as many.
+            Rows and columns of codes in a generated image.
         max_speech_tokens (`int`, *optional*): The longest span of speech that `generate()` makes.
         z_loss_coefficient (`float`, defaults to 0.0): Weight of log(Z)^2 (Chameleon: 1e-5).
         hidden_dropout (`float`, defaults to 0.0):
@@ -89,6 +89,23 @@ class MoTConfig(PreTrainedConfig):
 
     Raises:
         ValueError: a contradiction between fields; the message names field, value and way out.
+
+    Examples:
+
+        >>> from modeling_mot import MoTConfig
+        >>> config = MoTConfig(modalities=["text", "image", "speech"])  # a tower for each modality
+        >>> config.tower_names
+        ['text', 'image', 'speech']
+        >>> config.num_parameters() > config.num_parameters(active=True)  # a token passes through one tower
+        True
+
+        Image and speech in one tower, with norms that both towers share:
+
+        >>> config = MoTConfig.from_variant("loo-text", config.modalities, untied=["attention", "feed_forward"])
+        >>> config.towers
+        {'text': 'text', 'image': 'image_speech', 'speech': 'image_speech'}
+        >>> MoTConfig.from_preset("chameleon-443m", "dense").tower_names  # a row of the paper's Table 1
+        ['shared']
     """
 
     field_rules = CONFIG_RULES
@@ -102,7 +119,8 @@ class MoTConfig(PreTrainedConfig):
         "AutoModelForMultimodalLM": "modeling_mot.MoTForCausalLM",
         "AutoProcessor": "processing_mot.MoTProcessor",
     }
-    # What the auto_map of a loaded file said otherwise. Code from the Hub is found by it; it is never saved again.
+    # The code that a loaded file's auto_map named, if it is other code. It serves to find that code, and is never
+    # saved.
     _loaded_auto_map = {}
 
     vocab_size: int = 65536
@@ -150,6 +168,8 @@ class MoTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self._refuse_misspelt(kwargs)
         check_fields(self, INHERITED_RULES)
+
+        # Sizes that follow from others.
         if self.intermediate_size is None:
             # The rule that reproduces the active parameters of the paper's tables.
             self.intermediate_size = -(-8 * self.hidden_size // 3 // 256) * 256
@@ -159,8 +179,11 @@ class MoTConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
         if self.attention_output_bias is None:
             self.attention_output_bias = self.attention_bias
+
         # Lists, so that a configuration read from JSON equals the one that was written.
-        self.modalities, self.untied, self.moe_towers = list(self.modalities), list(self.untied), list(self.moe_towers)
+        self.modalities = list(self.modalities)
+        self.untied = list(self.untied)
+        self.moe_towers = list(self.moe_towers)
         self.layers_without_rope = sorted(set(self.layers_without_rope))
         if self.image_grid is not None:
             self.image_grid = list(self.image_grid)
@@ -168,6 +191,8 @@ class MoTConfig(PreTrainedConfig):
             self.modality_token_ranges = {name: list(span) for name, span in self.modality_token_ranges.items()}
         if self.towers is None:
             self.towers = {modality: modality for modality in self.modalities}
+
+        # The classes of this package, and beside them the ones that a loaded file named.
         loaded = kwargs.get("auto_map") or {}
         if not isinstance(loaded, dict):
             raise ValueError(f"auto_map={loaded!r} must name a class for each auto class; leave it out")
@@ -189,7 +214,7 @@ class MoTConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        # transformers only warns, and would go on with the defaults of every field the other lacks.
+        # transformers only warns, and goes on with the defaults of all fields that the other model lacks.
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(
                 f"model_type={config_dict['model_type']!r} is the configuration of another model; {cls.__name__} reads "
@@ -198,24 +223,24 @@ class MoTConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self):
-        """As in transformers, but the code that is named is ours and what this process registered, whatever was loaded."""
+        """As in transformers, but naming only our code and code that this process registered, none of a loaded file."""
         own = {name: value for name, value in self.auto_map.items() if self._loaded_auto_map.get(name) != value}
         output = without_code(super().to_dict())
         output.pop("_loaded_auto_map", None)
         return output | {"auto_map": self.auto_classes | own, "_name_or_path": self._name_or_path}
 
     def forget_loaded_code(self):
-        """Take the place of what a loaded file named, so that all that `auto_map` gets from here on is saved."""
+        """Name our own code instead of a loaded file's; all that is added to `auto_map` from here on is saved."""
         self.auto_map = dict(self.auto_classes)
         self._loaded_auto_map = {}
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if "model_type" not in found:  # or a large model of nothing but defaults would be made
+        if "model_type" not in found:  # the defaults alone would make a large model
             raise ValueError(
-                f"config.json of {pretrained_model_name_or_path} has no model_type, so it is none that a MoT was saved "
-                f"with; {cls.__name__} writes model_type={cls.model_type!r}"
+                f"config.json of {pretrained_model_name_or_path} has no model_type, so no MoT was saved with it; "
+                f"{cls.__name__} writes model_type={cls.model_type!r}"
             )
         return found, kwargs
 
@@ -224,7 +249,7 @@ class MoTConfig(PreTrainedConfig):
         try:
             found = super()._dict_from_json_file(json_file)
         except (json.JSONDecodeError, UnicodeDecodeError):
-            raise  # which transformers tells of, with the file's name
+            raise  # transformers adds the file's name
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{json_file} cannot be read as the fields of a {cls.__name__}: {error}") from error
         if not isinstance(found, dict):
@@ -247,19 +272,20 @@ class MoTConfig(PreTrainedConfig):
 
     @property
     def tower_of_modality(self) -> list[int]:
-        """For each modality the index of its tower in `tower_names`."""
+        """The index of each modality's tower in `tower_names`."""
         names = self.tower_names
         return [names.index(self.towers[modality]) for modality in self.modalities]
 
     def part_names(self, part: str) -> list[str]:
-        """The modules of a layer's part: one per tower where it is untied, else one named `shared`."""
+        """The names of a part's modules: one for each tower if the part is untied, else `shared` alone."""
         return self.tower_names if part in self.untied else [SHARED]
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
         """How tensor parallelism shards each module; `*` stands for numbers only, so towers are named."""
         plan = {}
-        # Chameleon's QK-norm has weights of each head, and OLMo 2's sees all of them: each rank has to see all heads.
+        # Chameleon's QK-norm has weights for each head, and OLMo 2's runs over all heads: every rank must see all
+        # heads.
         inward, outward = "colwise", "rowwise"
         if self.qk_norm in ("rms_all_heads", "layer"):
             inward, outward = "colwise_gather_output", "rowwise_split_input"
@@ -276,13 +302,14 @@ class MoTConfig(PreTrainedConfig):
         return plan
 
     def num_parameters(self, active: bool = False) -> int:
-        """Parameters of the causal language model, embeddings and head included.
+        """Count the parameters of the causal language model, embeddings and head included.
 
         Args:
-            active: count only those that one token passes through (its tower, one expert). The
-                towers are equal in shape, so this is the same for every modality, but for the
-                router and the experts of towers in `moe_towers`; then the largest is returned.
+            active: count only the parameters that one token passes through: its tower, one expert. Towers are equal in
+                shape, so the number is the same for all modalities, except for the router and the experts of
+                `moe_towers`; then the largest is returned.
         """
+        # The parts of one tower's layer.
         d, heads = self.hidden_size, self.num_attention_heads
         q, kv = heads * self.head_dim, self.num_key_value_heads * self.head_dim
         attention = 2 * d * q + 2 * d * kv
@@ -295,6 +322,7 @@ class MoTConfig(PreTrainedConfig):
                 return expert
             return (1 if active else self.num_experts) * expert + d * self.num_experts
 
+        # As many of each part as there are towers, or one.
         total = max if active else sum
         feed_forwards = total(feed_forward(name) for name in self.part_names("feed_forward"))
         copies = {part: 1 if active else len(self.part_names(part)) for part in ("attention", "norm")}
@@ -306,7 +334,7 @@ class MoTConfig(PreTrainedConfig):
 
     @classmethod
     def from_variant(cls, variant: str = "mot", modalities=("text", "image"), **kwargs) -> "MoTConfig":
-        """A configuration of any size as one of the paper's variants.
+        """Make a configuration of any size as one of the paper's variants.
 
         Args:
             variant: `dense`, `moe-4x`, `mot`, `hybrid` (MoT whose text tower is MoE-4x),
@@ -323,7 +351,7 @@ class MoTConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, variant: str = "mot", **kwargs) -> "MoTConfig":
-        """A row of the paper's Tables 1, 3, 4 or 5, for instance `chameleon-443m`.
+        """Make the configuration of a row of the paper's Tables 1, 3, 4 or 5, for instance `chameleon-443m`.
 
         Args:
             name: one of `MoTConfig.preset_names()`.
@@ -335,21 +363,23 @@ class MoTConfig(PreTrainedConfig):
 
     @staticmethod
     def preset_fields(name: str) -> dict:
-        """The fields that a row of the paper's tables sets."""
+        """Return the fields that a row of the paper's tables sets."""
         return PRESETS[name]
 
     @staticmethod
     def preset_names() -> list[str]:
+        """List the rows of the paper's tables."""
         return list(PRESETS)
 
     @staticmethod
     def variant_names() -> list[str]:
+        """List the paper's variants."""
         return list(VARIANTS)
 
     # ------------------------------------------------------------------ contradictions
 
     def validate_architecture(self):
-        """Refuse contradictions by name; also run by `save_pretrained`."""
+        """Refuse contradictions by name; `save_pretrained` runs this too."""
         check_fields(self, self.field_rules)
         self._validate_sizes()
         self._validate_positions()
@@ -380,7 +410,7 @@ class MoTConfig(PreTrainedConfig):
         self.validate_rope()
 
     def validate_rope(self):
-        """As transformers does it, with a ValueError for what is missing."""
+        """Check RoPE as transformers does, with a ValueError for a missing key."""
         try:
             super().validate_rope()
         except KeyError as error:
@@ -417,29 +447,40 @@ class MoTConfig(PreTrainedConfig):
             raise ValueError(f"num_experts={self.num_experts} must be at least 2 where moe_towers={self.moe_towers}")
 
     def _validate_tokens(self):
+        self._validate_ranges()
+        self._validate_special_tokens()
+        self._validate_markers(MARKERS)
+
+    def _validate_ranges(self):
+        """Ranges lie in the vocabulary and apart from each other; that of text may enclose others."""
         ranges = self.modality_token_ranges
-        if ranges is not None:
-            if set(ranges) != set(self.token_modalities):
+        if ranges is None:
+            return
+        if set(ranges) != set(self.token_modalities):
+            raise ValueError(
+                f"modality_token_ranges={ranges} must give a range to each of {self.token_modalities} and nothing else"
+            )
+        if wrong := [name for name, span in ranges.items() if len(span) != 2]:
+            raise ValueError(
+                f"modality_token_ranges[{wrong[0]!r}]={ranges[wrong[0]]} must be [first, last + 1] of its tokens"
+            )
+        spans = sorted((first, end, name) for name, (first, end) in ranges.items())
+        for first, end, name in spans:
+            if not 0 <= first < end <= self.vocab_size:
                 raise ValueError(
-                    f"modality_token_ranges={ranges} must give a range to each of {self.token_modalities} and nothing else"
+                    f"modality_token_ranges[{name!r}]=[{first}, {end}] must lie within the vocabulary: "
+                    f"0 <= first < end <= vocab_size={self.vocab_size}"
                 )
-            if wrong := [name for name, span in ranges.items() if len(span) != 2]:
+        for (first, end, name), (other_first, other_end, other) in combinations(spans, 2):
+            inside_text = (name == "text" and other_end <= end) or (other == "text" and first == other_first)
+            if other_first < end and not inside_text:
                 raise ValueError(
-                    f"modality_token_ranges[{wrong[0]!r}]={ranges[wrong[0]]} must be [first, last + 1] of its tokens"
+                    f"modality_token_ranges: {name!r} ends at {end}, {other!r} begins at {other_first}: overlap"
                 )
-            spans = sorted((first, end, name) for name, (first, end) in ranges.items())
-            for first, end, name in spans:
-                if not 0 <= first < end <= self.vocab_size:
-                    raise ValueError(
-                        f"modality_token_ranges[{name!r}]=[{first}, {end}] must lie within the vocabulary: "
-                        f"0 <= first < end <= vocab_size={self.vocab_size}"
-                    )
-            for (first, end, name), (other_first, other_end, other) in combinations(spans, 2):
-                inside_text = (name == "text" and other_end <= end) or (other == "text" and first == other_first)
-                if other_first < end and not inside_text:
-                    raise ValueError(
-                        f"modality_token_ranges: {name!r} ends at {end}, {other!r} begins at {other_first}: overlap"
-                    )
+
+    def _validate_special_tokens(self):
+        """Special tokens are text; markers come in pairs."""
+        ranges = self.modality_token_ranges
         text = ranges["text"] if ranges is not None else [0, self.vocab_size]
         codes = [span for name, span in (ranges or {}).items() if name != "text"]
         for field in SPECIAL_TOKENS:
@@ -453,17 +494,17 @@ class MoTConfig(PreTrainedConfig):
         for begin, end in (("boi_token_id", "eoi_token_id"), ("begin_of_speech_token_id", "end_of_speech_token_id")):
             if (getattr(self, begin) is None) != (getattr(self, end) is None):
                 raise ValueError(f"{begin}={getattr(self, begin)} and {end}={getattr(self, end)} go together: set both")
-        self._validate_markers(MARKERS)
 
     def _validate_markers(self, markers):
-        """A span opens and closes by tokens that mean nothing else."""
+        """Markers are tokens that mean nothing else."""
         meanings = {}
         for field in (*TEXT_TOKENS, *markers):
             value = getattr(self, field)
             for token in value if isinstance(value, list) else [value]:
                 if token is not None and token in meanings and field in markers:
                     raise ValueError(
-                        f"{meanings[token]}={token} and {field}={token} must differ: a token of the vocabulary has one meaning"
+                        f"{meanings[token]}={token} and {field}={token} must differ: a token of the vocabulary has one "
+                        "meaning"
                     )
                 meanings.setdefault(token, field)
 

@@ -1,4 +1,4 @@
-"""Configuration of the Transfusion setting: text by next token, images by diffusion (paper, section 3.4, appendix A)."""
+"""Configuration of Transfusion models: text by next token, images by diffusion (paper, section 3.4 and appendix A)."""
 
 import math
 
@@ -46,7 +46,7 @@ VAE_RULES = {
 
 
 def vae_downsampling(vae_config) -> int:
-    """Pixels of one latent's side by a diffusers configuration: every block but one halves the sides."""
+    """Compute the pixels of one latent's side from diffusers' configuration: every block but one halves the sides."""
     if vae_config["_class_name"] == "AutoencoderTiny":
         blocks = vae_config.get("encoder_block_out_channels") or (64, 64, 64, 64)  # the defaults are diffusers'
     else:
@@ -59,49 +59,57 @@ class MoTTransfusionConfig(MoTConfig):
     r"""Configuration of `MoTTransfusionModel`.
 
     All fields of a `MoTConfig`; images are continuous, so `modality_token_ranges`, where given, has no range for them
-    and there is no `image_grid`. What is added:
+    and there is no `image_grid`. Added:
 
     Args:
         boi_token_id, eoi_token_id (`int`, default to 32000 and 32001): Markers around an image.
         image_token_id (`int`, defaults to 32002): Placeholder in `input_ids`, one for each patch of an image.
         latent_channels (`int`, defaults to 8): Channels of the latents (paper: 8).
         latent_size (`list[int]`, defaults to `[32, 32]`):
-            Rows and columns of the latents of an image that `generate()` makes when no size is asked for. Any size that
-            `patch_size` divides can be trained on and asked for: resolution is part of the input.
+            Rows and columns of the latents of an image that `generate()` makes by default. Training and `generate()`
+            take any size that `patch_size` divides: resolution is part of the input.
         patch_size (`int`, defaults to 2): A token stands for patch_size x patch_size latents (paper: 2).
-        patchifier (`"unet"` or `"linear"`, defaults to `"unet"`): From latents to hidden states and back.
+        patchifier (`"unet"` or `"linear"`, defaults to `"unet"`): The way from latents to hidden states and back.
         unet_channels (`list[int]`, defaults to `[544, 1024]`):
-            Channels of the U-Net's down blocks, log2(patch_size) + 1 of them, each but the last halving the sides; its up
-            blocks mirror them. The default is the paper's 0.27 B.
+            Channels of the U-Net's down blocks, log2(patch_size) + 1 of them. Each block but the last halves the sides;
+            the up blocks mirror the down blocks. The default makes the paper's U-Net of 0.27 B parameters.
         unet_layers (`int`, defaults to 3): Residual layers of a down block; an up block has one more.
         unet_norm_groups (`int`, defaults to 32): Groups of the U-Net's group norms.
         prediction_type (`"epsilon"`, `"v_prediction"` or `"flow"`, defaults to `"epsilon"`):
-            What the model predicts: the noise, the velocity of arXiv 2202.00512, or noise - clean (rectified flow).
+            The target of the prediction: the noise, the velocity of arXiv 2202.00512, or noise - clean (rectified
+            flow).
         noise_schedule (`str`, defaults to `"squaredcos_cap_v2"`):
-            Diffusers' name of a beta schedule; the default is the cosine schedule of Nichol & Dhariwal. Not used by flow.
+            Diffusers' name of a beta schedule. The default is the cosine schedule of Nichol & Dhariwal; flow uses none.
         num_train_timesteps (`int`, defaults to 1000): Noise levels.
         timestep_sampling (`"uniform"` or `"logit_normal"`, defaults to `"uniform"`): How training draws noise levels.
         timestep_shift (`float`, defaults to 1.0):
             With flow, fractions t become s t / (1 + (s - 1) t), in training and in sampling.
         timestep_format (`"index"` or `"fraction"`, defaults to `"index"`):
-            Whether the timestep embedding sees t in [0, num_train_timesteps] or in [0, 1].
-        diffusion_loss_weight (`float`, defaults to 5.0): Lambda of equation 4.
+            The timestep embedding takes t in [0, num_train_timesteps], or in [0, 1].
+        diffusion_loss_weight (`float`, defaults to 5.0): The lambda of equation 4.
         image_first_max_timestep (`int`, *optional*):
-            Largest noise level of an image that has text of its document after and none before it (Transfusion's
-            ablation: 500).
+            Largest noise level of an image with text of its document after and none before it (Transfusion's ablation:
+            500).
         caption_dropout (`float`, defaults to 0.0):
-            How often training dropped the captions; guidance needs more than none.
+            Share of captions that training dropped; guidance needs some.
         image_positions (`"consecutive"` or `"shared"`, defaults to `"consecutive"`):
-            Whether each patch has a position of its own, in raster order, or all of an image share one.
+            Each patch has a position of its own, in raster order, or all patches of an image share one.
         markers_in_image_block (`bool`, defaults to `False`):
-            Whether BOI and EOI belong to the block that sees itself in both directions (and shares a position).
+            True if BOI and EOI belong to the block that sees itself in both directions (and shares a position).
         noised_images_visible (`bool`, defaults to `True`):
-            Whether later tokens see an image that has noise (Transfusion). If not (BAGEL), a clean copy of it is their
-            context.
+            True if later tokens see an image that has noise (Transfusion). If False (BAGEL), they need a clean copy of
+            it as context.
         latent_position_table (`None` or `"sincos"`): A fixed 2-D sine-cosine table added to the patches.
         vae_config (`dict`, *optional*):
             Configuration of diffusers' `AutoencoderKL` or `AutoencoderTiny` inside the model, with its `_class_name`;
-            None for a model that is fed latents.
+            None for a model that takes latents.
+
+    Examples:
+
+        >>> from modeling_mot import MoTTransfusionConfig
+        >>> config = MoTTransfusionConfig(latent_size=[32, 48], patch_size=2)
+        >>> config.image_length(32, 48)  # tokens of an image
+        384
     """
 
     field_rules = TRANSFUSION_RULES
@@ -142,11 +150,13 @@ class MoTTransfusionConfig(MoTConfig):
     vae_config: dict | None = None
 
     def __post_init__(self, **kwargs):
-        self.latent_size, self.unet_channels = list(self.latent_size), list(self.unet_channels)
+        self.latent_size = list(self.latent_size)
+        self.unet_channels = list(self.unet_channels)
         super().__post_init__(**kwargs)
 
     @property
     def token_modalities(self) -> list[str]:
+        """The modalities whose tokens are entries of the vocabulary: all but images."""
         return [modality for modality in self.modalities if modality != "image"]
 
     @property
@@ -156,11 +166,11 @@ class MoTTransfusionConfig(MoTConfig):
 
     @property
     def vae_downsampling(self) -> int:
-        """Pixels of one latent's side; 1 without a VAE, whose latents are then the pixels."""
+        """Pixels of one latent's side; 1 without a VAE."""
         return 1 if self.vae_config is None else vae_downsampling(self.vae_config)
 
     def image_length(self, height: int, width: int) -> int:
-        """Tokens of an image of height x width latents.
+        """Count the tokens of an image of height x width latents.
 
         Raises:
             ValueError: `patch_size` does not divide a side.
@@ -174,7 +184,7 @@ class MoTTransfusionConfig(MoTConfig):
         return (height // self.patch_size) * (width // self.patch_size)
 
     def patchifier_parameters(self) -> int:
-        """Parameters of the patchifier, beside `num_parameters()` of the transformer."""
+        """Count the parameters of the patchifier."""
         import torch
 
         from .modeling_mot_transfusion import build_patchifier
@@ -183,7 +193,7 @@ class MoTTransfusionConfig(MoTConfig):
             return sum(parameter.numel() for parameter in build_patchifier(self).parameters())
 
     def num_parameters(self, active: bool = False) -> int:
-        """As `MoTConfig.num_parameters`, the patchifier included; the frozen VAE is not counted."""
+        """Count parameters as `MoTConfig.num_parameters` does, with the patchifier and without the frozen VAE."""
         return super().num_parameters(active) + self.patchifier_parameters()
 
     @staticmethod
@@ -232,8 +242,9 @@ class MoTTransfusionConfig(MoTConfig):
         if self.patchifier == "unet":
             if 2 ** (len(self.unet_channels) - 1) != self.patch_size:
                 raise ValueError(
-                    f"patch_size={self.patch_size} with unet_channels={self.unet_channels}: every block of the U-Net but "
-                    "the last halves the sides, so patch_size must be a power of 2 and have log2(patch_size) + 1 channels"
+                    f"patch_size={self.patch_size} with unet_channels={self.unet_channels}: every block of the U-Net "
+                    "but the last halves the sides, so patch_size must be a power of 2 and have log2(patch_size) + 1 "
+                    "channels"
                 )
             if wrong := [width for width in self.unet_channels if width % self.unet_norm_groups]:
                 raise ValueError(

@@ -33,7 +33,7 @@ _TRANSFUSION = {
     "eos_token_id": 2,
     "max_position_embeddings": 4096,
 }
-# What a Transfusion model adds to that row: three tokens, in a vocabulary of a multiple of 16, and the U-Net of 0.27 B.
+# A Transfusion model adds three tokens to such a row, in a vocabulary of a multiple of 16, and a U-Net of 0.27 B.
 TRANSFUSION_FIELDS = {
     "vocab_size": 32016,
     "boi_token_id": 32000,
@@ -87,17 +87,18 @@ VARIANTS = (
 
 
 def variant_fields(variant, modalities):
-    """The fields of `MoTConfig` that make it one of the paper's variants.
+    """Return the fields of `MoTConfig` that make it one of the paper's variants.
 
     Args:
         variant (str): one of `VARIANTS`.
         modalities (sequence of str): ordered names, text first.
 
     Raises:
-        ValueError: an unknown variant, or a leave-one-out of a modality that is not there.
+        ValueError: an unknown variant, or leaving out a modality that is not there.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant={variant!r} is not one of {', '.join(VARIANTS)}")
+    # Leave one out: one modality has a tower of its own, the others share one.
     if variant.startswith("loo-"):
         alone = variant.removeprefix("loo-")
         together = [modality for modality in modalities if modality != alone]
@@ -107,9 +108,11 @@ def variant_fields(variant, modalities):
                 f"{alone!r} among them, but modalities={list(modalities)}"
             )
         return {"towers": {modality: alone if modality == alone else "_".join(together) for modality in modalities}}
+    # One tower for all modalities.
     if variant in ("dense", "moe-4x"):
         moe = {"moe_towers": ["shared"], "num_experts": 4} if variant == "moe-4x" else {}
         return {"towers": dict.fromkeys(modalities, "shared")} | moe
+    # A tower for each modality.
     return {
         "mot": {},
         "hybrid": {"moe_towers": ["text"], "num_experts": 4},

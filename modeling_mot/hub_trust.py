@@ -1,4 +1,4 @@
-"""What a stranger's checkpoint may not do: name code for others to run, and have files read that are not its own."""
+"""Guards against a stranger's checkpoint: it may name neither code that others run nor files outside of its folder."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 
-# Fields of JSON files by which a loader runs code of the folder or of another repository, or looks for it there.
+# Fields of JSON files from which a loader runs, or looks for, code of the folder or of another repository.
 NAMES_OF_CODE = frozenset({"auto_map", "custom_pipelines", "custom_generate"})
 CODE_FIELDS = NAMES_OF_CODE | {"_name_or_path", "name_or_path"}
-_SHOWN = 400  # characters of what a library says
+_SHOWN = 400  # characters of a library's message
 
 
 def code_in(tree: Any) -> Iterator[str]:
-    """All texts under `auto_map` and its like, at any depth: names of code, such as `modeling.Model`."""
+    """Yield the names of code, such as `modeling.Model`, under `auto_map` and its like, at any depth."""
     if isinstance(tree, list):
         tree = dict(enumerate(tree))
     for name, value in tree.items() if isinstance(tree, dict) else ():
@@ -39,7 +39,7 @@ def _texts(tree: Any) -> Iterator[str]:
 
 
 def without_code(tree: Any) -> Any:
-    """A tree of dicts and lists without `CODE_FIELDS`, at any depth."""
+    """Copy a tree of dicts and lists without `CODE_FIELDS`, at any depth."""
     if isinstance(tree, Mapping):
         return {name: without_code(value) for name, value in tree.items() if name not in CODE_FIELDS}
     if isinstance(tree, list):
@@ -48,7 +48,7 @@ def without_code(tree: Any) -> Any:
 
 
 def forget_code(part: Any) -> None:
-    """Take what a loaded file said of code out of a tokenizer, a configuration or settings of generation, in place."""
+    """Remove the code that a loaded file named from a tokenizer, a configuration or generation settings, in place."""
     for name in ("_auto_map", *CODE_FIELDS):
         vars(part).pop(name, None)
     if hasattr(part, "init_kwargs"):
@@ -56,33 +56,36 @@ def forget_code(part: Any) -> None:
 
 
 def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
-    """A tokenizer of a folder or the Hub: no code of theirs is run, nor named when it is saved.
+    """Load a tokenizer from a folder or the Hub, running none of its code and naming none when it is saved.
 
     Raises:
-        ValueError, OSError: there is none, it needs code of its own, or its settings name files outside of its folder.
+        ValueError, OSError: no tokenizer, one that needs code of its own, or settings that name files outside of its
+            folder.
     """
     check_tokenizer_files(name_or_path)
     with reading(f"the tokenizer of {str(name_or_path)!r:.200} cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     forget_code(tokenizer)
-    for name in ("is_local", "local_files_only"):  # where it was loaded from is no property of the tokenizer
+    for name in ("is_local", "local_files_only"):  # the origin is no property of the tokenizer
         tokenizer.init_kwargs.pop(name, None)
     json.dumps(tokenizer.init_kwargs, ensure_ascii=False, default=str).encode()  # half a character could not be saved
     return tokenizer
 
 
-# ------------------------------------------------------------------------------------------------------------------ files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 @contextmanager
 def reading(lead: str, kind: type[Exception] = ValueError, passed: type[Exception] | tuple = OSError) -> Iterator[None]:
-    """Around a library's reading of what the user names: whatever it raises becomes a `kind`, `lead`: reason.
+    """Turn any exception of a library that reads a user's file into a `kind` with the message "`lead`: reason".
 
-    `tokenizers` raises Exception itself and others what their first wrong step happens to raise, so a list of types
-    would never be whole. Nothing but calls of libraries belongs inside: a mistake of ours is to be seen as one.
+    `tokenizers` raises Exception itself, and other libraries raise whatever their first wrong step raises, so no list
+    of types would be complete. Only calls of libraries belong inside, so that mistakes of ours stay visible.
 
     Args:
-        passed: exceptions that are good as they are.
+        lead: the beginning of the message.
+        kind: the exception to raise.
+        passed: exceptions that pass unchanged.
     """
     try:
         yield
@@ -95,12 +98,16 @@ def reading(lead: str, kind: type[Exception] = ValueError, passed: type[Exceptio
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Raises ValueError for a file that is not there, is not JSON or holds no object."""
+    """Read a JSON file.
+
+    Raises:
+        ValueError: the file is not there, is not JSON or holds no object.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         tree = json.loads(text)
         if "\\u" in text:
-            json.dumps(tree, ensure_ascii=False).encode()  # an escape may stand for half a character, which is no text
+            json.dumps(tree, ensure_ascii=False).encode()  # an escape may be half a character, which is no text
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(tree, dict):
@@ -112,7 +119,7 @@ def check_tokenizer_files(name_or_path: str | os.PathLike, **hub_kwargs) -> None
     """Refuse settings of a tokenizer that name files outside of its folder, which transformers would open.
 
     Raises:
-        ValueError: naming the setting and the file.
+        ValueError: the message names the setting and the file.
     """
     settings = cached_file(
         str(name_or_path), "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs
@@ -120,7 +127,7 @@ def check_tokenizer_files(name_or_path: str | os.PathLike, **hub_kwargs) -> None
     if settings is None:
         return
     for name, value in read_json_object(Path(settings)).items():
-        # Of special_tokens_map_file transformers itself wrote paths of other machines; it opens none of them.
+        # In special_tokens_map_file transformers itself wrote paths of other machines; it opens none of them.
         if not name.endswith("_file") or name == "special_tokens_map_file" or not isinstance(value, str):
             continue
         if os.path.exists(value) and leads_outside(Path(value), Path(settings).parent):
@@ -129,7 +136,11 @@ def check_tokenizer_files(name_or_path: str | os.PathLike, **hub_kwargs) -> None
 
 @contextmanager
 def reading_weights(name_or_path: str | os.PathLike | None) -> Iterator[None]:
-    """Around the loading of a model. Raises ValueError for files of weights that are damaged, or no weights alone."""
+    """Name the checkpoint when the loading of a model fails on its files.
+
+    Raises:
+        ValueError: files of weights are damaged, or hold more than weights.
+    """
     try:
         yield
     except SafetensorError as error:
@@ -158,10 +169,10 @@ def leads_outside(path: Path, folder: Path) -> bool:
 
 
 def check_links(folder: Path) -> None:
-    """Refuse a folder in which a link leads out of it: what it leads to would be read, and copied, as the folder's own.
+    """Refuse a folder with a link that leads out of it: its target would be read, and copied, as the folder's own.
 
     Raises:
-        ValueError: naming the link and where it leads.
+        ValueError: the message names the link and its target.
     """
     for root, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -173,10 +184,10 @@ def check_links(folder: Path) -> None:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> name of the file that holds it, of an index such as `model.safetensors.index.json`.
+    """Read an index such as `model.safetensors.index.json`.  -> tensor: name of the file that holds it
 
     Raises:
-        ValueError: the index is not one, or names a file outside of its folder.
+        ValueError: the file is no index, or names a file outside of its folder.
     """
     files = read_json_object(index).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
@@ -192,7 +203,11 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 def shard_files(index: Path) -> dict[str, str]:
-    """As `read_weight_map`, and the files are there. Raises ValueError where one is missing."""
+    """Read an index as `read_weight_map` does, and check that its files are there.
+
+    Raises:
+        ValueError: a file is missing, or as `read_weight_map`.
+    """
     files = read_weight_map(index)
     if lost := sorted({name for name in files.values() if not os.path.isfile(index.parent / name)}):
         raise ValueError(f"{index} names {', '.join(lost):.500}, which are not there; is the download complete?")
@@ -200,10 +215,10 @@ def shard_files(index: Path) -> dict[str, str]:
 
 
 def check_index(name_or_path: str | os.PathLike | None, subfolder: str | None = None) -> None:
-    """Refuse a local checkpoint whose index names files outside of its folder; the Hub gives out none of those.
+    """Refuse a local checkpoint whose index names files outside of its folder; the Hub gives out no such files.
 
     Raises:
-        ValueError: naming the index and the file.
+        ValueError: the message names the index and the file.
     """
     index = Path(name_or_path or "", subfolder or "", "model.safetensors.index.json")
     if name_or_path is not None and index.is_file():

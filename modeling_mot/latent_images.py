@@ -1,4 +1,9 @@
-"""The continuous images of a forward: their sizes and places in the rows, their noise, and the patchifier around them."""
+"""The continuous images of a Transfusion forward: their noise, their places in the rows, and the way in and out.
+
+`LatentImagesMixin`, at the end, holds the steps of the model's forward: `_images_of` reads, checks and noises the
+images, `embed_latents` makes tokens of them, `predict_latents` makes latents of the tokens' hidden states. Before it
+stand the noise schedule (paper, appendix A.1) and its schedulers for sampling, then the places of images in rows.
+"""
 
 import difflib
 import inspect
@@ -10,12 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention_masks import document_positions
+from .attention_masks import document_positions, find_image_blocks
 from .checks_arguments import check_tensor
 from .latent_vae import encode_pixels
 
 
-# N images, C latent channels, (h, w) latents
+# B batch, L row length, D hidden size, N images in order of appearance over the flattened rows, C latent channels,
+# (h, w) latents, n tokens of an image, P patches of all images
+
+
+# --------------------------------------------------------------------------------------------------------------- noise
 
 
 SHORT_NAMES = {
@@ -31,13 +40,13 @@ FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteSche
 
 
 def cumulative_alphas(config) -> torch.Tensor:
-    """Diffusers' cumulative products of 1 - beta.  -> (num_train_timesteps,) float32"""
+    """Take diffusers' cumulative products of 1 - beta.  -> (num_train_timesteps,) float32"""
     scheduler = diffusers.DDPMScheduler(config.num_train_timesteps, beta_schedule=config.noise_schedule)
     return scheduler.alphas_cumprod
 
 
 class NoiseSchedule(nn.Module):
-    """How latents are noised and what is to be predicted of them."""
+    """How latents are noised, and the target of the prediction (paper, appendix A.1)."""
 
     def __init__(self, config):
         super().__init__()
@@ -49,12 +58,12 @@ class NoiseSchedule(nn.Module):
     def _apply(self, *args, **kwargs):
         super()._apply(*args, **kwargs)
         if self.alphas_cumprod.dtype != torch.float32 and not self.alphas_cumprod.is_meta:
-            # A model that is cast to another precision keeps the schedule, which has none to spare.
+            # A cast would round the schedule: it is made again in float32.
             self.alphas_cumprod = cumulative_alphas(self.config).to(self.alphas_cumprod.device)
         return self
 
     def weights(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The shares of clean latents and of noise.  (N,) -> (N, 1, 1, 1) twice"""
+        """Return the shares of clean latents and of noise.  (N,) -> (N, 1, 1, 1) twice"""
         if self.config.prediction_type == "flow":
             noise = timesteps.float() / self.config.num_train_timesteps
             clean = 1 - noise
@@ -64,12 +73,15 @@ class NoiseSchedule(nn.Module):
         return clean.view(-1, 1, 1, 1), noise.view(-1, 1, 1, 1)
 
     def noised(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """x_t of appendix A.1.  (N, C, h, w) twice, (N,) -> (N, C, h, w)"""
+        """Add noise to clean latents: x_t of appendix A.1.  (N, C, h, w) twice, (N,) -> (N, C, h, w)"""
         of_clean, of_noise = self.weights(timesteps)
         return of_clean * latents + of_noise * noise
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the model is to predict: the noise that was added, the velocity, or noise - clean."""
+        """Return the target of the prediction: the noise that was added, the velocity, or noise - clean.
+
+        (N, C, h, w) twice, (N,) -> (N, C, h, w)
+        """
         if self.config.prediction_type == "epsilon":
             return noise
         if self.config.prediction_type == "flow":
@@ -80,10 +92,18 @@ class NoiseSchedule(nn.Module):
     def bounded(
         self, prediction: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor, bound: float
     ) -> torch.Tensor:
-        """Predicted noise, but no more of it than leaves clean latents within +-`bound`.  (R, C, h, w) twice -> the same
+        """Bound predicted noise, so that the clean latents it implies stay within +-`bound`.
 
-        The last noise levels of a cosine schedule hide the latents so well that 1 % of error in the noise are 200
-        deviations of error in the latents, from which few samplers recover. Other predictions have no such division.
+        The last noise levels of a cosine schedule hide the latents so well that an error of 1 % in the noise is an
+        error of 200 deviations in the latents, from which few samplers recover. Other predictions divide by no such
+        small number and are returned as they are.
+
+        Args:
+            prediction, noisy: (R, C, h, w).
+            timestep: a number.
+
+        Returns:
+            (R, C, h, w).
         """
         if self.config.prediction_type != "epsilon":
             return prediction
@@ -98,15 +118,16 @@ def draw_timesteps(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Noise levels for training.
+    """Draw noise levels for training.
 
     Args:
-        image_first: (N,) whether an image has text after and none before it; its level is then at most
+        image_first: (N,) bool, images with text after and none before them; their levels are at most
             `config.image_first_max_timestep`, where that is set.
 
     Returns:
         (N,) integers, or floats for rectified flow.
     """
+    # Fractions from 0 to 1, then of the levels that an image may have.
     device = image_first.device if device is None else device
     count, levels = len(image_first), config.num_train_timesteps
     if config.timestep_sampling == "logit_normal":
@@ -126,7 +147,7 @@ def draw_timesteps(
 
 
 def build_scheduler(config, name: str = "ddpm", **kwargs):
-    """A diffusers scheduler that samples what this configuration was trained on.
+    """Build a diffusers scheduler that samples with the noise that this configuration was trained on.
 
     Args:
         name: `ddpm`, `ddim`, `dpm`, `unipc`, `euler`, `heun`, `flow`, or the name of a scheduler class of diffusers.
@@ -136,6 +157,7 @@ def build_scheduler(config, name: str = "ddpm", **kwargs):
     Raises:
         ValueError: an unknown name or argument, or a scheduler that does not fit `prediction_type`.
     """
+    # The class.
     is_flow = config.prediction_type == "flow"
     full_name = SHORT_NAMES["flow"] if is_flow and name == "ddpm" else SHORT_NAMES.get(name, name)
     scheduler_class = getattr(diffusers, full_name, None) if full_name.endswith("Scheduler") else None
@@ -149,13 +171,15 @@ def build_scheduler(config, name: str = "ddpm", **kwargs):
         raise ValueError(
             f"scheduler={name!r} cannot sample a model of prediction_type={config.prediction_type!r}; take {fitting}"
         )
+
+    # Its settings: the noise of training, then the caller's arguments.
     settings = {"num_train_timesteps": config.num_train_timesteps}
     if is_flow:
         settings["shift"] = config.timestep_shift
     else:
         settings |= {
             "beta_schedule": config.noise_schedule,
-            "beta_start": 0.0001,  # those of DDPM, with which latents were noised; some schedulers have others
+            "beta_start": 0.0001,  # the betas of DDPM, with which latents were noised; some schedulers have others
             "beta_end": 0.02,
             "prediction_type": config.prediction_type,
             "clip_sample": False,  # latents have no bounds
@@ -172,7 +196,10 @@ def build_scheduler(config, name: str = "ddpm", **kwargs):
 
 
 def position_table(height: int, width: int, dim: int, device=None) -> torch.Tensor:
-    """Fixed 2-D sine-cosine positions of patches in raster order, columns in the first half.  -> (height * width, dim)"""
+    """Make fixed 2-D sine-cosine positions of patches in raster order.  -> (height * width, dim)
+
+    The first half of the dimensions holds the columns, the second the rows.
+    """
     frequencies = 1.0 / 10000 ** (torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim / 4))
 
     def along(length):
@@ -184,8 +211,51 @@ def position_table(height: int, width: int, dim: int, device=None) -> torch.Tens
     return torch.cat([columns, rows], dim=-1).flatten(0, 1)
 
 
-# B batch, L row length, D hidden size, N images in order of appearance over the flattened rows, C latent channels,
-# (h, w) latents, n tokens of an image, P patches of all images
+# ---------------------------------------------------------------------------------------------- images and their places
+
+
+class ImageInputs(NamedTuple):
+    """The images of a forward as they were passed; the fields are arguments of `MoTTransfusionModel.forward`."""
+
+    latents: torch.Tensor | None
+    pixel_values: torch.Tensor | None
+    image_sizes: torch.Tensor | list | None
+    timesteps: torch.Tensor | None
+    noise: torch.Tensor | None
+    clean_images: torch.Tensor | None
+    image_first: torch.Tensor | None
+    generator: torch.Generator | None
+
+
+class ImagePlaces(NamedTuple):
+    """Where images stand in the rows.
+
+    Attributes:
+        input_ids: (B, L)
+        document_ids: (B, L) or None.
+        attention_mask: (B, L) or None.
+        is_patch: (B, L) bool, the placeholders of images.
+        blocks: (B, L) the number of the image in its row, -1 outside of images; see `find_image_blocks`.
+    """
+
+    input_ids: torch.Tensor
+    document_ids: torch.Tensor | None
+    attention_mask: torch.Tensor | None
+    is_patch: torch.Tensor
+    blocks: torch.Tensor
+
+    @classmethod
+    def find(cls, config, input_ids, document_ids, attention_mask) -> "ImagePlaces":
+        """Find the placeholders and number the images.  (B, L) each"""
+        is_patch = input_ids == config.image_token_id
+        blocks = find_image_blocks(is_patch, document_ids, config.markers_in_image_block)
+        return cls(input_ids, document_ids, attention_mask, is_patch, blocks)
+
+    def starts(self) -> torch.Tensor:
+        """The first patch of each image.  -> (B, L) bool"""
+        starts = self.is_patch.clone()
+        starts[:, 1:] &= ~self.is_patch[:, :-1] | (self.blocks[:, 1:] != self.blocks[:, :-1])
+        return starts
 
 
 class NoisyImages(NamedTuple):
@@ -193,8 +263,8 @@ class NoisyImages(NamedTuple):
 
     Attributes:
         latents: (N, C, h, w) with noise, padded at the bottom and the right where sizes differ; a blank one if N = 0.
-        target: (N, C, h, w) what is to be predicted of them.
-        timesteps: (N,) their noise levels, 0 where clean.
+        target: (N, C, h, w) the target of the prediction.
+        timesteps: (N,) noise levels, 0 where clean.
         clean: (N,) bool.
         sizes: (h, w) of each image.
     """
@@ -206,11 +276,11 @@ class NoisyImages(NamedTuple):
     sizes: list[tuple[int, int]]
 
     def by_size(self) -> dict[tuple[int, int], list[int]]:
-        """size -> the images that have it; of the blank one, none"""
+        """Group images by size: size -> their indices. The blank image has a size and no index."""
         return group_by_size(self.sizes) or {tuple(self.latents.shape[2:]): []}
 
     def inside(self) -> torch.Tensor:
-        """(N, 1, h, w) bool, false in the padding of images that are smaller than the tensor."""
+        """Mark the latents that belong to an image, and not to padding.  -> (N, 1, h, w) bool"""
         heights, widths = (torch.tensor(sides, device=self.latents.device) for sides in zip(*self.sizes))
         rows = torch.arange(self.latents.shape[2], device=self.latents.device)[None] < heights[:, None]
         columns = torch.arange(self.latents.shape[3], device=self.latents.device)[None] < widths[:, None]
@@ -218,7 +288,7 @@ class NoisyImages(NamedTuple):
 
 
 def sizes_of(images: torch.Tensor, image_sizes: torch.Tensor | list | None) -> list[tuple[int, int]]:
-    """Height and width of each image of a padded tensor, in its unit.  (N, C, h, w), (N, 2) -> N pairs
+    """Read height and width of each image of a padded tensor, in its unit.  (N, C, h, w), (N, 2) -> N pairs
 
     Raises:
         ValueError: sizes of another number of images, or larger than the tensor.
@@ -239,46 +309,45 @@ def sizes_of(images: torch.Tensor, image_sizes: torch.Tensor | list | None) -> l
 
 
 def group_by_size(sizes: list[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
-    """size -> the images that have it"""
+    """Group images by size: size -> their indices, in order of appearance."""
     groups: dict[tuple[int, int], list[int]] = {}
     for index, size in enumerate(sizes):
         groups.setdefault(size, []).append(index)
     return groups
 
 
-def image_starts(is_patch: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """The first patch of each image.  (B, L) bool and `find_image_blocks` of it -> (B, L) bool"""
-    starts = is_patch.clone()
-    starts[:, 1:] &= ~is_patch[:, :-1] | (blocks[:, 1:] != blocks[:, :-1])
-    return starts
-
-
-def images_first(config, input_ids, is_patch, blocks, document_ids, attention_mask) -> torch.Tensor:
-    """Which images have text of their document after them and none before.  -> (N,) bool"""
+def images_first(config, places: ImagePlaces) -> torch.Tensor:
+    """Find the images that have text of their document after them and none before.  -> (N,) bool"""
+    # Text is all but patches, special tokens and padding.
+    input_ids = places.input_ids
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    is_text = ~is_patch
+    is_text = ~places.is_patch
     for token in (config.bos_token_id, config.pad_token_id, config.boi_token_id, config.eoi_token_id, *ends):
         if token is not None:
             is_text &= input_ids != token
-    if attention_mask is not None:
-        is_text &= attention_mask.bool()
-    length = input_ids.shape[1]
-    places = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-    start = torch.zeros_like(places) if document_ids is None else places - document_positions(document_ids)
+    if places.attention_mask is not None:
+        is_text &= places.attention_mask.bool()
+
+    # For each token, the text of its document before it, and in all.
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    documents = places.document_ids
+    start = torch.zeros_like(columns) if documents is None else columns - document_positions(documents)
     before = is_text.cumsum(dim=1) - is_text.long()
     before = before - before.gather(1, start)
-    total = torch.zeros_like(places).scatter_add(1, start, is_text.long()).gather(1, start)
-    return ((before == 0) & (total > 0))[image_starts(is_patch, blocks)]
+    total = torch.zeros_like(columns).scatter_add(1, start, is_text.long()).gather(1, start)
+    return ((before == 0) & (total > 0))[places.starts()]
 
 
-def check_placeholders(config, is_patch: torch.Tensor, blocks: torch.Tensor, sizes: list[tuple[int, int]]) -> None:
-    """Whether each image has its own run of as many placeholders as it has patches.
+def check_placeholders(config, places: ImagePlaces, sizes: list[tuple[int, int]]) -> None:
+    """Check that each image has a run of placeholders of its own, one for each patch; waits for the device.
+
+    Args:
+        sizes: (h, w) of each image.
 
     Raises:
         ValueError: images without placeholders or the reverse, or another number of them.
     """
-    starts = image_starts(is_patch, blocks)
-    runs = torch.bincount(starts.flatten().cumsum(0)[is_patch.flatten()] - 1).tolist()
+    runs = torch.bincount(places.starts().flatten().cumsum(0)[places.is_patch.flatten()] - 1).tolist()
     token = f"placeholders (image_token_id={config.image_token_id})"
     if runs and not sizes:
         raise ValueError(f"input_ids holds {sum(runs)} {token} but neither latents nor pixel_values came")
@@ -297,10 +366,10 @@ def check_placeholders(config, is_patch: torch.Tensor, blocks: torch.Tensor, siz
 
 
 def check_timesteps(config, timesteps: torch.Tensor, may_wait: bool) -> None:
-    """Whether these are noise levels; those on a device are only looked at if the forward `may_wait` for it.
+    """Check that timesteps are noise levels. Their values are read only if the forward `may_wait` for the device.
 
     Raises:
-        ValueError: timesteps out of range, or fractions of what is counted.
+        ValueError: timesteps out of range, or floats where levels are counted.
     """
     is_flow, levels = config.prediction_type == "flow", config.num_train_timesteps
     if timesteps.is_floating_point() and not is_flow:
@@ -318,13 +387,55 @@ def check_timesteps(config, timesteps: torch.Tensor, may_wait: bool) -> None:
         )
 
 
+# ------------------------------------------------------------------------------------------- steps of a model's forward
+
+
 class LatentImagesMixin:
-    """Images in and out of a Transfusion model: VAE, noise, patchifier."""
+    """The way of images into a Transfusion model and out: VAE, noise, patchifier."""
+
+    def _images_of(self, given: ImageInputs, places: ImagePlaces, planned: bool, is_filled: bool) -> NoisyImages:
+        """Read and check the images of a forward, draw what was not given, and add the noise.
+
+        Args:
+            planned: the routing was made ahead, so nothing here may wait for the device.
+            is_filled: the forward continues a cache that holds keys.
+
+        Raises:
+            ValueError: the message names field, value and way out.
+        """
+        if given.latents is not None and given.pixel_values is not None:
+            raise ValueError("pass either latents or pixel_values, not both")
+
+        # Latents, as given or of the VAE.
+        config, latents, sizes = self.config, given.latents, []
+        if given.pixel_values is not None:
+            latents, sizes = self.encode_images(given.pixel_values, given.image_sizes)
+        elif latents is not None:
+            check_tensor("latents", latents)
+            if latents.dim() != 4 or latents.shape[1] != config.latent_channels:
+                raise ValueError(
+                    f"latents has shape {tuple(latents.shape)}; it must be (N, latent_channels="
+                    f"{config.latent_channels}, h, w)"
+                )
+            sizes = sizes_of(latents, given.image_sizes)
+
+        # Their places in the rows.
+        if not planned:
+            check_placeholders(config, places, sizes)
+        if not sizes:
+            return self._no_images(places.input_ids)
+        if is_filled:
+            raise ValueError("images came with a filled past_key_values; pass them with the prompt, or use generate()")
+
+        # Their noise.
+        if given.image_first is None and given.timesteps is None and config.image_first_max_timestep is not None:
+            given = given._replace(image_first=images_first(config, places))
+        return self._noisy_images(latents, sizes, given, planned)
 
     def encode_images(
         self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | list | None = None
     ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-        """Scaled latents by the frozen VAE, each image as if it were alone.
+        """Encode pictures as scaled latents with the frozen VAE, each as if it were alone.
 
         Args:
             pixel_values: (N, 3, H, W) in [-1, 1], padded at the bottom and the right where sizes differ.
@@ -353,25 +464,24 @@ class LatentImagesMixin:
             latents[members, :, : height // factor, : width // factor] = encoded
         return latents, latent_sizes
 
-    def _noisy_images(
-        self, latents, sizes, timesteps, noise, clean_images, image_first, generator, planned
-    ) -> NoisyImages:
-        """Check, draw what was not given, add the noise."""
+    def _noisy_images(self, latents: torch.Tensor, sizes: list, given: ImageInputs, planned: bool) -> NoisyImages:
+        """Check the noise levels and the noise, draw the ones that were not given, and add the noise."""
+        # Every tensor has an entry for each image.
         count, device = len(latents), latents.device
-        given = {"timesteps": timesteps, "noise": noise, "clean_images": clean_images, "image_first": image_first}
-        for name, value in given.items():
-            if value is not None:
-                check_tensor(
-                    name,
-                    value,
-                    tuple(latents.shape) if name == "noise" else (count,),
-                    torch.bool if name == "clean_images" else None,
-                )
+        for name in ("timesteps", "noise", "clean_images", "image_first"):
+            if (value := getattr(given, name)) is not None:
+                shape = tuple(latents.shape) if name == "noise" else (count,)
+                check_tensor(name, value, shape, torch.bool if name == "clean_images" else None)
+        generator = given.generator
         if generator is not None and not isinstance(generator, torch.Generator):
             raise ValueError(f"generator={shortened(generator)} must be a torch.Generator, or None for torch's own")
-        if timesteps is not None:
-            check_timesteps(self.config, timesteps, may_wait=not planned)
+        if given.timesteps is not None:
+            check_timesteps(self.config, given.timesteps, may_wait=not planned)
+
+        # Draw where the generator is.
         latents = latents.float()
+        timesteps, noise = given.timesteps, given.noise
+        clean_images, image_first = given.clean_images, given.image_first
         if clean_images is None:
             clean_images = torch.zeros(count, dtype=torch.bool, device=device)
         if image_first is None:
@@ -381,20 +491,22 @@ class LatentImagesMixin:
             timesteps = draw_timesteps(self.config, image_first, **drawing)
         if noise is None:
             noise = torch.randn(latents.shape, **drawing)
+
+        # Images that are context stay clean, at t = 0.
         timesteps, noise, clean_images = timesteps.to(device), noise.to(device), clean_images.to(device)
         noised = self.noise_schedule.noised(latents, noise, timesteps)
         return NoisyImages(
-            torch.where(clean_images.view(-1, 1, 1, 1), latents, noised),
-            self.noise_schedule.target(latents, noise, timesteps),
-            torch.where(clean_images, torch.zeros_like(timesteps), timesteps),
-            clean_images,
-            sizes,
+            latents=torch.where(clean_images.view(-1, 1, 1, 1), latents, noised),
+            target=self.noise_schedule.target(latents, noise, timesteps),
+            timesteps=torch.where(clean_images, torch.zeros_like(timesteps), timesteps),
+            clean=clean_images,
+            sizes=sizes,
         )
 
     def _no_images(self, like: torch.Tensor) -> NoisyImages:
-        """The patchifier runs on a blank image that nothing sees, so that its gradients are zero and not missing.
+        """Make a blank image that no token sees, so that the patchifier's gradients are zero and not missing.
 
-        On no image at all it would do as well, but for kernels and tracers that know no empty batch.
+        An empty batch would do as well, but some kernels and tracers cannot run it.
         """
         side = self.config.patch_size
         latents = like.new_zeros(1, self.config.latent_channels, side, side, dtype=torch.float32)
@@ -402,7 +514,7 @@ class LatentImagesMixin:
         return NoisyImages(latents, latents[:0], timesteps, timesteps[:0].bool(), [])
 
     def patchifier_tokens(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, tuple | None]:
-        """Images of one size to what the transformer sees of them.  (N, C, h, w), (N,) -> (N, n, D) and features"""
+        """Cut images of one size into tokens for the transformer.  (N, C, h, w), (N,) -> (N, n, D) and features"""
         latents = latents.to(self.patchifier.proj_in.bias.dtype)
         tokens, features = self.patchifier.embed(latents, timesteps)
         if self.config.latent_position_table is not None:
@@ -411,7 +523,11 @@ class LatentImagesMixin:
         return tokens, features
 
     def embed_latents(self, images: NoisyImages) -> tuple[torch.Tensor, list]:
-        """All patches in order of appearance (P, D), and for each size what `predict_latents` needs of the way in."""
+        """Make tokens of images, group by group of one size.
+
+        Returns:
+            (P, D) in order of appearance, and for each size what `predict_latents` needs of the way in.
+        """
         tokens, features = {}, []
         for size, members in images.by_size().items():
             latents, timesteps = images.latents[:, :, : size[0], : size[1]], images.timesteps
@@ -426,7 +542,15 @@ class LatentImagesMixin:
         return torch.cat([tokens[index] for index in range(len(tokens))]), features
 
     def predict_latents(self, hidden_states: torch.Tensor, features: list, images: NoisyImages) -> torch.Tensor:
-        """The patches' hidden states (P, D) -> the prediction (N, C, h, w) in float32, zero in the padding."""
+        """Make latents of the patches' hidden states, group by group of one size.
+
+        Args:
+            hidden_states: (P, D).
+            features: of `embed_latents`.
+
+        Returns:
+            (N, C, h, w) in float32, zero in the padding.
+        """
         if not images.sizes:
             hidden_states = hidden_states.new_zeros(1, hidden_states.shape[-1])
         prediction = {}

@@ -1,7 +1,4 @@
-"""Pictures to continuous latents and back through a frozen diffusers autoencoder.
-
-Shapes: N pictures, (H, W) pixels, (h, w) latent cells with h = H / downsampling, C latent channels.
-"""
+"""The VAE of a Transfusion model: pictures to continuous latents and back by a frozen diffusers autoencoder."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,13 +12,20 @@ from .hub_trust import without_code
 from .image_tokenizer import fingerprint, without_autocast
 
 
+# N pictures, (H, W) pixels, (h, w) latents with h = H / downsampling, C latent channels
+
+
 VAE_CLASSES = {name: getattr(diffusers, name) for name in VAE_CLASS_NAMES}
 # Larger inputs go through the autoencoder in parts: 64 pictures of 64 pixels, 4 of 256 pixels at a time.
 PIXELS_AT_ONCE = 64 * 64 * 64
 
 
 def vae_class(vae_config: Mapping[str, Any]) -> type:
-    """The diffusers class that `_class_name` names; ValueError for one that is not supported."""
+    """Return the diffusers class that `_class_name` names.
+
+    Raises:
+        ValueError: an unsupported class.
+    """
     name = vae_config.get("_class_name")
     if name not in VAE_CLASSES:
         raise ValueError(
@@ -32,27 +36,36 @@ def vae_class(vae_config: Mapping[str, Any]) -> type:
 
 
 def build_vae(vae_config: Mapping[str, Any]) -> AutoencoderKL | AutoencoderTiny:
-    """An untrained autoencoder of a diffusers configuration, in float32 and evaluation mode, frozen.
+    """Build an untrained autoencoder of a diffusers configuration, frozen, in float32 and evaluation mode.
 
-    Raises ValueError for a `_class_name` other than AutoencoderKL and AutoencoderTiny.
+    Raises:
+        ValueError: a `_class_name` other than AutoencoderKL and AutoencoderTiny.
     """
     return vae_class(vae_config).from_config(without_code(vae_config)).float().eval().requires_grad_(False)
 
 
 def downsampling(vae_config: Mapping[str, Any]) -> int:
-    """Pixels per latent cell along one side; ValueError for a `_class_name` that is not supported."""
+    """Compute the pixels of one latent's side.
+
+    Raises:
+        ValueError: an unsupported `_class_name`.
+    """
     vae_class(vae_config)
     return vae_downsampling(vae_config)
 
 
 def vae_config_of(vae: AutoencoderKL | AutoencoderTiny) -> dict[str, Any]:
-    """What `build_vae` needs to build its like; where it was loaded from and by which version is left out."""
+    """Return the configuration with which `build_vae` builds such a VAE, without its origin and version."""
     known = {name: value for name, value in without_code(vae.config).items() if not name.startswith("_")}
     return {**known, "_class_name": type(vae).__name__}
 
 
 def check_divisible(height: int, width: int, multiple: int) -> None:
-    """ValueError, naming the size and the multiple, for pictures that the autoencoder cannot divide."""
+    """Refuse pictures whose sides the autoencoder cannot divide.
+
+    Raises:
+        ValueError: the message names the size and the multiple.
+    """
     if height < 1 or width < 1 or height % multiple or width % multiple:
         raise ValueError(
             f"pictures of {height} x {width} pixels cannot be encoded: the VAE makes one latent of {multiple} x "
@@ -62,11 +75,18 @@ def check_divisible(height: int, width: int, multiple: int) -> None:
 
 @torch.no_grad()
 def encode_pixels(vae: AutoencoderKL | AutoencoderTiny, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Scaled latents: the mode of the posterior, `(z - shift_factor) * scaling_factor`.
+    """Encode pictures as scaled latents: the mode z of the posterior, as (z - shift_factor) * scaling_factor.
 
-    (N, 3, H, W) in [-1, 1] -> (N, C, h, w), float32, without gradient, autocast off. AutoencoderTiny has no
-    posterior: its latents are scaled as they are. Raises ValueError for another shape, for integers and for sides that
-    are no multiples of the down-sampling.
+    AutoencoderTiny has no posterior: its latents are scaled as they are. No gradient, autocast off.
+
+    Args:
+        pixel_values: (N, 3, H, W) floats in [-1, 1].
+
+    Returns:
+        (N, C, h, w) in float32.
+
+    Raises:
+        ValueError: another shape, integers, or sides that the down-sampling does not divide.
     """
     channels = vae.config.in_channels
     if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not pixel_values.is_floating_point():
@@ -87,9 +107,16 @@ def encode_pixels(vae: AutoencoderKL | AutoencoderTiny, pixel_values: torch.Tens
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL | AutoencoderTiny, latents: torch.Tensor) -> torch.Tensor:
-    """Pixels of scaled latents, the inverse of `encode_pixels`, clamped to [-1, 1].
+    """Decode scaled latents to pixels, the inverse of `encode_pixels`. No gradient, autocast off.
 
-    (N, C, h, w) -> (N, 3, H, W), float32, without gradient, autocast off. Raises ValueError for another shape.
+    Args:
+        latents: (N, C, h, w) floats.
+
+    Returns:
+        (N, 3, H, W) in float32, clamped to [-1, 1].
+
+    Raises:
+        ValueError: another shape.
     """
     channels = vae.config.latent_channels
     if latents.ndim != 4 or latents.shape[1] != channels or not latents.is_floating_point():
@@ -105,10 +132,10 @@ def decode_latents(vae: AutoencoderKL | AutoencoderTiny, latents: torch.Tensor) 
 
 
 def latent_scaling(vae: AutoencoderKL | AutoencoderTiny) -> tuple[torch.Tensor, torch.Tensor]:
-    """(shift, scale), each (1, 1, 1, 1) or, where the configuration has statistics per channel, (1, C, 1, 1)."""
+    """Return shift and scale of the latents, (1, 1, 1, 1) each; (1, C, 1, 1) with statistics of each channel."""
     config = vae.config
     shift, scale = config.get("shift_factor") or 0.0, config.get("scaling_factor") or 1.0
-    # As diffusers' pipelines do: statistics per channel, where there are any, stand in for the shift.
+    # As in diffusers' pipelines, statistics of each channel, where there are any, replace the two numbers.
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
         shift, scale = mean, [scale / value for value in std]
@@ -122,9 +149,15 @@ def in_parts(
     inputs: torch.Tensor,
     pixels_each: int,
 ) -> torch.Tensor:
-    """`function` over the first dimension, a bounded number of pixels at a time; float32 out.
+    """Run `function` over the first dimension, a bounded number of pixels at a time.
 
-    Computes in the dtype of the VAE's weights, which is float32 unless somebody cast them.
+    It runs in the dtype of the VAE's weights, which is float32 unless a user cast them.
+
+    Args:
+        pixels_each: pixels of one picture.
+
+    Returns:
+        The outputs in one tensor, in float32.
     """
     inputs = inputs.to(device=vae.device, dtype=vae.dtype)
     size = max(1, PIXELS_AT_ONCE // max(1, pixels_each))
@@ -135,9 +168,9 @@ def in_parts(
 
 
 def vae_fingerprint(vae: AutoencoderKL | AutoencoderTiny) -> str:
-    """sha256 over class, configuration and weights (as float32), in hexadecimal: what cached latents depend on.
+    """Hash all that cached latents depend on: class, configuration and weights as float32.  -> sha256, hexadecimal
 
-    Where the VAE was loaded from, the version that saved it and the dtype it was stored in make no difference.
+    The origin of the VAE, the version that saved it and its stored dtype make no difference.
     """
     tensors = {name: tensor.detach().float() for name, tensor in vae.state_dict().items()}
     return fingerprint(vae_config_of(vae), tensors)

@@ -1,4 +1,8 @@
-"""Cross-entropy of tokens as sums and counts by modality."""
+"""The loss of tokens: targets, cross-entropy as sums and counts by modality, and a projection fused with it.
+
+A model's forward calls `targets_of`, then `logits_and_losses`. Without logits (`skip_logits`) the projection to the
+vocabulary and the cross-entropy are one operator, `linear_cross_entropy`, which holds the logits of a block at a time.
+"""
 
 import re
 from collections.abc import Callable
@@ -8,11 +12,85 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
+from transformers.modeling_utils import slice_logits_to_keep
 
+from .checks_arguments import behind_virtual_tokens, check_ids, check_items, check_labels, check_logits_to_keep
 from .tower_routing import autocast_dtype, is_plain_linear
 
 
-# B batch, L row length, D hidden size, V vocabulary
+# B batch, L row length, T = B * L tokens, D hidden size, V vocabulary, c tokens of a block
+
+
+# ------------------------------------------------------------------------------------------- what a forward asks for
+
+
+def targets_of(model, shape, labels, shift_labels, modality_ids) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Align targets with the logits, and find their modalities.  -> (B, L) both; None twice if there are no labels
+
+    Args:
+        shape: (B, L) of the tokens.
+        labels: (B, L), to be shifted by one; or `shift_labels`, which are aligned already.
+        modality_ids: (B, L) of the tokens; if None, modalities follow from the vocabulary.
+
+    Raises:
+        ValueError: labels of another shape, or that are neither tokens nor -100.
+    """
+    # Check.
+    given = labels if shift_labels is None else shift_labels
+    if given is None:
+        return None, None
+    check_ids("labels" if shift_labels is None else "shift_labels", given, shape)
+    check_labels(given, model.config.vocab_size)
+    given = given.long()
+
+    # The modality of a target is that of its own token.
+    if shift_labels is not None:
+        return given, _modalities(model, given)
+    of_labels = (
+        _modalities(model, given) if modality_ids is None else behind_virtual_tokens(modality_ids, given.shape[1])
+    )
+    # The labels move, not the logits: the last position of a row has no target.
+    return tuple(F.pad(ids[:, 1:], (0, 1), value=-100) for ids in (given, of_labels))
+
+
+def _modalities(model, labels):
+    """Find the modalities of labels by the vocabulary.  (B, L) -> (B, L)"""
+    if model.config.modality_token_ranges is None and len(model.config.tower_names) == 1:
+        return torch.zeros_like(labels)  # one tower and no ranges: all tokens count as text
+    return model.model.modality_ids_of(labels)
+
+
+def logits_and_losses(
+    model, hidden_states, targets, num_items_in_batch, logits_to_keep, skip_logits
+) -> tuple[torch.Tensor | None, dict]:
+    """Compute logits unless they are skipped, and the losses of tokens if there are targets.
+
+    Args:
+        hidden_states: (B, L, D).
+        targets: the pair of `targets_of`.
+        num_items_in_batch, logits_to_keep, skip_logits: as in `MoTForCausalLM.forward`.
+
+    Returns:
+        (B, L or fewer, V) or None; and the losses of `token_losses`, or {}.
+
+    Raises:
+        ValueError: logits are skipped without targets or together with `logits_to_keep`, `logits_to_keep` holds no
+            positions, or no loss can be divided by `num_items_in_batch`.
+    """
+    check_logits_to_keep(logits_to_keep, tuple(hidden_states.shape[:2]))
+    logits_to_keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else int(logits_to_keep)
+    check_items(num_items_in_batch)
+    targets, modality_ids = targets
+    args = (targets, modality_ids, num_items_in_batch)
+    if not skip_logits:
+        logits = model.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        return logits, {} if targets is None else token_losses(model.config, logits, *args)
+    if targets is None or torch.is_tensor(logits_to_keep) or logits_to_keep != 0:
+        raise ValueError(
+            "skip_logits=True leaves the losses alone: it needs labels, one per token, and logits_to_keep=0; "
+            f"labels are {'absent' if targets is None else 'given'}, logits_to_keep={logits_to_keep}"
+        )
+    return None, token_losses_without_logits(model.config, hidden_states, model.lm_head, *args)
 
 
 def token_losses(
@@ -22,9 +100,10 @@ def token_losses(
     modality_ids: torch.Tensor,
     num_items_in_batch: int | torch.Tensor | None = None,
 ) -> dict:
-    """The parts of a language model's loss, in float32.
+    """Compute the parts of a language model's loss from logits, in float32.
 
     Args:
+        config: a `MoTConfig`.
         logits: (B, L, V).
         targets: (B, L) token ids aligned with the logits; -100 is not a target.
         modality_ids: (B, L) of the targets.
@@ -59,9 +138,13 @@ def token_losses_without_logits(
     modality_ids: torch.Tensor,
     num_items_in_batch: int | torch.Tensor | None = None,
 ) -> dict:
-    """The same from hidden states (B, L, D) and the projection to logits, of which only a part exists at a time.
+    """Compute the same as `token_losses` from hidden states, with logits of a part of the tokens at a time.
 
     A projection that is more than its weight (adapters, hooks, quantised or spread over devices) is run as it is.
+
+    Args:
+        hidden_states: (B, L, D).
+        lm_head: the projection to logits.
     """
     if not is_plain_linear(lm_head) or lm_head.bias is not None:
         return token_losses(config, lm_head(hidden_states), targets, modality_ids, num_items_in_batch)
@@ -71,6 +154,7 @@ def token_losses_without_logits(
 
 
 def _sums(config, cross_entropy, z_losses, targets, modality_ids, num_items_in_batch) -> dict:
+    """Sum the losses (T,) of tokens by the modality of their targets."""
     is_target = targets != -100
     loss_sums, loss_counts = {}, {}
     for modality in config.token_modalities:
@@ -83,22 +167,23 @@ def _sums(config, cross_entropy, z_losses, targets, modality_ids, num_items_in_b
     return {"loss": loss, "loss_sums": loss_sums, "loss_counts": loss_counts, "z_loss_sum": z_loss_sum}
 
 
-# T tokens, D hidden size, V vocabulary, c tokens of a block
+# --------------------------------------------------------------------------------- projection and loss as one operator
 
 
 BLOCK_LOGITS = 1 << 24  # logits of one block, made by one product
-BLOCK_TOKENS = 128  # and the fewest tokens, below which products become slow
-CACHED_LOGITS = 1 << 19  # of which so many are worked on at a time, in float32, so that they stay in a cache
-_NAMESPACE = re.sub(r"\W", "_", __name__)  # of this module: remote code may be loaded beside the installed package
+BLOCK_TOKENS = 128  # the fewest tokens of a block; with fewer, products become slow
+CACHED_LOGITS = 1 << 19  # logits that are worked on at a time, in float32, few enough to stay in a cache
+# Remote code may be loaded beside the installed package, so the operators of each module have names of their own.
+_NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
 def linear_cross_entropy(
     hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, z_loss_coefficient: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of softmax(h W^T), and `z_loss_coefficient` * log(Z)^2, of each token.
+    """Compute the cross-entropy of softmax(h W^T), and `z_loss_coefficient` * log(Z)^2, of each token.
 
-    On a CPU the gradients of their plain sum are made in the forward, where the logits are at hand; a backward that
-    weights the tokens differently, or is on another device, computes the logits again.
+    On a CPU the forward, which has the logits, also makes the gradients of the plain sum of the losses. A backward that
+    weights the tokens differently, or runs on another device, computes the logits again.
 
     Args:
         hidden_states: (T, D).
@@ -122,14 +207,14 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right^T, in float32 on a CPU by oneDNN: on AMD's it is twice as fast as MKL, elsewhere no slower."""
+    """left @ right^T; in float32 on a CPU by oneDNN, twice as fast as MKL on AMD's CPUs and elsewhere no slower."""
     if left.dtype == torch.float32 and left.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
     return left @ right.T
 
 
 def _blocks(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor):
-    """Indices of the tokens of each block: those with a target, where looking for them does not wait for a device."""
+    """Cut tokens into blocks of indices; tokens without a target are left out if finding them needs no wait."""
     if targets.device.type == "cpu":
         tokens = (targets != -100).nonzero().squeeze(-1)
     else:
@@ -140,11 +225,13 @@ def _blocks(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Te
 def _losses(
     logits: torch.Tensor, targets: torch.Tensor, slopes: Callable | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(c, V), (c,) -> cross-entropy and log(Z), (c,), in float32 at least; the logits are overwritten.
+    """Compute cross-entropy and log(Z) of a block, in float32 at least.  (c, V), (c,) -> (c,) twice
 
     Args:
-        slopes: (log(Z), tokens) -> (of_target, of_all), (c,) both or None for 1; the logits become the gradients
-            of_all * probabilities - of_target at the target.
+        logits: (c, V), overwritten.
+        targets: (c,)
+        slopes: (log(Z), tokens) -> (of_target, of_all), (c,) both or None for 1. If given, the logits become the
+            gradients: of_all * probabilities, minus of_target at the target.
     """
     cross_entropy, log_z = (logits.new_empty(len(targets), dtype=_wide(logits)) for _ in range(2))
     places = targets.clamp(min=0)[:, None]
@@ -155,7 +242,7 @@ def _losses(
         wide = logits[tokens].to(_wide(logits))  # in float32 the logits themselves
         largest = wide.amax(dim=-1)
         probabilities = torch.softmax(wide, dim=-1, out=wide)
-        # The largest logit has the largest probability, at least 1/V, and log(Z) is what lies between their logarithms.
+        # The largest logit has the largest probability, at least 1 / V, and log(Z) = logit - log(probability).
         log_z[tokens] = largest - probabilities.amax(dim=-1).log()
         cross_entropy[tokens] = log_z[tokens] - at_target
         if slopes is not None:
@@ -168,27 +255,28 @@ def _losses(
 
 
 class _Gradients:
-    """Sums of the gradients of hidden states and weight; over several blocks, that of the weight in float32 at least."""
+    """The gradients of hidden states and weight, summed over blocks; that of the weight in float32 at least."""
 
     def __init__(self, hidden_states: torch.Tensor):
         self.hidden_states = torch.zeros_like(hidden_states)
-        # As the product makes it, and turned once: adding a turned matrix for each block takes as long as the products.
-        self._turned_weight = None
+        # (D, V) as the product makes it, transposed once at the end: adding a transposed matrix for each block takes as
+        # long as the products.
+        self._transposed_weight = None
 
     def add(self, tokens, hidden_states, weight, gradient) -> None:
-        """Of a block whose logits have this gradient, (c, V)."""
+        """Add the gradients of a block, from the gradient (c, V) of its logits."""
         self.hidden_states[tokens] = _product(gradient, weight.T)
         of_block = _product(hidden_states.T, gradient.T)
-        if self._turned_weight is None:
-            self._turned_weight = of_block
+        if self._transposed_weight is None:
+            self._transposed_weight = of_block
         else:
-            self._turned_weight = self._turned_weight.to(_wide(of_block)).add_(of_block)
+            self._transposed_weight = self._transposed_weight.to(_wide(of_block)).add_(of_block)
 
     def weight(self, like: torch.Tensor) -> torch.Tensor:
-        """Of the shape and precision of the weight, (V, D)."""
-        if self._turned_weight is None:
+        """Return the gradient of the weight in its shape (V, D) and precision."""
+        if self._transposed_weight is None:
             return torch.zeros_like(like)
-        return self._turned_weight.T.to(like.dtype).contiguous()
+        return self._transposed_weight.T.to(like.dtype).contiguous()
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::forward", mutates_args=())
@@ -200,7 +288,7 @@ def _forward(
     z_loss_coefficient: float,
     gradients_now: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses (T,) twice, and the gradients of their sum, empty where they are not made now."""
+    """Losses (T,) twice, and the gradients of their sum, which are empty unless `gradients_now`."""
     losses, z_losses = (hidden_states.new_zeros(len(targets), dtype=_wide(hidden_states)) for _ in range(2))
     gradients = _Gradients(hidden_states) if gradients_now else None
 
@@ -239,13 +327,16 @@ def _backward(
     made_weight: torch.Tensor,
     z_loss_coefficient: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of hidden states and weight, for weights (T,) of the losses."""
+    """The gradients of hidden states and weight, for gradients (T,) of the losses."""
+    # The forward made them, if all tokens weigh the same.
     if len(made_weight):
         of_targets = grad_losses[targets != -100]
         scale = of_targets[0] if len(of_targets) else grad_losses.new_zeros(())
         same_z = not z_loss_coefficient or torch.equal(grad_z_losses[targets != -100], of_targets)
         if same_z and bool((of_targets == scale).all()):
             return made_hidden_states * scale.item(), made_weight * scale.item()
+
+    # Otherwise the logits are computed again, block by block.
     gradients = _Gradients(hidden_states)
     for tokens in _blocks(hidden_states, weight, targets):
         block, wanted = hidden_states[tokens], targets[tokens]
@@ -270,7 +361,7 @@ def _(grad_losses, grad_z_losses, hidden_states, weight, targets, made_hidden_st
 def _setup(ctx, inputs, output):
     hidden_states, weight, targets, ctx.z_loss_coefficient, _ = inputs
     ctx.save_for_backward(hidden_states, weight, targets, *output[2:])
-    ctx.set_materialize_grads(False)  # of the gradients there are none, and they are large
+    ctx.set_materialize_grads(False)  # the gradients have no gradients, and zeros in their place would be large
 
 
 def _gradients(ctx, grad_losses, grad_z_losses, *_):
@@ -285,7 +376,7 @@ _forward.register_autograd(_gradients, setup_context=_setup)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The operator as `torch.func` takes it, which knows no gradients that are registered with an operator."""
+    """The operator for `torch.func`, which does not know gradients that are registered with an operator."""
 
     @staticmethod
     def forward(*args):
@@ -299,7 +390,7 @@ def _product_flops(hidden_shape, weight_shape) -> int:
     return 2 * hidden_shape[0] * hidden_shape[1] * weight_shape[0]
 
 
-# The three products of a projection, wherever they are made; logits that are computed again are not counted.
+# FLOPs count the three products of a projection; logits that are computed again do not count.
 @register_flop_formula(getattr(torch.ops, _NAMESPACE).forward)
 def _(hidden_shape, weight_shape, *args, **kwargs) -> int:
     return _product_flops(hidden_shape, weight_shape)

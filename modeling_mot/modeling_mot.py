@@ -1,5 +1,31 @@
-"""Mixture-of-Transformers (arXiv 2411.04996): every modality has its own feed-forward, attention
-projections and norms, joined by one global self-attention.
+"""Mixture-of-Transformers (arXiv 2411.04996): one transformer whose weights depend on the modality of a token.
+
+Text, images and speech stand in one sequence. Every modality has a *tower*: attention projections, feed-forward and
+norms of its own, all parameters but the embeddings (paper, section 2.2). Each token passes through the weights of its
+tower alone, so a token costs as many FLOPs as in a dense transformer of one tower's size. One self-attention over the
+whole sequence joins the towers. With m_i the modality of token i, a layer is (equation 2)
+
+    a        = GlobalAttn(x, {theta_attn of every modality})
+    h_i      = x_i + Norm_attn of m_i (a_i)
+    output_i = h_i + Norm_ffn of m_i (FFN of m_i (h_i))
+
+The code is Llama's with one argument more, `routing`. Two classes of tower_routing.py carry the modality:
+
+- `ModalityRouting` knows which tokens belong to which tower. `routing.sort` makes the tokens of each tower contiguous,
+  (B, L, D) -> (T, D), and `routing.restore` puts tokens back into the order of the sequence.
+- `PerTower` holds a module for each tower and runs each on the tokens of its tower: `(rows, routing) -> rows`, where
+  rows are sorted by tower. `TowerNorms` is the `PerTower` of norms.
+
+The file is read from top to bottom, from the smallest part to the whole model:
+
+1. `Rotary`: positions, as in Llama.
+2. `MoTAttention`: equation 3, lines 6 to 11 of Algorithm 1.
+3. `MoTDecoderLayer`: equation 2, lines 12 to 14 of Algorithm 1.
+4. `MoTModel`: embeddings, grouping by modality (lines 3 to 5), all layers, the final norm.
+5. `MoTForCausalLM`: every modality as tokens of one vocabulary (the Chameleon setting, sections 3.2 and 3.3).
+
+Images that are diffused (the Transfusion setting, section 3.4) are in modeling_mot_transfusion.py. Which modalities
+share a tower, which parts are untied and which towers are mixtures of experts is said by `MoTConfig`.
 """
 
 import sys
@@ -8,13 +34,12 @@ from dataclasses import dataclass
 from importlib import import_module
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaTextScaledWordEmbedding
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
@@ -31,26 +56,24 @@ from .attention_masks import (
     AttentionPlan,
     ImageBlocks,
     attention_mask_for,
-    document_positions,
     flash_documents,
+    plan_attention,
+    positions_of,
+    takes_plan,
     tokens_of,
 )
 from .checks_arguments import (
     behind_virtual_tokens,
+    check_forward,
     check_ids,
-    check_items,
     check_keywords,
-    check_labels,
-    check_logits_to_keep,
-    check_plan,
-    check_rows,
+    check_plans,
     check_tokens,
 )
 from .configuration_mot import MoTConfig
 from .generation_mot import MoTGenerationMixin
-from .hub_push import PushWithCard
-from .hub_trust import check_index, forget_code, reading_weights
-from .loss_tokens import token_losses, token_losses_without_logits
+from .hub_push import CheckpointMixin
+from .loss_tokens import logits_and_losses, targets_of
 from .tower_experts import ExpertChoiceFeedForward
 from .tower_routing import (
     TOWER_PRODUCTS,
@@ -67,8 +90,11 @@ from .tower_routing import (
 # B batch, L row length, T = B * L tokens, D hidden size, H heads of d = D / H, V vocabulary
 
 
+# ------------------------------------------------------------------------------------------------- 1. positions (RoPE)
+
+
 class MoTRotaryEmbedding(LlamaRotaryEmbedding):
-    """Frequencies stay in float32 when a model is cast: rounded to bfloat16 they turn far positions the wrong way."""
+    """Llama's, whose frequencies stay in float32 when a model is cast: in bfloat16 far positions turn the wrong way."""
 
     def _apply(self, function, recurse=True):
         return super()._apply(without_cast(function), recurse)
@@ -93,8 +119,11 @@ class Rotary(torch.autograd.Function):
         return (grad * cosines - rotate_half(grad * sines)).to(ctx.dtype), None, None
 
 
+# -------------------------------------------------------------------------------------------------------- 2. attention
+
+
 class MoTAttention(nn.Module):
-    """Projections of each tower around one attention over the whole sequence (paper, equation 3)."""
+    """Each tower projects its own tokens; one attention runs over the tokens of all towers (equation 3)."""
 
     def __init__(self, config: MoTConfig, layer_idx: int):
         super().__init__()
@@ -106,9 +135,11 @@ class MoTAttention(nn.Module):
         self.is_causal = True
         self.has_rope = layer_idx not in config.layers_without_rope
 
+        # Every projection and QK-norm is one module for each tower, or one named `shared`.
         names = config.part_names("attention")
         hidden = config.hidden_size
-        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        queries = config.num_attention_heads * self.head_dim
+        keys = config.num_key_value_heads * self.head_dim
 
         def projection(inputs, outputs, bias):
             return PerTower({name: nn.Linear(inputs, outputs, bias=bias) for name in names})
@@ -121,14 +152,6 @@ class MoTAttention(nn.Module):
             self.q_norm = TowerNorms({name: qk_norm(config, config.num_attention_heads) for name in names})
             self.k_norm = TowerNorms({name: qk_norm(config, config.num_key_value_heads) for name in names})
 
-    def _heads(self, projected, norm, routing, batch_size):
-        """Rows sorted by tower to heads in the order of the sequence.  (T, H * d) -> (B, H, L, d)"""
-        if norm is not None:
-            per_head = self.config.qk_norm != "rms_all_heads"
-            heads = projected.unflatten(-1, (-1, self.head_dim)) if per_head else projected
-            projected = norm(heads, routing).flatten(1)
-        return routing.restore(projected, batch_size).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -139,7 +162,8 @@ class MoTAttention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(T, D) sorted by tower -> (T, D) and the weights (B, H, L, past + L) if they exist."""
-        # Each tower projects its own tokens; the heads then stand in the order of the sequence.
+        # Each tower projects its own tokens (Algorithm 1, line 6); the heads then stand in the order of the sequence
+        # (line 8).
         batch_size = position_embeddings[0].shape[0]
         query = self._heads(self.q_proj(hidden_states, routing), getattr(self, "q_norm", None), routing, batch_size)
         key = self._heads(self.k_proj(hidden_states, routing), getattr(self, "k_norm", None), routing, batch_size)
@@ -150,7 +174,7 @@ class MoTAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        # One attention over the tokens of all towers.
+        # One attention over the tokens of all towers (line 9).
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -165,14 +189,28 @@ class MoTAttention(nn.Module):
             **kwargs,
         )
 
-        # Sorted by tower again, each tower projects its own tokens.
+        # Sorted by tower again, each tower projects its own tokens (line 11).
         # Engines that keep the keys themselves, as vLLM does, give the rows back without the batch.
         output = output.reshape(batch_size, query.shape[2], -1)
         return self.o_proj(routing.sort(output), routing), weights
 
+    def _heads(self, projected, norm, routing, batch_size):
+        """Cut rows sorted by tower into heads in the order of the sequence.  (T, H * d) -> (B, H, L, d)"""
+        if norm is not None:
+            per_head = self.config.qk_norm != "rms_all_heads"
+            heads = projected.unflatten(-1, (-1, self.head_dim)) if per_head else projected
+            projected = norm(heads, routing).flatten(1)
+        return routing.restore(projected, batch_size).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------ 3. layer
+
 
 class MoTDecoderLayer(GradientCheckpointingLayer):
-    """One layer, equation 2 (`norm_position="post"`) or Llama's order of the same parts (`"pre"`)."""
+    """Attention and feed-forward with residuals: equation 2, or Llama's order of the same parts.
+
+    `norm_position="post"` is equation 2, with each norm after its block; `"pre"`, the default, is Llama's.
+    """
 
     def __init__(self, config: MoTConfig, layer_idx: int):
         super().__init__()
@@ -200,7 +238,7 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
         **kwargs,
     ) -> torch.Tensor:
         """(T, D) sorted by tower -> the same; or (B, L, D) in the order of the sequence -> the same."""
-        # One tensor, whose slices are the towers' own: what checkpointing, offloading and hooks on layers know of.
+        # A layer takes and gives one tensor, as checkpointing, offloading and hooks on layers expect.
         in_sequence_order = hidden_states.dim() == 3
         rows = routing.sort(hidden_states) if in_sequence_order else hidden_states
 
@@ -222,7 +260,23 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
         return norm(block(rows), routing)
 
 
-class MoTPreTrainedModel(PushWithCard, PreTrainedModel):
+# ------------------------------------------------------------------------------------------------------------ 4. model
+
+
+class MoTPreTrainedModel(CheckpointMixin, PreTrainedModel):
+    """The base class of all MoT models: what transformers asks of a model, initialisation, and how towers are run.
+
+    Loading and saving is in `CheckpointMixin` (hub_push.py).
+
+    Examples:
+
+        >>> from modeling_mot import MoTConfig, MoTModel, MoTPreTrainedModel
+        >>> model = MoTModel(MoTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4))
+        >>> isinstance(model, MoTPreTrainedModel)
+        True
+        >>> model.set_tower_products("batched_mm")  # the towers' products of each part as one
+    """
+
     config_class = MoTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -235,64 +289,6 @@ class MoTPreTrainedModel(PushWithCard, PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": MoTDecoderLayer, "attentions": MoTAttention}
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers, but a checkpoint that lacks tensors, or takes them from outside of its folder, is refused.
-
-        Transformers goes on with random ones and a warning. Whoever asks for `output_loading_info` gets the list of
-        missing tensors instead of the error; a head may be missing from a checkpoint of the bare transformer.
-
-        Raises:
-            ValueError: tensors are missing, an index names files outside of its folder, or a file of weights is damaged
-                or holds pickled objects.
-        """
-        check_index(pretrained_model_name_or_path, kwargs.get("subfolder"))
-        with reading_weights(pretrained_model_name_or_path):
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        if output_loading_info:
-            return model, info
-        missing = info["missing_keys"]
-        if "MoTModel" in (model.config.architectures or []):
-            missing = [name for name in missing if not name.startswith("lm_head.")]
-        if missing:
-            raise ValueError(
-                f"the checkpoint lacks {len(missing)} tensors of {cls.__name__}, {min(missing)!r} among them: is it "
-                f"complete, and was it saved with these towers={model.config.towers}?"
-            )
-        return model
-
-    def set_tower_products(self, products: str) -> None:
-        """How the linear maps of several towers are run; the numbers are the same but for rounding.
-
-        Args:
-            products: `"separate"`, a product for each tower, the default; `"batched_mm"`, one padded and batched
-                product, for balanced towers (paper, section 6.3); `"grouped_mm"`, in bfloat16, for devices with a fast
-                kernel. Maps that are more than that (adapters, hooks, quantised or sharded weights, mixtures) run by
-                themselves.
-
-        Raises:
-            ValueError: another word.
-        """
-        if products not in TOWER_PRODUCTS:
-            raise ValueError(f"tower products {products!r} are unknown; there are {', '.join(TOWER_PRODUCTS)}")
-        for module in self.modules():
-            if isinstance(module, PerTower):
-                module.products = products
-
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """As in transformers, but by default the attention that runs from a plan; with a cache it is torch's."""
-        return super().get_correct_attn_implementation(requested_attention or RANGES, is_init_check)
-
-    def save_pretrained(self, *args, **kwargs):
-        self.config.forget_loaded_code()
-        if self.can_generate():
-            forget_code(self.generation_config)
-            # Whoever reads a generation configuration that is marked as derived loses `image_grid` and the like.
-            self.generation_config._from_model_config = None
-        return super().save_pretrained(*args, **kwargs)
-
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, MoTHeadLayerNorm):
@@ -303,9 +299,43 @@ class MoTPreTrainedModel(PushWithCard, PreTrainedModel):
         elif isinstance(module, GemmaTextScaledWordEmbedding):
             init.constant_(module.embed_scale, module.scalar_embed_scale)
 
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """As in transformers, but by default the attention that runs from a plan; with a cache it is torch's."""
+        return super().get_correct_attn_implementation(requested_attention or RANGES, is_init_check)
+
+    def set_tower_products(self, products: str) -> None:
+        """Choose how the linear maps of several towers are run; the numbers are the same but for rounding.
+
+        Args:
+            products: `"separate"`, a product for each tower, the default; `"batched_mm"`, one padded and batched
+                product, for balanced towers (paper, section 6.3); `"grouped_mm"`, in bfloat16, for devices with a fast
+                kernel. Maps that are more than linear (adapters, hooks, quantised or sharded weights, mixtures) run
+                one by one.
+
+        Raises:
+            ValueError: another word.
+        """
+        if products not in TOWER_PRODUCTS:
+            raise ValueError(f"tower products {products!r} are unknown; there are {', '.join(TOWER_PRODUCTS)}")
+        for module in self.modules():
+            if isinstance(module, PerTower):
+                module.products = products
+
 
 class MoTModel(MoTPreTrainedModel):
-    """The transformer without a head."""
+    """The transformer without a head.
+
+    Examples:
+
+        >>> import torch
+        >>> from modeling_mot import MoTConfig, MoTModel
+        >>> config = MoTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = MoTModel(config)
+        >>> input_ids = torch.tensor([[5, 9, 40, 41, 42, 7]])
+        >>> modality_ids = torch.tensor([[0, 0, 1, 1, 1, 0]])  # indices into config.modalities: text, image
+        >>> model(input_ids, modality_ids=modality_ids).last_hidden_state.shape
+        torch.Size([1, 6, 32])
+    """
 
     def __init__(self, config: MoTConfig):
         super().__init__(config)
@@ -321,8 +351,130 @@ class MoTModel(MoTPreTrainedModel):
         offer_adapter_targets(config.model_type)
         self.post_init()
 
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        modality_ids: torch.LongTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        routing: ModalityRouting | None = None,
+        attention_plan: AttentionPlan | None = None,
+        image_blocks: ImageBlocks | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Run all layers. The parameters up to `use_cache` are Llama's, in its order.
+
+        Args:
+            input_ids: (B, L); or `inputs_embeds`: (B, L, D).
+            attention_mask: (B, past + L) 1 for tokens, 0 for padding; or a 4-D mask.
+            position_ids: (B, L); consecutive by default, from 0 in each document when `document_ids` are given.
+            modality_ids: (B, L) indices into `config.modalities`; derived from `config.modality_token_ranges` when
+                absent. Beside `inputs_embeds` they may be those of the last embeddings: the embeddings before these are
+                virtual tokens, as prompt tuning makes them, and count as text.
+            document_ids: (B, L); tokens whose ids differ never see each other. Negative ids mark padding.
+            routing: a `ModalityRouting` made ahead of the forward; `modality_ids` are then not read.
+            attention_plan: an `AttentionPlan` made ahead, from the same documents and images. Absent, it is made here,
+                unless `routing` was made ahead: then nothing here may wait for the device.
+            image_blocks: `ImageBlocks` of all keys, (B, past + L): the tokens of an image see each other both ways.
+            token_choice: route mixtures of experts by each token's choice, as generation does.
+                Default: when the forward continues a cache.
+            kwargs: keywords that attention functions and libraries pass on; `checks_arguments.KEYWORDS` lists them.
+
+        Returns:
+            `last_hidden_state` is (B, L, D).
+
+        Raises:
+            ValueError: shapes or ids that do not fit, or embeddings whose tower is not known; the message names them.
+            TypeError: an unknown keyword.
+        """
+        shape = batch_size, length = check_forward(
+            self, kwargs, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, document_ids
+        )
+        check_plans(routing, attention_plan, image_blocks)
+        continues_cache = past_key_values is not None
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        # Group the tokens by modality (Algorithm 1, lines 3 to 5). This waits for the device, so a plan may wait too.
+        may_wait = routing is None and not torch.compiler.is_compiling()
+        if routing is None:
+            routing = self._routing(modality_ids, input_ids, shape)
+        if routing.num_tokens != batch_size * length:
+            raise ValueError(f"routing was made for {routing.num_tokens} tokens, the rows hold {batch_size * length}")
+
+        # Between the layers the rows stay sorted by tower, or in the order of the sequence where they are recorded.
+        record = kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids)
+        hidden_states = inputs_embeds if record else routing.sort(inputs_embeds)
+
+        # Who sees whom.
+        rows = hidden_states.new_empty(0).expand(batch_size, length, 0)
+        may_wait = may_wait and rows.device.type != "meta"  # where nothing can be read
+        if attention_plan is None and may_wait and takes_plan(self.config, attention_mask, past_key_values):
+            attention_plan = plan_attention(shape, position_ids, document_ids, image_blocks)
+        mask = attention_mask_for(
+            self.config,
+            rows,
+            attention_mask,
+            past_key_values,
+            position_ids,
+            document_ids,
+            image_blocks,
+            attention_plan,
+        )
+        if document_ids is not None and self.config._attn_implementation.startswith("flash"):
+            kwargs |= flash_documents(document_ids)
+
+        # At which positions.
+        position_ids = positions_of(rows, position_ids, document_ids, past_key_values)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+
+        # Experts do not choose padding; when decoding, tokens choose their experts.
+        token_choice = kwargs.pop("token_choice", continues_cache)
+        if self.config.moe_towers:
+            is_token = None if token_choice else tokens_of(attention_mask, document_ids, length)
+            routing = routing.for_experts(is_token, token_choice)
+
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer in drafts with an early exit
+            hidden_states = layer(
+                hidden_states,
+                routing,
+                position_embeddings,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+
+        # The final norm of each tower, then the order of the sequence.
+        if record:
+            hidden_states = routing.sort(hidden_states)
+        hidden_states = routing.restore(self.norm(hidden_states, routing), batch_size)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embed tokens; all towers share the table.  (B, L) -> (B, L, D)
+
+        Raises:
+            ValueError: an id outside of the vocabulary.
+        """
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError as error:
+            raise ValueError(
+                f"input_ids holds ids from {int(input_ids.min())} to {int(input_ids.max())}, outside the vocabulary of "
+                f"vocab_size={self.config.vocab_size}; was the text tokenised for another model?"
+            ) from error
+
     def modality_ids_of(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The modality of each token, from the ranges of the vocabulary.  (B, L) -> (B, L)
+        """Find the modality of each token by the ranges of the vocabulary.  (B, L) -> (B, L)
 
         Raises:
             ValueError: the configuration has no ranges.
@@ -343,21 +495,8 @@ class MoTModel(MoTPreTrainedModel):
                 modality_ids = modality_ids.masked_fill((input_ids >= first) & (input_ids < end), index)
         return modality_ids
 
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(B, L) -> (B, L, D)
-
-        Raises:
-            ValueError: an id outside of the vocabulary.
-        """
-        try:
-            return self.embed_tokens(input_ids)
-        except IndexError as error:
-            raise ValueError(
-                f"input_ids holds ids from {int(input_ids.min())} to {int(input_ids.max())}, outside the vocabulary of "
-                f"vocab_size={self.config.vocab_size}; was the text tokenised for another model?"
-            ) from error
-
     def _routing(self, modality_ids, input_ids, shape):
+        """Make the routing from the modalities that were passed, or from the vocabulary."""
         if modality_ids is None and len(self.config.tower_names) == 1:
             return ModalityRouting(tuple(self.config.tower_names), (shape[0] * shape[1],))
         if modality_ids is None and input_ids is None:
@@ -372,113 +511,13 @@ class MoTModel(MoTPreTrainedModel):
         check_ids("modality_ids", modality_ids, shape)
         return ModalityRouting.from_modality_ids(modality_ids, self.config)
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        use_cache: bool | None = None,
-        modality_ids: torch.LongTensor | None = None,
-        document_ids: torch.LongTensor | None = None,
-        routing: ModalityRouting | None = None,
-        attention_plan: AttentionPlan | None = None,
-        image_blocks: ImageBlocks | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPast:
-        """The parameters up to `use_cache` are Llama's, in its order; keywords of others are in `checks_arguments`.
 
-        Args:
-            input_ids: (B, L); or `inputs_embeds`: (B, L, D).
-            attention_mask: (B, past + L) 1 for tokens, 0 for padding; or a 4-D mask.
-            position_ids: (B, L); consecutive by default, from 0 in each document when `document_ids` are given.
-            modality_ids: (B, L) indices into `config.modalities`; derived from `config.modality_token_ranges` when
-                absent. Beside `inputs_embeds` they may be those of the last embeddings: virtual tokens before these, as
-                prompt tuning puts there, are text.
-            document_ids: (B, L); tokens whose ids differ never see each other. Negative ones are of padding.
-            routing: a `ModalityRouting` made ahead of the forward; `modality_ids` are then not read.
-            attention_plan: an `AttentionPlan` made ahead, from the same documents and images. Absent, it is made here,
-                unless `routing` was made ahead: then nothing here may wait for the device.
-            image_blocks: `ImageBlocks` of all keys, (B, past + L): images whose tokens see each other in both directions.
-            token_choice: route mixtures of experts by each token's choice, as generation does.
-                Default: when the forward continues a cache.
-
-        Raises:
-            ValueError: shapes or ids that do not fit, or embeddings whose tower is not known; the message names them.
-            TypeError: a keyword that nobody reads.
-        """
-        check_keywords(self, kwargs)
-        shape = batch_size, length = check_tokens(self.config, input_ids, inputs_embeds)
-        check_rows(self.config, shape, attention_mask, position_ids, past_key_values, document_ids)
-        check_plan("routing", routing, ModalityRouting)
-        check_plan("attention_plan", attention_plan, AttentionPlan)
-        check_plan("image_blocks", image_blocks, ImageBlocks)
-        continues_cache = past_key_values is not None
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        may_plan = routing is None and not torch.compiler.is_compiling()
-        if routing is None:
-            routing = self._routing(modality_ids, input_ids, shape)
-        if routing.num_tokens != batch_size * length:
-            raise ValueError(f"routing was made for {routing.num_tokens} tokens, the rows hold {batch_size * length}")
-
-        # Hidden states that are recorded are the layers' own inputs, in the order of the sequence.
-        record = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids)
-        hidden_states = inputs_embeds if record else routing.sort(inputs_embeds)
-
-        rows = hidden_states.new_empty(0).expand(batch_size, length, 0)
-        mask = attention_mask_for(
-            self.config,
-            rows,
-            attention_mask,
-            past_key_values,
-            position_ids,
-            document_ids,
-            image_blocks,
-            attention_plan,
-            may_plan,
-        )
-        if document_ids is not None and self.config._attn_implementation.startswith("flash"):
-            kwargs |= flash_documents(document_ids)
-        if position_ids is None:
-            if document_ids is not None:
-                position_ids = document_positions(document_ids)
-            else:
-                past = past_key_values.get_seq_length() if past_key_values is not None else 0
-                position_ids = (torch.arange(length, device=hidden_states.device) + past).unsqueeze(0)
-        position_ids = position_ids.expand(batch_size, -1)
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        if self.config.moe_towers:
-            token_choice = kwargs.get("token_choice", continues_cache)
-            is_token = None if token_choice else tokens_of(attention_mask, document_ids, length)
-            routing = routing.for_experts(is_token, token_choice)
-        kwargs.pop("token_choice", None)
-
-        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer in drafts with an early exit
-            hidden_states = layer(
-                hidden_states,
-                routing,
-                position_embeddings,
-                attention_mask=mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-                **kwargs,
-            )
-
-        if record:
-            hidden_states = routing.sort(hidden_states)
-        hidden_states = routing.restore(self.norm(hidden_states, routing), batch_size)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+# ------------------------------------------------------------------------------------- 5. head of the Chameleon setting
 
 
 @dataclass
 class MoTCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """What a causal language model returns, with the parts of its loss.
+    """The output of a causal language model, with the parts of its loss.
 
     Attributes:
         loss_sums: modality of the target -> sum of its cross-entropies, in nats.
@@ -492,68 +531,28 @@ class MoTCausalLMOutputWithPast(CausalLMOutputWithPast):
     z_loss_sum: torch.Tensor | None = None
 
 
-def targets_of(model, shape, labels, shift_labels, modality_ids) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Targets aligned with the logits and their modalities, (B, L) both; None twice where there are no labels.
-
-    Args:
-        shape: (B, L) of the tokens.
-        labels: (B, L), to be shifted by one; or `shift_labels`, which are aligned already.
-        modality_ids: (B, L) of the tokens, or None; without them modalities follow from the vocabulary.
-
-    Raises:
-        ValueError: labels of another shape, or that are neither tokens nor -100.
-    """
-    given = labels if shift_labels is None else shift_labels
-    if given is None:
-        return None, None
-    check_ids("labels" if shift_labels is None else "shift_labels", given, shape)
-    check_labels(given, model.config.vocab_size)
-    given = given.long()
-    if shift_labels is not None:
-        return given, _modalities(model, given)
-    of_labels = (
-        _modalities(model, given) if modality_ids is None else behind_virtual_tokens(modality_ids, given.shape[1])
-    )
-    # The labels move, not the logits: the last position of a row has no target.
-    return tuple(F.pad(ids[:, 1:], (0, 1), value=-100) for ids in (given, of_labels))
-
-
-def _modalities(model, labels):
-    if model.config.modality_token_ranges is None and len(model.config.tower_names) == 1:
-        return torch.zeros_like(labels)  # one tower and no ranges: all of it counts as text
-    return model.model.modality_ids_of(labels)
-
-
-def logits_and_losses(
-    model, hidden_states, targets, num_items_in_batch, logits_to_keep, skip_logits
-) -> tuple[torch.Tensor | None, dict]:
-    """Logits unless they are skipped, and the losses of tokens where there are targets.
-
-    Args:
-        targets: of `targets_of`.
-
-    Raises:
-        ValueError: logits are skipped without targets, or together with `logits_to_keep`; or what is kept are no
-            positions; a number of items that nothing can be divided by.
-    """
-    check_logits_to_keep(logits_to_keep, tuple(hidden_states.shape[:2]))
-    logits_to_keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else int(logits_to_keep)
-    check_items(num_items_in_batch)
-    targets, modality_ids = targets
-    args = (targets, modality_ids, num_items_in_batch)
-    if not skip_logits:
-        logits = model.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        return logits, {} if targets is None else token_losses(model.config, logits, *args)
-    if targets is None or torch.is_tensor(logits_to_keep) or logits_to_keep != 0:
-        raise ValueError(
-            "skip_logits=True leaves the losses alone: it needs labels, one per token, and logits_to_keep=0; "
-            f"labels are {'absent' if targets is None else 'given'}, logits_to_keep={logits_to_keep}"
-        )
-    return None, token_losses_without_logits(model.config, hidden_states, model.lm_head, *args)
-
-
 class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
-    """Every modality as tokens of one vocabulary, each predicted from those before it (the Chameleon setting)."""
+    """Every modality as tokens of one vocabulary, each predicted from the tokens before it (the Chameleon setting).
+
+    Examples:
+
+        >>> import torch
+        >>> from modeling_mot import MoTConfig, MoTForCausalLM
+        >>> ranges = {"text": [0, 48], "image": [48, 64]}  # 16 codes of an image tokenizer
+        >>> config = MoTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        ...                    modality_token_ranges=ranges)
+        >>> model = MoTForCausalLM(config)
+
+        A training step on a row of text, four image codes and text; the loss has a part for each modality.
+
+        >>> input_ids = torch.tensor([[5, 9, 50, 51, 60, 61, 7, 8]])
+        >>> output = model(input_ids, labels=input_ids)
+        >>> output.loss.backward()
+        >>> output.logits.shape
+        torch.Size([1, 8, 64])
+        >>> {modality: int(count) for modality, count in output.loss_counts.items()}
+        {'text': 3, 'image': 4}
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -583,14 +582,16 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
         skip_logits: bool = False,
         **kwargs,
     ) -> MoTCausalLMOutputWithPast:
-        """Arguments as `MoTModel.forward`; those up to `logits_to_keep` are Llama's, in its order. What is added:
+        """Predict the next token of every position.
+
+        The arguments are those of `MoTModel.forward`; the ones up to `logits_to_keep` are Llama's, in its order. Added:
 
         Args:
-            labels: (B, L) token ids, shifted inside by one; -100 is not a target, and any other that is no token is
-                refused.
+            labels: (B, L) token ids, shifted inside by one; -100 is not a target, and any other label that is no token
+                is refused.
             logits_to_keep: compute logits for the last so many positions only; 0 for all.
-            skip_logits: return the losses alone; logits then exist for a part of the tokens at a time, and for those
-                with a target only.
+            skip_logits: return the losses alone. Logits then exist for a part of the tokens at a time, and only for
+                tokens with a target.
             num_items_in_batch: divide the loss by this instead of by the number of targets here.
             shift_labels: (B, L) targets aligned with the logits already, instead of `labels`, as sequence parallelism
                 passes them; their modalities follow from `config.modality_token_ranges`.
@@ -601,11 +602,14 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
         Raises:
             ValueError: labels that are no tokens, or logits that are neither wanted nor needed for a loss; the message
                 names the arguments.
+            TypeError: an unknown keyword.
         """
+        # Labels move by one, so that the target of each position stands beside its logits.
         check_keywords(self, kwargs)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         shape = check_tokens(self.config, input_ids, inputs_embeds)
         targets = targets_of(self, shape, labels, kwargs.pop("shift_labels", None), modality_ids)
+
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -618,6 +622,8 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
             routing=routing,
             **kwargs,
         )
+
+        # One head for all modalities; the losses are summed by the modality of the target.
         logits, losses = logits_and_losses(
             self, outputs.last_hidden_state, targets, num_items_in_batch, logits_to_keep, skip_logits
         )
@@ -630,13 +636,16 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
         )
 
 
+# ---------------------------------------------------------------------------------------------------- not architecture
+
+
 _PROJECTIONS = frozenset(("q_proj", "k_proj", "v_proj", "o_proj"))
 
 
 def offer_adapter_targets(model_type: str) -> None:
     """Give PEFT, where it is loaded, its default `target_modules` for this type of model.
 
-    A Llama's names end in "q_proj", which here is the container of the towers' own: a pattern names these.
+    PEFT's defaults for Llama end in "q_proj", which here is a `PerTower`: a pattern names the towers' own modules.
     """
     if "peft" not in sys.modules:
         return

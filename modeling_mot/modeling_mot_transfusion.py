@@ -1,5 +1,14 @@
-"""Transfusion with a Mixture-of-Transformers: text by next token, images by diffusion, in one sequence (paper, section
-3.4 and appendix A).
+"""Transfusion with a Mixture-of-Transformers: text by next token, images by diffusion (paper, section 3.4, appendix A).
+
+Text and images stand in one sequence and pass through one transformer, modeling_mot.py. A text token is an entry of the
+vocabulary; an image is a block of patches of noisy VAE latents, whose tokens see each other in both directions. The
+model predicts the next token of text and the noise in every image, and is trained on both at once (equation 4):
+
+    loss = cross-entropy of text + diffusion_loss_weight * squared error of the predicted noise
+
+Read `MoTTransfusionModel.forward` first: its steps are the images (latent_images.py), one row of embeddings, the
+transformer and the losses. Then the patchifiers, between latents and hidden states. `generate()` is in
+generation_mot_transfusion.py, and the images' attention in attention_masks.py.
 """
 
 from dataclasses import dataclass
@@ -13,154 +22,41 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
-from .attention_masks import ImageBlocks, documents_of, find_image_blocks, image_positions
-from .checks_arguments import check_ids, check_keywords, check_rows, check_tensor, check_tokens
+from .attention_masks import ImageBlocks, documents_of, image_positions
+from .checks_arguments import check_forward, check_ids, check_tokens
 from .configuration_mot_transfusion import MoTTransfusionConfig
 from .generation_mot_transfusion import MoTTransfusionGenerationMixin
 from .latent_images import (
+    ImageInputs,
+    ImagePlaces,
     LatentImagesMixin,
     NoiseSchedule,
     NoisyImages,
-    check_placeholders,
     cumulative_alphas,
-    images_first,
-    sizes_of,
 )
 from .latent_vae import build_vae, vae_config_of
-from .modeling_mot import MoTCausalLMOutputWithPast, MoTModel, MoTPreTrainedModel, logits_and_losses, targets_of
+from .loss_tokens import logits_and_losses, targets_of
+from .modeling_mot import MoTCausalLMOutputWithPast, MoTModel, MoTPreTrainedModel
 from .tower_routing import ModalityRouting, without_cast
 
 
-# N images, C latent channels, (h, w) latents, p patch size, n = h * w / p^2 tokens, D hidden size, E timestep embedding
+# B batch, L row length, D hidden size, V vocabulary, N images in order of appearance over the flattened rows,
+# C latent channels, (h, w) latents, p patch size, n = h * w / p^2 tokens of an image, P patches of all images,
+# E timestep embedding
 
 
-class TimestepEncoder(nn.Module):
-    """Sinusoids of the noise level, then two linear layers.  (N,) -> (N, E)
-
-    `frequencies` is the number of sinusoids. They see indices up to `num_train_timesteps`, or with
-    `timestep_format="fraction"` shares of it.
-    """
-
-    def __init__(self, config, width: int, frequencies: int = 256):
-        super().__init__()
-        self.scale = 1.0 if config.timestep_format == "index" else 1.0 / config.num_train_timesteps
-        self.sinusoids = Timesteps(frequencies, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.mlp = TimestepEmbedding(frequencies, width)
-
-    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        sinusoids = self.sinusoids(timesteps.float() * self.scale)
-        return self.mlp(sinusoids.to(self.mlp.linear_1.bias.dtype))  # a quantised weight is of another type
-
-
-def cut_into_patches(latents: torch.Tensor, size: int) -> torch.Tensor:
-    """(N, C, h, w) -> (N, n, p * p * C), each patch in (row, column, channel) order"""
-    patches = latents.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (N, C, h/p, p, w/p, p)
-    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-
-
-def join_patches(patches: torch.Tensor, size: int, height: int, width: int) -> torch.Tensor:
-    """(N, n, p * p * C) -> (N, C, h, w)"""
-    grid = patches.unflatten(2, (size, size, -1)).unflatten(1, (height // size, width // size))
-    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-
-
-class LinearPatchifier(nn.Module):
-    """Patches as vectors: the timestep embedding is added, then a linear layer; a linear layer back."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.patch_size = config.patch_size
-        values = config.patch_size**2 * config.latent_channels
-        self.time_encoder = TimestepEncoder(config, values)
-        self.proj_in = nn.Linear(values, config.hidden_size)
-        self.proj_out = nn.Linear(config.hidden_size, values)
-
-    def embed(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """(N, C, h, w), (N,) -> (N, n, D) and nothing for the way back"""
-        patches = cut_into_patches(latents, self.patch_size)
-        return self.proj_in(patches + self.time_encoder(timesteps).unsqueeze(1)), None
-
-    def predict(self, hidden_states: torch.Tensor, features: None, height: int, width: int) -> torch.Tensor:
-        """(N, n, D) -> (N, C, h, w)"""
-        return join_patches(self.proj_out(hidden_states), self.patch_size, height, width)
-
-
-class UNetPatchifier(nn.Module):
-    """A U-Net whose middle is the transformer: down blocks before it, up blocks after it, skips between the two.
-
-    Plain residual blocks of diffusers with a timestep embedding. The last feature map of the way down becomes the
-    tokens; on the way up it stands beside what the transformer made of them, as all others do.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        channels, layers = list(config.unet_channels), config.unet_layers
-        last = len(channels) - 1
-        width, groups = 4 * channels[0], config.unet_norm_groups
-        shared = {"temb_channels": width, "resnet_groups": groups, "resnet_eps": 1e-6}
-        self.time_encoder = TimestepEncoder(config, width, frequencies=channels[0])
-        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            DownBlock2D(inputs, outputs, num_layers=layers, add_downsample=depth < last, **shared)
-            for depth, (inputs, outputs) in enumerate(zip([channels[0], *channels], channels))
-        )
-        self.norm_in = nn.GroupNorm(groups, channels[-1])
-        self.proj_in = nn.Linear(channels[-1], config.hidden_size)
-        self.proj_out = nn.Linear(config.hidden_size, channels[-1])
-        self.up_blocks = nn.ModuleList(
-            UpBlock2D(
-                in_channels=channels[max(depth - 1, 0)],
-                prev_output_channel=channels[min(depth + 1, last)],
-                out_channels=channels[depth],
-                num_layers=layers + 1,
-                add_upsample=depth > 0,
-                **shared,
-            )
-            for depth in reversed(range(len(channels)))
-        )
-        self.norm_out = nn.GroupNorm(groups, channels[0])
-        self.conv_out = nn.Conv2d(channels[0], config.latent_channels, 3, padding=1)
-
-    def embed(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, tuple]:
-        """(N, C, h, w), (N,) -> (N, n, D), and the features that `predict` takes up again"""
-        time = self.time_encoder(timesteps)
-        features = self.conv_in(latents)
-        skips = [features]
-        for block in self.down_blocks:
-            features, outputs = block(features, time)
-            skips.extend(outputs)
-        tokens = F.silu(self.norm_in(features)).flatten(2).transpose(1, 2)
-        return self.proj_in(tokens), (tuple(skips), time)
-
-    def predict(self, hidden_states: torch.Tensor, features: tuple, height: int, width: int) -> torch.Tensor:
-        """(N, n, D) -> (N, C, h, w)"""
-        skips, time = features
-        tokens = self.proj_out(hidden_states).transpose(1, 2)
-        features = tokens.unflatten(2, skips[-1].shape[2:]).contiguous()
-        for block in self.up_blocks:
-            count = len(block.resnets)
-            features = block(features, skips[-count:], time)
-            skips = skips[:-count]
-        return self.conv_out(F.silu(self.norm_out(features)))
-
-
-def build_patchifier(config) -> nn.Module:
-    return {"unet": UNetPatchifier, "linear": LinearPatchifier}[config.patchifier](config)
-
-
-# B batch, L row length, T = B * L tokens, D hidden size, V vocabulary
-# N images in order of appearance, C latent channels, (h, w) latents
+# ----------------------------------------------------------------------------------------------------------- the model
 
 
 @dataclass
 class MoTTransfusionOutput(MoTCausalLMOutputWithPast):
-    """What a Transfusion model returns.
+    """The output of a Transfusion model.
 
     Attributes:
         loss: mean over token targets + `diffusion_loss_weight` * mean over the elements of noised latents (equation 4).
-        loss_sums, loss_counts: of each modality of tokens, in nats and targets, and of "image_diffusion", in squared
-            errors and elements of the latents of images that have noise.
-        prediction: (N, C, h, w) what the patchifier says of the noise (or of `prediction_type`); zero in the padding.
+        loss_sums, loss_counts: for each modality of tokens, in nats and targets; and for "image_diffusion", in squared
+            errors and elements, over the latents of images that have noise.
+        prediction: (N, C, h, w) the predicted noise (or other target, as `prediction_type` says); zero in the padding.
     """
 
     prediction: torch.Tensor | None = None
@@ -173,6 +69,25 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         config: a `MoTTransfusionConfig`.
         vae: a trained diffusers autoencoder to hold; by default an untrained one of `config.vae_config`, whose weights
             come with the checkpoint, or none. It is frozen and stays in float32.
+
+    Examples:
+
+        >>> import torch
+        >>> from modeling_mot import MoTTransfusionConfig, MoTTransfusionModel
+        >>> config = MoTTransfusionConfig(
+        ...     vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, boi_token_id=60,
+        ...     eoi_token_id=61, image_token_id=62, patchifier="linear", latent_channels=4, latent_size=[4, 4])
+        >>> model = MoTTransfusionModel(config)
+
+        A training step on text and an image of 4 x 4 latents, which are four patches of 2 x 2.
+
+        >>> input_ids = torch.tensor([[5, 9, 60, 62, 62, 62, 62, 61, 7]])
+        >>> output = model(input_ids, labels=input_ids, latents=torch.randn(1, 4, 4, 4))
+        >>> output.loss.backward()
+        >>> output.prediction.shape
+        torch.Size([1, 4, 4, 4])
+        >>> {part: int(count) for part, count in output.loss_counts.items()}
+        {'text': 3, 'image_diffusion': 64}
     """
 
     config_class = MoTTransfusionConfig
@@ -180,7 +95,7 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
     _keep_in_fp32_modules = ["vae"]  # for float16 and quantizers; `_get_dtype_plan` adds other precisions
-    _supports_flash_attn = False  # its kernels know nothing of images that see themselves in both directions
+    _supports_flash_attn = False  # its kernels cannot let an image see itself in both directions
     _no_split_modules = ["MoTDecoderLayer", "AutoencoderKL", "AutoencoderTiny"]
     main_input_name = "input_ids"
 
@@ -197,52 +112,14 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         self.vae = vae
         if vae is None and config.vae_config is not None:
             self.vae = build_vae(config.vae_config)
+        # Weights that post_init must leave alone.
         for own in (self.patchifier, self.vae):
             for module in own.modules() if own is not None else ():
-                module.keeps_own_initialization = True  # that of diffusers; the transformer's would be far too small
+                module.keeps_own_initialization = True  # diffusers' own; the transformer's would be far too small
         for tensor in vae.state_dict(keep_vars=True).values() if vae is not None else ():
             tensor._is_hf_initialized = True
         self._freeze_vae()
         self.post_init()
-
-    def _freeze_vae(self):
-        if self.vae is not None:
-            self.vae.float().requires_grad_(False).eval()
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_vae()
-        return loaded
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        if self.vae is not None:
-            self.vae.eval()
-        return self
-
-    def _apply(self, fn, recurse=True):
-        """Moves everything, but casts no VAE: a model in half precision keeps its pictures."""
-        vae, self.vae = self.vae, None
-        super()._apply(fn, recurse)
-        self.vae = vae
-        if vae is not None:
-            vae._apply(without_cast(fn), recurse)
-        return self
-
-    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
-        return super()._get_dtype_plan(dtype) | {"vae": torch.float32}
-
-    def _init_weights(self, module):
-        if isinstance(module, NoiseSchedule):
-            init.copy_(module.alphas_cumprod, cumulative_alphas(self.config))
-        elif getattr(module, "keeps_own_initialization", False):
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
-        else:
-            super()._init_weights(module)
-
-    # ----------------------------------------------------------------------------------------------- the forward
 
     @can_return_tuple
     def forward(
@@ -274,22 +151,23 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         Args:
             input_ids: (B, L) with an `image_token_id` for each patch of an image, between BOI and EOI.
             attention_mask: (B, past + L) 1 for tokens, 0 for padding.
-            past_key_values: a cache; images that come with a filled one are `generate()`'s affair.
-            inputs_embeds: (B, L, D), to be taken instead of the embeddings of `input_ids`, which must come along.
+            past_key_values: a cache; with a filled one no images may come, which `generate()` adds itself.
+            inputs_embeds: (B, L, D), instead of the embeddings of `input_ids`, which must come along.
             labels: (B, L) token ids, shifted inside by one; -100, placeholders and EOI are no targets.
             modality_ids: (B, L) indices into `config.modalities`; derived from `input_ids` when absent.
             position_ids, use_cache, logits_to_keep, document_ids, routing, skip_logits: as in `MoTForCausalLM`.
             latents: (N, C, h, w) clean and scaled, images in order of appearance over the flattened rows.
             pixel_values: (N, 3, H, W) in [-1, 1], instead of `latents`; the VAE encodes them.
-            image_sizes: (N, 2) height and width of each image in the unit of the tensor that holds them, which is padded
-                at the bottom and the right; needed when sizes differ. A tensor on a device is waited for, a list not.
+            image_sizes: (N, 2) height and width of each image, in pixels beside `pixel_values`, else in latents. Needed
+                when sizes differ; images are padded at the bottom and the right. A tensor on a device is waited for, a
+                list not.
             timesteps: (N,) noise levels, 0 <= t < num_train_timesteps (flow: floats, up to num_train_timesteps); drawn
                 when absent.
-            noise: of the latents' shape; drawn when absent.
+            noise: (N, C, h, w); drawn when absent.
             clean_images: (N,) bool, images that are context: they get no noise, t = 0, and have no loss.
             image_first: (N,) bool, images with text of their document after and none before them, whose drawn timesteps
                 keep to `image_first_max_timestep`; found from `input_ids` when absent.
-            generator: of the timesteps and the noise that are drawn.
+            generator: draws the timesteps and the noise that are absent.
             num_items_in_batch: divide the token loss by this instead of by the number of token targets here.
             shift_labels: (B, L) targets aligned with the logits already, instead of `labels`.
 
@@ -299,75 +177,41 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         Raises:
             ValueError: images without placeholders or the reverse, sizes that `patch_size` does not divide, timesteps
                 out of range; the message names field, value and way out.
-            TypeError: a keyword that nobody reads.
+            TypeError: an unknown keyword.
         """
-        check_keywords(self, kwargs)
-        num_items_in_batch, shift_labels = (kwargs.pop(name, None) for name in ("num_items_in_batch", "shift_labels"))
-        config, planned = self.config, routing is not None
         if input_ids is None:
             raise ValueError(
-                "input_ids is needed: a Transfusion model finds its images by their placeholders; inputs_embeds may come "
-                "beside it, but prompt tuning and other virtual tokens go with a MoTForCausalLM only"
+                "input_ids is needed: a Transfusion model finds its images by their placeholders; inputs_embeds may "
+                "come beside it, but prompt tuning and other virtual tokens go with a MoTForCausalLM only"
             )
-        check_ids("input_ids", input_ids)
-        check_rows(config, input_ids.shape, attention_mask, position_ids, past_key_values, document_ids)
+        check_forward(self, kwargs, input_ids, None, attention_mask, position_ids, past_key_values, document_ids)
         if modality_ids is not None:
             check_ids("modality_ids", modality_ids, input_ids.shape)
-        if latents is not None and pixel_values is not None:
-            raise ValueError("pass either latents or pixel_values, not both")
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        shift_labels = kwargs.pop("shift_labels", None)
+        planned = routing is not None
         is_filled = past_key_values is not None and past_key_values.get_seq_length() > 0
+
+        # 1. The images: where they stand, their latents, and their noise.
         if document_ids is None and attention_mask is None and past_key_values is None and position_ids is not None:
             document_ids = documents_of(position_ids.expand_as(input_ids))
-        is_patch = input_ids == config.image_token_id
-        blocks = find_image_blocks(is_patch, document_ids, config.markers_in_image_block)
+        places = ImagePlaces.find(self.config, input_ids, document_ids, attention_mask)
+        given = ImageInputs(latents, pixel_values, image_sizes, timesteps, noise, clean_images, image_first, generator)
+        images = self._images_of(given, places, planned, is_filled)
 
-        sizes = []
-        if pixel_values is not None:
-            latents, sizes = self.encode_images(pixel_values, image_sizes)
-        elif latents is not None:
-            check_tensor("latents", latents)
-            if latents.dim() != 4 or latents.shape[1] != config.latent_channels:
-                raise ValueError(
-                    f"latents has shape {tuple(latents.shape)}; it must be (N, latent_channels="
-                    f"{config.latent_channels}, h, w)"
-                )
-            sizes = sizes_of(latents, image_sizes)
-        if not planned:
-            check_placeholders(config, is_patch, blocks, sizes)
-        if sizes and is_filled:
-            raise ValueError("images came with a filled past_key_values; pass them with the prompt, or use generate()")
-        if sizes:
-            if image_first is None and timesteps is None and config.image_first_max_timestep is not None:
-                image_first = images_first(config, input_ids, is_patch, blocks, document_ids, attention_mask)
-            images = self._noisy_images(latents, sizes, timesteps, noise, clean_images, image_first, generator, planned)
-        else:
-            images = self._no_images(input_ids)
+        # 2. One row of embeddings: tokens of text, and the patches of images in the places of their placeholders.
+        embeds, patches, features = self._embed(input_ids, inputs_embeds, places, images)
 
-        if inputs_embeds is None:
-            inputs_embeds = self.model.embed(input_ids)
-        elif check_tokens(config, None, inputs_embeds) != input_ids.shape:
-            raise ValueError(
-                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, but input_ids and hidden_size make it "
-                f"{(*input_ids.shape, config.hidden_size)}"
-            )
-        tokens, features = self.embed_latents(images)
-        places = torch.argsort(~is_patch.flatten(), stable=True)[: len(tokens)]  # no wait for the device
-        embeds = inputs_embeds.flatten(0, 1).index_copy(0, places, tokens.to(inputs_embeds.dtype))
+        # Positions, modalities and targets of that row.
+        if position_ids is None and self.config.image_positions == "shared":
+            position_ids = self._shared_positions(places, is_filled)
         if modality_ids is None and (labels is not None or not planned):
             modality_ids = self.model.modality_ids_of(input_ids)
-        targets, of_targets = targets_of(self, input_ids.shape, labels, shift_labels, modality_ids)
-        if targets is not None:  # placeholders and EOI are the sampler's to write
-            ours = (targets == config.image_token_id) | (targets == config.eoi_token_id)
-            targets = targets.masked_fill(ours, -100)
-        if position_ids is None and config.image_positions == "shared":
-            if is_filled:
-                raise ValueError(
-                    "position_ids are needed beside a filled past_key_values: with image_positions='shared' they do not "
-                    "follow from its length"
-                )
-            position_ids = image_positions(blocks, document_ids, attention_mask)
+        targets = self._targets(input_ids.shape, labels, shift_labels, modality_ids)
+
+        # 3. The transformer.
         outputs = self.model(
-            inputs_embeds=embeds.view_as(inputs_embeds),
+            inputs_embeds=embeds,
             modality_ids=modality_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -375,14 +219,15 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
             past_key_values=past_key_values,
             use_cache=use_cache,
             routing=routing,
-            image_blocks=self._image_blocks(blocks, images),
+            image_blocks=self._image_blocks(places.blocks, images),
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        patches = hidden_states.flatten(0, 1).index_select(0, places)
-        prediction = self.predict_latents(patches, features, images)
+
+        # 4. The losses: of the next tokens, and of the predicted noise (equation 4).
+        prediction = self.predict_latents(hidden_states.flatten(0, 1).index_select(0, patches), features, images)
         logits, losses = logits_and_losses(
-            self, hidden_states, (targets, of_targets), num_items_in_batch, logits_to_keep, skip_logits
+            self, hidden_states, targets, num_items_in_batch, logits_to_keep, skip_logits
         )
         if losses:
             self._add_diffusion_loss(losses, prediction, images)
@@ -395,7 +240,43 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
             **losses,
         )
 
+    def _embed(self, input_ids, inputs_embeds, places: ImagePlaces, images: NoisyImages) -> tuple:
+        """Put the patches of images in the places of their placeholders.
+
+        Returns:
+            (B, L, D); the indices (P,) of the patches in the flattened rows; and the features for `predict_latents`.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.model.embed(input_ids)
+        elif check_tokens(self.config, None, inputs_embeds) != input_ids.shape:
+            raise ValueError(
+                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, but input_ids and hidden_size make it "
+                f"{(*input_ids.shape, self.config.hidden_size)}"
+            )
+        tokens, features = self.embed_latents(images)
+        patches = torch.argsort(~places.is_patch.flatten(), stable=True)[: len(tokens)]  # no wait for the device
+        embeds = inputs_embeds.flatten(0, 1).index_copy(0, patches, tokens.to(inputs_embeds.dtype))
+        return embeds.view_as(inputs_embeds), patches, features
+
+    def _shared_positions(self, places: ImagePlaces, is_filled: bool) -> torch.Tensor:
+        """Positions at which the patches of an image share one.  -> (B, L)"""
+        if is_filled:
+            raise ValueError(
+                "position_ids are needed beside a filled past_key_values: with image_positions='shared' they do not "
+                "follow from its length"
+            )
+        return image_positions(places.blocks, places.document_ids, places.attention_mask)
+
+    def _targets(self, shape, labels, shift_labels, modality_ids) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The targets of text and their modalities, (B, L) both; placeholders and EOI are written by the sampler."""
+        targets, of_targets = targets_of(self, shape, labels, shift_labels, modality_ids)
+        if targets is not None:
+            written = (targets == self.config.image_token_id) | (targets == self.config.eoi_token_id)
+            targets = targets.masked_fill(written, -100)
+        return targets, of_targets
+
     def _image_blocks(self, blocks: torch.Tensor, images: NoisyImages) -> ImageBlocks | None:
+        """Who sees the images: all later tokens, or with `noised_images_visible=False` not while they have noise."""
         if not images.sizes:
             return None
         if self.config.noised_images_visible:
@@ -407,6 +288,8 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         return ImageBlocks(blocks, (blocks >= 0) & ~images.clean[number])
 
     def _add_diffusion_loss(self, losses: dict, prediction: torch.Tensor, images: NoisyImages) -> None:
+        """Add the squared error of the prediction to the losses of tokens (equation 4)."""
+        # Clean images and padding do not count.
         squared = (prediction - images.target).square()
         counted = (~images.clean).view(-1, 1, 1, 1).expand_as(squared)
         if any(size != tuple(squared.shape[2:]) for size in images.sizes):
@@ -414,6 +297,173 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         error, count = torch.where(counted, squared, 0.0).sum(), counted.sum()
         losses["loss_sums"]["image_diffusion"], losses["loss_counts"]["image_diffusion"] = error, count
         losses["loss"] = losses["loss"] + self.config.diffusion_loss_weight * error / count.clamp(min=1)
+
+    # --------------------------------------------------------------------------------- the VAE stays frozen, in float32
+
+    def _freeze_vae(self):
+        if self.vae is not None:
+            self.vae.float().requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_vae()
+        return loaded
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.vae is not None:
+            self.vae.eval()
+        return self
+
+    def _apply(self, fn, recurse=True):
+        """Move everything, but cast no VAE: in half precision it would spoil the pictures."""
+        vae, self.vae = self.vae, None
+        super()._apply(fn, recurse)
+        self.vae = vae
+        if vae is not None:
+            vae._apply(without_cast(fn), recurse)
+        return self
+
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict:
+        return super()._get_dtype_plan(dtype) | {"vae": torch.float32}
+
+    def _init_weights(self, module):
+        if isinstance(module, NoiseSchedule):
+            init.copy_(module.alphas_cumprod, cumulative_alphas(self.config))
+        elif getattr(module, "keeps_own_initialization", False):
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+
+# ---------------------------------------------------------------------------------------------------- the patchifiers
+
+
+class TimestepEncoder(nn.Module):
+    """Embed noise levels by sinusoids, then two linear layers.  (N,) -> (N, E)
+
+    The sinusoids take indices up to `num_train_timesteps`, or with `timestep_format="fraction"` shares of it.
+
+    Args:
+        config: a `MoTTransfusionConfig`.
+        width: E.
+        frequencies: the number of sinusoids.
+    """
+
+    def __init__(self, config, width: int, frequencies: int = 256):
+        super().__init__()
+        self.scale = 1.0 if config.timestep_format == "index" else 1.0 / config.num_train_timesteps
+        self.sinusoids = Timesteps(frequencies, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.mlp = TimestepEmbedding(frequencies, width)
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        sinusoids = self.sinusoids(timesteps.float() * self.scale)
+        return self.mlp(sinusoids.to(self.mlp.linear_1.bias.dtype))  # a quantised weight is of another type
+
+
+def cut_into_patches(latents: torch.Tensor, size: int) -> torch.Tensor:
+    """Cut latents into patches of p x p, each in (row, column, channel) order.  (N, C, h, w) -> (N, n, p * p * C)"""
+    patches = latents.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (N, C, h/p, p, w/p, p)
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def join_patches(patches: torch.Tensor, size: int, height: int, width: int) -> torch.Tensor:
+    """Join patches, the inverse of `cut_into_patches`.  (N, n, p * p * C) -> (N, C, h, w)"""
+    grid = patches.unflatten(2, (size, size, -1)).unflatten(1, (height // size, width // size))
+    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+class LinearPatchifier(nn.Module):
+    """A linear layer from each patch, with the timestep embedding added, to a token; a linear layer back."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.patch_size = config.patch_size
+        values = config.patch_size**2 * config.latent_channels
+        self.time_encoder = TimestepEncoder(config, values)
+        self.proj_in = nn.Linear(values, config.hidden_size)
+        self.proj_out = nn.Linear(config.hidden_size, values)
+
+    def embed(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """(N, C, h, w), (N,) -> (N, n, D), and None: the way back needs nothing"""
+        patches = cut_into_patches(latents, self.patch_size)
+        return self.proj_in(patches + self.time_encoder(timesteps).unsqueeze(1)), None
+
+    def predict(self, hidden_states: torch.Tensor, features: None, height: int, width: int) -> torch.Tensor:
+        """(N, n, D) -> (N, C, h, w)"""
+        return join_patches(self.proj_out(hidden_states), self.patch_size, height, width)
+
+
+class UNetPatchifier(nn.Module):
+    """A U-Net whose middle is the transformer: down blocks before it, up blocks after it, skips between (appendix A.2).
+
+    The blocks are diffusers' residual blocks with a timestep embedding. The last feature map of the down blocks becomes
+    the tokens; like all other feature maps it also reaches the up blocks by a skip.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        channels = list(config.unet_channels)
+        layers = config.unet_layers
+        groups = config.unet_norm_groups
+        width = 4 * channels[0]
+        last = len(channels) - 1
+        shared = {"temb_channels": width, "resnet_groups": groups, "resnet_eps": 1e-6}
+        self.time_encoder = TimestepEncoder(config, width, frequencies=channels[0])
+
+        # Down to the tokens.
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownBlock2D(inputs, outputs, num_layers=layers, add_downsample=depth < last, **shared)
+            for depth, (inputs, outputs) in enumerate(zip([channels[0], *channels], channels))
+        )
+        self.norm_in = nn.GroupNorm(groups, channels[-1])
+        self.proj_in = nn.Linear(channels[-1], config.hidden_size)
+
+        # And up again; each block takes the features from below and the skips of its own depth.
+        self.proj_out = nn.Linear(config.hidden_size, channels[-1])
+        self.up_blocks = nn.ModuleList(
+            UpBlock2D(
+                in_channels=channels[max(depth - 1, 0)],
+                prev_output_channel=channels[min(depth + 1, last)],
+                out_channels=channels[depth],
+                num_layers=layers + 1,
+                add_upsample=depth > 0,
+                **shared,
+            )
+            for depth in reversed(range(len(channels)))
+        )
+        self.norm_out = nn.GroupNorm(groups, channels[0])
+        self.conv_out = nn.Conv2d(channels[0], config.latent_channels, 3, padding=1)
+
+    def embed(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+        """(N, C, h, w), (N,) -> (N, n, D), and the features that `predict` needs"""
+        time = self.time_encoder(timesteps)
+        features = self.conv_in(latents)
+        skips = [features]
+        for block in self.down_blocks:
+            features, outputs = block(features, time)
+            skips.extend(outputs)
+        tokens = F.silu(self.norm_in(features)).flatten(2).transpose(1, 2)
+        return self.proj_in(tokens), (tuple(skips), time)
+
+    def predict(self, hidden_states: torch.Tensor, features: tuple, height: int, width: int) -> torch.Tensor:
+        """(N, n, D) -> (N, C, h, w)"""
+        skips, time = features
+        tokens = self.proj_out(hidden_states).transpose(1, 2)
+        features = tokens.unflatten(2, skips[-1].shape[2:]).contiguous()
+        for block in self.up_blocks:
+            count = len(block.resnets)
+            features = block(features, skips[-count:], time)
+            skips = skips[:-count]
+        return self.conv_out(F.silu(self.norm_out(features)))
+
+
+def build_patchifier(config) -> nn.Module:
+    """Build the patchifier that `config.patchifier` names."""
+    return {"unet": UNetPatchifier, "linear": LinearPatchifier}[config.patchifier](config)
 
 
 MoTTransfusionModel.register_for_auto_class("AutoModel")

@@ -1,8 +1,11 @@
-"""Which tower each token belongs to, decided once per forward, and the modules that towers have.
+"""Towers: which tokens belong to which (`ModalityRouting`), and a module for each of them (`PerTower`).
 
-The residual stream stays sorted by tower through all layers, so norms, projections and
-feed-forwards are plain products on contiguous slices; only queries, keys and values go back to the
-order of the sequence for the global attention (paper, Algorithm 1 and section 6.1).
+Tokens are sorted by tower once per forward, and the residual stream stays sorted through all layers. Norms, projections
+and feed-forwards are then plain products on contiguous slices; only queries, keys and values go back to the order of
+the sequence, for the global attention (paper, Algorithm 1 and section 6.1).
+
+In reading order: the routing, a module for each tower, norms of all towers in one pass, linear maps of all towers in
+one product, and the tests of when such a short cut may stand in for a module.
 """
 
 import inspect
@@ -21,52 +24,17 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from .configuration_mot import MoTConfig
 
 
-# B batch, L row length, T = B * L tokens, D hidden size
+# B batch, L row length, T = B * L tokens, T' rows of all towers with padding, D size of a row, H heads, K towers,
+# F outputs of a linear map
 
 
-class _Sort(torch.autograd.Function):
-    """Rows sorted by tower, zero where a slice is padded.  (T, ...) -> (T', ...), the adjoint of `_Restore`"""
-
-    @staticmethod
-    def forward(rows, routing):
-        out = rows.index_select(0, routing.order)
-        end = 0
-        for count, padding in zip(routing.counts, routing.padding):
-            end += count
-            if padding:
-                out[end - padding : end] = 0
-        return out
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.routing = inputs[1]
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _Restore.apply(grad, ctx.routing), None
-
-
-class _Restore(torch.autograd.Function):
-    """Rows in the order of the sequence.  (T', ...) -> (T, ...)
-
-    The gradient of a permutation is its inverse, a copy and not the sum that indexing would make of it.
-    """
-
-    @staticmethod
-    def forward(rows, routing):
-        return rows.index_select(0, routing.inverse)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.routing = inputs[1]
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _Sort.apply(grad, ctx.routing), None
+# --------------------------------------------------------------------------------------------------------- the routing
 
 
 class ModalityRouting(NamedTuple):
-    """The plan of one forward; a collator may build it ahead so that the forward never waits for a device.
+    """Which tokens of a forward belong to which tower (Algorithm 1, lines 3 to 5).
+
+    A collator may build it ahead, so that the forward never waits for a device.
 
     Attributes:
         towers: names of the towers, in the order of `counts`.
@@ -76,7 +44,21 @@ class ModalityRouting(NamedTuple):
         padding: how many rows at the end of each tower's slice belong to no token.
         is_token: (T',) bool of the sorted rows, False for padding of the sequence, which does not compete for experts;
             None where nothing competes or everything does.
-        token_choice: whether tokens choose their experts, as in generation, and not experts their tokens.
+        token_choice: True if tokens choose their experts, as in generation; False if experts choose their tokens.
+
+    Examples:
+
+        >>> import torch
+        >>> from modeling_mot import ModalityRouting, MoTConfig
+        >>> modality_ids = torch.tensor([[0, 1, 1, 0]])  # text, image, image, text
+        >>> routing = ModalityRouting.from_modality_ids(modality_ids, MoTConfig())
+        >>> routing.towers, routing.counts
+        (('text', 'image'), (2, 2))
+        >>> rows = torch.tensor([[[10.0], [11.0], [12.0], [13.0]]])
+        >>> routing.sort(rows).flatten().tolist()
+        [10.0, 13.0, 11.0, 12.0]
+        >>> torch.equal(routing.restore(routing.sort(rows), batch_size=1), rows)
+        True
     """
 
     towers: tuple[str, ...]
@@ -89,14 +71,14 @@ class ModalityRouting(NamedTuple):
 
     @classmethod
     def from_modality_ids(cls, modality_ids: torch.Tensor, config, multiple_of: int = 1) -> "ModalityRouting":
-        """Sort tokens by tower, in a stable way.
+        """Sort tokens by tower; tokens of one tower keep their order.
 
         Args:
             modality_ids: (B, L) indices into `config.modalities`.
             config: a `MoTConfig`.
-            multiple_of: pad each tower's slice with zero rows up to a multiple of this, so that the sizes of
-                products repeat from batch to batch, and kernels made for a size serve again. Outputs and gradients
-                stay as they are. Mixtures of experts are not padded: padding would compete with tokens.
+            multiple_of: pad each tower's slice with zero rows up to a multiple of this. The sizes of products then
+                repeat from batch to batch, and kernels made for a size serve again. Outputs and gradients stay the
+                same. Mixtures of experts are not padded: padding would compete with tokens.
 
         Raises:
             ValueError: an id that is not the index of a modality.
@@ -106,7 +88,8 @@ class ModalityRouting(NamedTuple):
         flat = modality_ids.flatten()
         if len(towers) == 1 and torch.compiler.is_compiling():
             return cls(towers, (flat.numel(),))  # a read of the ids would break the graph
-        # One wait for the device: the number of tokens of each modality, and of ids that are none.
+
+        # Count. One wait for the device: the number of tokens of each modality, and of ids that are none.
         outside = ((flat < 0) | (flat >= num_modalities)).sum().unsqueeze(0)
         histogram = torch.bincount(flat.clamp(0, num_modalities - 1), minlength=num_modalities)
         *per_modality, strays = torch.cat([histogram, outside]).tolist()
@@ -120,6 +103,8 @@ class ModalityRouting(NamedTuple):
             counts[tower] += count
         if max(counts) == flat.numel():  # always so where there is one tower
             return cls(towers, tuple(counts))
+
+        # Sort: tokens of the first tower first, then its padding, then tokens of the second.
         tower_of = torch.tensor(config.tower_of_modality, device=flat.device)
         tokens = torch.argsort(tower_of[flat], stable=True)
         mixtures = towers if "shared" in config.moe_towers else config.moe_towers
@@ -156,20 +141,20 @@ class ModalityRouting(NamedTuple):
         return rows.unflatten(0, (batch_size, -1))
 
     def for_experts(self, is_token: torch.Tensor | None, token_choice: bool) -> "ModalityRouting":
-        """The same routing, with what mixtures of experts need to know.
+        """Add what mixtures of experts need to know.
 
         Args:
             is_token: (B, L) bool, False for padding; or None where nothing is padded.
-            token_choice: whether tokens choose their experts.
+            token_choice: True if tokens choose their experts.
         """
         is_token = None if is_token is None else self.sort(is_token)
         return self._replace(is_token=is_token, token_choice=token_choice)
 
     def split(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Each tower's slice.  (T, D) -> {tower: (T_tower, D)}
+        """Cut sorted rows into the slices of the towers.  (T, D) -> {tower: (T_tower, D)}
 
-        While gradients are on, a tower without tokens gets zero rows, so that it runs all the same:
-        its parameters then have zero, not missing, gradients, and collectives match on every rank.
+        While gradients are on, a tower without tokens gets a slice of no rows and runs all the same: its parameters
+        then have zero, not missing, gradients, and collectives match on every rank.
         """
         if len(self.towers) == 1:
             return {self.towers[0]: rows}
@@ -177,15 +162,74 @@ class ModalityRouting(NamedTuple):
         return {tower: rows for tower, count, rows in slices if torch.is_grad_enabled() or count}
 
 
+class _Sort(torch.autograd.Function):
+    """Sort rows by tower, with zeros where a slice is padded.  (T, ...) -> (T', ...)"""
+
+    @staticmethod
+    def forward(rows, routing):
+        out = rows.index_select(0, routing.order)
+        end = 0
+        for count, padding in zip(routing.counts, routing.padding):
+            end += count
+            if padding:
+                out[end - padding : end] = 0
+        return out
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.routing = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Restore.apply(grad, ctx.routing), None
+
+
+class _Restore(torch.autograd.Function):
+    """Put rows back into the order of the sequence.  (T', ...) -> (T, ...)
+
+    `_Sort` and `_Restore` are each other's gradient: the gradient of a permutation is its inverse, a copy, where
+    autograd's gradient of indexing would be a sum.
+    """
+
+    @staticmethod
+    def forward(rows, routing):
+        return rows.index_select(0, routing.inverse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.routing = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Sort.apply(grad, ctx.routing), None
+
+
+# ------------------------------------------------------------------------------------------- a module for each tower
+
+
 class PerTower(nn.ModuleDict):
-    """One module per tower, each run on its own tokens; or one module named `shared`, run on all.
+    """One module for each tower, run on the tokens of its tower; or one module named `shared`, run on all tokens.
 
     Args:
-        modules: tower -> its module, or {"shared": the one module of all}.
-        mixtures: the names of those that are mixtures of experts, which also take `is_token` and `token_choice`.
+        modules: tower -> its module, or {"shared": the one module of all towers}.
+        mixtures: names of the modules that are mixtures of experts, which also take `is_token` and `token_choice`.
 
     Attributes:
-        products: `"separate"`, or how linear maps of several towers are run together, see `run_together`.
+        products: `"separate"`, or how linear maps of several towers are run together; see `run_together`.
+
+    Examples:
+
+        >>> import torch
+        >>> from modeling_mot import ModalityRouting, MoTConfig
+        >>> from modeling_mot.tower_routing import PerTower
+        >>> projection = PerTower({"text": torch.nn.Linear(4, 8), "image": torch.nn.Linear(4, 8)})
+        >>> routing = ModalityRouting.from_modality_ids(torch.tensor([[0, 1, 1]]), MoTConfig())
+        >>> rows = routing.sort(torch.randn(1, 3, 4))
+        >>> outputs = projection(rows, routing)
+        >>> outputs.shape
+        torch.Size([3, 8])
+        >>> torch.equal(outputs[1:], projection["image"](rows[1:]))
+        True
     """
 
     products = "separate"
@@ -195,12 +239,12 @@ class PerTower(nn.ModuleDict):
         self.mixtures = frozenset(mixtures)
 
     def __str__(self) -> str:
-        """What an adapter is to be given to instead, for PEFT's error that names a module it cannot adapt."""
+        """Name the modules that can be adapted, for PEFT's error about a module that cannot."""
         towers = list(self)
         names = ", ".join(f"'<name>.{tower}'" for tower in towers)
         return (
-            f"of towers {towers}: adapters go to the towers' own modules, as target_modules=[{names}], or to those of all "
-            r"towers by a pattern, as target_modules=r'.*\.(q_proj|v_proj)\.[^.]+'; this module, "
+            f"of towers {towers}: adapters go to the towers' own modules, as target_modules=[{names}], or to those of "
+            r"all towers by a pattern, as target_modules=r'.*\.(q_proj|v_proj)\.[^.]+'; this module, "
             f"{super().__str__()},"
         )
 
@@ -223,11 +267,11 @@ class PerTower(nn.ModuleDict):
         return self[name](rows)
 
 
-# K towers, T rows of all towers, D size of what is normalised
+# --------------------------------------------------------------------------------------------------------------- norms
 
 
 class MoTHeadLayerNorm(nn.Module):
-    """Chameleon's QK-norm: LayerNorm over each head with weights of that head.  (T, H, D/H) -> same"""
+    """Chameleon's QK-norm: LayerNorm over each head with weights of that head.  (T, H, D / H) -> the same"""
 
     def __init__(self, num_heads: int, head_dim: int):
         super().__init__()
@@ -239,18 +283,20 @@ class MoTHeadLayerNorm(nn.Module):
 
 
 def rms_norm(config: MoTConfig, size: int) -> nn.Module:
+    """Build the norm of one tower: Llama's, or Gemma's with `norm_offset`."""
     norm = GemmaRMSNorm if config.norm_offset else LlamaRMSNorm
     return norm(size, eps=config.rms_norm_eps)
 
 
 def qk_norm(config: MoTConfig, num_heads: int) -> nn.Module:
+    """Build the norm of one tower's queries or keys, as `config.qk_norm` says."""
     if config.qk_norm == "layer":
         return MoTHeadLayerNorm(num_heads, config.head_dim)
     return rms_norm(config, config.head_dim * (num_heads if config.qk_norm == "rms_all_heads" else 1))
 
 
-def _forward(rows, counts, epsilon, weights) -> tuple[torch.Tensor, torch.Tensor]:
-    """The operations of LlamaRMSNorm in their order.  -> (T, ..., D), and 1 / RMS, (T, ..., 1)"""
+def _rms_norm(rows, counts, epsilon, weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the operations of LlamaRMSNorm in their order.  -> (T, ..., D), and 1 / RMS, (T, ..., 1)"""
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     out = (wide * scale).to(rows.dtype).to(torch.promote_types(rows.dtype, weights[0].dtype))
@@ -263,11 +309,11 @@ def _forward(rows, counts, epsilon, weights) -> tuple[torch.Tensor, torch.Tensor
 
 
 class _RMSNorm(torch.autograd.Function):
-    """With a backward of half the operations that autograd would make of the forward."""
+    """RMSNorm of all towers, with a backward of half the operations that autograd would make of the forward."""
 
     @staticmethod
     def forward(rows, counts, epsilon, *weights):
-        return _forward(rows, counts, epsilon, weights)
+        return _rms_norm(rows, counts, epsilon, weights)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -284,6 +330,7 @@ class _RMSNorm(torch.autograd.Function):
             grad = grad.to(scale.dtype, copy=True)
             normalised = rows.to(scale.dtype) * scale
             products = grad * normalised
+            # Of each tower: the gradient of its weight, and its part of the mean below.
             grad_weights, inner = [], []
             for part, product, weight in zip(grad.split(ctx.counts), products.split(ctx.counts), weights):
                 grad_weights.append(product.flatten(0, -2).sum(0).to(weight.dtype))
@@ -297,10 +344,11 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class TowerNorms(PerTower):
-    """The norms of all towers, or one named `shared`, on rows sorted by tower."""
+    """The norms of all towers, or one named `shared`, in one pass over rows sorted by tower."""
 
     def forward(self, rows: torch.Tensor, routing: ModalityRouting) -> torch.Tensor:
         """(T, ..., D) -> the same"""
+        # Other norms than Llama's, and norms that are more than that, run one by one.
         shared = "shared" in self
         norms = [self["shared"]] if shared else [self[tower] for tower in routing.towers]
         if not all(is_plain(norm, LlamaRMSNorm) and has_whole_weight(norm) for norm in norms):
@@ -309,10 +357,10 @@ class TowerNorms(PerTower):
         epsilon, weights = norms[0].variance_epsilon, [norm.weight for norm in norms]
         if torch.is_grad_enabled():
             return _RMSNorm.apply(rows, counts, epsilon, *weights)[0]
-        return _forward(rows, counts, epsilon, weights)[0]
+        return _rms_norm(rows, counts, epsilon, weights)[0]
 
 
-# K towers, n rows of all towers, D inputs, F outputs
+# ------------------------------------------------------------------------------------ linear maps of all towers at once
 
 
 TOWER_PRODUCTS = ("separate", "batched_mm", "grouped_mm")
@@ -332,7 +380,7 @@ class _Batched:
         return torch.baddbmm(torch.stack([module.bias for module in modules])[:, None], rows, weight)
 
     def unpadded(self, rows: torch.Tensor) -> torch.Tensor:
-        """(K, longest, F) -> (n, F)"""
+        """(K, longest, F) -> (T, F)"""
         return torch.cat([of_tower[:count] for of_tower, count in zip(rows.unbind(), self.counts)])
 
 
@@ -340,7 +388,7 @@ class _Grouped:
     """Rows of each tower, one after another."""
 
     def __init__(self, parts: dict[str, torch.Tensor]):
-        self.rows = torch.cat(list(parts.values()))  # (n, D)
+        self.rows = torch.cat(list(parts.values()))  # (T, D)
         self.rows = self.rows.to(_dtype_of_products(self.rows))  # autocast does not know this product
         ends = accumulate(len(rows) for rows in parts.values())
         # Filled on the device: a copy from the host would be waited for.
@@ -359,19 +407,22 @@ def _dtype_of_products(tensor: torch.Tensor) -> torch.dtype:
 
 
 def run_together(modules: list[nn.Module], parts: dict[str, torch.Tensor], products: str) -> torch.Tensor | None:
-    """Run one module for each tower, linear maps or feed-forwards of them, in one product each.
+    """Run the linear maps, or the feed-forwards, of several towers with one product for each map.
 
-    `"batched_mm"` pads the towers' rows to the longest and multiplies them in one batched product (paper, section 6.3):
-    for towers that are balanced. `"grouped_mm"` multiplies rows without padding, in bfloat16, where a device has a fast
-    kernel. Both copy the weights of all towers into one tensor in every call, so they pay where a step has many rows.
+    `"batched_mm"` pads the towers' rows to the longest and multiplies them in one batched product, for towers that are
+    balanced (paper, section 6.3). `"grouped_mm"` multiplies rows without padding, in bfloat16, where a device has a
+    fast kernel. Both copy the weights of all towers into one tensor in every call, so they pay where a step has many
+    rows.
 
     Args:
-        parts: {tower: (n_tower, D)}, of several towers.
+        modules: one for each tower.
+        parts: {tower: (T_tower, D)}, of several towers.
         products: `"batched_mm"` or `"grouped_mm"`.
 
     Returns:
-        (n, F), sorted by tower; None where the modules are more than such maps, or cannot be run so.
+        (T, F), sorted by tower; None where the modules are more than linear maps, or cannot be run so.
     """
+    # A list for each linear map, with the map of every tower.
     first = modules[0]
     if type(first) is nn.Linear:
         layers = [modules]
@@ -383,6 +434,8 @@ def run_together(modules: list[nn.Module], parts: dict[str, torch.Tensor], produ
         return None
     if not all(_can_join(of_towers, products) for of_towers in layers):
         return None
+
+    # A product for each map.
     joined = _Batched(parts) if products == "batched_mm" else _Grouped(parts)
     if len(layers) == 1:
         rows = joined.linear(joined.rows, modules)
@@ -393,22 +446,24 @@ def run_together(modules: list[nn.Module], parts: dict[str, torch.Tensor], produ
 
 
 def _can_join(modules: list[nn.Module], products: str) -> bool:
-    """Whether these are linear maps and no more, with whole weights."""
+    """True if these are plain linear maps with whole weights, of a kind that the product takes."""
     if not all(map(is_plain_linear, modules)):
         return False
     weight, bias = modules[0].weight, modules[0].bias
     if products == "batched_mm":
         return True
-    # What torch's grouped product takes everywhere, also while it is traced.
+    # Torch's grouped product takes these everywhere, also while it is traced.
     is_aligned = all(size % 8 == 0 for size in weight.shape)
     return bias is None and is_aligned and _dtype_of_products(weight) == torch.bfloat16
+
+
+# -------------------------------------------------------------------- when a module's weights can stand in for its call
 
 
 def is_plain(module: nn.Module, *types: type) -> bool:
     """True if the module is of exactly one of these types, without hooks and with the forward of its class.
 
-    The type decides, since adapters, quantised maps and parametrised weights have types of their own, often of the same
-    name.
+    The type decides: adapters, quantised maps and parametrised weights have types of their own, often of the same name.
     """
     return type(module) in types and _has_own_forward(module)
 
@@ -419,7 +474,7 @@ def is_of_this_package(module: nn.Module) -> bool:
 
 
 def keeps_methods(owner: object, *names: str) -> bool:
-    """True if these methods are those of this package or of transformers: no class of a user, and no object, has its own."""
+    """True if these methods are of this package or of transformers: no class of a user, and no object, has its own."""
     of_libraries = (f"{__package__}.", "transformers.")
     methods = [inspect.unwrap(getattr(type(owner), name)) for name in names]
     return not any(name in vars(owner) for name in names) and all(
@@ -433,7 +488,7 @@ def _has_own_forward(module: nn.Module) -> bool:
 
 
 def has_whole_weight(module: nn.Module) -> bool:
-    """True if the weight is one tensor, and not made of others, as sharded and quantised ones are."""
+    """True if the weight is one tensor; sharded and quantised weights are made of several."""
     return not hasattr(module.weight, "__tensor_flatten__")
 
 
@@ -442,22 +497,25 @@ def is_plain_linear(module: nn.Module) -> bool:
     return is_plain(module, nn.Linear) and has_whole_weight(module)
 
 
+# ------------------------------------------------------------------------------------------------- precision of tensors
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast gives products on such a device; None where it is off, or unknown as on "meta"."""
+    """Return the dtype that autocast gives products on a device; None where autocast is off or unknown ("meta")."""
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
-    """Autocast switched off for such a device, where it has any."""
+    """Switch autocast off for such a device, if it has autocast."""
     if not torch.amp.is_autocast_available(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 
 
 def without_cast(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What `nn.Module._apply` does to tensors, but for their dtype: they are moved, and not cast."""
+    """Make a function for `nn.Module._apply` that moves tensors as `function` does, but does not cast them."""
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
         probe = function(tensor.new_empty(0))
