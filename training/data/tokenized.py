@@ -19,6 +19,7 @@ from training.data.config import AugmentationConfig, Limits, SourceConfig
 from training.data.documents import ImageColumn, TokenColumn, Vocabulary
 from training.data.preparing.batch_tokenizer import BatchTokenizer
 from training.data.preparing.preparation import SIZES, VALUES, chunk_damage, open_chunk, prepare, read_description
+from training.data.reading.lines import LeftOut
 from training.data.reading.records import SHARD_RECORDS, Source
 from training.data.reading.sources import open_source
 
@@ -34,8 +35,7 @@ class TokenizedSource:
         config: the source's configuration.
         vocabulary: `Vocabulary` of the processor that made the tokens.
         fingerprint: over everything the tokens were made from.
-        skipped: reasons and numbers of records left out (`on_error: skip`).
-        first_skipped: reasons, and the name of the first record left out for each.
+        left_out: the records that were left out (`on_error: skip`).
         tokens: ids of all segments of all records, of the first variant.
         records: (len,) the number of each record in its source.
         columns: `Segment` -> `TokenColumn`; texts have one variant, pictures and sounds one or more.
@@ -50,7 +50,7 @@ class TokenizedSource:
         except ValueError as error:
             raise ValueError(self._damaged([str(error)])) from error
         self.fingerprint, self.tokens = meta["fingerprint"], meta["tokens"]
-        self.skipped, self.first_skipped = meta["skipped"], meta["first_skipped"]
+        self.left_out = LeftOut(meta["skipped"], meta["first_skipped"], meta.get("more_skipped", {}))
         self._chunks, self._shards = meta["chunks"], meta["shards"]
         self._refuse_damage()
         self.vocabulary = Vocabulary.from_dict(meta["vocabulary"])
@@ -103,6 +103,16 @@ class TokenizedSource:
         return f"record {number % SHARD_RECORDS} of shard {self._shards[number // SHARD_RECORDS]}"
 
     @property
+    def skipped(self) -> dict[str, int]:
+        """Reason -> number of records that were left out."""
+        return self.left_out.counts
+
+    @property
+    def first_skipped(self) -> dict[str, str]:
+        """Reason -> name of the first record that was left out."""
+        return self.left_out.first
+
+    @property
     def variants(self) -> int:
         """The largest number of variants of any segment."""
         return max(column.variants for column in self.columns.values())
@@ -149,8 +159,8 @@ class TokenizedSource:
         # Whether records may be left out is no part of the fingerprint: what is finished when one is met is kept.
         if prepared.skipped and config.on_error == "raise":
             raise ValueError(
-                f"source {config.name!r} was prepared with on_error: skip, and left out {prepared.skipped} (the first of "
-                f"each: {prepared.first_skipped}); set that, or mend those records"
+                f"source {config.name!r} was prepared with on_error: skip, and left out "
+                f"{'; '.join(prepared.left_out.lines())}; set on_error: skip, or mend these records"
             )
         return prepared
 

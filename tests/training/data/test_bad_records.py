@@ -361,3 +361,16 @@ def test_pictures_and_sounds_in_lists_stay_encoded(tmp_path, prepare, streaming)
     table.to_parquet(str(tmp_path / "train.parquet"))
     source = prepare(source_of(tmp_path, DOCUMENT, streaming=streaming))
     assert source[0]["document:segments"][0] == [3, *[263 + 76 // 16] * 4, 4, 5, 287, 287, 6]
+
+
+def test_the_first_few_records_of_a_reason_are_named_at_once(tmp_path, prepare):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(8):
+        (folder / f"{number}.png").write_bytes(png("red") if number == 3 else b"broken")
+        (folder / f"{number}.txt").write_text("a")
+    source = prepare(source_of(folder, PAIR))
+    names = "0.png; 1.png; 2.png; 4.png; 5.png"
+    assert source.left_out.lines() == [f"7 x column 'image': the picture does not decode (first: {names})"]
+    with pytest.raises(ValueError, match=rf"with on_error: skip, and left out 7 x .* \(first: {names}\); set on_error"):
+        prepare(source_of(folder, PAIR, "raise"))

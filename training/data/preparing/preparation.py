@@ -394,10 +394,9 @@ def _finish(work: Preparation, fingerprint: str) -> None:
     if not chunks:
         # Nothing of it is kept: why nothing could be used may lie in what the fingerprint does not know.
         shutil.rmtree(work.folder)
-        first = "; ".join(f"{name}: {reason}" for reason, name in left_out.first.items())
         raise ValueError(
-            f"source {source.config.name!r} ({source.config.path}) has no usable record; left out: {left_out.counts}"
-            f"{f' (first: {first})' if first else ''}"
+            f"source {source.config.name!r} ({source.config.path}) has no usable record; left out: "
+            f"{'; '.join(left_out.lines()) or 'none, as it has no records'}"
         )
     meta = {
         "fingerprint": fingerprint,
@@ -407,6 +406,7 @@ def _finish(work: Preparation, fingerprint: str) -> None:
         "tokens": tokens,
         "skipped": left_out.counts,
         "first_skipped": left_out.first,
+        "more_skipped": left_out.more,
         "shards": source.shards,
         "vocabulary": asdict(Vocabulary.of(work.tokenizer.processor)),
         "images": work.images,
@@ -414,10 +414,8 @@ def _finish(work: Preparation, fingerprint: str) -> None:
         "chunks": chunks,
     }
     write_description(work.folder / "meta.json", meta)
-    if left_out.counts:
-        logger.warning(
-            "source %r: left out %s (the first of each: %s)", source.config.name, left_out.counts, left_out.first
-        )
+    for line in left_out.lines():
+        logger.warning("source %r: left out: %s", source.config.name, line)
 
 
 def origin_of(config: SourceConfig) -> dict:

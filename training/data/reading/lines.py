@@ -16,6 +16,8 @@ from training.data.config import Limits, SourceConfig
 
 # Reasons that are counted apart; a file of nothing but different faults must not fill the report.
 _MOST_REASONS = 50
+# The records that are named for each reason.
+_MOST_NAMES = 5
 
 
 class BadRecord(ValueError):
@@ -65,10 +67,12 @@ class LeftOut:
     Attributes:
         counts: reason -> number of records.
         first: reason -> name of the first of them.
+        more: reason -> names of a few that came next, so that several can be mended at once.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
+    more: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, config: SourceConfig, name: str, error: BadRecord, file: str | None = None) -> None:
         """Count a record that cannot be used, or refuse it, as the source's `on_error` says.
@@ -86,14 +90,30 @@ class LeftOut:
         reason = printable(error.reason)
         if reason not in self.counts and len(self.counts) >= _MOST_REASONS:
             reason = "other reasons"
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        self.first.setdefault(reason, printable(file or name))
+        self._count(reason, 1, [printable(file or name)])
 
     def join(self, other: "LeftOut") -> None:
         """Add what was left out elsewhere, after what is here."""
         for reason, count in other.counts.items():
-            self.counts[reason] = self.counts.get(reason, 0) + count
-            self.first.setdefault(reason, other.first[reason])
+            self._count(reason, count, other.names(reason))
+
+    def names(self, reason: str) -> list[str]:
+        """The names of the first few records of a reason."""
+        return [self.first[reason], *self.more.get(reason, ())]
+
+    def lines(self) -> list[str]:
+        """Say for each reason how many records were left out, and name the first few."""
+        return [
+            f"{count:,} x {reason} (first: {'; '.join(self.names(reason))})" for reason, count in self.counts.items()
+        ]
+
+    def _count(self, reason: str, count: int, names: list[str]) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + count
+        if reason not in self.first:
+            self.first[reason], *names = names
+        more = self.more.get(reason, []) + names
+        if more:
+            self.more[reason] = more[: _MOST_NAMES - 1]
 
 
 def printable(text: str) -> str:
