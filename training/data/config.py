@@ -15,7 +15,7 @@ from training.config import check_options, option
 SEGMENT_TYPES = ("text", "image", "audio", "document")
 TARGETS = ("all", "last")
 LATENTS = ("cached", "on_the_fly")
-FORMATS = ("auto", "dataset", "pictures", "sounds", "jsonl", "parquet", "webdataset")
+FORMATS = ("auto", "dataset", "pictures", "sounds", "jsonl", "parquet", "text", "webdataset")
 # Variants are counted in 16 bits; a row, and the documents of a block, are in memory.
 _MOST_VARIANTS, _MOST_LENGTH = 2**15 - 1, 2**24
 # The most that Pillow opens; what is added to in 64 bits.
@@ -180,7 +180,7 @@ class SourceConfig:
     format: str = option(
         "auto",
         "auto, dataset, pictures or sounds (a folder of them with captions), or shards that are read one by one without a "
-        "copy: jsonl (also .gz, .zst), parquet, webdataset (.tar)",
+        "copy: jsonl (also .gz, .zst), parquet, text (.txt, a record a line), webdataset (.tar)",
     )
     config: str | None = option(None, "configuration of the data set")
     split: str = option(

@@ -171,6 +171,18 @@ def jsonl_records(file, limits: Limits) -> Iterator[dict | BadRecord]:
             yield record if is_object else BadRecord(f"the line is no JSON object: line {number}")
 
 
+def text_records(file, limits: Limits) -> Iterator[dict | BadRecord]:
+    """Give `{"text": line}` for every line that is not empty, and an error in the place of one that is not UTF-8."""
+    for number, line in bounded_lines(file, limits):
+        if isinstance(line, BadRecord):
+            yield line
+        elif line.strip():
+            try:
+                yield {"text": line.decode("utf-8").rstrip("\r\n")}
+            except UnicodeDecodeError as error:
+                yield BadRecord(f"the line is not UTF-8: line {number}: {error}")
+
+
 def parse_json(data: bytes) -> object:
     """The value of a JSON text in UTF-8.
 

@@ -5,11 +5,14 @@ decided in one place. It never holds more than `Limits` allow: `datasets`' own r
 or a member of any size, decompress what is in it, and load arrays and tensors; here members are text, JSON or bytes.
 """
 
+import logging
+import os
 import posixpath
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
@@ -21,12 +24,24 @@ from pyarrow import parquet
 
 from modeling_mot.image_loading import PICTURE_FORMATS
 from training.data.config import Limits
-from training.data.reading.lines import BadRecord, BrokenShard, blaming, csv_records, jsonl_records, parse_json
+from training.data.reading.lines import (
+    BadRecord,
+    BrokenShard,
+    blaming,
+    csv_records,
+    jsonl_records,
+    parse_json,
+    printable,
+    text_records,
+)
 
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = {
     "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst"),
     "parquet": (".parquet",),
+    "text": (".txt", ".txt.gz", ".txt.zst"),
     "webdataset": (".tar",),
 }
 # Members of a webdataset record that are text; those named json are JSON; all others stay bytes.
@@ -113,12 +128,18 @@ def _stamp(info: dict) -> str:
 
 @dataclass(frozen=True)
 class ShardFiles:
-    """Shards of one format, of which only some columns (none named: all) are read where the format allows."""
+    """Shards of one format.
+
+    Attributes:
+        columns: the columns that are read where the format allows a choice; none named: all.
+        texts_of: more columns, of which only the texts in them are read, such as the names of files.
+    """
 
     kind: str
     shards: tuple[Shard, ...]
     columns: tuple[str, ...]
     limits: Limits
+    texts_of: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -140,9 +161,14 @@ class ShardFiles:
                 raise ValueError(f"it has {size} bytes, and had {shard.size} when it was listed")
             with self.open(number) as file:
                 if self.kind == "parquet":
-                    yield from _parquet(file, self.columns, self.limits, skip)
+                    yield from _parquet(file, self.columns, self.texts_of, self.limits, skip)
                 else:
-                    readers = {"jsonl": jsonl_records, "csv": csv_records, "webdataset": _webdataset}
+                    readers = {
+                        "csv": csv_records,
+                        "jsonl": jsonl_records,
+                        "text": text_records,
+                        "webdataset": _webdataset,
+                    }
                     yield from islice(readers[self.kind](file, self.limits), skip, None)
         except MemoryError:
             raise
@@ -158,12 +184,18 @@ def read_file(path: Path, limits: Limits) -> Iterator[dict | BadRecord]:
     return ShardFiles(path.suffix[1:], (shard,), (), limits).read(0)
 
 
-def _parquet(file, columns: Sequence[str], limits: Limits, skip: int) -> Iterator[dict | BadRecord]:
+def _parquet(
+    file, columns: Sequence[str], texts_of: Sequence[str], limits: Limits, skip: int
+) -> Iterator[dict | BadRecord]:
     # Column by column in pieces: a whole row group is never in memory.
     opened = parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
     names = opened.schema_arrow.names
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two columns are named {twice[0]!r}")
+    wanted = [name for name in columns if name in names] if columns or texts_of else None
+    for leaf in map(opened.schema.column, range(len(opened.schema)) if texts_of else ()):
+        if leaf.path.split(".")[0] in texts_of and leaf.logical_type.type == "STRING":
+            wanted.append(leaf.path)
     for group in range(opened.num_row_groups):
         described = opened.metadata.row_group(group)
         if described.total_byte_size > limits.max_group_bytes:
@@ -177,7 +209,6 @@ def _parquet(file, columns: Sequence[str], limits: Limits, skip: int) -> Iterato
         # A column of a dictionary may repeat its largest value in every row.
         largest = max((described.column(i).total_uncompressed_size for i in range(described.num_columns)), default=1)
         rows = min(_PARQUET_ROWS, max(1, _PARQUET_BYTES // max(1, largest)))
-        wanted = [name for name in columns if name in names] if columns else None
         for batch in opened.iter_batches(rows, row_groups=[group], columns=wanted, use_threads=False):
             passed = min(skip, len(batch))
             skip -= passed
@@ -286,11 +317,13 @@ class FileKind:
     """Files that are read from a folder.
 
     Attributes:
+        name: what a message calls them.
         column: of a record, which holds the file.
         suffixes: of the files that can be read.
         others: suffixes of files of their kind that cannot, which are not passed over in silence.
     """
 
+    name: str
     column: str
     suffixes: tuple[str, ...]
     others: tuple[str, ...]
@@ -298,11 +331,13 @@ class FileKind:
 
 KINDS = {
     "pictures": FileKind(
+        "pictures",
         "image",
         tuple(sorted(suffix for suffix, name in Image.EXTENSION.items() if name in PICTURE_FORMATS)),
         (".arw", ".cr2", ".dng", ".eps", ".exr", ".hdr", ".heic", ".heif", ".ico", ".jxl", ".nef", ".psd", ".svg", ".tga"),
     ),
     "sounds": FileKind(
+        "sounds",
         "audio",
         (".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".w64", ".wav"),
         (".aac", ".amr", ".ape", ".m4a", ".mid", ".mka", ".wma"),
@@ -329,8 +364,18 @@ def folder_records(
     for path in (path for name in METADATA for path in files if path.name == name):
         if described.keys().isdisjoint([path.parent, *path.parent.parents]):
             described[path.parent] = path
+    named = set()
     for path in described.values():
-        yield from _from_metadata(folder, path, kind.column, limits)
+        for name, record in _from_metadata(folder, path, kind.column, limits):
+            named.add(name)
+            yield name, record
+    unnamed = [
+        path
+        for path in files
+        if path.suffix.lower() in kind.suffixes and path.is_file() and not described.keys().isdisjoint(path.parents)
+    ]
+    if unnamed := [path for path in unnamed if os.path.relpath(path.resolve(), folder.resolve()) not in named]:
+        _warn_of_unnamed(str(folder), kind.name, tuple(printable(path.name) for path in unnamed[:5]), len(unnamed))
     for path in files:
         suffix = path.suffix.lower()
         if suffix in kind.suffixes + kind.others and not path.is_dir() and described.keys().isdisjoint(path.parents):
@@ -340,6 +385,18 @@ def folder_records(
                 else BadRecord(f"no format that is read: {path.name}; the formats are {', '.join(kind.suffixes)}")
             )
             yield path.relative_to(folder).as_posix(), record
+
+
+@cache  # a source is opened more than once in a run
+def _warn_of_unnamed(folder: str, kind: str, first: tuple[str, ...], count: int) -> None:
+    logger.warning(
+        "%s: %d %s are left out, as no line of %s names them (first: %s)",
+        folder,
+        count,
+        kind,
+        " or ".join(METADATA),
+        "; ".join(first),
+    )
 
 
 def resolve_inside(folder: Path, name: str) -> Path:

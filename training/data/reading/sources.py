@@ -6,22 +6,29 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 import datasets
 import yaml
-from huggingface_hub import DatasetCard
+from huggingface_hub import DatasetCard, HfApi, is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError
 from pyarrow import parquet
 
 from modeling_mot.hub_trust import leads_outside
+from modeling_mot.media_sources import name_within
 from training.data.config import DataConfig, Limits, SourceConfig, carried_path, local_path
-from training.data.reading.lines import BadRecord, BrokenShard, LeftOut
+from training.data.reading.lines import BadRecord, BrokenShard, LeftOut, printable
 from training.data.reading.records import Source, StreamedDataset, label_names, matches
 from training.data.reading.shards import (
     KINDS,
+    SUFFIXES,
     UNREACHABLE,
     ShardFiles,
     find_shards,
@@ -31,9 +38,11 @@ from training.data.reading.shards import (
     resolve_inside,
     shard_format,
 )
-from training.data.reading.values import check_parts, source_roots
+from training.data.reading.values import OutsidePath, check_parts, source_roots
 
 
+# Files that `datasets` reads out of a folder, but not alone.
+_SUFFIXES_OF_TABLES = (".json", ".csv", ".tsv")
 # A single JSONL file of up to this many bytes is read into memory: its records are known, counted and in any order.
 _WHOLE_FILE_BYTES = 2**28
 
@@ -47,12 +56,7 @@ def open_source(config: SourceConfig, limits: Limits | None = None) -> Source:
     Raises:
         ValueError: a path, configuration, split or column that does not exist, with the nearest one that does.
     """
-    if config.path == "carried":
-        from training.data.config import carried_path
-
-        path = carried_path()
-    else:
-        path = local_path(config.path, f"path of source {config.name!r}")
+    path = carried_path() if config.path == "carried" else local_path(config.path, f"path of source {config.name!r}")
     try:
         kind = _format(config, path)
     except OSError as error:
@@ -75,7 +79,7 @@ def _open_whole(config: SourceConfig, kind: str, path: Path, limits: Limits) -> 
         else:
             read = (_with_documents(record, config, folder) for record in read_file(path, limits))
             found = [(f"{path.name}, document {number}", record) for number, record in enumerate(read, start=1)]
-        content = local_fingerprint(folder)
+        content = None if kind in KINDS else content_fingerprint(path)
     except OSError as error:
         raise ValueError(f"source {config.name!r}: {config.path} cannot be read: {error}") from error
     if not found:
@@ -95,9 +99,15 @@ def _open_whole(config: SourceConfig, kind: str, path: Path, limits: Limits) -> 
         else:
             names.append(name)
             records.append(record)
-    described = {"path": content, "file": path.name, "format": kind, "limit": config.limit, "split": config.split}
-    described |= {"match": config.match} if config.match else {}
-    return Source(config, records, len(records), digest_of(described), left_out, (folder,), names)
+    described = {"format": kind, "limit": config.limit, "split": config.split, "match": config.match}
+    if kind in KINDS:
+        column = KINDS[kind].column
+        texts = [{key: value for key, value in record.items() if key != column} for record in records]
+        described |= {"names": names, "texts": texts, "left_out": left_out.lines()}
+    else:
+        described |= {"file": path.name, "content": content}
+    source = Source(config, records, len(records), "", left_out, (folder,), names)
+    return replace(source, fingerprint=digest_of(described | {"named": _fingerprint_of_named(source)}))
 
 
 def _with_documents(record: dict | BadRecord, config: SourceConfig, folder: Path) -> dict | BadRecord:
@@ -126,27 +136,53 @@ def _format(config: SourceConfig, path: Path) -> str:
         if config.format != "dataset" and not remote and not globbed and not path.exists():
             raise ValueError(f"source {config.name!r}: path {config.path} does not exist")
         return config.format
-    if remote or globbed or path.is_file():
+    if remote or globbed:
         if kind := shard_format(config.path):
             return kind
-        if remote or globbed:
-            raise ValueError(
-                f"source {config.name!r}: path {config.path} does not end as shards do; end it with .jsonl, .jsonl.gz, "
-                ".jsonl.zst, .parquet or .tar, or set format"
-            )
-    if path.is_dir() and not (path / "README.md").is_file() and not any(path.rglob("*.parquet")):
-        suffixes = {file.suffix.lower() for file in path.rglob("*")}
-        if found := next((kind for kind in KINDS if suffixes & set(KINDS[kind].suffixes)), None):
-            return found
-        shards = {shard_format(file.name) for file in path.rglob("*") if file.is_file()}
-        if len(shards) == 1 and None not in shards:
-            return shards.pop()
-    looks_local = (
-        config.path.startswith(("/", ".", "~")) or config.path.count("/") > 1 or path.suffix in (".jsonl", ".json")
-    )
-    if not path.exists() and looks_local:
+        raise ValueError(
+            f"source {config.name!r}: path {config.path} does not end as shards do; end it with .jsonl, .jsonl.gz, "
+            ".jsonl.zst, .parquet, .txt or .tar, or set format"
+        )
+    if path.is_dir():
+        return _format_of_folder(config, path)
+    if path.exists():
+        return shard_format(path.name) or _refuse_file(config, path)
+    if (
+        config.path.startswith(("/", ".", "~"))
+        or config.path.count("/") > 1
+        or path.suffix.lower() in (*_SUFFIXES_OF_TABLES, *(suffix for kind in SUFFIXES.values() for suffix in kind))
+    ):
         raise ValueError(f"source {config.name!r}: path {config.path} does not exist")
     return "dataset"
+
+
+def _format_of_folder(config: SourceConfig, path: Path) -> str:
+    if is_saved(path) or (path / "README.md").is_file() or any(path.rglob("*.parquet")):
+        return "dataset"
+    files = [file for file in path.rglob("*") if file.is_file()]
+    if not files:
+        raise ValueError(f"source {config.name!r}: path {config.path} is an empty folder; mend path")
+    suffixes = {file.suffix.lower() for file in files}
+    if found := next((kind for kind in KINDS if suffixes & set(KINDS[kind].suffixes)), None):
+        return found
+    shards = {shard_format(file.name) for file in files}
+    return shards.pop() if len(shards) == 1 and None not in shards else "dataset"
+
+
+def _refuse_file(config: SourceConfig, path: Path) -> NoReturn:
+    """Say what a single file is that is no source, and what would work."""
+    suffix = path.suffix.lower()
+    media = next((kind for kind in KINDS.values() if suffix in kind.suffixes + kind.others), None)
+    if media is not None:
+        found = f"is one of many {media.name}; give the folder that it lies in, with captions beside them"
+    elif suffix in _SUFFIXES_OF_TABLES:
+        found = f"is a {suffix} file; give the folder that it lies in, or write its records as JSONL"
+    else:
+        found = (
+            "is a file of no format that is read; a source is a folder, or a file of .jsonl, .parquet, .txt or .tar; for "
+            "one of another name set format"
+        )
+    raise ValueError(f"source {config.name!r}: path {config.path} {found}")
 
 
 def _open_shards(config: SourceConfig, kind: str, limits: Limits) -> Source:
@@ -169,12 +205,16 @@ def _open_shards(config: SourceConfig, kind: str, limits: Limits) -> Source:
         described["content"] = [content_fingerprint(Path(shard.url)) for shard in shards]
     # Pictures and sounds that records name stand in the folder of all shards, those of a webdataset in its shards.
     roots = (root,) if not is_remote(path) and kind != "webdataset" else ()
-    if roots and any(segment.type != "text" for segment in config.segments):
-        described["files"] = local_fingerprint(root)
     labels = _labels_of_parquet(files) if kind == "parquet" else {}
-    source = Source(config, files, None, digest_of(described), roots=roots, labels=labels)
+    source = Source(config, files, None, "", roots=roots, labels=labels)
     _check_first_columns(source)
-    return source
+    if roots:
+        # Of parquet only the names are read, not the pictures beside them.
+        media = {segment.column: None for segment in config.segments if segment.type != "text"}
+        named = replace(files, columns=tuple(config.match or ()), texts_of=tuple(media))
+        if found := _fingerprint_of_named(replace(source, records=named)):
+            described["named"] = found
+    return replace(source, fingerprint=digest_of(described))
 
 
 def _columns(config: SourceConfig) -> dict[str, None]:
@@ -238,35 +278,53 @@ def _open_dataset(config: SourceConfig, path: Path) -> Source:
         records = records.select(range(min(config.limit, len(records))))
     described = {"config": config.config, "split": config.split, "limit": config.limit}
     described |= {"match": config.match} if config.match else {}
-    roots = source_roots(path)
-    if path.exists():
-        names_files = any(segment.type != "text" for segment in config.segments)
-        described["files"] = local_fingerprint(roots[0] if names_files else path)
+    roots, labels = source_roots(path), label_names(records.features)
+    number = None if streamed else len(records)
+    source = Source(config, StreamedDataset(records) if streamed else records, number, "", roots=roots, labels=labels)
+    if config.path == "carried":  # nothing else is ever put into its folder
+        described["files"] = local_fingerprint(path)
+    elif path.exists():
+        described["files"] = files_fingerprint(path.resolve(), _data_files(config, path))
+        described["labels"] = labels
+        described["named"] = _fingerprint_of_named(source, records.features)
     else:
         described["dataset"] = [config.path, _hub_commit(config)] if streamed else records._fingerprint
     if streamed:
         described["shards"] = records.num_shards  # records have other numbers
-    number, labels = None if streamed else len(records), label_names(records.features)
-    records = StreamedDataset(records) if streamed else records
-    return Source(config, records, number, digest_of(described), roots=roots, labels=labels)
+    return replace(source, fingerprint=digest_of(described))
+
+
+def _data_files(config: SourceConfig, path: Path) -> list[Path]:
+    """List the files of a local data set that its split is read from."""
+    if is_saved(path):
+        folder = path / config.split if (path / "dataset_dict.json").is_file() else path
+        state = json.loads((folder / "state.json").read_bytes())
+        return [folder / name for name in ("dataset_info.json", *(file["filename"] for file in state["_data_files"]))]
+    files = datasets.load_dataset_builder(str(path), config.config).config.data_files
+    return [
+        Path(file) for file in files.get(config.split) or [file for of_split in files.values() for file in of_split]
+    ]
 
 
 def _load(config: SourceConfig, path: Path):
-    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        return datasets.load_from_disk(str(path))
-    if (path / "dataset_dict.json").is_file():
-        splits = datasets.load_from_disk(str(path))
-        if config.split not in splits:
-            raise ValueError(_unknown(config, "split", config.split, list(splits)))
-        return splits[config.split]
+    if is_saved(path):
+        saved = datasets.load_from_disk(str(path))
+        if isinstance(saved, datasets.Dataset):
+            return saved
+        if config.split not in saved:
+            raise ValueError(_unknown(config, "split", config.split, list(saved)))
+        return saved[config.split]
+    if path.is_file():
+        raise ValueError(f"source {config.name!r}: path {config.path} is a file; format: dataset is of a folder")
     local = str(path) if path.exists() else config.path
     try:
-        names = datasets.get_dataset_config_names(local, revision=config.revision)
-        if config.config is not None and config.config not in names:
-            raise ValueError(_unknown(config, "config", config.config, names))
-        return datasets.load_dataset(
-            local, config.config, split=config.split, revision=config.revision, streaming=config.streaming
-        )
+        with nullcontext() if path.exists() or _hub_answers(config) else _without_hub():
+            names = datasets.get_dataset_config_names(local, revision=config.revision)
+            if config.config is not None and config.config not in names:
+                raise ValueError(_unknown(config, "config", config.config, names))
+            return datasets.load_dataset(
+                local, config.config, split=config.split, revision=config.revision, streaming=config.streaming
+            )
     except ValueError as error:
         if "split" in str(error).lower() and "source" not in str(error):
             splits = datasets.get_dataset_split_names(local, config.config, revision=config.revision)
@@ -280,14 +338,56 @@ def _load(config: SourceConfig, path: Path):
             f"source {config.name!r}: {config.path} cannot be read: {error.__cause__ or error}; {way_out}"
         ) from error
     except (FileNotFoundError, ConnectionError, OSError) as error:
-        raise ValueError(
-            f"source {config.name!r}: {config.path!r} is neither a local path nor a reachable data set: {error}"
-        ) from error
+        raise ValueError(f"source {config.name!r}: {_not_found(config, path, error)}") from error
+
+
+def _not_found(config: SourceConfig, path: Path, error: Exception) -> str:
+    """Say why nothing was loaded, first what is the case on this machine."""
+    if path.exists():
+        return (
+            f"path {config.path} is a folder without files of a format that is read: {error}; mend path, or set format"
+        )
+    first = Path(path.parts[0])
+    if len(path.parts) > 1 and first.is_dir():
+        there = sorted(printable(file.name) for file in first.iterdir())
+        listed = ", ".join(there[:5]) + (", ..." if len(there) > 5 else "")
+        return (
+            f"path {config.path} does not exist here (the folder {first} does, and holds {listed or 'nothing'}), nor can a "
+            f"data set of this name be reached: {error}"
+        )
+    return f"{config.path!r} is neither a local path nor a reachable data set: {error}"
+
+
+def _hub_answers(config: SourceConfig) -> bool:
+    """Ask the Hub for a data set, twice at most; `datasets` itself would try for 25 s and print every attempt."""
+    for _ in range(0 if is_offline_mode() else 2):
+        try:
+            HfApi().dataset_info(config.path, revision=config.revision, timeout=10)
+            return True
+        except HfHubHTTPError:  # such as a name that it does not have: `datasets` says which
+            return True
+        except UNREACHABLE:
+            time.sleep(0.5)
+    return False
+
+
+@contextmanager
+def _without_hub() -> Iterator[None]:
+    """A context in which `datasets` takes what it has loaded before, and asks nobody."""
+    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def is_saved(path: Path) -> bool:
+    """True for a folder that `save_to_disk` of a `Dataset` or a `DatasetDict` wrote."""
+    files = ("state.json", "dataset_info.json")
+    return (path / "dataset_dict.json").is_file() or all((path / name).is_file() for name in files)
 
 
 def _hub_commit(config: SourceConfig) -> str:
-    from huggingface_hub import HfApi
-
     return HfApi().dataset_info(config.path, revision=config.revision).sha
 
 
@@ -342,33 +442,79 @@ CONTENT_FINGERPRINT_BYTES = 2**31
 
 
 def local_fingerprint(path: Path) -> str:
-    """Over every file's relative path, and its content or, for a large source, its size and time of change.
+    """Hash every file of a folder, see `files_fingerprint`."""
+    return files_fingerprint(path, sorted(file for file in path.rglob("*") if file.is_file()))
 
-    A link that leads out of a folder is never opened: it counts by the size and time of what it leads to.
+
+def files_fingerprint(root: Path, files: Sequence[Path]) -> str:
+    """Hash the path of every file relative to `root`, and its content or, for a large source, its size and time of change.
+
+    A link that leads out of the folder is never opened: it counts by the size and time of what it leads to. A file that
+    is not there counts as missing.
     """
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    foreign = {file for file in files if file != path and file.is_symlink() and leads_outside(file, path)}
-    by_content = sum(file.stat().st_size for file in files if file not in foreign) <= CONTENT_FINGERPRINT_BYTES
+    stats = {file: file.stat() for file in files if file.is_file()}
+    foreign = {file for file in stats if file.is_symlink() and leads_outside(file, root)}
+    by_content = sum(stats[file].st_size for file in stats if file not in foreign) <= CONTENT_FINGERPRINT_BYTES
     digest = hashlib.sha256()
     for file in files:
-        stat = file.stat()
-        digest.update(os.fsencode(file.relative_to(path)) + f"\0{stat.st_size}\0".encode())
-        digest.update(
-            (str(stat.st_mtime_ns) if file in foreign or not by_content else content_fingerprint(file)).encode()
-        )
+        size = stats[file].st_size if file in stats else "missing"
+        digest.update(os.fsencode(os.path.relpath(file, root)) + f"\0{size}\0".encode())
+        if file in stats:
+            is_read = by_content and file not in foreign
+            digest.update((content_fingerprint(file) if is_read else str(stats[file].st_mtime_ns)).encode())
     return digest.hexdigest()
 
 
 def content_fingerprint(file: Path) -> str:
-    """A hash of a file; one that may not be read has none, and is named when its record is."""
-    digest = hashlib.sha256()
+    """Hash a file, once as long as it is not changed; one that may not be read has no hash, and is named with its record."""
+    stat = file.stat()
+    return _content_fingerprint(file, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@lru_cache(maxsize=2**16)
+def _content_fingerprint(file: Path, size: int, changed: int, inode: int) -> str:
     try:
         with open(file, "rb") as opened:
-            while chunk := opened.read(2**20):
-                digest.update(chunk)
+            return hashlib.file_digest(opened, "sha256").hexdigest()
     except PermissionError:
         return "unreadable"
-    return digest.hexdigest()
+
+
+def _fingerprint_of_named(source: Source, features: datasets.Features | None = None) -> str | None:
+    """Hash the pictures and sounds in files that the records of a source name; None where no record can name any.
+
+    The names are collected by reading the records' columns of pictures and sounds. That costs no more than the look at
+    each file, which follows.
+
+    Args:
+        features: of a data set. A column of pictures or sounds holds them itself, or is made of the data set's own files.
+    """
+    segments = [
+        segment
+        for segment in source.config.segments
+        if segment.type != "text" and not re.search(r"\b(Image|Audio)\(", repr((features or {}).get(segment.column)))
+    ]
+    if not segments:
+        return None
+    if isinstance(source.records, datasets.Dataset):
+        source = replace(source, records=source.records.select_columns([segment.column for segment in segments]))
+    names = set()
+    for part in range(source.num_parts):
+        for _, record in source.read(part):
+            if not isinstance(record, BadRecord):
+                names.update(name for segment in segments for name in _names_in(segment.type, record[segment.column]))
+    root = source.roots[0].resolve()
+    return files_fingerprint(root, [root / name for name in sorted(names)])
+
+
+def _names_in(kind: str, value: object) -> list[str]:
+    """List the files that a picture, a sound or a document of a record names."""
+    values = [value]
+    if kind == "document":
+        parts = value if isinstance(value, list) else []
+        values = [part[key] for part in parts if isinstance(part, dict) for key in ("image", "audio") if key in part]
+    names = [name_within(value) for value in values]
+    return [str(name) for name in names if name is not None and not isinstance(name, OutsidePath)]
 
 
 def digest_of(value) -> str:
