@@ -69,6 +69,21 @@ def open_source(config: SourceConfig, limits: Limits | None = None) -> Source:
     return _open_shards(config, kind, limits)
 
 
+def kinds_in_documents(config: SourceConfig, limits: Limits, most: int = 256) -> tuple[set[str], bool]:
+    """Look at the first `most` records of a source for the types of segments in its documents.
+
+    Returns:
+        The types, and whether there were no more records.
+
+    Raises:
+        ValueError: as `open_source`, or a record that cannot be used (`on_error: raise`).
+    """
+    columns = [segment.column for segment in config.segments if segment.type == "document"]
+    looked_at = list(islice(open_source(config, limits), most + 1))
+    parts = (part for record in looked_at[:most] for column in columns for part in check_parts(record[column], column))
+    return {part["type"] for part in parts}, len(looked_at) <= most
+
+
 def _open_whole(config: SourceConfig, kind: str, path: Path, limits: Limits) -> Source:
     """A folder of files, or a JSONL file that is small: its records are known when it is opened, and so are bad ones."""
     folder = path if kind in KINDS else path.parent
