@@ -10,6 +10,7 @@ from modeling_mot import MoTProcessor
 from training.config import ConfigError
 from training.data.config import MODALITY_OF_TYPE, DataConfig, Segment, SourceConfig
 from training.data.documents import IGNORED, build_row, compose, images_of, pack
+from training.data.preparing.batch_tokenizer import Preparing
 from training.data.stream import RowStream
 from training.data.tokenized import TokenizedSource
 
@@ -106,30 +107,33 @@ def _choose(source: TokenizedSource, direction: str, segments: tuple[str, ...] |
 
 
 def prepare_sources(
-    config: DataConfig, processor, num_proc: int = 1, validation: bool = False, vae=None, progress: bool = False
+    config: DataConfig, processor, workers: int = 1, validation: bool = False, vae=None, progress: bool = False
 ) -> list[TokenizedSource]:
     """Tokenise all training sources, or all validation sources (never augmented), or find them in the cache.
 
     Args:
+        workers: processes that tokenise; 1: this one.
         vae: a diffusers autoencoder that makes the latents of continuous images, where `config.latents` is "cached".
             Without it their pixels are kept.
         progress: shows a bar for each source that is tokenised.
     """
-    vae = vae if config.latents == "cached" else None
+    preparing = Preparing(
+        processor,
+        config.cache_path,
+        augmentation=None if validation else config.augmentation,
+        limits=config.limits,
+        vae=vae if config.latents == "cached" else None,
+        workers=workers,
+        progress=progress,
+    )
     sources = config.validation_sources if validation else config.sources
-    augmentation = None if validation else config.augmentation
-    return [
-        TokenizedSource.prepare(
-            source, processor, config.cache_path, num_proc, augmentation, vae, config.limits, progress
-        )
-        for source in sources
-    ]
+    return [TokenizedSource.prepare(source, preparing) for source in sources]
 
 
-def build_stream(config: DataConfig, processor, num_proc: int = 1, vae=None) -> RowStream:
+def build_stream(config: DataConfig, processor, workers: int = 1, vae=None) -> RowStream:
     """The training stream of a data section."""
     config.validate()
-    return RowStream(config, prepare_sources(config, processor, num_proc, vae=vae))
+    return RowStream(config, prepare_sources(config, processor, workers, vae=vae))
 
 
 def prepare_rows(

@@ -5,8 +5,6 @@ A prepared source is a folder `<name>-<fingerprint>/` of chunks with a `meta.jso
 fingerprint covers everything the tokens were made from; a change of any of it makes another folder.
 """
 
-import hashlib
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -15,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from training.data.config import AugmentationConfig, Limits, SourceConfig
+from modeling_mot.latent_vae import vae_fingerprint
+from training.data.config import SourceConfig
 from training.data.documents import ImageColumn, TokenColumn, Vocabulary
-from training.data.preparing.batch_tokenizer import BatchTokenizer
+from training.data.preparing.batch_tokenizer import BatchTokenizer, Preparing
 from training.data.preparing.preparation import SIZES, VALUES, chunk_damage, open_chunk, prepare, read_description
 from training.data.reading.lines import LeftOut
 from training.data.reading.records import SHARD_RECORDS, Source
-from training.data.reading.sources import open_source
+from training.data.reading.sources import digest_of, open_source
 
 
 # Part of every fingerprint: raise it when the same records must give other tokens than before.
@@ -118,43 +117,19 @@ class TokenizedSource:
         return max(column.variants for column in self.columns.values())
 
     @classmethod
-    def prepare(
-        cls,
-        config: SourceConfig,
-        processor,
-        cache_dir: str | Path,
-        num_proc: int = 1,
-        augmentation: AugmentationConfig | None = None,
-        vae=None,
-        limits: Limits | None = None,
-        progress: bool = False,
-    ) -> "TokenizedSource":
-        """Tokenise a source, or find it tokenised in `cache_dir`.
-
-        Args:
-            processor: a `MoTProcessor`.
-            num_proc: processes that tokenise; 1: this one.
-            augmentation: changed copies of pictures and sounds; None: each record as it is.
-            vae: for a processor that keeps pictures as pixels: an autoencoder of diffusers, whose latents are kept as
-                float16 in their place; None: the pixels are kept, as uint8.
-            limits: what a record may take; None: the defaults.
-            progress: shows a progress bar.
+    def prepare(cls, config: SourceConfig, preparing: Preparing) -> "TokenizedSource":
+        """Tokenise a source, or find it tokenised in the cache.
 
         Raises:
             ValueError: a record that cannot be used, by source, record number and column (`on_error: raise`), or
                 nothing left of the source; a prepared file that is not as it was written.
         """
         config.validate()
-        limits = limits or Limits()
-        source = open_source(config, limits)
-        if getattr(processor, "image_processor", None) is None:
-            vae = None
-        fingerprint = _fingerprint(source, processor, augmentation, vae, limits)
-        folder = Path(cache_dir) / f"{_file_name(config.name)}-{fingerprint[:16]}"
+        source = open_source(config, preparing.limits)
+        made_from = _made_from(source, preparing)
+        folder = Path(preparing.cache) / f"{_file_name(config.name)}-{digest_of(made_from)[:16]}"
         if not os.path.isfile(folder / "meta.json"):
-            prepare(
-                folder, fingerprint, BatchTokenizer(source, processor, augmentation, limits), vae, num_proc, progress
-            )
+            prepare(folder, made_from, BatchTokenizer(source, preparing))
         prepared = cls(config, folder)
         # Whether records may be left out is no part of the fingerprint: what is finished when one is met is kept.
         if prepared.skipped and config.on_error == "raise":
@@ -165,20 +140,19 @@ class TokenizedSource:
         return prepared
 
 
-def _fingerprint(source: Source, processor, augmentation: AugmentationConfig | None, vae, limits: Limits) -> str:
+def _made_from(source: Source, preparing: Preparing) -> dict:
+    """Everything that the tokens of a source depend on."""
     made_from = {
         "format": FORMAT_VERSION,
         "source": source.fingerprint,
-        "processor": processor.fingerprint(),
+        "processor": preparing.processor.fingerprint(),
         "segments": [str(segment) for segment in source.config.segments],
-        "augmentation": asdict(augmentation) if augmentation else None,
-        "limits": asdict(limits),
+        "augmentation": asdict(preparing.augmentation) if preparing.augmentation else None,
+        "limits": asdict(preparing.limits),
     }
-    if vae is not None:
-        from modeling_mot.latent_vae import vae_fingerprint
-
-        made_from["vae"] = vae_fingerprint(vae)
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    if preparing.images == "latents":
+        made_from["vae"] = vae_fingerprint(preparing.vae)
+    return made_from
 
 
 def _file_name(name: str) -> str:

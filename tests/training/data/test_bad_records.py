@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from PIL import Image
 from pyarrow import parquet
 
-from training.data import SourceConfig, TemplateConfig, TokenizedSource
+from training.data import Preparing, SourceConfig, TemplateConfig, TokenizedSource
 from training.data.config import Limits, Segment
 from training.data.reading.lines import BadRecord, LeftOut
 from training.data.reading.sources import open_source
@@ -227,7 +227,7 @@ def test_what_decodes_but_does_not_encode_is_named_or_left_out_alone(tmp_path, p
     colours = ["red", "blue", "green", "blue", "white"]
     path = tar(tmp_path / "0.tar", [(f"{i}.png", png(colour)) for i, colour in enumerate(colours)])
     config = source_of(path, ["image:png"])
-    source = TokenizedSource.prepare(config, Choosy(), tmp_path / "cache")
+    source = TokenizedSource.prepare(config, Preparing(Choosy(), tmp_path / "cache"))
     assert source.records.tolist() == [0, 2, 4]
     assert source.skipped == {"column 'png': it does not encode": 2}
     assert source.first_skipped == {"column 'png': it does not encode": "shard 0.tar, record 1"}
@@ -235,7 +235,7 @@ def test_what_decodes_but_does_not_encode_is_named_or_left_out_alone(tmp_path, p
     assert [source[i]["image:png"] for i in range(3)] == alone
     config.on_error = "raise"
     with pytest.raises(ValueError, match="shard 0.tar, record 1: column 'png': it does not encode: blue is none"):
-        TokenizedSource.prepare(config, Choosy(), tmp_path / "other")
+        TokenizedSource.prepare(config, Preparing(Choosy(), tmp_path / "other"))
 
 
 @pytest.mark.parametrize("error", [TypeError, AttributeError, KeyError, AssertionError, RuntimeError])
@@ -245,7 +245,7 @@ def test_a_fault_of_the_program_is_never_left_out(text_source, tmp_path, error):
             raise error("a fault")
 
     with pytest.raises(error, match="a fault"):
-        TokenizedSource.prepare(text_source(on_error="skip"), Faulty(), tmp_path / "cache")
+        TokenizedSource.prepare(text_source(on_error="skip"), Preparing(Faulty(), tmp_path / "cache"))
 
 
 def test_the_reasons_that_are_counted_apart_are_bounded():

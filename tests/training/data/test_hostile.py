@@ -112,7 +112,7 @@ def write_hostile(folder: Path) -> dict[str, tuple[str, list[str], str]]:
 
 _READ = """
 import json, resource, sys
-from training.data import SourceConfig, TemplateConfig, TokenizedSource
+from training.data import Preparing, SourceConfig, TemplateConfig, TokenizedSource
 from training.data.reading.sources import open_source
 from tests.training.data.conftest import ToyProcessor
 import soundfile
@@ -126,7 +126,7 @@ for name, (path, segments, _) in cases.items():
     templates = [TemplateConfig(segments)]
     for on_error in ("raise", "skip"):
         try:
-            TokenizedSource.prepare(SourceConfig("x", path, templates, on_error=on_error), ToyProcessor(), cache)
+            TokenizedSource.prepare(SourceConfig("x", path, templates, on_error=on_error), Preparing(ToyProcessor(), cache))
         except ValueError as error:
             said[f"{name}, {on_error}"] = str(error)
 # A value of 8 MB that a dictionary repeats in each of 100,000 rows.

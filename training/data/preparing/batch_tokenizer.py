@@ -1,6 +1,7 @@
 """Records to columns of token ids and of pixels."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,37 @@ def generator(config: AugmentationConfig, record: int, variant: int, segment: in
 _GROUP_PIXELS = 2**26
 
 
+@dataclass(frozen=True)
+class Preparing:
+    """How records become tokens, and where the tokens are kept.
+
+    Attributes:
+        processor: a `MoTProcessor`.
+        cache: the folder of prepared sources.
+        augmentation: changed copies of pictures and sounds; None: each record as it is.
+        limits: the most that a record may take.
+        vae: for a processor that keeps pictures as pixels: an autoencoder of diffusers, whose latents are kept as float16
+            in the place of the pixels; None: the pixels are kept, as uint8.
+        workers: processes that tokenise; 1: this one.
+        progress: shows a bar with records and tokens per second.
+    """
+
+    processor: object
+    cache: str | Path
+    augmentation: AugmentationConfig | None = None
+    limits: Limits = Limits()
+    vae: object = None
+    workers: int = 1
+    progress: bool = False
+
+    @property
+    def images(self) -> str | None:
+        """Say what pictures are kept as: "pixels" or "latents"; None where they become codes."""
+        if getattr(self.processor, "image_processor", None) is None:
+            return None
+        return "pixels" if self.vae is None else "latents"
+
+
 class BatchTokenizer:
     """Batches of numbered records to columns, and counts of what was left out. Can go to other processes.
 
@@ -78,15 +110,17 @@ class BatchTokenizer:
     `image_columns` holds them beside the ids: lists of (3, H, W) uint8 arrays in the order of their placeholders.
     """
 
-    def __init__(
-        self, source: Source, processor, augmentation: AugmentationConfig | None, limits: Limits | None = None
-    ):
-        self.source, self.config, self.limits = source, source.config, limits or Limits()
-        self.processor, self.augmentation = processor, augmentation
-        self.variants = augmentation.variants if augmentation else 1
-        of_codes = getattr(getattr(processor, "image_tokenizer", None), "config", None)
-        of_pixels = getattr(processor, "image_processor", None)
-        self.continuous = of_pixels is not None
+    def __init__(self, source: Source, preparing: Preparing):
+        self.source = source
+        self.config = source.config
+        self.preparing = preparing
+        self.processor = preparing.processor
+        self.augmentation = preparing.augmentation
+        self.variants = preparing.augmentation.variants if preparing.augmentation else 1
+        self.continuous = preparing.images is not None
+        # Transparent pictures are laid on the background that the processor lays them on.
+        of_codes = getattr(getattr(self.processor, "image_tokenizer", None), "config", None)
+        of_pixels = getattr(self.processor, "image_processor", None)
         self.background = tuple(getattr(of_pixels or of_codes, "background", (255, 255, 255)))
 
     def __call__(self, batch: list[tuple[int, dict | BadRecord]]) -> tuple[dict[str, list], dict[str, list], LeftOut]:
@@ -157,7 +191,7 @@ class BatchTokenizer:
         file = _file_name(value)
         if kind == "image":
             with blaming(where, file):
-                picture = decode_picture(value, self.limits)
+                picture = decode_picture(value, self.preparing.limits)
                 flat = flatten(picture, self.background) if changed else picture
             flip = may_flip(caption)
             pictures = [picture] + [
@@ -168,7 +202,7 @@ class BatchTokenizer:
             with blaming(where, file):
                 return self.processor.image_processor.fit_pictures(pictures)
         with blaming(where, file):
-            wave, rate = decode_sound(value, self.limits)
+            wave, rate = decode_sound(value, self.preparing.limits)
         waves = [wave] + [change_sound(wave, config, generator(config, place[0], v, place[1])) for v in changed]
         return [{"array": wave, "sampling_rate": rate} for wave in waves]
 

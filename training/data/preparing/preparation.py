@@ -30,6 +30,7 @@ from training.data.documents import Vocabulary
 from training.data.preparing.batch_tokenizer import BatchTokenizer
 from training.data.reading.lines import BadRecord, LeftOut
 from training.data.reading.records import Source
+from training.data.reading.sources import digest_of
 
 
 # What follows a segment in the names of the columns of its images.
@@ -207,13 +208,10 @@ class Preparation:
 
     Attributes:
         folder: where chunks are written, `<place>.partial`.
-        images: what images are kept as, see `chunks.table_schema`.
     """
 
     folder: Path
     tokenizer: BatchTokenizer
-    images: str | None
-    vae: object
 
     def part(self, part: int, report: Callable[[int, int], None]) -> None:
         """Prepare what is missing of a part.
@@ -222,8 +220,8 @@ class Preparation:
             report: told the number of records that were done before, and then, for each batch, that of records that were
                 read and of tokens that were made.
         """
-        source = self.tokenizer.source
-        schema = table_schema(source.config.segments, self.images)
+        source, preparing = self.tokenizer.source, self.tokenizer.preparing
+        schema = table_schema(source.config.segments, preparing.images)
         chunks = list(written_chunks(self.folder, part))
         skip, number = sum(chunk["read"] for chunk in chunks), len(chunks)
         report(skip, 0)
@@ -245,21 +243,18 @@ class Preparation:
             noted["tokens"] += tokens
             left_out.join(unusable)
             if rows["record"]:
-                tables.append(build_table(rows, pixels, schema, self.vae))
+                tables.append(build_table(rows, pixels, schema, preparing.vae))
             report(len(batch), tokens)
         noted["last"] = True
         write()
 
 
-def prepare(
-    place: Path, fingerprint: str, tokenizer: BatchTokenizer, vae=None, workers: int = 1, progress: bool = False
-) -> None:
+def prepare(place: Path, made_from: dict, tokenizer: BatchTokenizer) -> None:
     """Make a prepared source, or finish it, or wait while another process does.
 
     Args:
         place: its folder in the end.
-        workers: processes that tokenise; 1: this one.
-        progress: shows a bar with records and tokens per second.
+        made_from: everything that its tokens depend on.
 
     Raises:
         ValueError: a record that cannot be used (`on_error: raise`), or nothing left of the source.
@@ -270,12 +265,11 @@ def prepare(
         if (place / "meta.json").is_file():
             return
         partial.mkdir(exist_ok=True)
-        warn_of_change(place, tokenizer.source)
+        warn_of_change(place, made_from, tokenizer.source)
         if not (partial / "meta.json").is_file():
-            images = None if not tokenizer.continuous else "pixels" if vae is None else "latents"
-            work = Preparation(partial, tokenizer, images, vae)
-            _prepare_parts(work, workers, progress)
-            _finish(work, fingerprint)
+            work = Preparation(partial, tokenizer)
+            _prepare_parts(work)
+            _finish(work, made_from)
         if place.exists():
             raise ValueError(f"{place} is no prepared source, as it has no meta.json; move it away")
         partial.replace(place)
@@ -304,9 +298,11 @@ def _alone(place: Path):
         return lock.acquire()
 
 
-def _prepare_parts(work: Preparation, workers: int, progress: bool) -> None:
-    source = work.tokenizer.source
-    with tqdm(total=source.num_records, unit=" records", desc=source.config.name, disable=not progress) as bar:
+def _prepare_parts(work: Preparation) -> None:
+    source, preparing = work.tokenizer.source, work.tokenizer.preparing
+    with tqdm(
+        total=source.num_records, unit=" records", desc=source.config.name, disable=not preparing.progress
+    ) as bar:
         tokens = 0
 
         def report(records: int, made: int) -> None:
@@ -316,11 +312,11 @@ def _prepare_parts(work: Preparation, workers: int, progress: bool) -> None:
             elapsed = bar.format_dict["elapsed"]
             bar.set_postfix_str(f"{tokens / elapsed:,.0f} tokens/s" if elapsed else "", refresh=False)
 
-        if workers <= 1 or source.num_parts == 1:
+        if preparing.workers <= 1 or source.num_parts == 1:
             for part in range(source.num_parts):
                 work.part(part, report)
         else:
-            _prepare_in_processes(work, min(workers, source.num_parts), report)
+            _prepare_in_processes(work, min(preparing.workers, source.num_parts), report)
 
 
 def _prepare_in_processes(work: Preparation, workers: int, report: Callable[[int, int], None]) -> None:
@@ -382,8 +378,9 @@ def _prepare_part(part: int) -> None:
     _worker["work"].part(part, report)
 
 
-def _finish(work: Preparation, fingerprint: str) -> None:
-    source, chunks, tokens, left_out = work.tokenizer.source, [], 0, LeftOut()
+def _finish(work: Preparation, made_from: dict) -> None:
+    source, preparing = work.tokenizer.source, work.tokenizer.preparing
+    chunks, tokens, left_out = [], 0, LeftOut()
     left_out.join(source.left_out)
     for part in range(source.num_parts):
         for chunk in written_chunks(work.folder, part):
@@ -399,8 +396,8 @@ def _finish(work: Preparation, fingerprint: str) -> None:
             f"{'; '.join(left_out.lines()) or 'none, as it has no records'}"
         )
     meta = {
-        "fingerprint": fingerprint,
-        "source": source.fingerprint,
+        "fingerprint": digest_of(made_from),
+        "made_from": {name: digest_of(value) for name, value in made_from.items()},
         "origin": origin_of(source.config),
         "records": sum(chunk["records"] for chunk in chunks),
         "tokens": tokens,
@@ -408,9 +405,9 @@ def _finish(work: Preparation, fingerprint: str) -> None:
         "first_skipped": left_out.first,
         "more_skipped": left_out.more,
         "shards": source.shards,
-        "vocabulary": asdict(Vocabulary.of(work.tokenizer.processor)),
-        "images": work.images,
-        "channels": work.vae.config.latent_channels if work.images == "latents" else 3,
+        "vocabulary": asdict(Vocabulary.of(preparing.processor)),
+        "images": preparing.images,
+        "channels": preparing.vae.config.latent_channels if preparing.images == "latents" else 3,
         "chunks": chunks,
     }
     write_description(work.folder / "meta.json", meta)
@@ -420,11 +417,12 @@ def _finish(work: Preparation, fingerprint: str) -> None:
 
 def origin_of(config: SourceConfig) -> dict:
     """Where a source comes from, whatever is there."""
-    return {name: getattr(config, name) for name in ("path", "config", "split", "revision", "limit", "match")}
+    names = ("path", "format", "config", "split", "revision", "limit", "match", "streaming")
+    return {name: getattr(config, name) for name in names}
 
 
-def warn_of_change(place: Path, source: Source) -> None:
-    """Say so when a source is prepared again because its files are others than when it was prepared last."""
+def warn_of_change(place: Path, made_from: dict, source: Source) -> None:
+    """Say what is other than when a source was prepared last, where that is known."""
     prefix = place.name.rpartition("-")[0]
     notes = sorted(place.parent.glob(f"{prefix}-*/meta.json"), key=lambda path: path.stat().st_mtime)
     for path in reversed(notes):
@@ -432,20 +430,28 @@ def warn_of_change(place: Path, source: Source) -> None:
             meta = read_description(path)
         except ValueError:  # of an earlier version, or damaged
             continue
-        if meta["origin"] != origin_of(source.config):
+        if "made_from" not in meta or meta["origin"] != origin_of(source.config):
             continue
-        if meta["source"] != source.fingerprint:
-            gone, new = (
-                sorted(set(a) - set(b)) for a, b in ((meta["shards"], source.shards), (source.shards, meta["shards"]))
-            )
-            details = [f"gone: {', '.join(gone[:5])}"] * bool(gone) + [f"new: {', '.join(new[:5])}"] * bool(new)
+        before, now = set(meta["shards"]), set(source.shards)
+        changed = [name for name, value in made_from.items() if meta["made_from"].get(name) != digest_of(value)]
+        if "source" in changed and ("segments" not in changed or before != now):
+            differences = (("gone", sorted(before - now)[:5]), ("new", sorted(now - before)[:5]))
+            details = "".join(f"; {word}: {', '.join(names)}" for word, names in differences if names)
             logger.warning(
-                "source %r (%s) is not what it was when %s was prepared (%d records%s); preparing it anew",
+                "source %r (%s): its files are not what they were when %s was prepared (%d records%s); preparing it anew",
                 source.config.name,
                 source.config.path,
                 path.parent.name,
                 meta["records"],
-                "".join(f"; {d}" for d in details),
+                details,
+            )
+        elif changed := [name for name in changed if name != "source"]:
+            logger.info(
+                "source %r (%s): preparing it anew, with other %s than when %s was prepared",
+                source.config.name,
+                source.config.path,
+                ", ".join(changed),
+                path.parent.name,
             )
         return
 
