@@ -234,26 +234,37 @@ def arrange(template: TemplateConfig, text_first: bool, dropped: bool) -> list[S
     return segments[first_other:]
 
 
-def orders(template: TemplateConfig) -> list[tuple[bool, bool, float]]:
-    """(text_first, dropped, probability) of every way a template may be arranged."""
+class Way(NamedTuple):
+    """One way in which the segments of a template may be arranged, see `arrange`."""
+
+    text_first: bool
+    dropped: bool
+    share: float
+    segments: list[Segment]
+
+
+def ways_of(template: TemplateConfig) -> list[Way]:
+    """List the ways in which a template may be arranged, each with its probability."""
     first = 1.0 if template.caption_first is None else template.caption_first
     drop = template.caption_dropout if template.has_both else 0.0
     ways = [(True, False, first * (1 - drop)), (True, True, first * drop), (False, False, 1 - first)]
-    return [way for way in ways if way[2] > 0]
+    return [Way(*way, arrange(template, *way[:2])) for way in ways if way[2] > 0]
 
 
 def document_lengths(
     columns: dict[Segment, TokenColumn],
     vocabulary: Vocabulary,
-    template: TemplateConfig,
-    text_first: bool,
-    dropped: bool,
+    segments: list[Segment],
+    targets: str = "all",
     clean_copies: bool = False,
 ) -> np.ndarray:
-    """Tokens of every document of a template in one arrangement.  (records, variants) int64"""
-    segments = arrange(template, text_first, dropped)
+    """Count the tokens of every document of some segments.  (records, variants) int64
+
+    Args:
+        targets, clean_copies: as in `compose`.
+    """
     lengths = vocabulary.frame_length + sum(columns[segment].lengths.astype(np.int64) for segment in segments)
-    if clean_copies and template.targets == "all" and vocabulary.image_token is not None:
+    if clean_copies and targets == "all" and vocabulary.image_token is not None:
         for segment in segments:
             if segment.type in ("image", "document"):
                 inside, last = columns[segment].tokens_of_images(vocabulary)

@@ -20,13 +20,12 @@ from training.data.documents import (
     Document,
     Piece,
     Vocabulary,
-    arrange,
     build_row,
     compose,
     document_lengths,
     images_of,
-    orders,
     pack,
+    ways_of,
 )
 from training.data.tokenized import TokenizedSource
 
@@ -118,9 +117,13 @@ class RowStream:
                 f"source {name!r} has images as {one} of {channels} channels, source {other_name!r} as {other} of {others}; "
                 "prepare all with one vae, or all without"
             )
-        self.config, self.sources, self.vocabulary = config, sources, sources[0].vocabulary
+        self.config = config
+        self.sources = sources
+        self.vocabulary = sources[0].vocabulary
         for source in sources:
             check_row_length(source, config.row_length, config.clean_copies)
+
+        # The share of each source in the documents, from its weight in documents or tokens.
         weights = np.array([source.config.weight for source in sources], dtype=np.float64)
         means = [mean_document_length(source, config.clean_copies) for source in sources]
         if config.weights_by == "tokens":
@@ -129,9 +132,17 @@ class RowStream:
         self.block_documents = config.block_documents or _block_documents(
             config.row_length, float(self.document_shares @ means)
         )
+
+        # What is asked of a source for every block.
+        self._keys = [int.from_bytes(hashlib.sha256(s.config.name.encode()).digest()[:4], "big") for s in sources]
+        self._records = [len(source) for source in sources]
+        self._variants = [source.variants for source in sources]
+        self._ways = [[ways_of(template) for template in source.config.templates] for source in sources]
+        self._has_both = [[template.has_both for template in source.config.templates] for source in sources]
+
+        # What has been counted, drawn and packed, each kept as long as it is needed again.
         self._counting = threading.RLock()
         self._counted = self._from_the_start()
-        self._keys = [int.from_bytes(hashlib.sha256(s.config.name.encode()).digest()[:4], "big") for s in sources]
         self._epoch_order = lru_cache(maxsize=2 * len(sources) + 2)(self._shuffle)
         self._offsets = lru_cache(maxsize=None)(self._first_variants)
         self._lengths = lru_cache(maxsize=None)(self._document_lengths)
@@ -170,12 +181,13 @@ class RowStream:
 
     def _draw(self, index: int, block: int, first: int, last: int) -> Draws:
         source, key = self.sources[index], self._keys[index]
-        epochs, places = np.divmod(np.arange(first, last), len(source))
+        # Each source goes through all its records, in the order of the epoch.
+        epochs, places = np.divmod(np.arange(first, last), self._records[index])
         record = np.empty(last - first, dtype=np.int64)
         for epoch in np.unique(epochs):
             record[epochs == epoch] = self._epoch_order(index, int(epoch))[places[epochs == epoch]]
         # Each time a record comes it is another variant, until all have been.
-        variant = (self._offsets(index)[record] + epochs) % source.variants
+        variant = (self._offsets(index)[record] + epochs) % self._variants[index]
         uniform = self._random(_DRAW, key, block).random((last - first, 3))
         templates = source.config.templates
         bounds = np.cumsum([template.weight for template in templates])
@@ -184,33 +196,31 @@ class RowStream:
         length = np.zeros(len(record), dtype=np.int64)
         for number, settings in enumerate(templates):
             mine = template == number
-            if settings.has_both:
+            if self._has_both[index][number]:
                 if settings.caption_first is not None:
                     text_first[mine] = uniform[mine, 1] < settings.caption_first
                 dropped[mine] = text_first[mine] & (uniform[mine, 2] < settings.caption_dropout)
-            for first, drop, _ in orders(settings):
-                chosen = mine & (text_first == first) & (dropped == drop)
-                lengths = self._lengths(index, number, first, drop)
+            for place, way in enumerate(self._ways[index][number]):
+                chosen = mine & (text_first == way.text_first) & (dropped == way.dropped)
+                lengths = self._lengths(index, number, place)
                 length[chosen] = lengths[record[chosen], variant[chosen] % lengths.shape[1]]
         return Draws(np.full(len(record), index), record, template, text_first, dropped, variant, length)
 
-    def _document_lengths(self, index: int, template: int, text_first: bool, dropped: bool) -> np.ndarray:
+    def _document_lengths(self, index: int, template: int, way: int) -> np.ndarray:
         source = self.sources[index]
-        settings = source.config.templates[template]
-        lengths = document_lengths(
-            source.columns, self.vocabulary, settings, text_first, dropped, self.config.clean_copies
-        )
+        segments, targets = self._ways[index][template][way].segments, source.config.templates[template].targets
+        lengths = document_lengths(source.columns, self.vocabulary, segments, targets, self.config.clean_copies)
         return lengths.astype(np.int32)
 
     def _shuffle(self, index: int, epoch: int) -> np.ndarray:
-        order = self._random(_ORDER, self._keys[index], epoch).permutation(len(self.sources[index]))
+        order = self._random(_ORDER, self._keys[index], epoch).permutation(self._records[index])
         return order.astype(np.int32) if len(order) < 2**31 else order
 
     def _first_variants(self, index: int) -> np.ndarray:
-        source = self.sources[index]
-        if source.variants == 1:
-            return np.broadcast_to(np.int16(0), len(source))
-        offsets = self._random(_VARIANT, self._keys[index]).integers(source.variants, size=len(source))
+        variants, records = self._variants[index], self._records[index]
+        if variants == 1:
+            return np.broadcast_to(np.int16(0), records)
+        offsets = self._random(_VARIANT, self._keys[index]).integers(variants, size=records)
         return offsets.astype(np.int16)
 
     def _random(self, *purpose: int) -> np.random.Generator:
@@ -220,7 +230,9 @@ class RowStream:
         """One drawn document: bos, its segments, eos."""
         source = self.sources[draws.source[number]]
         template = source.config.templates[draws.template[number]]
-        segments = arrange(template, bool(draws.text_first[number]), bool(draws.dropped[number]))
+        arranged = draws.text_first[number], draws.dropped[number]
+        ways = self._ways[draws.source[number]][draws.template[number]]
+        segments = next(way.segments for way in ways if way[:2] == arranged)
         record, variant = int(draws.record[number]), int(draws.variant[number])
         spans = [source.columns[segment].ids(record, variant) for segment in segments]
         images = images_of(source.image_columns, segments, record, variant)
@@ -359,8 +371,8 @@ def check_row_length(source: TokenizedSource, row_length: int, clean_copies: boo
         segments = template.parsed
         if all(segment.type == "text" for segment in segments):
             continue
-        for text_first, dropped, _ in orders(template):
-            table = document_lengths(source.columns, source.vocabulary, template, text_first, dropped, clean_copies)
+        for way in ways_of(template):
+            table = document_lengths(source.columns, source.vocabulary, way.segments, template.targets, clean_copies)
             lengths = table.max(axis=1)
             for record in np.flatnonzero(lengths > row_length):
                 if segments[0].type == "document" and _is_text_alone(source, segments[0], int(record)):
@@ -385,8 +397,9 @@ def mean_document_length(source: TokenizedSource, clean_copies: bool = False) ->
     weights = np.array([template.weight for template in source.config.templates])
     means = [
         sum(
-            share * document_lengths(source.columns, source.vocabulary, template, first, dropped, clean_copies).mean()
-            for first, dropped, share in orders(template)
+            way.share
+            * document_lengths(source.columns, source.vocabulary, way.segments, template.targets, clean_copies).mean()
+            for way in ways_of(template)
         )
         for template in source.config.templates
     ]
