@@ -18,9 +18,9 @@ from training.data.config import SourceConfig
 from training.data.documents import ImageColumn, TokenColumn, Vocabulary
 from training.data.preparing.batch_tokenizer import BatchTokenizer, Preparing
 from training.data.preparing.preparation import SIZES, VALUES, chunk_damage, open_chunk, prepare, read_description
-from training.data.reading.lines import LeftOut
 from training.data.reading.records import SHARD_RECORDS, Source
 from training.data.reading.sources import digest_of, open_source
+from training.data.reading.values import LeftOut
 
 
 # Part of every fingerprint: raise it when the same records must give other tokens than before.

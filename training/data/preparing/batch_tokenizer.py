@@ -9,9 +9,8 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from modeling_mot.image_loading import flatten
 from training.data.config import AugmentationConfig, Limits, Segment
-from training.data.reading.lines import BadRecord, LeftOut, blaming
 from training.data.reading.records import Source
-from training.data.reading.values import check_parts, decode_picture, decode_sound, text_of
+from training.data.reading.values import BadRecord, LeftOut, blaming, check_parts, decode_picture, decode_sound, text_of
 
 
 # Mirroring would contradict captions with these words: directions, what is read, and what is known by its sides.

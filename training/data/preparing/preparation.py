@@ -28,9 +28,9 @@ from tqdm import tqdm
 from training.data.config import Segment, SourceConfig
 from training.data.documents import Vocabulary
 from training.data.preparing.batch_tokenizer import BatchTokenizer
-from training.data.reading.lines import BadRecord, LeftOut
 from training.data.reading.records import Source
 from training.data.reading.sources import digest_of
+from training.data.reading.values import BadRecord, LeftOut
 
 
 # What follows a segment in the names of the columns of its images.

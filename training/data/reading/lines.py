@@ -1,124 +1,15 @@
-"""Lines, JSON and CSV from files that others wrote, and one exception for records that cannot be used.
+"""Lines, JSON and CSV from files that others wrote.
 
-Files are bounded and in UTF-8; one broken line costs that line alone. A record that cannot be used is refused by name, or
-counted (`on_error: skip`).
+A file is bounded and in UTF-8. One broken line costs that line alone.
 """
 
 import csv
 import io
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 
-from training.data.config import Limits, SourceConfig
-
-
-# Reasons that are counted apart; a file of nothing but different faults must not fill the report.
-_MOST_REASONS = 50
-# The records that are named for each reason.
-_MOST_NAMES = 5
-
-
-class BadRecord(ValueError):
-    """A record that cannot become a document, for a reason that lies in the record.
-
-    A reader gives it in the place of the record. Its message begins with a reason that many records may share, then
-    ": " and what is particular to this one.
-    """
-
-    way_out = "mend or remove it, or set on_error: skip to leave such records out"
-
-    @property
-    def reason(self) -> str:
-        """What records left out are counted under: the message without what differs from record to record."""
-        where, *rest = str(self).split(": ")
-        return ": ".join([where.split(",")[0], *rest[:1]] if where.startswith("column") else [where])[:100]
-
-
-class BrokenShard(BadRecord):
-    """A shard that cannot be read to its end; the last that its reader gives."""
-
-    way_out = "fetch it again or remove it, or set on_error: skip to leave the rest of it out"
-
-    @property
-    def reason(self) -> str:
-        return str(self)
-
-
-@contextmanager
-def blaming(where: str, file: str | None = None) -> Iterator[None]:
-    """A context in which a `ValueError` says that the record cannot be used: it becomes a `BadRecord`, of `where`.
-
-    Args:
-        file: the file to blame, if there is one.
-    """
-    try:
-        yield
-    except ValueError as error:
-        named = f": file {file}" if file and file not in str(error) else ""
-        raise BadRecord(f"{where}: {error}{named}") from error
-
-
-@dataclass
-class LeftOut:
-    """Records that were left out.
-
-    Attributes:
-        counts: reason -> number of records.
-        first: reason -> name of the first of them.
-        more: reason -> names of a few that came next, so that several can be mended at once.
-    """
-
-    counts: dict[str, int] = field(default_factory=dict)
-    first: dict[str, str] = field(default_factory=dict)
-    more: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, config: SourceConfig, name: str, error: BadRecord, file: str | None = None) -> None:
-        """Count a record that cannot be used, or refuse it, as the source's `on_error` says.
-
-        Args:
-            name: what the record is called.
-            file: where it stands, if that is another name.
-
-        Raises:
-            ValueError: source, record, reason and way out, with `on_error: raise`.
-        """
-        if config.on_error == "raise":
-            place = f" ({file})" if file and file not in str(error) else ""
-            raise ValueError(printable(f"source {config.name!r}, {name}: {error}{place}; {error.way_out}")) from error
-        reason = printable(error.reason)
-        if reason not in self.counts and len(self.counts) >= _MOST_REASONS:
-            reason = "other reasons"
-        self._count(reason, 1, [printable(file or name)])
-
-    def join(self, other: "LeftOut") -> None:
-        """Add what was left out elsewhere, after what is here."""
-        for reason, count in other.counts.items():
-            self._count(reason, count, other.names(reason))
-
-    def names(self, reason: str) -> list[str]:
-        """The names of the first few records of a reason."""
-        return [self.first[reason], *self.more.get(reason, ())]
-
-    def lines(self) -> list[str]:
-        """Say for each reason how many records were left out, and name the first few."""
-        return [
-            f"{count:,} x {reason} (first: {'; '.join(self.names(reason))})" for reason, count in self.counts.items()
-        ]
-
-    def _count(self, reason: str, count: int, names: list[str]) -> None:
-        self.counts[reason] = self.counts.get(reason, 0) + count
-        if reason not in self.first:
-            self.first[reason], *names = names
-        more = self.more.get(reason, []) + names
-        if more:
-            self.more[reason] = more[: _MOST_NAMES - 1]
-
-
-def printable(text: str) -> str:
-    """A text that any terminal and file takes, however the names in it are encoded."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+from training.data.config import Limits
+from training.data.reading.values import BadRecord, is_unicode
 
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -257,15 +148,6 @@ def csv_records(file, limits: Limits) -> Iterator[dict | BadRecord]:
             yield BadRecord(f"{problem}, line {reader.line_num}")
         elif fields:
             yield dict(zip(header, fields, strict=False))
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written in UTF-8: half a character of UTF-16, a lone surrogate, cannot."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _problem_of_entry(fields: list[str], header: list[str]) -> str | None:

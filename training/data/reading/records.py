@@ -11,9 +11,8 @@ import datasets
 from datasets import ClassLabel, Features
 
 from training.data.config import SourceConfig
-from training.data.reading.lines import BadRecord, BrokenShard, LeftOut, blaming
-from training.data.reading.shards import UNREACHABLE, readable_rows
-from training.data.reading.values import confined
+from training.data.reading.shards import UNREACHABLE
+from training.data.reading.values import BadRecord, BrokenShard, LeftOut, blaming, confined, readable_rows
 
 
 # Where records have numbers of their own they are prepared in parts of this many, or in as many parts as this at most.

@@ -17,23 +17,14 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import fsspec
-import pyarrow as pa
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from pyarrow import parquet
 
 from modeling_mot.image_loading import PICTURE_FORMATS
 from training.data.config import Limits
-from training.data.reading.lines import (
-    BadRecord,
-    BrokenShard,
-    blaming,
-    csv_records,
-    jsonl_records,
-    parse_json,
-    printable,
-    text_records,
-)
+from training.data.reading.lines import csv_records, jsonl_records, parse_json, text_records
+from training.data.reading.values import BadRecord, BrokenShard, blaming, printable, readable_rows
 
 
 logger = logging.getLogger(__name__)
@@ -213,18 +204,6 @@ def _parquet(
             passed = min(skip, len(batch))
             skip -= passed
             yield from readable_rows(batch.slice(passed))
-
-
-def readable_rows(rows: pa.RecordBatch | pa.Table) -> Iterator[dict | BadRecord]:
-    """Rows as mappings, and an error in the place of one that holds what Python has no value for."""
-    try:
-        yield from rows.to_pylist()
-    except (ValueError, OverflowError) as error:  # a text that is not UTF-8, a time out of range
-        if len(rows) > 1:
-            for place in range(len(rows)):
-                yield from readable_rows(rows.slice(place, 1))
-        else:
-            yield BadRecord(f"the row cannot be read: {error}")
 
 
 class _Bounded:

@@ -24,7 +24,6 @@ from pyarrow import parquet
 from modeling_mot.hub_trust import leads_outside
 from modeling_mot.media_sources import name_within
 from training.data.config import DataConfig, Limits, SourceConfig, carried_path, local_path
-from training.data.reading.lines import BadRecord, BrokenShard, LeftOut, printable
 from training.data.reading.records import Source, StreamedDataset, label_names, matches
 from training.data.reading.shards import (
     KINDS,
@@ -38,7 +37,15 @@ from training.data.reading.shards import (
     resolve_inside,
     shard_format,
 )
-from training.data.reading.values import OutsidePath, check_parts, source_roots
+from training.data.reading.values import (
+    BadRecord,
+    BrokenShard,
+    LeftOut,
+    OutsidePath,
+    check_parts,
+    printable,
+    source_roots,
+)
 
 
 # Files that `datasets` reads out of a folder, but not alone.
@@ -146,6 +153,8 @@ def _is_whole_file(path: Path) -> bool:
 
 
 def _format(config: SourceConfig, path: Path) -> str:
+    if config.path == "carried":
+        return "dataset"
     remote, globbed = is_remote(config.path), bool(re.search(r"[*?\[]", config.path))
     if config.format != "auto":
         if config.format != "dataset" and not remote and not globbed and not path.exists():

@@ -1,21 +1,152 @@
-"""What the values of a record are: pictures, sounds and texts."""
+"""The values of a record: pictures, sounds and texts; and what becomes of a record that cannot be used.
+
+A record that cannot be used is refused by name, or counted (`on_error: skip`).
+"""
 
 import datetime
 import math
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow as pa
+from huggingface_hub import constants
 from PIL import Image
 
 from modeling_mot.image_loading import load_picture
 from modeling_mot.media_sources import MediaError, name_within
 from modeling_mot.speech_loading import load_sound
-from training.data.config import Limits, Segment
-from training.data.reading.lines import BadRecord, is_unicode
+from training.data.config import Limits, Segment, SourceConfig
+
+
+# ------------------------------------------------------------------------------------------- records that cannot be used
+
+# Reasons that are counted apart; a file of nothing but different faults must not fill the report.
+_MOST_REASONS = 50
+# The records that are named for each reason.
+_MOST_NAMES = 5
+
+
+class BadRecord(ValueError):
+    """A record that cannot become a document, for a reason that lies in the record.
+
+    A reader gives it in the place of the record. Its message begins with a reason that many records may share, then
+    ": " and what is particular to this one.
+    """
+
+    way_out = "mend or remove it, or set on_error: skip to leave such records out"
+
+    @property
+    def reason(self) -> str:
+        """What records left out are counted under: the message without what differs from record to record."""
+        where, *rest = str(self).split(": ")
+        return ": ".join([where.split(",")[0], *rest[:1]] if where.startswith("column") else [where])[:100]
+
+
+class BrokenShard(BadRecord):
+    """A shard that cannot be read to its end; the last that its reader gives."""
+
+    way_out = "fetch it again or remove it, or set on_error: skip to leave the rest of it out"
+
+    @property
+    def reason(self) -> str:
+        return str(self)
+
+
+@contextmanager
+def blaming(where: str, file: str | None = None) -> Iterator[None]:
+    """A context in which a `ValueError` says that the record cannot be used: it becomes a `BadRecord`, of `where`.
+
+    Args:
+        file: the file to blame, if there is one.
+    """
+    try:
+        yield
+    except ValueError as error:
+        named = f": file {file}" if file and file not in str(error) else ""
+        raise BadRecord(f"{where}: {error}{named}") from error
+
+
+@dataclass
+class LeftOut:
+    """Records that were left out.
+
+    Attributes:
+        counts: reason -> number of records.
+        first: reason -> name of the first of them.
+        more: reason -> names of a few that came next, so that several can be mended at once.
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+    more: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, config: SourceConfig, name: str, error: BadRecord, file: str | None = None) -> None:
+        """Count a record that cannot be used, or refuse it, as the source's `on_error` says.
+
+        Args:
+            name: what the record is called.
+            file: where it stands, if that is another name.
+
+        Raises:
+            ValueError: source, record, reason and way out, with `on_error: raise`.
+        """
+        if config.on_error == "raise":
+            place = f" ({file})" if file and file not in str(error) else ""
+            raise ValueError(printable(f"source {config.name!r}, {name}: {error}{place}; {error.way_out}")) from error
+        reason = printable(error.reason)
+        if reason not in self.counts and len(self.counts) >= _MOST_REASONS:
+            reason = "other reasons"
+        self._count(reason, 1, [printable(file or name)])
+
+    def join(self, other: "LeftOut") -> None:
+        """Add what was left out elsewhere, after what is here."""
+        for reason, count in other.counts.items():
+            self._count(reason, count, other.names(reason))
+
+    def names(self, reason: str) -> list[str]:
+        """The names of the first few records of a reason."""
+        return [self.first[reason], *self.more.get(reason, ())]
+
+    def lines(self) -> list[str]:
+        """Say for each reason how many records were left out, and name the first few."""
+        return [
+            f"{count:,} x {reason} (first: {'; '.join(self.names(reason))})" for reason, count in self.counts.items()
+        ]
+
+    def _count(self, reason: str, count: int, names: list[str]) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + count
+        if reason not in self.first:
+            self.first[reason], *names = names
+        more = self.more.get(reason, []) + names
+        if more:
+            self.more[reason] = more[: _MOST_NAMES - 1]
+
+
+def printable(text: str) -> str:
+    """A text that any terminal and file takes, however the names in it are encoded."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def readable_rows(rows: pa.RecordBatch | pa.Table) -> Iterator[dict | BadRecord]:
+    """Rows as mappings, and an error in the place of one that holds what Python has no value for."""
+    try:
+        yield from rows.to_pylist()
+    except (ValueError, OverflowError) as error:  # a text that is not UTF-8, a time out of range
+        if len(rows) > 1:
+            for place in range(len(rows)):
+                yield from readable_rows(rows.slice(place, 1))
+        else:
+            yield BadRecord(f"the row cannot be read: {error}")
+
+
+# --------------------------------------------------------------------------------------------------- pictures and sounds
 
 
 class OutsidePath(str):
@@ -26,10 +157,7 @@ def source_roots(path: Path) -> list[Path]:
     """The folders in which files that records name must lie: that of a local source, or the caches for one of the Hub."""
     if path.exists():
         return [path if path.is_dir() else path.parent]
-    import datasets
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
+    return [Path(datasets.config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE)]
 
 
 def confined(value, roots: Sequence[Path]):
@@ -79,6 +207,8 @@ def _check_inside(value, kind: str) -> None:
     if isinstance(value, OutsidePath):
         raise MediaError(f"the {kind} file leads outside the folder of its source: {str(value)!r}")
 
+
+# ------------------------------------------------------------------------------------------------------ texts, documents
 
 _PLAIN = (bool, int, float, Decimal, datetime.date, datetime.time, datetime.timedelta)
 
@@ -143,3 +273,12 @@ def _plain(value, column: str) -> str:
     if isinstance(value, (float, Decimal)) and math.isinf(value):
         raise BadRecord(f"the column of a text holds a number that is not finite: {column!r}")
     return str(value)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written in UTF-8: half a character of UTF-16, a lone surrogate, cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
