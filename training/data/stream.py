@@ -1,4 +1,4 @@
-"""The training stream: which documents come when, and the rows they are packed into.
+"""The training stream: the order of documents, the rows they are packed into, and the batches of a step.
 
 Everything is a function of (seed, index). Documents come in blocks of `block_documents`; within each block every source
 has its share of documents, all of them are packed together, and block b needs nothing but (seed, b). Each source goes
@@ -30,7 +30,9 @@ from training.data.documents import (
 from training.data.tokenized import TokenizedSource
 
 
-# What random numbers are for: each purpose has a sequence of its own.
+# L tokens of a row; G rows of a step
+
+# The purposes of random numbers: each has a sequence of its own.
 _ORDER, _DRAW, _VARIANT, _MIX, _REPLACE = range(5)
 
 
@@ -40,8 +42,8 @@ class Draws:
 
     Attributes:
         source, record, template: indices.
-        text_first: whether the texts stand before the pictures and sounds; what is written, where the template says so.
-        dropped: whether texts are dropped, see `arrange`.
+        text_first: true where texts stand before pictures and sounds, or where the order is as written.
+        dropped: true where texts are dropped, see `arrange`.
         variant: which changed copy of pictures and sounds.
         length: tokens of the document.
     """
@@ -77,7 +79,7 @@ def replace_codes(row: dict, most: float, vocabulary: Vocabulary, random: np.ran
 
 @dataclass
 class Counted:
-    """What came before each block from block `first` on: documents of each source, and rows."""
+    """Documents of each source, and rows, before each block from block `first` on."""
 
     first: int
     documents: list[np.ndarray]
@@ -98,25 +100,12 @@ class RowStream:
 
     Raises:
         ValueError: no sources, sources of different processors or with images kept in different ways, or a document with
-            a picture or a sound that is longer than a row. Documents of text alone are split where a row ends, and nothing of them is lost.
+            a picture or a sound that is longer than a row. (A document of text alone is split where a row ends, without
+            loss.)
     """
 
     def __init__(self, config: DataConfig, sources: list[TokenizedSource]):
-        if not sources:
-            raise ValueError("sources is empty; prepare at least one TokenizedSource")
-        for source in sources[1:]:
-            if source.vocabulary != sources[0].vocabulary:
-                raise ValueError(
-                    f"sources {sources[0].config.name!r} and {source.config.name!r} were tokenised by processors of "
-                    "different vocabularies; prepare both with the same one"
-                )
-        kinds = {(s.images, c.channels): s.config.name for s in sources for c in s.image_columns.values()}
-        if len(kinds) > 1:
-            ((one, channels), name), ((other, others), other_name) = list(kinds.items())[:2]
-            raise ValueError(
-                f"source {name!r} has images as {one} of {channels} channels, source {other_name!r} as {other} of {others}; "
-                "prepare all with one vae, or all without"
-            )
+        check_sources(sources)
         self.config = config
         self.sources = sources
         self.vocabulary = sources[0].vocabulary
@@ -152,10 +141,10 @@ class RowStream:
     # ------------------------------------------------------------------------------------------------------ documents
 
     def draws_before(self, block: int) -> np.ndarray:
-        """Documents each source has given before a block.  (sources,)
+        """Count the documents that each source has given before a block.  (sources,)
 
-        Every block pays what is owed by then: the whole part first, then the largest remainders, so that after any
-        number of blocks a source is less than one document off its share (two for more than two sources).
+        Every block pays each source the documents owed by then: whole documents first, then the largest remainders.
+        After any number of blocks a source is less than one document off its share (two for more than two sources).
         """
         with self._counting:
             counted = self._counted_from(block)
@@ -172,7 +161,7 @@ class RowStream:
             return counted.documents[block - counted.first]
 
     def draws(self, block: int) -> Draws:
-        """The documents of a block, mixed."""
+        """Draw the documents of a block, mixed."""
         first, last = self.draws_before(block), self.draws_before(block + 1)
         parts = [self._draw(index, block, int(first[index]), int(last[index])) for index in range(len(self.sources))]
         mixed = self._random(_MIX, block).permutation(self.block_documents)
@@ -188,6 +177,7 @@ class RowStream:
             record[epochs == epoch] = self._epoch_order(index, int(epoch))[places[epochs == epoch]]
         # Each time a record comes it is another variant, until all have been.
         variant = (self._offsets(index)[record] + epochs) % self._variants[index]
+        # A template for each, its order and whether its caption is dropped.
         uniform = self._random(_DRAW, key, block).random((last - first, 3))
         templates = source.config.templates
         bounds = np.cumsum([template.weight for template in templates])
@@ -227,7 +217,7 @@ class RowStream:
         return np.random.default_rng([self.config.seed, *purpose])
 
     def document(self, draws: Draws, number: int) -> Document:
-        """One drawn document: bos, its segments, eos."""
+        """Compose one drawn document: bos, its segments, eos."""
         source = self.sources[draws.source[number]]
         template = source.config.templates[draws.template[number]]
         arranged = draws.text_first[number], draws.dropped[number]
@@ -241,12 +231,12 @@ class RowStream:
     # ----------------------------------------------------------------------------------------------------------- rows
 
     def block(self, block: int) -> Iterator[dict]:
-        """The rows of one block, in order."""
+        """Give the rows of one block, in order."""
         for number in range(len(self._packed(block)[1])):
             yield self._row(block, number)
 
     def rows(self, start: int = 0) -> Iterator[dict]:
-        """All rows from row `start` on, without end."""
+        """Give all rows from row `start` on, without end."""
         block, number = self.locate(start)
         while True:
             for place in range(number, len(self._packed(block)[1])):
@@ -254,11 +244,11 @@ class RowStream:
             block, number = block + 1, 0
 
     def row(self, index: int) -> dict:
-        """Row `index` of the stream. Of the other rows of its block nothing but their lengths is looked at."""
+        """Make row `index` of the stream. Only the lengths of the other rows of its block are looked at."""
         return self._row(*self.locate(index))
 
     def locate(self, index: int) -> tuple[int, int]:
-        """The block that row `index` is in, and its number there. Blocks not yet counted are packed by length alone."""
+        """Find the block that holds row `index`, and the row's number there. Blocks are counted by lengths alone."""
         if index < 0:
             raise ValueError(f"start={index} is not the index of a row; it must be at least 0")
         with self._counting:
@@ -272,7 +262,7 @@ class RowStream:
             return counted.first + place, index - counted.rows[place]
 
     def position(self, index: int) -> dict:
-        """Where row `index` is, in numbers that JSON holds, for `restore`."""
+        """Describe where row `index` is, in numbers that JSON holds, for `restore`."""
         with self._counting:
             block, number = self.locate(index)
             documents = self.draws_before(block)
@@ -286,7 +276,7 @@ class RowStream:
         }
 
     def restore(self, position: dict) -> None:
-        """Count from a `position` on, so that rows from there are found without counting all blocks before.
+        """Count from a `position` on: rows from there are found without counting all blocks before.
 
         Changes no row. Earlier rows can still be asked for, at the cost of counting from the start.
 
@@ -294,7 +284,7 @@ class RowStream:
             position: of a stream of the same configuration and sources.
 
         Raises:
-            ValueError: a position of another mixture, or of sources that are not what they were, by name.
+            ValueError: a position of another mixture, or of sources that changed since, by name.
         """
         for source in self.sources:
             before = position["sources"].get(source.config.name)
@@ -336,7 +326,7 @@ class RowStream:
         return row
 
     def report(self, blocks: int = 8) -> dict:
-        """What the first blocks hold: fill rate, rows per block, and per source records, shares and mean length."""
+        """Measure the first blocks: fill rate, rows per block, and per source records, shares and mean length."""
         packed = [self._pack(block) for block in range(blocks)]
         draws, rows = [block for block, _ in packed], sum(len(rows) for _, rows in packed)
         source = np.concatenate([block.source for block in draws])
@@ -361,8 +351,27 @@ class RowStream:
 
 
 def _block_documents(row_length: int, mean_length: float) -> int:
-    """Documents of a block. Its last row is half empty on average, so a block of few long rows would waste much."""
+    """Choose the documents of a block. Its last row is half empty on average: a block of few long rows wastes much."""
     return 1024 if row_length <= 1024 else max(1024, math.ceil(256 * row_length / mean_length))
+
+
+def check_sources(sources: list[TokenizedSource]) -> None:
+    """Refuse sources that cannot be mixed: none, of different vocabularies, or with images kept in different ways."""
+    if not sources:
+        raise ValueError("sources is empty; prepare at least one TokenizedSource")
+    for source in sources[1:]:
+        if source.vocabulary != sources[0].vocabulary:
+            raise ValueError(
+                f"sources {sources[0].config.name!r} and {source.config.name!r} were tokenised by processors of "
+                "different vocabularies; prepare both with the same one"
+            )
+    kinds = {(s.images, c.channels): s.config.name for s in sources for c in s.image_columns.values()}
+    if len(kinds) > 1:
+        ((one, channels), name), ((other, others), other_name) = list(kinds.items())[:2]
+        raise ValueError(
+            f"source {name!r} has images as {one} of {channels} channels, source {other_name!r} as {other} of "
+            f"{others}; prepare all with one vae, or all without"
+        )
 
 
 def check_row_length(source: TokenizedSource, row_length: int, clean_copies: bool = False) -> None:
@@ -381,7 +390,8 @@ def check_row_length(source: TokenizedSource, row_length: int, clean_copies: boo
                 raise ValueError(
                     f"row_length={row_length} is shorter than the document of {source.name_of(int(record))} of "
                     f"source {source.config.name!r}: {template.segments} make {int(lengths[record])} tokens, and a "
-                    f"picture or a sound is never cut; set row_length to {longest} or more, or tokenise into fewer tokens"
+                    f"picture or a sound is never cut; set row_length to {longest} or more, or tokenise into fewer "
+                    "tokens"
                 )
 
 
@@ -393,7 +403,7 @@ def _is_text_alone(source: TokenizedSource, segment: Segment, record: int) -> bo
 
 
 def mean_document_length(source: TokenizedSource, clean_copies: bool = False) -> float:
-    """Expected tokens of a document of a source, over its templates, records, variants, orders and dropped captions."""
+    """Average the tokens of a document of a source over templates, records, variants, orders and dropped captions."""
     weights = np.array([template.weight for template in source.config.templates])
     means = [
         sum(
@@ -406,28 +416,35 @@ def mean_document_length(source: TokenizedSource, clean_copies: bool = False) ->
     return float(np.average(means, weights=weights))
 
 
-SECONDS_TO_END = 5.0  # of a batch that nobody waits for any more
+# -------------------------------------------------------------------------------------------------------------- batches
+
+# How long the making of a batch may still take when no step waits for it any more.
+SECONDS_TO_END = 5.0
 
 
 class StepBatches:
-    """This rank's micro-batches of every step; which rows they hold depends on nothing but the step.
+    """This rank's micro-batches of every step. Their rows depend on nothing but the step.
 
-    Step s takes rows [s * G, (s + 1) * G) of the stream, G = rows x accumulation x processes; any split of G into these
-    three therefore sees the same rows in a step. A rank makes its own rows and no others. `collate(rows, row_numbers=...)`
-    is given their numbers in the stream, so what it draws for a row (the noise of diffusion) is the same after a resume
-    too.
+    Step s takes rows [s * G, (s + 1) * G) of the stream, G = rows x accumulation x processes: any split of G into these
+    three sees the same rows in a step. A rank makes its own rows and no others. `collate(rows, row_numbers=...)` is
+    given their numbers in the stream, so the noise of diffusion that it draws for a row is the same after a resume.
     """
 
     def __init__(self, stream, collate: Callable, rows: int, accumulation: int, rank: int = 0, processes: int = 1):
-        self.stream, self.collate = stream, collate
-        self.rows, self.accumulation, self.rank, self.processes = rows, accumulation, rank, processes
+        self.stream = stream
+        self.collate = collate
+        self.rows = rows
+        self.accumulation = accumulation
+        self.rank = rank
+        self.processes = processes
 
     @property
     def rows_in_a_step(self) -> int:
+        """G, the rows of all processes."""
         return self.rows * self.accumulation * self.processes
 
     def micro_batches(self, step: int) -> list[dict]:
-        """The `accumulation` batches of one step."""
+        """Make the `accumulation` batches of one step."""
         batches = []
         for micro_batch in range(self.accumulation):
             first = step * self.rows_in_a_step + (micro_batch * self.processes + self.rank) * self.rows
@@ -438,10 +455,10 @@ class StepBatches:
     def from_step(
         self, step: int, steps: int, stopped: Callable[[], bool] = lambda: False
     ) -> Iterator[list[dict] | None]:
-        """The batches of steps `step`, ..., `steps - 1`; the next step's are made while this one computes.
+        """Give the batches of steps `step`, ..., `steps - 1`, making the next step's while this one computes.
 
-        Ends with None when `stopped` becomes true while the data are waited for: a source that has stalled must not
-        keep a run from saving. An error in the data is raised here.
+        The last item is None when `stopped` becomes true while the data are waited for: a source that has stalled must
+        not keep a run from saving. An error in the data is raised here.
         """
         made: queue.Queue = queue.Queue(maxsize=1)
         abandoned = threading.Event()
