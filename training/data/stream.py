@@ -89,9 +89,9 @@ class Counted:
 class RowStream:
     """An endless sequence of packed rows over tokenised sources.
 
-    It may be asked from several threads. In memory are, per record of a source, 4 bytes for each template, order and
-    variant (the length), 4 bytes for each of the last two epochs (the order) and, with variants, 2 bytes more; per block
-    that has been counted, about 100 bytes. Tokens and pictures stay in the memory-mapped files.
+    Several threads may ask for rows. Memory holds, per record of a source, 4 bytes for each template, order and variant
+    (the length), 4 bytes for each of the last two epochs (the order) and, with variants, 2 bytes more; and about 100
+    bytes per counted block. Tokens and pictures stay in the memory-mapped files.
 
     Args:
         config: its `row_length`, `seed`, `weights_by`, `block_documents`, `replaced_codes` and `clean_copies` are used;
@@ -99,9 +99,8 @@ class RowStream:
         sources: tokenised by one processor, their images all kept in one way.
 
     Raises:
-        ValueError: no sources, sources of different processors or with images kept in different ways, or a document with
-            a picture or a sound that is longer than a row. (A document of text alone is split where a row ends, without
-            loss.)
+        ValueError: no sources, sources of different processors or with images kept in different ways, or a document
+            with a picture or a sound that is longer than a row. (A document of text alone is split where a row ends.)
     """
 
     def __init__(self, config: DataConfig, sources: list[TokenizedSource]):
@@ -290,8 +289,8 @@ class RowStream:
             before = position["sources"].get(source.config.name)
             if before not in (None, source.fingerprint[:16]):
                 raise ValueError(
-                    f"source {source.config.name!r} ({source.config.path}) is not what it was at row {position['row']}: "
-                    f"its {len(source)} prepared records have fingerprint {source.fingerprint[:16]}, then {before}; "
+                    f"source {source.config.name!r} ({source.config.path}) is not what it was at row {position['row']}:"
+                    f" its {len(source)} prepared records have fingerprint {source.fingerprint[:16]}, then {before}; "
                     "bring its files and settings back, or begin another run"
                 )
         block, documents = position["block"], np.array(position["documents"], dtype=np.int64)

@@ -1,8 +1,8 @@
-"""A source as tokens and, where images stay continuous, pixels or latents: prepared once, kept on disk as Arrow,
-memory-mapped.
+"""A prepared source: its records as tokens and, where images stay continuous, as pixels or latents.
 
-A prepared source is a folder `<name>-<fingerprint>/` of chunks with a `meta.json` that names them, see `preparation`. The
-fingerprint covers everything the tokens were made from; a change of any of it makes another folder.
+A source is prepared once, kept on disk as Arrow, and memory-mapped. It is a folder `<name>-<fingerprint>/` of chunks
+with a `meta.json` that names them, see `preparation`. The fingerprint covers everything that the tokens were made from:
+a change makes another folder.
 """
 
 import os
@@ -23,12 +23,12 @@ from training.data.reading.sources import digest_of, open_source
 from training.data.reading.values import LeftOut
 
 
-# Part of every fingerprint: raise it when the same records must give other tokens than before.
+# A part of every fingerprint. Raise it when the same records must give other tokens than before.
 FORMAT_VERSION = 4
 
 
 class TokenizedSource:
-    """Map-style tokens of a source.
+    """The tokens of a source, record by record.
 
     Attributes:
         config: the source's configuration.
@@ -38,20 +38,26 @@ class TokenizedSource:
         tokens: ids of all segments of all records, of the first variant.
         records: (len,) the number of each record in its source.
         columns: `Segment` -> `TokenColumn`; texts have one variant, pictures and sounds one or more.
-        images: what images are kept as, "pixels" or "latents"; None where they are codes.
+        images: "pixels" or "latents", as images are kept; None where they are codes.
         image_columns: `Segment` -> `ImageColumn` of the segments that may hold images; none where images are codes.
     """
 
     def __init__(self, config: SourceConfig, folder: Path):
-        self.config, self.folder = config, Path(folder)
+        self.config = config
+        self.folder = Path(folder)
+        # The description, and the chunks that it names.
         try:
             meta = read_description(self.folder / "meta.json")
         except ValueError as error:
             raise ValueError(self._damaged([str(error)])) from error
-        self.fingerprint, self.tokens = meta["fingerprint"], meta["tokens"]
+        self.fingerprint = meta["fingerprint"]
+        self.tokens = meta["tokens"]
         self.left_out = LeftOut(meta["skipped"], meta["first_skipped"], meta.get("more_skipped", {}))
-        self._chunks, self._shards = meta["chunks"], meta["shards"]
+        self._chunks = meta["chunks"]
+        self._shards = meta["shards"]
         self._refuse_damage()
+
+        # The columns, which stay on the disk.
         self.vocabulary = Vocabulary.from_dict(meta["vocabulary"])
         self.table = table = pa.concat_tables(open_chunk(self.folder / chunk["file"]) for chunk in self._chunks)
         self.columns = {segment: TokenColumn(table.column(str(segment)).chunks) for segment in config.segments}
@@ -69,7 +75,7 @@ class TokenizedSource:
         return len(self.table)
 
     def __getitem__(self, index: int) -> dict[str, list[list[int]]]:
-        """The ids of every segment of a record, a list per variant."""
+        """Give the ids of every segment of a record, a list per variant."""
         names = [str(segment) for segment in self.columns]
         return self.table.slice(int(index), 1).select(names).to_pylist()[0]
 
@@ -77,7 +83,7 @@ class TokenizedSource:
         """Hash every file again.
 
         Raises:
-            ValueError: a file is not as it was written.
+            ValueError: a file has changed since it was written.
         """
         self._refuse_damage(anew=True)
 
@@ -95,7 +101,7 @@ class TokenizedSource:
         )
 
     def name_of(self, index: int) -> str:
-        """How a message calls the record at `index`."""
+        """Name the record at `index` for a message."""
         number = int(self.records[index])
         if not self._shards:
             return f"record {number}"
@@ -122,7 +128,7 @@ class TokenizedSource:
 
         Raises:
             ValueError: a record that cannot be used, by source, record number and column (`on_error: raise`), or
-                nothing left of the source; a prepared file that is not as it was written.
+                nothing left of the source; a prepared file that has changed since it was written.
         """
         config.validate()
         source = open_source(config, preparing.limits)
@@ -131,7 +137,7 @@ class TokenizedSource:
         if not os.path.isfile(folder / "meta.json"):
             prepare(folder, made_from, BatchTokenizer(source, preparing))
         prepared = cls(config, folder)
-        # Whether records may be left out is no part of the fingerprint: what is finished when one is met is kept.
+        # `on_error` is no part of the fingerprint: chunks that are finished when a bad record is met are kept.
         if prepared.skipped and config.on_error == "raise":
             raise ValueError(
                 f"source {config.name!r} was prepared with on_error: skip, and left out "
@@ -141,7 +147,7 @@ class TokenizedSource:
 
 
 def _made_from(source: Source, preparing: Preparing) -> dict:
-    """Everything that the tokens of a source depend on."""
+    """List everything that the tokens of a source depend on."""
     made_from = {
         "format": FORMAT_VERSION,
         "source": source.fingerprint,

@@ -159,7 +159,7 @@ def test_pictures_that_no_line_names_are_counted(folder, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(list(open_source(config))) == 2
         open_source(config)
-    said = "2 pictures are left out, as no line of metadata.jsonl or metadata.csv names them (first: sample.png; unnamed.png)"
+    said = "2 pictures are left out, as no line of metadata.jsonl or metadata.csv names them (first: sample.png; unna"
     assert caplog.text.count(said) == 1
 
 

@@ -1,9 +1,9 @@
-"""Tokenising a source: in parts, in parallel, and from where it was interrupted.
+"""Tokenise a source: in parts, in parallel, and from where it was interrupted.
 
-While it is made, a prepared source is a folder `<name>-<fingerprint>.partial` of chunks; in the end `meta.json` is written
-and the folder moved to its name, so what is in place is complete. A part (a shard, or a range of records) is tokenised by
-one process from its start to its end, and a chunk ends where its bytes are enough: the chunks are the same whoever makes
-them, and those that are whole are kept when the rest is made later.
+While a source is prepared, it is a folder `<name>-<fingerprint>.partial` of chunks. In the end `meta.json` is written
+and the folder is moved to its name, so a folder of that name is complete. One process tokenises a part (a shard, or a
+range of records) from its start to its end, and a chunk ends where its bytes are enough: any number of processes makes
+the same chunks, and whole chunks are kept when the rest is made later.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,9 +23,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from modeling_mot.latent_vae import encode_pixels
 from training.data.config import Segment, SourceConfig
 from training.data.documents import Vocabulary
 from training.data.preparing.batch_tokenizer import BatchTokenizer
@@ -33,12 +36,14 @@ from training.data.reading.sources import digest_of
 from training.data.reading.values import BadRecord, LeftOut
 
 
-# What follows a segment in the names of the columns of its images.
+# --------------------------------------------------------------------------------------------------------------- chunks
+
+# The columns of a segment's images are named by the segment and these.
 VALUES, SIZES = "|values", "|sizes"
 
 
 def table_schema(segments: list[Segment], images: str | None) -> pa.Schema:
-    """Columns of a prepared source whose images are kept as "pixels", "latents", or are codes (None)."""
+    """List the columns of a prepared source whose images are kept as "pixels", as "latents", or are codes (None)."""
 
     def lists(of: pa.DataType) -> pa.DataType:
         return pa.list_(pa.list_(of))
@@ -52,9 +57,10 @@ def table_schema(segments: list[Segment], images: str | None) -> pa.Schema:
 
 
 def build_table(rows: dict[str, list], pixels: dict[str, list], schema: pa.Schema, vae) -> pa.Table:
-    """A batch as written; images are laid out flat, without a Python object for each of their values."""
+    """Build the table of a batch. Images are laid out flat, without a Python object for each value."""
     columns = {name: pa.array(values, type=schema.field(name).type) for name, values in rows.items()}
     for name, records in pixels.items():
+        # All images of the batch, one after another.
         versions = [images for variants in records for images in variants]
         flat = [image for images in versions for image in images]
         if vae is not None:
@@ -74,11 +80,7 @@ def build_table(rows: dict[str, list], pixels: dict[str, list], schema: pa.Schem
 
 
 def encode_latents(vae, pictures: list[np.ndarray]) -> list[np.ndarray]:
-    """Latents of pictures, those of one size encoded together.  (3, H, W) uint8 -> (C, h, w) float16, each"""
-    import torch
-
-    from modeling_mot.latent_vae import encode_pixels
-
+    """Encode pictures, all of one size together.  (3, H, W) uint8 -> (C, h, w) float16, each"""
     latents: list[np.ndarray] = [None] * len(pictures)
     by_size: dict[tuple[int, ...], list[int]] = {}
     for place, picture in enumerate(pictures):
@@ -92,11 +94,11 @@ def encode_latents(vae, pictures: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def write_chunk(folder: Path, part: int, number: int, tables: list[pa.Table], described: dict) -> None:
-    """Write chunk `number` of a part and, after it, its description: what has one is whole.
+    """Write chunk `number` of a part and, after it, its description: a chunk that has one is whole.
 
     Args:
-        tables: its records; none where all that was read was left out.
-        described: what to note of it beside `file`, `records`, `size` and `sha256`.
+        tables: the records of the chunk; none where all records were left out.
+        described: more entries of the description, beside `file`, `records`, `size` and `sha256`.
     """
     name = f"{part:05d}-{number:05d}"
     if tables:
@@ -113,7 +115,7 @@ def write_chunk(folder: Path, part: int, number: int, tables: list[pa.Table], de
 
 
 def written_chunks(folder: Path, part: int) -> Iterator[dict]:
-    """Descriptions of the whole chunks of a part, in order, up to the first that is not."""
+    """Read the descriptions of the whole chunks of a part, in order, up to the first that is not whole."""
     number = 0
     while (path := folder / f"{part:05d}-{number:05d}.json").is_file():
         try:
@@ -132,10 +134,10 @@ def write_description(path: Path, described: dict) -> None:
 
 
 def read_description(path: Path) -> dict:
-    """What `write_description` wrote.
+    """Read a JSON object that `write_description` wrote.
 
     Raises:
-        ValueError: it is not as it was written.
+        ValueError: the file has changed since.
     """
     try:
         described = json.loads(path.read_bytes())
@@ -151,12 +153,12 @@ def _digest(described: dict) -> str:
 
 
 def chunk_damage(folder: Path, described: dict, anew: bool = False) -> str | None:
-    """What is wrong with a chunk; None: nothing.
+    """Say what is wrong with a chunk; None: nothing.
 
-    A process hashes a file once, and again when its size, time of change or inode are others.
+    A process hashes a file once, and again when its size, time of change or inode have changed.
 
     Args:
-        anew: hash it in any case.
+        anew: hash the file in any case.
     """
     path = folder / described["file"]
     try:
@@ -178,13 +180,13 @@ def _file_digest(path: Path, size: int, changed: int, inode: int) -> str:
 
 
 def open_chunk(path: Path) -> pa.Table:
-    """A chunk, memory-mapped. The file itself does not stay open: a source may have more than a process may open."""
+    """Map a chunk into memory. Its file does not stay open: a source may have more files than a process may open."""
     with pa.memory_map(str(path)) as file:
         return pa.ipc.open_stream(file).read_all()
 
 
 def write_whole(path: Path, data) -> None:
-    """Write a file beside its place and move it there."""
+    """Write a file beside its place, then move it there."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(partial, "wb") as file:
@@ -196,30 +198,33 @@ def write_whole(path: Path, data) -> None:
         partial.unlink(missing_ok=True)
 
 
+# ---------------------------------------------------------------------------------------------------------------- parts
+
 logger = logging.getLogger(__name__)
 
-# Records that are tokenised together, and the bytes they may take; a chunk's bytes, in memory and on disk.
+# The records of a batch, the bytes of a batch, and the bytes of a chunk in memory and on disk.
 BATCH_SIZE, BATCH_BYTES, CHUNK_BYTES = 64, 2**27, 2**25
 
 
 @dataclass
 class Preparation:
-    """All that it takes to prepare any part of a source. Can go to other processes.
+    """Everything that it takes to prepare any part of a source. It can be sent to other processes.
 
     Attributes:
-        folder: where chunks are written, `<place>.partial`.
+        folder: the folder of the chunks, `<place>.partial`.
     """
 
     folder: Path
     tokenizer: BatchTokenizer
 
     def part(self, part: int, report: Callable[[int, int], None]) -> None:
-        """Prepare what is missing of a part.
+        """Prepare the missing chunks of a part.
 
         Args:
-            report: told the number of records that were done before, and then, for each batch, that of records that were
-                read and of tokens that were made.
+            report: is told the number of records that were done before, then for each batch the number of records read
+                and of tokens made.
         """
+        # Where the part was interrupted.
         source, preparing = self.tokenizer.source, self.tokenizer.preparing
         schema = table_schema(source.config.segments, preparing.images)
         chunks = list(written_chunks(self.folder, part))
@@ -227,6 +232,8 @@ class Preparation:
         report(skip, 0)
         if chunks and chunks[-1]["last"]:
             return
+
+        # A chunk is written when it is full.
         tables, noted, left_out = [], _nothing(), LeftOut()
 
         def write() -> None:
@@ -253,8 +260,8 @@ def prepare(place: Path, made_from: dict, tokenizer: BatchTokenizer) -> None:
     """Make a prepared source, or finish it, or wait while another process does.
 
     Args:
-        place: its folder in the end.
-        made_from: everything that its tokens depend on.
+        place: the folder of the prepared source.
+        made_from: everything that its tokens depend on, by name.
 
     Raises:
         ValueError: a record that cannot be used (`on_error: raise`), or nothing left of the source.
@@ -278,20 +285,20 @@ def prepare(place: Path, made_from: dict, tokenizer: BatchTokenizer) -> None:
 
 
 def _alone(place: Path):
-    """A context in which no other process prepares this source; there is no limit to the wait.
+    """A context in which no other process prepares this source. The wait for it has no limit.
 
     Raises:
-        ValueError: nothing can be written there.
+        ValueError: the folder cannot be written to.
     """
-    # A lock of the operating system: it is free again whatever becomes of its holder.
+    # A lock of the operating system is free again when its holder dies.
     lock = FileLock(f"{place}.lock")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         return lock.acquire(timeout=1)
     except (OSError, ValueError, NotImplementedError) as error:
         raise ValueError(
-            f"data.cache_dir={place.parent} cannot be written: {error}; set data.cache_dir, or the variable MOT_CACHE, to a "
-            "folder that can"
+            f"data.cache_dir={place.parent} cannot be written: {error}; set data.cache_dir, or the variable MOT_CACHE, "
+            "to a folder that can"
         ) from error
     except Timeout:
         logger.warning("waiting for another process that prepares %s", place.name)
@@ -342,17 +349,13 @@ def _prepare_in_processes(work: Preparation, workers: int, report: Callable[[int
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
-        # Who was killed may have held the queue's lock or left half a report in it: then nobody waits for its end.
+        # A killed worker may have held the queue's lock, or left half a report: then the listener is not waited for.
         if not has_died:
             reports.put(None)
             listener.join()
 
 
 def _start_worker(work: Preparation, reports, stop, threads: int) -> None:
-    import signal
-
-    import torch
-
     # Ctrl-C reaches all processes of a terminal; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
@@ -365,7 +368,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-# What a worker process was started with.
+# The work of a worker process, its queue of reports, and the event that stops it.
 _worker: dict = {}
 
 
@@ -381,6 +384,7 @@ def _prepare_part(part: int) -> None:
 def _finish(work: Preparation, made_from: dict) -> None:
     source, preparing = work.tokenizer.source, work.tokenizer.preparing
     chunks, tokens, left_out = [], 0, LeftOut()
+    # The chunks of all parts, in order.
     left_out.join(source.left_out)
     for part in range(source.num_parts):
         for chunk in written_chunks(work.folder, part):
@@ -389,7 +393,7 @@ def _finish(work: Preparation, made_from: dict) -> None:
             if "file" in chunk:
                 chunks.append({name: chunk[name] for name in ("file", "records", "size", "sha256")})
     if not chunks:
-        # Nothing of it is kept: why nothing could be used may lie in what the fingerprint does not know.
+        # Nothing is kept: the reason may lie in something that the fingerprint does not cover.
         shutil.rmtree(work.folder)
         raise ValueError(
             f"source {source.config.name!r} ({source.config.path}) has no usable record; left out: "
@@ -416,13 +420,13 @@ def _finish(work: Preparation, made_from: dict) -> None:
 
 
 def origin_of(config: SourceConfig) -> dict:
-    """Where a source comes from, whatever is there."""
+    """Say where a source comes from, whatever is there now."""
     names = ("path", "format", "config", "split", "revision", "limit", "match", "streaming")
     return {name: getattr(config, name) for name in names}
 
 
 def warn_of_change(place: Path, made_from: dict, source: Source) -> None:
-    """Say what is other than when a source was prepared last, where that is known."""
+    """Say what has changed since a source was prepared last, where that is known."""
     prefix = place.name.rpartition("-")[0]
     notes = sorted(place.parent.glob(f"{prefix}-*/meta.json"), key=lambda path: path.stat().st_mtime)
     for path in reversed(notes):
@@ -438,7 +442,8 @@ def warn_of_change(place: Path, made_from: dict, source: Source) -> None:
             differences = (("gone", sorted(before - now)[:5]), ("new", sorted(now - before)[:5]))
             details = "".join(f"; {word}: {', '.join(names)}" for word, names in differences if names)
             logger.warning(
-                "source %r (%s): its files are not what they were when %s was prepared (%d records%s); preparing it anew",
+                "source %r (%s): its files are not what they were when %s was prepared (%d records%s); preparing it "
+                "anew",
                 source.config.name,
                 source.config.path,
                 path.parent.name,
@@ -473,7 +478,7 @@ def _batches(items: Iterator[tuple[int, dict | BadRecord]]) -> Iterator[list]:
 
 
 def _bytes_in(value) -> int:
-    """About how much a record takes in memory."""
+    """Estimate the bytes that a record takes in memory."""
     size, left = 0, [value]
     while left:
         item = left.pop()

@@ -13,17 +13,19 @@ from training.data.reading.values import BadRecord, is_unicode
 
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# How deep JSON may be nested; what is nested deeper cannot be handled by Python's own recursion.
+# The deepest nesting of JSON: deeper values could exceed Python's recursion.
 _MOST_DEPTH = 64
 
 
 def bounded_lines(file, limits: Limits) -> Iterator[tuple[int, bytes | BadRecord]]:
-    """The numbered lines of a binary file, without its byte-order mark; an error in the place of one that is too long.
+    """Number the lines of a binary file, without its byte-order mark; an error stands for a line that is too long.
 
     Raises:
         ValueError: a line so long that its end is not looked for.
     """
-    lines, number, most = io.BufferedReader(file), 0, limits.max_record_bytes
+    lines = io.BufferedReader(file)
+    number = 0
+    most = limits.max_record_bytes
     while line := lines.readline(most + 1):
         number += 1
         if number == 1:
@@ -31,6 +33,7 @@ def bounded_lines(file, limits: Limits) -> Iterator[tuple[int, bytes | BadRecord
         if len(line) <= most:
             yield number, line
             continue
+        # The rest of a line that is too long is passed over.
         message = f"line {number} is longer than data.max_record_bytes={most}"
         passed = len(line)
         while line and not line.endswith(b"\n"):
@@ -42,7 +45,7 @@ def bounded_lines(file, limits: Limits) -> Iterator[tuple[int, bytes | BadRecord
 
 
 def jsonl_records(file, limits: Limits) -> Iterator[dict | BadRecord]:
-    """The object of every line that is not empty, and an error in the place of one that is none.
+    """Read the object of every line that is not empty; an error stands for a line that is no object.
 
     Raises:
         ValueError: the file ends within a line.
@@ -63,7 +66,7 @@ def jsonl_records(file, limits: Limits) -> Iterator[dict | BadRecord]:
 
 
 def text_records(file, limits: Limits) -> Iterator[dict | BadRecord]:
-    """Give `{"text": line}` for every line that is not empty, and an error in the place of one that is not UTF-8."""
+    """Give `{"text": line}` for every line that is not empty; an error stands for a line that is not UTF-8."""
     for number, line in bounded_lines(file, limits):
         if isinstance(line, BadRecord):
             yield line
@@ -75,7 +78,7 @@ def text_records(file, limits: Limits) -> Iterator[dict | BadRecord]:
 
 
 def parse_json(data: bytes) -> object:
-    """The value of a JSON text in UTF-8.
+    """Read the value of a JSON text in UTF-8.
 
     Raises:
         ValueError: it is not UTF-8, not JSON, names a key twice, or is nested too deep.
@@ -84,14 +87,14 @@ def parse_json(data: bytes) -> object:
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
-    # Most have so few brackets that the depth need not be looked at.
+    # Most texts have so few brackets that the depth need not be measured.
     if data.count(b"[") + data.count(b"{") > _MOST_DEPTH and is_deeper(value, _MOST_DEPTH):
         raise ValueError(f"it is nested more than {_MOST_DEPTH} deep")
     return value
 
 
 def is_deeper(value, most: int) -> bool:
-    """Whether lists and mappings are nested more than `most` deep."""
+    """True if lists and mappings are nested more than `most` deep."""
     level = [value]
     for _ in range(most + 1):
         level = [
@@ -112,10 +115,10 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
 
 
 def csv_records(file, limits: Limits) -> Iterator[dict | BadRecord]:
-    """The row of every entry of a CSV file with a header, and an error in the place of one that is broken.
+    """Read the row of every entry of a CSV file with a header; an error stands for an entry that is broken.
 
     Raises:
-        ValueError: a header that is no header.
+        ValueError: the first line is no header.
     """
     problems: list[BadRecord] = []
 
@@ -123,7 +126,7 @@ def csv_records(file, limits: Limits) -> Iterator[dict | BadRecord]:
         for _, line in bounded_lines(file, limits):
             if isinstance(line, BadRecord):
                 problems.append(line)
-            # What is not UTF-8 stays recognisable, as an entry may go over several lines.
+            # Bytes that are not UTF-8 stay recognisable, as an entry may go over several lines.
             yield "\n" if isinstance(line, BadRecord) else line.decode("utf-8", "surrogateescape")
 
     reader = csv.reader(texts(), strict=True)

@@ -1,8 +1,8 @@
-"""Shards: files of JSONL, parquet or webdataset that are read one by one, on disk or on the Hub, without a copy.
+"""Shards: files of JSONL, parquet, text or webdataset that are read one by one, on disk or on the Hub, without a copy.
 
-A reader gives records, and a `BadRecord` in the place of a record that cannot be read, so that what becomes of it is
-decided in one place. It never holds more than `Limits` allow: `datasets`' own readers of JSONL and webdataset read a line
-or a member of any size, decompress what is in it, and load arrays and tensors; here members are text, JSON or bytes.
+A reader gives records, and a `BadRecord` for a record that cannot be read. It never holds more than `Limits` allow.
+(`datasets`' own readers of JSONL and webdataset read a line or a member of any size, decompress its content, and load
+arrays and tensors; here members are text, JSON or bytes.) Folders of pictures or sounds are read here too.
 """
 
 import logging
@@ -35,23 +35,23 @@ SUFFIXES = {
     "text": (".txt", ".txt.gz", ".txt.zst"),
     "webdataset": (".tar",),
 }
-# Members of a webdataset record that are text; those named json are JSON; all others stay bytes.
+# These members of a webdataset record are text, and members named json are JSON. All others stay bytes.
 _TEXTS = ("txt", "text", "caption", "transcript", "cls")
-# Rows of a parquet file that are decompressed at once, and the bytes they may then take.
+# The rows of a parquet file that are decompressed at once, and the most bytes of them.
 _PARQUET_ROWS, _PARQUET_BYTES = 64, 2**28
-# Of these a shard is not to blame; the last is the base of all errors of the HTTP library under huggingface_hub.
+# Errors that are no fault of a shard; the last is the base of all errors of the HTTP library under huggingface_hub.
 UNREACHABLE = (ConnectionError, TimeoutError, HfHubHTTPError.__bases__[0])
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file.
+    """One file of records.
 
     Attributes:
         url: path, or URL of fsspec (`hf://...`).
-        name: relative to the folder of all shards.
+        name: path relative to the folder of all shards.
         size: in bytes.
-        stamp: changes with the content: a hash where the storage knows one, else the time of change.
+        stamp: changes with the content: a hash where the storage has one, else the time of change.
     """
 
     url: str
@@ -61,16 +61,17 @@ class Shard:
 
 
 def shard_format(path: str) -> str | None:
-    """The format that a file's name, or a glob, ends with."""
+    """Find the format that a file's name, or a glob, ends with."""
     return next((kind for kind, suffixes in SUFFIXES.items() if path.lower().endswith(suffixes)), None)
 
 
 def is_remote(path: str) -> bool:
+    """True for a URL."""
     return "://" in path
 
 
 def find_shards(path: str, kind: str) -> list[Shard]:
-    """The shards of a file, a folder or a glob, sorted by name.
+    """Find the shards of a file, a folder or a glob, sorted by name.
 
     Raises:
         ValueError: a storage or a compression whose package is not installed.
@@ -137,11 +138,11 @@ class ShardFiles:
         return [shard.name for shard in self.shards]
 
     def open(self, number: int):
-        """A shard's bytes, decompressed, as a context."""
+        """Open a shard as a context that gives its bytes, decompressed."""
         return fsspec.open(self.shards[number].url, "rb", compression="infer")
 
     def read(self, number: int, skip: int = 0) -> Iterator[dict | BadRecord]:
-        """The records of one shard from record `skip` on.
+        """Read the records of one shard from record `skip` on.
 
         Raises:
             ConnectionError: the storage does not answer.
@@ -170,7 +171,7 @@ class ShardFiles:
 
 
 def read_file(path: Path, limits: Limits) -> Iterator[dict | BadRecord]:
-    """The records of one JSONL or CSV file on disk, as a shard's."""
+    """Read the records of one JSONL or CSV file on disk, as those of a shard."""
     shard = Shard(str(path), path.name, path.stat().st_size, "")
     return ShardFiles(path.suffix[1:], (shard,), (), limits).read(0)
 
@@ -178,11 +179,12 @@ def read_file(path: Path, limits: Limits) -> Iterator[dict | BadRecord]:
 def _parquet(
     file, columns: Sequence[str], texts_of: Sequence[str], limits: Limits, skip: int
 ) -> Iterator[dict | BadRecord]:
-    # Column by column in pieces: a whole row group is never in memory.
+    # The file is read column by column, in pieces: a whole row group is never in memory.
     opened = parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
     names = opened.schema_arrow.names
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two columns are named {twice[0]!r}")
+    # The columns that are wanted, or the texts inside of them.
     wanted = [name for name in columns if name in names] if columns or texts_of else None
     for leaf in map(opened.schema.column, range(len(opened.schema)) if texts_of else ()):
         if leaf.path.split(".")[0] in texts_of and leaf.logical_type.type == "STRING":
@@ -207,10 +209,13 @@ def _parquet(
 
 
 class _Bounded:
-    """A file of which no more than so many bytes are read at once, as headers of a tar may ask for any number."""
+    """A file that reads at most so many bytes at once, as the headers of a tar may ask for any number."""
 
     def __init__(self, file, most: int):
-        self.most, self.file, self.seek, self.tell = most, file, file.seek, file.tell
+        self.file = file
+        self.most = most
+        self.seek = file.seek
+        self.tell = file.tell
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= self.most + tarfile.RECORDSIZE:
@@ -219,9 +224,12 @@ class _Bounded:
 
 
 def _webdataset(file, limits: Limits) -> Iterator[dict | BadRecord]:
-    """Members that follow one another and have the same name up to the first dot are one record, and what follows the
-    dot names a column. The keys of a member named json are columns too; pictures and sounds of its `segments` are named
-    by their columns."""
+    """Read the records of a webdataset.
+
+    Members that follow one another and have the same name up to the first dot are one record. The rest of the name is
+    the name of a column. The keys of a member named json are columns too, and its `segments` name pictures and sounds
+    by their columns.
+    """
     archive = tarfile.TarFile(fileobj=_Bounded(file, limits.max_record_bytes))
     key, members, problem, size = None, {}, None, 0
     while member := archive.next():
@@ -232,10 +240,12 @@ def _webdataset(file, limits: Limits) -> Iterator[dict | BadRecord]:
             if not member.isdir() and (outside := _escape(member)):
                 yield BadRecord(outside)
             continue
+        # A new name up to the dot begins a new record.
         if match[1] != key:
             if key is not None:
                 yield _webdataset_record(key, members, problem)
             key, members, problem, size = match[1], {}, None, 0
+        # Members of a record with a problem are not read.
         size += member.size
         problem = problem or _escape(member)
         if size > limits.max_record_bytes:
@@ -248,7 +258,7 @@ def _webdataset(file, limits: Limits) -> Iterator[dict | BadRecord]:
             members[match[2].lower()] = archive.extractfile(member).read()
         else:
             members.clear()
-    # tarfile takes a header that is cut short for the end; what came last may then lack members.
+    # tarfile takes a header that is cut short for the end of the archive; the last record may then lack members.
     file.seek(archive.offset)
     if len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
         raise tarfile.ReadError("the archive has no end")
@@ -257,7 +267,7 @@ def _webdataset(file, limits: Limits) -> Iterator[dict | BadRecord]:
 
 
 def _escape(member: tarfile.TarInfo) -> str | None:
-    """Why a member is not to be trusted; nothing is ever extracted, but what leads outside was made to harm."""
+    """Say why a member is not to be trusted. Nothing is ever extracted, but a name that leads outside is an attack."""
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
         return f"the member leads outside: {member.name!r}"
@@ -293,13 +303,13 @@ Image.init()
 
 @dataclass(frozen=True)
 class FileKind:
-    """Files that are read from a folder.
+    """A kind of files that are read from a folder.
 
     Attributes:
-        name: what a message calls them.
-        column: of a record, which holds the file.
-        suffixes: of the files that can be read.
-        others: suffixes of files of their kind that cannot, which are not passed over in silence.
+        name: the name of the kind in messages.
+        column: the column of a record that holds the file.
+        suffixes: suffixes of files that can be read.
+        others: suffixes of files of the kind that cannot be read, and are not passed over in silence.
     """
 
     name: str
@@ -313,7 +323,8 @@ KINDS = {
         "pictures",
         "image",
         tuple(sorted(suffix for suffix, name in Image.EXTENSION.items() if name in PICTURE_FORMATS)),
-        (".arw", ".cr2", ".dng", ".eps", ".exr", ".hdr", ".heic", ".heif", ".ico", ".jxl", ".nef", ".psd", ".svg", ".tga"),
+        (".arw", ".cr2", ".dng", ".eps", ".exr", ".hdr", ".heic", ".heif", ".ico", ".jxl", ".nef", ".psd", ".svg",
+         ".tga"),
     ),
     "sounds": FileKind(
         "sounds",
@@ -328,21 +339,24 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 def folder_records(
     folder: Path, kind: FileKind, has_text: bool, limits: Limits
 ) -> Iterator[tuple[str, dict | BadRecord]]:
-    """`{"image": path, "text": caption, ...}` for every picture in a folder (`"audio"` for sounds), with its name there.
+    """Give `(name, {"image": path, "text": caption, ...})` for every picture in a folder (`"audio"` for sounds).
 
-    Captions stand in `metadata.jsonl` or `metadata.csv` (a `file_name` column, as `datasets`' imagefolder has it; every
-    other column becomes a column of the record, and `caption` is also given as `text`), which describes all of its
-    folder; or in a text file beside each picture (`cat.png`, `cat.txt`). Hidden files are passed over.
+    Captions stand in `metadata.jsonl` or `metadata.csv`, or in a text file beside each picture (`cat.png`, `cat.txt`).
+    A file of metadata describes all of its folder. It has a `file_name` column, as in `datasets`' imagefolder; every
+    other column becomes a column of the record, and `caption` is also given as `text`. Hidden files are passed over.
 
     Args:
-        has_text: whether captions are needed; if not, those beside the pictures are not read.
-        limits: what a line of metadata, or a caption, may take.
+        has_text: captions are needed; if not, text files beside the pictures are not read.
+        limits: the most that a line of metadata, or a caption, may take.
     """
+    # The outermost file of metadata describes a folder.
     files = sorted(path for path in folder.rglob("*") if not _is_hidden(path.relative_to(folder)))
     described: dict[Path, Path] = {}
     for path in (path for name in METADATA for path in files if path.name == name):
         if described.keys().isdisjoint([path.parent, *path.parent.parents]):
             described[path.parent] = path
+
+    # Described files, and a warning of those that no line names.
     named = set()
     for path in described.values():
         for name, record in _from_metadata(folder, path, kind.column, limits):
@@ -355,6 +369,8 @@ def folder_records(
     ]
     if unnamed := [path for path in unnamed if os.path.relpath(path.resolve(), folder.resolve()) not in named]:
         _warn_of_unnamed(str(folder), kind.name, tuple(printable(path.name) for path in unnamed[:5]), len(unnamed))
+
+    # Files with captions beside them.
     for path in files:
         suffix = path.suffix.lower()
         if suffix in kind.suffixes + kind.others and not path.is_dir() and described.keys().isdisjoint(path.parents):
@@ -379,7 +395,7 @@ def _warn_of_unnamed(folder: str, kind: str, first: tuple[str, ...], count: int)
 
 
 def resolve_inside(folder: Path, name: str) -> Path:
-    """`folder / name`.
+    """Resolve `folder / name`.
 
     Raises:
         BadRecord: it leaves the folder (by `..`, an absolute path or a link), or no file has such a name.

@@ -1,4 +1,4 @@
-"""Opening a source: what kind it is, which files are of its split, its columns and a fingerprint of its origin."""
+"""Open a source: find its format, the files of its split and its columns, and fingerprint the files it reads."""
 
 import difflib
 import hashlib
@@ -48,17 +48,22 @@ from training.data.reading.values import (
 )
 
 
+logger = logging.getLogger(__name__)
+
 # Files that `datasets` reads out of a folder, but not alone.
 _SUFFIXES_OF_TABLES = (".json", ".csv", ".tsv")
 # A single JSONL file of up to this many bytes is read into memory: its records are known, counted and in any order.
 _WHOLE_FILE_BYTES = 2**28
 
 
+# -------------------------------------------------------------------------------------------------------------- opening
+
+
 def open_source(config: SourceConfig, limits: Limits | None = None) -> Source:
     """Open a source for reading.
 
     Args:
-        limits: what a record may take; None: the defaults.
+        limits: the most that a record may take; None: the defaults.
 
     Raises:
         ValueError: a path, configuration, split or column that does not exist, with the nearest one that does.
@@ -92,7 +97,7 @@ def kinds_in_documents(config: SourceConfig, limits: Limits, most: int = 256) ->
 
 
 def _open_whole(config: SourceConfig, kind: str, path: Path, limits: Limits) -> Source:
-    """A folder of files, or a JSONL file that is small: its records are known when it is opened, and so are bad ones."""
+    """Open a folder of files, or a small JSONL file: all records are read now, and bad ones are found."""
     folder = path if kind in KINDS else path.parent
     try:
         if kind in KINDS:
@@ -104,6 +109,8 @@ def _open_whole(config: SourceConfig, kind: str, path: Path, limits: Limits) -> 
         content = None if kind in KINDS else content_fingerprint(path)
     except OSError as error:
         raise ValueError(f"source {config.name!r}: {config.path} cannot be read: {error}") from error
+
+    # The files of the split, and the records that match.
     if not found:
         what = f"{kind} ({', '.join(KINDS[kind].suffixes)})" if kind in KINDS else "documents"
         raise ValueError(f"source {config.name!r}: {config.path} holds no {what}; mend path or format")
@@ -121,6 +128,8 @@ def _open_whole(config: SourceConfig, kind: str, path: Path, limits: Limits) -> 
         else:
             names.append(name)
             records.append(record)
+
+    # The fingerprint covers the records and the files that they name.
     described = {"format": kind, "limit": config.limit, "split": config.split, "match": config.match}
     if kind in KINDS:
         column = KINDS[kind].column
@@ -133,7 +142,7 @@ def _open_whole(config: SourceConfig, kind: str, path: Path, limits: Limits) -> 
 
 
 def _with_documents(record: dict | BadRecord, config: SourceConfig, folder: Path) -> dict | BadRecord:
-    """A record whose documents have the form they must have, and files that are there."""
+    """Check the documents of a record: their form, and that their files exist."""
     columns = [segment.column for segment in config.segments if segment.type == "document"]
     if isinstance(record, BadRecord):
         return record
@@ -203,13 +212,14 @@ def _refuse_file(config: SourceConfig, path: Path) -> NoReturn:
         found = f"is a {suffix} file; give the folder that it lies in, or write its records as JSONL"
     else:
         found = (
-            "is a file of no format that is read; a source is a folder, or a file of .jsonl, .parquet, .txt or .tar; for "
-            "one of another name set format"
+            "is a file of no format that is read; a source is a folder, or a file of .jsonl, .parquet, .txt or .tar; "
+            "for one of another name set format"
         )
     raise ValueError(f"source {config.name!r}: path {config.path} {found}")
 
 
 def _open_shards(config: SourceConfig, kind: str, limits: Limits) -> Source:
+    # The files of the split.
     path = config.path if is_remote(config.path) else str(local_path(config.path, "path").absolute())
     try:
         shards = find_shards(path, kind)
@@ -220,6 +230,8 @@ def _open_shards(config: SourceConfig, kind: str, limits: Limits) -> Source:
     root = Path(shards[0].url).parents[shards[0].name.count("/")]
     is_folder = not is_remote(path) and Path(path).is_dir()
     shards = [shards[place] for place in _of_split(config, [shard.name for shard in shards], True, not is_folder)]
+
+    # The fingerprint covers the shards by content or, where they are remote or large, by the storage's stamps.
     files = ShardFiles(kind, tuple(shards), tuple(_columns(config)), limits)
     described = {"format": kind, "limit": config.limit, "match": config.match, "names": files.names}
     described["sizes"] = [shard.size for shard in shards]
@@ -227,7 +239,8 @@ def _open_shards(config: SourceConfig, kind: str, limits: Limits) -> Source:
         described["stamps"] = [shard.stamp for shard in shards]
     else:
         described["content"] = [content_fingerprint(Path(shard.url)) for shard in shards]
-    # Pictures and sounds that records name stand in the folder of all shards, those of a webdataset in its shards.
+
+    # Records name pictures and sounds in the folder of all shards; those of a webdataset are in its shards.
     roots = (root,) if not is_remote(path) and kind != "webdataset" else ()
     labels = _labels_of_parquet(files) if kind == "parquet" else {}
     source = Source(config, files, None, "", roots=roots, labels=labels)
@@ -242,17 +255,17 @@ def _open_shards(config: SourceConfig, kind: str, limits: Limits) -> Source:
 
 
 def _columns(config: SourceConfig) -> dict[str, None]:
-    """The columns that are read."""
+    """List the columns that are read."""
     return dict.fromkeys([*(config.match or {}), *(c for segment in config.segments for c in segment.columns)])
 
 
 def _of_split(config: SourceConfig, names: list[str], by_file: bool, is_named: bool) -> list[int]:
-    """Which of some files are of the split.
+    """Find the places of the files that are of the split.
 
     Args:
-        names: paths relative to the folder of all.
-        by_file: whether their own names tell it, too.
-        is_named: the path names the files themselves. Those of one split are then taken as they are.
+        names: paths of the files relative to the folder of all.
+        by_file: the name of a file may tell its split, too.
+        is_named: the path names the files themselves; files of one split are then taken as they are.
     """
     splits = splits_of(names, by_file)
     known = sorted(set(splits))
@@ -266,7 +279,7 @@ def _of_split(config: SourceConfig, names: list[str], by_file: bool, is_named: b
 
 
 def _labels_of_parquet(files: ShardFiles) -> dict[str, list[str]]:
-    """The names of labels, which `datasets` writes beside the columns of a parquet file."""
+    """Read the names of labels, which `datasets` writes beside the columns of a parquet file."""
     for number in range(len(files.shards)):
         try:
             with files.open(number) as file:
@@ -279,7 +292,7 @@ def _labels_of_parquet(files: ShardFiles) -> dict[str, list[str]]:
 
 
 def _check_first_columns(source: Source) -> None:
-    """That the first records have the columns; one of them may lack some."""
+    """Check that the first records have the columns. A single record may lack some."""
     files = replace(source.records, columns=())
     items = (item for shard in range(len(files.shards)) for item in islice(files.read(shard), 16))
     first = list(islice((item for item in items if not isinstance(item, BrokenShard)), 16))
@@ -376,8 +389,8 @@ def _not_found(config: SourceConfig, path: Path, error: Exception) -> str:
         there = sorted(printable(file.name) for file in first.iterdir())
         listed = ", ".join(there[:5]) + (", ..." if len(there) > 5 else "")
         return (
-            f"path {config.path} does not exist here (the folder {first} does, and holds {listed or 'nothing'}), nor can a "
-            f"data set of this name be reached: {error}"
+            f"path {config.path} does not exist here (the folder {first} does, and holds {listed or 'nothing'}), nor can "
+            f"a data set of this name be reached: {error}"
         )
     return f"{config.path!r} is neither a local path nor a reachable data set: {error}"
 
@@ -431,6 +444,8 @@ def _unknown(config: SourceConfig, what: str, value: str, known: list[str]) -> s
     return f"source {config.name!r} ({config.path}): no {what} {value!r}; {hint}"
 
 
+# --------------------------------------------------------------------------------------------------------------- splits
+
 _WORDS = {
     "train": "train|training",
     "validation": "validation|valid|val|dev",
@@ -440,11 +455,11 @@ _APART = r"[-._ 0-9]"
 
 
 def splits_of(names: Sequence[str], by_file: bool) -> list[str]:
-    """The split of each file.
+    """Find the split of each file.
 
     Args:
         names: paths relative to the folder of all files, with `/`.
-        by_file: whether a word in the name of the file tells, too, such as `validation-00000-of-00002.parquet`.
+        by_file: a word in the name of a file may tell its split, too, such as `validation-00000-of-00002.parquet`.
     """
     return [_split_of(PurePosixPath(name), by_file) for name in names]
 
@@ -461,6 +476,8 @@ def _split_of(path: PurePosixPath, by_file: bool) -> str:
     return "train"
 
 
+# --------------------------------------------------------------------------------------------------------- fingerprints
+
 # Up to this many bytes a local source is fingerprinted by content, beyond it by file sizes and times of change.
 CONTENT_FINGERPRINT_BYTES = 2**31
 
@@ -471,7 +488,7 @@ def local_fingerprint(path: Path) -> str:
 
 
 def files_fingerprint(root: Path, files: Sequence[Path]) -> str:
-    """Hash the path of every file relative to `root`, and its content or, for a large source, its size and time of change.
+    """Hash every file: its path relative to `root`, and its content or, for a large source, its size and time of change.
 
     A link that leads out of the folder is never opened: it counts by the size and time of what it leads to. A file that
     is not there counts as missing.
@@ -490,7 +507,7 @@ def files_fingerprint(root: Path, files: Sequence[Path]) -> str:
 
 
 def content_fingerprint(file: Path) -> str:
-    """Hash a file, once as long as it is not changed; one that may not be read has no hash, and is named with its record."""
+    """Hash a file, once as long as it is not changed. One that may not be read is "unreadable"; its record names it."""
     stat = file.stat()
     return _content_fingerprint(file, stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
@@ -511,7 +528,7 @@ def _fingerprint_of_named(source: Source, features: datasets.Features | None = N
     each file, which follows.
 
     Args:
-        features: of a data set. A column of pictures or sounds holds them itself, or is made of the data set's own files.
+        features: the features of a data set. Its columns of pictures or sounds hold them, or are its own files.
     """
     segments = [
         segment
@@ -542,17 +559,22 @@ def _names_in(kind: str, value: object) -> list[str]:
 
 
 def digest_of(value) -> str:
+    """Hash a value that JSON holds."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-logger = logging.getLogger(__name__)
+# ----------------------------------------------------------------------------------------------------------- data cards
+
 KEYS = ("pretty_name", "license", "license_name", "license_link", "language")
 
 
 def data_cards(config: DataConfig) -> dict[str, dict]:
-    """`path` of a source -> what the README.md of its folder declares of `KEYS`, and `attribution`, the section of it
-    that a heading with the word licence names; only of sources in local folders that have one. Data sets on the Hub have
-    their cards there."""
+    """Read what the README.md in a source's folder declares, for each local source whose folder has one.
+
+    Returns:
+        `path` of a source -> the declared entries of `KEYS`, and `attribution`, the section with the word licence in
+        its heading. Data sets on the Hub have their cards there.
+    """
     cards = {}
     for path in dict.fromkeys(source.path for source in (*config.sources, *config.validation_sources)):
         file = (carried_path() if path == "carried" else Path(path).expanduser()) / "README.md"

@@ -25,7 +25,7 @@ from modeling_mot.speech_loading import load_sound
 from training.data.config import Limits, Segment, SourceConfig
 
 
-# ------------------------------------------------------------------------------------------- records that cannot be used
+# ------------------------------------------------------------------------------------------ records that cannot be used
 
 # Reasons that are counted apart; a file of nothing but different faults must not fill the report.
 _MOST_REASONS = 50
@@ -36,21 +36,21 @@ _MOST_NAMES = 5
 class BadRecord(ValueError):
     """A record that cannot become a document, for a reason that lies in the record.
 
-    A reader gives it in the place of the record. Its message begins with a reason that many records may share, then
-    ": " and what is particular to this one.
+    A reader gives the error in the place of the record. The message begins with a reason that many records may share,
+    then ": " and the particulars of this record.
     """
 
     way_out = "mend or remove it, or set on_error: skip to leave such records out"
 
     @property
     def reason(self) -> str:
-        """What records left out are counted under: the message without what differs from record to record."""
+        """The message without the particulars: records that are left out are counted by it."""
         where, *rest = str(self).split(": ")
         return ": ".join([where.split(",")[0], *rest[:1]] if where.startswith("column") else [where])[:100]
 
 
 class BrokenShard(BadRecord):
-    """A shard that cannot be read to its end; the last that its reader gives."""
+    """A shard that cannot be read to its end. It is the last item that the shard's reader gives."""
 
     way_out = "fetch it again or remove it, or set on_error: skip to leave the rest of it out"
 
@@ -61,7 +61,7 @@ class BrokenShard(BadRecord):
 
 @contextmanager
 def blaming(where: str, file: str | None = None) -> Iterator[None]:
-    """A context in which a `ValueError` says that the record cannot be used: it becomes a `BadRecord`, of `where`.
+    """A context in which a `ValueError` becomes a `BadRecord` of the place `where`.
 
     Args:
         file: the file to blame, if there is one.
@@ -91,8 +91,8 @@ class LeftOut:
         """Count a record that cannot be used, or refuse it, as the source's `on_error` says.
 
         Args:
-            name: what the record is called.
-            file: where it stands, if that is another name.
+            name: the name of the record.
+            file: the file or the place in a file that holds it, if there is one.
 
         Raises:
             ValueError: source, record, reason and way out, with `on_error: raise`.
@@ -106,7 +106,7 @@ class LeftOut:
         self._count(reason, 1, [printable(file or name)])
 
     def join(self, other: "LeftOut") -> None:
-        """Add what was left out elsewhere, after what is here."""
+        """Add the records that were left out elsewhere, after the records that are here."""
         for reason, count in other.counts.items():
             self._count(reason, count, other.names(reason))
 
@@ -130,12 +130,12 @@ class LeftOut:
 
 
 def printable(text: str) -> str:
-    """A text that any terminal and file takes, however the names in it are encoded."""
+    """Escape a text so that any terminal and file takes it, however the names in it are encoded."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def readable_rows(rows: pa.RecordBatch | pa.Table) -> Iterator[dict | BadRecord]:
-    """Rows as mappings, and an error in the place of one that holds what Python has no value for."""
+    """Read rows as mappings; an error stands for a row with a value that Python cannot hold."""
     try:
         yield from rows.to_pylist()
     except (ValueError, OverflowError) as error:  # a text that is not UTF-8, a time out of range
@@ -146,24 +146,24 @@ def readable_rows(rows: pa.RecordBatch | pa.Table) -> Iterator[dict | BadRecord]
             yield BadRecord(f"the row cannot be read: {error}")
 
 
-# --------------------------------------------------------------------------------------------------- pictures and sounds
+# -------------------------------------------------------------------------------------------------- pictures and sounds
 
 
 class OutsidePath(str):
-    """A file's name that leads outside the folder of its source. It is never opened."""
+    """The name of a file outside of the folder of its source. The file is never opened."""
 
 
 def source_roots(path: Path) -> list[Path]:
-    """The folders in which files that records name must lie: that of a local source, or the caches for one of the Hub."""
+    """List the folders of the files that records may name: a local source's own, or the caches for one of the Hub."""
     if path.exists():
         return [path if path.is_dir() else path.parent]
     return [Path(datasets.config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE)]
 
 
 def confined(value, roots: Sequence[Path]):
-    """A picture or sound of a record with its file's name, if it has one, made a path inside one of some folders.
+    """Replace the file's name of a picture or sound, if it has one, by a path inside one of some folders.
 
-    Relative names are taken from the first folder. A name that leads outside (by `..`, an absolute path or a link)
+    A relative name is taken from the first folder. A name that leads outside (by `..`, an absolute path or a link)
     becomes an `OutsidePath`, which does not decode.
     """
     name = name_within(value)
@@ -182,20 +182,20 @@ def confined(value, roots: Sequence[Path]):
 
 
 def decode_picture(value, limits: Limits | None = None) -> Image.Image:
-    """An upright picture, RGB or (where it is transparent in places) RGBA; see `load_picture`.
+    """Decode an upright picture, RGB or (where it is transparent in places) RGBA; see `load_picture`.
 
     Raises:
-        ValueError: nothing there, a missing file, bytes that are no picture, or more pixels than the limit.
+        ValueError: no value, a missing file, bytes that are no picture, or more pixels than the limit.
     """
     _check_inside(value, "picture")
     return load_picture(value, (limits or Limits()).max_pixels, "data.max_pixels")
 
 
 def decode_sound(value, limits: Limits | None = None) -> tuple[np.ndarray, int]:
-    """A mono float32 wave and its sampling rate; see `load_sound`.
+    """Decode a mono float32 wave and its sampling rate in Hz; see `load_sound`.
 
     Raises:
-        ValueError: nothing there, a missing file, bytes that are no sound, an array without its sampling rate, or a
+        ValueError: no value, a missing file, bytes that are no sound, an array without its sampling rate, or a
             sound longer than the limit.
     """
     _check_inside(value, "sound")
@@ -208,16 +208,16 @@ def _check_inside(value, kind: str) -> None:
         raise MediaError(f"the {kind} file leads outside the folder of its source: {str(value)!r}")
 
 
-# ------------------------------------------------------------------------------------------------------ texts, documents
+# ----------------------------------------------------------------------------------------------------- texts, documents
 
 _PLAIN = (bool, int, float, Decimal, datetime.date, datetime.time, datetime.timedelta)
 
 
 def text_of(segment: Segment, record: dict) -> str:
-    """The text of a segment: a column (a list is joined by commas), or a format over columns.
+    """Fill the text of a segment: a column (a list is joined by commas), or a format over columns.
 
     Raises:
-        BadRecord: nothing is left of it, a column that the format cannot do without is missing, or a value is no text.
+        BadRecord: the text is empty, a column that the format needs is missing, or a value is no text.
     """
     values = {name: _plain(record.get(name), name) for name in segment.columns}
     for name, value in values.items():
@@ -233,10 +233,10 @@ def text_of(segment: Segment, record: dict) -> str:
 
 
 def check_parts(parts, column: str) -> list[dict]:
-    """The parts of an interleaved document, each a mapping with a type and, if it is a text, a text.
+    """Check the parts of an interleaved document: each a mapping with a type and, if it is a text, a text.
 
     Raises:
-        BadRecord: it is no such list.
+        BadRecord: the value is no such list.
     """
     if not isinstance(parts, list) or not parts:
         raise BadRecord(f"column {column!r}: it has no segments: {reprlib.repr(parts)}")
@@ -256,7 +256,7 @@ def check_parts(parts, column: str) -> list[dict]:
 
 
 def _plain(value, column: str) -> str:
-    """A value as a text; nothing for what is missing."""
+    """Write a value as a text; a missing value is empty."""
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, str):
         return value
@@ -268,7 +268,7 @@ def _plain(value, column: str) -> str:
         return ", ".join(text for text in (_plain(item, column) for item in value) if text.strip())
     if not isinstance(value, _PLAIN):
         raise BadRecord(f"the column of a text holds {type(value).__name__}: {column!r}")
-    if value != value:  # NaN, and what else marks what is missing
+    if value != value:  # NaN and NaT mark missing values
         return ""
     if isinstance(value, (float, Decimal)) and math.isinf(value):
         raise BadRecord(f"the column of a text holds a number that is not finite: {column!r}")
@@ -276,7 +276,7 @@ def _plain(value, column: str) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written in UTF-8: half a character of UTF-16, a lone surrogate, cannot."""
+    """True if a text can be written in UTF-8; a lone surrogate, half a character of UTF-16, cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
