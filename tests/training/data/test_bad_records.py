@@ -159,7 +159,8 @@ def test_bytes_that_are_none_open_no_file_from_outside(pictures, prepare, name, 
 
 
 def text_that_is_not_utf_8():
-    return pa.Array.from_buffers(pa.string(), 3, [None, pa.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0])), pa.py_buffer(b"a\xffb")])  # fmt: skip
+    offsets = np.arange(4, dtype=np.int32).tobytes()
+    return pa.Array.from_buffers(pa.string(), 3, [None, pa.py_buffer(offsets), pa.py_buffer(b"a\xffb")])
 
 
 BAD_COLUMNS = {
@@ -280,7 +281,7 @@ def test_each_uses_every_record_and_passes_over_those_that_cannot_be(tmp_path, s
         list(source.each(lambda record: int(record["text"])))
 
 
-# ------------------------------------------------------------------------------------------------------ text that is none
+# --------------------------------------------------------------------------------------------------- text that is none
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Files made to harm: none executes, leaves its folder, or fills the memory, and each is named or skipped and counted."""
+"""Files made to harm: none executes, leaves its folder or fills the memory; each is named, or skipped and counted."""
 
 import gzip
 import io
@@ -126,7 +126,8 @@ for name, (path, segments, _) in cases.items():
     templates = [TemplateConfig(segments)]
     for on_error in ("raise", "skip"):
         try:
-            TokenizedSource.prepare(SourceConfig("x", path, templates, on_error=on_error), Preparing(ToyProcessor(), cache))
+            source = SourceConfig("x", path, templates, on_error=on_error)
+            TokenizedSource.prepare(source, Preparing(ToyProcessor(), cache))
         except ValueError as error:
             said[f"{name}, {on_error}"] = str(error)
 # A value of 8 MB that a dictionary repeats in each of 100,000 rows.

@@ -77,7 +77,7 @@ def test_an_interrupted_preparation_goes_on_and_gives_the_same_files(tmp_path, s
     rest = Counting()
     resumed = TokenizedSource.prepare(shards, Preparing(rest, tmp_path / "resumed"))
     assert contents(resumed) == contents(whole)
-    # 600 texts in batches of 64 (the last of a shard has 8): one was whole after the first run, two each after the others.
+    # 600 texts in batches of 64 (the last of a shard has 8): one was whole after the first run, two after each other.
     assert rest.texts < 600 - 64 * 3
 
 
@@ -113,7 +113,8 @@ class Slow(ToyProcessor):
         return super().encode_segment(segment)
 
 preparation.CHUNK_BYTES = 1
-TokenizedSource.prepare(SourceConfig("texts", sys.argv[1], [TemplateConfig(["text:text"])]), Preparing(Slow(), sys.argv[2]))
+source = SourceConfig("texts", sys.argv[1], [TemplateConfig(["text:text"])])
+TokenizedSource.prepare(source, Preparing(Slow(), sys.argv[2]))
 """
 
 

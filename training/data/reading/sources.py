@@ -302,6 +302,7 @@ def _check_first_columns(source: Source) -> None:
 
 
 def _open_dataset(config: SourceConfig, path: Path) -> Source:
+    # The records of the split that match, and the first N of them.
     records = _load(config, path)
     streamed = not isinstance(records, datasets.Dataset)
     if records.features is not None:
@@ -313,16 +314,23 @@ def _open_dataset(config: SourceConfig, path: Path) -> Source:
         )
     if not streamed and config.limit is not None:
         records = records.select(range(min(config.limit, len(records))))
+
+    # The fingerprint covers the files of a local data set, and the name and commit of one on the Hub.
     described = {"config": config.config, "split": config.split, "limit": config.limit}
     described |= {"match": config.match} if config.match else {}
-    roots, labels = source_roots(path), label_names(records.features)
-    number = None if streamed else len(records)
-    source = Source(config, StreamedDataset(records) if streamed else records, number, "", roots=roots, labels=labels)
+    source = Source(
+        config,
+        StreamedDataset(records) if streamed else records,
+        None if streamed else len(records),
+        "",
+        roots=source_roots(path),
+        labels=label_names(records.features),
+    )
     if config.path == "carried":  # nothing else is ever put into its folder
         described["files"] = local_fingerprint(path)
     elif path.exists():
         described["files"] = files_fingerprint(path.resolve(), _data_files(config, path))
-        described["labels"] = labels
+        described["labels"] = source.labels
         described["named"] = _fingerprint_of_named(source, records.features)
     else:
         described["dataset"] = [config.path, _hub_commit(config)] if streamed else records._fingerprint
@@ -389,8 +397,8 @@ def _not_found(config: SourceConfig, path: Path, error: Exception) -> str:
         there = sorted(printable(file.name) for file in first.iterdir())
         listed = ", ".join(there[:5]) + (", ..." if len(there) > 5 else "")
         return (
-            f"path {config.path} does not exist here (the folder {first} does, and holds {listed or 'nothing'}), nor can "
-            f"a data set of this name be reached: {error}"
+            f"path {config.path} does not exist here (the folder {first} does, and holds {listed or 'nothing'}), "
+            f"nor can a data set of this name be reached: {error}"
         )
     return f"{config.path!r} is neither a local path nor a reachable data set: {error}"
 
@@ -488,7 +496,7 @@ def local_fingerprint(path: Path) -> str:
 
 
 def files_fingerprint(root: Path, files: Sequence[Path]) -> str:
-    """Hash every file: its path relative to `root`, and its content or, for a large source, its size and time of change.
+    """Hash every file: its path relative to `root`, and its content or, for a large source, its size and time.
 
     A link that leads out of the folder is never opened: it counts by the size and time of what it leads to. A file that
     is not there counts as missing.
