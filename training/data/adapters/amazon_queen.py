@@ -37,7 +37,7 @@ licence allows free distribution with its notices, not resale on its own. Made b
 
 
 def read_archive(data: bytes) -> dict[str, bytes]:
-    """File name -> content of a `queen.1c` archive.
+    """Read a `queen.1c` archive: file name -> content.
 
     Raises:
         ValueError: not such an archive.
@@ -53,7 +53,7 @@ def read_archive(data: bytes) -> dict[str, bytes]:
 
 
 def dialogue_lines(table: bytes) -> list[tuple[str, str]]:
-    """(clip prefix, line) of a `.DOG` table: prefix is dialogue number, line number and J (Joe) or P (other person).
+    """Read (prefix, line) of a `.DOG` table. A prefix is dialogue number, line number and J (Joe) or P (other person).
 
     The table is big-endian: counts, then for each of the two speakers entries of a skipped word, the line's number, a
     length byte and the text, padded to four bytes.
@@ -74,7 +74,7 @@ def dialogue_lines(table: bytes) -> list[tuple[str, str]]:
 
 
 def paired_clips(files: dict[str, bytes]) -> list[dict]:
-    """One row for every clip whose text is known, sorted by id."""
+    """Make one row for every clip whose text is known, sorted by id."""
     rows = {}
     for name, table in files.items():
         if not name.endswith(".DOG"):

@@ -57,7 +57,7 @@ Pictures: Noto Emoji, Copyright Google Inc., Apache-2.0, changed as the table sa
 
 
 def turn_hue(picture: Image.Image, degrees: int) -> Image.Image:
-    """All hues turned by one angle, such that the most frequent comes to lie at `degrees`; white, grey, black stay."""
+    """Turn all hues by one angle, so that the most frequent lies at `degrees`; white, grey and black stay."""
     hue, saturation, value = (np.asarray(band) for band in picture.convert("HSV").split())
     weights = saturation.astype(np.int64) * value
     counts = np.bincount(hue.ravel(), weights.ravel(), minlength=256)
@@ -70,12 +70,12 @@ def turn_hue(picture: Image.Image, degrees: int) -> Image.Image:
 
 
 def gamma(picture: Image.Image, exponent: float) -> Image.Image:
-    """Every channel c / 255 to a power; white and black stay."""
+    """Raise every channel c / 255 to a power; white and black stay."""
     return picture.point([round(255 * (level / 255) ** exponent) for level in range(256)] * 3)
 
 
 def shrink(picture: Image.Image) -> Image.Image:
-    """Half the size, in the middle of white."""
+    """Halve the size, in the middle of white."""
     width, height = picture.size
     small = picture.resize((width // 2, height // 2), Image.Resampling.BOX)
     canvas = Image.new("RGB", picture.size, "white")
@@ -97,18 +97,22 @@ EDITS: dict[str, tuple[str, str, Callable[[Image.Image], Image.Image]]] = {
     "lighter": ("make it lighter", "square root of the channels, of 1", lambda p: gamma(p, 0.5)),
     "smaller": ("make it smaller", "half the size, in the middle", shrink),
 } | {
-    colour: (f"make it {colour}", f"hues turned, the most frequent to {degrees} degrees", lambda p, d=degrees: turn_hue(p, d))
+    colour: (
+        f"make it {colour}",
+        f"hues turned, the most frequent to {degrees} degrees",
+        lambda p, d=degrees: turn_hue(p, d),
+    )
     for colour, degrees in COLOURS.items()
 }  # fmt: skip
 
 
 def difference(one: Image.Image, other: Image.Image) -> float:
-    """Mean absolute difference of two pictures of one size, of 255."""
+    """Measure the mean absolute difference of two pictures of one size, of 255."""
     return float(np.abs(np.asarray(one, dtype=np.int16) - np.asarray(other, dtype=np.int16)).mean())
 
 
 def edited(record: dict, edits: list[str]) -> Iterator[dict]:
-    """A row for each edit of a carried record that can be seen."""
+    """Make a row for each visible edit of a carried record."""
     source = flatten(decode_picture(record["image"]))
     for edit in edits:
         instruction, _, change = EDITS[edit]

@@ -182,7 +182,7 @@ _GENDER_AND_JOINERS = {"2640", "2642", "200D", "FE0F", "27A1"}
 
 
 def plain_name(record: dict) -> str:
-    """A lower-case name as one would say it, from one record of `emoji.json`."""
+    """Make a lower-case name as one would say it, from one record of `emoji.json`."""
     name = record["name"].lower().replace("’", "'").replace("oclock", "o'clock")
     if record["subcategory"] in ("country-flag", "subdivision-flag"):
         return "flag of " + name.removesuffix(" flag").replace("&", "and")
@@ -206,7 +206,7 @@ def plain_name(record: dict) -> str:
 
 
 def plain_names(records: list[dict]) -> list[str]:
-    """`plain_name` of every record; names that coincide get the first short name, then the code points, behind them."""
+    """Name every record; names that coincide get the first short name, then the code points, behind them."""
     names = [plain_name(record) for record in records]
     for tell_apart in (lambda record: record["short_names"][0].replace("_", " "), lambda record: record["unified"]):
         counts = {name: names.count(name) for name in names}
@@ -219,7 +219,7 @@ def plain_names(records: list[dict]) -> list[str]:
 
 
 def keywords(record: dict, name: str) -> list[str]:
-    """Other words for the concept: short names, and the last word of the category path; never the name itself."""
+    """List other words for the concept: short names, and the last word of the category path; never the name itself."""
     words = [short.lower().replace("_", " ").replace("-", " ").strip() for short in record["short_names"]]
     words.append(record["subcategory"].replace("-", " ").replace("&", "and"))
     clean = [word for word in words if re.search(r"[a-z]{2}", word) and word not in ("shit", name.replace("-", " "))]
@@ -227,7 +227,7 @@ def keywords(record: dict, name: str) -> list[str]:
 
 
 def concept_group(record: dict) -> str:
-    """What a concept shares with its man, woman, person and facing-right forms; all forms stand in one split."""
+    """Name the group of a concept and its man, woman, person and facing-right forms, which stand in one split."""
     if record["subcategory"] in ("family", "skin-tone"):
         return record["subcategory"]
     points = [point for point in record["unified"].split("-") if point not in _GENDER_AND_JOINERS]
@@ -237,7 +237,7 @@ def concept_group(record: dict) -> str:
 
 
 def tier(record: dict) -> int:
-    """0 for animals, food, plants and things, 1 for the rest, 2 for people and signs, 3 for near-identical series."""
+    """Rank: 0 for animals, food, plants and things, 1 else, 2 for people and signs, 3 for series alike."""
     subcategory = record["subcategory"]
     if subcategory in _LAST or record["name"].startswith("CLOCK FACE") or "MOON" in record["name"]:
         return 3
@@ -245,5 +245,5 @@ def tier(record: dict) -> int:
 
 
 def shuffle_key(record: dict) -> str:
-    """A fixed pseudo-random key of the code points: the order inside a tier."""
+    """Draw a fixed pseudo-random key from the code points: the order inside a tier."""
     return hashlib.sha256(("carried emoji " + record["unified"]).encode()).hexdigest()

@@ -54,7 +54,7 @@ tone. twitter: CC-BY-4.0 (Twemoji); fluent: MIT (Microsoft Fluent Emoji); openmo
 
 
 def base_concept(points: str) -> tuple[str, str]:
-    """Code points without variation selectors and skin tones, and the words for the tones."""
+    """Take variation selectors and skin tones out of code points, and give the words for the tones."""
     parts = [point for point in points.upper().split("-") if point != "FE0F"]
     tones = [SKIN_TONES[point] for point in parts if point in SKIN_TONES]
     base = [point.zfill(4) for point in parts if point not in SKIN_TONES]
@@ -63,7 +63,7 @@ def base_concept(points: str) -> tuple[str, str]:
 
 
 def carried_concepts() -> dict[str, dict]:
-    """Base code points -> id, name, category and split of the carried set."""
+    """Read the carried set: base code points -> id, name, category and split."""
     concepts = {}
     for split in ("train", "validation"):
         table = parquet.read_table(carried_path() / "emoji" / f"{split}.parquet", columns=["id", "name", "category"])

@@ -14,7 +14,7 @@ ENCODED_FILE = {"bytes": Value("binary"), "path": Value("string")}
 
 
 def write_split(rows: list[dict], features: Features, path: Path) -> None:
-    """One parquet file that carries the features, pictures and sound as encoded bytes.
+    """Make one parquet file that carries the features, pictures and sound as encoded bytes.
 
     `Audio(decode=False)`: decoding is left to soundfile, so that torchcodec is not needed to write or read the set.
     """
@@ -29,7 +29,7 @@ def write_split(rows: list[dict], features: Features, path: Path) -> None:
 
 
 def refuse_full_folder(out: Path) -> None:
-    """Raises ValueError when `out` holds anything."""
+    """Raise a ValueError if `out` holds anything."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is not an empty folder; remove it or name another")
 
@@ -74,12 +74,12 @@ def write_folder(
 
 
 def held_out(group: str, share: float, salt: str = "") -> bool:
-    """Whether a group of records is held out: a fixed draw with probability `share`."""
+    """True if a group of records is held out: a fixed draw with probability `share`."""
     return int(hashlib.sha256(f"{salt} {group}".encode()).hexdigest()[:8], 16) < share * 2**32
 
 
 def by_group(rows: list[dict], group: str, share: float = 0.1, salt: str = "") -> dict[str, list[dict]]:
-    """Train and validation such that no value of the column `group` is in both."""
+    """Split into train and validation, so that no value of the column `group` is in both."""
     splits = {"train": [], "validation": []}
     for row in rows:
         splits["validation" if held_out(row[group], share, salt) else "train"].append(row)

@@ -9,7 +9,7 @@ from training.data.reading.values import decode_picture
 
 
 def square_png(data: bytes | str, size: int) -> bytes:
-    """Any raster picture, fitted into a white square of `size` pixels, as PNG."""
+    """Fit any raster picture into a white square of `size` pixels, as PNG."""
     picture = flatten(decode_picture(data))
     if picture.size != (size, size):
         scale = size / max(picture.size)
@@ -24,7 +24,7 @@ def square_png(data: bytes | str, size: int) -> bytes:
 
 
 def svg_png(text: str, size: int) -> bytes:
-    """An SVG, rendered to fit a white square of `size` pixels, as PNG.
+    """Render an SVG to fit a white square of `size` pixels, as PNG.
 
     Raises:
         ValueError: it does not render, such as one without a size.

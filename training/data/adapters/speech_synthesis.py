@@ -15,7 +15,7 @@ SAMPLING_RATE = 16_000
 
 
 def synthesise(text: str, voice: str) -> np.ndarray:
-    """`text` spoken by a flite `voice`: float32 mono at 16 kHz, silence trimmed, peak 0.7."""
+    """Speak `text` with a flite `voice`: float32 mono at 16 kHz, silence trimmed, peak 0.7."""
     import soundfile
 
     if shutil.which("flite") is None:
@@ -31,7 +31,7 @@ def synthesise(text: str, voice: str) -> np.ndarray:
 
 
 def trim_silence(wave: np.ndarray, threshold: float = 0.01, margin: int = 480) -> np.ndarray:
-    """Cut what stays under `threshold` of the peak at both ends, but for `margin` samples."""
+    """Cut both ends that stay under `threshold` of the peak, except for `margin` samples."""
     loud = np.flatnonzero(np.abs(wave) > threshold * np.abs(wave).max())
     if not len(loud):
         return wave
@@ -39,7 +39,7 @@ def trim_silence(wave: np.ndarray, threshold: float = 0.01, margin: int = 480) -
 
 
 def encode_opus(wave: np.ndarray, compression_level: float) -> bytes:
-    """Ogg Opus bytes of a 16 kHz wave. The stream's serial number, random in the library, is set to 1."""
+    """Encode a 16 kHz wave as Ogg Opus. The stream's serial number, random in the library, is set to 1."""
     import soundfile
 
     buffer = io.BytesIO()
@@ -48,7 +48,7 @@ def encode_opus(wave: np.ndarray, compression_level: float) -> bytes:
 
 
 def with_ogg_serial(data: bytes, serial: int) -> bytes:
-    """The same Ogg stream under another serial number, page checksums renewed (RFC 3533)."""
+    """Give an Ogg stream another serial number, and renew the checksums of its pages (RFC 3533)."""
     pages, start = [], 0
     while start < len(data):
         if data[start : start + 4] != b"OggS":

@@ -40,7 +40,7 @@ configurations. GPL-2, from the Debian package `tuxpaint-stamps-default`; made b
 
 
 def read_captions(path: Path) -> dict[str, str]:
-    """Language -> caption: the first line is English, the others are `xx.utf8=caption`."""
+    """Read captions: language -> caption. The first line is English, the others are `xx.utf8=caption`."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     captions = {"en": lines[0].strip()} if lines else {}
     for line in lines[1:]:
@@ -50,7 +50,7 @@ def read_captions(path: Path) -> dict[str, str]:
 
 
 def recordings(stamp: Path) -> dict[str, Path]:
-    """Language -> recording of a stamp's description (`name_desc.ogg` is English, `name_desc_xx.ogg` another)."""
+    """Find recordings of a stamp: language -> file (`name_desc.ogg` is English, `name_desc_xx.ogg` another)."""
     found = {}
     for path in sorted(stamp.parent.glob(f"{stamp.name}_desc*")):
         match = re.fullmatch(re.escape(stamp.name) + r"_desc(?:_([\w@]+))?\.(ogg|wav)", path.name)
@@ -60,7 +60,7 @@ def recordings(stamp: Path) -> dict[str, Path]:
 
 
 def read_stamps(root: Path, size: int) -> tuple[list[dict], list[dict], dict[str, int]]:
-    """Rows of `stamps`, rows of `spoken`, and how many of each kind were left out."""
+    """Make rows of `stamps` and rows of `spoken`, and count the stamps that were left out by reason."""
     stamps, spoken, left_out = [], [], dict.fromkeys(_LEFT_OUT, 0)
     for file in sorted(root.rglob("*.txt")):
         stem = file.with_suffix("")

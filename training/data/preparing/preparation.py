@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,7 @@ from training.data.config import Segment, SourceConfig
 from training.data.documents import Vocabulary
 from training.data.preparing.batch_tokenizer import BatchTokenizer
 from training.data.reading.records import Source
-from training.data.reading.sources import digest_of
+from training.data.reading.sources import digest_of, file_digest
 from training.data.reading.values import BadRecord, LeftOut
 
 
@@ -167,16 +166,10 @@ def chunk_damage(folder: Path, described: dict, anew: bool = False) -> str | Non
         return f"{path.name} is missing: {error.strerror}"
     if found.st_size != described["size"]:
         return f"{path.name} has {found.st_size} bytes instead of {described['size']}"
-    digest = _file_digest.__wrapped__ if anew else _file_digest
+    digest = file_digest.__wrapped__ if anew else file_digest
     if digest(path, found.st_size, found.st_mtime_ns, found.st_ino) != described["sha256"]:
         return f"{path.name} has another hash than was noted when it was written"
     return None
-
-
-@cache
-def _file_digest(path: Path, size: int, changed: int, inode: int) -> str:
-    with pa.memory_map(str(path)) as file:
-        return hashlib.sha256(file.read_buffer()).hexdigest()
 
 
 def open_chunk(path: Path) -> pa.Table:

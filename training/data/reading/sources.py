@@ -517,16 +517,17 @@ def files_fingerprint(root: Path, files: Sequence[Path]) -> str:
 def content_fingerprint(file: Path) -> str:
     """Hash a file, once as long as it is not changed. One that may not be read is "unreadable"; its record names it."""
     stat = file.stat()
-    return _content_fingerprint(file, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    try:
+        return file_digest(file, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    except PermissionError:
+        return "unreadable"
 
 
 @lru_cache(maxsize=2**16)
-def _content_fingerprint(file: Path, size: int, changed: int, inode: int) -> str:
-    try:
-        with open(file, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except PermissionError:
-        return "unreadable"
+def file_digest(file: Path, size: int, changed: int, inode: int) -> str:
+    """Hash a file. The arguments beside its path make a changed file be hashed again."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _fingerprint_of_named(source: Source, features: datasets.Features | None = None) -> str | None:
