@@ -180,9 +180,9 @@ def test_lines_of_a_text_file_are_records(tmp_path, prepare):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("one.png", png("red"), "is one of many pictures; give the folder that it lies in"),
-        ("one.wav", wav(0.5), "is one of many sounds; give the folder that it lies in"),
-        ("one.heic", b"0", "is one of many pictures; give the folder"),
+        ("one.png", png("red"), "is a single picture; give the folder that it lies in"),
+        ("one.wav", wav(0.5), "is a single sound; give the folder that it lies in"),
+        ("one.heic", b"0", "is a single picture; give the folder"),
         ("one.csv", b"text\na\n", r"is a .csv file; give the folder that it lies in"),
         ("one.md", b"a", "is a file of no format that is read; .*set format"),
         ("empty", None, "is an empty folder"),
@@ -220,7 +220,7 @@ def test_a_name_that_is_not_there_is_first_looked_for_here(tmp_path, monkeypatch
         ValueError, match=r"path my/nope does not exist here \(the folder my does, and holds data\), nor"
     ):
         open_source(source_of("my/nope", ["text:text"]))
-    with pytest.raises(ValueError, match="'other/nope' is neither a local path nor a reachable data set"):
+    with pytest.raises(ValueError, match="'other/nope' is neither a local .* the Hub is out of reach"):
         open_source(source_of("other/nope", ["text:text"]))
     assert time.perf_counter() - begin < 10 and len(asked) == 4
     assert "Retry" not in capfd.readouterr().err

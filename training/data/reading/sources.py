@@ -207,7 +207,7 @@ def _refuse_file(config: SourceConfig, path: Path) -> NoReturn:
     suffix = path.suffix.lower()
     media = next((kind for kind in KINDS.values() if suffix in kind.suffixes + kind.others), None)
     if media is not None:
-        found = f"is one of many {media.name}; give the folder that it lies in, with captions beside them"
+        found = f"is a single {media.name[:-1]}; give the folder that it lies in, with captions beside its {media.name}"
     elif suffix in _SUFFIXES_OF_TABLES:
         found = f"is a {suffix} file; give the folder that it lies in, or write its records as JSONL"
     else:
@@ -386,12 +386,14 @@ def _load(config: SourceConfig, path: Path):
         raise ValueError(f"source {config.name!r}: {_not_found(config, path, error)}") from error
 
 
-def _not_found(config: SourceConfig, path: Path, error: Exception) -> str:
+def _not_found(config: SourceConfig, path: Path, error: Exception | str) -> str:
     """Say why nothing was loaded, first what is the case on this machine."""
     if path.exists():
         return (
             f"path {config.path} is a folder without files of a format that is read: {error}; mend path, or set format"
         )
+    if isinstance(error, ConnectionError):
+        error = "the Hub is out of reach, and this machine keeps no copy"
     first = Path(path.parts[0])
     if len(path.parts) > 1 and first.is_dir():
         there = sorted(printable(file.name) for file in first.iterdir())
