@@ -64,6 +64,13 @@ def write_parquet(folder):
     return source_of(folder / "0.parquet", PAIR)
 
 
+def write_parquet_with_a_dot(folder):
+    Dataset.from_list([{"text": row["text"], "my.image": row["image"]} for row in records()]).to_parquet(
+        str(folder / "0.parquet")
+    )
+    return source_of(folder / "0.parquet", ["text:text", "image:my.image"])
+
+
 def write_parquet_of_paths(folder):
     rows = [row | {"image": {"bytes": None, "path": row["image"]}} for row in records()]
     rows += [{"text": "inside", "image": {"bytes": png("blue"), "path": "nowhere.png"}}]
@@ -107,6 +114,7 @@ WRITERS = [
     write_glob,
     write_parquet,
     write_parquet_of_paths,
+    write_parquet_with_a_dot,
     write_parquet_of_documents,
     write_captions,
     write_metadata,

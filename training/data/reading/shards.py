@@ -187,7 +187,8 @@ def _parquet(
     # The columns that are wanted, or the texts inside of them.
     wanted = [name for name in columns if name in names] if columns or texts_of else None
     for leaf in map(opened.schema.column, range(len(opened.schema)) if texts_of else ()):
-        if leaf.path.split(".")[0] in texts_of and leaf.logical_type.type == "STRING":
+        is_inside = any(f"{leaf.path}.".startswith(f"{name}.") for name in texts_of)  # a name may have dots, too
+        if is_inside and leaf.logical_type.type == "STRING":
             wanted.append(leaf.path)
     for group in range(opened.num_row_groups):
         described = opened.metadata.row_group(group)
