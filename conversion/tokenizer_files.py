@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from conversion.commands import read_json, reading
 from conversion.key_maps import ConversionError
 from modeling_mot.hub_trust import without_code
-from modeling_mot.processing_inputs import as_it_was
+from modeling_mot.processing_prompts import as_it_was
 
 
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"

@@ -16,7 +16,7 @@ from modeling_mot import MoTProcessor
 from modeling_mot.hub_trust import load_tokenizer
 from modeling_mot.image_processing import MoTImageProcessor
 from modeling_mot.image_tokenizer import MoTImageTokenizer
-from modeling_mot.processing_inputs import with_pictures
+from modeling_mot.processing_prompts import with_pictures
 from modeling_mot.processing_vocabulary import COMMON_SPECIAL_TOKENS, SPECIAL_TOKENS, extend_tokenizer, special
 from modeling_mot.speech_tokenizer import MoTSpeechTokenizer
 

@@ -264,17 +264,20 @@ def attention_mask_for(
         position_ids: (B, L) as the caller passed them, or None. Without `document_ids` and
             `attention_mask`, positions that begin anew begin a new document, as in transformers.
         image_blocks: `ImageBlocks` of the keys, (B, past + L), or None.
-        plan: an `AttentionPlan` of all this, made ahead; attention that runs from plans then needs nothing else.
+        plan: an `AttentionPlan` of all this, the keys of the cache included, made ahead; attention that runs from plans
+            then needs nothing else.
         may_plan: make one where none is given and attention runs from plans, which waits for the device.
 
     Raises:
         ValueError: `document_ids` together with keys of an earlier forward, whose documents are unknown.
     """
-    # The keys are those of this forward: a static cache would have room for more.
+    # Ranges that were made ahead are of all keys. Any other plan is of this forward's keys alone, and a static cache
+    # would have room for more.
+    has_ranges = plan is not None and not plan.is_causal
     is_fresh = past_key_values is None or (
         isinstance(past_key_values, DynamicCache) and past_key_values.get_seq_length() == 0
     )
-    if config._attn_implementation == RANGES and is_fresh and attention_mask is None:
+    if config._attn_implementation == RANGES and attention_mask is None and (is_fresh or has_ranges):
         if plan is None:
             if position_ids is not None:
                 position_ids = position_ids.expand(inputs_embeds.shape[:2])

@@ -1,13 +1,15 @@
-"""Decode one token for each of several sequences from plain tensors, as fast as a CPU can.
+"""Decode one token for each of several sequences, from a model's weights and not through its modules.
 
-This is a second transformer. The model's own forward is made for rows of any length; on one token it spends most of
-its time outside of products. `LeanDecoder` takes the weights out of the modules once and runs one token through them,
-in 0.61 to 0.67 of the time of transformers' Llama. What it costs: an option of the architecture has to be written here a second
-time, in `LeanDecoder._read` (which modules a layer has) and in what `_Reader` makes of them. Where a module is more
-than its weights (hooks, adapters, quantised weights, forwards of a user), the module itself is called, and where the
-model is (see `LeanDecoder.of`), `ForwardDecoder` runs the model's own forward.
+This is a second transformer, and that is its cost: a change of the architecture has to be made here a second time, or
+generation no longer equals the model's own forward. It has to be made in one place, under "reading a model":
+`LeanDecoder._read` names the modules of a layer, and `_Reader` says which function each module becomes.
+`tests/modeling_mot/test_lean_decoding.py` compares the two transformers.
 
-`DecodingCache` holds the keys and values of sequences that grow token by token, each in a row with room behind it.
+It pays in speed. The model's own forward is made for rows of any length, and for one token spends most of its time
+outside of products. `LeanDecoder` takes 0.61 to 0.67 of the time of transformers' Llama on a CPU.
+
+A module that is more than its weights (hooks, adapters, quantised weights, a forward of its own) is called as it is. If
+the layers or the model are more than that, `LeanDecoder.of` gives None, and `ForwardDecoder` runs the model's forward.
 """
 
 from collections.abc import Callable
@@ -35,16 +37,25 @@ from .tower_routing import (
 # R sequences, n <= R of them in a step, C columns, L tokens of a sequence, D hidden size, H query heads, K key heads,
 # d head size, V vocabulary
 
+COLUMNS = 256  # a cache grows by at least so many columns
+FEW, LARGE = 4, 2**19  # rows and weights from which oneDNN's product is the faster one in float32
+PACK_AFTER = 8  # products of a weight take as long as bringing it into oneDNN's own order, after which they take half
+PACKED_BYTES = 2**30  # of weights that a decoder holds in that order beside the model's
+HAS_MKLDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
+ATTENTION = ("sdpa", "mot_ranges")  # with a cache, both are `scaled_dot_product_attention`
+STEP_METHODS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")  # asked at each step
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that do not depend on the length of a sequence
 
-COLUMNS = 256  # by at least so many a cache grows
+
+# ----------------------------------------------------------------------------------------------------------- the cache
 
 
 class Prefix(NamedTuple):
-    """What is cached of one sequence, views into where it is kept.
+    """The keys and values of one sequence, as views of a cache.
 
     Attributes:
         keys, values: of each layer, (K, L, d).
-        position: of the next token.
+        position: the position of the next token.
     """
 
     keys: list[torch.Tensor]
@@ -57,11 +68,18 @@ class Prefix(NamedTuple):
 
 
 class DecodingCache:
-    """Keys and values of R sequences, each (R, K, C, d).
+    """Keys and values of R sequences that grow token by token, each in a row with room behind it.
+
+    Args:
+        keys, values: of each layer, (R, K, L, d).
+        mask: (R, L) 1 for tokens, 0 for padding; None for no padding.
+        dtype: to keep them in; default: their own.
 
     Attributes:
+        keys, values: of each layer, (R, K, C, d).
+        capacity: C, the columns that there is room for.
         lengths: filled columns of each sequence, from the left.
-        mask: (R, 1, 1, C) what is added to attention scores: 0 for tokens, minus infinity elsewhere; None where all
+        mask: (R, 1, 1, C) a summand of attention scores: 0 for tokens, minus infinity elsewhere. None while all
             sequences are of one length, without padding.
     """
 
@@ -72,25 +90,22 @@ class DecodingCache:
         mask: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
     ):
-        """
-        Args:
-            keys, values: of each layer, (R, K, L, d).
-            mask: (R, L) 1 for tokens, 0 for padding.
-            dtype: to keep them in; default: their own.
-        """
-        self.keys, self.values = ([tensor.to(dtype or tensor.dtype) for tensor in x] for x in (keys, values))
+        self.keys = [tensor.to(dtype or tensor.dtype) for tensor in keys]
+        self.values = [tensor.to(dtype or tensor.dtype) for tensor in values]
         count, _, self.capacity, _ = keys[0].shape
-        self.lengths, self.mask = [self.capacity] * count, None
+        self.lengths = [self.capacity] * count
+        self.mask: torch.Tensor | None = None
         if mask is not None and not mask.all():
             self.mask = self._hidden(count, self.capacity).masked_fill_(mask[:, None, None] != 0, 0)
 
     @classmethod
     def of(cls, cache: DynamicCache, mask: torch.Tensor | None, dtype: torch.dtype | None) -> "DecodingCache":
+        """Copy the cache that a forward over prompts filled; `mask` and `dtype` as above."""
         return cls([layer.keys for layer in cache.layers], [layer.values for layer in cache.layers], mask, dtype)
 
     @classmethod
     def empty(cls, config, count: int, dtype: torch.dtype, device) -> "DecodingCache":
-        """Room for so many sequences."""
+        """Make room for so many sequences without tokens."""
         shape = (count, config.num_key_value_heads, 0, config.head_dim)
         tensors = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         cache = cls(tensors, tensors)
@@ -101,57 +116,67 @@ class DecodingCache:
         return self.keys[0].new_full((count, 1, 1, columns), -float("inf"))
 
     def write_back(self, cache: DynamicCache) -> None:
-        """Into the cache of sequences of one length, as an ordinary forward would have left it."""
+        """Copy sequences of one length into a cache, as the model's own forward would have left it."""
         stop = self.lengths[0]
         for layer, keys, values in zip(cache.layers, self.keys, self.values):
-            kind = layer.keys.dtype
-            layer.keys, layer.values = keys[:, :, :stop].to(kind, copy=True), values[:, :, :stop].to(kind, copy=True)
+            dtype = layer.keys.dtype
+            layer.keys = keys[:, :, :stop].to(dtype, copy=True)
+            layer.values = values[:, :, :stop].to(dtype, copy=True)
 
     def reserve(self, columns: int) -> None:
-        """Room for so many columns."""
+        """Make room for so many columns."""
         if columns <= self.capacity:
             return
         more = max(columns - self.capacity, COLUMNS, self.capacity // 2)
         for tensors in (self.keys, self.values):
             for layer, tensor in enumerate(tensors):  # one at a time, so that the old one is freed
                 wider = tensor.new_zeros(*tensor.shape[:2], self.capacity + more, tensor.shape[3])
-                wider[:, :, : self.capacity] = tensor[:, :, : self.capacity]  # which may be wide: memory ran out midway
+                # The old one is wider already if memory ran out midway and this is the next try.
+                wider[:, :, : self.capacity] = tensor[:, :, : self.capacity]
                 tensors[layer] = wider
         if self.mask is not None:
             self.mask = F.pad(self.mask, (0, more), value=-float("inf"))
         self.capacity += more
 
     def open(self, count: int) -> "Columns":
-        """The next column of the first `count` sequences."""
+        """Take the next column of the first `count` sequences, for one step."""
         lengths = self.lengths[:count]
         self.reserve(max(lengths) + 1)
         self.lengths[:count] = [length + 1 for length in lengths]
         return Columns(self, lengths)
 
-    # ------------------------------------------------------------------------------------------------- whole rows
+    # ------------------------------------------------------------------------------------------------------ whole rows
 
     def prefix(self, row: int, position: int, drop_last: int = 0) -> Prefix:
-        """One sequence without its padding on the left, and without its last columns.
+        """Return one sequence without its padding on the left, and without its last columns.
 
         Args:
-            position: of its next token, the columns that are dropped included.
+            position: the position of its next token, before columns are dropped.
         """
         first, stop = 0, self.lengths[row] - drop_last
         if self.mask is not None:
             first = int((self.mask[row, 0, 0, :stop] == 0).long().argmax())
-        keys, values = ([tensor[row, :, first:stop] for tensor in x] for x in (self.keys, self.values))
+        keys = [tensor[row, :, first:stop] for tensor in self.keys]
+        values = [tensor[row, :, first:stop] for tensor in self.values]
         return Prefix(keys, values, position - drop_last)
 
     def extend(self, row: int, keys: list[torch.Tensor], values: list[torch.Tensor]) -> None:
-        """Columns behind those of one sequence: of each layer, (K, m, d)"""
+        """Append columns to one sequence: of each layer, (K, m, d)
+
+        Raises:
+            ValueError: the columns are of another shape; the cache stays as it was.
+        """
         start = self.lengths[row]
         stop = start + keys[0].shape[1]
-        (_, heads, _, head_dim), shapes = self.keys[0].shape, {tuple(tensor.shape) for tensor in (*keys, *values)}
+        _, heads, _, head_dim = self.keys[0].shape
+        shapes = {tuple(tensor.shape) for tensor in (*keys, *values)}
         if shapes != {(heads, stop - start, head_dim)} or not len(keys) == len(values) == len(self.keys):
             raise ValueError(
                 f"{len(keys)} layers of keys and values of shape {sorted(shapes)} do not fit into a cache of "
                 f"{len(self.keys)} layers of {heads} heads of {head_dim}"
             )
+
+        # Copy them, and show them.
         self._tell_lengths_apart()
         self.reserve(stop)
         for mine, others in ((self.keys, keys), (self.values, values)):
@@ -161,9 +186,9 @@ class DecodingCache:
         self.lengths[row] = stop
 
     def cut(self, row: int, length: int) -> None:
-        """Forget what one sequence has beyond so many columns.
+        """Cut one sequence to so many columns.
 
-        They become zeros: a NaN that is hidden still reaches whoever uses the row next, since attention multiplies it by 0.
+        The others become zeros. Attention multiplies hidden values by 0, so that a NaN would reach the next sequence.
         """
         self._tell_lengths_apart()
         for tensor in (*self.keys, *self.values):
@@ -172,7 +197,7 @@ class DecodingCache:
         self.lengths[row] = length
 
     def swap(self, row: int, other: int) -> None:
-        """Two sequences change places."""
+        """Let two sequences change places."""
         stop = max(self.lengths[row], self.lengths[other])
         for tensor in (*self.keys, *self.values):
             tensor[[row, other], :, :stop] = tensor[[other, row], :, :stop]
@@ -180,20 +205,33 @@ class DecodingCache:
         self.lengths[row], self.lengths[other] = self.lengths[other], self.lengths[row]
 
     def _tell_lengths_apart(self) -> None:
+        """Make the mask that sequences of different lengths need."""
         if self.mask is None:
             self.mask = self._hidden(len(self.lengths), self.capacity)
             self.mask[..., : self.lengths[0]] = 0
 
 
 class Columns:
-    """Where a step writes, and what it then sees."""
+    """The columns that one step writes, and the columns that it then sees.
+
+    Attributes:
+        count, stop: n sequences, and the columns of the longest one.
+        mask: (n, 1, 1, stop) as of `DecodingCache`, or None.
+    """
 
     def __init__(self, cache: DecodingCache, lengths: list[int]):
-        self.cache, self.count, self.stop, self.mask = cache, len(lengths), max(lengths) + 1, None
+        self.cache = cache
+        self.count = len(lengths)
+        self.stop = max(lengths) + 1
+        self.mask: torch.Tensor | None = None
+
+        # Sequences of one length write one column, others a column each.
         self.is_ragged = min(lengths) != max(lengths)
         if self.is_ragged:
-            device = cache.mask.device
-            self.rows, self.columns = torch.arange(self.count, device=device), torch.tensor(lengths, device=device)
+            self.rows = torch.arange(self.count, device=cache.mask.device)
+            self.columns = torch.tensor(lengths, device=cache.mask.device)
+
+        # The written columns are shown.
         if cache.mask is not None:
             if self.is_ragged:
                 cache.mask[self.rows, 0, 0, self.columns] = 0
@@ -202,7 +240,7 @@ class Columns:
             self.mask = cache.mask[: self.count, :, :, : self.stop]
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(n, K, d) twice -> all keys and values, (n, K, stop, d)"""
+        """Write the keys and values of a layer, and return all that it sees.  (n, K, d) -> (n, K, stop, d), twice"""
         return self._write(self.cache.keys[layer], key), self._write(self.cache.values[layer], value)
 
     def _write(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -215,41 +253,36 @@ class Columns:
         return kept.narrow(2, 0, self.stop)
 
     def visible(self) -> torch.Tensor | None:
-        """(n, stop) 1 for tokens; None where all are."""
+        """Return the mask in the form of `attention_mask`.  -> (n, stop) 1 for tokens; None if all are"""
         return None if self.mask is None else (self.mask[:, 0, 0] == 0).long()
 
     def as_cache(self) -> Cache:
-        """What an ordinary forward of one token may be given."""
+        """Return a cache for the model's own forward of one token."""
         return Cache(layers=[ColumnsLayer(self, layer) for layer in range(len(self.cache.keys))])
 
 
 class ColumnsLayer(DynamicLayer):
-    """One layer of a `DecodingCache`, for the forward of one step."""
+    """One layer of a `DecodingCache`, for the model's own forward of one step."""
 
     def __init__(self, columns: Columns, layer: int):
         super().__init__()
-        self.columns, self.layer = columns, layer
+        self.columns = columns
+        self.layer = layer
         self.lazy_initialization(columns.cache.keys[layer], columns.cache.values[layer])
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """(n, K, 1, d) twice -> (n, K, stop, d) twice"""
+        """(n, K, 1, d) -> (n, K, stop, d), twice"""
         return self.columns.write(self.layer, key_states.squeeze(2), value_states.squeeze(2))
 
     def get_seq_length(self) -> int:
         return self.columns.stop - 1
 
 
-FEW, LARGE = 4, 2**19  # rows and weights from which oneDNN's product is the faster one in float32
-PACK_AFTER = 8  # products of a weight take as long as bringing it into oneDNN's own order, after which they take half
-PACKED_BYTES = 2**30  # of weights that a decoder holds in that order beside the model's
-HAS_MKLDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
-ATTENTION = ("sdpa", "mot_ranges")  # what takes the same numbers from `scaled_dot_product_attention`
-STEP_METHODS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")  # asked at each step
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that do not depend on the length of a sequence
+# ------------------------------------------------------------------------------------------------ weights as functions
 
 
 class _Room:
-    """For weights that are held twice."""
+    """The bytes that are left for weights that are held twice."""
 
     def __init__(self, free: int):
         self.free = free
@@ -262,30 +295,41 @@ class _Room:
 
 
 class LeanLinear:
-    """A linear map of a few rows. On a CPU a weight that is used again and again is packed, in room that is there for it."""
+    """A linear map of a few rows. On a CPU, a weight that is used again and again is packed, as far as `room` goes."""
 
     def __init__(self, module: nn.Linear, room: _Room):
-        self.weight, self.bias, self.room = module.weight, module.bias, room
+        self.weight = module.weight
+        self.bias = module.bias
         self.transposed = self.weight.t()
-        self.packed, self.version, self.uses = None, 0, 0
+        self.room = room
+        self.packed: torch.Tensor | None = None
+        self.version = 0  # of the weight, when it was packed
+        self.uses = 0
+
+        # Both depend on the processor, and are decided once.
         dtype, has_mkldnn = self.weight.dtype, self.weight.device.type == "cpu" and HAS_MKLDNN
         self.few = float("inf")
         if has_mkldnn and dtype == torch.float32:
             self.few = FEW if self.weight.numel() < LARGE else 1
         can_pack = dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        self.may_pack = has_mkldnn and can_pack and not self.weight.is_inference()  # those have no version
+        self.may_pack = has_mkldnn and can_pack and not self.weight.is_inference()  # inference tensors have no version
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """(n, inputs) -> (n, outputs)"""
+        # A packed weight serves as long as the weight itself does not change.
         if self.packed is not None:
             if self.version == self.weight._version:
                 return torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
             self.packed = None  # a server's model was trained on, or adapters were merged into it
+
+        # Pack a weight that has been used for a while.
         self.uses += 1
         if self.uses == PACK_AFTER and self.may_pack and self.room.take(self.weight.nbytes):
             self.packed, self.version = torch.ops.mkldnn._reorder_linear_weight(self.weight), self.weight._version
+
+        # Until then, take the kernel that is fastest for so many rows.
         if len(rows) >= self.few:
-            # Up to twice as fast as what `F.linear` calls, which is better for one row and a small weight, or for many.
+            # Up to twice as fast as `F.linear`, which is better for one row of a small weight, or for many rows.
             return torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
         if self.bias is None:
             return torch.mm(rows, self.transposed)
@@ -293,12 +337,14 @@ class LeanLinear:
 
 
 class LeanRMSNorm(NamedTuple):
+    """Llama's, of (n, D)."""
+
     weight: torch.Tensor
     epsilon: float
 
     def normalised(self, rows: torch.Tensor) -> torch.Tensor:
-        """Without the weight.  (..., D) -> same"""
-        # Halves are rounded where LlamaRMSNorm rounds them: before they are weighted.
+        """Normalise without the weight.  (..., D) -> same"""
+        # Half precision is rounded where LlamaRMSNorm rounds it: before the weight.
         return F.rms_norm(rows.float(), self.weight.shape, eps=self.epsilon).to(rows.dtype)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
@@ -306,7 +352,7 @@ class LeanRMSNorm(NamedTuple):
 
 
 class LeanOffsetRMSNorm(NamedTuple):
-    """Gemma's, which multiplies by 1 + weight and rounds after that."""
+    """Gemma's, of (n, D), which multiplies by 1 + weight and rounds after that."""
 
     weight: torch.Tensor
     epsilon: float
@@ -338,7 +384,7 @@ class LeanFeedForward(NamedTuple):
 
 
 class LeanTower(NamedTuple):
-    """What one tower has of one layer, each a function of rows."""
+    """One tower's part of one layer, each a function of the tower's rows."""
 
     attention_norm: Callable
     query: Callable
@@ -359,21 +405,30 @@ class LeanLayer(NamedTuple):
     has_pre_norm: bool
 
 
+# ----------------------------------------------------------------------------------------------------- reading a model
+
+
 class _NotPlain(Exception):
-    """A module does more than its class says."""
+    """A module does more than its weights and its class say, so that the model's own forward must run."""
 
 
 def _ours(module: nn.Module) -> nn.Module:
+    """Return a module that has no hooks and a forward of this package; others are not plain."""
     if not is_of_this_package(module):
         raise _NotPlain
     return module
 
 
 class _Reader:
-    """Takes weights out of modules that are plain, of one type and on one device; others are themselves what is read."""
+    """Makes functions from modules: from the weights of plain ones; any other module is returned as it is.
+
+    Args:
+        like: weights are of this tensor's dtype and on its device, or their module is not plain.
+    """
 
     def __init__(self, like: torch.Tensor):
-        self.kind, self.room = (like.dtype, like.device), _Room(PACKED_BYTES)
+        self.kind = (like.dtype, like.device)
+        self.room = _Room(PACKED_BYTES)
 
     def _takes(self, *tensors: torch.Tensor | None) -> bool:
         return all(type(x) is nn.Parameter and (x.dtype, x.device) == self.kind for x in tensors if x is not None)
@@ -395,7 +450,7 @@ class _Reader:
         return module
 
     def head_norm(self, module: nn.Module | None, config) -> Callable | None:
-        """A norm of queries or keys, as a function of (n, H * d)."""
+        """Read a norm of queries or keys, as a function of (n, H * d)."""
         norm = self.norm(module)
         if norm is None or config.qk_norm == "rms_all_heads":
             return norm
@@ -414,63 +469,73 @@ class LeanDecoder:
     """The cached one-token step of a `MoTForCausalLM` or `MoTTransfusionModel`."""
 
     def __init__(self, model: nn.Module):
+        # Refuse a model that does more than its weights say.
         config, transformer = model.config, model.model
         if not keeps_methods(_ours(model), *STEP_METHODS) or not keeps_methods(_ours(transformer), "modality_ids_of"):
             raise _NotPlain
-        self.config, self.rotary = config, _ours(transformer.rotary_emb)
+        self.config = config
+        self.rotary = _ours(transformer.rotary_emb)
         if not isinstance(self.rotary, LlamaRotaryEmbedding):
             raise _NotPlain
         is_supported = config._attn_implementation in ATTENTION and self.rotary.rope_type in STATIC_ROPE
         if not is_supported or model.training or autocast_dtype(model.device.type) is not None:
             raise _NotPlain
-        self.heads, self.key_heads, self.head_dim = (
-            config.num_attention_heads, config.num_key_value_heads, config.head_dim,
-        )  # fmt: skip
         table = transformer.embed_tokens
         if not is_plain(table, nn.Embedding, GemmaTextScaledWordEmbedding):
             raise _NotPlain
-        embedding, self.embedding_scale = table.weight, getattr(table, "embed_scale", None)
+
+        # Read the weights.
+        self.heads = config.num_attention_heads
+        self.key_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.embedding = embedding = table.weight
+        self.embedding_scale = getattr(table, "embed_scale", None)
         # Attention of one query over keys in half precision takes five times as long on a CPU.
         self.cache_dtype = torch.float32 if embedding.device.type == "cpu" else embedding.dtype
-        reader, self.embedding = _Reader(embedding), embedding
+        reader = _Reader(embedding)
         self.layers = [self._read(reader, layer) for layer in transformer.layers[: config.num_hidden_layers]]
         self.norms = [reader.norm(norm) for norm in self._of_towers(transformer.norm, "norm")]
         self.head = reader.linear(model.lm_head)
+
+        # Tabulate the tower of each token and the angles of each position; the latter grow in `_angles`.
         ids = torch.arange(len(embedding), device=embedding.device)
         towers = torch.tensor(config.tower_of_modality, device=ids.device)
-        # Of one tower there is nothing to look up, and such a model may have no ranges.
+        # With one tower there is nothing to look up, and such a model may have no ranges.
         self.tower_of = towers[transformer.modality_ids_of(ids)] if len(config.tower_names) > 1 else None
         self.cosines = self.sines = embedding.new_empty(0, 1, self.head_dim)
 
     @classmethod
     def of(cls, model: nn.Module) -> "LeanDecoder | None":
-        """None where the model has to be run by its own forward."""
+        """Read a model.  -> None if the model has to be run by its own forward"""
         try:
             return None if nn.modules.module._has_any_global_hook() else cls(model)
         except _NotPlain:
             return None
 
     def _of_towers(self, module: nn.Module | None, part: str) -> list[nn.Module | None]:
-        """The module of each tower, or the shared one for all of them."""
+        """Return the module of each tower, or the shared one for each."""
         if module is None:
             return [None] * len(self.config.tower_names)
         _ours(module)
         return [module[tower if part in self.config.untied else "shared"] for tower in self.config.tower_names]
 
     def _read(self, reader: _Reader, layer: nn.Module) -> LeanLayer:
-        """Take a layer apart. An option of the architecture is read here, and nothing after this asks for it again."""
+        """Read a layer: each tower's modules by name, and the function of each."""
         config, attention = self.config, _ours(_ours(layer).self_attn)
+        # The modules of each part, in the order of the towers.
         modules = {
             "attention_norm": self._of_towers(layer.input_layernorm, "norm"),
             "query": self._of_towers(attention.q_proj, "attention"),
             "key": self._of_towers(attention.k_proj, "attention"),
             "value": self._of_towers(attention.v_proj, "attention"),
-            "query_norm": self._of_towers(attention.q_norm, "attention"),
-            "key_norm": self._of_towers(attention.k_norm, "attention"),
+            "query_norm": self._of_towers(getattr(attention, "q_norm", None), "attention"),
+            "key_norm": self._of_towers(getattr(attention, "k_norm", None), "attention"),
             "output": self._of_towers(attention.o_proj, "attention"),
             "feed_forward_norm": self._of_towers(layer.post_attention_layernorm, "norm"),
             "feed_forward": self._of_towers(layer.mlp, "feed_forward"),
         }
+
+        # The function of each module.
         towers = []
         for index, name in enumerate(config.tower_names):
             of_tower = {part: of_towers[index] for part, of_towers in modules.items()}
@@ -490,19 +555,24 @@ class LeanDecoder:
             )
         return LeanLayer(towers, attention.has_rope, config.norm_position == "pre")
 
-    # ------------------------------------------------------------------------------------------------------ a step
+    # ---------------------------------------------------------------------------------------------------------- a step
 
     @torch.no_grad()
     def step(self, tokens: torch.Tensor, positions: list[int], cache: DecodingCache) -> torch.Tensor:
-        """Run one token for each of the first n sequences of a cache.  (n,) -> logits (n, V)"""
-        count = len(positions)
+        """Run one token for each of the first n sequences of a cache.  (n,) -> logits (n, V)
+
+        Args:
+            positions: n positions of the tokens.
+        """
+        # The rows of hidden states are sorted by tower, as in the model.
         routing = self._routing(tokens)
         towers, counts, order, inverse = routing
         hidden_states = F.embedding(tokens if order is None else tokens[order], self.embedding)
         if self.embedding_scale is not None:
             hidden_states = hidden_states * self.embedding_scale.to(hidden_states.dtype)
-        angles, columns = self._angles(positions), cache.open(count)
+        angles, columns = self._angles(positions), cache.open(len(positions))
 
+        # Each layer adds attention and feed-forward to the residual stream, each with the norms of the towers present.
         for index, layer in enumerate(self.layers):
             own = [layer.towers[tower] for tower in towers]
             turns = angles if layer.has_rope else None
@@ -512,14 +582,19 @@ class LeanDecoder:
             feed_forward = partial(_feed_forward, own)
             norms = [tower.feed_forward_norm for tower in own]
             hidden_states = hidden_states + _block(feed_forward, norms, hidden_states, counts, layer.has_pre_norm)
+
+        # The logits are in the order of the sequences.
         hidden_states = _joined(_normed([self.norms[tower] for tower in towers], hidden_states, counts))
         hidden_states = hidden_states if inverse is None else hidden_states.index_select(0, inverse)
         if isinstance(self.head, LeanLinear):
             return self.head(hidden_states)
-        return self.head(hidden_states.unsqueeze(1)).squeeze(1)  # in the shape that it knows
+        return self.head(hidden_states.unsqueeze(1)).squeeze(1)  # a module expects (batch, length, D)
 
     def _routing(self, tokens: torch.Tensor) -> tuple:
-        """Towers that have tokens, their counts, and the sorting of the tokens by tower and its inverse, if any."""
+        """Return the towers that have tokens, their counts, the order that sorts tokens by tower, and its inverse.
+
+        The last two are None if all tokens are of one tower.
+        """
         towers = [0] * len(tokens) if self.tower_of is None else self.tower_of[tokens].tolist()
         present = sorted(set(towers))
         if len(present) == 1:
@@ -528,11 +603,11 @@ class LeanDecoder:
         return present, [towers.count(tower) for tower in present], order, order.argsort()
 
     def _angles(self, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and signed sines, (n, 1, d), or (1, d) where all stand at one position."""
+        """Return cosines and signed sines.  -> (n, 1, d) twice, or (1, d) if all positions are the same"""
         if max(positions) >= len(self.cosines):
             steps = torch.arange((max(positions) // COLUMNS + 2) * COLUMNS, device=self.embedding.device)
             self.cosines, sines = self.rotary(self.embedding, position_ids=steps[:, None])
-            # Halves of a head will change places and not turn: the sign of the first moves into the table.
+            # `_attention` rolls a head by half without a change of sign: the sign of the first half is in the table.
             self.sines = torch.cat([-sines[..., : self.head_dim // 2], sines[..., self.head_dim // 2 :]], dim=-1)
         if min(positions) == max(positions):
             return self.cosines[positions[0]], self.sines[positions[0]]
@@ -540,6 +615,8 @@ class LeanDecoder:
         return self.cosines[index], self.sines[index]
 
     def _attention(self, index, own, routing, angles, columns, parts) -> list[torch.Tensor]:
+        """Attend in layer `index`.  parts (n_tower, D) of the `own` towers -> the same"""
+        # Each tower projects its own tokens; the heads then stand in the order of the sequences.
         _, counts, order, inverse = routing
         heads = _joined([self._projected(tower, part) for tower, part in zip(own, parts)])
         heads = heads if inverse is None else heads.index_select(0, inverse)
@@ -548,16 +625,19 @@ class LeanDecoder:
         if angles is not None:
             cosines, sines = angles
             turned = turned * cosines + turned.roll(self.head_dim // 2, -1) * sines
+
+        # One attention over the tokens of all towers. The queries that share a key head stand as the rows of one query.
         keys, values = columns.write(index, turned[:, self.heads :], value)
-        # The queries that share a key head stand as the rows of one query.
         query = turned[:, : self.heads].unflatten(1, (self.key_heads, -1)).to(keys.dtype)
         output = F.scaled_dot_product_attention(query, keys, values, attn_mask=columns.mask)
+
+        # Sorted by tower again, each tower projects its own tokens.
         output = output.reshape(len(heads), -1).to(heads.dtype)
         parts = [output] if order is None else output.index_select(0, order).split(counts)
         return [tower.output(part) for tower, part in zip(own, parts)]
 
     def _projected(self, tower: LeanTower, rows: torch.Tensor) -> torch.Tensor:
-        """Queries, keys and values.  (n, D) -> (n, (H + 2 K) * d)"""
+        """Project to queries, keys and values.  (n, D) -> (n, (H + 2 K) * d)"""
         query, key = tower.query(rows), tower.key(rows)
         if tower.query_norm is not None:
             query, key = tower.query_norm(query), tower.key_norm(key)
@@ -567,14 +647,15 @@ class LeanDecoder:
 def _block(
     block: Callable, norms: list[Callable], rows: torch.Tensor, counts: list[int], has_pre_norm: bool
 ) -> torch.Tensor:
-    """What attention or feed-forward adds to the residual stream.  (n, D) -> (n, D)"""
+    """Run attention or feed-forward with its norm, before or behind it.  (n, D) -> (n, D)"""
     if has_pre_norm:
         return _joined(block(_normed(norms, rows, counts)))
     return _joined(_normed(norms, _joined(block(_split(rows, counts))), counts))
 
 
 def _normed(norms: list[Callable], rows: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
-    """Each tower's norm of its rows; what does not depend on the weights is computed once for all.  (n, D) -> parts"""
+    """Let each tower normalise its rows.  (n, D) -> parts"""
+    # The part of it that does not depend on the weights is computed once for all.
     if len(norms) > 1 and all(type(norm) is LeanRMSNorm for norm in norms):
         return [norm.weight * part for norm, part in zip(norms, norms[0].normalised(rows).split(counts))]
     return [norm(part) for norm, part in zip(norms, _split(rows, counts))]
@@ -592,8 +673,11 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+# ---------------------------------------------------------------------------------------------- either of two decoders
+
+
 class ForwardDecoder:
-    """The same step by the model's own forward."""
+    """The step of `LeanDecoder`, by the model's own forward."""
 
     cache_dtype = None  # the model's
 
@@ -616,20 +700,21 @@ class ForwardDecoder:
 
 
 def decoder_of(model: nn.Module) -> LeanDecoder | ForwardDecoder:
-    """What makes the steps of several sequences that are not in step with each other.
+    """Return the decoder for steps of several sequences that may differ in length: a lean one if the model allows it.
 
     Raises:
-        ValueError: a derived class, or an adapter, prepares the inputs of each step, which these steps do not ask.
+        ValueError: a derived class, or an adapter, prepares the inputs of each step, and these steps do not call it.
     """
     for name in STEP_METHODS:
         if not keeps_methods(model, name):
             raise ValueError(
-                f"{name} of this {type(model).__name__} is not the package's own, and neither pictures that are diffused "
-                "nor served requests ask it at each step; leave it as it is, or use generate() of a model of tokens"
+                f"{name} of this {type(model).__name__} is not the package's own, and neither pictures that are "
+                "diffused nor served requests ask it at each step; leave it as it is, or use generate() of a model of "
+                "tokens"
             )
     return LeanDecoder.of(model) or ForwardDecoder(model)
 
 
 def is_plain_dynamic(cache: Cache | None) -> bool:
-    """Whether a cache holds all keys and values of all layers, and nothing else."""
+    """True if a cache holds all keys and values of all layers, and nothing else."""
     return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)

@@ -1,7 +1,11 @@
-"""The loop over tokens: processed logits, a choice, stopping criteria, and the step to the next logits."""
+"""The loop over tokens: process logits, draw a token, append it, stop, step to the next logits.
+
+`TokenLoop` is that loop once for all. `Sampling` runs it over sequences of tokens, `InterleavedDecoding` over sequences
+that draw pictures between their tokens. A server takes the same two objects one token at a time.
+"""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import DynamicCache
@@ -13,14 +17,82 @@ from .image_processing import MoTImageProcessor
 from .latent_vae import decode_latents
 
 
-# R sequences, L tokens so far, V vocabulary
+# R sequences, P tokens of a prompt, L tokens so far, V vocabulary, N images, C latent channels, (h, w) latents
+
+IMAGE_INPUTS = ("latents", "pixel_values", "image_sizes")
+
+
+class Request(NamedTuple):
+    """One call of `generate()`, as transformers prepared it for decoding.
+
+    Attributes:
+        input_ids: (R, P) the prompts.
+        logits_processor, stopping_criteria, generation_config: transformers' objects, made from the arguments.
+        model_kwargs: arguments of the forwards: `attention_mask`, `modality_ids`, the cache, images.
+        streamer: an object that is given each token; None for none.
+        request_id, created_time: a server's name for the request, and when it came, by `time.perf_counter()`.
+    """
+
+    input_ids: torch.Tensor
+    logits_processor: Any
+    stopping_criteria: Any
+    generation_config: Any
+    model_kwargs: dict
+    streamer: Any = None
+    request_id: str | None = None
+    created_time: float | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------- one choice
+
+
+class TokenLoop:
+    """Choose one token after another for R sequences, as `GenerationMixin._sample` does.
+
+    A subclass holds the sequences. It says how logits are processed (`_process`), where tokens go (`_append`), which
+    sequences end (`_stop`), and which generator each sequence draws from (`generators`).
+
+    Args:
+        returns_dict: True if `generate()` returns more than the sequences, so that scores and logits are worth keeping.
+
+    Attributes:
+        kept_scores, kept_logits: (R, V) of each choice so far; None if nobody asked for them.
+    """
+
+    generators: Generators
+
+    def __init__(self, model, request: Request, returns_dict: bool):
+        self.model = model
+        self.request = request
+        self.generation_config = request.generation_config
+        self.kept_scores = () if returns_dict and request.generation_config.output_scores else None
+        self.kept_logits = () if returns_dict and request.generation_config.output_logits else None
+
+    def choose(self, logits: torch.Tensor) -> None:
+        """Choose the next token of each sequence, and end the sequences that are complete.
+
+        Args:
+            logits: (R, V) in float32. They belong to the loop from now on.
+        """
+        # Process the logits. Scores and logits are kept if `generate()` is to return them.
+        scores = self._process(logits)
+        if self.kept_scores is not None:
+            self.kept_scores += (scores,)
+        if self.kept_logits is not None:
+            self.kept_logits += (logits,)
+
+        # Draw and append tokens, hand them out, and see which sequences are complete.
+        tokens = self._append(draw(scores, self.generation_config.do_sample, self.generators))
+        if self.request.streamer is not None:
+            self.request.streamer.put(tokens.cpu())  # a streamer may write into them: nothing reads them after this
+        self._stop()
 
 
 def generators_of(generator, count: int) -> Generators:
-    """One entry for each sequence from `generator=`: none, one for all, or one for each.
+    """Make one entry for each sequence from `generator=`: none, one for all, or one for each.
 
     Raises:
-        ValueError: as many generators as there are not sequences.
+        ValueError: there are not as many generators as sequences.
     """
     if not isinstance(generator, (list, tuple)):
         return [generator] * count
@@ -30,10 +102,10 @@ def generators_of(generator, count: int) -> Generators:
 
 
 def processed(logits_processor, input_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """What processors make of logits.  (R, L), (R, V) -> (R, V)
+    """Call logits processors, and refuse scores of another shape.  (R, L), (R, V) -> (R, V)
 
     Raises:
-        ValueError: something of another shape.
+        ValueError: the processors returned something of another shape.
     """
     scores = logits_processor(input_ids, logits)
     if not isinstance(scores, torch.Tensor) or scores.shape != logits.shape:
@@ -43,10 +115,10 @@ def processed(logits_processor, input_ids: torch.Tensor, logits: torch.Tensor) -
 
 
 def stopped(stopping_criteria, input_ids: torch.Tensor, scores) -> torch.Tensor:
-    """Which sequences stopping criteria end.  (R, L) -> (R,)
+    """Call stopping criteria, and refuse answers of another shape.  (R, L) -> (R,) bool
 
     Raises:
-        ValueError: an answer of another shape.
+        ValueError: the criteria returned something of another shape.
     """
     done = stopping_criteria(input_ids, scores)
     if not isinstance(done, torch.Tensor) or done.shape != input_ids.shape[:1]:
@@ -58,12 +130,12 @@ def stopped(stopping_criteria, input_ids: torch.Tensor, scores) -> torch.Tensor:
 
 
 def draw(scores: torch.Tensor, do_sample: bool, generators: Generators) -> torch.Tensor:
-    """The next token of each sequence.  (R, V) -> (R,)
+    """Draw the next token of each sequence, or take the likeliest.  (R, V) -> (R,)
 
     Raises:
-        ValueError: scores that are NaN, or of which nothing can be sampled. On an accelerator sampling from them would
-            end all that this process does there.
+        ValueError: the scores are NaN, or nothing can be sampled from them.
     """
+    # An accelerator that samples from such scores fails, and with it everything else that this process does there.
     highest = scores.amax(dim=-1)
     if not (highest.isfinite() if do_sample else ~highest.isnan()).all():
         raise ValueError(
@@ -72,6 +144,8 @@ def draw(scores: torch.Tensor, do_sample: bool, generators: Generators) -> torch
         )
     if not do_sample:
         return scores.argmax(dim=-1)
+
+    # Each sequence draws on the device of its generator.
     probabilities = scores.softmax(dim=-1)
     if generators[0] is None:
         return torch.multinomial(probabilities, num_samples=1).squeeze(1)
@@ -82,36 +156,138 @@ def draw(scores: torch.Tensor, do_sample: bool, generators: Generators) -> torch
     return torch.cat([token.to(scores.device) for token in drawn])
 
 
-class LeanSteps:
-    """The steps after a prompt, read off the model's weights."""
+# ------------------------------------------------------------------------------------------------- sequences of tokens
 
-    def __init__(self, lean: LeanDecoder, filled, mask: torch.Tensor | None, positions: list[int]):
-        self.lean, self.filled, self.positions = lean, filled, positions
+
+class Sampling(TokenLoop):
+    """Sequences of tokens, all of one length, each with a generator of its own.
+
+    Attributes:
+        input_ids: (R, L) the prompts and the tokens behind them.
+        is_done: True once all sequences have ended.
+    """
+
+    def __init__(self, model, request: Request):
+        config, input_ids = request.generation_config, request.input_ids
+        super().__init__(model, request, config.return_dict_in_generate)
+        self.generators = generators_of(getattr(config, "generator", None), len(input_ids))
+        self.input_ids = input_ids
+        self.unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
+        self.may_end = any(hasattr(criteria, "eos_token_id") for criteria in request.stopping_criteria)
+        self.is_done = False
+
+    def run(self, lean: LeanDecoder | None):
+        """Go from the prompts' forward to the last token.
+
+        Args:
+            lean: runs the steps behind the prompts; None for the model's own forward.
+
+        Returns:
+            What `generate()` returns.
+        """
+        # The prompts, and who runs the steps behind them.
+        outputs = self.prefill()
+        cache = outputs.past_key_values
+        if lean is None:
+            steps = ModelSteps(self.model, outputs, self.request.model_kwargs)
+        else:
+            steps = LeanSteps(lean, cache, self.request.model_kwargs.get("attention_mask"), self.positions())
+
+        # A choice, a step, a choice, ..., until all sequences have ended.
+        self.take(outputs.logits[:, -1])
+        del outputs  # the logits of whole prompts are large
+        while not self.is_done:
+            self.take(steps(self.input_ids))
+        if self.request.streamer is not None:
+            self.request.streamer.end()
+
+        # The cache is worth a copy only if somebody can see it.
+        wants_cache = self.generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+        return self.output(steps.past_key_values(wants_cache))
+
+    def prefill(self):
+        """Run the prompts.  -> the model's outputs"""
+        is_first = not self.generation_config.is_assistant
+        return self.model._prefill(
+            self.input_ids, self.generation_config, self.request.model_kwargs, is_first_iteration=is_first
+        )
+
+    def positions(self) -> list[int]:
+        """Return the position of the last token of each prompt."""
+        positions = self.request.model_kwargs["position_ids"][:, -1].tolist()
+        return positions * (len(self.input_ids) // len(positions))
+
+    def take(self, logits: torch.Tensor) -> None:
+        """Choose from the logits (R, V) of a forward, which stay as they are."""
+        self.choose(logits.to(copy=True, dtype=torch.float32))
+
+    def _process(self, logits: torch.Tensor) -> torch.Tensor:
+        return processed(self.request.logits_processor, self.input_ids, logits)
+
+    def _append(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Append the tokens, or padding to a sequence that has ended.  (R,) -> (R,)"""
+        if self.may_end:
+            tokens = tokens * self.unfinished + self.generation_config._pad_token_tensor * (1 - self.unfinished)
+        self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
+        return tokens
+
+    def _stop(self) -> None:
+        done = stopped(self.request.stopping_criteria, self.input_ids, self.kept_scores)
+        self.unfinished = self.unfinished & ~done
+        self.is_done = not self.unfinished.any()
+
+    def output(self, past_key_values=None):
+        """Return what `generate()` returns."""
+        if not self.generation_config.return_dict_in_generate:
+            return self.input_ids
+        return GenerateDecoderOnlyOutput(
+            sequences=self.input_ids,
+            scores=self.kept_scores,
+            logits=self.kept_logits,
+            past_key_values=past_key_values,
+        )
+
+
+class LeanSteps:
+    """The steps behind the prompts, by a `LeanDecoder`.
+
+    Args:
+        filled: the `DynamicCache` that the prompts' forward filled.
+        mask: (R, P) 1 for tokens, 0 for padding; or None.
+        positions: of the prompts' last tokens.
+    """
+
+    def __init__(self, lean: LeanDecoder, filled: DynamicCache, mask: torch.Tensor | None, positions: list[int]):
+        self.lean = lean
+        self.filled = filled
+        self.positions = positions
         self.cache = DecodingCache.of(filled, mask, lean.cache_dtype)
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(R, L) -> logits (R, V)"""
+        """Run the last token of each sequence.  (R, L) -> logits (R, V)"""
         self.positions = [position + 1 for position in self.positions]
         return self.lean.step(input_ids[:, -1], self.positions, self.cache)
 
     def past_key_values(self, is_wanted: bool):
+        """Return the prompts' cache. It is brought up to date if it is wanted."""
         if is_wanted:
             self.cache.write_back(self.filled)
         return self.filled
 
 
 class ModelSteps:
-    """The steps after a prompt, by the model's own forward, as `GenerationMixin._sample` makes them."""
+    """The steps behind the prompts, by the model's own forward, as `GenerationMixin._sample` makes them."""
 
     def __init__(self, model, outputs, model_kwargs: dict):
-        self.model, self.model_kwargs = model, model_kwargs
+        self.model = model
+        self.model_kwargs = model_kwargs
         self._update(outputs)
 
     def _update(self, outputs) -> None:
         self.model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self.model_kwargs)
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(R, L) -> logits (R, V)"""
+        """Run the last token of each sequence, or all tokens without a cache.  (R, L) -> logits (R, V)"""
         length = 1 if self.model_kwargs["use_cache"] else None
         inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=length, **self.model_kwargs)
         outputs = self.model(**inputs, return_dict=True)
@@ -119,113 +295,25 @@ class ModelSteps:
         return outputs.logits[:, -1]
 
     def past_key_values(self, is_wanted: bool):
+        """Return the cache, which is up to date."""
         return self.model_kwargs.get("past_key_values")
 
 
-class Sampling:
-    """What `GenerationMixin._sample` does, one token at a time, with a generator for each sequence.
-
-    Args:
-        generation_config, logits_processor, stopping_criteria, model_kwargs: as `generate()` prepared them.
-
-    Attributes:
-        input_ids: (R, L) prompts with what followed.
-        is_done: whether all sequences have ended.
-    """
-
-    def __init__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs):
-        self.model, self.input_ids, self.config, self.model_kwargs = model, input_ids, generation_config, model_kwargs
-        self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
-        self.generators = generators_of(getattr(generation_config, "generator", None), len(input_ids))
-        self.unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
-        self.may_end = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
-        self.returns_dict, self.is_done = generation_config.return_dict_in_generate, False
-        self.scores = () if self.returns_dict and generation_config.output_scores else None
-        self.logits = () if self.returns_dict and generation_config.output_logits else None
-
-    def prefill(self):
-        """The prompts' forward."""
-        is_first = not self.config.is_assistant
-        return self.model._prefill(self.input_ids, self.config, self.model_kwargs, is_first_iteration=is_first)
-
-    def positions(self) -> list[int]:
-        """Of the prompts' last tokens."""
-        positions = self.model_kwargs["position_ids"][:, -1].tolist()
-        return positions * (len(self.input_ids) // len(positions))
-
-    def take(self, logits: torch.Tensor) -> torch.Tensor:
-        """Choose the next token of each sequence.  (R, V) -> (R,)"""
-        logits = logits.to(copy=True, dtype=torch.float32)
-        scores = processed(self.logits_processor, self.input_ids, logits)
-        if self.scores is not None:
-            self.scores += (scores,)
-        if self.logits is not None:
-            self.logits += (logits,)
-        tokens = draw(scores, self.config.do_sample, self.generators)
-        if self.may_end:
-            tokens = tokens * self.unfinished + self.config._pad_token_tensor * (1 - self.unfinished)
-        self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
-        self.unfinished = self.unfinished & ~stopped(self.stopping_criteria, self.input_ids, self.scores)
-        self.is_done = not self.unfinished.any()
-        return tokens
-
-    def output(self, past_key_values=None):
-        """What `generate()` returns."""
-        if not self.returns_dict:
-            return self.input_ids
-        return GenerateDecoderOnlyOutput(
-            sequences=self.input_ids, scores=self.scores, logits=self.logits, past_key_values=past_key_values
-        )
-
-
-def sample(sampling: Sampling, lean: LeanDecoder | None, streamer):
-    """From the prompt's forward to the last token.  -> (R, L + new), or the output that holds them"""
-    outputs = sampling.prefill()
-    if lean is None:
-        steps = ModelSteps(sampling.model, outputs, sampling.model_kwargs)
-    else:
-        mask = sampling.model_kwargs.get("attention_mask")
-        steps = LeanSteps(lean, outputs.past_key_values, mask, sampling.positions())
-    cache, logits = outputs.past_key_values, outputs.logits[:, -1]
-    del outputs  # the logits of all the prompt
-    while True:
-        tokens = sampling.take(logits)
-        if streamer is not None:
-            streamer.put(tokens.cpu())
-        if sampling.is_done:
-            break
-        logits = steps(sampling.input_ids)
-    if streamer is not None:
-        streamer.end()
-    return sampling.output(steps.past_key_values(sampling.returns_dict or getattr(cache, "_is_user_defined", False)))
-
-
-# B sequences, P columns of the prompts, n tokens of an image, C latent channels, (h, w) latents, V vocabulary
-
-
-IMAGE_INPUTS = ("latents", "pixel_values", "image_sizes")
-
-
-def pictures_of(model, latents: torch.Tensor, output_type: str) -> list:
-    """(N, C, h, w) -> N pictures: PIL, tensors (3, H, W) in [0, 1], or the latents ("latent", or there is no VAE)."""
-    if model.vae is None or output_type == "latent":
-        return list(latents)
-    pixels = decode_latents(model.vae, latents)
-    return list((pixels + 1) / 2) if output_type == "pt" else MoTImageProcessor.to_pictures(pixels)
+# ------------------------------------------------------------------------------------ sequences of tokens and pictures
 
 
 @dataclass
 class MoTTransfusionGenerateOutput(GenerateDecoderOnlyOutput):
-    """What `generate()` returns.
+    """What `generate()` of a Transfusion model returns.
 
     Attributes:
-        sequences: (B, L) prompt and new tokens, placeholders for the patches of images, padded on both sides.
-        modality_ids: (B, L).
-        images: for each sequence the images it drew, in order, as `output_type` says; None without a VAE.
-        latents: for each sequence the latents of these images, (C, h, w) each.
-        intermediates: for each sequence and image, pictures along the way (latents without a VAE), if
+        sequences: (R, L) prompts and new tokens, placeholders for the patches of images, padded on both sides.
+        modality_ids: (R, L).
+        images: for each sequence the pictures that it drew, in order, as `output_type` says; None without a VAE.
+        latents: for each sequence the latents of these pictures, (C, h, w) each.
+        intermediates: for each sequence and picture, pictures along the way (latents without a VAE), if
             `intermediate_every` asked for them.
-        scores, logits: of each sampled token, (B, V), if `output_scores` or `output_logits` asked for them.
+        scores, logits: of each sampled token, (R, V), if `output_scores` or `output_logits` asked for them.
     """
 
     modality_ids: torch.LongTensor | None = None
@@ -234,52 +322,50 @@ class MoTTransfusionGenerateOutput(GenerateDecoderOnlyOutput):
     intermediates: list[list[list[Any]]] | None = None
 
 
-class InterleavedDecoding:
-    """One call of `generate()`.
+class InterleavedDecoding(TokenLoop):
+    """Sequences that write tokens and draw pictures.
 
-    While some sequences draw a picture the others wait, so at any time sequences may differ in length. Logits processors
-    and stopping criteria see each sequence as the prompt it was given with what followed, so that nothing depends on the
-    others.
+    A sequence whose last token is BOI draws a picture, and the others wait. Sequences may therefore differ in length at
+    any time. Logits processors and stopping criteria see each sequence as its own prompt with the tokens behind it, so
+    that the result of a sequence does not depend on the others.
+
+    Args:
+        model: a `MoTTransfusionModel`.
+        decoder: runs the steps over tokens; default: `decoder_of(model)`.
 
     Attributes:
         running: the sequences that go on.
-        new_tokens: what each sequence has beside its prompt.
-        latents, images, intermediates: of each sequence, what it drew, in order.
+        new_tokens: the tokens of each sequence behind its prompt.
+        latents, images, intermediates: of each sequence, the pictures that it drew, in order.
+        logits: (R, V) of the next tokens.
+        cache, positions: the keys and values so far, and the position of each next token.
     """
 
-    def __init__(
-        self,
-        model,
-        prompt,
-        model_kwargs,
-        generation_config,
-        logits_processor,
-        stopping_criteria,
-        streamer=None,
-        decoder=None,
-    ):
+    def __init__(self, model, request: Request, decoder=None):
+        super().__init__(model, request, returns_dict=True)
         self.decoder = decoder or decoder_of(model)
-        self.model, self.config, self.streamer = model, model.config, streamer
-        self.generation_config, self.settings = generation_config, generation_config.diffusion
-        self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
-        self.prompt, mask = prompt, model_kwargs.get("attention_mask")
-        mask = torch.ones_like(prompt) if mask is None else mask
-        pad = generation_config._pad_token_tensor
+        self.config = model.config
+        self.settings = request.generation_config.diffusion
+        self.prompt = request.input_ids
+        pad = request.generation_config._pad_token_tensor
         self.pad = 0 if pad is None else int(pad)
-        self.size = self.settings.latent_size(self.config)
-        self.length = self.config.image_length(*self.size)
-        self.budget = generation_config.max_length - prompt.shape[1]
+        self.length = self.config.image_length(*self.settings.latent_size(self.config))
+        self.budget = request.generation_config.max_length - self.prompt.shape[1]
+
+        # Everything that can be refused is refused before a generator or the model is asked.
+        mask = request.model_kwargs.get("attention_mask")
+        mask = torch.ones_like(self.prompt) if mask is None else mask
         self._check(mask)
-        count = len(prompt)
-        self.running = list(range(count))
-        self.new_tokens, self.latents, self.images, self.intermediates = ([[] for _ in range(count)] for _ in range(4))
-        self.scores, self.raw_logits = (), ()
+        count = len(self.prompt)
         self.generators = self._generators(count)
+        self.running = list(range(count))
+        self.new_tokens: list[list[int]] = [[] for _ in range(count)]
+        self.latents: list[list[torch.Tensor]] = [[] for _ in range(count)]
+        self.images: list[list[Any]] = [[] for _ in range(count)]
+        self.intermediates: list[list[list[Any]]] = [[] for _ in range(count)]
         self.unconditional: list[Prefix] | None = None
-        images = {name: model_kwargs[name] for name in IMAGE_INPUTS if model_kwargs.get(name) is not None}
-        self.logits, self.cache, self.positions = self._prefill(
-            prompt, mask, model_kwargs.get("position_ids"), model_kwargs.get("modality_ids"), images
-        )
+        prompts = request.model_kwargs | {"attention_mask": mask}
+        self.logits, self.cache, self.positions = self._prefill(self.prompt, **prompts)
 
     def _check(self, mask: torch.Tensor) -> None:
         if (mask[:, -1] == 0).any() or (mask[:, 1:] < mask[:, :-1]).any():
@@ -287,18 +373,19 @@ class InterleavedDecoding:
         if (self.prompt[:, -1] == self.config.image_token_id).any():
             raise ValueError(
                 f"a prompt ends inside of an image, with image_token_id={self.config.image_token_id}; eoi_token_id="
-                f"{self.config.eoi_token_id} must follow the image, or boi_token_id={self.config.boi_token_id} stand alone "
-                "where one is to be drawn"
+                f"{self.config.eoi_token_id} must follow the image, or boi_token_id={self.config.boi_token_id} must "
+                "stand alone where one is to be drawn"
             )
         if self.budget <= self.length and (self.prompt[:, -1] == self.config.boi_token_id).any():
             raise ValueError(
                 f"max_new_tokens={self.budget} is shorter than the picture that boi_token_id begins: it takes "
                 f"{self.length} tokens and EOI; set max_new_tokens to at least {self.length + 1}"
             )
-        if self.streamer is not None and len(self.prompt) > 1:
+        if self.request.streamer is not None and len(self.prompt) > 1:
             raise ValueError(f"a streamer follows one sequence, not {len(self.prompt)}; generate them one by one")
 
     def _generators(self, count: int) -> Generators:
+        """One generator for each sequence. From a single one, each sequence's own is derived."""
         generator = self.settings.generator
         if not isinstance(generator, torch.Generator):
             return generators_of(generator, count)
@@ -306,109 +393,124 @@ class InterleavedDecoding:
         return [torch.Generator(device=generator.device).manual_seed(seed) for seed in seeds]
 
     def _prefill(
-        self, ids, mask, position_ids=None, modality_ids=None, images=None
+        self, ids: torch.Tensor, attention_mask: torch.Tensor, position_ids=None, modality_ids=None, **inputs
     ) -> tuple[torch.Tensor, DecodingCache, list[int]]:
-        """Prompts with their images clean.  (B, P) -> the next logits (B, V), what is cached, the positions that follow"""
-        images = dict(images or {})
+        """Run prompts with their images clean.  (R, P) -> the next logits (R, V), the cache, the next positions"""
+        # Images in prompts are at timestep 0, without noise.
+        images = {name: inputs[name] for name in IMAGE_INPUTS if inputs.get(name) is not None}
         if "pixel_values" in images and "latents" not in images:
             encoded = self.model.encode_images(images.pop("pixel_values"), images.get("image_sizes"))
             images["latents"], images["image_sizes"] = encoded
         if "latents" in images:
             latents = images["latents"]
-            nothing = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
-            images |= {"timesteps": nothing, "clean_images": nothing == 0, "noise": torch.zeros_like(latents)}
+            zeros = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
+            images |= {"timesteps": zeros, "clean_images": zeros == 0, "noise": torch.zeros_like(latents)}
+
+        # One forward, of which only the last logits are computed.
         if position_ids is None:
-            position_ids = self.model.positions_of_prompts(ids, mask)
+            position_ids = self.model.positions_of_prompts(ids, attention_mask)
         position_ids = position_ids.expand_as(ids)
-        cache = DynamicCache(config=self.config)
         outputs = self.model(
-            ids, mask, position_ids, cache, modality_ids=modality_ids, logits_to_keep=1, return_dict=True, **images
+            ids,
+            attention_mask,
+            position_ids,
+            DynamicCache(config=self.config),
+            modality_ids=modality_ids,
+            logits_to_keep=1,
+            return_dict=True,
+            **images,
         )
-        cache = DecodingCache.of(cache, mask, self.decoder.cache_dtype)
+        cache = DecodingCache.of(outputs.past_key_values, attention_mask, self.decoder.cache_dtype)
         return outputs.logits[:, -1].float(), cache, (position_ids[:, -1] + 1).tolist()
 
-    def run(self) -> None:
+    def run(self) -> MoTTransfusionGenerateOutput:
+        """Go from the prompts to the last token and picture.  -> what `generate()` returns"""
         while self.running:
+            # Pictures come first, so that the sequences that draw catch up with the others.
             drawing = [row for row in self.running if self.last_token(row) == self.config.boi_token_id]
             if drawing:
                 self._draw(drawing)
-            else:
-                tokens = self.choose()
-                if self.running:
-                    self._step(tokens)
-        if self.streamer is not None:
-            self.streamer.end()
+                continue
+            self.choose(self.logits)
+            if self.running:
+                self._step()
+        if self.request.streamer is not None:
+            self.request.streamer.end()
+        return self.output()
 
     def last_token(self, row: int) -> int:
         return self.new_tokens[row][-1] if self.new_tokens[row] else int(self.prompt[row, -1])
 
-    def _by_length(self, rows: list[int]):
-        """Sequences of one length, and a batch (B, L) of it in which only they are right.
+    # ------------------------------------------------------------------------------------------------------- text mode
 
-        The others, cut or padded to that length, keep the places that processors and criteria may count by.
+    def _process(self, logits: torch.Tensor) -> torch.Tensor:
+        """(R, V) -> (R, V)"""
+        # Placeholders and EOI are appended and never chosen. BOI is no choice where a picture does not fit.
+        allowed = logits.clone()
+        allowed[:, [self.config.image_token_id, self.config.eoi_token_id]] = -float("inf")
+        for row, tokens in enumerate(self.new_tokens):
+            if self.budget - len(tokens) < self.length + 2 or self.settings.generation_mode == "text":
+                allowed[row, self.config.boi_token_id] = -float("inf")
+
+        scores = allowed.clone()
+        for group, ids in self._by_length(self.running):
+            scores[group] = processed(self.request.logits_processor, ids, allowed.clone())[group]
+        return scores
+
+    def _append(self, tokens: torch.Tensor) -> torch.Tensor:
+        chosen = tokens.tolist()
+        for row in self.running:
+            self.new_tokens[row].append(chosen[row])
+        return tokens
+
+    def _stop(self) -> None:
+        self._end(self.running)
+
+    def _end(self, rows: list[int]) -> None:
+        """Let the sequences among `rows` rest that stopping criteria end."""
+        for group, ids in self._by_length(rows):
+            done = stopped(self.request.stopping_criteria, ids, self.kept_scores or None).tolist()
+            self.running = [row for row in self.running if not (row in group and done[row])]
+
+    def _by_length(self, rows: list[int]):
+        """Yield sequences of one length, and a batch (R, L) in which only these are right.
+
+        The others are cut or padded to that length. They keep their places, since processors and criteria may count.
         """
         for length in sorted({len(self.new_tokens[row]) for row in rows}):
             tokens = [(tokens + [self.pad] * length)[:length] for tokens in self.new_tokens]
             group = [row for row in rows if len(self.new_tokens[row]) == length]
             yield group, torch.cat([self.prompt, self.prompt.new_tensor(tokens)], dim=1)
 
-    def _stop(self, rows: list[int]) -> None:
-        for group, ids in self._by_length(rows):
-            done = stopped(self.stopping_criteria, ids, self.scores or None).tolist()
-            self.running = [row for row in self.running if not (row in group and done[row])]
-
-    # ---------------------------------------------------------------------------------------------------- text mode
-
-    def choose(self) -> list[int]:
-        """The next token of each sequence that runs, padding for the others."""
-        scores = self._processed(self.logits)
-        if self.generation_config.output_scores:
-            self.scores += (scores,)
-        if self.generation_config.output_logits:
-            self.raw_logits += (self.logits,)
-        tokens = draw(scores, self.generation_config.do_sample, self.generators).tolist()
-        for row in self.running:
-            self.new_tokens[row].append(tokens[row])
-        if self.streamer is not None:
-            self.streamer.put(torch.tensor(tokens))
-        self._stop(self.running)
-        return [token if row in self.running else self.pad for row, token in enumerate(tokens)]
-
-    def _processed(self, logits: torch.Tensor) -> torch.Tensor:
-        """(B, V) -> (B, V)"""
-        config, logits = self.config, logits.clone()
-        logits[:, [config.image_token_id, config.eoi_token_id]] = -float("inf")  # only ever appended
-        for row, tokens in enumerate(self.new_tokens):
-            if self.budget - len(tokens) < self.length + 2 or self.settings.generation_mode == "text":
-                logits[row, config.boi_token_id] = -float("inf")
-        scores = logits.clone()
-        for group, ids in self._by_length(self.running):
-            scores[group] = processed(self.logits_processor, ids, logits.clone())[group]
-        return scores
-
-    def _step(self, tokens: list[int]) -> None:
+    def _step(self) -> None:
+        """Run the last token of each sequence that goes on, padding for the others."""
+        tokens = [self.last_token(row) if row in self.running else self.pad for row in range(len(self.prompt))]
         self.logits = self.decoder.step(self.prompt.new_tensor(tokens), self.positions, self.cache).float()
         self.positions = [position + 1 for position in self.positions]
 
-    # ----------------------------------------------------------------------------------------------- diffusion mode
+    # -------------------------------------------------------------------------------------------------- diffusion mode
 
     def _draw(self, rows: list[int]) -> None:
-        """A picture and EOI in each of these sequences."""
+        """Draw a picture in each of these sequences, and append it with EOI."""
+        # A BOI that belongs to the image's block is run again with it, and is no part of the prefix.
         drop = int(self.config.markers_in_image_block)
         prefixes = [self.cache.prefix(row, self.positions[row], drop) for row in rows]
         drawing = Denoising(self.model, self.settings, [self.generators[row] for row in rows], rows)
         denoise(drawing, prefixes, self.unconditional_prefixes(rows))
         self.keep(rows, drawing)
+
+        # Only a sequence that goes on needs its picture in the cache.
         places = [place for place, row in enumerate(rows) if row in self.running]
         if not places:
             return
-        going_on, behind = ([x[place] for place in places] for x in (rows, prefixes))
+        going_on = [rows[place] for place in places]
+        behind = [prefixes[place] for place in places]
         self.logits[going_on], positions = commit(self.model, self.cache, going_on, behind, drawing.latents[places])
         for row, position in zip(going_on, positions):
             self.positions[row] = position
 
     def unconditional_prefixes(self, rows: list[int]) -> list[Prefix]:
-        """What guidance leads these sequences away from, prefilled once; nothing without guidance."""
+        """Return the prefixes that guidance leads these sequences away from, run once; none without guidance."""
         if self.settings.guidance_scale == 1:
             return []
         if self.unconditional is None:
@@ -416,37 +518,46 @@ class InterleavedDecoding:
             _, cache, positions = self._prefill(ids, mask)
             drop = int(self.config.markers_in_image_block)
             self.unconditional = [cache.prefix(row, position, drop) for row, position in enumerate(positions)]
-        # One for all, or one for each prompt, whose sequences stand together.
+        # There is one for all, or one for each prompt, whose sequences stand together.
         repeats = len(self.prompt) // len(self.unconditional)
         return [self.unconditional[row // repeats] for row in rows]
 
     def keep(self, rows: list[int], drawing: Denoising) -> None:
-        """What these sequences drew, its tokens and EOI; some may end there."""
+        """Append finished pictures and EOI to these sequences. Some sequences may end here.
+
+        Raises:
+            ValueError: latents that are not finite.
+        """
+        # Decode everything before anything is appended.
         latents = drawing.latents
         check_finite(latents, f"after {drawing.num_steps} steps with guidance_scale={self.settings.guidance_scale}")
         pictures = pictures_of(self.model, latents, self.settings.output_type)
         along = [pictures_of(self.model, estimate, self.settings.output_type) for estimate in drawing.estimates]
+
+        # Append placeholders and EOI, and hand out tokens and picture.
         tokens = [self.config.image_token_id] * self.length + [self.config.eoi_token_id]
+        streamer = self.request.streamer
         for place, row in enumerate(rows):
             self.new_tokens[row].extend(tokens)
             self.latents[row].append(latents[place])
             self.images[row].append(pictures[place])
             self.intermediates[row].append([estimate[place] for estimate in along])
-            if self.streamer is not None:
-                self.streamer.put(torch.tensor(tokens))
-                if hasattr(self.streamer, "put_image"):
-                    self.streamer.put_image(pictures[place])
-        self._stop(rows)
+            if streamer is not None:
+                streamer.put(torch.tensor(tokens))
+                if hasattr(streamer, "put_image"):
+                    streamer.put_image(pictures[place])
+        self._end(rows)
 
-    # -------------------------------------------------------------------------------------------------------- results
+    # --------------------------------------------------------------------------------------------------------- results
 
     def sequences(self) -> torch.Tensor:
-        """(B, P + longest), padded on the right."""
+        """Return prompts and new tokens, padded on the right.  -> (R, P + longest)"""
         longest = max(map(len, self.new_tokens))
         padded = [tokens + [self.pad] * (longest - len(tokens)) for tokens in self.new_tokens]
         return torch.cat([self.prompt, self.prompt.new_tensor(padded)], dim=1)
 
     def output(self) -> MoTTransfusionGenerateOutput:
+        """Return what `generate()` returns, as far as the sequences have come."""
         sequences = self.sequences()
         has_pictures = self.model.vae is not None and self.settings.output_type != "latent"
         return MoTTransfusionGenerateOutput(
@@ -455,6 +566,18 @@ class InterleavedDecoding:
             images=self.images if has_pictures else None,
             latents=self.latents,
             intermediates=self.intermediates if self.settings.intermediate_every else None,
-            scores=self.scores or None,
-            logits=self.raw_logits or None,
+            scores=self.kept_scores or None,
+            logits=self.kept_logits or None,
         )
+
+
+def pictures_of(model, latents: torch.Tensor, output_type: str) -> list:
+    """Decode latents to pictures.  (N, C, h, w) -> N pictures
+
+    Args:
+        output_type: "pil"; "pt", tensors (3, H, W) in [0, 1]; or "latent". Without a VAE all of them give latents.
+    """
+    if model.vae is None or output_type == "latent":
+        return list(latents)
+    pixels = decode_latents(model.vae, latents)
+    return list((pixels + 1) / 2) if output_type == "pt" else MoTImageProcessor.to_pictures(pixels)

@@ -1,4 +1,8 @@
-"""Drawing images in diffusion mode: the prefix stays in the cache, each step runs the image's tokens alone."""
+"""Draw images in diffusion mode: the prefix stays in the cache, each step runs the image's tokens alone.
+
+`DiffusionSettings` holds the options, `Denoising` the latents on their way from noise to clean, `ImageForward` runs the
+model over an image behind cached prefixes, and `commit` puts the clean image into the cache (paper, appendix A.2).
+"""
 
 import inspect
 import math
@@ -8,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import logging
 
 from .attention_masks import RANGES, AttentionPlan, ImageBlocks, attention_mask_for
@@ -19,18 +23,16 @@ from .latent_images import build_scheduler
 from .tower_routing import ModalityRouting
 
 
-# R images drawn together, L cached columns, n tokens of an image, C latent channels, (h, w) latents, H heads
-
+# R images drawn together, L cached columns, T tokens of an image with its markers, C latent channels, (h, w) latents,
+# K key heads, d head size, D hidden size, V vocabulary
 
 Generators = list[torch.Generator | None]  # one for each sequence
-
-
 SCHEDULER_NUMBERS = 10**6  # the largest whole number among the arguments of a scheduler
 
 
 @dataclass
 class DiffusionSettings:
-    """How `generate()` draws images; its own docstring says what each means."""
+    """The options of drawing; `MoTTransfusionGenerationMixin.generate` describes each."""
 
     guidance_scale: float = 1.0
     num_inference_steps: int = 250
@@ -47,11 +49,12 @@ class DiffusionSettings:
     generation_mode: str | None = None
 
     def validate(self, config) -> None:
-        """Refuse what cannot be drawn, before anything is.
+        """Refuse options that cannot be drawn by, before anything is drawn.
 
         Raises:
             ValueError: the message names field, value and way out.
         """
+        # Numbers.
         steps, levels = self.num_inference_steps, config.num_train_timesteps
         if not is_whole(steps) or steps > levels:
             raise ValueError(
@@ -70,6 +73,8 @@ class DiffusionSettings:
             raise ValueError(
                 f"intermediate_every={self.intermediate_every!r} must be a whole number of at least 1, or None"
             )
+
+        # Words, functions and objects.
         for name, allowed in (("output_type", ("pil", "pt", "latent")), ("generation_mode", (None, "text", "image"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
@@ -87,13 +92,17 @@ class DiffusionSettings:
         if not isinstance(self.scheduler_kwargs, Mapping):
             raise ValueError(f"scheduler_kwargs={self.scheduler_kwargs!r} must be a dictionary")
         for name, value in self.scheduler_kwargs.items():
-            # Some become the length of a list or a table.
+            # Some schedulers build lists or tables of that length.
             if is_whole(value) and value > SCHEDULER_NUMBERS or isinstance(value, float) and math.isnan(value):
                 raise ValueError(f"scheduler_kwargs has {name}={value!r}; numbers may be at most {SCHEDULER_NUMBERS}")
         build_scheduler(config, self.scheduler, **self.scheduler_kwargs)
 
     def latent_size(self, config) -> tuple[int, int]:
-        """Rows and columns of the latents of an image; `image_size` is in pixels."""
+        """Return the rows and columns of an image's latents; `image_size` is in pixels.
+
+        Raises:
+            ValueError: sides that are no multiples of a patch.
+        """
         if self.image_size is None:
             return tuple(config.latent_size)
         size = self.image_size if isinstance(self.image_size, (list, tuple)) else [self.image_size] * 2
@@ -106,9 +115,9 @@ class DiffusionSettings:
         return size[0] // config.vae_downsampling, size[1] // config.vae_downsampling
 
     def unconditional_prompts(self, config, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and mask of what guidance leads away from, with BOI at the end: one for all, or one for each prompt.
+        """Return the prompts that guidance leads away from: one for all, or one for each prompt.
 
-        -> (R, L) twice
+        -> ids and mask, (R, L) each, with BOI at the end
         """
         if self.unconditional_prompt is None:
             ids = torch.tensor([[] if config.bos_token_id is None else [config.bos_token_id]], dtype=torch.long)
@@ -121,165 +130,34 @@ class DiffusionSettings:
         return ids, mask
 
 
-class ScratchLayer(DynamicLayer):
-    """The prefixes of one layer, padded on the left to the longest, and room behind them that each forward overwrites."""
-
-    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], room: int, dtype: torch.dtype):
-        """
-        Args:
-            keys, values: of each sequence, (H, L, head_dim).
-        """
-        super().__init__()
-        self.length = max(tensor.shape[1] for tensor in keys)
-        heads, _, head_dim = keys[0].shape
-        shape = (len(keys), heads, self.length + room, head_dim)
-        filled = [keys[0].new_zeros(shape, dtype=dtype) for _ in range(2)]
-        self.lazy_initialization(*filled)
-        self.keys, self.values = filled
-        for mine, tensors in ((self.keys, keys), (self.values, values)):
-            for row, tensor in enumerate(tensors):
-                mine[row, :, self.length - tensor.shape[1] : self.length] = tensor
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        self.keys[:, :, self.length :] = key_states
-        self.values[:, :, self.length :] = value_states
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-
-class PlannedCache(DynamicCache):
-    """Layers of which an attention plan tells what is seen; by its length it has nothing of an earlier forward."""
-
-    def __init__(self, layers: list[ScratchLayer]):
-        super().__init__()
-        self.layers = layers
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-
-class ImageForward:
-    """Forwards over [BOI,] an image [, EOI] behind prefixes, for images of one size. The prefixes are copied once, here.
-
-    Args:
-        model: a `MoTTransfusionModel`.
-        prefixes: of the R sequences that get an image; they end with BOI, unless BOI belongs to the image's block.
-        size: (h, w) of the latents.
-        with_end: whether EOI is run as well, though it does not belong to the block: the pass that commits the image.
-    """
-
-    def __init__(self, model, prefixes: list[Prefix], size: tuple[int, int], with_end: bool = False):
-        config, device = model.config, model.device
-        self.model, self.config, self.size = model, config, size
-        count, inside = len(prefixes), config.markers_in_image_block
-        self.length = config.image_length(*size)
-        self.before, self.after = int(inside), int(inside or with_end)
-        total = self.before + self.length + self.after
-        ids = torch.full((count, total), config.image_token_id, device=device)
-        if self.before:
-            ids[:, 0] = config.boi_token_id
-        if self.after:
-            ids[:, -1] = config.eoi_token_id
-        embeds = model.model.embed_tokens(ids)
-        self.begin, self.end = embeds[:, : self.before], embeds[:, self.before + self.length :]
-        is_patch = ids == config.image_token_id
-        self.routing = ModalityRouting.from_modality_ids(torch.where(is_patch, config.image_modality, 0), config)
-        steps = torch.arange(total, device=device)
-        if config.image_positions == "shared":
-            steps = torch.zeros_like(steps) if inside else (steps >= self.length).long()
-        self.position_ids = torch.tensor([prefix.position for prefix in prefixes], device=device)[:, None] + steps
-        of_layers = zip(zip(*(prefix.keys for prefix in prefixes)), zip(*(prefix.values for prefix in prefixes)))
-        layers = [ScratchLayer(*pair, total, embeds.dtype) for pair in of_layers]
-        missing = torch.tensor([layers[0].length - prefix.length for prefix in prefixes], device=device)
-        self.layers, self.seen = layers, self._seen(layers, embeds, is_patch, missing)
-
-    def _seen(self, layers: list[ScratchLayer], embeds: torch.Tensor, is_patch: torch.Tensor, missing) -> dict:
-        """The cache and who sees what of it, as arguments of the model's forward.
-
-        All tokens of the block see each other, EOI behind it sees them, and padding before the prefixes is hidden.
-
-        Args:
-            missing: (R,) how much shorter each prefix is than the longest.
-        """
-        config, longest = self.config, layers[0].length
-        total = is_patch.shape[1]
-        in_block = torch.ones_like(is_patch) if config.markers_in_image_block else is_patch
-        if config._attn_implementation == RANGES and embeds.device.type == "cpu" and embeds.dtype != torch.float32:
-            # Ranges of keys; for float32 torch's own kernel with a mask is as fast.
-            last = longest + torch.where(in_block, int(in_block[0].sum()) - 1, total - 1)
-            plan = AttentionPlan.from_ranges(missing[:, None].expand_as(last), last)
-            return {"past_key_values": PlannedCache(layers), "attention_plan": plan}
-        blocks = ImageBlocks(F.pad(torch.where(in_block, 0, -1), (longest, 0), value=-1))
-        mask = (torch.arange(longest + total, device=embeds.device) >= missing[:, None]).long()
-        cache = Cache(layers=layers)
-        mask = attention_mask_for(config, embeds, mask, cache, None, None, blocks)
-        return {"past_key_values": cache, "attention_mask": mask}
-
-    def __call__(
-        self, latents: torch.Tensor, timestep: torch.Tensor | float, index: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, Any]:
-        """Hidden states (R, total, D) and the patchifier's features.
-
-        Args:
-            latents: (N, C, h, w)
-            timestep: of all, or (N,).
-            index: (R,) which of the latents each sequence draws; default: N = R, in their order.
-        """
-        timesteps = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
-        tokens, features = self.model.patchifier_tokens(latents, timesteps)
-        if index is not None:
-            tokens, features = taken(tokens, index), taken(features, index)
-        outputs = self.model.model(
-            inputs_embeds=torch.cat([self.begin, tokens.to(self.begin.dtype), self.end], dim=1),
-            routing=self.routing,
-            position_ids=self.position_ids,
-            **self.seen,
-        )
-        return outputs.last_hidden_state, features
-
-    def predict(
-        self, latents: torch.Tensor, timestep: torch.Tensor | float, index: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """What the model says is in noisy latents; arguments as above.  -> (R, C, h, w) float32"""
-        hidden_states, features = self(latents, timestep, index)
-        image = hidden_states[:, self.before : self.before + self.length]
-        return self.model.patchifier.predict(image, features, *self.size).float()
-
-    def written(self, row: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Keys and values that the last forward made for one sequence: of each layer, (H, total, head_dim)"""
-        keys = [layer.keys[row, :, layer.length :] for layer in self.layers]
-        return keys, [layer.values[row, :, layer.length :] for layer in self.layers]
-
-
-def taken(features, index: torch.Tensor):
-    """What a patchifier keeps of N images, for those of an index."""
-    if features is None:
-        return None
-    if isinstance(features, tuple):
-        return tuple(taken(part, index) for part in features)
-    return features[index]
+# ------------------------------------------------------------------------------------------------- from noise to clean
 
 
 class Denoising:
-    """Latents of R images of one size on their way from noise to clean, between forwards.
+    """Latents of R images of one size on their way from noise to clean.
 
     Args:
         generators: of each image's noise; None for the global one.
-        rows: which sequences of the batch these are, for the callback.
+        rows: the places of the images' sequences in the batch, for the callback.
 
     Attributes:
         latents: (R, C, h, w)
+        step: how many steps are done.
         estimates: of the clean latents, every `intermediate_every` steps.
     """
 
     def __init__(self, model, settings: DiffusionSettings, generators: Generators, rows: list[int]):
         config, device = model.config, model.device
-        self.model, self.settings, self.rows, self.step, self.estimates = model, settings, rows, 0, []
+        self.model = model
+        self.settings = settings
+        self.rows = rows
         self.size = settings.latent_size(config)
+        self.step = 0
+        self.estimates: list[torch.Tensor] = []
         self.scheduler = build_scheduler(config, settings.scheduler, **settings.scheduler_kwargs)
         self.scheduler.set_timesteps(settings.num_inference_steps, device=device)
+
+        # Each image begins as noise of its own generator, from which a scheduler with random steps draws too.
         shape = (1, config.latent_channels, *self.size)
         self.latents = torch.cat([_randn(shape, generator, device) for generator in generators])
         self.latents = self.latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
@@ -304,21 +182,35 @@ class Denoising:
         return self.scheduler.timesteps[self.step]
 
     def noisy(self) -> torch.Tensor:
-        """What the model is to look at.  -> (R, C, h, w)"""
+        """Return the latents as the model is to see them.  -> (R, C, h, w)"""
         scale = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
         return scale(self.latents, self.timestep)
 
     def advance(self, noisy: torch.Tensor, prediction: torch.Tensor, free: torch.Tensor | None = None) -> None:
-        """One step, with what the model said of `noisy`, and what it said without the prompt.  (R, C, h, w) each"""
+        """Take one step.
+
+        Args:
+            noisy: (R, C, h, w) of `noisy()`.
+            prediction: (R, C, h, w) of the model for them.
+            free: (R, C, h, w) of the model without the prompt, for guidance; None without guidance.
+
+        Raises:
+            ValueError: the callback left no finite latents of the same shape.
+        """
+        # Guidance: unconditional + scale * (conditional - unconditional).
         settings, timestep = self.settings, self.timestep
         if free is not None:
             prediction = free + settings.guidance_scale * (prediction - free)
+
+        # The scheduler's step, from a prediction that implies no clean latent beyond the bound.
         prediction = self.model.noise_schedule.bounded(prediction, noisy, timestep, settings.latent_bound)
         stepped = self.scheduler.step(prediction, timestep, self.latents, **self.step_kwargs)
         self.latents = stepped.prev_sample
         if settings.intermediate_every is not None and (self.step + 1) % settings.intermediate_every == 0:
             estimate = getattr(stepped, "pred_original_sample", None)
             self.estimates.append(self.latents if estimate is None else estimate)
+
+        # The callback may change the latents.
         if settings.callback_on_step_end is not None:
             shape, state = self.latents.shape, {"latents": self.latents, "rows": self.rows}
             changed = settings.callback_on_step_end(self.model, self.step, timestep, state)
@@ -329,41 +221,37 @@ class Denoising:
             self.bar.close()
 
     def _checked(self, changed: Any, shape: torch.Size) -> torch.Tensor:
-        """The latents to go on with, after a callback, which may also have written into those that it was given.
+        """Return the latents to go on with after a callback, which may also have written into its argument.
 
         Raises:
-            ValueError: no latents of this shape, or some that are not finite.
+            ValueError: the callback left no latents of this shape, or latents that are not finite.
         """
         if changed is not None and not isinstance(changed, Mapping):
             raise ValueError(
-                f'callback_on_step_end returned {type(changed).__name__}; it may return nothing, or {{"latents": tensor}}'
+                f"callback_on_step_end returned {type(changed).__name__}; it may return nothing, or "
+                '{"latents": tensor}'
             )
         latents = (changed or {}).get("latents", self.latents)
         if not isinstance(latents, torch.Tensor):
             raise ValueError(f"callback_on_step_end returned latents that are {type(latents).__name__}, not a tensor")
         if latents.shape != shape or not latents.is_floating_point():
             raise ValueError(
-                f"callback_on_step_end made latents of {latents.dtype} and shape {tuple(latents.shape)}; they must stay "
-                f"floats of {tuple(shape)}"
+                f"callback_on_step_end made latents of {latents.dtype} and shape {tuple(latents.shape)}; they must "
+                f"stay floats of {tuple(shape)}"
             )
         latents = latents.detach().to(self.latents)
         check_finite(latents, f"after callback_on_step_end of step {self.step}")
         return latents
 
 
-def check_finite(latents: torch.Tensor, when: str) -> None:
-    """Refuse latents that no picture can be made of.
-
-    Raises:
-        ValueError: the message says when it was.
-    """
-    if not latents.isfinite().all():
-        raise ValueError(f"latents are not finite {when}: look for NaN in what came in, and lower guidance_scale")
-
-
 @torch.no_grad()
 def denoise(drawing: Denoising, prefixes: list[Prefix], unconditional: list[Prefix]) -> None:
-    """All steps of the images behind R prefixes, as one batch with those of the unconditional prompt, R or none."""
+    """Take all steps of R images.
+
+    Args:
+        prefixes: of the R sequences.
+        unconditional: R prefixes for guidance, which run in the same batch; or none.
+    """
     forward = ImageForward(drawing.model, prefixes + unconditional, drawing.size)
     places = torch.arange(len(prefixes), device=drawing.latents.device)
     index = torch.cat([places, places]) if unconditional else None
@@ -372,10 +260,186 @@ def denoise(drawing: Denoising, prefixes: list[Prefix], unconditional: list[Pref
         drawing.advance(noisy, *forward.predict(noisy, drawing.timestep, index).split(len(prefixes)))
 
 
+def check_finite(latents: torch.Tensor, when: str) -> None:
+    """Refuse latents that no picture can be made of.
+
+    Raises:
+        ValueError: latents are NaN or infinite; the message names the moment.
+    """
+    if not latents.isfinite().all():
+        raise ValueError(f"latents are not finite {when}: look for NaN in what came in, and lower guidance_scale")
+
+
+def _randn(shape: tuple, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
+    source = device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=source).to(device)
+
+
+# ------------------------------------------------------------------------------------ a forward behind cached prefixes
+
+
+class ImageForward:
+    """Forwards over [BOI,] an image [, EOI] behind prefixes, for images of one size.
+
+    Args:
+        model: a `MoTTransfusionModel`.
+        prefixes: of the R sequences that get an image; they end with BOI, unless BOI belongs to the image's block.
+        size: (h, w) of the latents.
+        with_end: True to run EOI even if it does not belong to the block: the pass that commits the image.
+
+    Attributes:
+        seen: the arguments of `_seen`, the same in all forwards.
+    """
+
+    def __init__(self, model, prefixes: list[Prefix], size: tuple[int, int], with_end: bool = False):
+        config, device = model.config, model.device
+        self.model = model
+        self.config = config
+        self.size = size
+
+        # The tokens: markers have embeddings, patches are put between them in each forward.
+        count, inside = len(prefixes), config.markers_in_image_block
+        self.length = config.image_length(*size)
+        self.before = int(inside)
+        self.after = int(inside or with_end)
+        total = self.before + self.length + self.after
+        ids = torch.full((count, total), config.image_token_id, device=device)
+        if self.before:
+            ids[:, 0] = config.boi_token_id
+        if self.after:
+            ids[:, -1] = config.eoi_token_id
+        embeds = model.model.embed_tokens(ids)
+        self.begin = embeds[:, : self.before]
+        self.end = embeds[:, self.before + self.length :]
+        is_patch = ids == config.image_token_id
+        self.routing = ModalityRouting.from_modality_ids(torch.where(is_patch, config.image_modality, 0), config)
+
+        # The positions follow those of the prefixes.
+        steps = torch.arange(total, device=device)
+        if config.image_positions == "shared":
+            steps = torch.zeros_like(steps) if inside else (steps >= self.length).long()
+        self.position_ids = torch.tensor([prefix.position for prefix in prefixes], device=device)[:, None] + steps
+
+        # The prefixes are copied once for all forwards.
+        self.layers = []
+        for layer in range(len(prefixes[0].keys)):
+            keys = [prefix.keys[layer] for prefix in prefixes]
+            values = [prefix.values[layer] for prefix in prefixes]
+            self.layers.append(ScratchLayer(keys, values, total, embeds.dtype))
+        missing = torch.tensor([self.layers[0].length - prefix.length for prefix in prefixes], device=device)
+        self.seen = self._seen(embeds, is_patch, missing)
+
+    def _seen(self, embeds: torch.Tensor, is_patch: torch.Tensor, missing: torch.Tensor) -> dict:
+        """Return the cache and the visibility of its keys, as arguments of the model's forward.
+
+        All tokens of the block see each other, EOI behind the block sees them, and padding before prefixes is hidden.
+
+        Args:
+            embeds: (R, T, D), read for its shape, dtype and device.
+            is_patch: (R, T) bool.
+            missing: (R,) how much shorter each prefix is than the longest.
+        """
+        config, longest, total = self.config, self.layers[0].length, is_patch.shape[1]
+        cache = Cache(layers=self.layers)
+        in_block = torch.ones_like(is_patch) if config.markers_in_image_block else is_patch
+        if config._attn_implementation == RANGES and embeds.device.type == "cpu" and embeds.dtype != torch.float32:
+            # Each token sees a range of keys. In float32 torch's own kernel with a mask is as fast.
+            last = longest + torch.where(in_block, int(in_block[0].sum()) - 1, total - 1)
+            plan = AttentionPlan.from_ranges(missing[:, None].expand_as(last), last)
+            return {"past_key_values": cache, "attention_plan": plan}
+
+        # Elsewhere it is a mask, made once and not in each forward.
+        blocks = ImageBlocks(F.pad(torch.where(in_block, 0, -1), (longest, 0), value=-1))
+        mask = (torch.arange(longest + total, device=embeds.device) >= missing[:, None]).long()
+        mask = attention_mask_for(config, embeds, mask, cache, None, None, blocks)
+        return {"past_key_values": cache, "attention_mask": mask}
+
+    def __call__(
+        self, latents: torch.Tensor, timestep: torch.Tensor | float, index: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Any]:
+        """Run the model over images at their timesteps.  -> hidden states (R, T, D), the patchifier's features
+
+        Args:
+            latents: (N, C, h, w)
+            timestep: of all, or (N,).
+            index: (R,) the place among the latents of each sequence's image; default: N = R, in their order.
+        """
+        timesteps = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
+        tokens, features = self.model.patchifier_tokens(latents, timesteps)
+        if index is not None:
+            tokens, features = taken(tokens, index), taken(features, index)
+        outputs = self.model.model(
+            inputs_embeds=torch.cat([self.begin, tokens.to(self.begin.dtype), self.end], dim=1),
+            routing=self.routing,
+            position_ids=self.position_ids,
+            **self.seen,
+        )
+        return outputs.last_hidden_state, features
+
+    def predict(
+        self, latents: torch.Tensor, timestep: torch.Tensor | float, index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Predict the noise (or `prediction_type`) in latents; arguments as above.  -> (R, C, h, w) float32"""
+        hidden_states, features = self(latents, timestep, index)
+        image = hidden_states[:, self.before : self.before + self.length]
+        return self.model.patchifier.predict(image, features, *self.size).float()
+
+    def written(self, row: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return the keys and values that the last forward made for one sequence: of each layer, (K, T, d)"""
+        keys = [layer.keys[row, :, layer.length :] for layer in self.layers]
+        values = [layer.values[row, :, layer.length :] for layer in self.layers]
+        return keys, values
+
+
+class ScratchLayer(DynamicLayer):
+    """The prefixes of one layer, padded on the left to the longest, with columns behind them for each forward.
+
+    A forward overwrites the columns of the one before it, so that prefixes are copied once.
+
+    Args:
+        keys, values: of each sequence, (K, L, d).
+        room: T, the columns behind the prefixes.
+    """
+
+    def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], room: int, dtype: torch.dtype):
+        super().__init__()
+        self.length = max(tensor.shape[1] for tensor in keys)
+        heads, _, head_dim = keys[0].shape
+        shape = (len(keys), heads, self.length + room, head_dim)
+        filled = [keys[0].new_zeros(shape, dtype=dtype) for _ in range(2)]
+        self.lazy_initialization(*filled)
+        self.keys, self.values = filled
+        for mine, tensors in ((self.keys, keys), (self.values, values)):
+            for row, tensor in enumerate(tensors):
+                mine[row, :, self.length - tensor.shape[1] : self.length] = tensor
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """(R, K, T, d) -> (R, K, L + T, d), twice"""
+        self.keys[:, :, self.length :] = key_states
+        self.values[:, :, self.length :] = value_states
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+def taken(features, index: torch.Tensor):
+    """Index a patchifier's features of N images: None, a tensor, or tuples of them."""
+    if features is None:
+        return None
+    if isinstance(features, tuple):
+        return tuple(taken(part, index) for part in features)
+    return features[index]
+
+
 def commit(
     model, cache: DecodingCache, rows: list[int], prefixes: list[Prefix], latents: torch.Tensor
 ) -> tuple[torch.Tensor, list[int]]:
-    """Run clean pictures (R, C, h, w) of one size once, with EOI, into the rows of a cache, behind their prefixes.
+    """Run clean images of one size once, with EOI, and append them to rows of a cache.
+
+    Args:
+        prefixes: of these rows, behind which the images were drawn.
+        latents: (R, C, h, w)
 
     Returns:
         the next logits (R, V), and the positions that follow.
@@ -383,14 +447,10 @@ def commit(
     forward = ImageForward(model, prefixes, tuple(latents.shape[2:]), with_end=True)
     hidden_states, _ = forward(latents, 0)
     logits = model.lm_head(hidden_states[:, -1]).float()
-    # Only what cannot fail comes after the first change of the cache: a server tries again what has failed.
+
+    # Nothing that can fail comes after the first change of the cache, because a server tries a failed commit again.
     cache.reserve(max(cache.lengths[row] for row in rows) - forward.before + hidden_states.shape[1])
     for place, row in enumerate(rows):
         cache.cut(row, cache.lengths[row] - forward.before)  # BOI is run again where it belongs to the image's block
         cache.extend(row, *forward.written(place))
     return logits, (forward.position_ids[:, -1] + 1).tolist()
-
-
-def _randn(shape: tuple, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
-    source = device if generator is None else generator.device
-    return torch.randn(shape, generator=generator, device=source).to(device)

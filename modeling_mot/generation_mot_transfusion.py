@@ -1,6 +1,10 @@
-"""Generation in the Transfusion setting: text mode, diffusion mode at BOI, back to text at EOI (paper, appendix A.2)."""
+"""`generate()` in the Transfusion setting: text mode, diffusion mode at BOI, text again at EOI (paper, appendix A.2).
 
-# B sequences, L columns, C latent channels, (h, w) latents, V vocabulary
+`MoTTransfusionGenerationMixin` takes the arguments apart: `DiffusionSettings` holds the options of drawing, and
+`InterleavedDecoding` writes and draws.
+"""
+
+# B sequences, L columns
 
 from dataclasses import fields
 
@@ -9,7 +13,7 @@ from transformers.utils import logging
 
 from .attention_masks import find_image_blocks, image_positions
 from .checks_arguments import negative_prompt
-from .decoding_loop import IMAGE_INPUTS, InterleavedDecoding
+from .decoding_loop import IMAGE_INPUTS, InterleavedDecoding, Request
 from .decoding_pictures import DiffusionSettings
 from .generation_mot import MoTGenerationMixin
 from .serving_rounds import PictureSequence, Studio
@@ -22,7 +26,7 @@ SETTINGS = tuple(setting.name for setting in fields(DiffusionSettings))
 
 
 class MoTTransfusionGenerationMixin(MoTGenerationMixin):
-    """`generate()` for interleaved text and pictures."""
+    """Adds text interleaved with pictures to `MoTGenerationMixin`."""
 
     output_modalities = ("text", "image")
 
@@ -40,45 +44,64 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
     ):
         """Continue prompts with text and pictures.
 
-        Text is sampled as `GenerationMixin.generate` does it, with its arguments. Where a sequence has BOI, sampled or at
-        the end of its prompt, it draws a picture while the others wait: the prefix stays in the cache, each denoising
-        step runs the image's tokens alone, guidance is one batch of two, the clean picture is committed in one pass at
-        t = 0, EOI is appended, text goes on. What a sequence becomes does not depend on the others in its batch.
+        Text is sampled as `GenerationMixin.generate` does it, with its arguments. Behind BOI, sampled or at the end of
+        its prompt, a sequence draws a picture while the others wait. The prefix stays in the cache, each denoising step
+        runs the image's tokens alone, and guidance is one batch of two. The clean picture is committed in one pass at
+        t = 0, EOI is appended, and text goes on. The result of a sequence does not depend on the others in its batch.
 
         Args:
             inputs, input_ids: (B, L) prompts, padded on the left; or
-            documents: a document or a list of them, with the `processor` that encodes them; `allow_urls` and
-                `allow_paths` tell it whether it may open addresses and files that they name. Default: the processor's.
+            documents: a document or a list of them, with the `processor` that encodes them. `allow_urls` and
+                `allow_paths` say if the documents may name addresses and files to be opened. Default: the processor's.
             latents, pixel_values, image_sizes: the images in the prompts, as in `forward`; they are clean.
             max_new_tokens: new tokens of a sequence, those of pictures included. Default: one picture and 20.
-            generation_mode: "text" draws no picture but where a prompt ends with BOI; "image" appends BOI to prompts that
+            generation_mode: "text" draws a picture only if a prompt ends with BOI. "image" appends BOI to prompts that
                 do not end with it, and draws one picture for each and nothing after it, whatever `max_new_tokens`.
                 Default: both, as the model chooses.
             guidance_scale: prediction = unconditional + scale * (conditional - unconditional); 1 is none.
-            negative_prompt_ids: (L,) or (1, L) for all prompts, or (B, L), what guidance leads away from, with
-                `negative_prompt_attention_mask` where padded on the left; BOI is appended. Default: `config.bos_token_id`
-                alone, or nothing where there is none, which is what training sees when it drops a caption.
+            negative_prompt_ids: (L,) or (1, L) for all prompts, or (B, L): the unconditional prompts, with
+                `negative_prompt_attention_mask` if padded on the left; BOI is appended. Default: `config.bos_token_id`
+                alone, or nothing if there is none, as in training when a caption is dropped.
             num_inference_steps: denoising steps of a picture (default 250).
             scheduler: `ddpm` (default), `ddim`, `dpm`, ..., or a class name of diffusers; `scheduler_kwargs` go to it.
-            generator: of the noise and of sampled tokens: one for all, or one for each sequence. From one, a generator
-                is derived for each sequence.
-            image_size: [height, width] of new pictures in pixels (latents without a VAE); default `config.latent_size`.
-            latent_bound: largest clean latent that a prediction of noise may imply (default 6.0; they have about unit
-                deviation); see `NoiseSchedule.bounded`.
-            callback_on_step_end: called as (model, step, timestep, {"latents", "rows"}); it may return {"latents": ...},
-                finite and of the same shape.
+            generator: of the noise and of sampled tokens: one for each sequence; or one for all, from which one is
+                derived for each sequence.
+            image_size: [height, width] of new pictures in pixels (latents without a VAE); default
+                `config.latent_size`.
+            latent_bound: the largest clean latent that a prediction of noise may imply (default 6.0; latents have about
+                unit deviation); see `NoiseSchedule.bounded`.
+            callback_on_step_end: called as (model, step, timestep, {"latents", "rows"}); it may return
+                {"latents": ...}, finite and of the same shape.
             intermediate_every: keep an estimate of the picture every so many steps.
             output_type: "pil", "pt" (tensors (3, H, W) in [0, 1]) or "latent" (no pictures, only latents).
             progress_bar: show one for each picture.
-            streamer: as in transformers, for one sequence; a method `put_image(image)`, where it has one, is called with
+            streamer: as in transformers, for one sequence. If it has a method `put_image(image)`, this is called with
                 each picture.
 
         Returns:
             `MoTTransfusionGenerateOutput`.
 
         Raises:
-            ValueError: what cannot be done, by name, before anything is drawn.
+            ValueError: an argument that cannot be followed; the message names it, before anything is drawn.
+
+        Example:
+
+            >>> import torch
+            >>> from modeling_mot import MoTTransfusionConfig, MoTTransfusionModel
+            >>> config = MoTTransfusionConfig(
+            ...     vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            ...     latent_channels=2, latent_size=[4, 4], unet_channels=[8, 16], unet_layers=1, unet_norm_groups=4,
+            ...     bos_token_id=1, boi_token_id=3, eoi_token_id=4, image_token_id=5,
+            ... )
+            >>> model = MoTTransfusionModel(config).eval()
+            >>> prompt = torch.tensor([[1, 9, 10]])
+            >>> output = model.generate(prompt, generation_mode="image", num_inference_steps=2)
+            >>> output.sequences[0].tolist()  # the prompt, BOI, a placeholder for each patch, EOI
+            [1, 9, 10, 3, 5, 5, 5, 5, 4]
+            >>> output.latents[0][0].shape  # a model with a VAE gives pictures too, in `output.images`
+            torch.Size([2, 4, 4])
         """
+        # Documents become token ids.
         config = kwargs.get("generation_config") or next(iter(args), None) or self.generation_config
         mode = kwargs.get("generation_mode") or getattr(config, "generation_mode", None)
         kwargs["generation_mode"] = mode
@@ -88,6 +111,8 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
             allowed = {"allow_urls": allow_urls, "allow_paths": allow_paths}
             allowed = {name: value for name, value in allowed.items() if value is not None}
             kwargs |= self._encoded(documents, processor, mode, allowed)
+
+        # Everything is checked before a tensor is moved.
         self._check_call(inputs, args, kwargs)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None or input_ids.shape[1] == 0:
@@ -98,6 +123,7 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
             kwargs["unconditional_prompt"] = negative_prompt(
                 self.config, negative_prompt_ids, negative_prompt_attention_mask, len(input_ids)
             )
+
         # As in transformers, prompts may be on the CPU.
         input_ids = input_ids.to(self.device)
         for name in ("attention_mask", "modality_ids", "position_ids", "latents", "pixel_values"):
@@ -105,42 +131,48 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
                 kwargs[name] = kwargs[name].to(self.device)
         if mode == "image":
             input_ids, kwargs = self._opened(input_ids, kwargs, "boi_token_id", mode)
-        # Past MoTGenerationMixin.generate, which asks for the ranges that discrete modalities need.
+
+        # Not through `MoTGenerationMixin.generate`, which asks for the ranges that modalities of tokens need.
         if len(self.config.token_modalities) > 1 and self.config.modality_token_ranges is None:
             raise ValueError("generate() needs config.modality_token_ranges for the modalities beside text and image")
         return super(MoTGenerationMixin, self).generate(input_ids, *args, **kwargs)
 
-    def _encoded(self, documents, processor, mode, allowed) -> dict:
+    @staticmethod
+    def _encoded(documents, processor, mode, allowed) -> dict:
         options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
         return dict(processor(documents=documents, continue_with=mode or "text", **options, **allowed))
 
-    # ------------------------------------------------------------------------------- hooks of GenerationMixin.generate
+    # -------------------------------------------------------------------------------------- hooks: checks and settings
 
     def _validate_model_kwargs(self, model_kwargs):
         super()._validate_model_kwargs(model_kwargs)
         for name, value in model_kwargs.items():
             if value is not None and name not in PROMPT_INPUTS:
                 raise ValueError(
-                    f"generate() of a Transfusion model takes no {name}; what it reads of a prompt are input_ids and "
+                    f"generate() of a Transfusion model takes no {name}; of a prompt it reads input_ids and "
                     f"{', '.join(PROMPT_INPUTS)}"
                 )
 
     def _prepare_generation_config(self, generation_config, **kwargs):
+        # Options of drawing leave the arguments before transformers reads them.
         given = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
         given = {name: value for name, value in given.items() if value is not None}
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if self._shows_insides(generation_config):
             raise ValueError(
-                "output_hidden_states and output_attentions are not to be had from generate() of a Transfusion model, whose "
+                "generate() of a Transfusion model gives no output_hidden_states and output_attentions, because its "
                 "steps are of different kinds; leave them out, or ask its forward for them"
             )
+
+        # They come from the call, or else from the generation configuration.
         saved = {name: getattr(generation_config, name, None) for name in SETTINGS if name != "unconditional_prompt"}
         settings = DiffusionSettings(**({name: value for name, value in saved.items() if value is not None} | given))
         settings.validate(self.config)
+        # Guidance needs a model that has learnt to draw without a caption.
         if settings.guidance_scale not in (0, 1) and not self.config.caption_dropout:
             logger.warning(
                 f"guidance_scale={settings.guidance_scale} with a model of caption_dropout=0: it never learnt to draw "
-                "without a prompt, so there is nothing sensible to be led away from"
+                "without a prompt, so that guidance has nothing sensible to lead away from"
             )
         generation_config.guidance_scale = None  # transformers' own guidance is of logits
         generation_config.diffusion = settings
@@ -158,13 +190,17 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         return self.positions_of_prompts(inputs_tensor, model_kwargs.get("attention_mask"))
 
     def positions_of_prompts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """As `config.image_positions` says, from the first token that is no padding.  (B, L) -> (B, L)"""
+        """Return positions as `config.image_positions` says, from the first token on that is no padding.
+
+        (B, L) -> (B, L)
+        """
         blocks = find_image_blocks(input_ids == self.config.image_token_id, None, self.config.markers_in_image_block)
         if self.config.image_positions == "consecutive":
             blocks = torch.full_like(blocks, -1)
         return image_positions(blocks, None, attention_mask)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        # Each prompt's images are repeated with it. Transformers would repeat each image by itself.
         images = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if model_kwargs.get(name) is not None}
         if images and expand_size > 1:
             blocks = find_image_blocks(input_ids == self.config.image_token_id, None, with_markers=False)
@@ -179,15 +215,15 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
 
     def _refuse(self, *args, **kwargs):
         raise ValueError(
-            "a Transfusion model samples tokens or takes the likeliest (do_sample, num_return_sequences); beam search and "
-            "assisted decoding cannot go through pictures: leave num_beams and assistant_model out"
+            "a Transfusion model samples tokens or takes the likeliest (do_sample, num_return_sequences); beam search "
+            "and assisted decoding cannot go through pictures: leave num_beams and assistant_model out"
         )
 
     _beam_search = _assisted_decoding = _refuse
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         if model_kwargs.get("past_key_values") is not None:
-            raise ValueError("past_key_values came; a Transfusion model begins from the prompt: leave it out")
+            raise ValueError("past_key_values came, but a Transfusion model begins from the prompt: leave it out")
         if generation_config.cache_implementation not in (None, "dynamic") or generation_config.use_cache is False:
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r}, use_cache="
@@ -196,7 +232,9 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         if generation_config.prefill_chunk_size is not None:
             raise ValueError("prefill_chunk_size would cut pictures in the prompt; leave it out")
 
-    def _served(self, request, decoder) -> PictureSequence:
+    # -------------------------------------------------------------------------------------------------------- decoding
+
+    def _served(self, request: Request, decoder) -> PictureSequence:
         return PictureSequence(self, request, decoder)
 
     def _studio(self) -> Studio:
@@ -212,8 +250,5 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         streamer=None,
         **model_kwargs,
     ):
-        decoding = InterleavedDecoding(
-            self, input_ids, model_kwargs, generation_config, logits_processor, stopping_criteria, streamer
-        )
-        decoding.run()
-        return decoding.output()
+        request = Request(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, streamer)
+        return InterleavedDecoding(self, request).run()

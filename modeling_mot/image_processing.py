@@ -1,6 +1,6 @@
-"""Pictures as pixels for a model that diffuses them: one size or their own, and how many tokens they take.
+"""Make pictures the pixels that a model diffuses, all of one size or each of its own, and count their tokens.
 
-Shapes: N pictures, (H, W) pixels, (H / d, W / d) tokens with d the pixels of a token's side.
+Shapes: N pictures of (H, W) pixels, (H / d, W / d) tokens, d pixels along the side of a token (`downsampling`).
 """
 
 import hashlib
@@ -16,24 +16,33 @@ import torch
 from PIL import Image
 
 from .checks_fields import Whole, check_fields
-from .image_loading import MAX_KEPT_PIXELS, load_fitted
 from .image_tokenizer import PICTURE_RULES, from_known_fields, read_hub_json, without_defaults
-from .media_sources import describe_source
+from .media_loading import MAX_KEPT_PIXELS, describe_source, load_fitted
 
 
-# One side stands for both of `image_size`.
 CONFIG_RULES = PICTURE_RULES | {"downsampling": Whole()}
 IMAGE_PROCESSOR_CONFIG_NAME = "image_processor_config.json"
 
 
 @dataclass
 class MoTImageProcessor:
-    """How a picture becomes pixels, and how many placeholder tokens stand for them.
+    """How a picture becomes pixels, and how many placeholder tokens stand for it.
 
-    `image_size` is [height, width] in pixels. `fit`: "crop" scales the shorter side and cuts the middle out, "pad"
-    scales the longer side and fills with `background`, "keep" takes pictures as they are. `downsampling` is the number
-    of pixels along the side of one token: the VAE's factor times the patch size; it must divide both sides. Pictures of
-    more than `max_pixels`, with "keep" of more than `max_kept_pixels`, are refused before they are decoded.
+    `image_size` is [height, width] in pixels, or one number for both. `fit`: "crop" scales the shorter side and cuts
+    the middle out, "pad" scales the longer side and fills with `background`, "keep" takes pictures as they are.
+    `downsampling` is the number of pixels along the side of one token: the VAE's factor times the patch size; it must
+    divide both sides. Pictures of more than `max_pixels`, or of more than `max_kept_pixels` with "keep", are refused
+    before they are decoded.
+
+    Raises:
+        ValueError: a field with an impossible value, by name.
+
+    Example:
+        >>> processor = MoTImageProcessor([32, 48], downsampling=16)
+        >>> processor.grid(32, 48)
+        (2, 3)
+        >>> processor([np.zeros((100, 80, 3), np.uint8)])["pixel_values"].shape
+        (1, 3, 32, 48)
     """
 
     image_size: list[int] = field(default_factory=lambda: [64, 64])
@@ -57,54 +66,62 @@ class MoTImageProcessor:
         """(rows, columns) of tokens of a picture of height x width pixels.
 
         Raises:
-            ValueError: a side that `downsampling` does not divide.
+            ValueError: `downsampling` does not divide a side.
         """
         if height % self.downsampling or width % self.downsampling or min(height, width) < 1:
             raise ValueError(
-                f"{name}: {height} x {width} pixels do not divide into tokens of downsampling={self.downsampling} pixels "
-                f"a side; use fit='crop' or 'pad', or sides that are multiples of {self.downsampling}"
+                f"{name}: {height} x {width} pixels do not divide into tokens of downsampling={self.downsampling} "
+                f"pixels a side; use fit='crop' or 'pad', or sides that are multiples of {self.downsampling}"
             )
         return height // self.downsampling, width // self.downsampling
 
     def fit_pictures(self, images: list[Any], **access: bool) -> list[np.ndarray]:
-        """Pictures in any form `load_picture` takes, and its `allow_urls`, `allow_paths` -> RGB pixels (3, H, W), uint8.
+        """Read and fit pictures: RGB pixels (3, H, W), uint8, of each.
+
+        Args:
+            images: pictures in any form that `load_picture` takes.
+            access: `allow_urls` and `allow_paths` of `load_picture`.
 
         Raises:
-            ValueError: `images` is no list; a picture that cannot be read, or has sides that do not divide.
+            ValueError: `images` is no list, or a picture cannot be read or has sides that do not divide.
         """
         if not isinstance(images, (list, tuple)):
             raise ValueError(f"images is a {type(images).__name__}; give a list of pictures")
         fitted = []
         for image in images:
             pixels = load_fitted(image, self, **access)
+            # Refuse a kept picture whose sides do not divide, by its name.
             self.grid(*pixels.shape[:2], name=describe_source(image))
             fitted.append(np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
         return fitted
 
     def __call__(self, images: list[Any], **access: bool) -> dict[str, np.ndarray]:
-        """`pixel_values`, and `image_sizes` where pictures differ in size; see `fit_pictures` and `stack`."""
+        """Fit pictures and stack them: `pixel_values`, and `image_sizes` where they differ; see `stack`."""
         return self.stack(self.fit_pictures(images, **access))
 
     @staticmethod
     def stack(fitted: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """Arguments of the model from fitted pictures; none without any.
+        """The arguments of a model for fitted pictures; an empty dictionary without pictures.
 
         Returns:
-            `pixel_values` (N, 3, H, W) float32 in [-1, 1]; where sizes differ, padded at bottom and right with zeros,
-            and `image_sizes` (N, 2) int64, height and width in pixels.
+            `pixel_values` (N, 3, H, W) float32 in [-1, 1]. Where sizes differ, they are padded with zeros at the bottom
+            and on the right, and `image_sizes` (N, 2) int64 has height and width in pixels.
         """
         if not fitted:
             return {}
+        # One array of the largest height and width.
         sizes = np.array([pixels.shape[1:] for pixels in fitted], dtype=np.int64)
         values = np.zeros((len(fitted), 3, *sizes.max(axis=0)), dtype=np.float32)
         for target, pixels in zip(values, fitted):
             target[:, : pixels.shape[1], : pixels.shape[2]] = pixels.astype(np.float32) / 127.5 - 1
+        # The sizes tell the model what is padding; without padding it needs none.
         same = (sizes == sizes[0]).all()
         return {"pixel_values": values} | ({} if same else {"image_sizes": sizes})
 
     @staticmethod
     def to_pictures(pixel_values: Any, image_sizes: Any = None) -> list[Image.Image]:
-        """(N, 3, H, W) in [-1, 1] -> PIL pictures, cut to `image_sizes` (N, 2) where given."""
+        """PIL pictures of pixels (N, 3, H, W) in [-1, 1], cut to `image_sizes` (N, 2) where these are given."""
+        # The inverse of `stack`, with values rounded to the nearest of 256.
         values = torch.as_tensor(pixel_values).detach().float().cpu()
         pixels = ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         sizes = [value.shape[:2] for value in pixels] if image_sizes is None else torch.as_tensor(image_sizes).tolist()
@@ -113,6 +130,7 @@ class MoTImageProcessor:
     # -- saving and loading -------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
+        """The content of `image_processor_config.json`."""
         return without_defaults(self, "max_kept_pixels")
 
     def fingerprint(self) -> str:
@@ -120,7 +138,7 @@ class MoTImageProcessor:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     def save_pretrained(self, directory: str | os.PathLike, **kwargs) -> None:
-        """Write `image_processor_config.json` to a folder, which is made."""
+        """Write `image_processor_config.json` to a folder, which is made where it is missing."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2) + "\n"
@@ -128,6 +146,6 @@ class MoTImageProcessor:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, subfolder: str = "", **hub_kwargs) -> "MoTImageProcessor":
-        """From a folder or Hub repository that `save_pretrained` wrote."""
+        """Load a folder or Hub repository that `save_pretrained` wrote."""
         values = read_hub_json(name_or_path, IMAGE_PROCESSOR_CONFIG_NAME, subfolder, **hub_kwargs)
         return from_known_fields(cls, values, "image processor")

@@ -1,7 +1,9 @@
-"""Pictures to grids of discrete codes and back: a VQ image tokenizer on diffusers' `VQModel`.
+"""Encode pictures as grids of discrete codes and decode them: a VQ image tokenizer on diffusers' `VQModel`.
 
-Shapes: N pictures, (H, W) pixels, (h, w) codes with h = H / downsampling, C latent channels, K codes.
 Transformers' Chameleon VQ-VAE, which has no decoder, can take the place of `VQModel`.
+
+Shapes: N pictures of (H, W) pixels; images of (h, w) codes, h = H / downsampling; C latent channels; K codes of the
+codebook; M latents; p pixels along a side of a folded patch.
 """
 
 import hashlib
@@ -20,15 +22,22 @@ from torch import nn
 
 from .checks_fields import Maybe, OneOf, Several, Typed, Whole, check_fields, check_names
 from .hub_trust import forget_code, read_json_object, reading, without_code
-from .image_loading import MAX_KEPT_PIXELS, RESAMPLING, cut_long_side, fit_picture, load_picture, pixel_limit
-from .media_sources import describe_source
+from .media_loading import (
+    MAX_KEPT_PIXELS,
+    RESAMPLING,
+    cut_long_side,
+    describe_source,
+    fit_picture,
+    load_picture,
+    pixel_limit,
+)
 
 
 IMAGE_TOKENIZER_CONFIG_NAME = "image_tokenizer_config.json"
 FITS = ("crop", "pad", "keep")
 BACKENDS = ("diffusers", "chameleon")
 
-# The arguments of diffusers' VQModel. "chameleon-512" is the layout of Chameleon's tokenizer: 512 pixels,
+# `model` holds the arguments of diffusers' VQModel. "chameleon-512" is the layout of Chameleon's tokenizer: 512 pixels,
 # 16-fold down-sampling, 32 x 32 = 1,024 tokens out of 8,192 codes.
 PRESETS: dict[str, dict[str, Any]] = {
     "small-64": {
@@ -88,10 +97,10 @@ VQ_MODEL_RULES = {
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Products are in the dtype of the weights, whatever autocast surrounds it; also a decorator.
+    """Compute in the dtype of the weights under any outer autocast; a context or a decorator.
 
-    A code is an argmin, which rounding turns into another code: what encodes and decodes never follows the precision
-    that somebody trains or samples in.
+    A code is an argmin, which rounding turns into another code. So encoding and decoding never follow the precision in
+    which a model is trained or sampled.
     """
     accelerator = torch.accelerator.current_accelerator()
     with ExitStack() as stack:
@@ -109,11 +118,12 @@ class ImageTokenizerConfig:
     of the down-sampling). `patch_size` p folds p x p pixels into channels before the first convolution. `model` holds
     the arguments of diffusers' `VQModel`. `storage_dtype` is that of the saved weights; they compute in float32.
     `image_processor` holds the settings of transformers' `ChameleonImageProcessorPil`: pictures then become pixels as
-    they do for Chameleon, all of them `image_size`, and `fit`, `resample` and `background` are not read. Pictures of more
-    than `max_pixels`, with `fit` "keep" of more than `max_kept_pixels`, are refused before they are decoded.
+    they do for Chameleon, all of them `image_size`, and `fit`, `resample` and `background` are not read. Pictures of
+    more than `max_pixels`, or of more than `max_kept_pixels` with `fit` "keep", are refused before they are decoded.
+    `batch_size` pictures are encoded at a time.
 
     Raises:
-        ValueError: a field that cannot be, by name; or channels of `model` that its groups do not divide.
+        ValueError: a field with an impossible value, by name; or channels of `model` that its groups do not divide.
     """
 
     image_size: list[int] = field(default_factory=lambda: [64, 64])
@@ -138,6 +148,7 @@ class ImageTokenizerConfig:
             self._check_model()
 
     def _check_model(self):
+        """Raise ValueError for arguments of `VQModel` that are impossible or do not fit each other."""
         check_fields(self.model, VQ_MODEL_RULES, "model.")
         groups = self.model.get("norm_num_groups", 32)  # the default is diffusers'
         if wrong := [width for width in self.model.get("block_out_channels", ()) if width % groups]:
@@ -148,7 +159,10 @@ class ImageTokenizerConfig:
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "ImageTokenizerConfig":
-        """`small-64` (64 pixels, 8 x 8 codes) or `chameleon-512` (512 pixels, 32 x 32 codes); `model` is merged."""
+        """The configuration of a named size: "small-64" (8 x 8 codes) or "chameleon-512" (32 x 32 codes).
+
+        `overrides` replace fields; those of `model` are merged into it.
+        """
         check_names([name], PRESETS, "image tokenizer preset")
         values = {**PRESETS[name], **overrides}
         values["model"] = {**PRESETS[name]["model"], **overrides.get("model", {})}
@@ -156,29 +170,42 @@ class ImageTokenizerConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ImageTokenizerConfig":
+        """From the content of `image_tokenizer_config.json`; ValueError for unknown names."""
         return from_known_fields(cls, values, "image tokenizer")
 
     def to_dict(self) -> dict[str, Any]:
+        """The content of `image_tokenizer_config.json`."""
         return without_code(without_defaults(self, "image_processor", "max_kept_pixels"))
 
     def model_arguments(self) -> dict[str, Any]:
-        """Arguments of `VQModel`, with the channels that patch folding needs and one block per scale filled in."""
+        """The arguments of `VQModel`: `model`, the channels that folded patches need, and one block for each scale."""
         arguments = dict(self.model)
         if "block_out_channels" not in arguments:
             raise ValueError(f"model={self.model} has no block_out_channels: give the channels of each scale")
+
+        # `VQModel` takes folded patches in the place of pixels, and the kind of block for each scale.
         scales = len(arguments["block_out_channels"])
         channels = 3 * self.patch_size**2
         arguments |= {"in_channels": channels, "out_channels": channels, "sample_size": self.image_size[0]}
         arguments["down_block_types"] = ("DownEncoderBlock2D",) * scales
         arguments["up_block_types"] = ("UpDecoderBlock2D",) * scales
+        # Lists, as JSON has them, become the tuples of its own signature.
         return {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
 
 
 class MoTImageTokenizer:
-    """Pictures to grids of codes in [0, num_codes) and back.
+    """Encode pictures as grids of codes in [0, num_codes), and decode such grids.
 
-    `model` is diffusers' `VQModel` or transformers' `ChameleonVQVAE`; it stays in float32 and evaluation mode, so
-    that codes do not depend on the dtype in which the weights were stored.
+    Args:
+        config: how pictures become pixels, and the sizes of the model.
+        model: diffusers' `VQModel` or transformers' `ChameleonVQVAE`; default: an untrained one. It stays in float32
+            and evaluation mode, so that codes do not depend on the dtype in which the weights were stored.
+
+    Example, with an untrained tokenizer:
+        >>> tokenizer = MoTImageTokenizer.from_preset("small-64")
+        >>> (grid,) = tokenizer.encode([np.zeros((100, 80, 3), np.uint8)])
+        >>> grid.shape, tokenizer.decode([grid])[0].size
+        (torch.Size([8, 8]), (64, 64))
     """
 
     def __init__(self, config: ImageTokenizerConfig, model: nn.Module | None = None):
@@ -192,16 +219,19 @@ class MoTImageTokenizer:
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "MoTImageTokenizer":
-        """Untrained tokenizer of a named size; see `PRESETS`."""
+        """An untrained tokenizer of a named size; see `ImageTokenizerConfig.from_preset`."""
         return cls(ImageTokenizerConfig.from_preset(name, **overrides))
+
+    # -- sizes --------------------------------------------------------------------------------------------------------
 
     @property
     def codebook(self) -> torch.Tensor:
-        """(K, C)"""
+        """The vectors that latents are rounded to.  (K, C)"""
         return self.model.quantize.embedding.weight
 
     @property
     def num_codes(self) -> int:
+        """K, the number of codes."""
         return self.codebook.shape[0]
 
     @property
@@ -213,26 +243,36 @@ class MoTImageTokenizer:
 
     @property
     def can_decode(self) -> bool:
-        """Whether there is a decoder; transformers' `ChameleonVQVAE` has none."""
+        """True if there is a decoder; transformers' `ChameleonVQVAE` has none."""
         return self.config.backend != "chameleon"
 
     @property
     def image_grid(self) -> list[int] | None:
-        """[h, w] of every encoded picture, or None when pictures keep their size."""
+        """[h, w] of every image, or None if pictures keep their size."""
         if self.config.fit == "keep":
             return None
         return [side // self.downsampling for side in self.config.image_size]
 
     @property
     def device(self) -> torch.device:
+        """Where the model is, and codes are computed."""
         return self.codebook.device
 
     def to(self, device) -> "MoTImageTokenizer":
+        """Move the model to a device, in place."""
         self.model.to(device)
         return self
 
+    # -- encoding -----------------------------------------------------------------------------------------------------
+
     def preprocess(self, image: Any, size: tuple[int, int] | None = None, **access: bool) -> torch.Tensor:
-        """One picture in any form `load_picture` takes, and its `allow_urls`, `allow_paths` -> (3, H, W) in [-1, 1]."""
+        """Read one picture and fit it.  -> (3, H, W) in [-1, 1]
+
+        Args:
+            image: a picture in any form that `load_picture` takes.
+            size: (height, width) in place of `image_size`.
+            access: `allow_urls` and `allow_paths` of `load_picture`.
+        """
         picture = load_picture(image, *pixel_limit(self.config, size), **access)
         if self.config.image_processor is not None:
             return self._preprocess_for_chameleon(picture, size)
@@ -246,8 +286,10 @@ class MoTImageTokenizer:
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
     def _preprocess_for_chameleon(self, picture: Image.Image, size: tuple[int, int] | None) -> torch.Tensor:
+        """The pixels that transformers' processor for Chameleon makes."""
         from transformers import ChameleonImageProcessorPil
 
+        # A given size is that of the picture already, so it is neither scaled nor cut.
         height, width = size or self.config.image_size
         settings = self.config.image_processor
         if size is not None and (picture.height, picture.width) != tuple(size):
@@ -257,6 +299,8 @@ class MoTImageTokenizer:
             )
         if size is not None:
             settings = settings | {"do_resize": False, "crop_size": {"height": height, "width": width}}
+
+        # The settings are a stranger's, so anything may be wrong with them.
         try:
             process = ChameleonImageProcessorPil(**settings)
             pixels = process(cut_long_side(picture), return_tensors="pt")["pixel_values"][0]
@@ -271,15 +315,17 @@ class MoTImageTokenizer:
 
     @torch.no_grad()
     def encode(self, images: list[Any], size: tuple[int, int] | None = None, **access: bool) -> list[torch.Tensor]:
-        """Codes of each picture, row-major grids (h, w) of int64.
+        """The image of each picture: a grid of codes (h, w), int64, row-major.
 
         Args:
-            images: pictures in any form `load_picture` takes.
+            images: pictures in any form that `load_picture` takes.
             size: (height, width) in place of `image_size`.
             access: `allow_urls` and `allow_paths` of `load_picture`.
         """
         if not isinstance(images, (list, tuple)):
             raise ValueError(f"encode takes a list of pictures, not {type(images).__name__}")
+
+        # Pictures of one size are encoded together, others one by one.
         grids: list[torch.Tensor] = []
         for start in range(0, len(images), self.config.batch_size):
             batch = [self.preprocess(image, size, **access) for image in images[start : start + self.config.batch_size]]
@@ -292,7 +338,7 @@ class MoTImageTokenizer:
     @without_autocast()
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) in [-1, 1] -> (N, h, w)"""
+        """The codes of pixels in [-1, 1].  (N, 3, H, W) -> (N, h, w)"""
         latents = self.latents(pixels.to(self.device))
         count, channels, h, w = latents.shape
         flat = latents.permute(0, 2, 3, 1).reshape(-1, channels)
@@ -300,14 +346,21 @@ class MoTImageTokenizer:
 
     @without_autocast()
     def latents(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Encoder output before quantisation.  (N, 3, H, W) -> (N, C, h, w)"""
+        """The output of the encoder before it is rounded to codes.  (N, 3, H, W) -> (N, C, h, w)"""
         if self.config.backend == "chameleon":
             return self.model.quant_conv(self.model.encoder(pixels))
         return self.model.encode(fold(pixels, self.config.patch_size)).latents
 
+    # -- decoding -----------------------------------------------------------------------------------------------------
+
     @torch.no_grad()
     def decode(self, grids: list[torch.Tensor]) -> list[Image.Image]:
-        """Pictures of the given grids of codes, each (h, w); grids may differ in size."""
+        """The picture of each grid of codes (h, w); grids may differ in size.
+
+        Raises:
+            ValueError: a grid of another shape, or codes outside of [0, num_codes).
+            NotImplementedError: there is no decoder.
+        """
         pictures = []
         for grid in grids:
             grid = torch.as_tensor(grid, dtype=torch.long)
@@ -324,34 +377,38 @@ class MoTImageTokenizer:
 
     @without_autocast()
     def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """(N, h, w) -> (N, 3, H, W), not clamped"""
+        """The pixels of codes, around [-1, 1] and not clamped.  (N, h, w) -> (N, 3, H, W)"""
         if not self.can_decode:
             raise NotImplementedError(
                 "transformers' ChameleonVQVAE holds no decoder, so its codes cannot be turned back into pictures; give "
-                "the weights of one to `python -m conversion.import_chameleon --image-decoder`, or use a tokenizer with "
-                "backend='diffusers'"
+                "the weights of one to `python -m conversion.import_chameleon --image-decoder`, or use a tokenizer "
+                "with backend='diffusers'"
             )
         quantised = self.codebook[codes].permute(0, 3, 1, 2)
         return unfold(self.model.decode(quantised, force_not_quantize=True).sample, self.config.patch_size)
 
     def blank_codes(self, grid: tuple[int, int]) -> list[int]:
-        """Codes of a picture of nothing but background, row by row, for a grid of (h, w) codes."""
+        """The codes of a picture of background alone, row by row, for a grid of (h, w) codes."""
         height, width = (side * self.downsampling for side in grid)
         blank = np.broadcast_to(np.array(self.config.background, np.uint8), (height, width, 3))
         return self.encode([blank], size=(height, width))[0].flatten().tolist()
 
+    # -- saving and loading -------------------------------------------------------------------------------------------
+
     def fingerprint(self) -> str:
-        """sha256 over the configuration and the weights."""
+        """sha256 of the configuration and the weights."""
         return fingerprint(self.config.to_dict(), self.model.state_dict())
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """The model library's own layout plus `image_tokenizer_config.json`."""
+        """Write a folder in the layout of the model's own library, and `image_tokenizer_config.json` beside it."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        # Weights in memory are rounded too: the saved and the loaded tokenizer give the same codes.
+
+        # The weights in memory are rounded too, so that the saved and the loaded tokenizer give the same codes.
         nn.Module.to(self.model, getattr(torch, self.config.storage_dtype))
+        # Neither code nor the path of the source goes into the saved configuration.
         if self.config.backend == "diffusers":
-            self.model.register_to_config(_name_or_path=None)  # the folder it came from is nobody's business
+            self.model.register_to_config(_name_or_path=None)
             self.model._internal_dict = type(self.model.config)(without_code(self.model.config))
         else:
             forget_code(self.model.config)
@@ -362,7 +419,7 @@ class MoTImageTokenizer:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, subfolder: str = "", **hub_kwargs) -> "MoTImageTokenizer":
-        """From a folder or Hub repository that `save_pretrained` wrote."""
+        """Load a folder or Hub repository that `save_pretrained` wrote."""
         values = read_hub_json(name_or_path, IMAGE_TOKENIZER_CONFIG_NAME, subfolder, **hub_kwargs)
         config = ImageTokenizerConfig.from_dict(values)
         return cls(config, load_model(config.backend, name_or_path, subfolder=subfolder, **hub_kwargs))
@@ -371,13 +428,23 @@ class MoTImageTokenizer:
     def from_backend(
         cls, name_or_path: str, backend: str, config: ImageTokenizerConfig, **kwargs
     ) -> "MoTImageTokenizer":
-        """A tokenizer around existing weights: `backend` "diffusers" (a VQModel) or "chameleon" (a ChameleonVQVAE)."""
+        """A tokenizer around existing weights.
+
+        Args:
+            name_or_path: a folder or Hub repository of the model's own library.
+            backend: "diffusers" for a `VQModel`, "chameleon" for a `ChameleonVQVAE`.
+            kwargs: arguments of its `from_pretrained`.
+        """
         values = {**config.to_dict(), "backend": backend}
         return cls(ImageTokenizerConfig.from_dict(values), load_model(backend, name_or_path, **kwargs))
 
 
+# -- codes and models -------------------------------------------------------------------------------------------------
+
+
 def nearest_code(latents: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Index of the nearest codebook row in Euclidean distance; the lowest index wins ties.  (M, C), (K, C) -> (M,)"""
+    """Index of the nearest row of the codebook by Euclidean distance, the lowest of equals.  (M, C), (K, C) -> (M,)"""
+    # |x - c|^2 without |x|^2, which is the same for all codes; in chunks, so that the products fit into memory.
     codebook = codebook.float()
     offsets = codebook.square().sum(1)
     chunks = latents.float().split(65_536)
@@ -385,12 +452,12 @@ def nearest_code(latents: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 
 def fold(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """(N, 3, H, W) -> (N, 3 p^2, H / p, W / p)"""
+    """Fold patches of p x p pixels into channels.  (N, 3, H, W) -> (N, 3 p^2, H / p, W / p)"""
     return nn.functional.pixel_unshuffle(pixels, patch_size) if patch_size > 1 else pixels
 
 
 def unfold(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """(N, 3 p^2, H / p, W / p) -> (N, 3, H, W)"""
+    """Unfold channels to patches of p x p pixels.  (N, 3 p^2, H / p, W / p) -> (N, 3, H, W)"""
     return nn.functional.pixel_shuffle(pixels, patch_size) if patch_size > 1 else pixels
 
 
@@ -409,7 +476,7 @@ def load_model(backend: str, name_or_path: str | os.PathLike, subfolder: str = "
     """The model in float32, from a folder or Hub repository; nothing is unpickled.
 
     Raises:
-        OSError: it is not there.
+        OSError: the model is not there.
         ValueError: its configuration or its weights are damaged, or do not fit each other.
     """
     if backend == "chameleon":
@@ -424,8 +491,11 @@ def load_model(backend: str, name_or_path: str | os.PathLike, subfolder: str = "
         return model_class.from_pretrained(str(name_or_path), **{"use_safetensors": True, **kwargs, **hub_kwargs})
 
 
+# -- settings and fingerprints, also of the tokenizer of speech and the image processor -------------------------------
+
+
 def from_known_fields(cls: type, values: dict[str, Any], what: str) -> Any:
-    """A dataclass from a mapping; keys that are not fields are refused by name."""
+    """Make a dataclass from a mapping; ValueError, by name, for keys that are not fields."""
     if not isinstance(values, dict):
         raise ValueError(
             f"settings of the {what} are {type(values).__name__}, and must be a mapping of names to values"
@@ -435,9 +505,12 @@ def from_known_fields(cls: type, values: dict[str, Any], what: str) -> Any:
 
 
 def without_defaults(config: Any, *names: str) -> dict[str, Any]:
-    """The fields of a dataclass but for those of `names` that are as ever: fingerprints stay what they were before."""
-    ever = {field.name: field.default for field in fields(config)}
-    return {name: value for name, value in asdict(config).items() if name not in names or value != ever[name]}
+    """The fields of a dataclass, but `names` only where they differ from their defaults.
+
+    These fields came later: leaving out their defaults keeps the fingerprints of older settings.
+    """
+    defaults = {field.name: field.default for field in fields(config)}
+    return {name: value for name, value in asdict(config).items() if name not in names or value != defaults[name]}
 
 
 def fingerprint(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
@@ -453,8 +526,8 @@ def read_hub_json(name_or_path: str | os.PathLike, filename: str, subfolder: str
     """The object of a JSON file of a local folder or Hub repository.
 
     Raises:
-        OSError: it is not there.
-        ValueError: it holds no JSON object.
+        OSError: the file is not there.
+        ValueError: the file holds no JSON object.
     """
     from transformers.utils import cached_file
 

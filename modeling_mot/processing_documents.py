@@ -1,63 +1,102 @@
-"""Token ids back to documents: text, pictures, waveforms."""
+"""Token ids back to documents: text, pictures, sounds.
+
+Shapes: L tokens; (h, w) codes of an image; S samples.
+"""
 
 from reprlib import repr as shortened
 from typing import Any
 
 import torch
 
+from .checks_fields import MOST, is_whole
 from .configuration_mot import check_spans
 
 
+def token_rows(generated_outputs: Any) -> list:
+    """The ids that a model returned, (B, L) or one sequence, as a list.
+
+    Raises:
+        ValueError: they are no token ids.
+    """
+    rows = generated_outputs.tolist() if hasattr(generated_outputs, "tolist") else generated_outputs
+    if isinstance(rows, (list, tuple)):
+        rows = [row.tolist() if hasattr(row, "tolist") else row for row in rows]
+    checked = rows if isinstance(rows, (list, tuple)) else [rows]
+    for row in checked:
+        for token in row if isinstance(row, (list, tuple)) and checked is rows else [row]:
+            if not is_whole(token, 0) or token > MOST:
+                raise ValueError(f"generated_outputs has {shortened(token)}, and must be token ids, (batch, length)")
+    return rows
+
+
 class DocumentDecoder:
-    """Reads one sequence of tokens with the tokenizers of a processor.
+    """Read one sequence of tokens with the tokenizers of a processor.
 
     Padding, begin and end tokens are dropped. An image is boi, codes, eoi; its grid is the next of `image_grids`, or
     the tokenizer's own, or the square of as many codes. With an image processor an image is boi, placeholders, eoi, and
-    stands for the next of `images`. Raises ValueError for ids outside the vocabulary, codes outside their markers,
-    images or sounds that are cut off, and more or fewer `images` than the document has, with the counts. With
-    `allow_incomplete`, a cut image is filled up with codes of a blank picture, a cut sound is decoded as far as it goes,
-    and stray codes, placeholders and images without a picture are dropped; fewer `images` than the document has are
-    then its last ones, as `generate()` returns those it drew.
+    stands for the next of `images`.
+
+    With `allow_incomplete` a cut image is filled up with codes of a blank picture, a cut sound is decoded as far as it
+    goes, and stray codes, placeholders and images without a picture are dropped. Fewer `images` than the document has
+    are then its last ones, since `generate()` returns the pictures that it drew itself.
+
+    Raises:
+        ValueError: ids outside the vocabulary; codes outside their markers; images or sounds that are cut off; more or
+            fewer `images` than the document has.
     """
 
     def __init__(self, processor: Any):
-        self.processor, self.tokenizer = processor, processor.tokenizer
-        self.ranges = dict(processor.modality_token_ranges)
-        self.size = max(last for _, last in self.ranges.values())
+        tokenizer = processor.tokenizer
+        self.processor = processor
+        self.tokenizer = tokenizer
+        # Images are diffused: a placeholder stands for each patch, and the pictures come beside the tokens.
         self.continuous = processor.image_processor is not None
-        tokenizer = self.tokenizer
+        self.size = max(last for _, last in processor.modality_token_ranges.values())
+        self.ranges = dict(processor.modality_token_ranges)
+        if self.continuous:
+            self.ranges["image"] = [tokenizer.image_token_id, tokenizer.image_token_id + 1]
+        # begin token of a span -> (its modality, its end token)
         self.spans = {
             tokenizer.boi_token_id: ("image", tokenizer.eoi_token_id),
             tokenizer.begin_of_speech_token_id: ("speech", tokenizer.end_of_speech_token_id),
         }
-        self.dropped = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
-        self.dropped |= {tokenizer.eoi_token_id, tokenizer.end_of_speech_token_id}
-        if self.continuous:
-            self.ranges["image"] = [tokenizer.image_token_id, tokenizer.image_token_id + 1]
+        self.dropped = {
+            tokenizer.pad_token_id,
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+            tokenizer.eoi_token_id,
+            tokenizer.end_of_speech_token_id,
+        }
 
     def decode(self, ids: Any, images: list | None, image_grids: list | None, allow_incomplete: bool) -> list[dict]:
+        """The segments of a document; see `MoTProcessor.decode_document`."""
         ids = self.checked(ids)
         for name, given in (("images", images), ("image_grids", image_grids)):
             if not isinstance(given, (list, tuple, type(None))):
                 raise ValueError(f"{name}={shortened(given)} must be a list, with one for each image of the document")
-        grids, pictures = iter(image_grids or []), iter(self.pictures(ids, images, image_grids, allow_incomplete))
-        segments, text, position = [], [], 0
+        grids = iter(image_grids or [])
+        pictures = iter(self.pictures(ids, images, image_grids, allow_incomplete))
+        segments: list[dict] = []
+        text: list[int] = []  # tokens of text that belong to no segment yet
+        position = 0
         while position < len(ids):
             token = ids[position]
+            # A begin marker: everything to its end marker is one image or sound.
             if token in self.spans:
                 self.flush(text, segments)
                 modality, end = self.spans[token]
                 codes, position, complete = self.span(ids, position + 1, modality, end)
                 if modality == "image" and self.continuous:
-                    segment = self.given_image(
-                        len(codes), next(pictures) if codes else None, complete, allow_incomplete
-                    )
+                    picture = next(pictures) if codes else None
+                    segment = self.given_image(len(codes), picture, complete, allow_incomplete)
                 elif modality == "image":
                     segment = self.image(codes, next(grids, None), complete, allow_incomplete)
                 else:
                     segment = self.sound(codes, complete, allow_incomplete)
                 segments += [segment] if segment else []
                 continue
+
+            # Text, and tokens that are left out; a code has no place here.
             if not self.is_text(token):
                 if not allow_incomplete:
                     name = self.tokenizer.convert_ids_to_tokens(token)
@@ -68,6 +107,7 @@ class DocumentDecoder:
                 text.append(token)
             position += 1
         self.flush(text, segments)
+
         left = sum(1 for _ in grids)
         if left:
             raise ValueError(
@@ -76,6 +116,8 @@ class DocumentDecoder:
         return segments
 
     def checked(self, ids: Any) -> list[int]:
+        """One sequence of ids as a list; ValueError for other shapes and for ids outside the vocabulary."""
+        # A list, array or tensor, with or without an axis of sequences.
         try:
             ids = torch.as_tensor(ids)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -86,6 +128,7 @@ class DocumentDecoder:
             raise ValueError(
                 f"decode_document takes one sequence of token ids, not {ids.dtype} of shape {tuple(ids.shape)}"
             )
+
         outside = ((ids < 0) | (ids >= self.size)).nonzero().flatten()
         if len(outside):
             position = int(outside[0])
@@ -97,13 +140,15 @@ class DocumentDecoder:
     def pictures(
         self, ids: list[int], images: list | None, image_grids: list | None, allow_incomplete: bool
     ) -> list[Any]:
-        """The given picture of each image of placeholders, None where there are fewer."""
+        """The picture of each image of placeholders, or None where there are fewer pictures."""
         if not self.continuous:
             if images is not None:
                 raise ValueError("images= go with an image processor; this processor decodes pictures from their codes")
             return []
         if image_grids is not None:
             raise ValueError("image_grids= go with an image tokenizer; this processor takes its pictures from images=")
+
+        # An image counts where its begin token and a placeholder stand: a cut one may have no placeholder yet.
         begin, image = self.tokenizer.boi_token_id, self.tokenizer.image_token_id
         count = sum(one == begin and other == image for one, other in zip(ids, ids[1:]))
         given = len(images or [])
@@ -115,13 +160,8 @@ class DocumentDecoder:
         return [None] * (count - given) + list(images or [])
 
     def is_text(self, token: int) -> bool:
+        """True if the token is no code and no placeholder."""
         return not any(first <= token < last for name, (first, last) in self.ranges.items() if name != "text")
-
-    def given_image(self, length: int, picture: Any, complete: bool, allow_incomplete: bool) -> dict | None:
-        if not allow_incomplete and not (length and complete):
-            missing = "" if complete else f" and no {self.tokenizer.eoi_token}"
-            raise ValueError(f"an image has {length} placeholders{missing}; generate on, or pass allow_incomplete=True")
-        return None if picture is None else {"type": "image", "image": picture}
 
     def span(self, ids: list[int], start: int, modality: str, end: int) -> tuple[list[int], int, bool]:
         """Codes from `start`, the position behind the span, and whether its end marker was there."""
@@ -134,16 +174,20 @@ class DocumentDecoder:
         return codes, position + int(complete), complete
 
     def flush(self, text: list[int], segments: list[dict]) -> None:
+        """Make the tokens of text that have come together a segment."""
         if text:
             segments.append({"type": "text", "text": self.tokenizer.decode(text)})
             text.clear()
 
     def image(self, codes: list[int], grid: Any, complete: bool, allow_incomplete: bool) -> dict | None:
+        """The segment of an image of codes; None where nothing can be shown."""
         tokenizer = self.processor.image_tokenizer
         if tokenizer is None:
             raise ValueError("the document holds an image but this processor has no image tokenizer")
         check_spans(grid, None)
         height, width = grid or tokenizer.image_grid or (round(len(codes) ** 0.5),) * 2
+
+        # Too few codes are filled up from a blank picture, too many are cut off.
         if not complete or len(codes) != height * width:
             if not allow_incomplete:
                 missing = "" if complete else f" and no {self.tokenizer.eoi_token}"
@@ -154,10 +198,19 @@ class DocumentDecoder:
             if not codes:
                 return None
             codes = (codes + tokenizer.blank_codes((height, width))[len(codes) :])[: height * width]
+
         picture = tokenizer.decode([torch.tensor(codes).view(height, width)])[0]
         return {"type": "image", "image": picture}
 
+    def given_image(self, length: int, picture: Any, complete: bool, allow_incomplete: bool) -> dict | None:
+        """The segment of an image of placeholders; None where its picture was not given."""
+        if not allow_incomplete and not (length and complete):
+            missing = "" if complete else f" and no {self.tokenizer.eoi_token}"
+            raise ValueError(f"an image has {length} placeholders{missing}; generate on, or pass allow_incomplete=True")
+        return None if picture is None else {"type": "image", "image": picture}
+
     def sound(self, codes: list[int], complete: bool, allow_incomplete: bool) -> dict | None:
+        """The segment of a sound of speech units; None where there are none."""
         tokenizer = self.processor.speech_tokenizer
         if tokenizer is None:
             raise ValueError("the document holds speech but this processor has no speech tokenizer")

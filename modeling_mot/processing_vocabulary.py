@@ -1,8 +1,10 @@
-"""The one vocabulary: text with its specials, then image codes, then speech units; and the chat template.
+"""The vocabulary of all modalities, and the documents that are written in it.
 
-Vocabularies of other families may hold the codes elsewhere, in the midst of text.
+The ids are text with its special tokens, then image codes, then speech units. Vocabularies of other families may hold
+the codes elsewhere, in the midst of text.
 """
 
+import difflib
 import json
 import re
 from reprlib import repr as shortened
@@ -30,31 +32,8 @@ SPECIAL_TOKENS = {
 }
 COMMON_SPECIAL_TOKENS = ("pad_token", "bos_token", "eos_token")
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ '<|turn|>' + message['role'] + '\\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ render(message) }}{% endgeneration %}"
-    "{% else %}{{ render(message) }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|turn|>assistant\\n' }}{% endif %}"
-)
-# What a message of parts says; templates of other families have it too, see `processing_inputs`.
-CHAT_PARTS = (
-    "{% for part in message['content'] or [] %}"
-    "{% if part['type'] == 'image' %}{{ '<|image|>' }}"
-    "{% elif part['type'] == 'audio' %}{{ '<|audio|>' }}"
-    "{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}"
-)
-# Jinja macros must stand before their use; a macro cannot hold the generation block.
-CHAT_TEMPLATE = (
-    "{% macro render(message) %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    + CHAT_PARTS
-    + "{% endif %}{{ '<|end_turn|>' }}"
-    "{% endmacro %}" + CHAT_TEMPLATE
-)
+
+# -- making the vocabulary --------------------------------------------------------------------------------------------
 
 
 def code_token(modality: str, index: int) -> str:
@@ -65,16 +44,30 @@ def code_token(modality: str, index: int) -> str:
 def extend_tokenizer(
     tokenizer: PreTrainedTokenizerBase, num_image_codes: int = 0, num_speech_units: int = 0, begins_texts: bool = True
 ) -> PreTrainedTokenizerBase:
-    """Add what is missing of our special tokens, then image codes, then speech units, to a fast tokenizer, in place.
+    """Add our special tokens, image codes and speech units to a fast tokenizer, in place.
 
-    An existing padding, begin or end token is kept, so a checkpoint of another family keeps its own.
+    An existing padding, begin or end token is kept, so that a checkpoint of another family keeps its own.
 
     Args:
-        begins_texts: put a begin token before texts where the tokenizer puts nothing there. False for the tokenizer of a
-            trained model, which has not learnt to read one: texts keep their ids.
+        num_image_codes, num_speech_units: how many tokens of either kind are added behind the text.
+        begins_texts: put a begin token before texts where the tokenizer puts nothing there. Pass False for the
+            tokenizer of a trained model, which has not learnt to read one: texts then keep their ids.
+
+    Returns:
+        `tokenizer` itself.
 
     Raises:
-        ValueError: a slow tokenizer, ids with holes, or other codes that are already there.
+        ValueError: the tokenizer is slow, its ids have holes, or it holds image or speech tokens already.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"cat": 0, "dog": 1}, unk_token="cat"))
+        >>> tokenizer = extend_tokenizer(PreTrainedTokenizerFast(tokenizer_object=words), num_image_codes=4)
+        >>> tokenizer.convert_ids_to_tokens(tokenizer("dog").input_ids)
+        ['<|bos|>', 'dog']
+        >>> modality_ranges(tokenizer)
+        {'text': [0, 13], 'image': [13, 17]}
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer; ours needs the `tokenizers` backend")
@@ -82,6 +75,8 @@ def extend_tokenizer(
         raise ValueError(f"num_image_codes={num_image_codes}, num_speech_units={num_speech_units} must not be negative")
     if code_token("image", 0) in tokenizer.get_vocab() or code_token("speech", 0) in tokenizer.get_vocab():
         raise ValueError("this tokenizer already holds image or speech tokens; start from the one it was made of")
+
+    # Special tokens first: the common ones by transformers' own names, then ours.
     existing = {name: getattr(tokenizer, name, None) for name in COMMON_SPECIAL_TOKENS}
     chosen = {name: existing.get(name) or token for name, token in SPECIAL_TOKENS.items()}
     if not (begins_texts or existing["bos_token"]):
@@ -90,9 +85,13 @@ def extend_tokenizer(
     ours = {name: token for name, token in chosen.items() if name not in COMMON_SPECIAL_TOKENS}
     tokenizer.add_tokens([special(token) for token in ours.values()], special_tokens=True)
     set_special_attributes(tokenizer, ours)
+
+    # Codes behind them, so that each modality is one range of ids.
     for modality, count in (("image", num_image_codes), ("speech", num_speech_units)):
-        # Special, so that text which spells such a token is not taken for it when documents are encoded.
+        # They are special, so that a text that spells one does not become it when documents are encoded.
         tokenizer.add_tokens([special(code_token(modality, i)) for i in range(count)], special_tokens=True)
+
+    # Texts begin as documents do. Ids with holes are refused at the end, when all tokens are there.
     if begins_texts and (
         tokenizer.backend_tokenizer.post_processor is None
         or not tokenizer.backend_tokenizer.post_processor.num_special_tokens_to_add(False)
@@ -104,6 +103,7 @@ def extend_tokenizer(
 
 
 def special(token: str) -> AddedToken:
+    """An added token that is read as it is spelled, before the text is normalised."""
     return AddedToken(token, special=True, normalized=False)
 
 
@@ -113,7 +113,7 @@ def set_special_attributes(tokenizer: PreTrainedTokenizerBase, tokens: dict[str,
 
 
 def add_bos(tokenizer: PreTrainedTokenizerBase) -> None:
-    """`tokenizer(text)` starts with bos, as the documents do."""
+    """Make `tokenizer(text)` begin with the begin token, as documents do."""
     bos = tokenizer.bos_token
     template = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_token_id)]
@@ -121,8 +121,46 @@ def add_bos(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.backend_tokenizer.post_processor = template
 
 
+def without_codes(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A new tokenizer without the image and speech tokens of an extended one; special tokens stay.
+
+    `extend_tokenizer` can then add other codes.
+
+    Raises:
+        ValueError: tokens of text follow the codes, and their ids would change.
+    """
+    ranges = modality_ranges(tokenizer)
+    text_size = ranges["text"][1]
+    if any(first < text_size for name, (first, _) in ranges.items() if name != "text"):
+        raise ValueError(
+            f"the codes lie in the midst of text, {ranges}: without them other tokens would change their ids"
+        )
+
+    # Leave the codes out of the tokenizer's own file, and the settings of the last call with them.
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    code = re.compile(r"<\|(image|speech)_\d+\|>")
+    backend["added_tokens"] = [token for token in backend["added_tokens"] if not code.fullmatch(token["content"])]
+    backend["padding"] = backend["truncation"] = None
+
+    # What transformers keeps beside that file.
+    kept = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
+    settings = {name: getattr(tokenizer, name) for name in (*COMMON_SPECIAL_TOKENS, *kept)}
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), **settings)
+    if len(made) != text_size:
+        raise ValueError(
+            f"{len(made) - text_size} tokens follow the image and speech tokens; start from the tokenizer before "
+            "extend_tokenizer"
+        )
+    set_special_attributes(made, {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS if name not in settings})
+    made.model_input_names = list(tokenizer.model_input_names)
+    return made
+
+
+# -- reading the vocabulary -------------------------------------------------------------------------------------------
+
+
 def begin_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that the tokenizer puts before a text, with which documents begin too; None where it puts nothing.
+    """The token that the tokenizer puts before a text, and that documents begin with; None if it puts nothing there.
 
     Raises:
         ValueError: it puts several tokens there.
@@ -130,27 +168,31 @@ def begin_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     template = tokenizer.backend_tokenizer.post_processor
     if template is None:
         return None
-    # What is put around a text does not depend on it.
+    # Any text will do, since the tokens around it do not depend on it.
     text = Tokenizer(models.WordLevel({"text": 0}, unk_token="text")).encode("text")
     framed = template.process(text, None, True)
     before = framed.ids[: framed.special_tokens_mask.index(0)]
     if len(before) > 1:
         raise ValueError(
-            f"the tokenizer puts {tokenizer.convert_ids_to_tokens(before)} before a text; documents begin with one token "
-            "or none: change its post_processor"
+            f"the tokenizer puts {tokenizer.convert_ids_to_tokens(before)} before a text; documents begin with one "
+            "token or none: change its post_processor"
         )
     return before[0] if before else None
 
 
 def modality_ranges(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """modality -> [first, last + 1] of its token ids. Raises ValueError when codes are missing or not in their order.
+    """[first, last + 1] of the token ids of each modality.
 
-    Tokens that someone added after the codes stand outside all ranges. Where special tokens of text follow the codes, as
-    in Chameleon's vocabulary, the range of text is the whole of it, and encloses the others.
+    Tokens that were added behind the codes stand outside all ranges. Where special tokens of text follow the codes, as
+    in Chameleon's vocabulary, the range of text is the whole vocabulary and encloses the others.
+
+    Raises:
+        ValueError: special tokens are missing, ids have holes, or codes are not in their order.
     """
     vocabulary = tokenizer.get_vocab()
+
+    # Every special token but the begin token, without which models of other families may do.
     named = [name for name in SPECIAL_TOKENS if getattr(tokenizer, name, None) is not None]
-    # Models of other families may do without a begin token.
     missing = [name for name in SPECIAL_TOKENS if name not in (*named, "bos_token")]
     if missing:
         raise ValueError(f"the tokenizer has no {', '.join(missing)}; extend_tokenizer adds them")
@@ -159,6 +201,8 @@ def modality_ranges(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
             f"the vocabulary has {len(vocabulary)} tokens but its highest id is {max(vocabulary.values())}: ids with "
             "holes cannot be laid out in ranges"
         )
+
+    # The ids of the codes, in the order of their numbers.
     ranges: dict[str, list[int]] = {}
     for modality in ("image", "speech"):
         ids = []
@@ -168,6 +212,8 @@ def modality_ranges(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
             raise ValueError(f"the {modality} tokens are not one range of ids in their order; use extend_tokenizer")
         if ids:
             ranges[modality] = [ids[0], ids[-1] + 1]
+
+    # The range of text is what stands before them, or the whole.
     first = min((start for start, _ in ranges.values()), default=len(vocabulary))
     if max(getattr(tokenizer, f"{name}_id") for name in named) > first:
         return {"text": [0, len(vocabulary)], **ranges}
@@ -177,9 +223,9 @@ def modality_ranges(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
 
 
 def stretches(ranges: dict[str, list[int]]) -> tuple[list[int], list[str]]:
-    """First ids of all stretches of one modality, ascending from 0, and their modalities.
+    """First ids of all stretches of one modality, ascending from 0, and the modality of each.
 
-    What lies in no range but that of text is text, as it is for the model.
+    Ids that lie in no range are text, as they are for the model.
     """
     firsts, names = [0], ["text"]
     for first, end, name in sorted((first, end, name) for name, (first, end) in ranges.items() if name != "text"):
@@ -194,9 +240,9 @@ def modality_ids_of(input_ids: Any, firsts: list[int], indices: list[int], place
     """Index of each token's modality, in the form (list, array, tensor) of `input_ids`.
 
     Args:
-        firsts: first id of each range of tokens, ascending.
-        indices: for each range the index of its modality.
-        placeholder: (token id, index of its modality) of a token that stands for what is not in the vocabulary.
+        firsts: first id of each stretch of tokens, ascending from 0; see `stretches`.
+        indices: the index of each stretch's modality.
+        placeholder: (token id, index of its modality) of the token that stands for a patch of pixels.
 
     Raises:
         ValueError: `input_ids` are no token ids.
@@ -205,16 +251,15 @@ def modality_ids_of(input_ids: Any, firsts: list[int], indices: list[int], place
         places = torch.bucketize(input_ids, torch.tensor(firsts[1:], device=input_ids.device), right=True)
         ids = torch.tensor(indices, device=input_ids.device)[places]
         return ids if placeholder is None else ids.masked_fill(input_ids == placeholder[0], placeholder[1])
+
+    # Lists become arrays, row by row where they are nested: rows may differ in length.
     if isinstance(input_ids, np.ndarray):
         if not np.issubdtype(input_ids.dtype, np.number):
             raise ValueError(f"input_ids={shortened(input_ids)} must be token ids")
         ids = np.asarray(indices)[np.digitize(input_ids, firsts[1:])]
         return ids if placeholder is None else np.where(input_ids == placeholder[0], placeholder[1], ids)
-    if (
-        isinstance(input_ids, (list, tuple))
-        and input_ids
-        and isinstance(input_ids[0], (list, tuple, np.ndarray, torch.Tensor))
-    ):
+    nested = (list, tuple, np.ndarray, torch.Tensor)
+    if isinstance(input_ids, (list, tuple)) and input_ids and isinstance(input_ids[0], nested):
         return [modality_ids_of(row, firsts, indices, placeholder) for row in input_ids]
     try:
         array = np.asarray(input_ids, dtype=np.int64)
@@ -223,29 +268,60 @@ def modality_ids_of(input_ids: Any, firsts: list[int], indices: list[int], place
     return modality_ids_of(array, firsts, indices, placeholder).tolist()
 
 
-def without_codes(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A new tokenizer of the text part of an extended one: the special tokens stay, image and speech tokens go.
+# -- documents --------------------------------------------------------------------------------------------------------
 
-    `extend_tokenizer` can then add other codes. Raises ValueError where tokens follow the codes, whose ids would change.
+# The types of a document's segments. The model calls the modality speech, transformers calls the medium audio: users
+# may write either.
+SEGMENT_TYPES = ("text", "image", "audio")
+OTHER_NAMES = {"speech": "audio"}
+
+
+def checked_document(document: list[dict], may_be_empty: bool = False) -> list[dict]:
+    """The segments of a document, each with one of `SEGMENT_TYPES`.
+
+    Raises:
+        ValueError: not a list of well-formed segments; the segment is named by its position.
     """
-    ranges = modality_ranges(tokenizer)
-    text_size = ranges["text"][1]
-    if any(first < text_size for name, (first, _) in ranges.items() if name != "text"):
+    if not isinstance(document, (list, tuple)) or (not document and not may_be_empty):
+        raise ValueError(f"a document must be a non-empty list of segments, not {document!r}")
+    return [_checked_segment(segment, position) for position, segment in enumerate(document)]
+
+
+def _checked_segment(segment: Any, position: int) -> dict:
+    """A segment under its usual type, with content under the name of that type."""
+    segment = with_known_type(segment, f"segment {position}", SEGMENT_TYPES)
+    kind = segment["type"]
+    if segment.get(kind) is None:
+        raise ValueError(f"segment {position} of type {kind!r} has no {kind!r} entry; it has {sorted(segment)}")
+    if kind == "text" and (not isinstance(segment["text"], str) or not segment["text"].strip()):
+        raise ValueError(f"segment {position} is an empty text: {segment['text']!r}; leave the segment out instead")
+    return segment
+
+
+def with_known_type(segment: Any, where: str, valid: tuple[str, ...]) -> dict:
+    """A segment of a document, or a block of a chat, under the names of `valid`: "speech" becomes "audio".
+
+    Raises:
+        ValueError: its type is not one of `valid`; `where` names it.
+    """
+    kind = segment.get("type") if isinstance(segment, dict) else None
+    kind = OTHER_NAMES.get(kind, kind) if isinstance(kind, str) else kind
+    if kind not in valid:
+        near = difflib.get_close_matches(str(kind), [*SEGMENT_TYPES, *OTHER_NAMES], n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{where} has type {kind!r}; valid are {', '.join(valid)}, and speech for audio{hint}")
+    if kind == segment["type"] and not (kind == "audio" and "speech" in segment):
+        return segment
+    # The content may stand under either name as well.
+    named = {name: value for name, value in segment.items() if name != "speech"} | {"type": kind}
+    return named if segment.get("speech") is None else named | {"audio": segment["speech"]}
+
+
+def check_text(text: str) -> None:
+    """Raise ValueError for half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
         raise ValueError(
-            f"the codes lie in the midst of text, {ranges}: without them other tokens would change their ids"
-        )
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    code = re.compile(r"<\|(image|speech)_\d+\|>")
-    backend["added_tokens"] = [token for token in backend["added_tokens"] if not code.fullmatch(token["content"])]
-    backend["padding"] = backend["truncation"] = None
-    kept = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
-    settings = {name: getattr(tokenizer, name) for name in (*COMMON_SPECIAL_TOKENS, *kept)}
-    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), **settings)
-    if len(made) != text_size:
-        raise ValueError(
-            f"{len(made) - text_size} tokens follow the image and speech tokens; start from the tokenizer before "
-            "extend_tokenizer"
-        )
-    set_special_attributes(made, {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS if name not in settings})
-    made.model_input_names = list(tokenizer.model_input_names)
-    return made
+            f"the text is no Unicode: {text[error.start : error.end]!a} at {error.start} is half of a surrogate pair"
+        ) from None

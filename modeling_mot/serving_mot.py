@@ -1,7 +1,11 @@
-"""Serving: requests of text, images and speech come and go, and share their forwards (paper, section 6.3).
+"""Serve requests of text, images and speech that come and go, and share their forwards (paper, section 6.3).
 
-In each round all that write get one token from one forward, all that draw get one denoising step from another, whatever
-their lengths, timesteps, guidance and settings. What a request becomes depends on its own prompt, settings and generator.
+In each round one forward makes a token for each request that writes, and another makes a denoising step for each
+request that draws, whatever their lengths, timesteps, guidance and settings. The result of a request depends on its own
+prompt, settings and generator alone.
+
+`MoTServer` is the front: its queue, its thread, its errors. `serving_requests` prepares requests and holds their
+results, `serving_rounds` runs them.
 """
 
 import atexit
@@ -34,24 +38,38 @@ SERVER_RULES = {
 
 
 class MoTServer:
-    """Serves requests, each as `generate()` would alone; named as transformers' `ContinuousBatchingManager` is.
+    """Serves requests together; each gets what `generate()` would have given it alone.
 
-    `serve()` runs a list of requests. Or they come while others run: within `with server:` a thread runs them, and
-    `add_request`, `cancel_request` and `get_result` may be called from any thread. Whatever a request holds, and whatever
-    its own code (callback, streamer, logits processor, stopping criterion) raises, ends that request alone; code that
-    never returns holds up all.
+    `serve()` runs a list of requests. Or requests come while others run: within `with server:` a thread runs them, and
+    `add_request`, `cancel_request` and `get_result` may be called from any thread. A request that holds something
+    wrong, or whose own code (callback, streamer, logits processor, stopping criterion) raises an error, ends alone. If
+    a request's code never returns, it holds up all. The methods have the names of transformers'
+    `ContinuousBatchingManager`.
 
     Args:
         model: a `MoTForCausalLM` or `MoTTransfusionModel`.
-        max_requests_per_batch: how many are run at once; the others wait.
-        max_batch_tokens: how many tokens those that run may come to together, prompts included. Default: each may come
-            to the model's `max_position_embeddings`.
-        max_queue_size: how many may wait; `add_request` then waits for room. 0 is no bound.
-        allow_urls, allow_paths: whether the `documents` of requests may name addresses and files, which are then opened.
+        max_requests_per_batch: the most requests that run at once; the others wait.
+        max_batch_tokens: the most tokens of all requests that run together, prompts included. Default: each request may
+            come to the model's `max_position_embeddings`.
+        max_queue_size: the most requests that wait; `add_request` then waits for room. 0 is no bound.
+        allow_urls, allow_paths: True if the `documents` of requests may name addresses and files to be opened.
         arguments: of `generate()`, for all requests.
 
     Raises:
         ValueError: a limit that is not a whole number, or lets nothing in.
+
+    Example:
+
+        >>> from modeling_mot import MoTConfig, MoTForCausalLM
+        >>> ranges = {"text": [0, 24], "image": [24, 32]}
+        >>> config = MoTConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...                    num_attention_heads=2, modality_token_ranges=ranges)
+        >>> model = MoTForCausalLM(config).eval()
+        >>> with MoTServer(model, do_sample=False) as server:
+        ...     name = server.add_request([1, 9, 12], max_new_tokens=4)
+        ...     result = server.get_result(name)
+        >>> len(result.generated_tokens)
+        4
     """
 
     def __init__(
@@ -74,7 +92,9 @@ class MoTServer:
             },
             SERVER_RULES,
         )
-        self.model, self.max_requests, self.max_tokens = model, max_requests_per_batch, max_batch_tokens
+        self.model = model
+        self.max_requests = max_requests_per_batch
+        self.max_tokens = max_batch_tokens
         self.max_queue_size = max_queue_size or math.inf
         bound = (max_batch_tokens, "max_batch_tokens")
         if max_batch_tokens is None:
@@ -84,33 +104,36 @@ class MoTServer:
         self.desk = Desk()
         self.rounds = Rounds(model, max_requests_per_batch, self.desk.ended)
 
-        # These are read and changed while `changed` is held; rounds are of the one thread that holds `stepping`.
-        self.changed, self.stepping = self.desk.changed, threading.Lock()
-        self.thread: threading.Thread | None = None
-        self.runner: threading.Thread | None = None  # who ran the last round
-        self.stopping, self.exiting = False, False
+        # A thread that holds `stepping` runs a round. The attributes below are read and changed under `changed`.
+        self.stepping = threading.Lock()
+        self.changed = self.desk.changed
+        self.thread: threading.Thread | None = None  # the server's own
+        self.runner: threading.Thread | None = None  # the thread that ran the last round
+        self.stopping = False
+        self.exiting = False
         self.failure: BaseException | None = None
 
-    # ----------------------------------------------------------------------------------------------- what users call
+    # ------------------------------------------------------------------------------------------------- called by users
 
     def add_request(self, inputs, request_id: str | None = None, timeout: float | None = None, **arguments) -> str:
         """Put a request in the queue.
 
         Args:
             inputs: (L,) tokens, or a dictionary of arguments of `generate()`.
-            request_id: a name for it; default: "req_0", "req_1", ...
+            request_id: a name for the request; default: "req_0", "req_1", ...
             timeout: seconds to wait for room in the queue; default: as long as somebody runs the server.
             arguments: of `generate()`, for this request.
 
         Returns:
-            Its name. A request that cannot be served has a result at once, with an `error`.
+            The name of the request. A request that cannot be served has a result at once, with an `error`.
 
         Raises:
-            ValueError: a name that is taken or no string; a timeout that is no number.
-            queue.Full: no room in time, or nobody runs the server so that there never would be.
+            ValueError: the name is taken or no string; or the timeout is no number.
+            queue.Full: there was no room in time, or never will be because nobody runs the server.
             RuntimeError: the server was stopped, or has failed.
         """
         _check_timeout(timeout)
+        # The name is taken at once; preparing a request takes time, for which `changed` is not held.
         with self.changed:
             self._check_open()
             request_id = self.desk.open(request_id)
@@ -124,16 +147,23 @@ class MoTServer:
         return request_id
 
     def cancel_request(self, request_id: str) -> None:
-        """End a request before its next step; its result holds what it has until then."""
+        """End a request before its next step. Its result holds the tokens and pictures that it has until then."""
         self.desk.cancel(request_id)
 
     def get_result(self, request_id: str | None = None, timeout: float | None = None) -> MoTRequestOutput | None:
-        """Take the result of one request, or of whichever is done first; None when there is none in time.
+        """Take the result of a request, and wait for it.
+
+        Args:
+            request_id: the name of the request; None for the first result of all.
+            timeout: seconds to wait; default: as long as somebody runs the server.
+
+        Returns:
+            The result; None if there is none in time.
 
         Raises:
             KeyError: no request has this name, or its result was taken.
-            ValueError: a timeout that is no number.
-            RuntimeError: there is none, and there will be none: the server has failed, or nobody runs it.
+            ValueError: the timeout is no number.
+            RuntimeError: the result will never come: the server has failed, or nobody runs it.
         """
         _check_timeout(timeout)
         desk = self.desk
@@ -146,6 +176,8 @@ class MoTServer:
         with self.changed:
             # After a failure the results of all that were in are still to come.
             self._wait(lambda: is_settled() or self.failure is not None and not desk.accepted, timeout)
+
+            # The result is there, will be there, or never comes.
             if request_id is not None and request_id not in desk.known:
                 raise KeyError(f"no request is called {request_id!r}, or its result was taken already")
             if is_settled():
@@ -157,17 +189,28 @@ class MoTServer:
             return None
 
     def serve(self, requests: Iterable, progress_bar: bool = False) -> dict[str, MoTRequestOutput]:
-        """Run requests until all are done.  -> name: result, in their order
+        """Run requests until all are done.
+
+        Args:
+            requests: for each request (L,) tokens, or a dictionary of arguments of `generate()`. They may come from a
+                generator, which is asked for more as the queue has room.
+            progress_bar: show one that counts requests.
+
+        Returns:
+            dict: "req_0", "req_1", ... -> `MoTRequestOutput`, in the order of the requests.
 
         Raises:
             RuntimeError: the server was stopped, has failed before, or is run by another thread.
         """
         self._check_open()
         self._check_mine()
-        names, results, pending, more = [], {}, iter(requests), True
-        missing = set()  # names without a result
+        pending, more = iter(requests), True
+        names: list[str] = []
+        missing: set[str] = set()  # names without a result
+        results: dict[str, MoTRequestOutput] = {}
         with logging.tqdm(total=None, disable=not progress_bar, desc="requests") as bar:
             while more or missing:
+                # Requests come in as there is room.
                 while more and (self._queue_has_room() or self.failure is not None):
                     try:
                         inputs = next(pending)
@@ -176,11 +219,15 @@ class MoTServer:
                         break
                     names.append(self._serve_one(inputs))
                     missing.add(names[-1])
+
+                # One round. If the server fails, each request's result says so.
                 trouble = None if self.failure is not None else attempt(self.step)
                 if trouble is not None and self.failure is None:
                     raise trouble
+
+                # Results are taken as they come; another thread may have taken one.
                 with self.changed:
-                    missing &= self.desk.known  # somebody else may have taken one
+                    missing &= self.desk.known
                     for name in missing & self.desk.results.keys():
                         results[name] = self.desk.take(name)
                         missing.discard(name)
@@ -188,24 +235,24 @@ class MoTServer:
         return {name: results[name] for name in names if name in results}
 
     def start(self) -> None:
-        """Run requests in a thread, as they come.
+        """Start a thread that runs requests as they come.
 
         Raises:
-            RuntimeError: a thread runs them already, or the server has failed.
+            RuntimeError: a thread runs the server already, or the server has failed.
         """
         with self.changed:
             self._check_failure()
             if self.thread is not None or self.stepping.locked():
                 raise RuntimeError("the server runs already; stop() it before it starts again")
             self.stopping = False
-            # A daemon, so that the interpreter may end while it works; `_exit` waits for its round.
+            # The thread is a daemon, so that the interpreter may end while it works; `_exit` waits for its round.
             thread = threading.Thread(target=self._run, name="MoTServer", daemon=True)
             thread.start()
             self.thread = self.runner = thread
             atexit.register(self._exit)
 
     def stop(self) -> None:
-        """Finish what came, then end the thread; nothing more is let in until the server starts again."""
+        """Finish all requests, then end the thread. No more requests are let in until the server starts again."""
         with self.changed:
             self.stopping, thread = True, self.thread
             self.changed.notify_all()
@@ -224,7 +271,7 @@ class MoTServer:
         self.stop()
 
     def __iter__(self) -> Iterator[MoTRequestOutput]:
-        """Results as they come, until there is nothing left to wait for.
+        """Yield results as they come, until all requests have ended.
 
         Raises:
             RuntimeError: there are requests, but nobody runs the server.
@@ -237,14 +284,14 @@ class MoTServer:
                     if self.desk.accepted and not self.desk.results and not self._is_run():
                         raise RuntimeError(NOBODY)
 
-    # ------------------------------------------------------------------------------------------------------- rounds
+    # ---------------------------------------------------------------------------------------------------------- rounds
 
     @torch.no_grad()
     def step(self) -> bool:
-        """One round: who was cancelled leaves, who waits comes in, all get a token or a denoising step.
+        """Run one round: cancelled requests leave, waiting ones come in, all get a token or a denoising step.
 
         Returns:
-            Whether requests run or wait.
+            True if requests run or wait.
 
         Raises:
             RuntimeError: another thread runs the server, or a request's own code called this; the server has failed.
@@ -255,6 +302,8 @@ class MoTServer:
             if not self.stepping.acquire(blocking=False):
                 raise RuntimeError("a round is under way already; only one thread may run the server, and no callback")
             self.runner = threading.current_thread()
+
+        # Errors of single requests stay within these calls. Any other error is the server's.
         try:
             self._cancel()
             self._admit()
@@ -267,6 +316,7 @@ class MoTServer:
             self.stepping.release()
 
     def _run(self) -> None:
+        """Run rounds, and sleep while there are no requests: the server's own thread."""
         try:
             while not self.exiting:
                 if not self.step():
@@ -283,7 +333,7 @@ class MoTServer:
                 self.changed.notify_all()
 
     def _exit(self) -> None:
-        """When the interpreter ends: a thread that is inside of torch then would abort it."""
+        """Wait for the last round when the interpreter ends: a thread inside of torch would abort the interpreter."""
         with self.changed:
             self.exiting, thread = True, self.thread
             self.changed.notify_all()
@@ -291,6 +341,7 @@ class MoTServer:
             thread.join(GRACE)
 
     def _cancel(self) -> None:
+        """End the requests that were cancelled."""
         gone, names = self.desk.take_cancelled()
         for request in gone:
             self.desk.refuse(request, CANCELLED)
@@ -298,6 +349,7 @@ class MoTServer:
             self.rounds.leave(sequence, CANCELLED)
 
     def _admit(self) -> None:
+        """Begin the requests that wait, as far as there is room."""
         while not self.exiting and (request := self.desk.next(self._has_room)) is not None:
             if (error := attempt(self.rounds.begin, request)) is not None:
                 self.desk.refuse(request, error)
@@ -309,10 +361,13 @@ class MoTServer:
         return self.max_tokens is None or sum(lengths) + request.generation_config.max_length <= self.max_tokens
 
     def _fail(self, error: BaseException) -> None:
-        """Let nothing more in, and tell all who wait for something."""
+        """Let no more requests in, and give every request a result that tells of the failure."""
+        # From here on no request is let in, and none begins.
         with self.changed:
             self.failure = error
             self.desk.waiting.clear()
+
+        # Requests that ran keep the tokens and pictures that they have.
         try:
             for sequence in list(self.rounds.sequences):
                 self.desk.ended(sequence, error)
@@ -324,10 +379,11 @@ class MoTServer:
                 self.desk.accepted.clear()
                 self.changed.notify_all()
 
-    # -------------------------------------------------------------------------------------------------- a request in
+    # ---------------------------------------------------------------------------------------------------- a request in
 
     def _prepared(self, name: str, inputs, arguments: dict) -> Request | None:
-        """None where it cannot be served, which its result then says."""
+        """Prepare a request.  -> None if it cannot be served; its result then says why"""
+        # The server's arguments come first, those of the request overrule them.
         streamer = None
         try:
             given = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs}
@@ -341,7 +397,10 @@ class MoTServer:
         return None
 
     def _serve_one(self, inputs) -> str:
-        """A request of `serve`, which looks for room itself; a server that has failed says so in its result."""
+        """Let in a request of `serve`, which has looked for room.  -> its name
+
+        If the server has failed, the request's result says so.
+        """
         name = self.desk.open(None)
         if self.failure is not None:
             self.desk.deliver(MoTRequestOutput(name), self.failure)
@@ -350,11 +409,13 @@ class MoTServer:
         return name
 
     def _enqueue(self, request: Request, timeout: float | None) -> None:
+        """Wait for room in the queue, and let a request in."""
         name = request.request_id
 
         def is_settled() -> bool:
             return self._queue_has_room() or self._is_cancelled(name) or self.stopping or self.failure is not None
 
+        # Wait, and let the request in. A request that was cancelled meanwhile needs no room.
         with self.changed:
             came = self._wait(is_settled, timeout)
             self._check_open()
@@ -376,21 +437,21 @@ class MoTServer:
         return len(self.desk.waiting) < self.max_queue_size
 
     def _wait(self, is_so: Callable[[], bool], timeout: float | None) -> bool:
-        """Until something is so; `changed` is held.  -> False where it is not in time, or nobody would ever make it so"""
+        """Wait until a condition holds, with `changed` held.  -> False if it never does, or not in time"""
         end = math.inf if timeout is None else time.monotonic() + timeout
         while not is_so():
             left = end - time.monotonic()
             if left <= 0 or timeout is None and not self._is_run() and not self._is_frozen_soon():
                 return False
-            self.changed.wait(min(left, 1.0))  # a runner that dies tells nobody
+            self.changed.wait(min(left, 1.0))  # not for longer: a thread that dies notifies nobody
         return True
 
     def _is_run(self) -> bool:
-        """Whether another thread runs rounds; who asks from within a round would wait for itself."""
+        """True if another thread runs rounds. Code that waits within a round would wait for itself."""
         return self.runner is not None and self.runner.is_alive() and self.runner is not threading.current_thread()
 
     def _is_frozen_soon(self) -> bool:
-        """True for a daemon thread while the interpreter ends: it is stopped where it stands, and nobody hears an error."""
+        """True in a daemon thread while the interpreter ends, which stops such a thread before it could raise."""
         return self.exiting and threading.current_thread().daemon
 
     def _check_failure(self) -> None:

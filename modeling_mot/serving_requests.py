@@ -1,4 +1,7 @@
-"""Requests as a server runs them: prepared by `generate()` itself, then one token after another."""
+"""The requests of a server: their results, how `generate()` prepares them, and the desk where they wait.
+
+`generate()` itself prepares a request, and stops before it decodes. `TextSequence` then decodes it token by token.
+"""
 
 import itertools
 import threading
@@ -15,10 +18,13 @@ from transformers.generation import GenerationMode
 
 from .checks_arguments import mask_rows, whole_rows
 from .decoding_lean import DecodingCache, Prefix, is_plain_dynamic
-from .decoding_loop import Sampling
+from .decoding_loop import Request, Sampling
 
 
-# L tokens of a prompt, V vocabulary
+# V vocabulary
+
+
+# ------------------------------------------------------------------------------------------------------------- results
 
 
 class RequestStatus(IntEnum):
@@ -33,17 +39,17 @@ class RequestStatus(IntEnum):
 
 @dataclass
 class MoTRequestOutput:
-    """What became of a request; the attributes are those of transformers' `GenerationOutput`, and `output`.
+    """The result of a request; the attributes are those of transformers' `GenerationOutput`, and `output`.
 
     Attributes:
-        request_id: its name.
+        request_id: the name of the request.
         prompt_ids, generated_tokens: its tokens, as far as they came.
         logprobs, timestamps: of transformers' attributes; always empty.
-        error: why it failed; None where it did not.
-        created_time: when it was made, by `time.perf_counter()`.
-        lifespan: when it began to run and when it ended; -1 where it did not.
-        output: what `generate()` returns of it, for a batch of one, without the cache; also of a request that was
-            cancelled or failed on its way, as far as it came. None where nothing was begun.
+        error: why the request failed; None if it did not.
+        created_time: when the request was made, by `time.perf_counter()`.
+        lifespan: when the request began to run and when it ended; -1 for a time that never came.
+        output: what `generate()` returns for a batch of this request alone, without the cache. A request that was
+            cancelled or failed on its way has it as far as it came. None if the request never began.
     """
 
     request_id: str
@@ -58,27 +64,17 @@ class MoTRequestOutput:
     output: Any = None
 
     def is_finished(self) -> bool:
-        """True if nothing more will come, be it an end or a failure."""
+        """True if nothing more will come, after a failure too."""
         return self.status >= RequestStatus.FINISHED
 
 
-class Request(NamedTuple):
-    """A request as `generate()` prepared it."""
-
-    request_id: str
-    created_time: float
-    input_ids: torch.Tensor
-    logits_processor: Any
-    stopping_criteria: Any
-    generation_config: Any
-    streamer: Any
-    model_kwargs: dict
+# ----------------------------------------------------------------------------------------------- errors of one request
 
 
 def own_error(error: BaseException) -> BaseException:
-    """The error of a request, whatever its code raised: the others go on.
+    """Return an error that ends one request alone, and raise an error that ends the process.
 
-    Signals arrive in the main thread. There KeyboardInterrupt and SystemExit end the process and are no request's.
+    Signals arrive in the main thread. KeyboardInterrupt and SystemExit end the process there, and belong to no request.
     """
     if isinstance(error, (KeyboardInterrupt, SystemExit)) and threading.current_thread() is threading.main_thread():
         raise error
@@ -86,7 +82,7 @@ def own_error(error: BaseException) -> BaseException:
 
 
 def attempt(function: Callable, *args) -> BaseException | None:
-    """Call what belongs to one request.  -> its error, or None"""
+    """Call a function that belongs to one request.  -> its error, or None"""
     try:
         function(*args)
     except BaseException as error:
@@ -95,19 +91,27 @@ def attempt(function: Callable, *args) -> BaseException | None:
 
 
 def said(error: BaseException | str) -> str:
-    """What a result says of an error."""
+    """Return the text of an error, as results hold it."""
     try:
         return error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-    except Exception:  # of an error that cannot be printed
+    except Exception:  # the error cannot be printed
         return type(error).__name__
+
+
+def end_stream(streamer) -> BaseException | None:
+    """Tell a streamer that nothing more comes, since a reader may wait for it.  -> the streamer's error, or None"""
+    return attempt(streamer.end) if callable(getattr(streamer, "end", None)) else None
+
+
+# --------------------------------------------------------------------------------------------------------- preparation
 
 
 class Terms(NamedTuple):
     """What a server lets its requests do.
 
     Attributes:
-        tokens: that a request may come to.
-        limit: the name of what says so.
+        tokens: the most tokens of a request, its prompt included.
+        limit: the name of the setting that says so.
         allow_urls, allow_paths: whether documents may name addresses and files.
         lock: tokenizers encode for one thread at a time.
     """
@@ -119,19 +123,25 @@ class Terms(NamedTuple):
     lock: Any
 
     def encode(self, processor, **arguments):
-        """As the processor, by the server's permissions."""
+        """Call a processor with the server's permissions."""
         with self.lock:
             return processor(**arguments, allow_urls=self.allow_urls, allow_paths=self.allow_paths)
 
 
 def prepared(model, request_id: str, arguments: dict, terms: Terms) -> Request:
-    """Everything that `generate()` does before it decodes, its refusals included.
+    """Do everything that `generate()` does before it decodes, its refusals included.
+
+    Args:
+        arguments: of `generate()`, for one sequence.
 
     Raises:
-        ValueError: what `generate()` refuses; several sequences; beams or assistants; what the terms do not allow.
+        ValueError: `generate()` refuses the arguments; they ask for several sequences, for beams or for assistants; or
+            the terms do not allow them.
     """
     arguments = dict(arguments)
     _refuse_what_is_not_served(model, arguments)
+
+    # Requests come from strangers: their numbers become tensors of one row, inside of what the model has room for.
     ends = {
         "input_ids": (model.config.vocab_size, "vocab_size"),
         "inputs": (model.config.vocab_size, "vocab_size"),
@@ -145,36 +155,43 @@ def prepared(model, request_id: str, arguments: dict, terms: Terms) -> Request:
         arguments["attention_mask"] = mask_rows("attention_mask", arguments["attention_mask"]).to(model.device)
     if arguments.get("documents") is not None and arguments.get("processor") is not None:
         arguments["processor"] = partial(terms.encode, arguments["processor"])
-    created, caught = time.perf_counter(), {}
+
+    # `generate()` calls a decoding method of ours, which decodes nothing and keeps its arguments.
+    caught: list[Request] = []
+    ours = {"streamer": arguments.get("streamer"), "request_id": request_id, "created_time": time.perf_counter()}
 
     def catch(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-        caught.update(input_ids=input_ids, logits_processor=logits_processor, stopping_criteria=stopping_criteria)
-        caught.update(generation_config=generation_config, model_kwargs=model_kwargs)
+        caught.append(Request(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, **ours))
         return input_ids
 
     model.generate(**arguments, custom_generate=catch)
-    _check_one(len(caught["input_ids"]))
-    cache = caught["model_kwargs"].get("past_key_values")
+    (request,) = caught
+
+    # The server runs one sequence for each request, with a cache that it can copy.
+    _check_one(len(request.input_ids))
+    cache = request.model_kwargs.get("past_key_values")
     if cache is not None and not is_plain_dynamic(cache):
         raise ValueError(f"a request is served from a DynamicCache, not a {type(cache).__name__}: leave its cache out")
-    caught["model_kwargs"]["use_cache"] = True
-    request = Request(request_id, created, streamer=arguments.get("streamer"), **caught)
+    request.model_kwargs["use_cache"] = True
     _check_length(request, terms)
     return request
 
 
 def _refuse_what_is_not_served(model, arguments: dict) -> None:
-    """Before anything is made of a request: each of these could take memory, or another way."""
+    """Refuse before anything is made of a request, because preparing one of these could already take much memory."""
     for name in ("allow_urls", "allow_paths"):
         if name in arguments:
             raise ValueError(f"{name} came with a request; it is the server's to say: MoTServer(model, {name}=...)")
+
+    # Beams and assistants decode in another way.
     rest = {name: value for name, value in arguments.items() if name != "generation_config"}
     config, _ = model._prepare_generation_config(arguments.get("generation_config"), **rest)
     mode = config.get_generation_mode(arguments.get("assistant_model"))
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(f"a request asks for {mode.value}; served are sampling and greedy search: use generate()")
     _check_one(config.num_return_sequences)
-    # "paged" in a configuration is what brought `generate()` to a server; as an argument it would make another.
+
+    # "paged" in a configuration has brought `generate()` to a server; as an argument it would make another server.
     served = (None, "dynamic") if "cache_implementation" in arguments else (None, "dynamic", "paged")
     if config.cache_implementation not in served:
         raise ValueError(
@@ -189,6 +206,7 @@ def _check_one(count: int) -> None:
 
 
 def _check_length(request: Request, terms: Terms) -> None:
+    # The unconditional prompt of guidance is cached as well.
     diffusion = getattr(request.generation_config, "diffusion", None)
     negative = getattr(diffusion, "unconditional_prompt", None)
     lengths = {"max_new_tokens": request.generation_config.max_length}
@@ -202,43 +220,42 @@ def _check_length(request: Request, terms: Terms) -> None:
             )
 
 
+# ------------------------------------------------------------------------------------------------- a request that runs
+
+
 class TextSequence:
     """A request that writes tokens of any modality.
 
     Attributes:
-        token: what is to be run next; None at its end.
-        position: where it stands.
-        is_drawing: whether a picture is to be drawn before the next token.
+        token: the token to run next; None once the sequence has ended.
+        position: the position of that token.
+        is_drawing: True if a picture is to be drawn before the next token.
     """
 
     is_drawing = False
 
     def __init__(self, model, request: Request, decoder):
-        self.request, self.decoder, self.token, self.began = request, decoder, None, time.perf_counter()
-        self.sampling = Sampling(
-            model,
-            request.input_ids,
-            request.logits_processor,
-            request.stopping_criteria,
-            request.generation_config,
-            request.model_kwargs,
-        )
+        self.request = request
+        self.decoder = decoder
+        self.sampling = Sampling(model, request)
+        self.token: int | None = None
+        self.began = time.perf_counter()
 
     def begin(self) -> Prefix:
-        """Run the prompt.  -> what is to be cached"""
+        """Run the prompt, and choose the first token.  -> the keys and values to cache"""
         outputs = self.sampling.prefill()
-        mask = self.sampling.model_kwargs.get("attention_mask")
+        mask = self.request.model_kwargs.get("attention_mask")
         cache = DecodingCache.of(outputs.past_key_values, mask, self.decoder.cache_dtype)
         self.position = self.sampling.positions()[0] + 1
         self.take(outputs.logits[:, -1])
         return cache.prefix(0, self.position)
 
     def take(self, logits: torch.Tensor) -> None:
-        """Go on from the logits (1, V) behind what was run last."""
-        tokens = self.sampling.take(logits)
-        self.token = None if self.sampling.is_done else int(tokens)
-        if self.request.streamer is not None:
-            self.request.streamer.put(tokens.cpu())  # which may write into it
+        """Choose the next token from the logits (1, V) of the last one."""
+        self.token = None  # unless a next one is chosen
+        self.sampling.take(logits)
+        if not self.sampling.is_done:
+            self.token = int(self.sampling.input_ids[0, -1])
 
     def new_tokens(self) -> list[int]:
         return self.sampling.input_ids[0, self.request.input_ids.shape[1] :].tolist()
@@ -247,15 +264,20 @@ class TextSequence:
         return self.sampling.output()
 
 
+# ---------------------------------------------------------------------------------------------------------------- desk
+
+
 class Desk:
-    """Requests by their names. Whoever reads or changes it holds `changed`; the methods do so themselves.
+    """Holds a server's requests and results by their names.
+
+    Code that reads or changes an attribute holds `changed`. The methods take it themselves.
 
     Attributes:
         known: names of requests whose results were not taken yet.
         accepted: requests that wait or run.
-        waiting: those of them that wait, in their order.
+        waiting: the accepted requests that wait, in their order.
         cancelled: names of requests that are to end.
-        results: what became of those that have ended.
+        results: results of requests that have ended.
     """
 
     def __init__(self):
@@ -268,13 +290,14 @@ class Desk:
         self.results: dict[str, MoTRequestOutput] = {}
 
     def open(self, name: str | None) -> str:
-        """A name for a new request: this one, or the next number.
+        """Take a name for a new request: this one, or the next number.
 
         Raises:
-            ValueError: it is taken or no string.
+            ValueError: the name is taken, or is no string.
         """
         if name is not None and not isinstance(name, str):
             raise ValueError(f"request_id={name!r} must be a string")
+        # A number may have been taken as a name.
         with self.changed:
             if name is None:
                 name = next(name for name in self.numbered if name not in self.known)
@@ -298,7 +321,7 @@ class Desk:
             self.changed.notify_all()
 
     def next(self, fits: Callable[[Request], bool]) -> Request | None:
-        """Whoever waits first, if it fits."""
+        """Take the request that has waited longest, if it fits."""
         with self.changed:
             if not self.waiting or not fits(self.waiting[0]):
                 return None
@@ -313,7 +336,7 @@ class Desk:
                 self.changed.notify_all()
 
     def take_cancelled(self) -> tuple[list[Request], set[str]]:
-        """Those that waited, which wait no more, and the names of all that are to end."""
+        """Remove cancelled requests from the queue.  -> the removed ones, and the names of all that are to end"""
         with self.changed:
             names = set(self.cancelled)
             gone = [request for request in self.waiting if request.request_id in names]
@@ -323,37 +346,39 @@ class Desk:
         return gone, names
 
     def take(self, name: str | None) -> MoTRequestOutput:
-        """A result that is there, or the first of all."""
+        """Remove and return a result that is there; the first one for None."""
         with self.changed:
             name = next(iter(self.results)) if name is None else name
             self.known.discard(name)
             return self.results.pop(name)
 
-    # ------------------------------------------------------------------------------------------------------- results
+    # ------------------------------------------------------------------------------------------------- results come in
 
     def ended(self, sequence, error: BaseException | str | None) -> None:
-        """The result of a sequence that ran."""
+        """Lay out the result of a sequence that ran."""
         request = sequence.request
         result = MoTRequestOutput(request.request_id, created_time=request.created_time)
         result.lifespan = (sequence.began, time.perf_counter())
 
         def fill() -> None:
-            result.prompt_ids, result.generated_tokens = request.input_ids[0].tolist(), sequence.new_tokens()
+            result.prompt_ids = request.input_ids[0].tolist()
+            result.generated_tokens = sequence.new_tokens()
             result.output = sequence.output()
 
+        # The first error is the one that ended the sequence.
         for trouble in (attempt(fill), end_stream(request.streamer)):
             error = trouble if error is None else error
         self.deliver(result, error)
 
     def refuse(self, request: Request, error: BaseException | str) -> None:
-        """The result of a request of which nothing was begun."""
+        """Lay out the result of a request that never began."""
         result = MoTRequestOutput(request.request_id, created_time=request.created_time)
         attempt(lambda: result.prompt_ids.extend(request.input_ids[0].tolist()))
         end_stream(request.streamer)
         self.deliver(result, error)
 
     def deliver(self, result: MoTRequestOutput, error: BaseException | str | None) -> None:
-        """Lay a result out; with an error it says that the request failed."""
+        """Lay out a result. With an error it says that the request failed."""
         result.error = None if error is None else said(error)
         result.status = RequestStatus.FINISHED if error is None else RequestStatus.FAILED
         with self.changed:
@@ -361,8 +386,3 @@ class Desk:
             self.accepted.pop(result.request_id, None)
             self.cancelled.discard(result.request_id)
             self.changed.notify_all()
-
-
-def end_stream(streamer) -> BaseException | None:
-    """Whoever reads a stream waits for its end, also where a request failed.  -> what it raised"""
-    return attempt(streamer.end) if callable(getattr(streamer, "end", None)) else None

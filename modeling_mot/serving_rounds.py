@@ -1,4 +1,8 @@
-"""The requests that run: each has a row of one cache, and in each round all of them share their forwards."""
+"""Run requests in rounds: each request has a row of one cache, and in each round they share their forwards.
+
+`Rounds` takes the steps. Its sequences are `TextSequence` for models of tokens and `PictureSequence` for models that
+draw; a `Studio` runs the forwards over pictures (paper, section 6.3).
+"""
 
 import time
 from collections import defaultdict
@@ -8,37 +12,39 @@ from typing import NamedTuple
 import torch
 
 from .decoding_lean import DecodingCache, Prefix, decoder_of
-from .decoding_loop import InterleavedDecoding
+from .decoding_loop import InterleavedDecoding, Request
 from .decoding_pictures import Denoising, ImageForward, commit
-from .serving_requests import Request, attempt, own_error
+from .serving_requests import attempt, own_error
 
 
-# V vocabulary
+# R sequences that draw, V vocabulary
 
 
 class Rounds:
     """Requests that run, and the steps that they take together.
 
-    What one request's own code raises ends that request. A forward that fails for all is run for each alone, and ends
-    those for which it fails again. Where nothing runs any more, `step` raises.
+    An error of one request's own code ends that request. A forward that fails for all is run for each alone, and ends
+    the requests for which it fails again. If nothing at all runs any more, `step` raises.
 
     Args:
-        most: how many there may be.
+        most: the most sequences that run at once.
         ended: called with a sequence that has left, and its error or None.
 
     Attributes:
-        sequences: each in the row of the cache that is its place here.
+        sequences: the sequences that run. A sequence's place in the list is its row of the cache.
     """
 
     def __init__(self, model, most: int, ended: Callable):
-        self.model, self.ended = model, ended
-        self.decoder, self.studio = decoder_of(model), model._studio()
+        self.model = model
+        self.ended = ended
+        self.decoder = decoder_of(model)
+        self.studio = model._studio()
         self.dtype = self.decoder.cache_dtype or model.dtype
         self.cache = DecodingCache.empty(model.config, most, self.dtype, model.device)
         self.sequences: list = []
 
     def begin(self, request: Request) -> None:
-        """Run a prompt; what it raises is the request's own."""
+        """Run a prompt, and give its sequence a row. An error that this raises is the request's own."""
         sequence = self.model._served(request, self.decoder)
         prefix = sequence.begin()
         self.cache.extend(len(self.sequences), prefix.keys, prefix.values)
@@ -46,26 +52,31 @@ class Rounds:
         self._leave_finished()
 
     def step(self) -> None:
-        """A token for all that write, then a denoising step for all that draw."""
+        """Take one step with each sequence: a token for all that write, then a denoising step for all that draw."""
+        # Tokens, then denoising steps, for pictures of one size together.
         self._share(self._write, _go_on, [sequence for sequence in self.sequences if sequence.token is not None])
         for members in self._by_size(sequence for sequence in self.sequences if sequence.is_drawing):
             self._share(self._predict, _draw_on, members)
+
+        # Finished pictures go into the cache, and the text behind them begins.
         done = [sequence for sequence in self.sequences if sequence.is_drawing and sequence.drawing.is_done]
         for sequence in done:
             self._try(sequence, sequence.keep)
         for members in self._by_size(x for x in done if x in self.sequences and x.is_drawing):
             self._share(self._commit, _go_on, members)
         self._leave_finished()
+
+        # Prefixes of pictures that nobody draws any more are freed.
         if self.studio is not None:
             self.studio.forget({x.drawing.size for x in self.sequences if x.is_drawing})
 
-    # ---------------------------------------------------------------------------------------------- shared forwards
+    # ------------------------------------------------------------------------------------------------- shared forwards
 
     def _share(self, forward: Callable, go_on: Callable, sequences: list) -> None:
-        """Run a forward for all of these, or for each alone where it fails; then let each go on by itself.
+        """Run a forward for all of these, or for each alone if it fails; then let each go on by itself.
 
         Args:
-            forward: sequences -> a result for each. Where it fails it leaves everything as it was.
+            forward: sequences -> a result for each. If it fails, it leaves everything as it was.
             go_on: called with a sequence and its result.
         """
         if not sequences:
@@ -78,7 +89,11 @@ class Rounds:
             self._try(sequence, go_on, sequence, result)
 
     def _alone(self, forward: Callable, sequences: list, error: BaseException) -> list[tuple]:
-        """After a forward has failed for all of these: the results of those for which it does not fail by itself."""
+        """Run a forward that has failed for all of these for each alone, and end those for which it fails again.
+
+        Returns:
+            the others, each with its result.
+        """
         results, failed = [], []
         for sequence in sequences:
             try:
@@ -87,14 +102,16 @@ class Rounds:
                 results += zip([sequence], forward([sequence]))
             except BaseException as own:
                 failed.append((sequence, own_error(own)))
-        if not results:  # before anybody is told, since a server that has failed lets nothing in
+        # The server may have failed, and not the requests. It must know before it tells anybody.
+        if not results:
             self._probe()
         for sequence, own in failed:
             self.leave(sequence, own)
         return results
 
     def _write(self, sequences: list) -> list:
-        """One token for each.  -> logits (1, V) for each"""
+        """Run one token of each.  -> logits (1, V) for each"""
+        # A decoder steps in the first rows of the cache.
         self._to_the_front(sequences)
         first = self.sequences[: len(sequences)]
         lengths = self.cache.lengths[: len(sequences)]
@@ -102,6 +119,7 @@ class Rounds:
         try:
             logits = self.decoder.step(tokens, [sequence.position for sequence in first], self.cache)
         except BaseException:
+            # The columns that the step began are cut off again.
             for row, length in enumerate(lengths):
                 self.cache.cut(row, length)
             raise
@@ -116,13 +134,14 @@ class Rounds:
         return self.studio.commit(sequences, self.cache, self._rows(sequences)).split(1)
 
     def _probe(self) -> None:
-        """One token that no request has anything to do with: whether the requests fail, or whatever is run."""
+        """Run a token that belongs to no request. An error that this raises is the server's."""
         cache = DecodingCache.empty(self.model.config, 1, self.dtype, self.model.device)
         self.decoder.step(torch.zeros(1, dtype=torch.long, device=self.model.device), [0], cache)
 
-    # -------------------------------------------------------------------------------------------------------- places
+    # ---------------------------------------------------------------------------------------------------------- places
 
     def _by_size(self, drawing: Iterable) -> list[list]:
+        """Group sequences by the size of the picture that they draw."""
         by_size = defaultdict(list)
         for sequence in drawing:
             by_size[sequence.drawing.size].append(sequence)
@@ -132,7 +151,7 @@ class Rounds:
         return [self.sequences.index(sequence) for sequence in sequences]
 
     def _to_the_front(self, sequences: list) -> None:
-        """Into the first rows of the cache, in which a decoder steps."""
+        """Move sequences into the first rows of the cache, in which a decoder steps."""
         rows, count = self._rows(sequences), len(sequences)
         resting = [row for row in range(count) if row not in rows]
         for row, other in zip(resting, [row for row in rows if row >= count]):
@@ -142,10 +161,10 @@ class Rounds:
         self.cache.swap(row, other)
         self.sequences[row], self.sequences[other] = self.sequences[other], self.sequences[row]
 
-    # ------------------------------------------------------------------------------------------------------- endings
+    # --------------------------------------------------------------------------------------------------------- endings
 
     def _try(self, sequence, function: Callable, *args) -> None:
-        """Call what is a request's own, and end the request where that fails."""
+        """Call a request's own code, and end the request if that fails."""
         if (error := attempt(function, *args)) is not None:
             self.leave(sequence, error)
 
@@ -154,7 +173,8 @@ class Rounds:
             self.leave(sequence)
 
     def leave(self, sequence, error: BaseException | str | None = None) -> None:
-        """Free the row of a sequence, and tell that it has ended."""
+        """Free the row of a sequence, and tell that the sequence has ended."""
+        # The last sequence takes the free row.
         row, last = self.sequences.index(sequence), len(self.sequences) - 1
         if row != last:
             self._swap(row, last)
@@ -172,36 +192,32 @@ def _draw_on(sequence, prediction: tuple) -> None:
     sequence.drawing.advance(*prediction)
 
 
-# R sequences that draw, V vocabulary
+# ------------------------------------------------------------------------------------------------ pictures of requests
 
 
 class PictureSequence:
     """A request that writes and draws: `TextSequence` with pictures.
 
     Attributes:
-        drawing: the picture that is drawn now.
+        token, position: the token to run next and its position; None while a picture is drawn, and at the end.
+        drawing: the picture that is drawn now, or None.
     """
 
     def __init__(self, model, request: Request, decoder):
-        self.model, self.request, self.decoder = model, request, decoder
-        self.token, self.drawing, self.began = None, None, time.perf_counter()
+        self.model = model
+        self.request = request
+        self.decoder = decoder
+        self.token: int | None = None
+        self.drawing: Denoising | None = None
+        self.began = time.perf_counter()
 
     @property
     def is_drawing(self) -> bool:
         return self.drawing is not None
 
     def begin(self) -> Prefix:
-        request = self.request
-        self.decoding = InterleavedDecoding(
-            self.model,
-            request.input_ids,
-            request.model_kwargs,
-            request.generation_config,
-            request.logits_processor,
-            request.stopping_criteria,
-            request.streamer,
-            self.decoder,
-        )
+        """Run the prompt, and choose the first token or begin a picture.  -> the keys and values to cache"""
+        self.decoding = InterleavedDecoding(self.model, self.request, self.decoder)
         (self.position,) = self.decoding.positions
         prefix = self.decoding.cache.prefix(0, self.position)
         self.decoding.cache = None  # the server keeps it
@@ -209,15 +225,18 @@ class PictureSequence:
         return prefix
 
     def take(self, logits: torch.Tensor) -> None:
-        self.token, self.drawing, self.decoding.logits = None, None, logits.float()
+        """Choose the next token from the logits (1, V) of the last one, or begin a picture behind BOI."""
+        self.token = None
+        self.drawing = None
         if self.decoding.last_token(0) == self.model.config.boi_token_id:
             self.drawing = Denoising(self.model, self.decoding.settings, self.decoding.generators, [0])
             return
-        (token,) = self.decoding.choose()
-        self.token = token if self.decoding.running else None
+        self.decoding.choose(logits.float())
+        if self.decoding.running:
+            self.token = self.decoding.last_token(0)
 
     def keep(self) -> None:
-        """The picture that is done; behind it the sequence goes on, or does not and draws no more."""
+        """Append the finished picture. The sequence goes on behind it, or ends."""
         self.decoding.keep([0], self.drawing)
         if not self.decoding.running:
             self.drawing = None
@@ -230,7 +249,11 @@ class PictureSequence:
 
 
 class Group(NamedTuple):
-    """Pictures of one size that are drawn together, each from its own timestep."""
+    """Pictures of one size that are drawn together, each from its own timestep.
+
+    Attributes:
+        index: the place among the pictures of each row of the forward: R, then those that are guided once more.
+    """
 
     drawings: list[Denoising]
     forward: ImageForward
@@ -238,27 +261,32 @@ class Group(NamedTuple):
 
 
 class Studio:
-    """Where the pictures of a server's requests are drawn.
+    """Runs the forwards over the pictures of a server's requests.
 
-    Prefixes are copied when who draws changes, not for each step.
+    Prefixes are copied when a picture begins or ends, not for each step.
     """
 
     def __init__(self, model):
-        self.model, self.groups = model, {}
+        self.model = model
+        self.groups: dict[tuple[int, int], Group] = {}
 
     def predictions(self, sequences: list[PictureSequence], cache: DecodingCache, rows: list[int]) -> list[tuple]:
-        """What the model says of pictures of one size, by one forward; nothing is changed by it.
+        """Predict pictures of one size by one forward, which changes nothing.
 
         Args:
-            rows: of the sequences in the cache.
+            rows: the sequences' rows of the cache.
 
         Returns:
-            list: arguments of `Denoising.advance` for each sequence.
+            list: the arguments of `Denoising.advance` for each sequence.
         """
-        size, drawings = sequences[0].drawing.size, [sequence.drawing for sequence in sequences]
+        # The pictures that are drawn together are usually those of the last round.
+        size = sequences[0].drawing.size
+        drawings = [sequence.drawing for sequence in sequences]
         group = self.groups.get(size)
         if group is None or group.drawings != drawings:
             group = self.groups[size] = self._group(sequences, cache, rows)
+
+        # The predictions without a prompt stand behind the others, for guided pictures alone.
         noisy = [drawing.noisy() for drawing in drawings]
         timesteps = torch.stack([drawing.timestep.float() for drawing in drawings])
         predicted = group.forward.predict(torch.cat(noisy), timesteps, group.index).split(1)
@@ -267,18 +295,22 @@ class Studio:
         return list(zip(noisy, predicted, without))
 
     def _group(self, sequences: list[PictureSequence], cache: DecodingCache, rows: list[int]) -> Group:
+        """Copy the prefixes of sequences, and of their unconditional prompts, for a forward over their pictures."""
         free = [sequence.decoding.unconditional_prefixes([0]) for sequence in sequences]
-        index = [*range(len(sequences)), *(place for place, own in enumerate(free) if own)]
-        behind = [*self._prefixes(sequences, cache, rows), *(prefix for own in free for prefix in own)]
-        forward = ImageForward(self.model, behind, sequences[0].drawing.size)
-        return Group([x.drawing for x in sequences], forward, torch.tensor(index, device=self.model.device))
+        guided = [place for place, own in enumerate(free) if own]
+        prefixes = self._prefixes(sequences, cache, rows) + [prefix for own in free for prefix in own]
+        return Group(
+            drawings=[sequence.drawing for sequence in sequences],
+            forward=ImageForward(self.model, prefixes, sequences[0].drawing.size),
+            index=torch.tensor([*range(len(sequences)), *guided], device=self.model.device),
+        )
 
     def _prefixes(self, sequences: list[PictureSequence], cache: DecodingCache, rows: list[int]) -> list[Prefix]:
         drop = int(self.model.config.markers_in_image_block)
         return [cache.prefix(row, sequence.position, drop) for sequence, row in zip(sequences, rows)]
 
     def commit(self, sequences: list[PictureSequence], cache: DecodingCache, rows: list[int]) -> torch.Tensor:
-        """Pictures of one size that are done into the cache, by one forward; a failure changes nothing.
+        """Put finished pictures of one size into the cache by one forward. A failure changes nothing.
 
         -> the next logits (R, V)
         """
@@ -290,5 +322,5 @@ class Studio:
         return logits
 
     def forget(self, sizes: set) -> None:
-        """Free what was kept for other sizes than these."""
+        """Free the prefixes of pictures of other sizes than these."""
         self.groups = {size: group for size, group in self.groups.items() if size in sizes}

@@ -1,8 +1,9 @@
-"""Sound to speech units and back: k-means over frame features, 25 units a second, as in the paper's third setting.
+"""Encode sounds as speech units and decode them: k-means over features of frames.
 
-The default features are MFCC with their differences, HuBERT's own first iteration, which need no weights; any speech
-encoder of transformers (HuBERT, wav2vec 2.0, WavLM, Whisper) can take their place. The way back is a simple, stated
-one: every unit keeps the mean log-mel spectrogram of the 40 ms it stands for, and Griffin-Lim finds a waveform.
+There are 25 units a second by default, as in the paper's setting with speech. The default features are MFCC with their
+differences, as in HuBERT's first iteration, which need no weights; any speech encoder of transformers (HuBERT, wav2vec
+2.0, WavLM, Whisper) can take their place. Decoding is simple: every unit keeps the mean log-mel spectrogram of its 40
+ms, and Griffin-Lim finds a waveform.
 
 Shapes: S samples, T frames of 10 ms, U units, C features, K centroids, F mel bands.
 """
@@ -30,7 +31,7 @@ from .image_tokenizer import (
     without_autocast,
     without_defaults,
 )
-from .speech_loading import MAX_RATE, MIN_RATE, check_rate, load_sound
+from .media_loading import MAX_RATE, MIN_RATE, check_rate, load_sound
 
 
 SPEECH_TOKENIZER_CONFIG_NAME = "speech_tokenizer_config.json"
@@ -55,7 +56,7 @@ CONFIG_RULES = {
 
 @dataclass
 class SpeechTokenizerConfig:
-    """What a unit is: `num_units` clusters of features at `units_per_second`.
+    """How a sound becomes units: one of `num_units` clusters of features, `units_per_second` times a second.
 
     `features`: "mfcc", or "encoder" for a transformers speech encoder named by `encoder` (Hub name or folder), whose
     hidden state number `encoder_layer` is used (-1: the last). Features of 10 or 20 ms are averaged within a unit.
@@ -63,7 +64,7 @@ class SpeechTokenizerConfig:
     become a single one; durations are then lost. Sounds longer than `max_seconds` are refused before they are decoded.
 
     Raises:
-        ValueError: a field that cannot be, by name.
+        ValueError: a field with an impossible value, by name.
     """
 
     num_units: int = 500
@@ -92,23 +93,40 @@ class SpeechTokenizerConfig:
             )
         if self.num_coefficients > self.num_mel_bands:
             raise ValueError(
-                f"num_coefficients={self.num_coefficients} must be at most num_mel_bands={self.num_mel_bands}, of which "
-                "they are made"
+                f"num_coefficients={self.num_coefficients} must be at most num_mel_bands={self.num_mel_bands}, of "
+                "which they are made"
             )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SpeechTokenizerConfig":
+        """From the content of `speech_tokenizer_config.json`; ValueError for unknown names."""
         return from_known_fields(cls, values, "speech tokenizer")
 
     def to_dict(self) -> dict[str, Any]:
+        """The content of `speech_tokenizer_config.json`."""
         return without_defaults(self, "max_seconds")
 
 
 class MoTSpeechTokenizer:
-    """Sound to units in [0, num_units) and back. `fit` it (training/tokenizers) or load it before use.
+    """Encode sounds as units in [0, num_units), and decode such units.
 
-    `centroids` (K, C) live in the space of features scaled by `mean` and `scale` (C,); `templates`
-    (K, frames of a unit, F) are the log-mel spectrograms that decoding strings together.
+    Train it with `python -m training.tokenizers.speech`, or load it, before use.
+
+    Args:
+        config: how sounds become units.
+        tensors: `mean` and `scale` (C,) of the features; `centroids` (K, C) of features so scaled; `templates` (K,
+            frames of a unit, F), the log-mel spectrograms that decoding strings together. None: not trained yet.
+        encoder: a loaded speech encoder, for `features="encoder"`; default: loaded by its name when it is needed.
+
+    Raises:
+        ValueError: another number of centroids than `config.num_units`.
+
+    Example, from the root of the repository, which carries a tokenizer:
+        >>> tokenizer = MoTSpeechTokenizer.from_pretrained("training/assets/processor", subfolder="speech_tokenizer")
+        >>> tone = np.sin(np.arange(16_000) * 0.2).astype(np.float32)
+        >>> (units,) = tokenizer.encode([tone], sampling_rate=16_000)
+        >>> units.shape, tokenizer.decode([units])[0].shape
+        (torch.Size([25]), (16000,))
     """
 
     def __init__(
@@ -128,41 +146,56 @@ class MoTSpeechTokenizer:
         if self.centroids is not None and len(self.centroids) != config.num_units:
             raise ValueError(f"num_units={config.num_units} but there are {len(self.centroids)} centroids")
 
+    # -- sizes --------------------------------------------------------------------------------------------------------
+
     @property
     def num_units(self) -> int:
+        """K, the number of units."""
         return self.config.num_units
 
     @property
     def sampling_rate(self) -> int:
+        """Samples a second of the tokenizer, in Hz."""
         return self.config.sampling_rate
 
     @property
     def units_per_second(self) -> int:
+        """Units a second of sound."""
         return self.config.units_per_second
 
     @property
     def frames_per_unit(self) -> int:
+        """Frames of 10 ms that a unit stands for."""
         return round(1 / HOP_SECONDS) // self.config.units_per_second
 
     @property
     def samples_per_unit(self) -> int:
+        """Samples that a unit stands for."""
         return self.config.sampling_rate // self.config.units_per_second
 
+    # -- encoding -----------------------------------------------------------------------------------------------------
+
     def preprocess(self, audio: Any, sampling_rate: int | None = None, **access: bool) -> torch.Tensor:
-        """Mono samples at our rate, scaled to the configured loudness, padded with silence to whole units.  -> (S,)"""
+        """Read one sound: mono samples at the tokenizer's rate.  -> (S,)
+
+        They are scaled to the configured loudness and padded with silence to whole units. Arguments as for `encode`.
+        """
         ours = self.config.sampling_rate
         wave, rate = load_sound(audio, sampling_rate, ours, self.config.max_seconds, **access)
         samples = resample(torch.from_numpy(wave), rate, ours)
+
+        # Silence is not made louder.
         level = samples.square().mean().sqrt()
         if self.config.loudness and level > 1e-5:
             samples = samples * (self.config.loudness / level)
+
         units = math.ceil(len(samples) / self.samples_per_unit)
         return nn.functional.pad(samples, (0, units * self.samples_per_unit - len(samples)))
 
     @without_autocast()
     @torch.no_grad()
     def features(self, samples: torch.Tensor) -> torch.Tensor:
-        """One feature vector per unit, not scaled yet.  (S,) -> (U, C)"""
+        """The features of each unit, not scaled yet.  (S,) -> (U, C)"""
         units = len(samples) // self.samples_per_unit
         if self.config.features == "mfcc":
             frames = self.front_end.mfcc(self.front_end.log_mel(samples))
@@ -171,17 +204,20 @@ class MoTSpeechTokenizer:
         return frames.view(units, -1, frames.shape[-1]).mean(1)
 
     def encoder_frames(self, samples: torch.Tensor, units: int) -> torch.Tensor:
-        """Hidden states of the speech encoder, brought to a whole number of frames per unit.  (S,) -> (T, C)"""
+        """Hidden states of the speech encoder, a whole number of frames for each unit.  (S,) -> (T, C)"""
         encoder = self.load_encoder()
         if hasattr(encoder.config, "num_mel_bins"):
             hidden, rate = self.whisper_frames(encoder, samples)
         else:
+            # HuBERT, wav2vec 2.0 and WavLM hear samples of mean 0 and variance 1.
             rate = self.config.sampling_rate / math.prod(encoder.config.conv_stride)
             # Without padding, the convolutions lose frames at the edges.
             edge = int(self.config.sampling_rate / rate)
             padded = nn.functional.pad(samples, (edge // 2, edge))
             padded = (padded - padded.mean()) / (padded.var() + 1e-7).sqrt()
             hidden = encoder(padded[None], output_hidden_states=True).hidden_states[self.config.encoder_layer][0]
+
+        # Repeat the last frame, or cut, to a whole number of frames.
         per_unit = max(1, round(rate / self.config.units_per_second))
         wanted = units * per_unit
         if len(hidden) < wanted:
@@ -189,36 +225,38 @@ class MoTSpeechTokenizer:
         return hidden[:wanted]
 
     def whisper_frames(self, encoder: nn.Module, samples: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Hidden states of Whisper's encoder, chunk by chunk, and how many there are a second.  (S,) -> (T, C)"""
         from transformers import WhisperFeatureExtractor
 
         seconds = encoder.config.max_source_positions // 50
         extractor = WhisperFeatureExtractor(
             feature_size=encoder.config.num_mel_bins, sampling_rate=self.config.sampling_rate, chunk_length=seconds
         )
+        # Whisper hears chunks of a fixed length, padded; frames of the padding are left out.
         parts = []
         for chunk in samples.split(seconds * self.config.sampling_rate):
             inputs = extractor(chunk.numpy(), sampling_rate=self.config.sampling_rate, return_tensors="pt")
-            hidden = encoder(inputs.input_features, output_hidden_states=True).hidden_states[self.config.encoder_layer][
-                0
-            ]
+            states = encoder(inputs.input_features, output_hidden_states=True).hidden_states
+            hidden = states[self.config.encoder_layer][0]
             parts.append(hidden[: math.ceil(len(chunk) * 50 / self.config.sampling_rate)])
         return torch.cat(parts), 50.0
 
     def load_encoder(self) -> nn.Module:
+        """The speech encoder, loaded by its name when it is first needed."""
         if self.encoder is None:
             from transformers import AutoModel
 
             self.encoder = AutoModel.from_pretrained(self.config.encoder, dtype=torch.float32, trust_remote_code=False)
-        # Whisper and other encoder-decoders: the encoder alone hears.
+        # Of Whisper and other encoder-decoders the encoder alone is needed.
         encoder = self.encoder.get_encoder() if self.encoder.config.is_encoder_decoder else self.encoder
         return encoder.eval().requires_grad_(False)
 
     def encode(self, audio: list[Any], sampling_rate: int | None = None, **access: bool) -> list[torch.Tensor]:
-        """Units of each sound, (U,) int64.
+        """The units of each sound, (U,) int64.
 
         Args:
-            audio: sounds in any form `load_sound` takes.
-            sampling_rate: that of arrays; files and bytes say their own, and so may records.
+            audio: sounds in any form that `load_sound` takes.
+            sampling_rate: in Hz, of arrays; files have their own, and records may.
             access: `allow_urls` and `allow_paths` of `load_sound`.
         """
         if not isinstance(audio, (list, tuple)):
@@ -227,6 +265,7 @@ class MoTSpeechTokenizer:
 
     @without_autocast()
     def encode_one(self, source: Any, sampling_rate: int | None = None, **access: bool) -> torch.Tensor:
+        """The units of one sound, (U,) int64; ValueError if the tokenizer is not trained yet."""
         if self.centroids is None:
             raise ValueError(
                 "this speech tokenizer has no centroids yet; train it with training.tokenizers.speech or load it"
@@ -235,16 +274,19 @@ class MoTSpeechTokenizer:
         units = nearest_code(scaled, self.centroids)
         return torch.unique_consecutive(units) if self.config.deduplicate else units
 
-    def decode(self, units: list[torch.Tensor]) -> list[np.ndarray]:
-        """A waveform for each sequence of units, float32 at `sampling_rate`, U * samples_per_unit samples.
+    # -- decoding -----------------------------------------------------------------------------------------------------
 
-        Buzzy but recognisable: units carry no pitch, so Griffin-Lim finds a noisy voice.
+    def decode(self, units: list[torch.Tensor]) -> list[np.ndarray]:
+        """The samples of each sequence of units, float32 at `sampling_rate`.  (U,) -> (U * samples_per_unit,)
+
+        They sound buzzy but recognisable: units carry no pitch, so Griffin-Lim finds a noisy voice.
         """
         return [self.decode_one(torch.as_tensor(sequence, dtype=torch.long)) for sequence in units]
 
     @without_autocast()
     @torch.no_grad()
     def decode_one(self, units: torch.Tensor) -> np.ndarray:
+        """The samples of one sequence of units; ValueError for an empty one and for units out of range."""
         if units.ndim != 1 or len(units) == 0:
             raise ValueError(f"speech units must have shape (units,) with at least one unit, not {tuple(units.shape)}")
         if int(units.min()) < 0 or int(units.max()) >= self.num_units:
@@ -252,15 +294,18 @@ class MoTSpeechTokenizer:
         log_mel = self.templates[units].flatten(0, 1)
         return self.front_end.griffin_lim(log_mel, self.config.griffin_lim_iterations).numpy().astype(np.float32)
 
+    # -- saving and loading -------------------------------------------------------------------------------------------
+
     def tensors(self) -> dict[str, torch.Tensor]:
+        """The trained tensors by name, as the constructor takes them."""
         return {"mean": self.mean, "scale": self.scale, "centroids": self.centroids, "templates": self.templates}
 
     def fingerprint(self) -> str:
-        """sha256 over the configuration and the tensors."""
+        """sha256 of the configuration and the tensors."""
         return fingerprint(self.config.to_dict(), self.tensors())
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """`model.safetensors` and `speech_tokenizer_config.json`; an encoder stays where it is and is kept by name."""
+        """Write `model.safetensors` and `speech_tokenizer_config.json`; of an encoder the name alone is written."""
         if self.centroids is None:
             raise ValueError("a speech tokenizer without centroids cannot be saved; train it first")
         directory = Path(directory)
@@ -273,7 +318,7 @@ class MoTSpeechTokenizer:
     def from_pretrained(
         cls, name_or_path: str | os.PathLike, subfolder: str = "", **hub_kwargs
     ) -> "MoTSpeechTokenizer":
-        """From a folder or Hub repository that `save_pretrained` wrote."""
+        """Load a folder or Hub repository that `save_pretrained` wrote."""
         from transformers.utils import cached_file
 
         values = read_hub_json(name_or_path, SPEECH_TOKENIZER_CONFIG_NAME, subfolder, **hub_kwargs)
@@ -284,37 +329,44 @@ class MoTSpeechTokenizer:
         return cls(config, tensors)
 
 
-HOP_SECONDS = 0.010
-WINDOW_SECONDS = 0.025
-LOG_FLOOR = 1e-6
-# Of resampling: the weights of all filters, the inputs (or products) at a time, and the filters of a zero crossing.
+# -- resampling -------------------------------------------------------------------------------------------------------
+
+# Most weights of all filters together, inputs (or products) at a time, and filters of a zero crossing.
 _MOST_WEIGHTS = 2**21
 _SAMPLES_AT_ONCE = 2**20
 _PHASES_PER_CROSSING = 1024
 
 
 def resample(samples: torch.Tensor, source_rate: int, target_rate: int, zeros: int = 16) -> torch.Tensor:
-    """Band-limited interpolation with a Hann-windowed sinc of `zeros` zero crossings a side.  (S,) -> (S',)
+    """Interpolate a band-limited sound with a Hann-windowed sinc of `zeros` zero crossings a side.  (S,) -> (S',)
 
-    S' = ceil(S * target_rate / source_rate). The memory for filters is bounded whatever the rates.
+    S' = ceil(S * target_rate / source_rate). The memory for filters is bounded for any rates.
+
+    Args:
+        source_rate, target_rate: in Hz.
+
+    Raises:
+        ValueError: a rate that `check_rate` refuses.
     """
     source_rate, target_rate = check_rate(source_rate, "source_rate"), check_rate(target_rate, "target_rate")
     if source_rate == target_rate:
         return samples
+
+    # `phases` outputs stand between two inputs that are `step` apart; then the pattern repeats.
     divisor = math.gcd(source_rate, target_rate)
-    step, phases = source_rate // divisor, target_rate // divisor
+    step = source_rate // divisor
+    phases = target_rate // divisor
     cutoff = 0.97 * min(step, phases) / step
     width = math.ceil(zeros / cutoff)
     length = math.ceil(len(samples) * phases / step)
     padded = nn.functional.pad(samples, (width, width + step))
-    few_phases = phases * (2 * width + step) <= _MOST_WEIGHTS
-    return (_resample_by_phases if few_phases else _resample_between)(
-        padded, step, phases, cutoff, zeros, width, length
-    )
+    has_few_phases = phases * (2 * width + step) <= _MOST_WEIGHTS
+    interpolate = _resample_by_phases if has_few_phases else _resample_between
+    return interpolate(padded, step, phases, cutoff, zeros, width, length)
 
 
 def _windowed_sinc(times: torch.Tensor, cutoff: float, zeros: int) -> torch.Tensor:
-    """The filter at `times`, in zero crossings."""
+    """The filter at `times`, which count zero crossings."""
     window = torch.where(times.abs() < zeros, torch.cos(times * math.pi / zeros / 2).square(), 0.0)
     return torch.sinc(times) * window * cutoff
 
@@ -322,14 +374,17 @@ def _windowed_sinc(times: torch.Tensor, cutoff: float, zeros: int) -> torch.Tens
 def _resample_by_phases(
     padded: torch.Tensor, step: int, phases: int, cutoff: float, zeros: int, width: int, length: int
 ) -> torch.Tensor:
-    """A filter for each of the `phases` outputs between `step` inputs; the usual rates have few."""
+    """Use an exact filter for each of the `phases` outputs; the usual rates have few."""
     taps = torch.arange(-width, width + step, dtype=torch.float64)
     shifts = torch.arange(phases, dtype=torch.float64)[:, None] * step / phases
     kernels = _windowed_sinc((taps - shifts) * cutoff, cutoff, zeros).to(padded.dtype)
-    groups, at_once, made = math.ceil(length / phases), max(1, _SAMPLES_AT_ONCE // step), []
+
+    # One convolution with stride `step` makes all `phases` outputs between two input steps.
+    groups = math.ceil(length / phases)
+    at_once = max(1, _SAMPLES_AT_ONCE // step)
+    made = []
     for first in range(0, groups, at_once):
         end = (min(first + at_once, groups) - 1) * step + 2 * width + step
-        # One convolution with stride `step` makes all `phases` outputs between two input steps.
         part = padded[None, None, first * step : end]
         made.append(nn.functional.conv1d(part, kernels[:, None], stride=step)[0].T.flatten())
     return torch.cat(made)[:length]
@@ -338,12 +393,15 @@ def _resample_by_phases(
 def _resample_between(
     padded: torch.Tensor, step: int, phases: int, cutoff: float, zeros: int, width: int, length: int
 ) -> torch.Tensor:
-    """Filters of a bounded number of phases, and those between two of them on a straight line: errors below 1e-5."""
+    """Interpolate between the filters of a bounded number of phases, on a straight line; errors are below 1e-5."""
     taps = torch.arange(-width, width + 2, dtype=torch.float64)
     steps = math.ceil(_PHASES_PER_CROSSING * cutoff)
     shifts = torch.arange(steps + 1, dtype=torch.float64)[:, None] / steps
     kernels = _windowed_sinc((taps - shifts) * cutoff, cutoff, zeros).to(padded.dtype)
-    windows, made = padded.unfold(0, len(taps), 1), []
+
+    # Mix the two filters next to each output, and apply the mixture to the inputs around it.
+    windows = padded.unfold(0, len(taps), 1)
+    made = []
     for outputs in torch.arange(length).split(max(1, _SAMPLES_AT_ONCE // len(taps))):
         places = outputs * step
         between = (places % phases).double() * steps / phases
@@ -354,8 +412,15 @@ def _resample_between(
     return torch.cat(made)
 
 
+# -- spectra ----------------------------------------------------------------------------------------------------------
+
+HOP_SECONDS = 0.010
+WINDOW_SECONDS = 0.025
+LOG_FLOOR = 1e-6
+
+
 class SpeechFrontEnd:
-    """Fixed (untrained) analysis at 100 frames a second, and its approximate inverse."""
+    """Analyse samples at 100 frames a second by fixed filters, and invert the analysis approximately."""
 
     def __init__(self, sampling_rate: int = 16_000, num_mel_bands: int = 40, num_coefficients: int = 13):
         self.sampling_rate = sampling_rate
@@ -377,54 +442,62 @@ class SpeechFrontEnd:
         self.cosines = dct_matrix(num_mel_bands)[:num_coefficients]
 
     def frames(self, samples: torch.Tensor) -> torch.Tensor:
-        """Windowed spectra of S / hop frames, each centred on its own 10 ms; S must divide.  (S,) -> (T, bins)"""
+        """Spectra of windows that are centred on each 10 ms; these must divide S.  (S,) -> (T, bins)"""
         edge = self.window_length - self.hop
         padded = nn.functional.pad(samples, (edge // 2, edge - edge // 2))
         cut = padded.unfold(0, self.window_length, self.hop) * self.window
         return torch.fft.rfft(cut, n=self.fft_length)
 
     def log_mel(self, samples: torch.Tensor) -> torch.Tensor:
-        """Natural logarithm of mel power.  (S,) -> (T, F)"""
+        """The natural logarithm of the power of mel bands.  (S,) -> (T, F)"""
         return (self.frames(samples).abs().square() @ self.filters).clamp(min=LOG_FLOOR).log()
 
     def mfcc(self, log_mel: torch.Tensor) -> torch.Tensor:
-        """Orthonormal DCT-II of the log-mel bands, with first and second differences.  (T, F) -> (T, C)"""
+        """The orthonormal DCT-II of log-mel bands, with its first and second differences.  (T, F) -> (T, C)"""
         static = log_mel @ self.cosines.T
         first = deltas(static)
         return torch.cat([static, first, deltas(first)], dim=1)
 
     def griffin_lim(self, log_mel: torch.Tensor, iterations: int = 60, seed: int = 0) -> torch.Tensor:
-        """A waveform whose spectrogram resembles `log_mel`, phases by alternating projections.  (T, F) -> (S,)"""
+        """Samples whose spectrogram resembles `log_mel`.  (T, F) -> (S,)
+
+        The phases come from alternating projections: Griffin and Lim (1984), in the fast variant of Perraudin et al.
+        (2013).
+        """
         # Least squares under non-negativity, approximated by the clamped pseudo-inverse of the mel filters.
         power = (log_mel.exp() @ torch.linalg.pinv(self.filters)).clamp(min=0)
         magnitude = power.sqrt()
         generator = torch.Generator().manual_seed(seed)
+
+        # Project in turn on the spectra of real samples and on those of the wanted magnitude.
         phases = torch.rand(magnitude.shape, generator=generator) * 2 * math.pi
         spectra = torch.polar(magnitude, phases)
         previous = torch.zeros_like(spectra)
         for _ in range(iterations):
             rebuilt = self.frames(self.overlap_add(spectra))
-            # The fast variant: extrapolate from the last two projections (Perraudin et al., 2013).
+            # The fast variant extrapolates from the last two projections.
             spectra = rebuilt + 0.9 * (rebuilt - previous)
             spectra = magnitude * spectra / spectra.abs().clamp(min=1e-9)
             previous = rebuilt
         return self.overlap_add(spectra)
 
     def overlap_add(self, spectra: torch.Tensor) -> torch.Tensor:
-        """Least-squares inverse of `frames`.  (T, bins) -> (S,)"""
+        """Invert `frames` by least squares.  (T, bins) -> (S,)"""
         cut = torch.fft.irfft(spectra, n=self.fft_length)[:, : self.window_length] * self.window
-        count, edge = len(cut), self.window_length - self.hop
-        length = count * self.hop + edge
-        fold = lambda x: nn.functional.fold(  # noqa: E731
-            x.T[None], (1, length), (1, self.window_length), stride=(1, self.hop)
-        ).flatten()
-        weight = fold(self.window.square().expand(count, -1))
-        samples = fold(cut) / weight.clamp(min=1e-3)
+        count = len(cut)
+        edge = self.window_length - self.hop
+
+        def added(windows: torch.Tensor) -> torch.Tensor:
+            size, kernel = (1, count * self.hop + edge), (1, self.window_length)
+            return nn.functional.fold(windows.T[None], size, kernel, stride=(1, self.hop)).flatten()
+
+        weight = added(self.window.square().expand(count, -1))
+        samples = added(cut) / weight.clamp(min=1e-3)
         return samples[edge // 2 : edge // 2 + count * self.hop]
 
 
 def dct_matrix(size: int) -> torch.Tensor:
-    """Orthonormal DCT-II.  -> (size, size), one coefficient a row"""
+    """The matrix of the orthonormal DCT-II, with one coefficient a row.  -> (size, size)"""
     k = torch.arange(size, dtype=torch.float64)
     matrix = torch.cos(math.pi / size * (k + 0.5) * k[:, None]) * math.sqrt(2 / size)
     matrix[0] /= math.sqrt(2)
@@ -432,7 +505,7 @@ def dct_matrix(size: int) -> torch.Tensor:
 
 
 def deltas(features: torch.Tensor, width: int = 2) -> torch.Tensor:
-    """Slope of a least-squares line over 2 * width + 1 frames, edges repeated.  (T, C) -> (T, C)"""
+    """The slope of a least-squares line over 2 * width + 1 frames; the edges are repeated.  (T, C) -> (T, C)"""
     padded = torch.cat([features[:1].expand(width, -1), features, features[-1:].expand(width, -1)])
     count = len(features)
     slope = sum(n * (padded[width + n :][:count] - padded[width - n :][:count]) for n in range(1, width + 1))

@@ -9,7 +9,8 @@ from conversion.towers import Wishes
 from conversion.upcycle import upcycle
 from conversion.vocabulary import Media
 from modeling_mot import MoTForCausalLM, MoTProcessor
-from modeling_mot.processing_vocabulary import CHAT_TEMPLATE, extend_tokenizer
+from modeling_mot.processing_prompts import CHAT_TEMPLATE
+from modeling_mot.processing_vocabulary import extend_tokenizer
 from tests.conversion.sources import save_source
 from tests.conversion.tokenizer_sources import FAMILIES
 from tests.modeling_mot.test_speech_tokenizer import tokenizer_with_random_units
@@ -17,7 +18,8 @@ from training.tokenizers.processor import continuous_processor
 
 
 TEXTS = [
-    "the cat", " the cat", "  two  spaces ", "a\n\nb\n", "", " ", "\n", "ünï 漢字 🍎", "x<|im_start|>y<|im_end|> z", "hello</s>",
+    "the cat", " the cat", "  two  spaces ", "a\n\nb\n", "", " ", "\n", "ünï 漢字 🍎", "x<|im_start|>y<|im_end|> z",
+    "hello</s>",
 ]  # fmt: skip
 CHATS = {
     "question": [{"role": "user", "content": "what is this?"}],

@@ -12,7 +12,8 @@ CORPUS = ["the cat sat on the mat. hello there, what is this?", "  a system of t
 
 CHATML = (  # Qwen: a system prompt of its own, and content that must be a string
     "{%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nthe cat<|im_end|>\\n' }}{% endif %}"
-    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"
 )
 HEADERS = (  # Llama 3: trimmed, with whitespace and newlines between its blocks

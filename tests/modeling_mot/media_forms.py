@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image
 
-from modeling_mot.media_sources import MediaError
+from modeling_mot.media_loading import MediaError
 from training.data.reading.values import decode_picture, decode_sound
 
 
@@ -105,9 +105,9 @@ def outcomes_of_file(processor, site, kind: str, content: bytes, suffix: str) ->
     }[kind]
     one = lambda source: encode([source], allow_urls=True)[0]  # noqa: E731
     sources = [
-        content, bytearray(content), path, str(path), {"bytes": content, "path": None}, {"bytes": None, "path": str(path)},
-        {"base64": spelled}, f"data:image/png;base64,{spelled}", f"{address}/file{suffix}", {"url": f"{address}/file{suffix}"},
-        f"{address}/to//file{suffix}",
+        content, bytearray(content), path, str(path), {"bytes": content, "path": None},
+        {"bytes": None, "path": str(path)}, {"base64": spelled}, f"data:image/png;base64,{spelled}",
+        f"{address}/file{suffix}", {"url": f"{address}/file{suffix}"}, f"{address}/to//file{suffix}",
     ]  # fmt: skip
     blocks = [{kind: content}, {"url": f"{address}/file{suffix}"}, {"path": str(path)}, {"base64": spelled}]
     found = [outcome(one, source) for source in sources]

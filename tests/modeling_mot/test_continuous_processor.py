@@ -351,8 +351,9 @@ def test_an_unknown_setting_in_a_saved_folder_is_named(processor, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("image_size", np.int64(-3)), ("image_size", 2.5), ("image_size", [16]), ("image_size", None), ("downsampling", 0),
-        ("downsampling", "16"), ("fit", np.zeros(0)), ("background", 3), ("background", [300, 0, 0]), ("max_pixels", 0),
+        ("image_size", np.int64(-3)), ("image_size", 2.5), ("image_size", [16]), ("image_size", None),
+        ("downsampling", 0), ("downsampling", "16"),
+        ("fit", np.zeros(0)), ("background", 3), ("background", [300, 0, 0]), ("max_pixels", 0),
     ],
 )  # fmt: skip
 def test_settings_of_pictures_are_refused_by_name(name, value):

@@ -9,24 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_mot.image_loading import fit_picture, load_fitted, load_picture
 from modeling_mot.image_processing import MoTImageProcessor
 from modeling_mot.image_tokenizer import ImageTokenizerConfig
+from modeling_mot.media_loading import fit_picture, load_fitted, load_picture
 from training.data.reading.values import decode_picture
 
-from .media_forms import COLOURS, chat_ids, encoded, outcome, outcomes_of_file, site_of
-from .test_processor import build_processor
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return build_processor(background=[10, 200, 30])
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    with site_of(tmp_path_factory.mktemp("site")) as folder_and_address:
-        yield folder_and_address
+from .media_forms import COLOURS, chat_ids, encoded, outcome, outcomes_of_file
 
 
 ALPHA = np.tile(np.linspace(0, 255, 30).astype(np.uint8), (20, 1))
@@ -91,7 +79,7 @@ FILES = {
     "greys beyond 16 bits": (lambda: encoded(Image.fromarray(np.full((20, 30), 70_000, np.int32)), "TIFF"), None),
     "negative greys": (lambda: encoded(Image.fromarray(np.full((20, 30), -1, np.int32)), "TIFF"), None),
     "floats beyond one": (lambda: encoded(Image.fromarray(np.full((20, 30), 1.5, np.float32)), "TIFF"), None),
-    "floats that are not finite": (lambda: encoded(Image.fromarray(np.full((20, 30), np.nan, np.float32)), "TIFF"), None),
+    "floats not finite": (lambda: encoded(Image.fromarray(np.full((20, 30), np.nan, np.float32)), "TIFF"), None),
     "postscript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n", None),
     "a cut png": (lambda: encoded(Image.fromarray(COLOURS))[:900], None),
     "no pixels": (lambda: png(0, 5, 8, 2), None),
@@ -194,8 +182,9 @@ def test_bfloat16_is_a_float():
     [
         np.full((4, 4), 300), np.full((4, 4), -1), np.full((4, 4), 1.5), np.full((4, 4), -0.1), np.full((4, 4), np.nan),
         np.zeros((4, 4), complex), np.zeros((4, 4), object), np.zeros((4, 4), "U2"), np.zeros((5, 5, 2)), np.zeros(4),
-        np.zeros((1, 4, 4, 3)), np.zeros((0, 4)), np.broadcast_to(np.uint8(0), (10**5, 10**5)), torch.empty(4, 4, device="meta"),
-        [1, 2], 7, None, {}, {"path": None}, {"bytes": "text"}, {"path": {"path": "x"}}, "a\0b", "x" * 5000, "\ud800",
+        np.zeros((1, 4, 4, 3)), np.zeros((0, 4)), np.broadcast_to(np.uint8(0), (10**5, 10**5)),
+        torch.empty(4, 4, device="meta"), [1, 2], 7,
+        None, {}, {"path": None}, {"bytes": "text"}, {"path": {"path": "x"}}, "a\0b", "x" * 5000, "\ud800",
     ],
 )  # fmt: skip
 def test_what_is_no_picture_is_the_same_error_everywhere(processor, bad):
@@ -243,7 +232,7 @@ def test_kept_pictures_have_a_limit_of_their_own():
 
 
 def test_a_picture_for_chameleon_is_cut_before_it_is_scaled():
-    from modeling_mot.image_loading import cut_long_side
+    from modeling_mot.media_loading import cut_long_side
 
     thin = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20_001, 1, 3), dtype=np.uint8))
     found = cut_long_side(thin)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_mot.image_loading import fit_picture, load_picture
 from modeling_mot.image_tokenizer import ImageTokenizerConfig, MoTImageTokenizer, nearest_code
+from modeling_mot.media_loading import fit_picture, load_picture
 
 
 TINY = {

@@ -9,27 +9,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from modeling_mot import media_sources
-from modeling_mot.image_loading import load_picture
+from modeling_mot import media_loading
 from modeling_mot.image_processing import MoTImageProcessor
+from modeling_mot.media_loading import load_picture
 
-from .media_forms import COLOURS, WAVE, encoded, site_of, sound_file
-from .test_processor import build_processor
+from .media_forms import COLOURS, WAVE, encoded, sound_file
 
 
 soundfile = pytest.importorskip("soundfile")
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return build_processor(background=[10, 200, 30])
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    with site_of(tmp_path_factory.mktemp("site")) as folder_and_address:
-        yield folder_and_address
 
 
 def ways_in(processor, kind: str, source) -> list:
@@ -86,7 +74,7 @@ def test_only_http_is_fetched(site, address):
 
 def test_what_is_fetched_is_bounded_in_bytes_and_time(site, monkeypatch):
     folder, address = site
-    monkeypatch.setattr(media_sources, "MAX_BYTES", 1_000)
+    monkeypatch.setattr(media_loading, "MAX_BYTES", 1_000)
     (folder / "large").write_bytes(bytes(1_001))
     with pytest.raises(ValueError, match="cannot be fetched: it has more than 1000 bytes"):
         load_picture(f"{address}/large", allow_urls=True)
@@ -94,7 +82,7 @@ def test_what_is_fetched_is_bounded_in_bytes_and_time(site, monkeypatch):
         load_picture({"base64": "A" * 2_000})
     with pytest.raises(ValueError, match="cannot be fetched: it ends 999 bytes early"):
         load_picture(f"{address}/short", allow_urls=True)
-    monkeypatch.setattr(media_sources, "MAX_SECONDS_TO_FETCH", 0.5)
+    monkeypatch.setattr(media_loading, "MAX_SECONDS_TO_FETCH", 0.5)
     started = time.monotonic()
     with pytest.raises(ValueError, match="cannot be fetched: it takes more than 0.5 seconds"):
         load_picture(f"{address}/slow", allow_urls=True)
@@ -134,10 +122,9 @@ SMALL_BOMBS = """
 import io, resource, sys, time
 import numpy as np, soundfile
 from PIL import Image
-from modeling_mot.image_loading import load_fitted
 from modeling_mot.image_tokenizer import ImageTokenizerConfig
+from modeling_mot.media_loading import load_fitted, load_sound
 from modeling_mot.speech_tokenizer import resample
-from modeling_mot.speech_loading import load_sound
 import torch
 torch.set_num_threads(1)
 
@@ -161,7 +148,8 @@ load_fitted(picture(9, 9), ImageTokenizerConfig(image_size=512)), hear(sound(8_0
 before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
 for fit in ("crop", "pad"):
     for data in pictures:
-        assert (load_fitted(data, ImageTokenizerConfig(image_size=512, fit=fit))[256, 256] == (77 if fit == "crop" else 255)).any()
+        fitted = load_fitted(data, ImageTokenizerConfig(image_size=512, fit=fit))
+        assert (fitted[256, 256] == (77 if fit == "crop" else 255)).any()
 for data in sounds:
     hear(data)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, time.monotonic() - started)

@@ -216,7 +216,9 @@ def test_text_alone_needs_no_other_tokenizer():
     "document, message",
     [
         ([{"type": "imgae", "image": PICTURE}], "did you mean 'image'"),
-        ([{"type": "speech", "audio": SOUND}], "did you mean 'audio'"),
+        ([{"type": "adio", "audio": SOUND}], "did you mean 'audio'"),
+        ([{"type": "spech", "speech": SOUND}], "did you mean 'speech'"),
+        ([{"type": "speech", "speech": None}], "has no 'audio' entry"),
         ([text("")], "segment 0 is an empty text"),
         ([text("a"), text(" \n")], "segment 1 is an empty text"),
         ([{"type": "image"}], "has no 'image' entry"),
@@ -228,6 +230,45 @@ def test_text_alone_needs_no_other_tokenizer():
 def test_malformed_documents_are_refused(processor, document, message):
     with pytest.raises(ValueError, match=message):
         processor(document)
+
+
+SPEECH = [
+    {"type": "speech", "speech": SOUND, "sampling_rate": 16_000},
+    {"type": "speech", "audio": SOUND, "sampling_rate": 16_000},
+    {"type": "audio", "speech": SOUND, "sampling_rate": 16_000},
+    {"type": "speech", "speech": {"array": SOUND, "sampling_rate": 16_000}, "audio": None},
+]
+
+
+@pytest.mark.parametrize("segment", SPEECH, ids=["speech", "type", "entry", "record"])
+def test_speech_is_another_name_of_audio(processor, segment):
+    given = dict(segment)
+    assert processor([text("a"), segment]) == processor([text("a"), AUDIO])
+    assert processor.encode_segment(segment) == processor.encode_segment(AUDIO)
+    chats = [[{"role": "user", "content": [text("a"), block]}] for block in (segment, AUDIO)]
+    spoken, heard = (processor.apply_chat_template(chat, tokenize=True, return_dict=True) for chat in chats)
+    assert spoken == heard
+    rendered = [processor.apply_chat_template(chat, tokenize=False) for chat in chats]
+    assert rendered[0] == rendered[1] and rendered[0].count("<|audio|>") == 1
+    assert segment.keys() == given.keys() and segment["type"] == given["type"]
+
+
+def test_generated_speech_is_found_under_either_name(processor):
+    ids = [processor([AUDIO])["input_ids"]]
+    (spoken,), (heard,) = (
+        processor.post_process_multimodal_output(ids, generation_mode=m) for m in ("speech", "audio")
+    )
+    assert len(spoken) == 1 and np.array_equal(spoken[0], heard[0])
+    assert processor([text("a")], continue_with="speech") == processor([text("a")], continue_with="audio")
+
+
+def test_generate_opens_speech_under_either_name(tiny_model):
+    prompt = torch.tensor([[1, 10, 11]])
+    model = tiny_model()
+    spoken, heard = (
+        model.generate(prompt, generation_mode=mode, max_new_tokens=6, do_sample=False) for mode in ("speech", "audio")
+    )
+    assert torch.equal(spoken, heard) and spoken[0, 3] == 5
 
 
 def test_missing_and_broken_files_are_named(processor, tmp_path):

@@ -113,7 +113,10 @@ WRITING = [
 
 
 def serve_mixed(model, good, bad, **limits):
-    """Bad requests with a good one before each third.  -> pairs of a good one's number and its result; results of the bad"""
+    """Serve bad requests with a good one before each third.
+
+    -> pairs of a good one's number and its result; results of the bad
+    """
     with MoTServer(model, **limits) as server:
         names = []
         for number, request in enumerate(bad):

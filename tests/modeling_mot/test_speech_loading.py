@@ -7,35 +7,31 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_mot.speech_loading import load_sound
+from modeling_mot.media_loading import load_sound
 from modeling_mot.speech_tokenizer import SpeechTokenizerConfig, resample
 from training.data.reading.values import decode_sound
 
-from .media_forms import WAVE, chat_ids, outcome, outcomes_of_file, site_of, sound_file
-from .test_processor import build_processor
+from .media_forms import WAVE, chat_ids, outcome, outcomes_of_file, sound_file
 from .test_speech_tokenizer import tokenizer_with_random_units
 
 
 soundfile = pytest.importorskip("soundfile")
 
 
-@pytest.fixture(scope="module")
-def processor():
-    return build_processor(background=[10, 200, 30])
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    with site_of(tmp_path_factory.mktemp("site")) as folder_and_address:
-        yield folder_and_address
-
-
 SOUNDS = {
-    "wav": ("WAV", "PCM_16", 16_000), "wav of 8 bits": ("WAV", "PCM_U8", 8_000), "wav of 24 bits": ("WAV", "PCM_24", 48_000),
-    "wav of floats": ("WAV", "FLOAT", 44_100), "wav of doubles": ("WAV", "DOUBLE", 22_050), "flac": ("FLAC", "PCM_16", 96_000),
-    "ogg": ("OGG", "VORBIS", 16_000), "opus": ("OGG", "OPUS", 48_000), "mp3": ("MP3", "MPEG_LAYER_III", 44_100),
-    "aiff": ("AIFF", "PCM_16", 11_025), "an odd rate": ("WAV", "PCM_16", 11_127), "a high odd rate": ("WAV", "PCM_16", 192_001),
-}  # fmt: skip
+    "wav": ("WAV", "PCM_16", 16_000),
+    "wav of 8 bits": ("WAV", "PCM_U8", 8_000),
+    "wav of 24 bits": ("WAV", "PCM_24", 48_000),
+    "wav of floats": ("WAV", "FLOAT", 44_100),
+    "wav of doubles": ("WAV", "DOUBLE", 22_050),
+    "flac": ("FLAC", "PCM_16", 96_000),
+    "ogg": ("OGG", "VORBIS", 16_000),
+    "opus": ("OGG", "OPUS", 48_000),
+    "mp3": ("MP3", "MPEG_LAYER_III", 44_100),
+    "aiff": ("AIFF", "PCM_16", 11_025),
+    "an odd rate": ("WAV", "PCM_16", 11_127),
+    "a high odd rate": ("WAV", "PCM_16", 192_001),
+}
 
 
 def wav_header(rate: int = 16_000, channels: int = 1, bits: int = 16, promised: int = 200) -> bytes:
@@ -71,7 +67,8 @@ def test_a_sound_gives_the_same_tokens_everywhere(processor, site, name, suffix)
     [
         b"", b"RIFF", wav_header(rate=0), wav_header(rate=1), wav_header(rate=2**31 - 1), wav_header(channels=0),
         wav_header(bits=0), wav_header(promised=0), sound_file(np.array([np.nan] * 50), 16_000, subtype="FLOAT"),
-        sound_file(np.array([np.inf] * 50), 16_000, subtype="FLOAT"), sound_file(np.array([1e300] * 50), 16_000, subtype="DOUBLE"),
+        sound_file(np.array([np.inf] * 50), 16_000, subtype="FLOAT"),
+        sound_file(np.array([1e300] * 50), 16_000, subtype="DOUBLE"),
         sound_file(np.array([1e30] * 50), 16_000, subtype="FLOAT"),
     ],
 )  # fmt: skip
@@ -103,8 +100,9 @@ def test_channels_are_averaged_whichever_stand_first(form):
 
 
 NO_SOUNDS = [
-    np.array([100, -100] * 50), [100, -100] * 50, np.zeros(9, bool), np.zeros(9, complex), np.zeros(9, object), np.zeros(9, "U2"),
-    np.zeros((2, 2, 2)), np.zeros(0), np.zeros((0, 2)), np.float32(1), [np.nan], [[1.0], [1.0, 2.0]], ["a"],
+    np.array([100, -100] * 50), [100, -100] * 50, np.zeros(9, bool), np.zeros(9, complex), np.zeros(9, object),
+    np.zeros(9, "U2"), np.zeros((2, 2, 2)),
+    np.zeros(0), np.zeros((0, 2)), np.float32(1), [np.nan], [[1.0], [1.0, 2.0]], ["a"],
     np.broadcast_to(np.float32(0), (10**11,)), np.broadcast_to(np.int16(0), (10**9, 3)),
 ]  # fmt: skip
 
@@ -124,7 +122,8 @@ def test_a_rate_that_is_none_is_refused_everywhere(processor, rate):
     record = {"array": wave, "sampling_rate": rate}
     calls = [
         lambda: load_sound(wave, rate), lambda: decode_sound(record), lambda: processor.encode_audio([wave], rate),
-        lambda: processor.encode_audio([record]), lambda: processor([{"type": "audio", "audio": wave, "sampling_rate": rate}]),
+        lambda: processor.encode_audio([record]),
+        lambda: processor([{"type": "audio", "audio": wave, "sampling_rate": rate}]),
         lambda: chat_ids(processor, {"type": "audio", "audio": wave, "sampling_rate": rate}),
         lambda: resample(torch.zeros(9), rate, 16_000), lambda: SpeechTokenizerConfig(sampling_rate=rate),
     ]  # fmt: skip
@@ -134,10 +133,10 @@ def test_a_rate_that_is_none_is_refused_everywhere(processor, rate):
 
 
 def test_an_array_without_a_rate_is_warned_of_and_refused_in_training(processor, monkeypatch):
-    from modeling_mot import speech_loading
+    from modeling_mot import media_loading
 
     warned = []
-    monkeypatch.setattr(speech_loading.logger, "warning_once", warned.append)
+    monkeypatch.setattr(media_loading.logger, "warning_once", warned.append)
     speech = tokenizer_with_random_units(sampling_rate=24_000)
     warned.clear()
     expected = speech.encode([WAVE], 24_000)[0]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_mot.speech_loading import load_sound
+from modeling_mot.media_loading import load_sound
 from modeling_mot.speech_tokenizer import MoTSpeechTokenizer, SpeechFrontEnd, SpeechTokenizerConfig, deltas, resample
 
 

@@ -151,7 +151,8 @@ def test_each_row_of_a_mixed_batch_equals_recompute_of_it_alone(variant, fields)
     model = model_of(variant, boi=3.0, **fields)
     inputs, alone = mixed_rows()
     output = model.generate(
-        **inputs, max_new_tokens=24, num_inference_steps=4, guidance_scale=2.0, do_sample=True, temperature=1.5, top_k=0,
+        **inputs, max_new_tokens=24, num_inference_steps=4, guidance_scale=2.0, do_sample=True, temperature=1.5,
+        top_k=0,
         generator=[seeded(row) for row in range(len(alone))],
     )  # fmt: skip
     lengths = set()
@@ -169,8 +170,9 @@ def test_each_row_of_a_mixed_batch_equals_its_solo_run_whatever_the_processors()
     model = model_of(boi=3.0)
     inputs, alone = mixed_rows()
     settings = {
-        "max_new_tokens": 24, "min_new_tokens": 20, "num_inference_steps": 3, "do_sample": True, "repetition_penalty": 1.3,
-        "no_repeat_ngram_size": 3, "top_p": 0.95, "exponential_decay_length_penalty": (8, 1.1),
+        "max_new_tokens": 24, "min_new_tokens": 20, "num_inference_steps": 3, "do_sample": True,
+        "repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "top_p": 0.95,
+        "exponential_decay_length_penalty": (8, 1.1),
     }  # fmt: skip
     together = model.generate(**inputs, **settings, generator=[seeded(row) for row in range(len(alone))])
     for row, (prompt, images) in enumerate(alone):

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from modeling_mot.image_loading import fit_picture
 from modeling_mot.image_tokenizer import ImageTokenizerConfig
+from modeling_mot.media_loading import fit_picture
 
 
 def fitting_of(processor) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from modeling_mot.image_loading import flatten
+from modeling_mot.media_loading import flatten
 
 
 SIDE, CELLS, DIRECTIONS = 64, 8, 9

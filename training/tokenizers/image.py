@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from modeling_mot.image_tokenizer import PRESETS, ImageTokenizerConfig, MoTImageTokenizer
-from modeling_mot.media_sources import describe_source
+from modeling_mot.media_loading import describe_source
 from training.tokenizers.autoencoder_training import add_training_arguments, training_settings
 from training.tokenizers.pictures import (
     add_picture_arguments,

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from modeling_mot.image_loading import load_fitted
 from modeling_mot.image_tokenizer import ImageTokenizerConfig
+from modeling_mot.media_loading import load_fitted
 from training.tokenizers.sources import PICTURE_SUFFIXES, check_writable, read_media
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from modeling_mot.image_tokenizer import ImageTokenizerConfig
 from modeling_mot.latent_vae import build_vae, check_divisible, decode_latents, downsampling, encode_pixels
-from modeling_mot.media_sources import describe_source
+from modeling_mot.media_loading import describe_source
 from training.tokenizers.autoencoder_training import add_training_arguments, training_settings
 from training.tokenizers.pictures import (
     add_picture_arguments,

@@ -20,7 +20,7 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 from pyarrow import parquet
 
-from modeling_mot.image_loading import flatten
+from modeling_mot.media_loading import flatten
 from training.data.adapters.parquet_folder import print_counts, write_folder
 from training.data.config import carried_path
 from training.data.reading.values import decode_picture

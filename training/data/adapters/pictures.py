@@ -4,7 +4,7 @@ import io
 
 from PIL import Image
 
-from modeling_mot.image_loading import flatten
+from modeling_mot.media_loading import flatten
 from training.data.reading.values import decode_picture
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from modeling_mot.image_loading import flatten
+from modeling_mot.media_loading import flatten
 from training.data.config import AugmentationConfig, Limits, Segment
 from training.data.reading.records import Source
 from training.data.reading.values import BadRecord, LeftOut, blaming, check_parts, decode_picture, decode_sound, text_of

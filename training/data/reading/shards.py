@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from pyarrow import parquet
 
-from modeling_mot.image_loading import PICTURE_FORMATS
+from modeling_mot.media_loading import PICTURE_FORMATS
 from training.data.config import Limits
 from training.data.reading.lines import csv_records, jsonl_records, parse_json, text_records
 from training.data.reading.values import BadRecord, BrokenShard, blaming, printable, readable_rows

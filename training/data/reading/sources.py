@@ -22,7 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from pyarrow import parquet
 
 from modeling_mot.hub_trust import leads_outside
-from modeling_mot.media_sources import name_within
+from modeling_mot.media_loading import name_within
 from training.data.config import DataConfig, Limits, SourceConfig, carried_path, local_path
 from training.data.reading.records import Source, StreamedDataset, label_names, matches
 from training.data.reading.shards import (

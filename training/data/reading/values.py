@@ -19,9 +19,7 @@ import pyarrow as pa
 from huggingface_hub import constants
 from PIL import Image
 
-from modeling_mot.image_loading import load_picture
-from modeling_mot.media_sources import MediaError, name_within
-from modeling_mot.speech_loading import load_sound
+from modeling_mot.media_loading import MediaError, load_picture, load_sound, name_within
 from training.data.config import Limits, Segment, SourceConfig
 
 
