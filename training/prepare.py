@@ -79,8 +79,8 @@ def prepare_recipe(recipe: Recipe, workers: int = 1, verify: bool = False) -> No
                     f"{kind:8}  {source.config.name:20} {len(source):>12,} records {source.tokens:>16,} tokens  "
                     f"fingerprint {source.fingerprint[:16]}{'  verified' if verify else ''}"
                 )
-                for reason, count in source.skipped.items():
-                    print(f"{'':10}left out: {count:,} x {reason} (first: {source.first_skipped[reason]})")
+                for line in source.left_out.lines():
+                    print(f"{'':10}left out: {line}")
         report = RowStream(recipe.data, training).report()
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
@@ -89,8 +89,8 @@ def prepare_recipe(recipe: Recipe, workers: int = 1, verify: bool = False) -> No
             f"data: {error}; what is prepared is kept in data.cache_dir={recipe.data.cache_path}"
         ) from error
     print(
-        f"rows of {report['row_length']} tokens are filled to {report['fill_rate']:.2%} "
-        f"({report['rows_per_block']:.0f} of a block of {report['block_documents']} documents)\n"
+        f"a row holds {report['row_length']} tokens and is filled to {report['fill_rate']:.2%} on average, the rest is "
+        f"padding; {report['block_documents']:,} documents make about {report['rows_per_block']:,.0f} rows\n"
         f"ready after {time.perf_counter() - begin:.1f} s in {recipe.data.cache_path}"
     )
 

@@ -12,7 +12,15 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from training.config import build
-from training.data import AugmentationConfig, DataConfig, RowStream, SourceConfig, TemplateConfig, TokenizedSource
+from training.data import (
+    AugmentationConfig,
+    DataConfig,
+    Preparing,
+    RowStream,
+    SourceConfig,
+    TemplateConfig,
+    TokenizedSource,
+)
 from training.data.config import Limits
 
 from . import files, values
@@ -50,7 +58,9 @@ def read(rng: Random, place: Place) -> Case:
 def _prepared(
     folder: Path, source: SourceConfig, limits: Limits | None = None, augmentation: AugmentationConfig | None = None
 ) -> TokenizedSource:
-    return TokenizedSource.prepare(source, processors()[0], folder / "cache", 1, augmentation, None, limits)
+    return TokenizedSource.prepare(
+        source, Preparing(processors()[0], folder / "cache", augmentation, limits or Limits())
+    )
 
 
 def _rows(source: TokenizedSource, config: DataConfig | None = None) -> None:

@@ -1,5 +1,7 @@
 """What a recipe leaves open follows from the data and the machine."""
 
+import json
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +53,32 @@ def test_a_model_without_a_size_has_the_modalities_of_the_data(templates, modali
     whole = load_processor(ModelConfig())
     assert processor.tokenizer("a red apple").input_ids == whole.tokenizer("a red apple").input_ids
     assert planned.vocab_size == max(last for _, last in processor.modality_token_ranges.values())
+
+
+@pytest.mark.parametrize(
+    ("kinds", "modalities"),
+    [(["image"], ["text", "image"]), (["audio", "image"], ["text", "image", "speech"]), ([], ["text"])],
+)
+@pytest.mark.parametrize("name", ["0.jsonl", "*.jsonl"])
+def test_the_modalities_of_documents_are_those_of_their_records(tmp_path, kinds, modalities, name):
+    for kind in ("image", "audio"):
+        (tmp_path / f"file.{kind}").write_bytes(b"0")
+    parts = [{"type": "text", "text": "a"}, *({"type": kind, kind: f"file.{kind}"} for kind in kinds)]
+    (tmp_path / "0.jsonl").write_text(json.dumps({"parts": parts}) + "\n")
+    sources = [{"name": "a", "path": str(tmp_path / name), "templates": [{"segments": ["document:parts"]}]}]
+    recipe = build(Recipe, {"data": {"row_length": 256, "sources": sources}})
+    planned = plan_model(recipe.model, recipe.data).config
+    assert planned.modalities == recipe.model.modalities == modalities
+
+
+def test_documents_of_which_only_some_were_looked_at_say_so(tmp_path, caplog):
+    text = json.dumps({"parts": [{"type": "text", "text": "a"}]}) + "\n"
+    (tmp_path / "0.jsonl").write_text(300 * text)
+    sources = [{"name": "a", "path": str(tmp_path / "0.jsonl"), "templates": [{"segments": ["document:parts"]}]}]
+    recipe = build(Recipe, {"data": {"row_length": 256, "sources": sources}})
+    with caplog.at_level(logging.WARNING):
+        assert modalities_of(recipe.data) == ["text"]
+    assert "source 'a': its first records have text; if later ones have more, set model.modalities" in caplog.text
 
 
 def test_a_model_with_a_size_keeps_the_modalities_of_its_processor():

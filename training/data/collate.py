@@ -6,10 +6,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from modeling_mot.attention_masks import find_image_blocks, plan_rows
+from modeling_mot.latent_images import draw_timesteps
+from modeling_mot.tower_routing import ModalityRouting
+
 
 # N rows of L tokens; M images of C channels, (h, w) latents or pixels
 
-TOWER_ROWS = 16  # towers' slices are padded to multiples of it, or kernels would be made anew for every step's sizes
+# Towers' slices are padded to multiples of this, or kernels would be made anew for the sizes of every step.
+TOWER_ROWS = 16
 ROW_FIELDS = ("input_ids", "modality_ids", "position_ids", "document_ids", "labels")
 
 
@@ -28,19 +33,21 @@ def collate(
 
     Args:
         rows: rows of a `RowStream` or of `single_direction_rows`.
-        config: the model's configuration; when given, the batch carries the forward's `routing` and, where what a token
-            sees is a range, its `attention_plan`, so that the forward itself has no step that depends on the data. With one whose images share a position, `position_ids` are left
-            to the model, but for rows with clean copies, which have the positions of what they repeat.
+        config: the model's configuration. When given, the batch carries the forward's `routing` and, where each token
+            sees a range of tokens, its `attention_plan`: the forward itself then has no step that depends on the data.
+            Where the images of the model share a position, `position_ids` are left to the model, except for rows with
+            clean copies, which have the positions of the images that they repeat.
         multiple_of: pads each tower's slice, see `ModalityRouting.from_modality_ids`.
         noise_seed: with a Transfusion configuration, adds the `timesteps` (M,) and the `noise` (M, C, h, w) of the
-            latents. Those of a row depend on nothing but this seed and the row's number: not on the other rows of the
-            batch, nor on the number of processes. Clean images have zeros.
+            latents. The noise of a row depends on nothing but this seed and the row's number: not on the other rows of
+            the batch, nor on the number of processes. Clean images have zeros.
         row_numbers: the number of each row in the stream or the held-out set; needed with `noise_seed`.
 
     Raises:
         ValueError: no rows, rows of different lengths, a noise seed without numbers, or pixels that do not divide into
             latents.
     """
+    # Rows of one length become (N, L) tensors.
     if not rows:
         raise ValueError("collate got no rows; is the stream's range empty?")
     lengths = {len(row["input_ids"]) for row in rows}
@@ -50,19 +57,19 @@ def collate(
         name: torch.from_numpy(np.stack([row[name] for row in rows]).astype(np.int64, copy=False))
         for name in ROW_FIELDS
     }
+    # Continuous images of all rows are stacked.
     images = [image for row in rows for image in row.get("images", ())]
     if images:
         batch |= stack_images(images, config)
+    # Everything that depends on the data is decided here, in the thread that makes batches.
     if config is not None:
-        from modeling_mot.attention_masks import plan_rows
-        from modeling_mot.tower_routing import ModalityRouting
-
         batch["routing"] = ModalityRouting.from_modality_ids(batch["modality_ids"], config, multiple_of)
         plan = plan_rows(config, batch["input_ids"], batch["document_ids"], batch.get("clean_images"))
         if plan is not None:
             batch["attention_plan"] = plan
         if getattr(config, "image_positions", None) == "shared":
             share_positions(batch, config)
+    # The noise of diffusion follows from the rows' numbers.
     if images and noise_seed is not None and is_transfusion(config):
         if row_numbers is None or len(row_numbers) != len(rows):
             raise ValueError(
@@ -74,15 +81,16 @@ def collate(
 
 
 def is_transfusion(config) -> bool:
-    """Whether a configuration is of a model that diffuses images."""
+    """True if a configuration is of a model that diffuses images."""
     return getattr(config, "latent_channels", None) is not None
 
 
 def stack_images(images: list[dict], config=None) -> dict[str, torch.Tensor]:
-    """The images of a batch as the model takes them; pixels are latents to a model without a VAE."""
+    """Stack images as the model takes them; pixels are latents to one without a VAE.  M x (C, h, w) -> (M, C, h, w)"""
     values = [image["values"] for image in images]
     sizes = np.array([value.shape[1:] for value in values], dtype=np.int64)
     same = bool((sizes == sizes[0]).all())
+    # Smaller images are padded at bottom and right.
     stacked = np.zeros((len(values), values[0].shape[0], *sizes.max(axis=0)), dtype=np.float32)
     name = "latents"
     if values[0].dtype == np.uint8:
@@ -99,7 +107,7 @@ def stack_images(images: list[dict], config=None) -> dict[str, torch.Tensor]:
 
 
 def latent_sizes(batch: dict, config) -> list[tuple[int, int]]:
-    """(h, w) of the latents of each image of a batch.
+    """Find (h, w) of the latents of each image of a batch.
 
     Raises:
         ValueError: pixels that the VAE's factor does not divide.
@@ -118,7 +126,7 @@ def latent_sizes(batch: dict, config) -> list[tuple[int, int]]:
 
 
 def count_noised(batch: dict, config) -> int:
-    """Elements of the latents of all images with noise: the targets of the diffusion loss, from the batch alone."""
+    """Count the elements of the latents of all noised images: the targets of the diffusion loss."""
     sizes = latent_sizes(batch, config)
     clean = batch["clean_images"].tolist() if sizes else []
     return sum(
@@ -129,9 +137,7 @@ def count_noised(batch: dict, config) -> int:
 def draw_noise(
     rows: list[dict], batch: dict, config, seed: int | str, numbers: Sequence[int]
 ) -> dict[str, torch.Tensor]:
-    """`timesteps` and `noise` of a batch, each row's from a generator of its own; see `collate`."""
-    from modeling_mot.latent_images import draw_timesteps
-
+    """Draw `timesteps` (M,) and `noise` (M, C, h, w) of a batch, each row's from its own generator; see `collate`."""
     sizes = latent_sizes(batch, config)
     shape = (len(sizes), config.latent_channels, *np.max(sizes, axis=0).tolist())
     noise, timesteps, start = torch.zeros(shape), [], 0
@@ -152,28 +158,27 @@ def draw_noise(
 
 
 def row_generator(seed: int | str, number: int) -> torch.Generator:
-    """Random numbers that follow from a seed and a row's number alone."""
+    """Make a generator that follows from a seed and a row's number alone."""
     return torch.Generator().manual_seed(seed_of(f"{seed}/{int(number)}"))
 
 
 def seed_of(words: str) -> int:
-    """A seed for torch's generators that follows from a text, so that no two purposes share theirs."""
+    """Make a seed for torch's generators from a text, so that no two purposes share a seed."""
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big")
 
 
 def share_positions(batch: dict, config) -> None:
-    """Leave positions to the model, which lets all tokens of an image share one; with clean copies give them here."""
+    """Leave positions to the model, which lets all tokens of an image share one; for clean copies give them here."""
     positions, documents = batch.pop("position_ids"), batch["document_ids"]
-    # Documents follow one another and their positions grow, but for the copies: those fall back to where the image
-    # they repeat stands, so the first place whose key is reached is that of a token itself or of what it repeats.
+    # Documents follow one another and their positions grow, except at a clean copy, whose positions fall back to those
+    # of its image. So the first place that reaches a token's key is the token itself, or the token that it repeats.
     keys = positions + documents * positions.shape[1]
     reached = keys.cummax(dim=1).values
     is_copy = torch.zeros_like(documents, dtype=torch.bool)
     is_copy[:, 1:] = (keys[:, 1:] <= reached[:, :-1]) & (documents[:, 1:] >= 0)
     if not is_copy.any():
         return
-    from modeling_mot.attention_masks import find_image_blocks
-
+    # A position moves on at every token that is no copy, but only once for each image.
     blocks = find_image_blocks(batch["input_ids"] == config.image_token_id, documents, config.markers_in_image_block)
     moves = (~is_copy).long()
     moves[:, 1:] *= (blocks[:, 1:] < 0) | (blocks[:, 1:] != blocks[:, :-1])

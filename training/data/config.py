@@ -1,4 +1,4 @@
-"""What a data section of a recipe says: sources, how their columns become documents, augmentation, rows."""
+"""The data section of a recipe: sources, how their columns become documents, augmentation, rows."""
 
 import math
 import os
@@ -15,10 +15,10 @@ from training.config import check_options, option
 SEGMENT_TYPES = ("text", "image", "audio", "document")
 TARGETS = ("all", "last")
 LATENTS = ("cached", "on_the_fly")
-FORMATS = ("auto", "dataset", "pictures", "sounds", "jsonl", "parquet", "webdataset")
-# Variants are counted in 16 bits; a row, and the documents of a block, are in memory.
+FORMATS = ("auto", "dataset", "pictures", "sounds", "jsonl", "parquet", "text", "webdataset")
+# Variants are counted in 16 bits; a row and the documents of a block are held in memory.
 _MOST_VARIANTS, _MOST_LENGTH = 2**15 - 1, 2**24
-# The most that Pillow opens; what is added to in 64 bits.
+# Pillow opens no larger picture; sums of bytes stay within 64 bits.
 _MOST_PIXELS, _MOST_BYTES = 178_956_970, sys.maxsize // 2
 MODALITY_OF_TYPE = {"text": "text", "image": "image", "audio": "speech"}
 
@@ -31,8 +31,13 @@ class Segment:
     column: str
 
     @classmethod
-    @lru_cache(maxsize=1024)  # it is asked for every document
+    @lru_cache(maxsize=1024)
     def parse(cls, written: str) -> "Segment":
+        """Read a segment as it is written in a recipe.
+
+        Raises:
+            ValueError: an unknown type, or no format over columns.
+        """
         kind, separator, column = written.partition(":")
         if kind not in SEGMENT_TYPES or not separator or not column.strip():
             raise ValueError(
@@ -45,40 +50,43 @@ class Segment:
         try:
             if "" in segment.columns:
                 raise ValueError("a column has no name")
-            # A width or a precision is what a few letters can make gigabytes of.
+            # A few letters of width or precision could ask for gigabytes of text.
             if any(len(number) > 4 for _, _, form, _ in segment.parts for number in re.findall(r"\d+", form or "")):
                 raise ValueError("a width has more than four digits")
             segment.fill(dict.fromkeys(segment.columns, ""))
         except (ValueError, KeyError) as error:
             raise ValueError(
-                f"segments has {written!r}, which is no format over columns such as text:{{word}}: {{definition}}: {error}"
+                f"segments has {written!r}, which is no format over columns such as text:{{word}}: {{definition}}: "
+                f"{error}"
             ) from error
         return segment
 
     @cached_property
     def parts(self) -> list[tuple[str, str | None, str, str | None]]:
-        """What stands before each column, the column, its format and its conversion; the last may have no column."""
+        """List (text before a column, column, format, conversion); the last may have no column."""
         if "{" not in self.column:
             return [("", self.column, "", None)]
         return list(string.Formatter().parse(self.column))
 
     @cached_property
     def columns(self) -> list[str]:
-        """The columns it reads."""
+        """The columns that the segment reads."""
         return [name for _, name, _, _ in self.parts if name is not None]
 
     @cached_property
     def dispensable(self) -> set[str]:
-        """The columns without which a format still reads well: a sentence of their own, or set off by spaces alone."""
-        found = set()
-        for place, (before, name, _, _) in enumerate(self.parts):
-            after = self.parts[place + 1][0] if place + 1 < len(self.parts) else ""
-            if len(self.columns) > 1 and not after.strip() and re.search(r"(^\s*|[.!?…][\"')\]]*\s+)$", before):
-                found.add(name)
-        return found
+        """The columns without which a format still reads well: each stands alone, between ends of sentences."""
+        if len(self.columns) < 2:
+            return set()
+        afters = [before for before, *_ in self.parts[1:]] + [""]
+        return {
+            name
+            for (before, name, *_), after in zip(self.parts, afters, strict=True)
+            if name is not None and not after.strip() and re.search(r"(^\s*|[.!?…][\"')\]]*\s+)$", before)
+        }
 
     def fill(self, values: dict[str, str]) -> str:
-        """The format with a text for each column."""
+        """Put a text for each column into the format."""
         if "{" not in self.column:
             return values[self.column]
         formatter, text = string.Formatter(), ""
@@ -93,10 +101,10 @@ class Segment:
 
 
 def local_path(written: str, name: str) -> Path:
-    """A path with the home it may begin with.
+    """Expand the `~` that a path may begin with.
 
     Raises:
-        ValueError: it begins with the home of somebody who has none.
+        ValueError: it begins with the home of an unknown user.
     """
     try:
         return Path(written).expanduser()
@@ -111,7 +119,7 @@ def _check_sum(what: str, weighted: "list[TemplateConfig] | list[SourceConfig]")
 
 @dataclass
 class TemplateConfig:
-    """How the columns of a record become a document; a source draws one of its templates for each document."""
+    """How the columns of a record become a document. A source draws one of its templates for each document."""
 
     segments: list[str] = option(doc="type:column for each segment; type is text, image, audio or document")
     weight: float = option(1.0, "share among the templates of the source", gt=0)
@@ -130,8 +138,8 @@ class TemplateConfig:
     )
     targets: str = option(
         "all",
-        "all, or last: only the last segment is learnt. Labels before it are left out and earlier continuous images are "
-        "clean; the BOI before a picture is a target, and so is the end of the document",
+        "all, or last: only the last segment is learnt. Labels before it are left out and earlier continuous images "
+        "are clean; the BOI before a picture is a target, and so is the end of the document",
     )
 
     def __post_init__(self):
@@ -139,16 +147,17 @@ class TemplateConfig:
 
     @property
     def parsed(self) -> list[Segment]:
+        """The segments, read."""
         return [Segment.parse(written) for written in self.segments]
 
     @property
     def has_both(self) -> bool:
-        """Whether there are texts as well as pictures or sounds, so that their order is a question."""
+        """True if there are texts as well as pictures or sounds, so that their order can be drawn."""
         kinds = {segment.type for segment in self.parsed}
         return "text" in kinds and bool(kinds & {"image", "audio"})
 
     def validate(self) -> None:
-        """Raises ValueError naming the field, the value and the way out."""
+        """Raise a ValueError that names the field, the value and the way out, where one is wrong."""
         check_options(self)
         if not self.segments:
             raise ValueError("segments is empty; name at least one, such as [text:caption, image:image]")
@@ -179,8 +188,8 @@ class SourceConfig:
     templates: list[TemplateConfig] = option(doc="how its columns become documents")
     format: str = option(
         "auto",
-        "auto, dataset, pictures or sounds (a folder of them with captions), or shards that are read one by one without a "
-        "copy: jsonl (also .gz, .zst), parquet, webdataset (.tar)",
+        "auto, dataset, pictures or sounds (a folder of them with captions), or shards that are read one by one, "
+        "without a copy: jsonl (also .gz, .zst), parquet, text (.txt, one record a line), webdataset (.tar)",
     )
     config: str | None = option(None, "configuration of the data set")
     split: str = option(
@@ -206,7 +215,7 @@ class SourceConfig:
         return list(dict.fromkeys(segment for template in self.templates for segment in template.parsed))
 
     def validate(self) -> None:
-        """Raises ValueError naming the field, the value and the way out."""
+        """Raise a ValueError that names the field, the value and the way out, where one is wrong."""
         if not self.name or not self.path:
             raise ValueError(f"name={self.name!r} and path={self.path!r} of a source must not be empty")
         for name in ("name", "path", "config", "split", "revision"):
@@ -234,7 +243,7 @@ class SourceConfig:
 class AugmentationConfig:
     """Changed copies of pictures and sounds, made before they become tokens.
 
-    Variant 0 of a record is always the record as it is; the other `variants - 1` are changed.
+    Variant 0 of a record is the record as it is. The other `variants - 1` are changed.
     """
 
     variants: int = option(
@@ -256,13 +265,13 @@ class AugmentationConfig:
         self.validate()
 
     def validate(self) -> None:
-        """Raises ValueError naming the field, the value and the way out."""
+        """Raise a ValueError that names the field, the value and the way out, where one is wrong."""
         check_options(self)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that one record may take. Checked before anything is decoded, so that no file can fill the memory."""
+    """The most that one record may take. It is checked before anything is decoded: no file can fill the memory."""
 
     max_pixels: int = 50_000_000
     max_audio_seconds: float = 600.0
@@ -272,7 +281,7 @@ class Limits:
 
 @dataclass
 class DataConfig:
-    """Sources, their mixture, and the rows they are packed into."""
+    """Sources, how they are mixed, and the rows that their documents are packed into."""
 
     row_length: int = option(512, "tokens of a row", ge=8, le=_MOST_LENGTH)
     seed: int = option(0, "of the order of records, templates and variants", ge=0)
@@ -321,15 +330,17 @@ class DataConfig:
 
     @property
     def limits(self) -> Limits:
+        """The limits of one record."""
         return Limits(self.max_pixels, self.max_audio_seconds, self.max_record_bytes, self.max_group_bytes)
 
     @property
     def cache_path(self) -> Path:
+        """The folder of prepared sources."""
         folder = self.cache_dir or os.environ.get("MOT_CACHE") or "~/.cache/mixture_of_transformers"
         return local_path(folder, "cache_dir")
 
     def validate(self) -> None:
-        """Raises ValueError naming the field, the value and the way out."""
+        """Raise a ValueError that names the field, the value and the way out, where one is wrong."""
         if not self.sources:
             raise ValueError("sources is empty; name at least one, such as {name: emoji, path: carried, config: emoji}")
         for field_name in ("sources", "validation_sources"):

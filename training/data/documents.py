@@ -1,4 +1,4 @@
-"""Columns of what a source holds, documents made of them, and documents packed into rows."""
+"""Columns of tokens and images, documents composed from them, and documents packed into rows."""
 
 import bisect
 from bisect import bisect_right
@@ -12,19 +12,27 @@ from modeling_mot.processing_vocabulary import stretches
 from training.data.config import Segment, TemplateConfig
 
 
+# n tokens of a document; (C, h, w) a continuous image as latents or pixels
+
+# The label of a token that is no target.
+IGNORED = -100
+
+
+# --------------------------------------------------------------------------------------------------- tokens and columns
+
+
 @dataclass(frozen=True)
 class Vocabulary:
-    """What packing needs to know of the processor.
+    """The ids of a processor, as far as documents and rows depend on them.
 
     Attributes:
         modalities: names in the order of `modality_ids`, text first.
         bounds: first ids of the stretches of one modality, ascending, and the size of the vocabulary.
         begins, ends: the markers that open and close a picture or a sound.
-        bos: what documents begin with; None where that is nothing.
-        image_token: the placeholder of images that stay continuous, which then have no range; None where pictures are
-            codes.
-        stretch_modalities: that of each stretch, where text goes on behind other tokens (an imported vocabulary); else
-            there is one for each modality that has tokens, in their order.
+        bos: the token that documents begin with, None for none.
+        image_token: the placeholder of continuous images, which have no range of ids; None where pictures are codes.
+        stretch_modalities: the modality of each stretch, where text goes on behind other tokens (an imported
+            vocabulary); empty where each modality that has tokens has one stretch, in their order.
     """
 
     modalities: tuple[str, ...]
@@ -39,6 +47,8 @@ class Vocabulary:
 
     @classmethod
     def of(cls, processor) -> "Vocabulary":
+        """Read the vocabulary of a processor."""
+        # The stretches of ids, one for each modality unless text goes on behind the others.
         ranges = processor.modality_token_ranges
         bounds = [ranges[name][0] for name in ranges] + [list(ranges.values())[-1][1]]
         stretch_names: list[str] = []
@@ -47,11 +57,12 @@ class Vocabulary:
             bounds = [*firsts, max(end for _, end in ranges.values())]
         tokenizer = processor.tokenizer
         pad, bos, eos = tokenizer.pad_token_id, processor.bos_token_id, tokenizer.eos_token_id
-        # Those of images first: `boi` and `eoi` rely on it.
+        # The markers of images come first: `boi` and `eoi` rely on it.
         begins, ends = (
             tuple(getattr(tokenizer, f"{name}_token_id", None) for name in names)
             for names in (("boi", "begin_of_speech"), ("eoi", "end_of_speech"))
         )
+        # Continuous images have a placeholder instead of ids.
         modalities, image_token = tuple(ranges), None
         if getattr(processor, "image_processor", None) is not None:
             modalities, image_token = tuple(processor.modalities), processor.image_token_id
@@ -60,7 +71,7 @@ class Vocabulary:
 
     @classmethod
     def from_dict(cls, values: dict) -> "Vocabulary":
-        """From `dataclasses.asdict`, lists for tuples allowed."""
+        """Build a vocabulary from `dataclasses.asdict`; lists may stand for tuples."""
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     @property
@@ -70,7 +81,7 @@ class Vocabulary:
 
     @property
     def frame_length(self) -> int:
-        """Tokens of a document beside its segments: its begin, where it has one, and its end."""
+        """The number of tokens beside the segments of a document: its begin, where it has one, and its end."""
         return len(self.beginning) + 1
 
     @property
@@ -83,14 +94,14 @@ class Vocabulary:
 
     @property
     def token_modalities(self) -> list[int]:
-        """For each range of `bounds` the index of its modality."""
+        """The index of the modality of each range of `bounds`."""
         if self.stretch_modalities:
             return list(self.stretch_modalities)
         continuous = [] if self.image_token is None else [self.modalities.index("image")]
         return [index for index in range(len(self.modalities)) if index not in continuous]
 
     def modality_ids(self, input_ids: np.ndarray) -> np.ndarray:
-        """The index of each token's modality."""
+        """Find the index of each token's modality."""
         ranges = np.searchsorted(self.bounds, input_ids, side="right") - 1
         if self.image_token is None and not self.stretch_modalities:
             return ranges
@@ -100,7 +111,7 @@ class Vocabulary:
         return np.where(input_ids == self.image_token, self.modalities.index("image"), ids)
 
     def is_text(self, input_ids: np.ndarray) -> np.ndarray:
-        """Where there is text proper, not a marker or the begin, end or padding of a document."""
+        """Mark the tokens of text proper: no markers, no begin, end or padding of a document."""
         special = [token for token in (*self.begins, *self.ends, self.pad, self.bos, self.eos) if token is not None]
         text = self.modality_ids(input_ids) == 0
         for token in special:
@@ -116,8 +127,12 @@ class TokenColumn:
     """
 
     def __init__(self, chunks: Iterable):
-        self._starts, self._bounds, self._values, lengths = [0], [], [], []
+        self._starts = [0]
+        self._bounds: list[np.ndarray] = []
+        self._values: list[np.ndarray] = []
+        lengths = []
         for chunk in chunks:
+            # A list per record of a list per variant of ids.
             outer = np.asarray(chunk.offsets)
             inner = np.asarray(chunk.values.offsets)
             counts = np.diff(outer)
@@ -131,23 +146,24 @@ class TokenColumn:
         self.lengths = np.concatenate(lengths)
 
     def ids(self, record: int, variant: int) -> np.ndarray:
-        """Token ids of one version of one record.  (n,) int32"""
+        """Give the token ids of one version of one record.  (n,) int32"""
         chunk = bisect_right(self._starts, record) - 1
         place = (record - self._starts[chunk]) * self.variants + variant % self.variants
         bounds = self._bounds[chunk]
         return self._values[chunk][bounds[place] : bounds[place + 1]]
 
     def tokens_of_images(self, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens, markers included, of all images of each version, and of the one it ends with, if it ends with one.
+        """Count the tokens of the continuous images of each version, markers included.
 
         Returns:
-            Two arrays (records, variants).
+            Two arrays (records, variants): tokens of all images, and of the image that ends the version, if one does.
         """
         inside, last = [], []
         for bounds, values in zip(self._bounds, self._values):
             begin, end = values == vocabulary.boi, values == vocabulary.eoi
             counted = np.concatenate([[0], np.cumsum(begin | end | (values == vocabulary.image_token))])
             opened = np.concatenate([[0], np.maximum.accumulate(np.where(begin, np.arange(len(values)), 0))])
+            # For each version, what is counted at its end less what is counted at its start.
             starts, stops = bounds[:-1], bounds[1:]
             inside.append(counted[stops] - counted[starts])
             ends_with_image = (stops > starts) & end[np.maximum(stops - 1, 0)]
@@ -164,10 +180,12 @@ class ImageColumn:
     """
 
     def __init__(self, values: TokenColumn, sizes: TokenColumn, channels: int):
-        self._values, self._sizes, self.channels = values, sizes, channels
+        self._values = values
+        self._sizes = sizes
+        self.channels = channels
 
     def images(self, record: int, variant: int) -> list[np.ndarray]:
-        """Images of one version of one record in order.  n x (C, h, w), uint8 pixels or float16 latents"""
+        """Give the images of one version of one record in order.  n x (C, h, w), uint8 pixels or float16 latents"""
         values, sizes = self._values.ids(record, variant), self._sizes.ids(record, variant).reshape(-1, 2)
         images, start = [], 0
         for height, width in sizes.tolist():
@@ -177,7 +195,7 @@ class ImageColumn:
         return images
 
 
-IGNORED = -100
+# ------------------------------------------------------------------------------------------------------------ documents
 
 
 @dataclass(frozen=True)
@@ -187,7 +205,7 @@ class Document:
     Attributes:
         ids: (n,)
         labels: (n,) ids where a token is a target, else -100.
-        position_ids: (n,) from 0; a clean copy has those of the image it repeats.
+        position_ids: (n,) from 0; a clean copy has the positions of the image that it repeats.
         images: {"values": (C, h, w), "clean": bool, "first": bool} in order of appearance, see `compose`.
     """
 
@@ -200,7 +218,7 @@ class Document:
         return len(self.ids)
 
     def cut(self, start: int, stop: int) -> "Document":
-        """Tokens `start` to `stop` as a document of its own; only documents without images are cut."""
+        """Cut out tokens `start` to `stop` as a document of its own. Only documents without images are cut."""
         if (start, stop) == (0, len(self)):
             return self
         assert not self.images
@@ -210,12 +228,12 @@ class Document:
 
 
 def arrange(template: TemplateConfig, text_first: bool, dropped: bool) -> list[Segment]:
-    """The segments of a document of this template, in order.
+    """Put the segments of a document of a template in order.
 
     Args:
-        text_first: whether the texts stand before the others, where `caption_first` lets that be drawn.
-        dropped: leaves out the texts that stand before the first other segment; where the order is as written and only
-            the last segment is learnt, all texts before the last segment.
+        text_first: the texts stand before the others, where `caption_first` lets the order be drawn.
+        dropped: the texts before the first other segment are left out; where the order is as written and only the last
+            segment is learnt, all texts before the last segment.
     """
     segments = template.parsed
     if not template.has_both:
@@ -234,26 +252,37 @@ def arrange(template: TemplateConfig, text_first: bool, dropped: bool) -> list[S
     return segments[first_other:]
 
 
-def orders(template: TemplateConfig) -> list[tuple[bool, bool, float]]:
-    """(text_first, dropped, probability) of every way a template may be arranged."""
+class Way(NamedTuple):
+    """One way in which the segments of a template may be arranged, see `arrange`."""
+
+    text_first: bool
+    dropped: bool
+    share: float
+    segments: list[Segment]
+
+
+def ways_of(template: TemplateConfig) -> list[Way]:
+    """List the ways in which a template may be arranged, each with its probability."""
     first = 1.0 if template.caption_first is None else template.caption_first
     drop = template.caption_dropout if template.has_both else 0.0
     ways = [(True, False, first * (1 - drop)), (True, True, first * drop), (False, False, 1 - first)]
-    return [way for way in ways if way[2] > 0]
+    return [Way(*way, arrange(template, *way[:2])) for way in ways if way[2] > 0]
 
 
 def document_lengths(
     columns: dict[Segment, TokenColumn],
     vocabulary: Vocabulary,
-    template: TemplateConfig,
-    text_first: bool,
-    dropped: bool,
+    segments: list[Segment],
+    targets: str = "all",
     clean_copies: bool = False,
 ) -> np.ndarray:
-    """Tokens of every document of a template in one arrangement.  (records, variants) int64"""
-    segments = arrange(template, text_first, dropped)
+    """Count the tokens of every document of some segments.  (records, variants) int64
+
+    Args:
+        targets, clean_copies: as in `compose`.
+    """
     lengths = vocabulary.frame_length + sum(columns[segment].lengths.astype(np.int64) for segment in segments)
-    if clean_copies and template.targets == "all" and vocabulary.image_token is not None:
+    if clean_copies and targets == "all" and vocabulary.image_token is not None:
         for segment in segments:
             if segment.type in ("image", "document"):
                 inside, last = columns[segment].tokens_of_images(vocabulary)
@@ -268,23 +297,25 @@ def compose(
     targets: str = "all",
     clean_copies: bool = False,
 ) -> Document:
-    """A document from the ids of its segments and the images in them.
+    """Compose a document from the ids of its segments and the images in them.
 
-    Labels are the ids, but -100 at the first token, which nothing predicts, and where images are continuous at their
-    placeholders (the diffusion loss is theirs) and at EOI (which the sampler appends); BOI is a target, or the model
-    would never begin an image. With `targets` "last" only the last segment is learnt, the BOI it may begin with and
-    the end of the document included; a document column counts as the text after its last picture or sound, or as that.
+    Labels are the ids, with three exceptions, which have -100: the first token, which nothing predicts; placeholders of
+    continuous images, which have the diffusion loss; and EOI, which the sampler appends. BOI is a target, or the model
+    would never begin an image. With `targets` "last" only the last segment is learnt, with the BOI that it may begin
+    with and the end of the document. The last segment of a document column is the text after its last picture or sound
+    or, where no text follows, that picture or sound.
 
-    An image is `clean`, context without noise and loss, where it stands before what is learnt. It is `first` where text
-    follows but none precedes it, as in the pairs whose noise Transfusion limits (a document that lost its caption has
-    no such image: its image is to be drawn from nothing).
+    An image before the first learnt token is `clean`: context without noise and loss. An image is `first` where text
+    follows it and no text precedes it; Transfusion limits the noise of such pairs (arXiv 2408.11039). A document that
+    lost its caption has no `first` image, since its image is drawn from nothing.
 
     Args:
         spans: ids of each segment.
         images: (C, h, w) of each continuous image; none where images are codes.
-        clean_copies: put after each learnt image that another segment follows the same image again, clean, without
-            labels, and at the same positions.
+        clean_copies: after each learnt image that another segment follows, repeat the image, clean, without labels, and
+            at the same positions.
     """
+    # Tokens and labels.
     ids = np.concatenate([vocabulary.beginning, *spans, [vocabulary.eos]])
     labels = ids.astype(np.int64)
     learnt = 1 if targets == "all" else max(1, len(ids) - 1 - last_length(spans, vocabulary))
@@ -293,10 +324,15 @@ def compose(
     if vocabulary.image_token is None or not images:
         return Document(ids, labels, positions)
     labels[(ids == vocabulary.image_token) | (ids == vocabulary.eoi)] = IGNORED
+
+    # Every image and, where one is asked for, its clean copy.
     begins, ends = np.flatnonzero(ids == vocabulary.boi), np.flatnonzero(ids == vocabulary.eoi)
     texts = np.flatnonzero(vocabulary.is_text(ids))
     first_text = texts[0] if len(texts) else -1
-    entries, order, copied, start = [], [], [], 0
+    entries: list[dict] = []
+    order: list[np.ndarray] = []  # the positions that stand in the document, one after another
+    copied: list[np.ndarray] = []  # whether each of them is of a copy
+    start = 0
     for begin, end, values in zip(begins, ends, images, strict=True):
         first = bool(begin < first_text)
         entries.append({"values": values, "clean": bool(begin < learnt), "first": first})
@@ -307,6 +343,8 @@ def compose(
             start = end + 1
     if not copied:
         return Document(ids, labels, positions, entries)
+
+    # The document with its copies, which have no labels.
     order = np.concatenate([*order, positions[start:]])
     labels = labels[order]
     copied = np.concatenate(copied)
@@ -315,7 +353,7 @@ def compose(
 
 
 def last_length(spans: list[np.ndarray], vocabulary: Vocabulary) -> int:
-    """Tokens of the last segment; of a document in one span, of its last picture or sound or of the text after it."""
+    """Count the tokens of the last segment; of a document in one span, see `compose`."""
     last = spans[-1]
     if len(spans) > 1:
         return len(last)
@@ -328,8 +366,21 @@ def last_length(spans: list[np.ndarray], vocabulary: Vocabulary) -> int:
     return len(last) - int(begins[-1])
 
 
+def images_of(image_columns: dict[Segment, ImageColumn], segments: list[Segment], record: int, variant: int) -> list:
+    """Give the continuous images of a record in the order of its segments."""
+    return [
+        values
+        for segment in segments
+        if segment in image_columns
+        for values in image_columns[segment].images(record, variant)
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------- rows
+
+
 def build_row(documents: list[Document], row_length: int, vocabulary: Vocabulary) -> dict:
-    """One packed row: documents one after another, then padding.  Each array (row_length,) int64
+    """Build one packed row: documents one after another, then padding.  Each array (row_length,) int64
 
     `labels` are -100 and `document_ids` -1 in the padding. Where images are continuous, `images` holds those of the
     row in order of appearance.
@@ -354,16 +405,6 @@ def build_row(documents: list[Document], row_length: int, vocabulary: Vocabulary
     return row
 
 
-def images_of(image_columns: dict[Segment, ImageColumn], segments: list[Segment], record: int, variant: int) -> list:
-    """The continuous images of a record in the order of its segments."""
-    return [
-        values
-        for segment in segments
-        if segment in image_columns
-        for values in image_columns[segment].images(record, variant)
-    ]
-
-
 class Piece(NamedTuple):
     """Tokens `start` to `stop` of document `document` (its index in the block)."""
 
@@ -373,10 +414,10 @@ class Piece(NamedTuple):
 
 
 def pack(lengths: np.ndarray, row_length: int) -> list[list[Piece]]:
-    """Best fit: each document goes where it leaves the least room.
+    """Pack documents into rows by best fit: each document goes where it leaves the least room.
 
-    Documents longer than a quarter of a row go first, the longest ahead; the others follow as they were drawn. (Sorting
-    them all fills rows no better, and gathers documents of one length, hence of one modality, in the same rows.)
+    Documents longer than a quarter of a row go first, the longest ahead. The others follow as they were drawn: to sort
+    them too fills rows no better, and gathers documents of one length, hence of one modality, in the same rows.
     A document longer than a row (the caller lets only text be so) fills whole rows, its rest opens the row after them,
     and other documents may fill that row up. Rows are in the order of the documents that opened them.
     """
@@ -390,12 +431,13 @@ def pack(lengths: np.ndarray, row_length: int) -> list[list[Piece]]:
         if room := row_length - (stop - start):
             bisect.insort(rooms, (room, len(rows) - 1))
 
+    # Documents longer than a row.
     long = [int(document) for document in np.flatnonzero(lengths > row_length)]
     for document in long:
         for turn, start in enumerate(range(0, int(lengths[document]), row_length)):
             open_row(document, turn, start, min(start + row_length, int(lengths[document])))
+    # All others, the large ones first. A stable sort keeps equal lengths in the order of the documents.
     large = np.flatnonzero(4 * lengths > row_length)
-    # A stable sort: equal lengths stay in the order of the documents.
     large = large[np.argsort(-lengths[large], kind="stable")]
     for document in [*large.tolist(), *np.flatnonzero(4 * lengths <= row_length).tolist()]:
         length = int(lengths[document])
@@ -410,99 +452,3 @@ def pack(lengths: np.ndarray, row_length: int) -> list[list[Piece]]:
         if room > length:
             bisect.insort(rooms, (room - length, row))
     return [rows[row] for row in sorted(range(len(rows)), key=openers.__getitem__)]
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What packing needs to know of the processor.
-
-    Attributes:
-        modalities: names in the order of `modality_ids`, text first.
-        bounds: first ids of the stretches of one modality, ascending, and the size of the vocabulary.
-        begins, ends: the markers that open and close a picture or a sound.
-        bos: what documents begin with; None where that is nothing.
-        image_token: the placeholder of images that stay continuous, which then have no range; None where pictures are
-            codes.
-        stretch_modalities: that of each stretch, where text goes on behind other tokens (an imported vocabulary); else
-            there is one for each modality that has tokens, in their order.
-    """
-
-    modalities: tuple[str, ...]
-    bounds: tuple[int, ...]
-    pad: int
-    bos: int | None
-    eos: int
-    begins: tuple[int, ...] = ()
-    ends: tuple[int, ...] = ()
-    image_token: int | None = None
-    stretch_modalities: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, processor) -> "Vocabulary":
-        ranges = processor.modality_token_ranges
-        bounds = [ranges[name][0] for name in ranges] + [list(ranges.values())[-1][1]]
-        stretch_names: list[str] = []
-        if any(ranges[name][1] != bounds[i + 1] for i, name in enumerate(ranges)) or bounds[0] != 0:
-            firsts, stretch_names = stretches(ranges)
-            bounds = [*firsts, max(end for _, end in ranges.values())]
-        tokenizer = processor.tokenizer
-        pad, bos, eos = tokenizer.pad_token_id, processor.bos_token_id, tokenizer.eos_token_id
-        # Those of images first: `boi` and `eoi` rely on it.
-        begins, ends = (
-            tuple(getattr(tokenizer, f"{name}_token_id", None) for name in names)
-            for names in (("boi", "begin_of_speech"), ("eoi", "end_of_speech"))
-        )
-        modalities, image_token = tuple(ranges), None
-        if getattr(processor, "image_processor", None) is not None:
-            modalities, image_token = tuple(processor.modalities), processor.image_token_id
-        places = tuple(modalities.index(name) for name in stretch_names)
-        return cls(modalities, tuple(bounds), pad, bos, eos, begins, ends, image_token, places)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "Vocabulary":
-        """From `dataclasses.asdict`, lists for tuples allowed."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-    @property
-    def beginning(self) -> np.ndarray:
-        """The ids that documents begin with.  (0 or 1,) int64"""
-        return np.array([token for token in (self.bos,) if token is not None], dtype=np.int64)
-
-    @property
-    def frame_length(self) -> int:
-        """Tokens of a document beside its segments: its begin, where it has one, and its end."""
-        return len(self.beginning) + 1
-
-    @property
-    def boi(self) -> int:
-        return self.begins[0]
-
-    @property
-    def eoi(self) -> int:
-        return self.ends[0]
-
-    @property
-    def token_modalities(self) -> list[int]:
-        """For each range of `bounds` the index of its modality."""
-        if self.stretch_modalities:
-            return list(self.stretch_modalities)
-        continuous = [] if self.image_token is None else [self.modalities.index("image")]
-        return [index for index in range(len(self.modalities)) if index not in continuous]
-
-    def modality_ids(self, input_ids: np.ndarray) -> np.ndarray:
-        """The index of each token's modality."""
-        ranges = np.searchsorted(self.bounds, input_ids, side="right") - 1
-        if self.image_token is None and not self.stretch_modalities:
-            return ranges
-        ids = np.asarray(self.token_modalities)[ranges]
-        if self.image_token is None:
-            return ids
-        return np.where(input_ids == self.image_token, self.modalities.index("image"), ids)
-
-    def is_text(self, input_ids: np.ndarray) -> np.ndarray:
-        """Where there is text proper, not a marker or the begin, end or padding of a document."""
-        special = [token for token in (*self.begins, *self.ends, self.pad, self.bos, self.eos) if token is not None]
-        text = self.modality_ids(input_ids) == 0
-        for token in special:
-            text &= input_ids != token
-        return text

@@ -10,9 +10,12 @@ from modeling_mot import MoTProcessor
 from training.config import ConfigError
 from training.data.config import MODALITY_OF_TYPE, DataConfig, Segment, SourceConfig
 from training.data.documents import IGNORED, build_row, compose, images_of, pack
+from training.data.preparing.batch_tokenizer import Preparing
 from training.data.stream import RowStream
 from training.data.tokenized import TokenizedSource
 
+
+# L tokens of a row
 
 MODALITIES = tuple(MODALITY_OF_TYPE.values())
 
@@ -32,19 +35,20 @@ def single_direction_rows(
         direction: `text-to-image`, `image-to-text`, `text-to-speech` and so on, one modality alone: `text`, or several
             that are given: `image+text-to-image`.
         row_length: tokens of a row.
-        segments: which segments to take, such as `("text:name", "image:image")`, in the order of the direction; by
-            default the first segment of each modality.
+        segments: the segments to take, such as `("text:name", "image:image")`, in the order of the direction; None: the
+            first segment of each modality.
         limit: number of records; None: all.
         start: first record.
 
     Returns:
-        Rows as of a `RowStream`. Labels are -100 except on the target: the codes of a picture or the units of a sound
-        without the markers around them, the tokens of a text and, where it ends the document, the end of document.
-        A continuous image that is the target has no labels at all, it is diffused; one that is given is clean.
+        Rows as of a `RowStream`, each array (L,). Labels are -100 except on the target: the codes of a picture or the
+        units of a sound without the markers around them, or the tokens of a text with the end of the document.
+        A continuous image that is the target has no labels, since it is diffused; one that is given is clean.
 
     Raises:
-        ValueError: a direction the source has no segments for, or a document that is longer than a row.
+        ValueError: a direction that the source has no segments for, or a document that is longer than a row.
     """
+    # One document for each record; a text may be longer than a row, no other document.
     chosen = _choose(source, direction, segments)
     columns = [source.columns[segment] for segment in chosen]
     stop = len(source) if limit is None else min(len(source), start + limit)
@@ -60,6 +64,8 @@ def single_direction_rows(
             f"row_length={row_length} is shorter than a {direction} document of {longest} tokens of source "
             f"{source.config.name!r}; set row_length to {longest} or more"
         )
+
+    # The documents, packed; a picture or a sound that is the target has no labels at its markers.
     rows = []
     for pieces in pack(lengths, row_length):
         documents = []
@@ -76,12 +82,13 @@ def single_direction_rows(
 
 
 def _choose(source: TokenizedSource, direction: str, segments: tuple[str, ...] | None) -> list[Segment]:
+    """Choose the segments of a direction, in its order."""
     given, _, target = direction.rpartition("-to-")
     wanted = [*(given.split("+") if given else []), target]
     if any(name not in MODALITIES for name in wanted):
         raise ValueError(
-            f"direction={direction!r} is not a modality or two joined by -to-, of which the first may be several joined "
-            f"by +; the modalities are {MODALITIES}"
+            f"direction={direction!r} is not a modality, nor two joined by -to-, of which the first may be several "
+            f"joined by +; the modalities are {MODALITIES}"
         )
     if segments is not None:
         chosen = [Segment.parse(written) for written in segments]
@@ -100,42 +107,45 @@ def _choose(source: TokenizedSource, direction: str, segments: tuple[str, ...] |
                 f"direction={direction!r} needs {name}, but source {source.config.name!r} has "
                 f"{[str(segment) for segment in source.columns]}; add a template with such a segment"
             )
-        # The first that is not taken yet, so that an image may be made of another.
+        # The first that is not taken yet: an image may be made from another.
         chosen.append(next((segment for segment in fitting if segment not in chosen), fitting[0]))
     return chosen
 
 
 def prepare_sources(
-    config: DataConfig, processor, num_proc: int = 1, validation: bool = False, vae=None, progress: bool = False
+    config: DataConfig, processor, workers: int = 1, validation: bool = False, vae=None, progress: bool = False
 ) -> list[TokenizedSource]:
     """Tokenise all training sources, or all validation sources (never augmented), or find them in the cache.
 
     Args:
+        workers: processes that tokenise; 1: this one.
         vae: a diffusers autoencoder that makes the latents of continuous images, where `config.latents` is "cached".
             Without it their pixels are kept.
         progress: shows a bar for each source that is tokenised.
     """
-    vae = vae if config.latents == "cached" else None
+    preparing = Preparing(
+        processor,
+        config.cache_path,
+        augmentation=None if validation else config.augmentation,
+        limits=config.limits,
+        vae=vae if config.latents == "cached" else None,
+        workers=workers,
+        progress=progress,
+    )
     sources = config.validation_sources if validation else config.sources
-    augmentation = None if validation else config.augmentation
-    return [
-        TokenizedSource.prepare(
-            source, processor, config.cache_path, num_proc, augmentation, vae, config.limits, progress
-        )
-        for source in sources
-    ]
+    return [TokenizedSource.prepare(source, preparing) for source in sources]
 
 
-def build_stream(config: DataConfig, processor, num_proc: int = 1, vae=None) -> RowStream:
-    """The training stream of a data section."""
+def build_stream(config: DataConfig, processor, workers: int = 1, vae=None) -> RowStream:
+    """Build the training stream of a data section."""
     config.validate()
-    return RowStream(config, prepare_sources(config, processor, num_proc, vae=vae))
+    return RowStream(config, prepare_sources(config, processor, workers, vae=vae))
 
 
 def prepare_rows(
     data: DataConfig, processor: MoTProcessor, held_out_rows: int, vae=None
 ) -> tuple[RowStream, dict[str, list[dict]], str]:
-    """Tokenise what a recipe names, or find it in the cache.
+    """Tokenise the sources of a recipe, or find them in the cache, and pack the held-out rows.
 
     Args:
         vae: a diffusers autoencoder for continuous images, see `prepare_sources`.
@@ -164,8 +174,11 @@ def prepare_rows(
 
 
 def directions_of(source: SourceConfig) -> dict[str, tuple[str, ...]]:
-    """What can be asked of a source: `text` of a template of text alone, both ways of one of a text and another, and
-    the last segment from the others (`image+text-to-image`) of one that learns only that."""
+    """List the directions that a source can be asked for, each with its segments.
+
+    A template of text alone gives `text`. One of a text and another segment gives both ways. One that learns only its
+    last segment gives that segment from the others (`image+text-to-image`).
+    """
     directions = {}
     for template in source.templates:
         segments = template.parsed

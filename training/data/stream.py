@@ -1,4 +1,4 @@
-"""The training stream: which documents come when, and the rows they are packed into.
+"""The training stream: the order of documents, the rows they are packed into, and the batches of a step.
 
 Everything is a function of (seed, index). Documents come in blocks of `block_documents`; within each block every source
 has its share of documents, all of them are packed together, and block b needs nothing but (seed, b). Each source goes
@@ -20,18 +20,19 @@ from training.data.documents import (
     Document,
     Piece,
     Vocabulary,
-    arrange,
     build_row,
     compose,
     document_lengths,
     images_of,
-    orders,
     pack,
+    ways_of,
 )
 from training.data.tokenized import TokenizedSource
 
 
-# What random numbers are for: each purpose has a sequence of its own.
+# L tokens of a row; G rows of a step
+
+# The purposes of random numbers: each has a sequence of its own.
 _ORDER, _DRAW, _VARIANT, _MIX, _REPLACE = range(5)
 
 
@@ -41,8 +42,8 @@ class Draws:
 
     Attributes:
         source, record, template: indices.
-        text_first: whether the texts stand before the pictures and sounds; what is written, where the template says so.
-        dropped: whether texts are dropped, see `arrange`.
+        text_first: true where texts stand before pictures and sounds, or where the order is as written.
+        dropped: true where texts are dropped, see `arrange`.
         variant: which changed copy of pictures and sounds.
         length: tokens of the document.
     """
@@ -78,7 +79,7 @@ def replace_codes(row: dict, most: float, vocabulary: Vocabulary, random: np.ran
 
 @dataclass
 class Counted:
-    """What came before each block from block `first` on: documents of each source, and rows."""
+    """Documents of each source, and rows, before each block from block `first` on."""
 
     first: int
     documents: list[np.ndarray]
@@ -88,9 +89,9 @@ class Counted:
 class RowStream:
     """An endless sequence of packed rows over tokenised sources.
 
-    It may be asked from several threads. In memory are, per record of a source, 4 bytes for each template, order and
-    variant (the length), 4 bytes for each of the last two epochs (the order) and, with variants, 2 bytes more; per block
-    that has been counted, about 100 bytes. Tokens and pictures stay in the memory-mapped files.
+    Several threads may ask for rows. Memory holds, per record of a source, 4 bytes for each template, order and variant
+    (the length), 4 bytes for each of the last two epochs (the order) and, with variants, 2 bytes more; and about 100
+    bytes per counted block. Tokens and pictures stay in the memory-mapped files.
 
     Args:
         config: its `row_length`, `seed`, `weights_by`, `block_documents`, `replaced_codes` and `clean_copies` are used;
@@ -98,29 +99,19 @@ class RowStream:
         sources: tokenised by one processor, their images all kept in one way.
 
     Raises:
-        ValueError: no sources, sources of different processors or with images kept in different ways, or a document with
-            a picture or a sound that is longer than a row. Documents of text alone are split where a row ends, and nothing of them is lost.
+        ValueError: no sources, sources of different processors or with images kept in different ways, or a document
+            with a picture or a sound that is longer than a row. (A document of text alone is split where a row ends.)
     """
 
     def __init__(self, config: DataConfig, sources: list[TokenizedSource]):
-        if not sources:
-            raise ValueError("sources is empty; prepare at least one TokenizedSource")
-        for source in sources[1:]:
-            if source.vocabulary != sources[0].vocabulary:
-                raise ValueError(
-                    f"sources {sources[0].config.name!r} and {source.config.name!r} were tokenised by processors of "
-                    "different vocabularies; prepare both with the same one"
-                )
-        kinds = {(s.images, c.channels): s.config.name for s in sources for c in s.image_columns.values()}
-        if len(kinds) > 1:
-            ((one, channels), name), ((other, others), other_name) = list(kinds.items())[:2]
-            raise ValueError(
-                f"source {name!r} has images as {one} of {channels} channels, source {other_name!r} as {other} of {others}; "
-                "prepare all with one vae, or all without"
-            )
-        self.config, self.sources, self.vocabulary = config, sources, sources[0].vocabulary
+        check_sources(sources)
+        self.config = config
+        self.sources = sources
+        self.vocabulary = sources[0].vocabulary
         for source in sources:
             check_row_length(source, config.row_length, config.clean_copies)
+
+        # The share of each source in the documents, from its weight in documents or tokens.
         weights = np.array([source.config.weight for source in sources], dtype=np.float64)
         means = [mean_document_length(source, config.clean_copies) for source in sources]
         if config.weights_by == "tokens":
@@ -129,9 +120,17 @@ class RowStream:
         self.block_documents = config.block_documents or _block_documents(
             config.row_length, float(self.document_shares @ means)
         )
+
+        # What is asked of a source for every block.
+        self._keys = [int.from_bytes(hashlib.sha256(s.config.name.encode()).digest()[:4], "big") for s in sources]
+        self._records = [len(source) for source in sources]
+        self._variants = [source.variants for source in sources]
+        self._ways = [[ways_of(template) for template in source.config.templates] for source in sources]
+        self._has_both = [[template.has_both for template in source.config.templates] for source in sources]
+
+        # What has been counted, drawn and packed, each kept as long as it is needed again.
         self._counting = threading.RLock()
         self._counted = self._from_the_start()
-        self._keys = [int.from_bytes(hashlib.sha256(s.config.name.encode()).digest()[:4], "big") for s in sources]
         self._epoch_order = lru_cache(maxsize=2 * len(sources) + 2)(self._shuffle)
         self._offsets = lru_cache(maxsize=None)(self._first_variants)
         self._lengths = lru_cache(maxsize=None)(self._document_lengths)
@@ -141,10 +140,10 @@ class RowStream:
     # ------------------------------------------------------------------------------------------------------ documents
 
     def draws_before(self, block: int) -> np.ndarray:
-        """Documents each source has given before a block.  (sources,)
+        """Count the documents that each source has given before a block.  (sources,)
 
-        Every block pays what is owed by then: the whole part first, then the largest remainders, so that after any
-        number of blocks a source is less than one document off its share (two for more than two sources).
+        Every block pays each source the documents owed by then: whole documents first, then the largest remainders.
+        After any number of blocks a source is less than one document off its share (two for more than two sources).
         """
         with self._counting:
             counted = self._counted_from(block)
@@ -161,7 +160,7 @@ class RowStream:
             return counted.documents[block - counted.first]
 
     def draws(self, block: int) -> Draws:
-        """The documents of a block, mixed."""
+        """Draw the documents of a block, mixed."""
         first, last = self.draws_before(block), self.draws_before(block + 1)
         parts = [self._draw(index, block, int(first[index]), int(last[index])) for index in range(len(self.sources))]
         mixed = self._random(_MIX, block).permutation(self.block_documents)
@@ -170,12 +169,14 @@ class RowStream:
 
     def _draw(self, index: int, block: int, first: int, last: int) -> Draws:
         source, key = self.sources[index], self._keys[index]
-        epochs, places = np.divmod(np.arange(first, last), len(source))
+        # Each source goes through all its records, in the order of the epoch.
+        epochs, places = np.divmod(np.arange(first, last), self._records[index])
         record = np.empty(last - first, dtype=np.int64)
         for epoch in np.unique(epochs):
             record[epochs == epoch] = self._epoch_order(index, int(epoch))[places[epochs == epoch]]
         # Each time a record comes it is another variant, until all have been.
-        variant = (self._offsets(index)[record] + epochs) % source.variants
+        variant = (self._offsets(index)[record] + epochs) % self._variants[index]
+        # A template for each, its order and whether its caption is dropped.
         uniform = self._random(_DRAW, key, block).random((last - first, 3))
         templates = source.config.templates
         bounds = np.cumsum([template.weight for template in templates])
@@ -184,43 +185,43 @@ class RowStream:
         length = np.zeros(len(record), dtype=np.int64)
         for number, settings in enumerate(templates):
             mine = template == number
-            if settings.has_both:
+            if self._has_both[index][number]:
                 if settings.caption_first is not None:
                     text_first[mine] = uniform[mine, 1] < settings.caption_first
                 dropped[mine] = text_first[mine] & (uniform[mine, 2] < settings.caption_dropout)
-            for first, drop, _ in orders(settings):
-                chosen = mine & (text_first == first) & (dropped == drop)
-                lengths = self._lengths(index, number, first, drop)
+            for place, way in enumerate(self._ways[index][number]):
+                chosen = mine & (text_first == way.text_first) & (dropped == way.dropped)
+                lengths = self._lengths(index, number, place)
                 length[chosen] = lengths[record[chosen], variant[chosen] % lengths.shape[1]]
         return Draws(np.full(len(record), index), record, template, text_first, dropped, variant, length)
 
-    def _document_lengths(self, index: int, template: int, text_first: bool, dropped: bool) -> np.ndarray:
+    def _document_lengths(self, index: int, template: int, way: int) -> np.ndarray:
         source = self.sources[index]
-        settings = source.config.templates[template]
-        lengths = document_lengths(
-            source.columns, self.vocabulary, settings, text_first, dropped, self.config.clean_copies
-        )
+        segments, targets = self._ways[index][template][way].segments, source.config.templates[template].targets
+        lengths = document_lengths(source.columns, self.vocabulary, segments, targets, self.config.clean_copies)
         return lengths.astype(np.int32)
 
     def _shuffle(self, index: int, epoch: int) -> np.ndarray:
-        order = self._random(_ORDER, self._keys[index], epoch).permutation(len(self.sources[index]))
+        order = self._random(_ORDER, self._keys[index], epoch).permutation(self._records[index])
         return order.astype(np.int32) if len(order) < 2**31 else order
 
     def _first_variants(self, index: int) -> np.ndarray:
-        source = self.sources[index]
-        if source.variants == 1:
-            return np.broadcast_to(np.int16(0), len(source))
-        offsets = self._random(_VARIANT, self._keys[index]).integers(source.variants, size=len(source))
+        variants, records = self._variants[index], self._records[index]
+        if variants == 1:
+            return np.broadcast_to(np.int16(0), records)
+        offsets = self._random(_VARIANT, self._keys[index]).integers(variants, size=records)
         return offsets.astype(np.int16)
 
     def _random(self, *purpose: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, *purpose])
 
     def document(self, draws: Draws, number: int) -> Document:
-        """One drawn document: bos, its segments, eos."""
+        """Compose one drawn document: bos, its segments, eos."""
         source = self.sources[draws.source[number]]
         template = source.config.templates[draws.template[number]]
-        segments = arrange(template, bool(draws.text_first[number]), bool(draws.dropped[number]))
+        arranged = draws.text_first[number], draws.dropped[number]
+        ways = self._ways[draws.source[number]][draws.template[number]]
+        segments = next(way.segments for way in ways if way[:2] == arranged)
         record, variant = int(draws.record[number]), int(draws.variant[number])
         spans = [source.columns[segment].ids(record, variant) for segment in segments]
         images = images_of(source.image_columns, segments, record, variant)
@@ -229,12 +230,12 @@ class RowStream:
     # ----------------------------------------------------------------------------------------------------------- rows
 
     def block(self, block: int) -> Iterator[dict]:
-        """The rows of one block, in order."""
+        """Give the rows of one block, in order."""
         for number in range(len(self._packed(block)[1])):
             yield self._row(block, number)
 
     def rows(self, start: int = 0) -> Iterator[dict]:
-        """All rows from row `start` on, without end."""
+        """Give all rows from row `start` on, without end."""
         block, number = self.locate(start)
         while True:
             for place in range(number, len(self._packed(block)[1])):
@@ -242,11 +243,11 @@ class RowStream:
             block, number = block + 1, 0
 
     def row(self, index: int) -> dict:
-        """Row `index` of the stream. Of the other rows of its block nothing but their lengths is looked at."""
+        """Make row `index` of the stream. Only the lengths of the other rows of its block are looked at."""
         return self._row(*self.locate(index))
 
     def locate(self, index: int) -> tuple[int, int]:
-        """The block that row `index` is in, and its number there. Blocks not yet counted are packed by length alone."""
+        """Find the block that holds row `index`, and the row's number there. Blocks are counted by lengths alone."""
         if index < 0:
             raise ValueError(f"start={index} is not the index of a row; it must be at least 0")
         with self._counting:
@@ -260,7 +261,7 @@ class RowStream:
             return counted.first + place, index - counted.rows[place]
 
     def position(self, index: int) -> dict:
-        """Where row `index` is, in numbers that JSON holds, for `restore`."""
+        """Describe where row `index` is, in numbers that JSON holds, for `restore`."""
         with self._counting:
             block, number = self.locate(index)
             documents = self.draws_before(block)
@@ -274,7 +275,7 @@ class RowStream:
         }
 
     def restore(self, position: dict) -> None:
-        """Count from a `position` on, so that rows from there are found without counting all blocks before.
+        """Count from a `position` on: rows from there are found without counting all blocks before.
 
         Changes no row. Earlier rows can still be asked for, at the cost of counting from the start.
 
@@ -282,14 +283,14 @@ class RowStream:
             position: of a stream of the same configuration and sources.
 
         Raises:
-            ValueError: a position of another mixture, or of sources that are not what they were, by name.
+            ValueError: a position of another mixture, or of sources that changed since, by name.
         """
         for source in self.sources:
             before = position["sources"].get(source.config.name)
             if before not in (None, source.fingerprint[:16]):
                 raise ValueError(
-                    f"source {source.config.name!r} ({source.config.path}) is not what it was at row {position['row']}: "
-                    f"its {len(source)} prepared records have fingerprint {source.fingerprint[:16]}, then {before}; "
+                    f"source {source.config.name!r} ({source.config.path}) is not what it was at row {position['row']}:"
+                    f" its {len(source)} prepared records have fingerprint {source.fingerprint[:16]}, then {before}; "
                     "bring its files and settings back, or begin another run"
                 )
         block, documents = position["block"], np.array(position["documents"], dtype=np.int64)
@@ -324,7 +325,7 @@ class RowStream:
         return row
 
     def report(self, blocks: int = 8) -> dict:
-        """What the first blocks hold: fill rate, rows per block, and per source records, shares and mean length."""
+        """Measure the first blocks: fill rate, rows per block, and per source records, shares and mean length."""
         packed = [self._pack(block) for block in range(blocks)]
         draws, rows = [block for block, _ in packed], sum(len(rows) for _, rows in packed)
         source = np.concatenate([block.source for block in draws])
@@ -349,8 +350,27 @@ class RowStream:
 
 
 def _block_documents(row_length: int, mean_length: float) -> int:
-    """Documents of a block. Its last row is half empty on average, so a block of few long rows would waste much."""
+    """Choose the documents of a block. Its last row is half empty on average: a block of few long rows wastes much."""
     return 1024 if row_length <= 1024 else max(1024, math.ceil(256 * row_length / mean_length))
+
+
+def check_sources(sources: list[TokenizedSource]) -> None:
+    """Refuse sources that cannot be mixed: none, of different vocabularies, or with images kept in different ways."""
+    if not sources:
+        raise ValueError("sources is empty; prepare at least one TokenizedSource")
+    for source in sources[1:]:
+        if source.vocabulary != sources[0].vocabulary:
+            raise ValueError(
+                f"sources {sources[0].config.name!r} and {source.config.name!r} were tokenised by processors of "
+                "different vocabularies; prepare both with the same one"
+            )
+    kinds = {(s.images, c.channels): s.config.name for s in sources for c in s.image_columns.values()}
+    if len(kinds) > 1:
+        ((one, channels), name), ((other, others), other_name) = list(kinds.items())[:2]
+        raise ValueError(
+            f"source {name!r} has images as {one} of {channels} channels, source {other_name!r} as {other} of "
+            f"{others}; prepare all with one vae, or all without"
+        )
 
 
 def check_row_length(source: TokenizedSource, row_length: int, clean_copies: bool = False) -> None:
@@ -359,8 +379,8 @@ def check_row_length(source: TokenizedSource, row_length: int, clean_copies: boo
         segments = template.parsed
         if all(segment.type == "text" for segment in segments):
             continue
-        for text_first, dropped, _ in orders(template):
-            table = document_lengths(source.columns, source.vocabulary, template, text_first, dropped, clean_copies)
+        for way in ways_of(template):
+            table = document_lengths(source.columns, source.vocabulary, way.segments, template.targets, clean_copies)
             lengths = table.max(axis=1)
             for record in np.flatnonzero(lengths > row_length):
                 if segments[0].type == "document" and _is_text_alone(source, segments[0], int(record)):
@@ -369,7 +389,8 @@ def check_row_length(source: TokenizedSource, row_length: int, clean_copies: boo
                 raise ValueError(
                     f"row_length={row_length} is shorter than the document of {source.name_of(int(record))} of "
                     f"source {source.config.name!r}: {template.segments} make {int(lengths[record])} tokens, and a "
-                    f"picture or a sound is never cut; set row_length to {longest} or more, or tokenise into fewer tokens"
+                    f"picture or a sound is never cut; set row_length to {longest} or more, or tokenise into fewer "
+                    "tokens"
                 )
 
 
@@ -381,40 +402,48 @@ def _is_text_alone(source: TokenizedSource, segment: Segment, record: int) -> bo
 
 
 def mean_document_length(source: TokenizedSource, clean_copies: bool = False) -> float:
-    """Expected tokens of a document of a source, over its templates, records, variants, orders and dropped captions."""
+    """Average the tokens of a document of a source over templates, records, variants, orders and dropped captions."""
     weights = np.array([template.weight for template in source.config.templates])
     means = [
         sum(
-            share * document_lengths(source.columns, source.vocabulary, template, first, dropped, clean_copies).mean()
-            for first, dropped, share in orders(template)
+            way.share
+            * document_lengths(source.columns, source.vocabulary, way.segments, template.targets, clean_copies).mean()
+            for way in ways_of(template)
         )
         for template in source.config.templates
     ]
     return float(np.average(means, weights=weights))
 
 
-SECONDS_TO_END = 5.0  # of a batch that nobody waits for any more
+# -------------------------------------------------------------------------------------------------------------- batches
+
+# How long the making of a batch may still take when no step waits for it any more.
+SECONDS_TO_END = 5.0
 
 
 class StepBatches:
-    """This rank's micro-batches of every step; which rows they hold depends on nothing but the step.
+    """This rank's micro-batches of every step. Their rows depend on nothing but the step.
 
-    Step s takes rows [s * G, (s + 1) * G) of the stream, G = rows x accumulation x processes; any split of G into these
-    three therefore sees the same rows in a step. A rank makes its own rows and no others. `collate(rows, row_numbers=...)`
-    is given their numbers in the stream, so what it draws for a row (the noise of diffusion) is the same after a resume
-    too.
+    Step s takes rows [s * G, (s + 1) * G) of the stream, G = rows x accumulation x processes: any split of G into these
+    three sees the same rows in a step. A rank makes its own rows and no others. `collate(rows, row_numbers=...)` is
+    given their numbers in the stream, so the noise of diffusion that it draws for a row is the same after a resume.
     """
 
     def __init__(self, stream, collate: Callable, rows: int, accumulation: int, rank: int = 0, processes: int = 1):
-        self.stream, self.collate = stream, collate
-        self.rows, self.accumulation, self.rank, self.processes = rows, accumulation, rank, processes
+        self.stream = stream
+        self.collate = collate
+        self.rows = rows
+        self.accumulation = accumulation
+        self.rank = rank
+        self.processes = processes
 
     @property
     def rows_in_a_step(self) -> int:
+        """G, the rows of all processes."""
         return self.rows * self.accumulation * self.processes
 
     def micro_batches(self, step: int) -> list[dict]:
-        """The `accumulation` batches of one step."""
+        """Make the `accumulation` batches of one step."""
         batches = []
         for micro_batch in range(self.accumulation):
             first = step * self.rows_in_a_step + (micro_batch * self.processes + self.rank) * self.rows
@@ -425,10 +454,10 @@ class StepBatches:
     def from_step(
         self, step: int, steps: int, stopped: Callable[[], bool] = lambda: False
     ) -> Iterator[list[dict] | None]:
-        """The batches of steps `step`, ..., `steps - 1`; the next step's are made while this one computes.
+        """Give the batches of steps `step`, ..., `steps - 1`, making the next step's while this one computes.
 
-        Ends with None when `stopped` becomes true while the data are waited for: a source that has stalled must not
-        keep a run from saving. An error in the data is raised here.
+        The last item is None when `stopped` becomes true while the data are waited for: a source that has stalled must
+        not keep a run from saving. An error in the data is raised here.
         """
         made: queue.Queue = queue.Queue(maxsize=1)
         abandoned = threading.Event()

@@ -1,12 +1,10 @@
-"""A source as tokens and, where images stay continuous, pixels or latents: prepared once, kept on disk as Arrow,
-memory-mapped.
+"""A prepared source: its records as tokens and, where images stay continuous, as pixels or latents.
 
-A prepared source is a folder `<name>-<fingerprint>/` of chunks with a `meta.json` that names them, see `preparation`. The
-fingerprint covers everything the tokens were made from; a change of any of it makes another folder.
+A source is prepared once, kept on disk as Arrow, and memory-mapped. It is a folder `<name>-<fingerprint>/` of chunks
+with a `meta.json` that names them, see `preparation`. The fingerprint covers everything that the tokens were made from:
+a change makes another folder.
 """
 
-import hashlib
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -15,44 +13,51 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from training.data.config import AugmentationConfig, Limits, SourceConfig
+from modeling_mot.latent_vae import vae_fingerprint
+from training.data.config import SourceConfig
 from training.data.documents import ImageColumn, TokenColumn, Vocabulary
-from training.data.preparing.batch_tokenizer import BatchTokenizer
+from training.data.preparing.batch_tokenizer import BatchTokenizer, Preparing
 from training.data.preparing.preparation import SIZES, VALUES, chunk_damage, open_chunk, prepare, read_description
 from training.data.reading.records import SHARD_RECORDS, Source
-from training.data.reading.sources import open_source
+from training.data.reading.sources import digest_of, open_source
+from training.data.reading.values import LeftOut
 
 
-# Part of every fingerprint: raise it when the same records must give other tokens than before.
+# A part of every fingerprint. Raise it when the same records must give other tokens than before.
 FORMAT_VERSION = 4
 
 
 class TokenizedSource:
-    """Map-style tokens of a source.
+    """The tokens of a source, record by record.
 
     Attributes:
         config: the source's configuration.
         vocabulary: `Vocabulary` of the processor that made the tokens.
         fingerprint: over everything the tokens were made from.
-        skipped: reasons and numbers of records left out (`on_error: skip`).
-        first_skipped: reasons, and the name of the first record left out for each.
+        left_out: the records that were left out (`on_error: skip`).
         tokens: ids of all segments of all records, of the first variant.
         records: (len,) the number of each record in its source.
         columns: `Segment` -> `TokenColumn`; texts have one variant, pictures and sounds one or more.
-        images: what images are kept as, "pixels" or "latents"; None where they are codes.
+        images: "pixels" or "latents", as images are kept; None where they are codes.
         image_columns: `Segment` -> `ImageColumn` of the segments that may hold images; none where images are codes.
     """
 
     def __init__(self, config: SourceConfig, folder: Path):
-        self.config, self.folder = config, Path(folder)
+        self.config = config
+        self.folder = Path(folder)
+        # The description, and the chunks that it names.
         try:
             meta = read_description(self.folder / "meta.json")
         except ValueError as error:
             raise ValueError(self._damaged([str(error)])) from error
-        self.fingerprint, self.tokens = meta["fingerprint"], meta["tokens"]
-        self.skipped, self.first_skipped = meta["skipped"], meta["first_skipped"]
-        self._chunks, self._shards = meta["chunks"], meta["shards"]
+        self.fingerprint = meta["fingerprint"]
+        self.tokens = meta["tokens"]
+        self.left_out = LeftOut(meta["skipped"], meta["first_skipped"], meta.get("more_skipped", {}))
+        self._chunks = meta["chunks"]
+        self._shards = meta["shards"]
         self._refuse_damage()
+
+        # The columns, which stay on the disk.
         self.vocabulary = Vocabulary.from_dict(meta["vocabulary"])
         self.table = table = pa.concat_tables(open_chunk(self.folder / chunk["file"]) for chunk in self._chunks)
         self.columns = {segment: TokenColumn(table.column(str(segment)).chunks) for segment in config.segments}
@@ -70,7 +75,7 @@ class TokenizedSource:
         return len(self.table)
 
     def __getitem__(self, index: int) -> dict[str, list[list[int]]]:
-        """The ids of every segment of a record, a list per variant."""
+        """Give the ids of every segment of a record, a list per variant."""
         names = [str(segment) for segment in self.columns]
         return self.table.slice(int(index), 1).select(names).to_pylist()[0]
 
@@ -78,7 +83,7 @@ class TokenizedSource:
         """Hash every file again.
 
         Raises:
-            ValueError: a file is not as it was written.
+            ValueError: a file has changed since it was written.
         """
         self._refuse_damage(anew=True)
 
@@ -96,11 +101,21 @@ class TokenizedSource:
         )
 
     def name_of(self, index: int) -> str:
-        """How a message calls the record at `index`."""
+        """Name the record at `index` for a message."""
         number = int(self.records[index])
         if not self._shards:
             return f"record {number}"
         return f"record {number % SHARD_RECORDS} of shard {self._shards[number // SHARD_RECORDS]}"
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Reason -> number of records that were left out."""
+        return self.left_out.counts
+
+    @property
+    def first_skipped(self) -> dict[str, str]:
+        """Reason -> name of the first record that was left out."""
+        return self.left_out.first
 
     @property
     def variants(self) -> int:
@@ -108,67 +123,42 @@ class TokenizedSource:
         return max(column.variants for column in self.columns.values())
 
     @classmethod
-    def prepare(
-        cls,
-        config: SourceConfig,
-        processor,
-        cache_dir: str | Path,
-        num_proc: int = 1,
-        augmentation: AugmentationConfig | None = None,
-        vae=None,
-        limits: Limits | None = None,
-        progress: bool = False,
-    ) -> "TokenizedSource":
-        """Tokenise a source, or find it tokenised in `cache_dir`.
-
-        Args:
-            processor: a `MoTProcessor`.
-            num_proc: processes that tokenise; 1: this one.
-            augmentation: changed copies of pictures and sounds; None: each record as it is.
-            vae: for a processor that keeps pictures as pixels: an autoencoder of diffusers, whose latents are kept as
-                float16 in their place; None: the pixels are kept, as uint8.
-            limits: what a record may take; None: the defaults.
-            progress: shows a progress bar.
+    def prepare(cls, config: SourceConfig, preparing: Preparing) -> "TokenizedSource":
+        """Tokenise a source, or find it tokenised in the cache.
 
         Raises:
             ValueError: a record that cannot be used, by source, record number and column (`on_error: raise`), or
-                nothing left of the source; a prepared file that is not as it was written.
+                nothing left of the source; a prepared file that has changed since it was written.
         """
         config.validate()
-        limits = limits or Limits()
-        source = open_source(config, limits)
-        if getattr(processor, "image_processor", None) is None:
-            vae = None
-        fingerprint = _fingerprint(source, processor, augmentation, vae, limits)
-        folder = Path(cache_dir) / f"{_file_name(config.name)}-{fingerprint[:16]}"
+        source = open_source(config, preparing.limits)
+        made_from = _made_from(source, preparing)
+        folder = Path(preparing.cache) / f"{_file_name(config.name)}-{digest_of(made_from)[:16]}"
         if not os.path.isfile(folder / "meta.json"):
-            prepare(
-                folder, fingerprint, BatchTokenizer(source, processor, augmentation, limits), vae, num_proc, progress
-            )
+            prepare(folder, made_from, BatchTokenizer(source, preparing))
         prepared = cls(config, folder)
-        # Whether records may be left out is no part of the fingerprint: what is finished when one is met is kept.
+        # `on_error` is no part of the fingerprint: chunks that are finished when a bad record is met are kept.
         if prepared.skipped and config.on_error == "raise":
             raise ValueError(
-                f"source {config.name!r} was prepared with on_error: skip, and left out {prepared.skipped} (the first of "
-                f"each: {prepared.first_skipped}); set that, or mend those records"
+                f"source {config.name!r} was prepared with on_error: skip, and left out "
+                f"{'; '.join(prepared.left_out.lines())}; set on_error: skip, or mend these records"
             )
         return prepared
 
 
-def _fingerprint(source: Source, processor, augmentation: AugmentationConfig | None, vae, limits: Limits) -> str:
+def _made_from(source: Source, preparing: Preparing) -> dict:
+    """List everything that the tokens of a source depend on."""
     made_from = {
         "format": FORMAT_VERSION,
         "source": source.fingerprint,
-        "processor": processor.fingerprint(),
+        "processor": preparing.processor.fingerprint(),
         "segments": [str(segment) for segment in source.config.segments],
-        "augmentation": asdict(augmentation) if augmentation else None,
-        "limits": asdict(limits),
+        "augmentation": asdict(preparing.augmentation) if preparing.augmentation else None,
+        "limits": asdict(preparing.limits),
     }
-    if vae is not None:
-        from modeling_mot.latent_vae import vae_fingerprint
-
-        made_from["vae"] = vae_fingerprint(vae)
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    if preparing.images == "latents":
+        made_from["vae"] = vae_fingerprint(preparing.vae)
+    return made_from
 
 
 def _file_name(name: str) -> str:

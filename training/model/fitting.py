@@ -1,5 +1,6 @@
 """What fits together: the model, processor and VAE that a recipe asks for, and the sizes that it leaves open."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from training.tokenizers.processor import continuous_processor
 if TYPE_CHECKING:
     from training.recipe import Recipe
 
+
+logger = logging.getLogger(__name__)
 
 # What makes a size, and those to choose from: the rows of the paper's Table 1.
 SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -134,13 +137,29 @@ def fill_from_checkpoint(model: Any, stored: Mapping[str, Any]) -> None:
 
 
 def modalities_of(data: DataConfig) -> list[str] | None:
-    """Modalities that the templates have, text first; None where documents say it themselves, record by record."""
-    sources = (*data.sources, *data.validation_sources)
-    kinds = {segment.type for source in sources for segment in source.segments}
-    if "document" in kinds:
-        return None
-    found = {MODALITY_OF_TYPE[kind] for kind in kinds}
-    return ["text", *(name for name in ("image", "speech") if name in found)]
+    """List the modalities that the data have, text first: those of the templates and, where a template is a document, of
+    the first records. None where the records cannot be read; preparing them says why."""
+    from training.data.reading.sources import kinds_in_documents  # imports `datasets`, which few recipes need here
+
+    kinds: set[str] = set()
+    for source in (*data.sources, *data.validation_sources):
+        kinds |= {segment.type for segment in source.segments}
+        if "document" not in kinds:
+            continue
+        try:
+            found, is_all = kinds_in_documents(source, data.limits)
+        except (ValueError, OSError):
+            return None
+        kinds = (kinds | found) - {"document"}
+        if not is_all:
+            logger.warning(
+                "source %r: its first records have %s; if later ones have more, set model.modalities, such as "
+                "[text, image, speech]",
+                source.name,
+                ", ".join(sorted(found)),
+            )
+    modalities = {MODALITY_OF_TYPE[kind] for kind in kinds}
+    return ["text", *(name for name in ("image", "speech") if name in modalities)]
 
 
 def restricted(processor: MoTProcessor, modalities: Sequence[str]) -> MoTProcessor:
@@ -403,7 +422,7 @@ def plan_model(
     is_open = leaves_size_open(config)
     if is_open and config.modalities is None and vae is None and config.processor is None:
         config.modalities = modalities_of(data)
-    if config.modalities is not None and (lacking := set(modalities_of(data) or ()) - set(config.modalities)):
+    elif config.modalities is not None and (lacking := set(modalities_of(data) or ()) - set(config.modalities)):
         raise ConfigError(f"model.modalities={config.modalities} lack {', '.join(sorted(lacking))}, which data has")
     processor = load_processor(config, vae, has_sound(data))
     if is_open:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.data import DataConfig, SourceConfig, TemplateConfig, TokenizedSource
+from training.data import DataConfig, Preparing, SourceConfig, TemplateConfig, TokenizedSource
 
 
 class ToyProcessor:
@@ -158,7 +158,9 @@ def prepare(processor, tmp_path):
     """prepare(source, augmentation=None) -> TokenizedSource in a temporary cache."""
 
     def run(source, augmentation=None, **options):
-        return TokenizedSource.prepare(source, processor, tmp_path / "cache", augmentation=augmentation, **options)
+        return TokenizedSource.prepare(
+            source, Preparing(processor, tmp_path / "cache", augmentation=augmentation, **options)
+        )
 
     return run
 

@@ -15,11 +15,10 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from PIL import Image
 from pyarrow import parquet
 
-from training.data import SourceConfig, TemplateConfig, TokenizedSource
+from training.data import Preparing, SourceConfig, TemplateConfig, TokenizedSource
 from training.data.config import Limits, Segment
-from training.data.reading.lines import BadRecord, LeftOut
 from training.data.reading.sources import open_source
-from training.data.reading.values import text_of
+from training.data.reading.values import BadRecord, LeftOut, text_of
 
 from .conftest import ToyProcessor, png, wav
 from .test_shards import lines, tar
@@ -160,7 +159,8 @@ def test_bytes_that_are_none_open_no_file_from_outside(pictures, prepare, name, 
 
 
 def text_that_is_not_utf_8():
-    return pa.Array.from_buffers(pa.string(), 3, [None, pa.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0])), pa.py_buffer(b"a\xffb")])  # fmt: skip
+    offsets = np.arange(4, dtype=np.int32).tobytes()
+    return pa.Array.from_buffers(pa.string(), 3, [None, pa.py_buffer(offsets), pa.py_buffer(b"a\xffb")])
 
 
 BAD_COLUMNS = {
@@ -227,7 +227,7 @@ def test_what_decodes_but_does_not_encode_is_named_or_left_out_alone(tmp_path, p
     colours = ["red", "blue", "green", "blue", "white"]
     path = tar(tmp_path / "0.tar", [(f"{i}.png", png(colour)) for i, colour in enumerate(colours)])
     config = source_of(path, ["image:png"])
-    source = TokenizedSource.prepare(config, Choosy(), tmp_path / "cache")
+    source = TokenizedSource.prepare(config, Preparing(Choosy(), tmp_path / "cache"))
     assert source.records.tolist() == [0, 2, 4]
     assert source.skipped == {"column 'png': it does not encode": 2}
     assert source.first_skipped == {"column 'png': it does not encode": "shard 0.tar, record 1"}
@@ -235,7 +235,7 @@ def test_what_decodes_but_does_not_encode_is_named_or_left_out_alone(tmp_path, p
     assert [source[i]["image:png"] for i in range(3)] == alone
     config.on_error = "raise"
     with pytest.raises(ValueError, match="shard 0.tar, record 1: column 'png': it does not encode: blue is none"):
-        TokenizedSource.prepare(config, Choosy(), tmp_path / "other")
+        TokenizedSource.prepare(config, Preparing(Choosy(), tmp_path / "other"))
 
 
 @pytest.mark.parametrize("error", [TypeError, AttributeError, KeyError, AssertionError, RuntimeError])
@@ -245,7 +245,7 @@ def test_a_fault_of_the_program_is_never_left_out(text_source, tmp_path, error):
             raise error("a fault")
 
     with pytest.raises(error, match="a fault"):
-        TokenizedSource.prepare(text_source(on_error="skip"), Faulty(), tmp_path / "cache")
+        TokenizedSource.prepare(text_source(on_error="skip"), Preparing(Faulty(), tmp_path / "cache"))
 
 
 def test_the_reasons_that_are_counted_apart_are_bounded():
@@ -281,7 +281,7 @@ def test_each_uses_every_record_and_passes_over_those_that_cannot_be(tmp_path, s
         list(source.each(lambda record: int(record["text"])))
 
 
-# ------------------------------------------------------------------------------------------------------ text that is none
+# --------------------------------------------------------------------------------------------------- text that is none
 
 
 @pytest.mark.parametrize(
@@ -361,3 +361,16 @@ def test_pictures_and_sounds_in_lists_stay_encoded(tmp_path, prepare, streaming)
     table.to_parquet(str(tmp_path / "train.parquet"))
     source = prepare(source_of(tmp_path, DOCUMENT, streaming=streaming))
     assert source[0]["document:segments"][0] == [3, *[263 + 76 // 16] * 4, 4, 5, 287, 287, 6]
+
+
+def test_the_first_few_records_of_a_reason_are_named_at_once(tmp_path, prepare):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(8):
+        (folder / f"{number}.png").write_bytes(png("red") if number == 3 else b"broken")
+        (folder / f"{number}.txt").write_text("a")
+    source = prepare(source_of(folder, PAIR))
+    names = "0.png; 1.png; 2.png; 4.png; 5.png"
+    assert source.left_out.lines() == [f"7 x column 'image': the picture does not decode (first: {names})"]
+    with pytest.raises(ValueError, match=rf"with on_error: skip, and left out 7 x .* \(first: {names}\); set on_error"):
+        prepare(source_of(folder, PAIR, "raise"))

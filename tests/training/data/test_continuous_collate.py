@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.data import DataConfig, RowStream, TokenizedSource, collate
+from training.data import DataConfig, Preparing, RowStream, TokenizedSource, collate
 from training.data.collate import count_noised
 from training.data.documents import Vocabulary, build_row, compose
 
@@ -33,7 +33,9 @@ def rows_of(pair_source, tmp_path, processor):
     """rows_of(vae=None, rows=6, **template fields) -> rows of the stream"""
 
     def make(vae=None, rows=6, clean_copies=False, **template):
-        source = TokenizedSource.prepare(pair_source(PAIR, **template), processor, tmp_path / "cache", vae=vae)
+        source = TokenizedSource.prepare(
+            pair_source(PAIR, **template), Preparing(processor, tmp_path / "cache", vae=vae)
+        )
         config = DataConfig(row_length=64, block_documents=40, clean_copies=clean_copies)
         return list(islice(RowStream(config, [source]).rows(), rows))
 
@@ -68,7 +70,7 @@ def test_placeholders_of_a_batch_are_as_many_as_its_patches(rows_of, processor, 
 
 
 def test_a_batch_without_images_has_no_keys_for_them(text_source, tmp_path, processor):
-    source = TokenizedSource.prepare(text_source(), processor, tmp_path / "cache")
+    source = TokenizedSource.prepare(text_source(), Preparing(processor, tmp_path / "cache"))
     rows = list(islice(RowStream(DataConfig(row_length=64, block_documents=8), [source]).rows(), 2))
     batch = collate(rows, small_transfusion(processor), noise_seed=0, row_numbers=[0, 1])
     assert set(batch) == KEYS | {"routing", "attention_plan"} and count_noised(batch, small_transfusion(processor)) == 0

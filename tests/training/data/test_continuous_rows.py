@@ -8,7 +8,15 @@ import datasets
 import numpy as np
 import pytest
 
-from training.data import AugmentationConfig, DataConfig, RowStream, SourceConfig, TemplateConfig, TokenizedSource
+from training.data import (
+    AugmentationConfig,
+    DataConfig,
+    Preparing,
+    RowStream,
+    SourceConfig,
+    TemplateConfig,
+    TokenizedSource,
+)
 from training.data.rows import directions_of
 from training.data.stream import mean_document_length
 
@@ -55,7 +63,7 @@ def prepared(edits, cache, processor):
 
     def make(segments, source=None, augmentation=None, vae=None, **template):
         config = SourceConfig("edits", str(edits), [TemplateConfig(list(segments), **template)], **(source or {}))
-        return TokenizedSource.prepare(config, processor, cache, augmentation=augmentation, vae=vae)
+        return TokenizedSource.prepare(config, Preparing(processor, cache, augmentation=augmentation, vae=vae))
 
     return make
 
@@ -184,7 +192,7 @@ def interleaved(tmp_path):
 @pytest.mark.parametrize("targets", ["all", "last"])
 def test_document_columns_are_written_out_alike(interleaved, tmp_path, processor, targets, clean_copies):
     config = SourceConfig("d", str(interleaved), [TemplateConfig(["document:segments"], targets=targets)])
-    source = TokenizedSource.prepare(config, processor, tmp_path / "cache")
+    source = TokenizedSource.prepare(config, Preparing(processor, tmp_path / "cache"))
     stream = stream_of(source, block_documents=3, row_length=48, clean_copies=clean_copies)
     ((segment, column),) = source.image_columns.items()
     text = processor.encode_text("so it is")
@@ -265,7 +273,7 @@ def test_replaced_codes_are_units_of_speech_and_never_placeholders(tmp_path, tri
     processor = continuous(with_speech=True)
     template = TemplateConfig(["image:picture", "audio:sound"])
     config = SourceConfig("pairs", str(trimodal_folder), [template])
-    source = TokenizedSource.prepare(config, processor, tmp_path / "cache")
+    source = TokenizedSource.prepare(config, Preparing(processor, tmp_path / "cache"))
     clean, noisy = (list(stream_of(source, row_length=128, replaced_codes=share).block(0)) for share in (0.0, 1.0))
     first, last = processor.modality_token_ranges["speech"]
     changed = 0
@@ -326,7 +334,7 @@ def test_speech_beside_continuous_images_has_its_directions(tmp_path, trimodal_f
     processor = continuous(with_speech=True)
     template = TemplateConfig(["image:picture", "audio:sound"])
     config = SourceConfig("pairs", str(trimodal_folder), [template])
-    source = TokenizedSource.prepare(config, processor, tmp_path / "cache")
+    source = TokenizedSource.prepare(config, Preparing(processor, tmp_path / "cache"))
     for row in single_direction_rows(source, "image-to-speech", 64):
         assert np.array_equal(row["labels"] != -100, row["modality_ids"] == 2)
         assert all(image["clean"] for image in row["images"])
@@ -344,7 +352,7 @@ def test_sounds_are_no_continuous_images(tmp_path):
     for targets in ("all", "last"):
         template = TemplateConfig(["document:segments"], targets=targets)
         source = TokenizedSource.prepare(
-            SourceConfig("d", str(tmp_path / "d.jsonl"), [template]), processor, tmp_path / "cache"
+            SourceConfig("d", str(tmp_path / "d.jsonl"), [template]), Preparing(processor, tmp_path / "cache")
         )
         row = stream_of(source, block_documents=1).row(0)
         (image,) = row["images"]

@@ -75,7 +75,8 @@ def add_broken(folder, kind):
 
 
 KINDS = [
-    "latin-1", "UTF-16", "a link", "no caption", "an empty caption", "no picture", "a broken link", "a loop of links", "a pipe",
+    "latin-1", "UTF-16", "a link", "no caption", "an empty caption", "no picture", "a broken link", "a loop of links",
+    "a pipe",
     "an unread format",
 ]  # fmt: skip
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.modeling_mot.media_forms import COLOURS, WAVE, encoded, sound_file
 from tests.modeling_mot.test_processor import build_processor
-from training.data import AugmentationConfig, SourceConfig, TemplateConfig, TokenizedSource
+from training.data import AugmentationConfig, Preparing, SourceConfig, TemplateConfig, TokenizedSource
 from training.data.reading.values import OutsidePath, confined, decode_picture, decode_sound
 
 
@@ -55,7 +55,7 @@ def documents(folder, files: dict) -> str:
 def prepared(processor, tmp_path, files, augmentation=None, **options) -> TokenizedSource:
     path = documents(tmp_path / "files", files)
     config = SourceConfig("x", path, [TemplateConfig(["document:segments"])], **options)
-    return TokenizedSource.prepare(config, processor, tmp_path / "cache", augmentation=augmentation)
+    return TokenizedSource.prepare(config, Preparing(processor, tmp_path / "cache", augmentation=augmentation))
 
 
 def test_prepared_tokens_equal_the_processors(processor, tmp_path):

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from training.data import SourceConfig, TemplateConfig, TokenizedSource
+from training.data import Preparing, SourceConfig, TemplateConfig, TokenizedSource
+from training.data.config import Limits
 from training.data.preparing import preparation as module
 
 from .conftest import ToyProcessor, png
@@ -68,31 +69,32 @@ class Counting(ToyProcessor):
 
 
 def test_an_interrupted_preparation_goes_on_and_gives_the_same_files(tmp_path, shards, small_chunks):
-    whole = TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "whole")
+    whole = TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "whole"))
     for after in (70, 1, 0, 150, 130):
         with pytest.raises(KeyboardInterrupt):
-            TokenizedSource.prepare(shards, Failing(after), tmp_path / "resumed")
+            TokenizedSource.prepare(shards, Preparing(Failing(after), tmp_path / "resumed"))
         assert not list((tmp_path / "resumed").rglob("meta.json"))
     rest = Counting()
-    resumed = TokenizedSource.prepare(shards, rest, tmp_path / "resumed")
+    resumed = TokenizedSource.prepare(shards, Preparing(rest, tmp_path / "resumed"))
     assert contents(resumed) == contents(whole)
-    # 600 texts in batches of 64 (the last of a shard has 8): one was whole after the first run, two each after the others.
+    # 600 texts in batches of 64 (the last of a shard has 8): one was whole after the first run, two after each other.
     assert rest.texts < 600 - 64 * 3
 
 
 def test_a_chunk_that_is_cut_short_while_it_is_made_is_made_again(tmp_path, shards, small_chunks):
-    whole = TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "whole")
+    whole = TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "whole"))
     with pytest.raises(KeyboardInterrupt):
-        TokenizedSource.prepare(shards, Failing(350), tmp_path / "resumed")
+        TokenizedSource.prepare(shards, Preparing(Failing(350), tmp_path / "resumed"))
     first, second = sorted((tmp_path / "resumed").rglob("*.arrow"))[1:3]
     first.write_bytes(first.read_bytes()[:-100])
     second.unlink()
-    assert contents(TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "resumed")) == contents(whole)
+    assert contents(TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "resumed"))) == contents(whole)
 
 
 def test_the_files_are_the_same_for_any_number_of_processes(tmp_path, shards):
     one, two = (
-        TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / str(workers), num_proc=workers) for workers in (1, 2)
+        TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / str(workers), workers=workers))
+        for workers in (1, 2)
     )
     assert contents(one) == contents(two)
     notes = [json.loads((source.folder / "meta.json").read_text()) for source in (one, two)]
@@ -101,7 +103,7 @@ def test_the_files_are_the_same_for_any_number_of_processes(tmp_path, shards):
 
 _SLOW = """
 import sys, time
-from training.data import SourceConfig, TemplateConfig, TokenizedSource
+from training.data import Preparing, SourceConfig, TemplateConfig, TokenizedSource
 from training.data.preparing import preparation
 from tests.training.data.conftest import ToyProcessor
 
@@ -111,12 +113,13 @@ class Slow(ToyProcessor):
         return super().encode_segment(segment)
 
 preparation.CHUNK_BYTES = 1
-TokenizedSource.prepare(SourceConfig("texts", sys.argv[1], [TemplateConfig(["text:text"])]), Slow(), sys.argv[2])
+source = SourceConfig("texts", sys.argv[1], [TemplateConfig(["text:text"])])
+TokenizedSource.prepare(source, Preparing(Slow(), sys.argv[2]))
 """
 
 
 def test_a_killed_preparation_loses_nothing_and_leaves_no_lock(tmp_path, shards, small_chunks):
-    whole = TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "whole")
+    whole = TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "whole"))
     cache = tmp_path / "killed"
     child = subprocess.Popen([sys.executable, "-c", _SLOW, shards.path, str(cache)], cwd=Path(__file__).parents[3])
     while len(list(cache.rglob("*.json"))) < 3 and child.poll() is None:
@@ -125,7 +128,7 @@ def test_a_killed_preparation_loses_nothing_and_leaves_no_lock(tmp_path, shards,
     assert child.wait() == -signal.SIGKILL
     assert not list(cache.rglob("meta.json"))
     rest = Counting()
-    assert contents(TokenizedSource.prepare(shards, rest, cache)) == contents(whole)
+    assert contents(TokenizedSource.prepare(shards, Preparing(rest, cache))) == contents(whole)
     assert rest.texts <= 600 - 3 * 64
 
 
@@ -133,7 +136,9 @@ def test_of_several_that_ask_at_once_one_prepares(tmp_path, shards):
     # Each has a lock of its own: whether they are threads or processes is all the same to the operating system.
     processors = [Counting() for _ in range(4)]
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda one: TokenizedSource.prepare(shards, one, tmp_path / "cache"), processors))
+        found = list(
+            threads.map(lambda one: TokenizedSource.prepare(shards, Preparing(one, tmp_path / "cache")), processors)
+        )
     assert [len(source) for source in found] == [600] * 4
     assert sorted(processor.texts for processor in processors) == [0, 0, 0, 600]
 
@@ -152,33 +157,33 @@ class DyingWhileItReports(ToyProcessor):
 @pytest.mark.parametrize("processor", [Dying, DyingWhileItReports])
 def test_a_worker_that_dies_is_an_error_and_not_a_hang(tmp_path, shards, processor):
     with pytest.raises(RuntimeError, match="source 'texts' died.*fewer workers"):
-        TokenizedSource.prepare(shards, processor(), tmp_path / "cache", num_proc=2)
+        TokenizedSource.prepare(shards, Preparing(processor(), tmp_path / "cache", workers=2))
 
 
 def test_damaged_files_are_named_with_the_way_out(tmp_path, shards):
-    source = TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")
+    source = TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "cache"))
     path = source.folder / "00001-00000.arrow"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    for use in (source.verify, lambda: TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")):
+    for use in (source.verify, lambda: TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "cache"))):
         with pytest.raises(
             ValueError, match=r"'texts' is damaged: 00001-00000.arrow has another hash.*remove .*made again"
         ):
             use()
     path.write_bytes(data[:-8])
     with pytest.raises(ValueError, match=rf"00001-00000.arrow has {len(data) - 8} bytes instead of {len(data)}"):
-        TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")
+        TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "cache"))
     path.unlink()
     with pytest.raises(ValueError, match="00001-00000.arrow is missing"):
-        TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")
+        TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "cache"))
 
 
 def test_a_source_that_shrank_is_prepared_anew_and_named(tmp_path, shards, caplog):
-    before = TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")
+    before = TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "cache"))
     Path(shards.path).parent.joinpath("1.jsonl").unlink()
     with caplog.at_level(logging.WARNING):
-        after = TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")
+        after = TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "cache"))
     assert len(after) == 400 and after.fingerprint != before.fingerprint
     assert "'texts'" in caplog.text and "(600 records; gone: 1.jsonl); preparing it anew" in caplog.text
 
@@ -187,16 +192,16 @@ def test_a_run_does_not_go_on_over_a_source_that_changed(tmp_path, shards, data_
     from training.data import RowStream
 
     config = data_config(block_documents=20)
-    before = RowStream(config, [TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")])
+    before = RowStream(config, [TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "cache"))])
     path = Path(shards.path).parent / "2.jsonl"
     path.write_bytes(path.read_bytes().replace(b" 7", b" 8"))
-    after = RowStream(config, [TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")])
+    after = RowStream(config, [TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "cache"))])
     with pytest.raises(ValueError, match="source 'texts' .* is not what it was at row 30"):
         after.restore(before.position(30))
 
 
 def test_a_source_of_many_files_does_not_keep_them_open(tmp_path, shards, small_chunks):
-    source = TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")
+    source = TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "cache"))
     assert len(contents(source)[0]) == 12
     opened = [
         os.readlink(f"/proc/self/fd/{fd}")
@@ -209,7 +214,10 @@ def test_a_source_of_many_files_does_not_keep_them_open(tmp_path, shards, small_
 
 def test_no_flipped_bit_is_trained_on(tmp_path, shards):
     """Whichever bit of whichever file: the source is refused by the name of the file."""
-    source, random = TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache"), np.random.default_rng(0)
+    source, random = (
+        TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "cache")),
+        np.random.default_rng(0),
+    )
     for path in sorted(source.folder.iterdir()):
         whole = path.read_bytes()
         for place in random.integers(8 * len(whole), size=20):
@@ -223,8 +231,8 @@ def test_no_flipped_bit_is_trained_on(tmp_path, shards):
 
 
 def test_a_file_is_hashed_once_and_again_when_it_is_another(tmp_path, shards):
-    source = TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")
-    path, hashed = source.folder / "00001-00000.arrow", lambda: module._file_digest.cache_info().misses
+    source = TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "cache"))
+    path, hashed = source.folder / "00001-00000.arrow", lambda: module.file_digest.cache_info().misses
     before = hashed()
     TokenizedSource(shards, source.folder)
     assert hashed() == before
@@ -243,20 +251,20 @@ def test_a_file_is_hashed_once_and_again_when_it_is_another(tmp_path, shards):
 
 @pytest.mark.parametrize("file", ["00000-00000.json", "00000-00000.arrow"])
 def test_what_was_damaged_while_it_was_made_is_made_again(tmp_path, shards, small_chunks, monkeypatch, file):
-    whole = TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "whole")
+    whole = TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "whole"))
     with monkeypatch.context() as broken:
         broken.setattr(
             "training.data.preparing.preparation._finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt())
         )
         with pytest.raises(KeyboardInterrupt):
-            TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")
+            TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "cache"))
     (path,) = (tmp_path / "cache").glob(f"*.partial/{file}")
     # A number among those it holds: what was read, or a token.
     data = bytearray(path.read_bytes())
     place = data.index(b'"read": ') + 8 if file.endswith("json") else len(data) // 2
     data[place] ^= 1
     path.write_bytes(data)
-    again = TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")
+    again = TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "cache"))
     assert contents(again) == contents(whole)
 
 
@@ -269,9 +277,11 @@ def test_a_source_that_failed_is_tried_again(tmp_path):
         def encode_segment(self, segment):
             raise ValueError("not today")
 
-    with pytest.raises(ValueError, match=r"no usable record; left out: .* \(first: 0.jsonl, document 1: .*\)"):
-        TokenizedSource.prepare(config, Failing(), tmp_path / "cache")
-    assert len(TokenizedSource.prepare(config, ToyProcessor(), tmp_path / "cache")) == 3
+    with pytest.raises(
+        ValueError, match=r"no usable record; left out: 3 x .* \(first: 0.jsonl, document 1; 0.jsonl, document 2; .*\)"
+    ):
+        TokenizedSource.prepare(config, Preparing(Failing(), tmp_path / "cache"))
+    assert len(TokenizedSource.prepare(config, Preparing(ToyProcessor(), tmp_path / "cache"))) == 3
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "shards", "parquet", "set"])
@@ -285,9 +295,9 @@ def test_what_is_prepared_depends_on_the_files_that_records_name(tmp_path, kind)
         Dataset.from_dict({"image": ["a.png"]}).to_parquet(str(folder / "train.parquet"))
     path = {"jsonl": "0.jsonl", "shards": "*.jsonl", "parquet": "*.parquet", "set": ""}[kind]
     config = SourceConfig("x", f"{folder}/{path}", [TemplateConfig(["image:image"])])
-    red = TokenizedSource.prepare(config, ToyProcessor(), tmp_path / "cache")[0]
+    red = TokenizedSource.prepare(config, Preparing(ToyProcessor(), tmp_path / "cache"))[0]
     (folder / "a.png").write_bytes(png("white"))
-    assert TokenizedSource.prepare(config, ToyProcessor(), tmp_path / "cache")[0] != red
+    assert TokenizedSource.prepare(config, Preparing(ToyProcessor(), tmp_path / "cache"))[0] != red
 
 
 @pytest.mark.parametrize(
@@ -296,22 +306,38 @@ def test_what_is_prepared_depends_on_the_files_that_records_name(tmp_path, kind)
 def test_a_cache_that_cannot_be_written_is_refused_with_the_way_out(tmp_path, shards, place):
     (tmp_path / "file").write_text("a file")
     with pytest.raises(ValueError, match="cache_dir=.* cannot be written: .*; set data.cache_dir, or .* MOT_CACHE"):
-        TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / place)
+        TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / place))
 
 
 def test_a_full_cache_is_read_where_nothing_can_be_written(tmp_path, shards, monkeypatch):
-    source = TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")
+    source = TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "cache"))
 
     def refuse(*_, **__):
         raise PermissionError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("pathlib.Path.mkdir", refuse)
     monkeypatch.setattr("training.data.preparing.preparation.FileLock.acquire", refuse)
-    assert contents(TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")) == contents(source)
+    assert contents(TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "cache"))) == contents(source)
     with pytest.raises(ValueError, match="cannot be written: .*Read-only"):
-        TokenizedSource.prepare(shards, ToyProcessor("other"), tmp_path / "cache")
+        TokenizedSource.prepare(shards, Preparing(ToyProcessor("other"), tmp_path / "cache"))
 
 
 def test_a_name_of_any_length_is_prepared(tmp_path, shards):
     shards.name = "名" * 300
-    assert len(TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")) == 600
+    assert len(TokenizedSource.prepare(shards, Preparing(ToyProcessor(), tmp_path / "cache"))) == 600
+
+
+def test_a_source_prepared_anew_names_what_changed_and_nothing_else(tmp_path, shards, caplog):
+    def prepare(**options):
+        caplog.clear()
+        processor = options.pop("processor", ToyProcessor())
+        with caplog.at_level(logging.INFO):
+            TokenizedSource.prepare(shards, Preparing(processor, tmp_path / "cache", **options))
+        return caplog.text
+
+    assert prepare() == ""
+    said = prepare(processor=ToyProcessor("other"), limits=Limits(max_pixels=10))
+    assert "preparing it anew, with other processor, limits than when texts-" in said and "files" not in said
+    path = Path(shards.path).parent / "0.jsonl"
+    path.write_bytes(path.read_bytes().replace(b" 7", b" 8"))
+    assert "its files are not what they were when texts-" in prepare()

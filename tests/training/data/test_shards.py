@@ -1,4 +1,4 @@
-"""Shards of JSONL, parquet and webdataset: the same documents as the same records in one data set, and what is broken."""
+"""Shards of JSONL, parquet and webdataset: the same documents as the same records in one data set; broken shards."""
 
 import gzip
 import io

@@ -211,11 +211,11 @@ def test_every_variant_of_a_record_comes_before_any_comes_again(prepare, pair_so
 
 
 def test_sources_of_different_processors_do_not_mix(prepare, pair_source, text_source, data_config, tmp_path):
-    from training.data import TokenizedSource
+    from training.data import Preparing, TokenizedSource
 
     other = ToyProcessor("other")
     other.modality_token_ranges = {"text": [0, 300], "image": [300, 320]}
-    foreign = TokenizedSource.prepare(text_source(), other, tmp_path / "cache")
+    foreign = TokenizedSource.prepare(text_source(), Preparing(other, tmp_path / "cache"))
     with pytest.raises(ValueError, match="different"):
         RowStream(data_config(), [prepare(pair_source()), foreign])
 

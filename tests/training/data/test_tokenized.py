@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, Value
 
-from training.data import AugmentationConfig, SourceConfig, TemplateConfig, TokenizedSource
+from training.data import AugmentationConfig, Preparing, SourceConfig, TemplateConfig, TokenizedSource
 
 from .conftest import ToyProcessor, png
 
@@ -46,15 +46,17 @@ def test_columns_are_right_when_the_file_has_many_chunks(prepare, tmp_path):
 
 
 def test_second_preparation_reads_the_cache(pair_source, processor, cache):
-    first = TokenizedSource.prepare(pair_source(), processor, cache)
+    first = TokenizedSource.prepare(pair_source(), Preparing(processor, cache))
     encoded = processor.images_encoded
-    second = TokenizedSource.prepare(pair_source(), processor, cache)
+    second = TokenizedSource.prepare(pair_source(), Preparing(processor, cache))
     assert processor.images_encoded == encoded and second.folder == first.folder
 
 
 def test_what_changes_tokens_changes_the_fingerprint(pair_source, processor, cache, trimodal_folder):
     def fingerprint(source=None, chosen=processor, augmentation=None):
-        return TokenizedSource.prepare(source or pair_source(), chosen, cache, augmentation=augmentation).fingerprint
+        return TokenizedSource.prepare(
+            source or pair_source(), Preparing(chosen, cache, augmentation=augmentation)
+        ).fingerprint
 
     prints = [
         fingerprint(),
@@ -69,10 +71,10 @@ def test_what_changes_tokens_changes_the_fingerprint(pair_source, processor, cac
 
 
 def test_changed_files_change_the_fingerprint(pair_source, processor, cache, trimodal_folder):
-    before = TokenizedSource.prepare(pair_source(), processor, cache)
+    before = TokenizedSource.prepare(pair_source(), Preparing(processor, cache))
     path = trimodal_folder / "train.parquet"
     Dataset.from_parquet(str(path)).select(range(10)).to_parquet(str(path))
-    after = TokenizedSource.prepare(pair_source(), processor, cache)
+    after = TokenizedSource.prepare(pair_source(), Preparing(processor, cache))
     assert after.fingerprint != before.fingerprint and len(after) == 10
 
 
@@ -83,14 +85,14 @@ def test_interrupted_preparation_leaves_nothing_that_is_read(pair_source, cache,
             raise error
 
     with pytest.raises(error):
-        TokenizedSource.prepare(pair_source(), Interrupted(), cache)
+        TokenizedSource.prepare(pair_source(), Preparing(Interrupted(), cache))
     assert not list(cache.rglob("meta.json"))
-    assert len(TokenizedSource.prepare(pair_source(), ToyProcessor(), cache)) == 40
+    assert len(TokenizedSource.prepare(pair_source(), Preparing(ToyProcessor(), cache))) == 40
 
 
 def test_several_processes_give_the_same_tokens(pair_source, processor, tmp_path):
-    one = TokenizedSource.prepare(pair_source(), processor, tmp_path / "one")
-    two = TokenizedSource.prepare(pair_source(), processor, tmp_path / "two", num_proc=2)
+    one = TokenizedSource.prepare(pair_source(), Preparing(processor, tmp_path / "one"))
+    two = TokenizedSource.prepare(pair_source(), Preparing(processor, tmp_path / "two", workers=2))
     assert [one[i] for i in range(40)] == [two[i] for i in range(40)]
 
 
@@ -134,7 +136,7 @@ def broken_folder(tmp_path):
 def test_a_bad_record_is_refused_by_name(broken_folder, processor, cache, segments, message):
     config = SourceConfig("x", str(broken_folder), [TemplateConfig(segments)])
     with pytest.raises(ValueError, match=message):
-        TokenizedSource.prepare(config, processor, cache)
+        TokenizedSource.prepare(config, Preparing(processor, cache))
     assert not list(cache.rglob("meta.json"))
 
 
@@ -144,7 +146,7 @@ def test_a_missing_file_is_refused_by_name(broken_folder, processor, cache):
     Dataset.from_dict(rows, features=features).to_parquet(str(broken_folder / "train.parquet"))
     config = SourceConfig("x", str(broken_folder), [TemplateConfig(["image:picture"])])
     with pytest.raises(ValueError, match=r"column 'picture': the picture file does not exist: .*missing.png"):
-        TokenizedSource.prepare(config, processor, cache)
+        TokenizedSource.prepare(config, Preparing(processor, cache))
 
 
 def test_bad_records_are_skipped_and_counted(broken_folder, prepare):
@@ -163,16 +165,16 @@ def test_what_was_finished_before_a_bad_record_is_kept_when_it_is_skipped(tmp_pa
     (tmp_path / "0.jsonl").write_text('{"text": "a"}\n' * 200 + '{"text": " "}\n')
     config = SourceConfig("x", f"{tmp_path}/*.jsonl", [TemplateConfig(["text:text"])])
     with pytest.raises(ValueError, match="shard 0.jsonl, record 200: the text of text:text is empty"):
-        TokenizedSource.prepare(config, processor, tmp_path / "cache")
+        TokenizedSource.prepare(config, Preparing(processor, tmp_path / "cache"))
     config.on_error, encoded = "skip", []
     monkeypatch.setattr(processor, "encode_segment", lambda segment: encoded.append(segment) or [9])
-    source = TokenizedSource.prepare(config, processor, tmp_path / "cache")
+    source = TokenizedSource.prepare(config, Preparing(processor, tmp_path / "cache"))
     assert len(source) == 200 and source.skipped == {"the text of text:text is empty": 1}
     # Three batches of 64 were whole.
     assert len(encoded) == 200 - 3 * 64
     config.on_error = "raise"
     with pytest.raises(ValueError, match="was prepared with on_error: skip, and left out"):
-        TokenizedSource.prepare(config, processor, tmp_path / "cache")
+        TokenizedSource.prepare(config, Preparing(processor, tmp_path / "cache"))
 
 
 def test_a_source_without_a_usable_record_is_refused(broken_folder, processor, cache):
@@ -180,7 +182,7 @@ def test_a_source_without_a_usable_record_is_refused(broken_folder, processor, c
     table.to_parquet(str(broken_folder / "train.parquet"))
     config = SourceConfig("x", str(broken_folder), [TemplateConfig(["text:name"])], on_error="skip")
     with pytest.raises(ValueError, match="no usable record"):
-        TokenizedSource.prepare(config, processor, cache)
+        TokenizedSource.prepare(config, Preparing(processor, cache))
 
 
 def test_variant_zero_is_the_record_as_it_is(prepare, pair_source):

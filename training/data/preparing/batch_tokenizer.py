@@ -1,6 +1,7 @@
-"""Records to columns of token ids and of pixels."""
+"""Batches of records to columns of token ids and pixels, with changed copies of pictures and sounds."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,15 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from modeling_mot.media_loading import flatten
 from training.data.config import AugmentationConfig, Limits, Segment
-from training.data.reading.lines import BadRecord, LeftOut, blaming
 from training.data.reading.records import Source
-from training.data.reading.values import check_parts, decode_picture, decode_sound, text_of
+from training.data.reading.values import BadRecord, LeftOut, blaming, check_parts, decode_picture, decode_sound, text_of
 
 
-# Mirroring would contradict captions with these words: directions, what is read, and what is known by its sides.
+# (H, W) a picture in pixels; N samples of a sound
+
+# ------------------------------------------------------------------------------------------------------- changed copies
+
+# Captions with these words may contradict a mirrored picture: directions, things to read, things known by their sides.
 _SIDED = re.compile(
     r"(left|right|east|west|clock|counter|watch|letter|word|number|digit|text|writ|alphabet|key|button|sign|symbol|flag|"
     r"map|globe|calendar|arrow|question|exclamation|note|ruler|score|book|newspaper|page|moon|quarter|hundred|medal|"
@@ -22,11 +26,11 @@ _SIDED = re.compile(
 
 
 def may_flip(caption: str) -> bool:
-    """Whether a picture with this caption stays true to it in a mirror.
+    """True if a caption stays true when its picture is mirrored.
 
-    No, when there is no caption, or when it names a direction, something that is read (letters, numbers, signs, clocks,
-    books), or something known by its sides (flags, maps, phases of the moon). The rule looks for parts of words and
-    is meant to refuse too much rather than too little.
+    It does not if it is empty, or names a direction, something to read (letters, numbers, signs, clocks, books), or
+    something known by its sides (flags, maps, phases of the moon). The rule looks for parts of words, and refuses too
+    much rather than too little.
     """
     return bool(caption.strip()) and _SIDED.search(caption.lower()) is None
 
@@ -34,8 +38,9 @@ def may_flip(caption: str) -> bool:
 def change_picture(
     picture: Image.Image, config: AugmentationConfig, rng: np.random.Generator, flip_allowed: bool
 ) -> Image.Image:
-    """One changed copy: mirrored or not, shifted on white, colours changed.  Same size, RGB."""
-    flip, across, down, brightness, contrast, saturation = rng.uniform(-1, 1, 6)
+    """Make one changed copy: mirrored or not, shifted on white, colours changed.  (H, W) RGB -> (H, W) RGB"""
+    # The picture, mirrored and shifted.
+    flip, across, down, *colours = rng.uniform(-1, 1, 6)
     if config.flip and flip_allowed and flip > 0:
         picture = ImageOps.mirror(picture)
     offset = round(across * config.shift * picture.width), round(down * config.shift * picture.height)
@@ -43,7 +48,9 @@ def change_picture(
         canvas = Image.new("RGB", picture.size, "white")
         canvas.paste(picture, offset)
         picture = canvas
-    # Contrast about white and brightness as an exponent both leave white white.
+
+    # Its colours. Contrast about white and brightness as an exponent both leave white white.
+    brightness, contrast, saturation = colours
     picture = ImageEnhance.Color(picture).enhance(1 + saturation * config.saturation)
     pixels = np.asarray(picture, dtype=np.float32) / 255
     pixels = (1 - (1 - pixels) * (1 + contrast * config.contrast)).clip(0, 1)
@@ -52,7 +59,7 @@ def change_picture(
 
 
 def change_sound(wave: np.ndarray, config: AugmentationConfig, rng: np.random.Generator) -> np.ndarray:
-    """One changed copy: faster or slower (and higher or lower), louder or softer, with noise.  (N,) -> (M,) float32"""
+    """Make one changed copy: faster and higher or slower and lower, louder or softer, noisy.  (N,) -> (N',) float32"""
     speed, gain, noise = rng.uniform(-1, 1, 3)
     speed = 1 + speed * config.speed
     positions = np.arange(max(1, round(len(wave) / speed))) * speed
@@ -63,33 +70,69 @@ def change_sound(wave: np.ndarray, config: AugmentationConfig, rng: np.random.Ge
 
 
 def generator(config: AugmentationConfig, record: int, variant: int, segment: int = 0) -> np.random.Generator:
-    """The random numbers of one variant of one segment of one record."""
+    """Make the random numbers of one variant of one segment of one record."""
     return np.random.default_rng([config.seed, record, variant, segment])
 
 
-# Decoded pixels that are held at once before they are encoded.
+# -------------------------------------------------------------------------------------------------------------- batches
+
+# The decoded pixels that are held at once before they are encoded.
 _GROUP_PIXELS = 2**26
 
 
-class BatchTokenizer:
-    """Batches of numbered records to columns, and counts of what was left out. Can go to other processes.
+@dataclass(frozen=True)
+class Preparing:
+    """How records become tokens, and where the tokens are kept.
 
-    A column holds the ids of a segment in a list per record and variant. Where the processor keeps pictures as pixels,
-    `image_columns` holds them beside the ids: lists of (3, H, W) uint8 arrays in the order of their placeholders.
+    Attributes:
+        processor: a `MoTProcessor`.
+        cache: the folder of prepared sources.
+        augmentation: changed copies of pictures and sounds; None: each record as it is.
+        limits: the most that a record may take.
+        vae: for a processor that keeps pictures as pixels: an autoencoder of diffusers, whose latents are kept as
+            float16 in the place of the pixels; None: the pixels are kept, as uint8.
+        workers: processes that tokenise; 1: this one.
+        progress: shows a bar with records and tokens per second.
     """
 
-    def __init__(
-        self, source: Source, processor, augmentation: AugmentationConfig | None, limits: Limits | None = None
-    ):
-        self.source, self.config, self.limits = source, source.config, limits or Limits()
-        self.processor, self.augmentation = processor, augmentation
-        self.variants = augmentation.variants if augmentation else 1
-        of_codes = getattr(getattr(processor, "image_tokenizer", None), "config", None)
-        of_pixels = getattr(processor, "image_processor", None)
-        self.continuous = of_pixels is not None
+    processor: object
+    cache: str | Path
+    augmentation: AugmentationConfig | None = None
+    limits: Limits = Limits()
+    vae: object = None
+    workers: int = 1
+    progress: bool = False
+
+    @property
+    def images(self) -> str | None:
+        """Say what pictures are kept as: "pixels" or "latents"; None where they become codes."""
+        if getattr(self.processor, "image_processor", None) is None:
+            return None
+        return "pixels" if self.vae is None else "latents"
+
+
+class BatchTokenizer:
+    """Tokenises batches of numbered records, and counts those left out. It can be sent to other processes.
+
+    A column holds the ids of a segment in a list per record and variant. Where the processor keeps pictures as pixels,
+    a second column holds them beside the ids: lists of (3, H, W) uint8 arrays in the order of their placeholders.
+    """
+
+    def __init__(self, source: Source, preparing: Preparing):
+        self.source = source
+        self.config = source.config
+        self.preparing = preparing
+        self.processor = preparing.processor
+        self.augmentation = preparing.augmentation
+        self.variants = preparing.augmentation.variants if preparing.augmentation else 1
+        self.continuous = preparing.images is not None
+        # Transparent pictures are laid on the background that the processor lays them on.
+        of_codes = getattr(getattr(self.processor, "image_tokenizer", None), "config", None)
+        of_pixels = getattr(self.processor, "image_processor", None)
         self.background = tuple(getattr(of_pixels or of_codes, "background", (255, 255, 255)))
 
     def __call__(self, batch: list[tuple[int, dict | BadRecord]]) -> tuple[dict[str, list], dict[str, list], LeftOut]:
+        # Records are decoded one by one, and encoded together as long as their pixels fit.
         rows: dict[str, list] = {"record": []} | {str(segment): [] for segment in self.config.segments}
         images: dict[str, list] = {str(segment): [] for segment in self.config.segments if self._holds_images(segment)}
         usable, pixels, left_out = [], 0, LeftOut()
@@ -123,7 +166,7 @@ class BatchTokenizer:
         except BadRecord as error:
             if len(usable) == 1:
                 self.source.leave_out(usable[0][0], error, left_out)
-            else:  # one by one, to find which
+            else:  # one by one, to find the record at fault
                 for item in usable:
                     self._encode_records([item], rows, images, left_out)
             return
@@ -134,7 +177,7 @@ class BatchTokenizer:
                 images[str(segment)] += pixels
 
     def _inputs(self, number: int, record: dict) -> dict[Segment, list]:
-        """What the processor is to encode for each segment of a record: a list over variants."""
+        """Decode a record: for each segment a list of inputs of the processor, over variants."""
         texts = {s: text_of(s, record) for s in self.config.segments if s.type == "text"}
         caption = "; ".join(texts.values())
         inputs: dict[Segment, list] = {segment: [text] for segment, text in texts.items()}
@@ -147,17 +190,18 @@ class BatchTokenizer:
         return inputs
 
     def _media(self, kind: str, value, caption: str, place: tuple[int, int], where: str) -> list:
-        """One picture or sound in all its variants, the first one unchanged.
+        """Decode one picture or sound in all its variants, the first one unchanged.
 
         Args:
-            place: the number of its record, and that of the segment in it.
-            where: how an error calls the place.
+            place: the number of its record, and the number of the segment in the record.
+            where: the name of the place in an error.
         """
         config, changed = self.augmentation, range(1, self.variants)
         file = _file_name(value)
+        # A picture; one that stays pixels is fitted to the size that the processor keeps.
         if kind == "image":
             with blaming(where, file):
-                picture = decode_picture(value, self.limits)
+                picture = decode_picture(value, self.preparing.limits)
                 flat = flatten(picture, self.background) if changed else picture
             flip = may_flip(caption)
             pictures = [picture] + [
@@ -167,13 +211,14 @@ class BatchTokenizer:
                 return pictures
             with blaming(where, file):
                 return self.processor.image_processor.fit_pictures(pictures)
+        # A sound.
         with blaming(where, file):
-            wave, rate = decode_sound(value, self.limits)
+            wave, rate = decode_sound(value, self.preparing.limits)
         waves = [wave] + [change_sound(wave, config, generator(config, place[0], v, place[1])) for v in changed]
         return [{"array": wave, "sampling_rate": rate} for wave in waves]
 
     def _document(self, segment: Segment, record: dict, number: int) -> list[list[dict]]:
-        """An interleaved document in all its variants: lists of segments with decoded values."""
+        """Decode an interleaved document in all its variants: lists of segments with decoded values."""
         parts = check_parts(record.get(segment.column), segment.column)
         caption = " ".join(part["text"] for part in parts if part["type"] == "text")
         documents: list[list[dict]] = [[] for _ in range(self.variants)]
@@ -189,10 +234,10 @@ class BatchTokenizer:
         return documents
 
     def _encode(self, segment: Segment, inputs: list[list]) -> tuple[list[list[list[int]]], list[list[list]]]:
-        """(records, variants) inputs -> the same nesting of lists of ids, and of lists of pixels.
+        """Encode (records, variants) inputs to the same nesting of lists of ids, and of lists of pixels.
 
         Raises:
-            BadRecord: one of them decoded, but cannot be encoded.
+            BadRecord: an input was decoded, but cannot be encoded.
         """
         with blaming(f"column {segment.column!r}: it does not encode"):
             return self._encoded(segment, inputs)
@@ -215,13 +260,14 @@ class BatchTokenizer:
         return list(self.processor.encode_segment({"type": "text", "text": text}))
 
     def _image_ids(self, pictures: list) -> tuple[list[list[int]], list[list[np.ndarray]]]:
-        """The ids of each picture, and a list of its pixels, empty where the ids say it all."""
+        """Give the ids of each picture, and a list of its pixels, empty where the ids are its codes."""
         if self.continuous:
             return [self.processor.placeholder_ids(*pixels.shape[1:]) for pixels in pictures], [[p] for p in pictures]
         ids = self.processor.encode_images(pictures) if pictures else []
         return [list(of_picture) for of_picture in ids], [[] for _ in pictures]
 
     def _document_ids(self, document: list[dict]) -> tuple[list[int], list[np.ndarray]]:
+        # Pictures and sounds of the document are encoded together, by their places.
         encoded: dict[int, list[int]] = {}
         places = {kind: [p for p, part in enumerate(document) if part["type"] == kind] for kind in ("image", "audio")}
         ids, pixels = self._image_ids([document[place]["image"] for place in places["image"]])
@@ -238,13 +284,13 @@ class BatchTokenizer:
 
 
 def _file_name(value) -> str | None:
-    """The file that a picture or sound stands in, or stood in before it was packed."""
+    """Name the file that holds a picture or sound, or held it before it was packed."""
     value = value.get("path") if isinstance(value, dict) else value
     return str(value) if isinstance(value, (str, Path)) and value else None
 
 
 def _pixels(values: list) -> int:
-    """Of the decoded pictures among the inputs of a segment."""
+    """Count the pixels of the decoded pictures among the inputs of a segment."""
     flat = [part for value in values for part in (value if isinstance(value, list) else [value])]
     pictures = [part.get("image") if isinstance(part, dict) else part for part in flat]
     return sum(picture.width * picture.height for picture in pictures if isinstance(picture, Image.Image))

@@ -1,9 +1,9 @@
-"""Tokenising a source: in parts, in parallel, and from where it was interrupted.
+"""Tokenise a source: in parts, in parallel, and from where it was interrupted.
 
-While it is made, a prepared source is a folder `<name>-<fingerprint>.partial` of chunks; in the end `meta.json` is written
-and the folder moved to its name, so what is in place is complete. A part (a shard, or a range of records) is tokenised by
-one process from its start to its end, and a chunk ends where its bytes are enough: the chunks are the same whoever makes
-them, and those that are whole are kept when the rest is made later.
+While a source is prepared, it is a folder `<name>-<fingerprint>.partial` of chunks. In the end `meta.json` is written
+and the folder is moved to its name, so a folder of that name is complete. One process tokenises a part (a shard, or a
+range of records) from its start to its end, and a chunk ends where its bytes are enough: any number of processes makes
+the same chunks, and whole chunks are kept when the rest is made later.
 """
 
 import hashlib
@@ -12,32 +12,37 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from modeling_mot.latent_vae import encode_pixels
 from training.data.config import Segment, SourceConfig
 from training.data.documents import Vocabulary
 from training.data.preparing.batch_tokenizer import BatchTokenizer
-from training.data.reading.lines import BadRecord, LeftOut
 from training.data.reading.records import Source
+from training.data.reading.sources import digest_of, file_digest
+from training.data.reading.values import BadRecord, LeftOut
 
 
-# What follows a segment in the names of the columns of its images.
+# --------------------------------------------------------------------------------------------------------------- chunks
+
+# The columns of a segment's images are named by the segment and these.
 VALUES, SIZES = "|values", "|sizes"
 
 
 def table_schema(segments: list[Segment], images: str | None) -> pa.Schema:
-    """Columns of a prepared source whose images are kept as "pixels", "latents", or are codes (None)."""
+    """List the columns of a prepared source whose images are kept as "pixels", as "latents", or are codes (None)."""
 
     def lists(of: pa.DataType) -> pa.DataType:
         return pa.list_(pa.list_(of))
@@ -51,9 +56,10 @@ def table_schema(segments: list[Segment], images: str | None) -> pa.Schema:
 
 
 def build_table(rows: dict[str, list], pixels: dict[str, list], schema: pa.Schema, vae) -> pa.Table:
-    """A batch as written; images are laid out flat, without a Python object for each of their values."""
+    """Build the table of a batch. Images are laid out flat, without a Python object for each value."""
     columns = {name: pa.array(values, type=schema.field(name).type) for name, values in rows.items()}
     for name, records in pixels.items():
+        # All images of the batch, one after another.
         versions = [images for variants in records for images in variants]
         flat = [image for images in versions for image in images]
         if vae is not None:
@@ -73,11 +79,7 @@ def build_table(rows: dict[str, list], pixels: dict[str, list], schema: pa.Schem
 
 
 def encode_latents(vae, pictures: list[np.ndarray]) -> list[np.ndarray]:
-    """Latents of pictures, those of one size encoded together.  (3, H, W) uint8 -> (C, h, w) float16, each"""
-    import torch
-
-    from modeling_mot.latent_vae import encode_pixels
-
+    """Encode pictures, all of one size together.  (3, H, W) uint8 -> (C, h, w) float16, each"""
     latents: list[np.ndarray] = [None] * len(pictures)
     by_size: dict[tuple[int, ...], list[int]] = {}
     for place, picture in enumerate(pictures):
@@ -91,11 +93,11 @@ def encode_latents(vae, pictures: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def write_chunk(folder: Path, part: int, number: int, tables: list[pa.Table], described: dict) -> None:
-    """Write chunk `number` of a part and, after it, its description: what has one is whole.
+    """Write chunk `number` of a part and, after it, its description: a chunk that has one is whole.
 
     Args:
-        tables: its records; none where all that was read was left out.
-        described: what to note of it beside `file`, `records`, `size` and `sha256`.
+        tables: the records of the chunk; none where all records were left out.
+        described: more entries of the description, beside `file`, `records`, `size` and `sha256`.
     """
     name = f"{part:05d}-{number:05d}"
     if tables:
@@ -112,7 +114,7 @@ def write_chunk(folder: Path, part: int, number: int, tables: list[pa.Table], de
 
 
 def written_chunks(folder: Path, part: int) -> Iterator[dict]:
-    """Descriptions of the whole chunks of a part, in order, up to the first that is not."""
+    """Read the descriptions of the whole chunks of a part, in order, up to the first that is not whole."""
     number = 0
     while (path := folder / f"{part:05d}-{number:05d}.json").is_file():
         try:
@@ -131,10 +133,10 @@ def write_description(path: Path, described: dict) -> None:
 
 
 def read_description(path: Path) -> dict:
-    """What `write_description` wrote.
+    """Read a JSON object that `write_description` wrote.
 
     Raises:
-        ValueError: it is not as it was written.
+        ValueError: the file has changed since.
     """
     try:
         described = json.loads(path.read_bytes())
@@ -150,12 +152,12 @@ def _digest(described: dict) -> str:
 
 
 def chunk_damage(folder: Path, described: dict, anew: bool = False) -> str | None:
-    """What is wrong with a chunk; None: nothing.
+    """Say what is wrong with a chunk; None: nothing.
 
-    A process hashes a file once, and again when its size, time of change or inode are others.
+    A process hashes a file once, and again when its size, time of change or inode have changed.
 
     Args:
-        anew: hash it in any case.
+        anew: hash the file in any case.
     """
     path = folder / described["file"]
     try:
@@ -164,26 +166,20 @@ def chunk_damage(folder: Path, described: dict, anew: bool = False) -> str | Non
         return f"{path.name} is missing: {error.strerror}"
     if found.st_size != described["size"]:
         return f"{path.name} has {found.st_size} bytes instead of {described['size']}"
-    digest = _file_digest.__wrapped__ if anew else _file_digest
+    digest = file_digest.__wrapped__ if anew else file_digest
     if digest(path, found.st_size, found.st_mtime_ns, found.st_ino) != described["sha256"]:
         return f"{path.name} has another hash than was noted when it was written"
     return None
 
 
-@cache
-def _file_digest(path: Path, size: int, changed: int, inode: int) -> str:
-    with pa.memory_map(str(path)) as file:
-        return hashlib.sha256(file.read_buffer()).hexdigest()
-
-
 def open_chunk(path: Path) -> pa.Table:
-    """A chunk, memory-mapped. The file itself does not stay open: a source may have more than a process may open."""
+    """Map a chunk into memory. Its file does not stay open: a source may have more files than a process may open."""
     with pa.memory_map(str(path)) as file:
         return pa.ipc.open_stream(file).read_all()
 
 
 def write_whole(path: Path, data) -> None:
-    """Write a file beside its place and move it there."""
+    """Write a file beside its place, then move it there."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(partial, "wb") as file:
@@ -195,40 +191,42 @@ def write_whole(path: Path, data) -> None:
         partial.unlink(missing_ok=True)
 
 
+# ---------------------------------------------------------------------------------------------------------------- parts
+
 logger = logging.getLogger(__name__)
 
-# Records that are tokenised together, and the bytes they may take; a chunk's bytes, in memory and on disk.
+# The records of a batch, the bytes of a batch, and the bytes of a chunk in memory and on disk.
 BATCH_SIZE, BATCH_BYTES, CHUNK_BYTES = 64, 2**27, 2**25
 
 
 @dataclass
 class Preparation:
-    """All that it takes to prepare any part of a source. Can go to other processes.
+    """Everything that it takes to prepare any part of a source. It can be sent to other processes.
 
     Attributes:
-        folder: where chunks are written, `<place>.partial`.
-        images: what images are kept as, see `chunks.table_schema`.
+        folder: the folder of the chunks, `<place>.partial`.
     """
 
     folder: Path
     tokenizer: BatchTokenizer
-    images: str | None
-    vae: object
 
     def part(self, part: int, report: Callable[[int, int], None]) -> None:
-        """Prepare what is missing of a part.
+        """Prepare the missing chunks of a part.
 
         Args:
-            report: told the number of records that were done before, and then, for each batch, that of records that were
-                read and of tokens that were made.
+            report: is told the number of records that were done before, then for each batch the number of records read
+                and of tokens made.
         """
-        source = self.tokenizer.source
-        schema = table_schema(source.config.segments, self.images)
+        # Where the part was interrupted.
+        source, preparing = self.tokenizer.source, self.tokenizer.preparing
+        schema = table_schema(source.config.segments, preparing.images)
         chunks = list(written_chunks(self.folder, part))
         skip, number = sum(chunk["read"] for chunk in chunks), len(chunks)
         report(skip, 0)
         if chunks and chunks[-1]["last"]:
             return
+
+        # A chunk is written when it is full.
         tables, noted, left_out = [], _nothing(), LeftOut()
 
         def write() -> None:
@@ -245,21 +243,18 @@ class Preparation:
             noted["tokens"] += tokens
             left_out.join(unusable)
             if rows["record"]:
-                tables.append(build_table(rows, pixels, schema, self.vae))
+                tables.append(build_table(rows, pixels, schema, preparing.vae))
             report(len(batch), tokens)
         noted["last"] = True
         write()
 
 
-def prepare(
-    place: Path, fingerprint: str, tokenizer: BatchTokenizer, vae=None, workers: int = 1, progress: bool = False
-) -> None:
+def prepare(place: Path, made_from: dict, tokenizer: BatchTokenizer) -> None:
     """Make a prepared source, or finish it, or wait while another process does.
 
     Args:
-        place: its folder in the end.
-        workers: processes that tokenise; 1: this one.
-        progress: shows a bar with records and tokens per second.
+        place: the folder of the prepared source.
+        made_from: everything that its tokens depend on, by name.
 
     Raises:
         ValueError: a record that cannot be used (`on_error: raise`), or nothing left of the source.
@@ -270,12 +265,11 @@ def prepare(
         if (place / "meta.json").is_file():
             return
         partial.mkdir(exist_ok=True)
-        warn_of_change(place, tokenizer.source)
+        warn_of_change(place, made_from, tokenizer.source)
         if not (partial / "meta.json").is_file():
-            images = None if not tokenizer.continuous else "pixels" if vae is None else "latents"
-            work = Preparation(partial, tokenizer, images, vae)
-            _prepare_parts(work, workers, progress)
-            _finish(work, fingerprint)
+            work = Preparation(partial, tokenizer)
+            _prepare_parts(work)
+            _finish(work, made_from)
         if place.exists():
             raise ValueError(f"{place} is no prepared source, as it has no meta.json; move it away")
         partial.replace(place)
@@ -284,29 +278,31 @@ def prepare(
 
 
 def _alone(place: Path):
-    """A context in which no other process prepares this source; there is no limit to the wait.
+    """A context in which no other process prepares this source. The wait for it has no limit.
 
     Raises:
-        ValueError: nothing can be written there.
+        ValueError: the folder cannot be written to.
     """
-    # A lock of the operating system: it is free again whatever becomes of its holder.
+    # A lock of the operating system is free again when its holder dies.
     lock = FileLock(f"{place}.lock")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         return lock.acquire(timeout=1)
     except (OSError, ValueError, NotImplementedError) as error:
         raise ValueError(
-            f"data.cache_dir={place.parent} cannot be written: {error}; set data.cache_dir, or the variable MOT_CACHE, to a "
-            "folder that can"
+            f"data.cache_dir={place.parent} cannot be written: {error}; set data.cache_dir, or the variable MOT_CACHE, "
+            "to a folder that can"
         ) from error
     except Timeout:
         logger.warning("waiting for another process that prepares %s", place.name)
         return lock.acquire()
 
 
-def _prepare_parts(work: Preparation, workers: int, progress: bool) -> None:
-    source = work.tokenizer.source
-    with tqdm(total=source.num_records, unit=" records", desc=source.config.name, disable=not progress) as bar:
+def _prepare_parts(work: Preparation) -> None:
+    source, preparing = work.tokenizer.source, work.tokenizer.preparing
+    with tqdm(
+        total=source.num_records, unit=" records", desc=source.config.name, disable=not preparing.progress
+    ) as bar:
         tokens = 0
 
         def report(records: int, made: int) -> None:
@@ -316,11 +312,11 @@ def _prepare_parts(work: Preparation, workers: int, progress: bool) -> None:
             elapsed = bar.format_dict["elapsed"]
             bar.set_postfix_str(f"{tokens / elapsed:,.0f} tokens/s" if elapsed else "", refresh=False)
 
-        if workers <= 1 or source.num_parts == 1:
+        if preparing.workers <= 1 or source.num_parts == 1:
             for part in range(source.num_parts):
                 work.part(part, report)
         else:
-            _prepare_in_processes(work, min(workers, source.num_parts), report)
+            _prepare_in_processes(work, min(preparing.workers, source.num_parts), report)
 
 
 def _prepare_in_processes(work: Preparation, workers: int, report: Callable[[int, int], None]) -> None:
@@ -346,17 +342,13 @@ def _prepare_in_processes(work: Preparation, workers: int, report: Callable[[int
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
-        # Who was killed may have held the queue's lock or left half a report in it: then nobody waits for its end.
+        # A killed worker may have held the queue's lock, or left half a report: then the listener is not waited for.
         if not has_died:
             reports.put(None)
             listener.join()
 
 
 def _start_worker(work: Preparation, reports, stop, threads: int) -> None:
-    import signal
-
-    import torch
-
     # Ctrl-C reaches all processes of a terminal; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
@@ -369,7 +361,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-# What a worker process was started with.
+# The work of a worker process, its queue of reports, and the event that stops it.
 _worker: dict = {}
 
 
@@ -382,8 +374,10 @@ def _prepare_part(part: int) -> None:
     _worker["work"].part(part, report)
 
 
-def _finish(work: Preparation, fingerprint: str) -> None:
-    source, chunks, tokens, left_out = work.tokenizer.source, [], 0, LeftOut()
+def _finish(work: Preparation, made_from: dict) -> None:
+    source, preparing = work.tokenizer.source, work.tokenizer.preparing
+    chunks, tokens, left_out = [], 0, LeftOut()
+    # The chunks of all parts, in order.
     left_out.join(source.left_out)
     for part in range(source.num_parts):
         for chunk in written_chunks(work.folder, part):
@@ -392,41 +386,40 @@ def _finish(work: Preparation, fingerprint: str) -> None:
             if "file" in chunk:
                 chunks.append({name: chunk[name] for name in ("file", "records", "size", "sha256")})
     if not chunks:
-        # Nothing of it is kept: why nothing could be used may lie in what the fingerprint does not know.
+        # Nothing is kept: the reason may lie in something that the fingerprint does not cover.
         shutil.rmtree(work.folder)
-        first = "; ".join(f"{name}: {reason}" for reason, name in left_out.first.items())
         raise ValueError(
-            f"source {source.config.name!r} ({source.config.path}) has no usable record; left out: {left_out.counts}"
-            f"{f' (first: {first})' if first else ''}"
+            f"source {source.config.name!r} ({source.config.path}) has no usable record; left out: "
+            f"{'; '.join(left_out.lines()) or 'none, as it has no records'}"
         )
     meta = {
-        "fingerprint": fingerprint,
-        "source": source.fingerprint,
+        "fingerprint": digest_of(made_from),
+        "made_from": {name: digest_of(value) for name, value in made_from.items()},
         "origin": origin_of(source.config),
         "records": sum(chunk["records"] for chunk in chunks),
         "tokens": tokens,
         "skipped": left_out.counts,
         "first_skipped": left_out.first,
+        "more_skipped": left_out.more,
         "shards": source.shards,
-        "vocabulary": asdict(Vocabulary.of(work.tokenizer.processor)),
-        "images": work.images,
-        "channels": work.vae.config.latent_channels if work.images == "latents" else 3,
+        "vocabulary": asdict(Vocabulary.of(preparing.processor)),
+        "images": preparing.images,
+        "channels": preparing.vae.config.latent_channels if preparing.images == "latents" else 3,
         "chunks": chunks,
     }
     write_description(work.folder / "meta.json", meta)
-    if left_out.counts:
-        logger.warning(
-            "source %r: left out %s (the first of each: %s)", source.config.name, left_out.counts, left_out.first
-        )
+    for line in left_out.lines():
+        logger.warning("source %r: left out: %s", source.config.name, line)
 
 
 def origin_of(config: SourceConfig) -> dict:
-    """Where a source comes from, whatever is there."""
-    return {name: getattr(config, name) for name in ("path", "config", "split", "revision", "limit", "match")}
+    """Say where a source comes from, whatever is there now."""
+    names = ("path", "format", "config", "split", "revision", "limit", "match", "streaming")
+    return {name: getattr(config, name) for name in names}
 
 
-def warn_of_change(place: Path, source: Source) -> None:
-    """Say so when a source is prepared again because its files are others than when it was prepared last."""
+def warn_of_change(place: Path, made_from: dict, source: Source) -> None:
+    """Say what has changed since a source was prepared last, where that is known."""
     prefix = place.name.rpartition("-")[0]
     notes = sorted(place.parent.glob(f"{prefix}-*/meta.json"), key=lambda path: path.stat().st_mtime)
     for path in reversed(notes):
@@ -434,20 +427,29 @@ def warn_of_change(place: Path, source: Source) -> None:
             meta = read_description(path)
         except ValueError:  # of an earlier version, or damaged
             continue
-        if meta["origin"] != origin_of(source.config):
+        if "made_from" not in meta or meta["origin"] != origin_of(source.config):
             continue
-        if meta["source"] != source.fingerprint:
-            gone, new = (
-                sorted(set(a) - set(b)) for a, b in ((meta["shards"], source.shards), (source.shards, meta["shards"]))
-            )
-            details = [f"gone: {', '.join(gone[:5])}"] * bool(gone) + [f"new: {', '.join(new[:5])}"] * bool(new)
+        before, now = set(meta["shards"]), set(source.shards)
+        changed = [name for name, value in made_from.items() if meta["made_from"].get(name) != digest_of(value)]
+        if "source" in changed and ("segments" not in changed or before != now):
+            differences = (("gone", sorted(before - now)[:5]), ("new", sorted(now - before)[:5]))
+            details = "".join(f"; {word}: {', '.join(names)}" for word, names in differences if names)
             logger.warning(
-                "source %r (%s) is not what it was when %s was prepared (%d records%s); preparing it anew",
+                "source %r (%s): its files are not what they were when %s was prepared (%d records%s); preparing it "
+                "anew",
                 source.config.name,
                 source.config.path,
                 path.parent.name,
                 meta["records"],
-                "".join(f"; {d}" for d in details),
+                details,
+            )
+        elif changed := [name for name in changed if name != "source"]:
+            logger.info(
+                "source %r (%s): preparing it anew, with other %s than when %s was prepared",
+                source.config.name,
+                source.config.path,
+                ", ".join(changed),
+                path.parent.name,
             )
         return
 
@@ -469,7 +471,7 @@ def _batches(items: Iterator[tuple[int, dict | BadRecord]]) -> Iterator[list]:
 
 
 def _bytes_in(value) -> int:
-    """About how much a record takes in memory."""
+    """Estimate the bytes that a record takes in memory."""
     size, left = 0, [value]
     while left:
         item = left.pop()

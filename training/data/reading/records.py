@@ -1,4 +1,4 @@
-"""The records of one source, part by part: numbered, named, and errors in the place of those that cannot be used."""
+"""The records of one source, part by part, numbered and named. An error stands for a record that cannot be used."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -11,14 +11,13 @@ import datasets
 from datasets import ClassLabel, Features
 
 from training.data.config import SourceConfig
-from training.data.reading.lines import BadRecord, BrokenShard, LeftOut, blaming
-from training.data.reading.shards import UNREACHABLE, readable_rows
-from training.data.reading.values import confined
+from training.data.reading.shards import UNREACHABLE
+from training.data.reading.values import BadRecord, BrokenShard, LeftOut, blaming, confined, readable_rows
 
 
-# Where records have numbers of their own they are prepared in parts of this many, or in as many parts as this at most.
+# Records that are numbered throughout are prepared in parts of this many, or in this many parts at most.
 _PART_RECORDS, _MOST_PARTS = 256, 4096
-# The number of a record of a shard is its place there, and this for each shard before.
+# The number of a record of a shard is its place in the shard, plus this for each shard before.
 SHARD_RECORDS = 2**32
 
 T = TypeVar("T")
@@ -26,14 +25,14 @@ T = TypeVar("T")
 
 @dataclass
 class Source:
-    """Records of one `SourceConfig`, pictures and sound still encoded. Can go to other processes.
+    """The records of one `SourceConfig`, pictures and sounds still encoded. It can be sent to other processes.
 
-    Iterating gives the records; those that cannot be read are errors or, with `on_error: skip`, passed over. `read` gives
-    one part, such as a shard, with the records' numbers.
+    Iterating gives the records; one that cannot be read is an error or, with `on_error: skip`, passed over. `read`
+    gives one part, such as a shard, with the records' numbers.
 
     Attributes:
         records: a sequence of mappings, `ShardFiles` or a `StreamedDataset`.
-        num_records: their number, None when it is not known before the end (shards).
+        num_records: the number of records, None when it is not known before the end (shards).
         fingerprint: changes when the records do.
         left_out: records that were left out when it was opened (only with `on_error: skip`).
         roots: folders whose files the records may name.
@@ -54,7 +53,7 @@ class Source:
         return self.each(lambda record: record)
 
     def each(self, use: Callable[[dict], T], step: int = 1) -> Iterator[T]:
-        """`use(record)` of every record, or of every `step`-th; where it raises `ValueError`, the record cannot be used."""
+        """Give `use(record)` of every record, or of every `step`-th; a `ValueError` leaves the record out."""
         left_out = LeftOut()
         numbered = (pair for part in range(self.num_parts) for pair in self.read(part))
         for number, record in islice(numbered, 0, None, step):
@@ -70,7 +69,7 @@ class Source:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Reasons and numbers of the records that were left out when it was opened."""
+        """Reason -> number of records that were left out when the source was opened."""
         return self.left_out.counts
 
     @property
@@ -80,7 +79,7 @@ class Source:
 
     @property
     def num_parts(self) -> int:
-        """Parts can be read in any order. The first N records are one part, as where they end is not known before."""
+        """The number of parts, which can be read in any order. The first N records of shards are one part."""
         if self.num_records is None:
             return len(self.shards) if self.config.limit is None else 1
         return max(1, -(-self.num_records // self._part_records))
@@ -90,7 +89,7 @@ class Source:
         return max(_PART_RECORDS, -(-self.num_records // _MOST_PARTS))
 
     def read(self, part: int, skip: int = 0) -> Iterator[tuple[int, dict | BadRecord]]:
-        """The numbered records of one part but for the first `skip`, errors in the place of those that cannot be read."""
+        """Read the numbered records of one part from record `skip` on; an error stands for one that cannot be read."""
         if self.num_records is not None:
             start = part * self._part_records
             chosen = range(start + skip, min(start + self._part_records, self.num_records))
@@ -108,13 +107,13 @@ class Source:
             yield number, self._ready(record)
 
     def _selected(self, part: int) -> Iterator[tuple[int, dict | BadRecord]]:
-        """The records of a shard that match, or the first N of all shards."""
+        """Read the records of a shard that match, or the first N of all shards."""
         shards = [part] if self.config.limit is None else range(len(self.shards))
         numbered = (pair for shard in shards for pair in enumerate(self.records.read(shard), shard * SHARD_RECORDS))
         return islice((pair for pair in numbered if matches(pair[1], self.config.match)), self.config.limit)
 
     def _ready(self, record: dict | BadRecord) -> dict | BadRecord:
-        """A record with names for its labels, its files inside of the folders they may stand in."""
+        """Put names for labels into a record, and paths inside the source's folders for its files."""
         if isinstance(record, BadRecord):
             return record
         try:
@@ -144,7 +143,7 @@ class Source:
         left_out.add(self.config, self.name_of(number), error, self.names[number] if self.names else None)
 
     def name_of(self, number: int) -> str:
-        """How a message calls record `number`."""
+        """Name record `number` for a message."""
         if self.num_records is not None:
             return f"record {number}"
         shard, place = divmod(number, SHARD_RECORDS)
@@ -152,24 +151,24 @@ class Source:
 
 
 def matches(record: dict | BadRecord, match: dict[str, str] | None) -> bool:
-    """Whether a record is wanted. One that cannot be read is: it is not passed over in silence."""
+    """True if a record is wanted. One that cannot be read is wanted, so that it is not passed over in silence."""
     return isinstance(record, BadRecord) or all(
         re.search(expression, str(record.get(column, ""))) for column, expression in (match or {}).items()
     )
 
 
-# Rows that are in memory at once.
+# The rows that are in memory at once.
 _ROWS = 8
 _MEDIA_TYPES = ("Image", "Audio", "Video", "Pdf", "Nifti", "Mesh")
 
 
 def dataset_rows(dataset: "datasets.Dataset | datasets.IterableDataset") -> Iterator[dict | BadRecord]:
-    """The records of a set, and an error in the place of one that cannot be read."""
+    """Read the records of a data set; an error stands for a record that cannot be read."""
     if dataset.features is None:
         yield from dataset
         return
     described = _undecoded(dataset.features.to_dict())
-    # Nothing but texts of JSON is left to be decoded.
+    # Only texts of JSON are left to be decoded.
     features = Features.from_dict(described) if "'_type': 'Json'" in repr(described) else None
     for rows in dataset.with_format("arrow").iter(_ROWS):
         for row in readable_rows(rows):
@@ -187,7 +186,7 @@ class StreamedDataset:
         return [f"{number + 1} of {self.dataset.num_shards}" for number in range(self.dataset.num_shards)]
 
     def read(self, number: int, skip: int = 0) -> Iterator[dict | BadRecord]:
-        """As `ShardFiles.read`."""
+        """Read one shard, as `ShardFiles.read` does."""
         try:
             yield from islice(dataset_rows(self.dataset.shard(self.dataset.num_shards, number)), skip, None)
         except (*UNREACHABLE, MemoryError):
@@ -197,7 +196,7 @@ class StreamedDataset:
 
 
 def label_names(features: Features | None) -> dict[str, list[str]]:
-    """Column -> the names that its numbers stand for, of columns of labels and of lists of labels."""
+    """Find the names of labels: column -> the names that its numbers stand for, also in lists."""
     named = {}
     for column, feature in (features or {}).items():
         label = getattr(feature, "feature", feature)
@@ -207,7 +206,7 @@ def label_names(features: Features | None) -> dict[str, list[str]]:
 
 
 def with_label_names(record: dict, names: dict[str, list[str]]) -> dict:
-    """A record whose labels are names; one that has none (null, -1) is None.
+    """Replace the labels of a record by their names; a missing label (null, -1) is None.
 
     Raises:
         BadRecord: a number without a name.
@@ -234,7 +233,7 @@ def _decoded(features: Features, row: dict) -> dict | BadRecord:
 
 
 def _undecoded(described):
-    """Features as plain values with the decoding of media switched off, wherever they stand."""
+    """Switch off the decoding of media in features that are described as plain values, wherever they stand."""
     if isinstance(described, list):
         return [_undecoded(inner) for inner in described]
     if not isinstance(described, dict):

@@ -1,51 +1,57 @@
-"""Shards: files of JSONL, parquet or webdataset that are read one by one, on disk or on the Hub, without a copy.
+"""Shards: files of JSONL, parquet, text or webdataset that are read one by one, on disk or on the Hub, without a copy.
 
-A reader gives records, and a `BadRecord` in the place of a record that cannot be read, so that what becomes of it is
-decided in one place. It never holds more than `Limits` allow: `datasets`' own readers of JSONL and webdataset read a line
-or a member of any size, decompress what is in it, and load arrays and tensors; here members are text, JSON or bytes.
+A reader gives records, and a `BadRecord` for a record that cannot be read. It never holds more than `Limits` allow.
+(`datasets`' own readers of JSONL and webdataset read a line or a member of any size, decompress its content, and load
+arrays and tensors; here members are text, JSON or bytes.) Folders of pictures or sounds are read here too.
 """
 
+import logging
+import os
 import posixpath
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import fsspec
-import pyarrow as pa
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from pyarrow import parquet
 
 from modeling_mot.media_loading import PICTURE_FORMATS
 from training.data.config import Limits
-from training.data.reading.lines import BadRecord, BrokenShard, blaming, csv_records, jsonl_records, parse_json
+from training.data.reading.lines import csv_records, jsonl_records, parse_json, text_records
+from training.data.reading.values import BadRecord, BrokenShard, blaming, printable, readable_rows
 
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = {
     "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst"),
     "parquet": (".parquet",),
+    "text": (".txt", ".txt.gz", ".txt.zst"),
     "webdataset": (".tar",),
 }
-# Members of a webdataset record that are text; those named json are JSON; all others stay bytes.
+# These members of a webdataset record are text, and members named json are JSON. All others stay bytes.
 _TEXTS = ("txt", "text", "caption", "transcript", "cls")
-# Rows of a parquet file that are decompressed at once, and the bytes they may then take.
+# The rows of a parquet file that are decompressed at once, and the most bytes of them.
 _PARQUET_ROWS, _PARQUET_BYTES = 64, 2**28
-# Of these a shard is not to blame; the last is the base of all errors of the HTTP library under huggingface_hub.
+# Errors that are no fault of a shard; the last is the base of all errors of the HTTP library under huggingface_hub.
 UNREACHABLE = (ConnectionError, TimeoutError, HfHubHTTPError.__bases__[0])
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file.
+    """One file of records.
 
     Attributes:
         url: path, or URL of fsspec (`hf://...`).
-        name: relative to the folder of all shards.
+        name: path relative to the folder of all shards.
         size: in bytes.
-        stamp: changes with the content: a hash where the storage knows one, else the time of change.
+        stamp: changes with the content: a hash where the storage has one, else the time of change.
     """
 
     url: str
@@ -55,16 +61,17 @@ class Shard:
 
 
 def shard_format(path: str) -> str | None:
-    """The format that a file's name, or a glob, ends with."""
+    """Find the format that a file's name, or a glob, ends with."""
     return next((kind for kind, suffixes in SUFFIXES.items() if path.lower().endswith(suffixes)), None)
 
 
 def is_remote(path: str) -> bool:
+    """True for a URL."""
     return "://" in path
 
 
 def find_shards(path: str, kind: str) -> list[Shard]:
-    """The shards of a file, a folder or a glob, sorted by name.
+    """Find the shards of a file, a folder or a glob, sorted by name.
 
     Raises:
         ValueError: a storage or a compression whose package is not installed.
@@ -113,23 +120,29 @@ def _stamp(info: dict) -> str:
 
 @dataclass(frozen=True)
 class ShardFiles:
-    """Shards of one format, of which only some columns (none named: all) are read where the format allows."""
+    """Shards of one format.
+
+    Attributes:
+        columns: the columns that are read where the format allows a choice; none named: all.
+        texts_of: more columns, of which only the texts in them are read, such as the names of files.
+    """
 
     kind: str
     shards: tuple[Shard, ...]
     columns: tuple[str, ...]
     limits: Limits
+    texts_of: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
         return [shard.name for shard in self.shards]
 
     def open(self, number: int):
-        """A shard's bytes, decompressed, as a context."""
+        """Open a shard as a context that gives its bytes, decompressed."""
         return fsspec.open(self.shards[number].url, "rb", compression="infer")
 
     def read(self, number: int, skip: int = 0) -> Iterator[dict | BadRecord]:
-        """The records of one shard from record `skip` on.
+        """Read the records of one shard from record `skip` on.
 
         Raises:
             ConnectionError: the storage does not answer.
@@ -140,9 +153,14 @@ class ShardFiles:
                 raise ValueError(f"it has {size} bytes, and had {shard.size} when it was listed")
             with self.open(number) as file:
                 if self.kind == "parquet":
-                    yield from _parquet(file, self.columns, self.limits, skip)
+                    yield from _parquet(file, self.columns, self.texts_of, self.limits, skip)
                 else:
-                    readers = {"jsonl": jsonl_records, "csv": csv_records, "webdataset": _webdataset}
+                    readers = {
+                        "csv": csv_records,
+                        "jsonl": jsonl_records,
+                        "text": text_records,
+                        "webdataset": _webdataset,
+                    }
                     yield from islice(readers[self.kind](file, self.limits), skip, None)
         except MemoryError:
             raise
@@ -153,17 +171,25 @@ class ShardFiles:
 
 
 def read_file(path: Path, limits: Limits) -> Iterator[dict | BadRecord]:
-    """The records of one JSONL or CSV file on disk, as a shard's."""
+    """Read the records of one JSONL or CSV file on disk, as those of a shard."""
     shard = Shard(str(path), path.name, path.stat().st_size, "")
     return ShardFiles(path.suffix[1:], (shard,), (), limits).read(0)
 
 
-def _parquet(file, columns: Sequence[str], limits: Limits, skip: int) -> Iterator[dict | BadRecord]:
-    # Column by column in pieces: a whole row group is never in memory.
+def _parquet(
+    file, columns: Sequence[str], texts_of: Sequence[str], limits: Limits, skip: int
+) -> Iterator[dict | BadRecord]:
+    # The file is read column by column, in pieces: a whole row group is never in memory.
     opened = parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)
     names = opened.schema_arrow.names
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"two columns are named {twice[0]!r}")
+    # The columns that are wanted, or the texts inside of them.
+    wanted = [name for name in columns if name in names] if columns or texts_of else None
+    for leaf in map(opened.schema.column, range(len(opened.schema)) if texts_of else ()):
+        is_inside = any(f"{leaf.path}.".startswith(f"{name}.") for name in texts_of)  # a name may have dots, too
+        if is_inside and leaf.logical_type.type == "STRING":
+            wanted.append(leaf.path)
     for group in range(opened.num_row_groups):
         described = opened.metadata.row_group(group)
         if described.total_byte_size > limits.max_group_bytes:
@@ -177,30 +203,20 @@ def _parquet(file, columns: Sequence[str], limits: Limits, skip: int) -> Iterato
         # A column of a dictionary may repeat its largest value in every row.
         largest = max((described.column(i).total_uncompressed_size for i in range(described.num_columns)), default=1)
         rows = min(_PARQUET_ROWS, max(1, _PARQUET_BYTES // max(1, largest)))
-        wanted = [name for name in columns if name in names] if columns else None
         for batch in opened.iter_batches(rows, row_groups=[group], columns=wanted, use_threads=False):
             passed = min(skip, len(batch))
             skip -= passed
             yield from readable_rows(batch.slice(passed))
 
 
-def readable_rows(rows: pa.RecordBatch | pa.Table) -> Iterator[dict | BadRecord]:
-    """Rows as mappings, and an error in the place of one that holds what Python has no value for."""
-    try:
-        yield from rows.to_pylist()
-    except (ValueError, OverflowError) as error:  # a text that is not UTF-8, a time out of range
-        if len(rows) > 1:
-            for place in range(len(rows)):
-                yield from readable_rows(rows.slice(place, 1))
-        else:
-            yield BadRecord(f"the row cannot be read: {error}")
-
-
 class _Bounded:
-    """A file of which no more than so many bytes are read at once, as headers of a tar may ask for any number."""
+    """A file that reads at most so many bytes at once, as the headers of a tar may ask for any number."""
 
     def __init__(self, file, most: int):
-        self.most, self.file, self.seek, self.tell = most, file, file.seek, file.tell
+        self.file = file
+        self.most = most
+        self.seek = file.seek
+        self.tell = file.tell
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= self.most + tarfile.RECORDSIZE:
@@ -209,9 +225,12 @@ class _Bounded:
 
 
 def _webdataset(file, limits: Limits) -> Iterator[dict | BadRecord]:
-    """Members that follow one another and have the same name up to the first dot are one record, and what follows the
-    dot names a column. The keys of a member named json are columns too; pictures and sounds of its `segments` are named
-    by their columns."""
+    """Read the records of a webdataset.
+
+    Members that follow one another and have the same name up to the first dot are one record. The rest of the name is
+    the name of a column. The keys of a member named json are columns too, and its `segments` name pictures and sounds
+    by their columns.
+    """
     archive = tarfile.TarFile(fileobj=_Bounded(file, limits.max_record_bytes))
     key, members, problem, size = None, {}, None, 0
     while member := archive.next():
@@ -222,10 +241,12 @@ def _webdataset(file, limits: Limits) -> Iterator[dict | BadRecord]:
             if not member.isdir() and (outside := _escape(member)):
                 yield BadRecord(outside)
             continue
+        # A new name up to the dot begins a new record.
         if match[1] != key:
             if key is not None:
                 yield _webdataset_record(key, members, problem)
             key, members, problem, size = match[1], {}, None, 0
+        # Members of a record with a problem are not read.
         size += member.size
         problem = problem or _escape(member)
         if size > limits.max_record_bytes:
@@ -238,7 +259,7 @@ def _webdataset(file, limits: Limits) -> Iterator[dict | BadRecord]:
             members[match[2].lower()] = archive.extractfile(member).read()
         else:
             members.clear()
-    # tarfile takes a header that is cut short for the end; what came last may then lack members.
+    # tarfile takes a header that is cut short for the end of the archive; the last record may then lack members.
     file.seek(archive.offset)
     if len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
         raise tarfile.ReadError("the archive has no end")
@@ -247,7 +268,7 @@ def _webdataset(file, limits: Limits) -> Iterator[dict | BadRecord]:
 
 
 def _escape(member: tarfile.TarInfo) -> str | None:
-    """Why a member is not to be trusted; nothing is ever extracted, but what leads outside was made to harm."""
+    """Say why a member is not to be trusted. Nothing is ever extracted, but a name that leads outside is an attack."""
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
         return f"the member leads outside: {member.name!r}"
@@ -283,14 +304,16 @@ Image.init()
 
 @dataclass(frozen=True)
 class FileKind:
-    """Files that are read from a folder.
+    """A kind of files that are read from a folder.
 
     Attributes:
-        column: of a record, which holds the file.
-        suffixes: of the files that can be read.
-        others: suffixes of files of their kind that cannot, which are not passed over in silence.
+        name: the name of the kind in messages.
+        column: the column of a record that holds the file.
+        suffixes: suffixes of files that can be read.
+        others: suffixes of files of the kind that cannot be read, and are not passed over in silence.
     """
 
+    name: str
     column: str
     suffixes: tuple[str, ...]
     others: tuple[str, ...]
@@ -298,11 +321,14 @@ class FileKind:
 
 KINDS = {
     "pictures": FileKind(
+        "pictures",
         "image",
         tuple(sorted(suffix for suffix, name in Image.EXTENSION.items() if name in PICTURE_FORMATS)),
-        (".arw", ".cr2", ".dng", ".eps", ".exr", ".hdr", ".heic", ".heif", ".ico", ".jxl", ".nef", ".psd", ".svg", ".tga"),
+        (".arw", ".cr2", ".dng", ".eps", ".exr", ".hdr", ".heic", ".heif", ".ico", ".jxl", ".nef", ".psd", ".svg",
+         ".tga"),
     ),
     "sounds": FileKind(
+        "sounds",
         "audio",
         (".aif", ".aifc", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".w64", ".wav"),
         (".aac", ".amr", ".ape", ".m4a", ".mid", ".mka", ".wma"),
@@ -314,23 +340,38 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 def folder_records(
     folder: Path, kind: FileKind, has_text: bool, limits: Limits
 ) -> Iterator[tuple[str, dict | BadRecord]]:
-    """`{"image": path, "text": caption, ...}` for every picture in a folder (`"audio"` for sounds), with its name there.
+    """Give `(name, {"image": path, "text": caption, ...})` for every picture in a folder (`"audio"` for sounds).
 
-    Captions stand in `metadata.jsonl` or `metadata.csv` (a `file_name` column, as `datasets`' imagefolder has it; every
-    other column becomes a column of the record, and `caption` is also given as `text`), which describes all of its
-    folder; or in a text file beside each picture (`cat.png`, `cat.txt`). Hidden files are passed over.
+    Captions stand in `metadata.jsonl` or `metadata.csv`, or in a text file beside each picture (`cat.png`, `cat.txt`).
+    A file of metadata describes all of its folder. It has a `file_name` column, as in `datasets`' imagefolder; every
+    other column becomes a column of the record, and `caption` is also given as `text`. Hidden files are passed over.
 
     Args:
-        has_text: whether captions are needed; if not, those beside the pictures are not read.
-        limits: what a line of metadata, or a caption, may take.
+        has_text: captions are needed; if not, text files beside the pictures are not read.
+        limits: the most that a line of metadata, or a caption, may take.
     """
+    # The outermost file of metadata describes a folder.
     files = sorted(path for path in folder.rglob("*") if not _is_hidden(path.relative_to(folder)))
     described: dict[Path, Path] = {}
     for path in (path for name in METADATA for path in files if path.name == name):
         if described.keys().isdisjoint([path.parent, *path.parent.parents]):
             described[path.parent] = path
+
+    # Described files, and a warning of those that no line names.
+    named = set()
     for path in described.values():
-        yield from _from_metadata(folder, path, kind.column, limits)
+        for name, record in _from_metadata(folder, path, kind.column, limits):
+            named.add(name)
+            yield name, record
+    unnamed = [
+        path
+        for path in files
+        if path.suffix.lower() in kind.suffixes and path.is_file() and not described.keys().isdisjoint(path.parents)
+    ]
+    if unnamed := [path for path in unnamed if os.path.relpath(path.resolve(), folder.resolve()) not in named]:
+        _warn_of_unnamed(str(folder), kind.name, tuple(printable(path.name) for path in unnamed[:5]), len(unnamed))
+
+    # Files with captions beside them.
     for path in files:
         suffix = path.suffix.lower()
         if suffix in kind.suffixes + kind.others and not path.is_dir() and described.keys().isdisjoint(path.parents):
@@ -342,8 +383,20 @@ def folder_records(
             yield path.relative_to(folder).as_posix(), record
 
 
+@cache  # a source is opened more than once in a run
+def _warn_of_unnamed(folder: str, kind: str, first: tuple[str, ...], count: int) -> None:
+    logger.warning(
+        "%s: %d %s are left out, as no line of %s names them (first: %s)",
+        folder,
+        count,
+        kind,
+        " or ".join(METADATA),
+        "; ".join(first),
+    )
+
+
 def resolve_inside(folder: Path, name: str) -> Path:
-    """`folder / name`.
+    """Resolve `folder / name`.
 
     Raises:
         BadRecord: it leaves the folder (by `..`, an absolute path or a link), or no file has such a name.

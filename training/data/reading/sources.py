@@ -1,4 +1,4 @@
-"""Opening a source: what kind it is, which files are of its split, its columns and a fingerprint of its origin."""
+"""Open a source: find its format, the files of its split and its columns, and fingerprint the files it reads."""
 
 import difflib
 import hashlib
@@ -6,22 +6,28 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 import datasets
 import yaml
-from huggingface_hub import DatasetCard
+from huggingface_hub import DatasetCard, HfApi, is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError
 from pyarrow import parquet
 
 from modeling_mot.hub_trust import leads_outside
+from modeling_mot.media_loading import name_within
 from training.data.config import DataConfig, Limits, SourceConfig, carried_path, local_path
-from training.data.reading.lines import BadRecord, BrokenShard, LeftOut
 from training.data.reading.records import Source, StreamedDataset, label_names, matches
 from training.data.reading.shards import (
     KINDS,
+    SUFFIXES,
     UNREACHABLE,
     ShardFiles,
     find_shards,
@@ -31,28 +37,38 @@ from training.data.reading.shards import (
     resolve_inside,
     shard_format,
 )
-from training.data.reading.values import check_parts, source_roots
+from training.data.reading.values import (
+    BadRecord,
+    BrokenShard,
+    LeftOut,
+    OutsidePath,
+    check_parts,
+    printable,
+    source_roots,
+)
 
 
+logger = logging.getLogger(__name__)
+
+# Files that `datasets` reads out of a folder, but not alone.
+_SUFFIXES_OF_TABLES = (".json", ".csv", ".tsv")
 # A single JSONL file of up to this many bytes is read into memory: its records are known, counted and in any order.
 _WHOLE_FILE_BYTES = 2**28
+
+
+# -------------------------------------------------------------------------------------------------------------- opening
 
 
 def open_source(config: SourceConfig, limits: Limits | None = None) -> Source:
     """Open a source for reading.
 
     Args:
-        limits: what a record may take; None: the defaults.
+        limits: the most that a record may take; None: the defaults.
 
     Raises:
         ValueError: a path, configuration, split or column that does not exist, with the nearest one that does.
     """
-    if config.path == "carried":
-        from training.data.config import carried_path
-
-        path = carried_path()
-    else:
-        path = local_path(config.path, f"path of source {config.name!r}")
+    path = carried_path() if config.path == "carried" else local_path(config.path, f"path of source {config.name!r}")
     try:
         kind = _format(config, path)
     except OSError as error:
@@ -65,8 +81,23 @@ def open_source(config: SourceConfig, limits: Limits | None = None) -> Source:
     return _open_shards(config, kind, limits)
 
 
+def kinds_in_documents(config: SourceConfig, limits: Limits, most: int = 256) -> tuple[set[str], bool]:
+    """Look at the first `most` records of a source for the types of segments in its documents.
+
+    Returns:
+        The types, and whether there were no more records.
+
+    Raises:
+        ValueError: as `open_source`, or a record that cannot be used (`on_error: raise`).
+    """
+    columns = [segment.column for segment in config.segments if segment.type == "document"]
+    looked_at = list(islice(open_source(config, limits), most + 1))
+    parts = (part for record in looked_at[:most] for column in columns for part in check_parts(record[column], column))
+    return {part["type"] for part in parts}, len(looked_at) <= most
+
+
 def _open_whole(config: SourceConfig, kind: str, path: Path, limits: Limits) -> Source:
-    """A folder of files, or a JSONL file that is small: its records are known when it is opened, and so are bad ones."""
+    """Open a folder of files, or a small JSONL file: all records are read now, and bad ones are found."""
     folder = path if kind in KINDS else path.parent
     try:
         if kind in KINDS:
@@ -75,9 +106,11 @@ def _open_whole(config: SourceConfig, kind: str, path: Path, limits: Limits) -> 
         else:
             read = (_with_documents(record, config, folder) for record in read_file(path, limits))
             found = [(f"{path.name}, document {number}", record) for number, record in enumerate(read, start=1)]
-        content = local_fingerprint(folder)
+        content = None if kind in KINDS else content_fingerprint(path)
     except OSError as error:
         raise ValueError(f"source {config.name!r}: {config.path} cannot be read: {error}") from error
+
+    # The files of the split, and the records that match.
     if not found:
         what = f"{kind} ({', '.join(KINDS[kind].suffixes)})" if kind in KINDS else "documents"
         raise ValueError(f"source {config.name!r}: {config.path} holds no {what}; mend path or format")
@@ -95,13 +128,21 @@ def _open_whole(config: SourceConfig, kind: str, path: Path, limits: Limits) -> 
         else:
             names.append(name)
             records.append(record)
-    described = {"path": content, "file": path.name, "format": kind, "limit": config.limit, "split": config.split}
-    described |= {"match": config.match} if config.match else {}
-    return Source(config, records, len(records), digest_of(described), left_out, (folder,), names)
+
+    # The fingerprint covers the records and the files that they name.
+    described = {"format": kind, "limit": config.limit, "split": config.split, "match": config.match}
+    if kind in KINDS:
+        column = KINDS[kind].column
+        texts = [{key: value for key, value in record.items() if key != column} for record in records]
+        described |= {"names": names, "texts": texts, "left_out": left_out.lines()}
+    else:
+        described |= {"file": path.name, "content": content}
+    source = Source(config, records, len(records), "", left_out, (folder,), names)
+    return replace(source, fingerprint=digest_of(described | {"named": _fingerprint_of_named(source)}))
 
 
 def _with_documents(record: dict | BadRecord, config: SourceConfig, folder: Path) -> dict | BadRecord:
-    """A record whose documents have the form they must have, and files that are there."""
+    """Check the documents of a record: their form, and that their files exist."""
     columns = [segment.column for segment in config.segments if segment.type == "document"]
     if isinstance(record, BadRecord):
         return record
@@ -121,35 +162,64 @@ def _is_whole_file(path: Path) -> bool:
 
 
 def _format(config: SourceConfig, path: Path) -> str:
+    if config.path == "carried":
+        return "dataset"
     remote, globbed = is_remote(config.path), bool(re.search(r"[*?\[]", config.path))
     if config.format != "auto":
         if config.format != "dataset" and not remote and not globbed and not path.exists():
             raise ValueError(f"source {config.name!r}: path {config.path} does not exist")
         return config.format
-    if remote or globbed or path.is_file():
+    if remote or globbed:
         if kind := shard_format(config.path):
             return kind
-        if remote or globbed:
-            raise ValueError(
-                f"source {config.name!r}: path {config.path} does not end as shards do; end it with .jsonl, .jsonl.gz, "
-                ".jsonl.zst, .parquet or .tar, or set format"
-            )
-    if path.is_dir() and not (path / "README.md").is_file() and not any(path.rglob("*.parquet")):
-        suffixes = {file.suffix.lower() for file in path.rglob("*")}
-        if found := next((kind for kind in KINDS if suffixes & set(KINDS[kind].suffixes)), None):
-            return found
-        shards = {shard_format(file.name) for file in path.rglob("*") if file.is_file()}
-        if len(shards) == 1 and None not in shards:
-            return shards.pop()
-    looks_local = (
-        config.path.startswith(("/", ".", "~")) or config.path.count("/") > 1 or path.suffix in (".jsonl", ".json")
-    )
-    if not path.exists() and looks_local:
+        raise ValueError(
+            f"source {config.name!r}: path {config.path} does not end as shards do; end it with .jsonl, .jsonl.gz, "
+            ".jsonl.zst, .parquet, .txt or .tar, or set format"
+        )
+    if path.is_dir():
+        return _format_of_folder(config, path)
+    if path.exists():
+        return shard_format(path.name) or _refuse_file(config, path)
+    if (
+        config.path.startswith(("/", ".", "~"))
+        or config.path.count("/") > 1
+        or path.suffix.lower() in (*_SUFFIXES_OF_TABLES, *(suffix for kind in SUFFIXES.values() for suffix in kind))
+    ):
         raise ValueError(f"source {config.name!r}: path {config.path} does not exist")
     return "dataset"
 
 
+def _format_of_folder(config: SourceConfig, path: Path) -> str:
+    if is_saved(path) or (path / "README.md").is_file() or any(path.rglob("*.parquet")):
+        return "dataset"
+    files = [file for file in path.rglob("*") if file.is_file()]
+    if not files:
+        raise ValueError(f"source {config.name!r}: path {config.path} is an empty folder; mend path")
+    suffixes = {file.suffix.lower() for file in files}
+    if found := next((kind for kind in KINDS if suffixes & set(KINDS[kind].suffixes)), None):
+        return found
+    shards = {shard_format(file.name) for file in files}
+    return shards.pop() if len(shards) == 1 and None not in shards else "dataset"
+
+
+def _refuse_file(config: SourceConfig, path: Path) -> NoReturn:
+    """Say what a single file is that is no source, and what would work."""
+    suffix = path.suffix.lower()
+    media = next((kind for kind in KINDS.values() if suffix in kind.suffixes + kind.others), None)
+    if media is not None:
+        found = f"is a single {media.name[:-1]}; give the folder that it lies in, with captions beside its {media.name}"
+    elif suffix in _SUFFIXES_OF_TABLES:
+        found = f"is a {suffix} file; give the folder that it lies in, or write its records as JSONL"
+    else:
+        found = (
+            "is a file of no format that is read; a source is a folder, or a file of .jsonl, .parquet, .txt or .tar; "
+            "for one of another name set format"
+        )
+    raise ValueError(f"source {config.name!r}: path {config.path} {found}")
+
+
 def _open_shards(config: SourceConfig, kind: str, limits: Limits) -> Source:
+    # The files of the split.
     path = config.path if is_remote(config.path) else str(local_path(config.path, "path").absolute())
     try:
         shards = find_shards(path, kind)
@@ -160,6 +230,8 @@ def _open_shards(config: SourceConfig, kind: str, limits: Limits) -> Source:
     root = Path(shards[0].url).parents[shards[0].name.count("/")]
     is_folder = not is_remote(path) and Path(path).is_dir()
     shards = [shards[place] for place in _of_split(config, [shard.name for shard in shards], True, not is_folder)]
+
+    # The fingerprint covers the shards by content or, where they are remote or large, by the storage's stamps.
     files = ShardFiles(kind, tuple(shards), tuple(_columns(config)), limits)
     described = {"format": kind, "limit": config.limit, "match": config.match, "names": files.names}
     described["sizes"] = [shard.size for shard in shards]
@@ -167,28 +239,33 @@ def _open_shards(config: SourceConfig, kind: str, limits: Limits) -> Source:
         described["stamps"] = [shard.stamp for shard in shards]
     else:
         described["content"] = [content_fingerprint(Path(shard.url)) for shard in shards]
-    # Pictures and sounds that records name stand in the folder of all shards, those of a webdataset in its shards.
+
+    # Records name pictures and sounds in the folder of all shards; those of a webdataset are in its shards.
     roots = (root,) if not is_remote(path) and kind != "webdataset" else ()
-    if roots and any(segment.type != "text" for segment in config.segments):
-        described["files"] = local_fingerprint(root)
     labels = _labels_of_parquet(files) if kind == "parquet" else {}
-    source = Source(config, files, None, digest_of(described), roots=roots, labels=labels)
+    source = Source(config, files, None, "", roots=roots, labels=labels)
     _check_first_columns(source)
-    return source
+    if roots:
+        # Of parquet only the names are read, not the pictures beside them.
+        media = {segment.column: None for segment in config.segments if segment.type != "text"}
+        named = replace(files, columns=tuple(config.match or ()), texts_of=tuple(media))
+        if found := _fingerprint_of_named(replace(source, records=named)):
+            described["named"] = found
+    return replace(source, fingerprint=digest_of(described))
 
 
 def _columns(config: SourceConfig) -> dict[str, None]:
-    """The columns that are read."""
+    """List the columns that are read."""
     return dict.fromkeys([*(config.match or {}), *(c for segment in config.segments for c in segment.columns)])
 
 
 def _of_split(config: SourceConfig, names: list[str], by_file: bool, is_named: bool) -> list[int]:
-    """Which of some files are of the split.
+    """Find the places of the files that are of the split.
 
     Args:
-        names: paths relative to the folder of all.
-        by_file: whether their own names tell it, too.
-        is_named: the path names the files themselves. Those of one split are then taken as they are.
+        names: paths of the files relative to the folder of all.
+        by_file: the name of a file may tell its split, too.
+        is_named: the path names the files themselves; files of one split are then taken as they are.
     """
     splits = splits_of(names, by_file)
     known = sorted(set(splits))
@@ -202,7 +279,7 @@ def _of_split(config: SourceConfig, names: list[str], by_file: bool, is_named: b
 
 
 def _labels_of_parquet(files: ShardFiles) -> dict[str, list[str]]:
-    """The names of labels, which `datasets` writes beside the columns of a parquet file."""
+    """Read the names of labels, which `datasets` writes beside the columns of a parquet file."""
     for number in range(len(files.shards)):
         try:
             with files.open(number) as file:
@@ -215,7 +292,7 @@ def _labels_of_parquet(files: ShardFiles) -> dict[str, list[str]]:
 
 
 def _check_first_columns(source: Source) -> None:
-    """That the first records have the columns; one of them may lack some."""
+    """Check that the first records have the columns. A single record may lack some."""
     files = replace(source.records, columns=())
     items = (item for shard in range(len(files.shards)) for item in islice(files.read(shard), 16))
     first = list(islice((item for item in items if not isinstance(item, BrokenShard)), 16))
@@ -225,6 +302,7 @@ def _check_first_columns(source: Source) -> None:
 
 
 def _open_dataset(config: SourceConfig, path: Path) -> Source:
+    # The records of the split that match, and the first N of them.
     records = _load(config, path)
     streamed = not isinstance(records, datasets.Dataset)
     if records.features is not None:
@@ -236,37 +314,62 @@ def _open_dataset(config: SourceConfig, path: Path) -> Source:
         )
     if not streamed and config.limit is not None:
         records = records.select(range(min(config.limit, len(records))))
+
+    # The fingerprint covers the files of a local data set, and the name and commit of one on the Hub.
     described = {"config": config.config, "split": config.split, "limit": config.limit}
     described |= {"match": config.match} if config.match else {}
-    roots = source_roots(path)
-    if path.exists():
-        names_files = any(segment.type != "text" for segment in config.segments)
-        described["files"] = local_fingerprint(roots[0] if names_files else path)
+    source = Source(
+        config,
+        StreamedDataset(records) if streamed else records,
+        None if streamed else len(records),
+        "",
+        roots=source_roots(path),
+        labels=label_names(records.features),
+    )
+    if config.path == "carried":  # nothing else is ever put into its folder
+        described["files"] = local_fingerprint(path)
+    elif path.exists():
+        described["files"] = files_fingerprint(path.resolve(), _data_files(config, path))
+        described["labels"] = source.labels
+        described["named"] = _fingerprint_of_named(source, records.features)
     else:
         described["dataset"] = [config.path, _hub_commit(config)] if streamed else records._fingerprint
     if streamed:
         described["shards"] = records.num_shards  # records have other numbers
-    number, labels = None if streamed else len(records), label_names(records.features)
-    records = StreamedDataset(records) if streamed else records
-    return Source(config, records, number, digest_of(described), roots=roots, labels=labels)
+    return replace(source, fingerprint=digest_of(described))
+
+
+def _data_files(config: SourceConfig, path: Path) -> list[Path]:
+    """List the files of a local data set that its split is read from."""
+    if is_saved(path):
+        folder = path / config.split if (path / "dataset_dict.json").is_file() else path
+        state = json.loads((folder / "state.json").read_bytes())
+        return [folder / name for name in ("dataset_info.json", *(file["filename"] for file in state["_data_files"]))]
+    files = datasets.load_dataset_builder(str(path), config.config).config.data_files
+    return [
+        Path(file) for file in files.get(config.split) or [file for of_split in files.values() for file in of_split]
+    ]
 
 
 def _load(config: SourceConfig, path: Path):
-    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        return datasets.load_from_disk(str(path))
-    if (path / "dataset_dict.json").is_file():
-        splits = datasets.load_from_disk(str(path))
-        if config.split not in splits:
-            raise ValueError(_unknown(config, "split", config.split, list(splits)))
-        return splits[config.split]
+    if is_saved(path):
+        saved = datasets.load_from_disk(str(path))
+        if isinstance(saved, datasets.Dataset):
+            return saved
+        if config.split not in saved:
+            raise ValueError(_unknown(config, "split", config.split, list(saved)))
+        return saved[config.split]
+    if path.is_file():
+        raise ValueError(f"source {config.name!r}: path {config.path} is a file; format: dataset is of a folder")
     local = str(path) if path.exists() else config.path
     try:
-        names = datasets.get_dataset_config_names(local, revision=config.revision)
-        if config.config is not None and config.config not in names:
-            raise ValueError(_unknown(config, "config", config.config, names))
-        return datasets.load_dataset(
-            local, config.config, split=config.split, revision=config.revision, streaming=config.streaming
-        )
+        with nullcontext() if path.exists() or _hub_answers(config) else _without_hub():
+            names = datasets.get_dataset_config_names(local, revision=config.revision)
+            if config.config is not None and config.config not in names:
+                raise ValueError(_unknown(config, "config", config.config, names))
+            return datasets.load_dataset(
+                local, config.config, split=config.split, revision=config.revision, streaming=config.streaming
+            )
     except ValueError as error:
         if "split" in str(error).lower() and "source" not in str(error):
             splits = datasets.get_dataset_split_names(local, config.config, revision=config.revision)
@@ -280,14 +383,58 @@ def _load(config: SourceConfig, path: Path):
             f"source {config.name!r}: {config.path} cannot be read: {error.__cause__ or error}; {way_out}"
         ) from error
     except (FileNotFoundError, ConnectionError, OSError) as error:
-        raise ValueError(
-            f"source {config.name!r}: {config.path!r} is neither a local path nor a reachable data set: {error}"
-        ) from error
+        raise ValueError(f"source {config.name!r}: {_not_found(config, path, error)}") from error
+
+
+def _not_found(config: SourceConfig, path: Path, error: Exception | str) -> str:
+    """Say why nothing was loaded, first what is the case on this machine."""
+    if path.exists():
+        return (
+            f"path {config.path} is a folder without files of a format that is read: {error}; mend path, or set format"
+        )
+    if isinstance(error, ConnectionError):
+        error = "the Hub is out of reach, and this machine keeps no copy"
+    first = Path(path.parts[0])
+    if len(path.parts) > 1 and first.is_dir():
+        there = sorted(printable(file.name) for file in first.iterdir())
+        listed = ", ".join(there[:5]) + (", ..." if len(there) > 5 else "")
+        return (
+            f"path {config.path} does not exist here (the folder {first} does, and holds {listed or 'nothing'}), "
+            f"nor can a data set of this name be reached: {error}"
+        )
+    return f"{config.path!r} is neither a local path nor a reachable data set: {error}"
+
+
+def _hub_answers(config: SourceConfig) -> bool:
+    """Ask the Hub for a data set, twice at most; `datasets` itself would try for 25 s and print every attempt."""
+    for _ in range(0 if is_offline_mode() else 2):
+        try:
+            HfApi().dataset_info(config.path, revision=config.revision, timeout=10)
+            return True
+        except HfHubHTTPError:  # such as a name that it does not have: `datasets` says which
+            return True
+        except UNREACHABLE:
+            time.sleep(0.5)
+    return False
+
+
+@contextmanager
+def _without_hub() -> Iterator[None]:
+    """A context in which `datasets` takes what it has loaded before, and asks nobody."""
+    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def is_saved(path: Path) -> bool:
+    """True for a folder that `save_to_disk` of a `Dataset` or a `DatasetDict` wrote."""
+    files = ("state.json", "dataset_info.json")
+    return (path / "dataset_dict.json").is_file() or all((path / name).is_file() for name in files)
 
 
 def _hub_commit(config: SourceConfig) -> str:
-    from huggingface_hub import HfApi
-
     return HfApi().dataset_info(config.path, revision=config.revision).sha
 
 
@@ -307,6 +454,8 @@ def _unknown(config: SourceConfig, what: str, value: str, known: list[str]) -> s
     return f"source {config.name!r} ({config.path}): no {what} {value!r}; {hint}"
 
 
+# --------------------------------------------------------------------------------------------------------------- splits
+
 _WORDS = {
     "train": "train|training",
     "validation": "validation|valid|val|dev",
@@ -316,11 +465,11 @@ _APART = r"[-._ 0-9]"
 
 
 def splits_of(names: Sequence[str], by_file: bool) -> list[str]:
-    """The split of each file.
+    """Find the split of each file.
 
     Args:
         names: paths relative to the folder of all files, with `/`.
-        by_file: whether a word in the name of the file tells, too, such as `validation-00000-of-00002.parquet`.
+        by_file: a word in the name of a file may tell its split, too, such as `validation-00000-of-00002.parquet`.
     """
     return [_split_of(PurePosixPath(name), by_file) for name in names]
 
@@ -337,52 +486,106 @@ def _split_of(path: PurePosixPath, by_file: bool) -> str:
     return "train"
 
 
+# --------------------------------------------------------------------------------------------------------- fingerprints
+
 # Up to this many bytes a local source is fingerprinted by content, beyond it by file sizes and times of change.
 CONTENT_FINGERPRINT_BYTES = 2**31
 
 
 def local_fingerprint(path: Path) -> str:
-    """Over every file's relative path, and its content or, for a large source, its size and time of change.
+    """Hash every file of a folder, see `files_fingerprint`."""
+    return files_fingerprint(path, sorted(file for file in path.rglob("*") if file.is_file()))
 
-    A link that leads out of a folder is never opened: it counts by the size and time of what it leads to.
+
+def files_fingerprint(root: Path, files: Sequence[Path]) -> str:
+    """Hash every file: its path relative to `root`, and its content or, for a large source, its size and time.
+
+    A link that leads out of the folder is never opened: it counts by the size and time of what it leads to. A file that
+    is not there counts as missing.
     """
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    foreign = {file for file in files if file != path and file.is_symlink() and leads_outside(file, path)}
-    by_content = sum(file.stat().st_size for file in files if file not in foreign) <= CONTENT_FINGERPRINT_BYTES
+    stats = {file: file.stat() for file in files if file.is_file()}
+    foreign = {file for file in stats if file.is_symlink() and leads_outside(file, root)}
+    by_content = sum(stats[file].st_size for file in stats if file not in foreign) <= CONTENT_FINGERPRINT_BYTES
     digest = hashlib.sha256()
     for file in files:
-        stat = file.stat()
-        digest.update(os.fsencode(file.relative_to(path)) + f"\0{stat.st_size}\0".encode())
-        digest.update(
-            (str(stat.st_mtime_ns) if file in foreign or not by_content else content_fingerprint(file)).encode()
-        )
+        size = stats[file].st_size if file in stats else "missing"
+        digest.update(os.fsencode(os.path.relpath(file, root)) + f"\0{size}\0".encode())
+        if file in stats:
+            is_read = by_content and file not in foreign
+            digest.update((content_fingerprint(file) if is_read else str(stats[file].st_mtime_ns)).encode())
     return digest.hexdigest()
 
 
 def content_fingerprint(file: Path) -> str:
-    """A hash of a file; one that may not be read has none, and is named when its record is."""
-    digest = hashlib.sha256()
+    """Hash a file, once as long as it is not changed. One that may not be read is "unreadable"; its record names it."""
+    stat = file.stat()
     try:
-        with open(file, "rb") as opened:
-            while chunk := opened.read(2**20):
-                digest.update(chunk)
+        return file_digest(file, stat.st_size, stat.st_mtime_ns, stat.st_ino)
     except PermissionError:
         return "unreadable"
-    return digest.hexdigest()
+
+
+@lru_cache(maxsize=2**16)
+def file_digest(file: Path, size: int, changed: int, inode: int) -> str:
+    """Hash a file. The arguments beside its path make a changed file be hashed again."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _fingerprint_of_named(source: Source, features: datasets.Features | None = None) -> str | None:
+    """Hash the pictures and sounds in files that the records of a source name; None where no record can name any.
+
+    The names are collected by reading the records' columns of pictures and sounds. That costs no more than the look at
+    each file, which follows.
+
+    Args:
+        features: the features of a data set. Its columns of pictures or sounds hold them, or are its own files.
+    """
+    segments = [
+        segment
+        for segment in source.config.segments
+        if segment.type != "text" and not re.search(r"\b(Image|Audio)\(", repr((features or {}).get(segment.column)))
+    ]
+    if not segments:
+        return None
+    if isinstance(source.records, datasets.Dataset):
+        source = replace(source, records=source.records.select_columns([segment.column for segment in segments]))
+    names = set()
+    for part in range(source.num_parts):
+        for _, record in source.read(part):
+            if not isinstance(record, BadRecord):
+                names.update(name for segment in segments for name in _names_in(segment.type, record[segment.column]))
+    root = source.roots[0].resolve()
+    return files_fingerprint(root, [root / name for name in sorted(names)])
+
+
+def _names_in(kind: str, value: object) -> list[str]:
+    """List the files that a picture, a sound or a document of a record names."""
+    values = [value]
+    if kind == "document":
+        parts = value if isinstance(value, list) else []
+        values = [part[key] for part in parts if isinstance(part, dict) for key in ("image", "audio") if key in part]
+    names = [name_within(value) for value in values]
+    return [str(name) for name in names if name is not None and not isinstance(name, OutsidePath)]
 
 
 def digest_of(value) -> str:
+    """Hash a value that JSON holds."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-logger = logging.getLogger(__name__)
+# ----------------------------------------------------------------------------------------------------------- data cards
+
 KEYS = ("pretty_name", "license", "license_name", "license_link", "language")
 
 
 def data_cards(config: DataConfig) -> dict[str, dict]:
-    """`path` of a source -> what the README.md of its folder declares of `KEYS`, and `attribution`, the section of it
-    that a heading with the word licence names; only of sources in local folders that have one. Data sets on the Hub have
-    their cards there."""
+    """Read what the README.md in a source's folder declares, for each local source whose folder has one.
+
+    Returns:
+        `path` of a source -> the declared entries of `KEYS`, and `attribution`, the section with the word licence in
+        its heading. Data sets on the Hub have their cards there.
+    """
     cards = {}
     for path in dict.fromkeys(source.path for source in (*config.sources, *config.validation_sources)):
         file = (carried_path() if path == "carried" else Path(path).expanduser()) / "README.md"
