@@ -24,7 +24,7 @@ from training.model.building import MODEL_CLASSES, without_bars
 from training.optimization import freeze_towers
 from training.run_files.checkpoints import DamagedError, model_tensors, newest_intact, read_tensors, replacing, verify
 from training.run_files.folder import RunFolder
-from training.world.processes import make_room
+from training.world import make_room
 
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -61,14 +61,14 @@ def prepare_recipe(recipe: Recipe, workers: int = 1, verify: bool = False) -> No
     # Later than what is refused at once.
     from training.data import RowStream
     from training.data.rows import prepare_sources
-    from training.model.building import load_initial
-    from training.model.fitting import plan_model
+    from training.model.building import load_initial, plan_model
 
     begin = time.perf_counter()
-    _, processor, vae = plan_model(recipe.model, recipe.data, load_initial(recipe.model))
+    planned = plan_model(recipe.model, recipe.data, load_initial(recipe.model))
+    data = planned.data
     try:
         training, held_out = (
-            prepare_sources(recipe.data, processor, workers, validation, vae, progress=True)
+            prepare_sources(data, planned.processor, workers, validation, planned.vae, progress=True)
             for validation in (False, True)
         )
         for kind, sources in (("training", training), ("held out", held_out)):
@@ -81,17 +81,15 @@ def prepare_recipe(recipe: Recipe, workers: int = 1, verify: bool = False) -> No
                 )
                 for reason, count in source.skipped.items():
                     print(f"{'':10}left out: {count:,} x {reason} (first: {source.first_skipped[reason]})")
-        report = RowStream(recipe.data, training).report()
+        report = RowStream(data, training).report()
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
     except OSError as error:
-        raise ConfigError(
-            f"data: {error}; what is prepared is kept in data.cache_dir={recipe.data.cache_path}"
-        ) from error
+        raise ConfigError(f"data: {error}; what is prepared is kept in data.cache_dir={data.cache_path}") from error
     print(
         f"rows of {report['row_length']} tokens are filled to {report['fill_rate']:.2%} "
         f"({report['rows_per_block']:.0f} of a block of {report['block_documents']} documents)\n"
-        f"ready after {time.perf_counter() - begin:.1f} s in {recipe.data.cache_path}"
+        f"ready after {time.perf_counter() - begin:.1f} s in {data.cache_path}"
     )
 
 

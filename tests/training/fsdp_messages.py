@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from training.world.processes import shard_model
+from training.world import shard_model
 
 from .plans import FSDP_CASES, batch_of, model_of
 

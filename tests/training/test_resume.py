@@ -13,7 +13,7 @@ from training.consolidate import main
 from training.run_files.checkpoints import find_checkpoint, flatten, refuse_changes, verify
 from training.run_files.folder import RunFolder, RunLock
 from training.run_files.metrics import MetricsLog, Trackers, check_tracker, read_metrics
-from training.world.processes import StopSignal
+from training.world import StopSignal
 
 from .tiny import tiny_trainer
 

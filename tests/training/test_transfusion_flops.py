@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_mot import MoTTransfusionModel
 from training.data import collate
-from training.model.flops import forward_flops, forward_flops_per_token, patchifier_flops, training_flops
+from training.model.costs import forward_flops, forward_flops_per_token, patchifier_flops, training_flops
 
 from .data.conftest import small_vae
 from .tiny_transfusion import ROW_LENGTH, VOCABULARY, PictureStream, picture_tokens, tiny_config

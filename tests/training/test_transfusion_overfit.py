@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from training.data.reading.sources import open_source
 from training.data.reading.values import decode_picture
 from training.evaluation.fidelity import psnr
-from training.model.fitting import load_processor
+from training.model.building import load_processor
 from training.recipe import Recipe
 from training.train import load_recipe, main
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
 from modeling_mot import MoTConfig, MoTPreTrainedModel
-from training.objectives import DIFFUSION, objective_names
+from training.optimization import DIFFUSION, objective_names
 from training.recipe import EvaluationConfig
 
 

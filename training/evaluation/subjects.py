@@ -1,8 +1,9 @@
-"""From the data section of a recipe to the names, pictures and texts that a run is asked for at its end."""
+"""The names, pictures and texts that a run is asked for at its end, from the data section of its recipe."""
 
 import dataclasses
 import difflib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 
 from PIL import Image
@@ -13,16 +14,55 @@ from training.config import ConfigError
 from training.data.config import DataConfig, Segment, SourceConfig
 from training.data.reading.sources import open_source
 from training.data.reading.values import decode_picture, text_of
-from training.evaluation.edits import find_edits, has_edits
-from training.evaluation.end_of_run import NamedPicture, SampleSubjects
+from training.evaluation.edits import Edit, find_edits, has_edits
 from training.recipe import SamplesConfig
 
 
 _TEXT_PROMPT_WORDS = 4
 
 
+@dataclass
+class NamedPicture:
+    """A picture and the text that goes with it."""
+
+    name: str
+    image: Image.Image
+
+
+@dataclass
+class SampleSubjects:
+    """The names, pictures and texts that a run can be asked for.
+
+    Attributes:
+        held_in: named pictures that the run was trained on.
+        held_out: named pictures that the run was not trained on.
+        distractors: further pictures among which a drawn one must find its own.
+        spoken: names for which the run has heard the sound.
+        texts: beginnings of held-out running text.
+        edits, held_out_edits: pictures to be changed, of concepts that the run was trained on and of others.
+    """
+
+    held_in: list[NamedPicture] = field(default_factory=list)
+    held_out: list[NamedPicture] = field(default_factory=list)
+    distractors: list[Image.Image] = field(default_factory=list)
+    spoken: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
+    held_out_edits: list[Edit] = field(default_factory=list)
+
+    def describe(self, config: SamplesConfig) -> str:
+        """How many of them `config` asks for, in words."""
+        numbers = {
+            "pictures": len(self.held_in[: config.measured]) + len(self.held_out[: config.held_out]),
+            "edits": len(self.edits) + len(self.held_out_edits),
+            "sounds": len(self.spoken[: config.spoken]),
+            "texts": len(self.texts[: config.texts]),
+        }
+        return ", ".join(f"{number} {kind}" for kind, number in numbers.items() if number) or "nothing"
+
+
 def pair_of(sources: list[SourceConfig], kind: str) -> tuple[SourceConfig, Segment, Segment] | None:
-    """The first source with a template of one text and one segment of `kind`: (source, text, the other)."""
+    """The first source with a template of one text and one segment of `kind`: (source, text, other segment)."""
     for source in sources:
         for template in source.templates:
             segments = template.parsed
@@ -42,7 +82,7 @@ def text_of_sources(sources: list[SourceConfig]) -> tuple[SourceConfig, Segment]
 
 
 def check_subjects(data: DataConfig, config: SamplesConfig) -> None:
-    """Refuse to start a run whose samples could not be made."""
+    """Refuse to start a run whose samples could not be made from its data."""
     found = [pair_of(data.sources, "image"), pair_of(data.sources, "audio"), text_of_sources(data.sources)]
     if config.enabled and not any(found) and not any(map(has_edits, data.sources)):
         raise ConfigError(
@@ -59,7 +99,7 @@ def check_subjects(data: DataConfig, config: SamplesConfig) -> None:
 
 
 def check_decoder(processor: MoTProcessor, config: SamplesConfig) -> None:
-    """Refuse to start a run that is to draw pictures with a processor that cannot."""
+    """Refuse to start a run that is to draw pictures with a processor that cannot decode them."""
     tokenizer = processor.image_tokenizer
     if config.enabled and tokenizer is not None and not tokenizer.can_decode:
         raise ConfigError(
@@ -80,8 +120,10 @@ def check_diffusion(planned: MoTConfig, config: SamplesConfig) -> None:
 
 
 def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
-    """Names and pictures of the training source and its held-out counterpart, names to speak, texts to continue."""
+    """Read the names and pictures of the first fitting sources, names to speak, and texts to continue."""
     subjects = SampleSubjects()
+
+    # Named pictures, those trained on and those held out.
     if (pair := pair_of(data.sources, "image")) is not None:
         subjects.held_in, rest = _named_pictures(*pair, config.gallery)
         subjects.distractors.extend(rest)
@@ -93,6 +135,8 @@ def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
             rest += [picture.image for picture in subjects.held_out if picture not in chosen]
             subjects.held_out = chosen
         subjects.distractors.extend(rest)
+
+    # Edits, sounds and texts.
     subjects.edits = find_edits(data.sources, config.edits)
     subjects.held_out_edits = find_edits(data.validation_sources, config.edits)
     if (pair := pair_of(data.sources, "audio")) is not None and config.spoken:
@@ -108,10 +152,7 @@ def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
 def _named_pictures(
     source: SourceConfig, text: Segment, image: Segment, gallery: int
 ) -> tuple[list[NamedPicture], list[Image.Image]]:
-    """The pictures a source's limit lets through, with names, and those beyond it up to `gallery` in all.
-
-    The first source with pictures gives both, and `match` counts for both.
-    """
+    """The named pictures that a source's limit lets through, and the pictures beyond, up to `gallery` in all."""
     unlimited = dataclasses.replace(source, limit=None)
     named, rest = [], []
     for index, record in enumerate(islice(_records(unlimited), gallery)):
@@ -122,7 +163,7 @@ def _named_pictures(
             else:
                 rest.append(picture)
         except ValueError:
-            # The source was tokenised before, so only `on_error: skip` lets such a record come here.
+            # The source has been tokenised, so such a record is here only with `on_error: skip`.
             continue
     return named, rest
 

@@ -80,7 +80,7 @@ class Unit:
 
 
 def fsdp_units(model: MoTPreTrainedModel, reshard: bool = True) -> list[Unit]:
-    """Units as `training.world.processes.shard_model` makes them: each layer; the embeddings; the rest, which stays from the
+    """Units as `training.world.shard_model` makes them: each layer; the embeddings; the rest, which stays from the
     forward to the backward. Tied embeddings belong to the rest, as the output layer does."""
     left = {name: value.shape for name, value in model.named_parameters() if not name.startswith("vae.")}
 
