@@ -76,6 +76,20 @@ def test_a_run_that_is_another_is_refused_unless_its_change_is_allowed_by_name(v
     assert refuse_changes(PRESENT, changed(**values), [name])[0].startswith(key.partition("'")[0])
 
 
+def test_a_value_that_follows_from_another_is_allowed_with_it():
+    def run_of(steps, warmup):
+        return changed(train__steps=steps, optimizer__warmup_steps=warmup)
+
+    assert refuse_changes(run_of(10, 1), run_of(20, 2), ["train.steps"]) == [
+        "train.steps was 10, is 20",
+        "optimizer.warmup_steps was 1, is 2",
+    ]
+    with pytest.raises(ConfigError, match=r"resume_despite=\[train\.steps\]$"):
+        refuse_changes(run_of(10, 1), run_of(20, 2), [])
+    with pytest.raises(ConfigError, match=r"resume_despite=\[train\.steps, optimizer\.warmup_steps\]$"):
+        refuse_changes(run_of(10, 1), run_of(20, 5), ["train.steps"])
+
+
 def test_an_allowed_change_that_is_no_key_is_refused():
     with pytest.raises(ConfigError, match=r"did you mean optimizer\.lr"):
         refuse_changes(PRESENT, changed(), ["optimizer.ll"])
