@@ -57,9 +57,9 @@ def loss_scales(
     """(the factor of each objective's loss sum, the factor of the z-loss sum) for the global `totals` of one step.
 
     Without weights the loss of tokens is the mean over all their targets, as in Chameleon. With weights it is a
-    weighted mean, in which a modality's targets count `weight` times (1 for a modality that is not named). The mean over the
-    elements of noised latents is added `diffusion_weight` times (equation 4 of the paper). An objective without any
-    target has a factor of zero.
+    weighted mean, in which a modality's targets count `weight` times (1 for a modality that is not named). The mean
+    over the elements of noised latents is added `diffusion_weight` times (equation 4 of the paper). An objective
+    without any target has a factor of zero.
     """
     # One mean over the targets of all modalities of tokens.
     tokens = {name: count for name, count in totals.items() if name != DIFFUSION}

@@ -23,7 +23,6 @@ from training.data.rows import prepare_rows
 from training.data.stream import RowStream, StepBatches
 from training.evaluation.end_of_run import end_run, report_interruption
 from training.evaluation.losses import evaluate_losses
-from training.evaluation.subjects import check_decoder, check_diffusion, check_subjects
 from training.model.building import (
     Planned,
     build_model,
@@ -36,7 +35,7 @@ from training.model.building import (
 )
 from training.model.costs import Budget, describe_choice, forward_flops_per_token, leaves_size_open, peak_flops
 from training.optimization import NotFiniteError, freeze_towers
-from training.recipe import Recipe, TrainConfig
+from training.recipe import Recipe, TrainConfig, check_decoder, check_diffusion, check_subjects
 from training.run_files.checkpoints import (
     Checkpointer,
     find_checkpoint,

@@ -295,7 +295,8 @@ def _refuse_accelerator(accelerator: Accelerator, asked: Asked, processes: int |
         if expected is not None and expected != found:
             raise ConfigError(
                 f"{who} is {expected}, but this run has {found}. `accelerate launch --cpu` starts one process, "
-                f"whatever it is asked for: use --config_file {_CONFIGS}/cpu-2-fsdp.yaml --num_processes {expected}, or torchrun"
+                f"whatever it is asked for: use --config_file {_CONFIGS}/cpu-2-fsdp.yaml --num_processes {expected}, "
+                "or torchrun"
             )
     if kind not in _KNOWN_TYPES:
         raise ConfigError(f"accelerate's distributed_type {kind.value} is not supported; use FSDP, as {_CONFIGS} does")
@@ -431,7 +432,8 @@ class StopSignal:
 
     def _remember(self, number: int, frame) -> None:
         if not self.number:
-            self.number, self.since = number, time.monotonic()
+            self.number = number
+            self.since = time.monotonic()
         elif time.monotonic() - self.since > _SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt
 

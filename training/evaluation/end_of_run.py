@@ -1,4 +1,4 @@
-"""The end of a run: its final folder, its samples and how many of them are right, its figures, and how it reports them."""
+"""The end of a run: its final folder, its samples and how many of them are right, and its figures."""
 
 import time
 from collections.abc import Callable, Sequence

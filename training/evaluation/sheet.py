@@ -20,7 +20,7 @@ TRAINING_COLOUR, HELD_OUT_COLOUR = "#0072B2", "#D55E00"
 
 
 def plot_losses(metrics: Path, output: Path, objectives: Sequence[str], title: str = "") -> None:
-    """One panel per objective: the training loss, its running mean, and the held-out loss.  JSONL -> PNG"""
+    """Plot the training loss, its running mean and the held-out loss, one panel per objective.  JSONL -> PNG"""
     training, evaluation = read_metrics(metrics)
     figure = Figure(figsize=(4.2 * len(objectives), 3.4), layout="constrained")
     for axes, objective in zip(figure.subplots(1, len(objectives), squeeze=False)[0], objectives, strict=True):
@@ -39,7 +39,7 @@ def plot_losses(metrics: Path, output: Path, objectives: Sequence[str], title: s
 
 
 def draw_loss(axes: Axes, curve: tuple[np.ndarray, np.ndarray], window: int, colour: str, label: str = "") -> None:
-    """A training curve, (places, losses), faint, and its running mean over it."""
+    """Draw a training curve, (places, losses), faintly, and its running mean over it."""
     places, values = curve
     if len(places):
         axes.plot(*thinned(places, values), color=colour, alpha=0.25, linewidth=0.8)
@@ -47,7 +47,7 @@ def draw_loss(axes: Axes, curve: tuple[np.ndarray, np.ndarray], window: int, col
 
 
 def draw_held_out(axes: Axes, curve: tuple[np.ndarray, np.ndarray], colour: str, label: str = "") -> None:
-    """A held-out curve, (places, losses): a point for each evaluation, as long as there is room for points."""
+    """Draw a held-out curve, (places, losses), with a point for each evaluation while there is room for points."""
     if len(curve[0]):
         dots = {"marker": "o", "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.7}
         style = dots if len(curve[0]) <= 40 else {}
@@ -55,7 +55,7 @@ def draw_held_out(axes: Axes, curve: tuple[np.ndarray, np.ndarray], colour: str,
 
 
 def frame_losses(axes: Axes, training: Sequence[np.ndarray], held_out: Sequence[np.ndarray]) -> None:
-    """Limits that show all but the first fall of training, from log(vocabulary), so that the rest fills the panel."""
+    """Set limits that leave out the first fall of the loss from log(vocabulary), so that the rest fills the panel."""
     lows = [values.min() for values in (*training, *held_out) if len(values)]
     highs = [np.quantile(values, 0.98) for values in training if len(values)]
     highs += [values.max() for values in held_out if len(values)]
@@ -66,7 +66,7 @@ def frame_losses(axes: Axes, training: Sequence[np.ndarray], held_out: Sequence[
 
 
 def thinned(places: np.ndarray, values: np.ndarray, count: int = 2000) -> tuple[np.ndarray, np.ndarray]:
-    """At most 2 x `count` points that draw the same line: the least and the greatest value of each stretch."""
+    """Thin a curve to at most 2 x `count` points that draw the same line: the extremes of each stretch."""
     if len(places) <= 2 * count:
         return places, values
     begins = np.linspace(0, len(places), count, endpoint=False).astype(np.int64)
@@ -80,7 +80,7 @@ def loss_unit(objective: str) -> str:
 
 @dataclass
 class SampleSheet:
-    """What a run made at its end, for looking at.
+    """The samples of a run, as pages to look at.
 
     Attributes:
         title: the first line.
@@ -102,7 +102,7 @@ class SampleSheet:
     held_out_edits: list[tuple[str, Image.Image, Image.Image, Image.Image]] = field(default_factory=list)
 
     def write_html(self, output: Path) -> None:
-        """One file with pictures and sound inside; it needs no network and no other file."""
+        """Write one file with pictures and sound inside, which needs no network and no other file."""
         sections = [f"<h1>{html.escape(self.title)}</h1>"]
         rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in self.figures)
         sections.append(f"<table>{rows}</table>")
@@ -130,7 +130,8 @@ class SampleSheet:
         output.write_text(page, encoding="utf-8")
 
     def write_png(self, output: Path, columns: int = 6) -> None:
-        """The pictures alone, three to a name, with names below."""
+        """Write the pictures alone, three to a name, with names below."""
+        # Sizes in pixels, and the groups that there are.
         font = ImageFont.load_default(12)
         side, gap, line = 72, 4, 16
         width, height = 3 * side + 4 * gap, side + 2 * line + 3 * gap
@@ -146,6 +147,8 @@ class SampleSheet:
         count = sum(2 * line + -(-len(pictures) // columns) * height for _, pictures in groups)
         sheet = Image.new("RGB", (columns * width + gap, max(count, line) + gap), "white")
         draw, top = ImageDraw.Draw(sheet), gap
+
+        # A heading, then its cards in rows.
         for heading, pictures in groups:
             draw.text((gap, top), heading, "black", font=font)
             top += 2 * line
@@ -170,7 +173,7 @@ _STYLE = (
 
 
 def _card(name: str, *pictures_and_text: Image.Image | str) -> str:
-    """Three pictures over their name, and over what was read off the first, where there is such a text."""
+    """Three pictures over their name, and over the text that was read off the first if there is one."""
     pictures, read = pictures_and_text[:3], "".join(pictures_and_text[3:])
     images = "".join(f"<img alt='' src='data:image/png;base64,{_base64(_png(p))}'>" for p in pictures)
     mark = "right" if read == name else "wrong"

@@ -1,21 +1,17 @@
 """The names, pictures and texts that a run is asked for at its end, from the data section of its recipe."""
 
 import dataclasses
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
 from PIL import Image
 
-from modeling_mot import MoTConfig, MoTProcessor, MoTTransfusionConfig
-from modeling_mot.decoding_pictures import DiffusionSettings
-from training.config import ConfigError
 from training.data.config import DataConfig, Segment, SourceConfig
 from training.data.reading.sources import open_source
 from training.data.reading.values import decode_picture, text_of
-from training.evaluation.edits import Edit, find_edits, has_edits
-from training.recipe import SamplesConfig
+from training.evaluation.edits import Edit, find_edits
+from training.recipe import SamplesConfig, pair_of, text_of_sources, texts_of
 
 
 _TEXT_PROMPT_WORDS = 4
@@ -61,64 +57,6 @@ class SampleSubjects:
         return ", ".join(f"{number} {kind}" for kind, number in numbers.items() if number) or "nothing"
 
 
-def pair_of(sources: list[SourceConfig], kind: str) -> tuple[SourceConfig, Segment, Segment] | None:
-    """The first source with a template of one text and one segment of `kind`: (source, text, other segment)."""
-    for source in sources:
-        for template in source.templates:
-            segments = template.parsed
-            if sorted(segment.type for segment in segments) == sorted(["text", kind]):
-                text, other = sorted(segments, key=lambda segment: segment.type != "text")
-                return source, text, other
-    return None
-
-
-def text_of_sources(sources: list[SourceConfig]) -> tuple[SourceConfig, Segment] | None:
-    """The first source with a template of text alone."""
-    for source in sources:
-        for template in source.templates:
-            if [segment.type for segment in template.parsed] == ["text"]:
-                return source, template.parsed[0]
-    return None
-
-
-def check_subjects(data: DataConfig, config: SamplesConfig) -> None:
-    """Refuse to start a run whose samples could not be made from its data."""
-    found = [pair_of(data.sources, "image"), pair_of(data.sources, "audio"), text_of_sources(data.sources)]
-    if config.enabled and not any(found) and not any(map(has_edits, data.sources)):
-        raise ConfigError(
-            "samples.enabled=true, but no source has a template of a text and an image, a text and a sound, an image, a "
-            "text and an image, or a text alone to ask for; set samples.enabled=false"
-        )
-    if config.enabled and config.held_out_names is not None:
-        pair = pair_of(data.validation_sources, "image")
-        names = [name.strip() for name in _texts(*pair[:2])] if pair is not None else []
-        if missing := [name for name in config.held_out_names if name not in names]:
-            near = difflib.get_close_matches(missing[0], names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"samples.held_out_names has {missing[0]!r}, which no held-out picture is called{hint}")
-
-
-def check_decoder(processor: MoTProcessor, config: SamplesConfig) -> None:
-    """Refuse to start a run that is to draw pictures with a processor that cannot decode them."""
-    tokenizer = processor.image_tokenizer
-    if config.enabled and tokenizer is not None and not tokenizer.can_decode:
-        raise ConfigError(
-            "samples.enabled=true, but the processor's image tokenizer has no decoder, so no picture can be shown; set "
-            "samples.enabled=false, or convert the checkpoint again with the weights of one (--image-decoder)"
-        )
-
-
-def check_diffusion(planned: MoTConfig, config: SamplesConfig) -> None:
-    """Refuse to start a run whose pictures could not be diffused as its samples ask for."""
-    if not (config.enabled and isinstance(planned, MoTTransfusionConfig)):
-        return
-    names = ("guidance_scale", "num_inference_steps", "scheduler")
-    try:
-        DiffusionSettings(**{name: getattr(config, name) for name in names}).validate(planned)
-    except ValueError as error:
-        raise ConfigError(f"samples: {error}") from error
-
-
 def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
     """Read the names and pictures of the first fitting sources, names to speak, and texts to continue."""
     subjects = SampleSubjects()
@@ -141,10 +79,10 @@ def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
     subjects.held_out_edits = find_edits(data.validation_sources, config.edits)
     if (pair := pair_of(data.sources, "audio")) is not None and config.spoken:
         source, text, _ = pair
-        subjects.spoken = list(islice(_texts(source, text), config.spoken))
+        subjects.spoken = list(islice(texts_of(source, text), config.spoken))
     if (found := text_of_sources(data.validation_sources or data.sources)) is not None and config.texts:
         source, text = found
-        lines = islice(_texts(source, text), config.texts)
+        lines = islice(texts_of(source, text), config.texts)
         subjects.texts = [" ".join(line.split(" ")[:_TEXT_PROMPT_WORDS]) for line in lines]
     return subjects
 
@@ -166,10 +104,6 @@ def _named_pictures(
             # The source has been tokenised, so such a record is here only with `on_error: skip`.
             continue
     return named, rest
-
-
-def _texts(source: SourceConfig, text: Segment) -> Iterator[str]:
-    return open_source(source).each(lambda record: text_of(text, record))
 
 
 def _records(source: SourceConfig) -> Iterator[dict]:

@@ -140,7 +140,7 @@ def _plain(value: Any) -> Any:
 
 
 def check_tracker(name: str) -> None:
-    """Refuse a tracker that Accelerate does not know, or whose package is missing: Accelerate would drop it silently."""
+    """Refuse a tracker that Accelerate does not know, or that lacks its package: Accelerate would drop it silently."""
     known = ["none", "all", *LOGGER_TYPE_TO_CLASS]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
