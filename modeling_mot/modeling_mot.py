@@ -117,8 +117,6 @@ class MoTAttention(nn.Module):
         self.k_proj = projection(hidden, keys, config.attention_bias)
         self.v_proj = projection(hidden, keys, config.attention_bias)
         self.o_proj = projection(queries, hidden, config.attention_output_bias)
-        self.q_norm = None
-        self.k_norm = None
         if config.qk_norm is not None:
             self.q_norm = TowerNorms({name: qk_norm(config, config.num_attention_heads) for name in names})
             self.k_norm = TowerNorms({name: qk_norm(config, config.num_key_value_heads) for name in names})
@@ -143,8 +141,8 @@ class MoTAttention(nn.Module):
         """(T, D) sorted by tower -> (T, D) and the weights (B, H, L, past + L) if they exist."""
         # Each tower projects its own tokens; the heads then stand in the order of the sequence.
         batch_size = position_embeddings[0].shape[0]
-        query = self._heads(self.q_proj(hidden_states, routing), self.q_norm, routing, batch_size)
-        key = self._heads(self.k_proj(hidden_states, routing), self.k_norm, routing, batch_size)
+        query = self._heads(self.q_proj(hidden_states, routing), getattr(self, "q_norm", None), routing, batch_size)
+        key = self._heads(self.k_proj(hidden_states, routing), getattr(self, "k_norm", None), routing, batch_size)
         value = self._heads(self.v_proj(hidden_states, routing), None, routing, batch_size)
         if self.has_rope:
             angles = [of_head.unsqueeze(1) for of_head in position_embeddings]

@@ -2,6 +2,7 @@
 
     python -m tests.reading_order            the files of all stories, each with the first sentence of its docstring
     python -m tests.reading_order step       of one
+    python -m tests.reading_order --json     {story: [file, ...]} on the last line
 
 A file belongs to a story if a function of it runs. What runs while modules are imported is not counted.
 """
@@ -9,6 +10,7 @@ A file belongs to a story if a function of it runs. What runs while modules are 
 import argparse
 import ast
 import importlib
+import json
 import pkgutil
 import sys
 import tempfile
@@ -164,8 +166,13 @@ def first_sentence(name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="STORY", help="step, start, picture, conversion; default: all")
-    names = set(parser.parse_args().names) or {"step", "start", "picture", "conversion"}
-    for name, files in stories(names).items():
+    parser.add_argument("--json", action="store_true", help="print the files alone, on one line")
+    options = parser.parse_args()
+    found = stories(set(options.names) or {"step", "start", "picture", "conversion"})
+    if options.json:
+        print(json.dumps({name: list(files) for name, files in found.items()}))
+        return
+    for name, files in found.items():
         limit = f", at most {LIMITS[name]}" if name in LIMITS else ""
         print(f"\n{name}: {len(files)} files{limit}")
         for file, functions in files.items():

@@ -41,7 +41,7 @@ class Messages(TorchDispatchMode):
             self.received["reduce_scatter"] += whole.nbytes - part.nbytes
         elif name.startswith("c10d.allreduce_"):
             self.received["all_reduce"] += sum(2 * (self.groups - 1) * t.nbytes // self.groups for t in arguments[0])
-        elif "linear_cross_entropy" in name and name.endswith("forward.default"):
+        elif "loss_tokens" in name and name.endswith("forward.default"):
             self.losses_without_logits += 1
         return function(*arguments, **(options or {}))
 

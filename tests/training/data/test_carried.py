@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from training.data import build_carried, emoji_names
+from training.data import build_carried
+from training.data.adapters import emoji_names
 from training.data.adapters.speech_synthesis import with_ogg_serial
 from training.data.config import carried_path
 from training.data.reading.values import decode_picture, decode_sound

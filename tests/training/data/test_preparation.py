@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from training.data import SourceConfig, TemplateConfig, TokenizedSource, chunks
-from training.data import preparation as module
+from training.data import SourceConfig, TemplateConfig, TokenizedSource
+from training.data.preparing import preparation as module
 
 from .conftest import ToyProcessor, png
 from .test_shards import lines
@@ -101,7 +101,8 @@ def test_the_files_are_the_same_for_any_number_of_processes(tmp_path, shards):
 
 _SLOW = """
 import sys, time
-from training.data import SourceConfig, TemplateConfig, TokenizedSource, preparation
+from training.data import SourceConfig, TemplateConfig, TokenizedSource
+from training.data.preparing import preparation
 from tests.training.data.conftest import ToyProcessor
 
 class Slow(ToyProcessor):
@@ -223,7 +224,7 @@ def test_no_flipped_bit_is_trained_on(tmp_path, shards):
 
 def test_a_file_is_hashed_once_and_again_when_it_is_another(tmp_path, shards):
     source = TokenizedSource.prepare(shards, ToyProcessor(), tmp_path / "cache")
-    path, hashed = source.folder / "00001-00000.arrow", lambda: chunks._file_digest.cache_info().misses
+    path, hashed = source.folder / "00001-00000.arrow", lambda: module._file_digest.cache_info().misses
     before = hashed()
     TokenizedSource(shards, source.folder)
     assert hashed() == before

@@ -5,7 +5,8 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from training.data import RowStream, SourceConfig, TemplateConfig, fingerprints
+from training.data import RowStream, SourceConfig, TemplateConfig
+from training.data.reading import sources as fingerprints
 from training.data.reading.sources import open_source
 
 from .conftest import png, wav
