@@ -1,4 +1,4 @@
-"""What FSDP2 really holds and sends on rank 0 of eight, and losses made without logits, as JSON; run in a process of its own.
+"""What FSDP2 really holds and sends on rank 0 of eight, and losses without logits, as JSON; in a process of its own.
 
 PyTorch's `fake` process group sends nothing, but is asked for everything.
 """

@@ -1,4 +1,4 @@
-"""Eight carried pictures learnt by heart with the carried VAE, by the recipe of training/configs/transfusion-emoji.yaml."""
+"""Learn eight carried pictures by heart with the carried VAE, by the recipe training/configs/transfusion-emoji.yaml."""
 
 import json
 from pathlib import Path

@@ -102,9 +102,10 @@ class NoProcessor:
 
 
 def tiny_trainer(folder, model=None, stream=None, precision="float32", optimizer=None, **train) -> Trainer:
-    """A trainer on the CPU, of one process or of those that the environment tells of; `train` are fields of TrainConfig.
+    """A trainer on the CPU, of one process or of those in the environment; `train` are fields of TrainConfig.
 
-    Where it is sharded, the model is one without weights that gets those of the main process."""
+    If it is sharded, a model without weights gets the weights of the main process.
+    """
     config = TrainConfig(**({"steps": 4, "rows": 2, "progress_bar": False, "output_dir": str(folder)} | train))
     optimizer_config = optimizer or OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2)
     AcceleratorState._reset_state(reset_partial_state=True)
