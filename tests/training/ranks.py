@@ -1,4 +1,4 @@
-"""Small trainings in several processes over gloo; one of them is `python -m tests.training.ranks FOLDER SCENARIO ...`."""
+"""Small trainings in several processes over gloo; `python -m tests.training.ranks FOLDER SCENARIO ...` is one."""
 
 import os
 import shutil
