@@ -173,6 +173,8 @@ def check_logits_to_keep(logits_to_keep: Any, shape: tuple[int, int]) -> None:
     Raises:
         ValueError: by name.
     """
+    if type(logits_to_keep) is int and logits_to_keep >= 0:
+        return  # as nearly always
     if not isinstance(logits_to_keep, torch.Tensor):
         if not is_whole(logits_to_keep, 0):
             raise ValueError(f"logits_to_keep={logits_to_keep!r} must be 0 for all, or the number of last positions")

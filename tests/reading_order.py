@@ -67,7 +67,7 @@ def training_stories(wanted: set[str]) -> dict[str, dict[str, int]]:
     from training.run import Session
     from training.run_files.folder import RunLock
     from training.train import load_recipe
-    from training.world.processes import StopSignal
+    from training.world import StopSignal
 
     start: dict[str, int] = {}
     step: dict[str, int] = {}

@@ -1,9 +1,8 @@
-"""Strict configuration: dataclasses in, one YAML file and dotted overrides on top.
+"""Strict configuration: dataclasses, filled from one YAML file and from dotted overrides.
 
-A section is a plain dataclass that stands next to the code that uses it; `option(default, "what it does")` gives a
-field its documentation and the range of its values. `load` composes a recipe from a YAML file and `key=value` words,
-refuses what it does not know with the full dotted path and the nearest valid name, checks every type and range, and
-returns the dataclass. `describe` lists every key.
+A section is a plain dataclass; `option(default, "what it does")` gives a field its documentation and the range of its
+values. `load` composes a recipe from a YAML file and `key=value` words. It checks every type and range, and refuses
+unknown keys with their full dotted path and the nearest valid name. `describe` lists every key.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Which numbers an option takes: at least `ge`, above `gt`, at most `le`, below `lt`; None: no bound."""
+    """The numbers that an option takes: at least `ge`, above `gt`, at most `le`, below `lt`; None: no bound."""
 
     ge: float | None = None
     gt: float | None = None
@@ -57,9 +56,9 @@ def option(
     le: float | None = None,
     lt: float | None = None,
 ) -> Any:
-    """A dataclass field with its documentation and the range of its values, see `Range`; `--help` prints both.
+    """Make a dataclass field with its documentation and the range of its values, see `Range`; `--help` prints both.
 
-    The range of a list or a mapping is that of each of its values. `build` and `check_options` hold it.
+    The range of a list or a mapping holds for each of its values. `build` and `check_options` check it.
     """
     metadata = {"doc": doc, "range": Range(ge, gt, le, lt)}
     return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
@@ -69,7 +68,7 @@ _SECRET = re.compile(r"hf_[A-Za-z0-9]{8,}|(?i:\b[\w-]*(?:token|secret|password|a
 
 
 def without_secrets(value: Any) -> Any:
-    """A tree of JSON values whose texts hold no tokens of the Hub, `...token=`, `...key=` or credentials in addresses."""
+    """Remove tokens of the Hub, `...token=`, `...key=` and credentials in addresses from a tree of JSON values."""
     if isinstance(value, str):
         return _SECRET.sub("[removed]", value)
     if isinstance(value, dict):
@@ -78,14 +77,13 @@ def without_secrets(value: Any) -> Any:
 
 
 def one_line(error: Exception) -> str:
-    """An error as a command prints it: without secrets, without the line breaks of the libraries that it came from, and
-    no longer than a screen."""
+    """An error as a command prints it: on one line, without secrets, and no longer than a screen."""
     line = without_secrets(" ".join(str(error).split()))
     return line if len(line) <= 2000 else line[:2000] + " ..."
 
 
 class _Repr(reprlib.Repr):
-    """A value as messages show it, which does not grow with the value."""
+    """Shows a value in messages, in a length that does not grow with the value."""
 
     def __init__(self):
         super().__init__()
@@ -101,8 +99,10 @@ MAX_DEPTH, MAX_VALUES, MAX_INTEGER = 50, 100_000, 2**63 - 1
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader (no Python tags) that reads 3e-4 as a number, as YAML 1.2 does, and refuses a key given twice and
-    nesting that no recipe has."""
+    """SafeLoader (no Python tags) that reads 3e-4 as a number, as YAML 1.2 does.
+
+    It refuses a key that is given twice, and deeper nesting than any recipe has.
+    """
 
     depth = 0
 
@@ -139,7 +139,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_value(text: str) -> Any:
-    """One YAML value from the command line: `3e-4`, `true`, `null`, `[1, 2]`, `{a: 1}`, `text`."""
+    """Read one YAML value of the command line: `3e-4`, `true`, `null`, `[1, 2]`, `{a: 1}`, `text`."""
     try:
         return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:
@@ -147,13 +147,14 @@ def parse_value(text: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> dict:
-    """The mapping in a YAML file."""
+    """Read the mapping in a YAML file.
+
+    Raises:
+        ConfigError: there is no such file, or it holds something else.
+    """
     path = Path(path)
     if not path.is_file():
-        near = [str(p) for folder in (path.parent, Path(__file__).parent / "configs") for p in folder.glob("*.y*ml")]
-        match = difflib.get_close_matches(path.name, [Path(p).name for p in near], n=1, cutoff=0.5)
-        hint = "; did you mean " + next(p for p in near if Path(p).name == match[0]) + "?" if match else ""
-        raise ConfigError(f"configuration file {path} does not exist{hint}")
+        raise ConfigError(f"configuration file {path} does not exist{_nearest_file(path)}")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
@@ -165,6 +166,14 @@ def read_yaml(path: str | Path) -> dict:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds a {type(tree).__name__}; a configuration is a mapping of sections")
     return tree
+
+
+def _nearest_file(path: Path) -> str:
+    """A hint at a configuration file of nearly this name, beside it or among the project's; or nothing."""
+    files = [file for folder in (path.parent, Path(__file__).parent / "configs") for file in folder.glob("*.y*ml")]
+    by_stem = {file.stem: file for file in reversed(files)}
+    match = difflib.get_close_matches(path.stem, by_stem, n=1, cutoff=0.75)
+    return f"; did you mean {by_stem[match[0]]}?" if match else ""
 
 
 # ----------------------------------------------------------------------------------------------------------- overrides
@@ -213,7 +222,7 @@ def _index(items: list, part: str, path: str) -> int:
 
 
 def _copy(tree: Any, path: str = "") -> Any:
-    """A tree without shared parts; refused is what grows without end when the aliases of YAML are followed."""
+    """Copy a tree without shared parts; refuse one that grows without end as the aliases of YAML are followed."""
     left = MAX_VALUES
 
     def copy(value: Any, path: str, depth: int) -> Any:
@@ -239,7 +248,12 @@ def _copy(tree: Any, path: str = "") -> Any:
 
 
 def build(cls: type, tree: Any, path: str = "") -> Any:
-    """`cls` from plain mappings, lists and scalars, refusing unknown keys and wrong types by their dotted path."""
+    """Make `cls` from plain mappings, lists and scalars.
+
+    Raises:
+        ConfigError: unknown or missing keys, wrong types and values, by their dotted path.
+    """
+    # Each key has its field and its type.
     if not isinstance(tree, dict):
         raise ConfigError(f"{path or 'the configuration'} must be a mapping of keys, not {_show(tree)}")
     hints = typing.get_type_hints(cls)
@@ -251,6 +265,8 @@ def build(cls: type, tree: Any, path: str = "") -> Any:
     for name, field in known.items():
         if name not in values and _default(field) is dataclasses.MISSING:
             raise ConfigError(f"{_join(path, name)} is required and missing{_doc_suffix(field)}")
+
+    # Each value is in its range, and they go together.
     for name, value in values.items():
         _check(value, _join(path, name), known[name], hints[name])
     try:
@@ -262,10 +278,10 @@ def build(cls: type, tree: Any, path: str = "") -> Any:
 
 
 def check_options(config: Any, lead: str = "") -> None:
-    """Hold the values of a section that was made without `build` to the ranges of its options.
+    """Check the values of a section that was made without `build` against the ranges of its options.
 
     Args:
-        lead: what the message begins with, such as which of many sections it is.
+        lead: the beginning of the message, such as the name of the section.
 
     Raises:
         ConfigError: a number that is not finite or not in its range, or a text that is empty.
@@ -358,7 +374,8 @@ def _convert_plain(hint: Any, value: Any, path: str) -> Any:
         base = typing.get_origin(hint) or hint
         if isinstance(value, base) and not (isinstance(value, bool) and base is not bool):
             return value
-        raise ConfigError(f"{path}={_show(value)} is a {type(value).__name__}; it must be a {type_name(hint)}")
+        found, wanted = _with_article(type(value).__name__), _with_article(type_name(hint))
+        raise ConfigError(f"{path}={_show(value)} is {found}; it must be {wanted}")
     raise ConfigError(f"{path}: type {hint!r} is not supported in a configuration")
 
 
@@ -366,16 +383,26 @@ def _convert_plain(hint: Any, value: Any, path: str) -> Any:
 
 
 def load(cls: type, path: str | Path | None = None, words: Sequence[str] = ()) -> Any:
-    """`cls` from an optional YAML file and `key=value` words."""
+    """Make `cls` from an optional YAML file and `key=value` words; errors say which of the two they come from."""
     tree = read_yaml(path) if path is not None else {}
     try:
         return build(cls, override(tree, words))
     except ConfigError as error:
-        raise ConfigError(f"{error} (in {path}{' and the command line' if words else ''})") from error
+        where = f"in {path}" if path is not None and _fails_alike(cls, tree, error) else "on the command line"
+        raise ConfigError(f"{error} ({where})") from error
+
+
+def _fails_alike(cls: type, tree: dict, error: ConfigError) -> bool:
+    """True if a tree alone, without the words of the command line, has this error."""
+    try:
+        build(cls, tree)
+    except ConfigError as other:
+        return str(other) == str(error)
+    return False
 
 
 def to_tree(config: Any) -> Any:
-    """Plain mappings, lists and scalars of a configuration, as YAML and JSON hold them."""
+    """A configuration as plain mappings, lists and scalars, as YAML and JSON hold them."""
     if dataclasses.is_dataclass(config):
         return {f.name: to_tree(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init}
     if isinstance(config, dict):
@@ -391,7 +418,7 @@ def dump(config: Any) -> str:
 
 
 def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """(dotted key, type and range, default, documentation) of every key; entries of a list are written `key[i].field`."""
+    """(dotted key, type and range, default, documentation) of every key; fields of list entries are `key[i].field`."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if not field.init:
@@ -407,7 +434,7 @@ def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]
 
 
 def _nested(hint: Any) -> tuple[type | None, bool]:
-    """The dataclass inside a hint (also inside Optional, list and dict), and whether it is an entry of a container."""
+    """The dataclass inside a hint (also inside Optional, list and dict), and true if a container holds it."""
     if dataclasses.is_dataclass(hint):
         return hint, False
     is_container = typing.get_origin(hint) in (list, tuple, dict, Sequence)
@@ -434,6 +461,10 @@ def type_name(hint: Any) -> str:
     if dataclasses.is_dataclass(hint):
         return "section"
     return getattr(hint, "__name__", str(hint))
+
+
+def _with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -1,4 +1,4 @@
-"""Make an ordinary `from_pretrained` folder of a run's checkpoint: weights in one piece, code, processor and card.
+"""Make a run's checkpoint an ordinary `from_pretrained` folder: weights in one piece, code, processor and card.
 
     python -m training.consolidate RUN [--step N] [--output FOLDER] [--weights average|trained] [--dtype float32]
 
@@ -24,7 +24,7 @@ from training.model.building import MODEL_CLASSES, without_bars
 from training.optimization import freeze_towers
 from training.run_files.checkpoints import DamagedError, model_tensors, newest_intact, read_tensors, replacing, verify
 from training.run_files.folder import RunFolder
-from training.world.processes import make_room
+from training.world import make_room
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -48,6 +48,7 @@ def consolidate(
     Raises:
         ConfigError: no such checkpoint, or it is damaged, or it holds no average.
     """
+    # The checkpoint, which of its weights, and the folder.
     manifest = _manifest(run, step)
     checkpoint = run.checkpoint(manifest["step"])
     has_average = manifest["average_updates"] is not None
@@ -58,6 +59,8 @@ def consolidate(
         output = run.path / "consolidated" / checkpoint.name
         if output.exists():
             raise ConfigError(f"{output} exists; remove it, or name another folder with --output")
+
+    # The model, and all that a stranger needs beside it.
     frozen = manifest.get("config", {}).get("train", {}).get("frozen_towers")
     model = read_model(checkpoint, average=weights == "average", frozen_towers=frozen)
     cast_parameters(model, getattr(torch, dtype or manifest.get("dtype") or "float32"))
@@ -70,7 +73,7 @@ def consolidate(
 
 
 def cast_parameters(model: MoTPreTrainedModel, dtype: torch.dtype) -> None:
-    """Bring parameters to a precision, in place; what the model keeps in float32 (a VAE), and buffers, stay as they are."""
+    """Cast parameters to a precision, in place; parts that the model keeps in float32 (a VAE) and buffers stay."""
     kept = tuple(f"{name}." for name in model._keep_in_fp32_modules_strict or ())
     for name, parameter in model.named_parameters():
         if not name.startswith(kept):
@@ -86,7 +89,8 @@ def complete_card(run: RunFolder) -> None:
 
 
 def read_model(checkpoint: Path, average: bool = False, frozen_towers: list[str] | None = None) -> MoTPreTrainedModel:
-    """The model of a verified checkpoint, with its weights or their average, on the CPU; what was frozen has no average."""
+    """Load the model of a verified checkpoint on the CPU, with its weights or their average; frozen ones have none."""
+    # A model without weights, with room for them.
     described = checkpoint / "pretrained"
     model_class = MODEL_CLASSES[json.loads((described / "config.json").read_text(encoding="utf-8"))["model_type"]]
     config = model_class.config_class.from_pretrained(described)
@@ -95,6 +99,8 @@ def read_model(checkpoint: Path, average: bool = False, frozen_towers: list[str]
     if (described / "generation_config.json").is_file():
         model.generation_config = model.generation_config.from_pretrained(described)
     make_room(model, "cpu")
+
+    # The weights, by the names that they were stored under.
     freeze_towers(model, frozen_towers)
     averaged = {name for name, parameter in model.named_parameters() if average and parameter.requires_grad}
     tensors = model_tensors(model).items()
@@ -103,6 +109,7 @@ def read_model(checkpoint: Path, average: bool = False, frozen_towers: list[str]
 
 
 def _manifest(run: RunFolder, step: int | None) -> dict[str, Any]:
+    """The manifest of the checkpoint that is asked for, which is verified."""
     if step is None:
         manifest, skipped = newest_intact(run)
         if manifest is None:

@@ -1,19 +1,107 @@
-"""AdamW, its parameter groups, and the learning rate as a function of the step."""
+"""From the losses of a step to an update: one loss, AdamW, the learning rate, and the updates that are left out.
+
+A model returns, for each objective, the sum of its losses (`loss_sums`); the batch alone tells how many targets there
+are. The trainer sums the counts over micro-batches and ranks first and divides once, so that the gradient does not
+depend on how the rows were split. A mean of per-batch means would weight a token by how few others stood beside it.
+"""
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from modeling_mot import MoTPreTrainedModel
+from modeling_mot import MoTConfig, MoTPreTrainedModel
 from modeling_mot.configuration_mot import SHARED
 from training.config import ConfigError, check_options, option
+from training.data.collate import count_noised, is_transfusion
+
+
+# B batch, L row length, V vocabulary
+
+# ---------------------------------------------------------------------------------------------------------- one loss
+
+DIFFUSION = "image_diffusion"
+
+
+def objective_names(config: MoTConfig) -> list[str]:
+    """The keys of a model's `loss_sums`: its modalities of tokens, then the diffusion of images where it has one."""
+    return [*config.token_modalities, *([DIFFUSION] if is_transfusion(config) else [])]
+
+
+def count_targets(batch: Mapping[str, torch.Tensor], config: MoTConfig) -> torch.Tensor:
+    """Count the targets of each objective in a batch, from the batch alone.  -> (objectives,) long
+
+    Targets of tokens are the labels, (B, L), by their modality. The labels are not shifted, so the first position of a
+    row is never a target. Targets of diffusion are the elements of the latents of images that are not clean.
+    """
+    is_target = batch["labels"][:, 1:] != -100
+    modality_ids = batch["modality_ids"][:, 1:][is_target].flatten()
+    of_modality = torch.bincount(modality_ids, minlength=len(config.modalities)).tolist()
+    counts = [of_modality[config.modalities.index(modality)] for modality in config.token_modalities]
+    if is_transfusion(config):
+        counts.append(count_noised(batch, config))
+    return torch.tensor(counts)
+
+
+def loss_scales(
+    totals: Mapping[str, int], modality_weights: Mapping[str, float] | None = None, diffusion_weight: float = 1.0
+) -> tuple[dict[str, float], float]:
+    """(the factor of each objective's loss sum, the factor of the z-loss sum) for the global `totals` of one step.
+
+    Without weights the loss of tokens is the mean over all their targets, as in Chameleon. With weights it is a
+    weighted mean, in which a modality's targets count `weight` times (1 for a modality that is not named). The mean
+    over the elements of noised latents is added `diffusion_weight` times (equation 4 of the paper). An objective
+    without any target has a factor of zero.
+    """
+    # One mean over the targets of all modalities of tokens.
+    tokens = {name: count for name, count in totals.items() if name != DIFFUSION}
+    weights = {name: (modality_weights or {}).get(name, 1.0) for name in tokens}
+    weighted_total = sum(weights[name] * count for name, count in tokens.items())
+    total = sum(tokens.values())
+    scales = {name: weight / weighted_total if weighted_total else 0.0 for name, weight in weights.items()}
+    # Beside it, the mean over the elements of noised latents.
+    if DIFFUSION in totals:
+        scales[DIFFUSION] = diffusion_weight / totals[DIFFUSION] if totals[DIFFUSION] else 0.0
+    return scales, 1 / total if total else 0.0
+
+
+def check_modality_weights(weights: Mapping[str, float] | None, modalities: Sequence[str]) -> None:
+    """Refuse weights of modalities that the model does not have, and weights that make no loss.
+
+    Raises:
+        ConfigError: the weight by name.
+    """
+    for name, weight in (weights or {}).items():
+        if name not in modalities:
+            hint = (
+                "; for images that are diffused set model.transfusion.diffusion_loss_weight" if name == "image" else ""
+            )
+            raise ConfigError(
+                f"train.modality_weights names {name!r}; modalities of tokens are {list(modalities)}{hint}"
+            )
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ConfigError(f"train.modality_weights.{name}={weight} must be a finite number of at least 0")
+    if weights and not any(weights.get(name, 1.0) for name in modalities):
+        raise ConfigError(f"train.modality_weights={dict(weights)} leave nothing to learn; make one of them positive")
+
+
+def combine(
+    loss_sums: Mapping[str, torch.Tensor], z_loss_sum: torch.Tensor | float, scales: Mapping[str, float], z_scale: float
+) -> torch.Tensor:
+    """This micro-batch's share of the step's loss, in float32."""
+    loss = sum(scales[name] * loss_sum.float() for name, loss_sum in loss_sums.items())
+    return loss + z_scale * (z_loss_sum.float() if torch.is_tensor(z_loss_sum) else z_loss_sum)
+
+
+# ----------------------------------------------------------------------------------------- AdamW and the learning rate
 
 
 @dataclass
@@ -44,9 +132,14 @@ class OptimizerConfig:
             )
 
 
+def default_warmup(steps: int) -> int:
+    """The number of warm-up steps in a run of `steps`, if the recipe leaves it open."""
+    return min(4000, steps // 10)
+
+
 def warmup_steps(config: OptimizerConfig, steps: int) -> int:
-    """Steps of warm-up in a run of `steps`."""
-    return min(4000, steps // 10) if config.warmup_steps is None else config.warmup_steps
+    """The number of warm-up steps in a run of `steps`."""
+    return default_warmup(steps) if config.warmup_steps is None else config.warmup_steps
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -67,7 +160,8 @@ def parameter_groups(
     """Two AdamW groups, with and without weight decay, each in the order of `named_parameters`."""
     kept = set(map(id, undecayed_parameters))
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed, undecayed = [], []
+    decayed = []
+    undecayed = []
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
@@ -85,27 +179,29 @@ def parameter_groups(
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, undecayed_parameters: Iterable[nn.Parameter] = ()
 ) -> torch.optim.AdamW:
-    """AdamW in its fused form where the device has one (CPU, CUDA), else the foreach form.
+    """Make AdamW, in its fused form where the device has one (CPU, CUDA), else in the foreach form.
 
     Args:
-        undecayed_parameters: those that do not decay, whatever `config` says.
+        undecayed_parameters: parameters without weight decay, whatever `config` says.
     """
     fused = {parameter.device.type for parameter in model.parameters()} <= {"cpu", "cuda"}
     groups = parameter_groups(model, config, undecayed_parameters)
     return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=fused)
 
 
+# ------------------------------------------------------------------------------------------ updates that are left out
+
 Event = Literal["not_finite", "spike", "spike_skipped"]
 
 
 class NotFiniteError(FloatingPointError):
-    """Losses or gradients were not finite for too many steps in a row, or an update left parameters that are not."""
+    """Losses or gradients were not finite for too many steps in a row, or an update left parameters not finite."""
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor], accelerator: Accelerator) -> list[str]:
-    """Names of the tensors, sharded or not, that hold NaN or infinity on any rank; every rank calls it.
+    """Names of the tensors, sharded or not, that hold NaN or infinity on any rank. Every rank calls it.
 
-    One pass over them and one wait for the device.
+    It takes one pass over the tensors and one wait for the device.
     """
     floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
     local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in floating.values())
@@ -115,26 +211,27 @@ def not_finite(tensors: Mapping[str, torch.Tensor], accelerator: Accelerator) ->
 
 
 class SpikeDetector:
-    """Tells a loss that jumps from one that wanders.
+    """Tells a loss that jumps from a loss that wanders.
 
-    A loss is a spike when it lies more than `threshold` standard deviations above the median of the last `window` losses
-    that were none; the deviation is estimated by how far their highest twentieth lies from that median (1.645 of them, for
-    a normal distribution): single jumps do not widen it, and steps that lack a modality, of which the losses then have two
-    levels, are no spikes. Losses above it one after another are one spike; when they stay there
-    for a quarter of the window, they are the new level.
+    A loss is a spike if it lies more than `threshold` standard deviations above the median of the last `window` losses
+    that were no spikes. The distance from the median to the highest twentieth of these losses estimates the deviation
+    (1.645 standard deviations for a normal distribution). Single jumps do not widen this estimate. A run in which some
+    steps lack a modality has losses on two levels, and the upper level is no spike. High losses one after another are
+    one spike; if they stay high for a quarter of the window, they are the new level.
 
     Args:
         threshold: in standard deviations; None: nothing is a spike.
-        window: losses that are remembered; nothing is a spike before a quarter of them is there.
+        window: number of losses that are remembered; the first quarter of them cannot be spikes.
     """
 
     def __init__(self, threshold: float | None, window: int = 128):
-        self.threshold, self.window = threshold, window
+        self.threshold = threshold
+        self.window = window
         self.losses: list[float] = []
         self.high_in_a_row = 0
 
     def sees(self, loss: float) -> bool:
-        """Whether this loss begins a spike; `high_in_a_row` says whether it belongs to one."""
+        """True if this loss begins a spike. A loss that belongs to a spike leaves `high_in_a_row` above zero."""
         if self._is_high(loss):
             self.high_in_a_row += 1
             if self.high_in_a_row <= self.window // 4:
@@ -155,29 +252,31 @@ class SpikeDetector:
         return {"losses": self.losses, "high_in_a_row": self.high_in_a_row}
 
     def restore(self, state: dict) -> None:
-        self.losses, self.high_in_a_row = list(state["losses"]), state["high_in_a_row"]
+        self.losses = list(state["losses"])
+        self.high_in_a_row = state["high_in_a_row"]
 
 
 class UpdateGuard:
-    """Decides from a step's loss and gradient norm, which all ranks share, whether its update is made.
+    """Decides whether a step's update is made, from the loss and the gradient norm that all ranks share.
 
-    What an update has made of the parameters shows in the next losses, or in none, where no token passes through them;
-    `wants_check` says after which steps the trainer looks at the parameters themselves. It does so before every
-    checkpoint, too.
+    A bad update shows in the next losses, unless no token passes through the parameters it has spoilt. So the trainer
+    also looks at the parameters themselves: after the steps that `wants_check` names, and before every checkpoint.
 
     Args:
-        not_finite_limit: steps in a row whose loss or gradient may be not finite; one more stops the run.
+        not_finite_limit: how many steps in a row may have a loss or gradient that is not finite; one more ends the run.
+        spike_threshold: see `SpikeDetector`.
         skip_spikes: leave out the updates of all steps of a spike.
     """
 
     def __init__(self, not_finite_limit: int, spike_threshold: float | None, skip_spikes: bool):
-        self.not_finite_limit, self.skip_spikes = not_finite_limit, skip_spikes
+        self.not_finite_limit = not_finite_limit
+        self.skip_spikes = skip_spikes
         self.spikes = SpikeDetector(spike_threshold)
         self.skipped = 0
         self.not_finite_in_a_row = 0
 
     def judge(self, loss: float, grad_norm: float) -> tuple[bool, Event | None]:
-        """(whether to update, what there is to tell)."""
+        """(true if the update is to be made, the event to report)."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.skipped += 1
             self.not_finite_in_a_row += 1
@@ -191,29 +290,36 @@ class UpdateGuard:
         return True, "spike" if begins else None
 
     def wants_check(self, step: int) -> bool:
-        """Whether to look at the parameters after this step: where a loss begins to be no number, and every 100 steps."""
+        """True if the parameters are to be looked at after this step: a first loss that is no number, or each 100th."""
         return self.not_finite_in_a_row == 1 or step % 100 == 0
 
     @property
     def gives_up(self) -> bool:
+        """True if too many steps in a row were not finite."""
         return self.not_finite_in_a_row > self.not_finite_limit
 
     def state(self) -> dict:
         """JSON values with which a resumed run judges alike."""
         return {
-            "skipped": self.skipped, "not_finite_in_a_row": self.not_finite_in_a_row, "spikes": self.spikes.state()
-        }  # fmt: skip
+            "skipped": self.skipped,
+            "not_finite_in_a_row": self.not_finite_in_a_row,
+            "spikes": self.spikes.state(),
+        }
 
     def restore(self, state: dict) -> None:
-        self.skipped, self.not_finite_in_a_row = state["skipped"], state["not_finite_in_a_row"]
+        self.skipped = state["skipped"]
+        self.not_finite_in_a_row = state["not_finite_in_a_row"]
         self.spikes.restore(state["spikes"])
 
 
+# ----------------------------------------------------------------- parameters that are kept, and their moving average
+
+
 def freeze_towers(model: MoTPreTrainedModel, towers: list[str] | None) -> None:
-    """Parameters of these towers get no gradient, in place; before the model is sharded.
+    """Let the parameters of these towers get no gradient, in place; before the model is sharded.
 
     Args:
-        towers: of `model.config.tower_names`, or `shared`, for the parts that towers have in common.
+        towers: of `model.config.tower_names`, or `shared` for the parts that towers have in common.
 
     Raises:
         ConfigError: no such tower, or nothing would be left to train in the layers.
@@ -233,14 +339,14 @@ def _parts(model: MoTPreTrainedModel) -> set[str]:
 
 
 class HeldRows:
-    """The first rows of embeddings and output layer keep their values, where `parameters` do not decay.
+    """Keeps the first rows of embeddings and output layer at their values; the optimizer must not decay `parameters`.
 
     Args:
-        model: on its device, and sharded where it is to be.
-        count: how many; None: none.
+        model: on its device, and already sharded if it is to be.
+        count: how many rows; None: none.
 
     Raises:
-        ConfigError: more than there are.
+        ConfigError: `count` is more than the model's rows.
     """
 
     def __init__(self, model: MoTPreTrainedModel, count: int | None):
@@ -254,7 +360,7 @@ class HeldRows:
         self._masks: dict[int, torch.Tensor] = {}
 
     def clear_gradients(self) -> None:
-        """Set the gradient of the held rows to zero, before norms are taken of it."""
+        """Set the gradients of the held rows to zero, before any gradient norm is taken."""
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(self._mask(parameter))
@@ -268,3 +374,18 @@ class HeldRows:
                 mask = distribute_tensor(mask, parameter.device_mesh, parameter.placements, src_data_rank=None)
             self._masks[id(parameter)] = mask
         return self._masks[id(parameter)]
+
+
+@contextmanager
+def averaged(parameters: Iterable[nn.Parameter], average: EMAModel | None) -> Iterator[None]:
+    """Give the parameters their moving average until the block ends; without an average nothing changes."""
+    if average is None:
+        yield
+        return
+    parameters = list(parameters)
+    average.store(parameters)
+    average.copy_to(parameters)
+    try:
+        yield
+    finally:
+        average.restore(parameters)

@@ -1,11 +1,11 @@
-"""Tokenise the data of a recipe ahead of a run, which then finds it.
+"""Tokenise the data of a recipe ahead of a run, which then finds the tokens.
 
     python -m training.prepare [CONFIG.yaml] [key=value ...] [--workers N]
     ... --verify      also hash every file of what is prepared
     ... --help        this text
 
-Keys are those of training/train.py. What is prepared is kept under data.cache_dir, for training and for held-out sources.
-It may be interrupted at any moment: what is finished is kept, and the same command goes on from there. --workers
+Keys are those of training/train.py. The tokens of training and held-out sources are kept under data.cache_dir. The
+command may be interrupted at any moment: finished parts are kept, and the same command goes on from there. --workers
 (default: one for each core) are processes that each tokenise one shard, or one range of records, at a time.
 """
 
@@ -21,7 +21,7 @@ from training.train import load_recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 a storage or a process that failed, 2 a request or data that cannot be used, 130 interrupted."""
+    """Exit code: 0 done, 1 a storage or process failed, 2 a request or data that cannot be used, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m training.prepare",
         description=__doc__,
@@ -49,26 +49,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def prepare_recipe(recipe: Recipe, workers: int = 1, verify: bool = False) -> None:
-    """Tokenise all sources of a recipe, or find them, and print what there is.
+    """Tokenise all sources of a recipe, or find their tokens, and print the result.
 
     Args:
-        workers: processes that tokenise.
+        workers: number of processes that tokenise.
         verify: hash every file.
 
     Raises:
         ConfigError: as `training.data.rows.prepare_rows`, or a file that is not as it was written.
     """
-    # Later than what is refused at once.
+    # Imported here, after the words have been looked at: torch and its kin take seconds to load.
     from training.data import RowStream
     from training.data.rows import prepare_sources
-    from training.model.building import load_initial
-    from training.model.fitting import plan_model
+    from training.model.building import load_initial, plan_model
 
     begin = time.perf_counter()
-    _, processor, vae = plan_model(recipe.model, recipe.data, load_initial(recipe.model))
+    planned = plan_model(recipe.model, recipe.data, load_initial(recipe.model))
+    data = planned.data
     try:
         training, held_out = (
-            prepare_sources(recipe.data, processor, workers, validation, vae, progress=True)
+            prepare_sources(data, planned.processor, workers, validation, planned.vae, progress=True)
             for validation in (False, True)
         )
         for kind, sources in (("training", training), ("held out", held_out)):
@@ -81,17 +81,15 @@ def prepare_recipe(recipe: Recipe, workers: int = 1, verify: bool = False) -> No
                 )
                 for line in source.left_out.lines():
                     print(f"{'':10}left out: {line}")
-        report = RowStream(recipe.data, training).report()
+        report = RowStream(data, training).report()
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
     except OSError as error:
-        raise ConfigError(
-            f"data: {error}; what is prepared is kept in data.cache_dir={recipe.data.cache_path}"
-        ) from error
+        raise ConfigError(f"data: {error}; what is prepared is kept in data.cache_dir={data.cache_path}") from error
     print(
         f"a row holds {report['row_length']} tokens and is filled to {report['fill_rate']:.2%} on average, the rest is "
         f"padding; {report['block_documents']:,} documents make about {report['rows_per_block']:,.0f} rows\n"
-        f"ready after {time.perf_counter() - begin:.1f} s in {recipe.data.cache_path}"
+        f"ready after {time.perf_counter() - begin:.1f} s in {data.cache_path}"
     )
 
 

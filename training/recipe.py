@@ -1,21 +1,27 @@
-"""A recipe: the sections of one YAML file, and how they are listed."""
+"""A recipe: the sections of one YAML file, their checks, and the list of their keys.
 
+`data` is described in training/data/config.py, `optimizer` in training/optimization.py, the other sections here.
+"""
+
+import difflib
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from modeling_mot import (
-    MoTConfig,
-)
+from modeling_mot import MoTConfig, MoTProcessor, MoTTransfusionConfig
 from modeling_mot.configuration_presets import VARIANTS
+from modeling_mot.decoding_pictures import DiffusionSettings
 from training.config import ConfigError, check_options, describe, option
-from training.data.config import DataConfig
+from training.data.config import DataConfig, Segment, SourceConfig
+from training.data.reading.sources import open_source
+from training.data.reading.values import text_of
 from training.optimization import OptimizerConfig, warmup_steps
 
 
 @dataclass
 class TransfusionModelConfig:
-    """What a Transfusion model adds. Fields left at null are MoTTransfusionConfig's own defaults."""
+    """The fields that a Transfusion model adds. A field left at null has MoTTransfusionConfig's default."""
 
     vae: str = option("carried", "frozen autoencoder of images: carried, a diffusers folder or a name on the Hub")
     image_size: list[int] = option(
@@ -63,8 +69,11 @@ _VARIANT = Literal[VARIANTS]
 
 @dataclass
 class ModelConfig:
-    """Which model is trained. Sizes left at null come from the preset, or are MoTConfig's own defaults; where all are,
-    they follow from the machine and the data (training/model/fitting.py)."""
+    """The model that is trained.
+
+    Sizes left at null come from the preset, or are MoTConfig's defaults; if all are null, they follow from the machine
+    and the data (training/model/costs.py).
+    """
 
     variant: _VARIANT = option("mot", "which modalities share weights and which towers hold experts")
     preset: str | None = option(None, "a row of the paper's tables, such as chameleon-37m; null: the sizes below")
@@ -114,14 +123,14 @@ class ModelConfig:
             raise ConfigError(f"model.preset={self.preset!r} and model.init_from={self.init_from!r} exclude each other")
         if self.modalities is not None and (self.init_from is not None or self.transfusion is not None):
             raise ConfigError(
-                f"model.modalities={self.modalities} are of a new model of tokens; leave them out with model.init_from and "
-                "model.transfusion, which have their own"
+                f"model.modalities={self.modalities} are of a new model of tokens; leave them out with model.init_from "
+                "and model.transfusion, which have their own"
             )
 
 
 @dataclass
 class TrainConfig:
-    """Length, batch, precision and bookkeeping of a run."""
+    """The length, batch, precision and bookkeeping of a run."""
 
     steps: int = option(1000, "updates of the parameters", ge=1)
     rows: int = option(8, "rows in a micro-batch of one process", ge=1)
@@ -138,7 +147,7 @@ class TrainConfig:
     )
     frozen_vocabulary: int | None = option(
         None,
-        "first rows of the embeddings and of the output layer that keep their values, such as a text model's; null: none",
+        "first rows of embeddings and output layer that keep their values, such as a text model's; null: none",
         ge=1,
     )
     ema_decay: float | None = option(
@@ -150,7 +159,7 @@ class TrainConfig:
     output_dir: str = option("runs/default", "folder of everything the run writes")
     resume: bool | Literal["auto"] = option(
         False,
-        "go on from the newest intact checkpoint in output_dir; auto: or begin, where there is none; true: or stop there",
+        "go on from the newest intact checkpoint in output_dir; without one, auto: begin anew; true: stop",
     )
     resume_despite: list[str] = option(
         factory=list, doc="keys that may differ from those the checkpoint was made with, or data for the data"
@@ -193,7 +202,7 @@ class TrainConfig:
 
 @dataclass
 class EvaluationConfig:
-    """When and on how much the held-out losses are measured."""
+    """When, and on how many rows, the held-out losses are measured."""
 
     every: int = option(0, "steps between evaluations; 0: only at the end", ge=0)
     rows: int = option(32, "most rows of each direction", ge=0)
@@ -205,7 +214,7 @@ class EvaluationConfig:
 
 @dataclass
 class SamplesConfig:
-    """What is drawn, read and spoken at the end of a run, and how."""
+    """The samples at the end of a run: how many are drawn, read and spoken, and how."""
 
     enabled: bool = option(True, "make samples, the sheet and the nearest-neighbour measure at the end")
     measured: int | None = option(None, "held-in names that are drawn and measured; null: all the run trained on", ge=1)
@@ -253,8 +262,8 @@ class Recipe:
         self.optimizer.warmup_steps = warmup_steps(self.optimizer, self.train.steps)
         if self.optimizer.warmup_steps > self.train.steps:
             raise ConfigError(
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than train.steps={self.train.steps}: the "
-                "peak learning rate would not be reached; set optimizer.warmup_steps=null for a tenth of the run"
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than train.steps={self.train.steps}: "
+                "the peak learning rate would not be reached; set optimizer.warmup_steps=null for a tenth of the run"
             )
 
 
@@ -269,3 +278,76 @@ def list_keys() -> str:
         lines.append(f"  {key} ({kind}; {default})")
         lines.extend(textwrap.wrap(doc, 112, initial_indent="      ", subsequent_indent="      "))
     return "\n".join(lines).lstrip("\n")
+
+
+# ------------------------------------------------------------------ the samples that data, processor and model can give
+
+EDIT_KINDS = ["image", "text", "image"]
+
+
+def check_subjects(data: DataConfig, config: SamplesConfig) -> None:
+    """Refuse to start a run whose samples could not be made from its data."""
+    found = [pair_of(data.sources, "image"), pair_of(data.sources, "audio"), text_of_sources(data.sources)]
+    if config.enabled and not any(found) and not any(map(has_edits, data.sources)):
+        raise ConfigError(
+            "samples.enabled=true, but no source has a template of a text and an image, a text and a sound, an image, "
+            "a text and an image, or a text alone to ask for; set samples.enabled=false"
+        )
+    if config.enabled and config.held_out_names is not None:
+        pair = pair_of(data.validation_sources, "image")
+        names = [name.strip() for name in texts_of(*pair[:2])] if pair is not None else []
+        if missing := [name for name in config.held_out_names if name not in names]:
+            near = difflib.get_close_matches(missing[0], names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"samples.held_out_names has {missing[0]!r}, which no held-out picture is called{hint}")
+
+
+def check_decoder(processor: MoTProcessor, config: SamplesConfig) -> None:
+    """Refuse to start a run that is to draw pictures with a processor that cannot decode them."""
+    tokenizer = processor.image_tokenizer
+    if config.enabled and tokenizer is not None and not tokenizer.can_decode:
+        raise ConfigError(
+            "samples.enabled=true, but the processor's image tokenizer has no decoder, so no picture can be shown; set "
+            "samples.enabled=false, or convert the checkpoint again with the weights of one (--image-decoder)"
+        )
+
+
+def check_diffusion(planned: MoTConfig, config: SamplesConfig) -> None:
+    """Refuse to start a run whose pictures could not be diffused as its samples ask for."""
+    if not (config.enabled and isinstance(planned, MoTTransfusionConfig)):
+        return
+    names = ("guidance_scale", "num_inference_steps", "scheduler")
+    try:
+        DiffusionSettings(**{name: getattr(config, name) for name in names}).validate(planned)
+    except ValueError as error:
+        raise ConfigError(f"samples: {error}") from error
+
+
+def pair_of(sources: list[SourceConfig], kind: str) -> tuple[SourceConfig, Segment, Segment] | None:
+    """The first source with a template of one text and one segment of `kind`: (source, text, other segment)."""
+    for source in sources:
+        for template in source.templates:
+            segments = template.parsed
+            if sorted(segment.type for segment in segments) == sorted(["text", kind]):
+                text, other = sorted(segments, key=lambda segment: segment.type != "text")
+                return source, text, other
+    return None
+
+
+def text_of_sources(sources: list[SourceConfig]) -> tuple[SourceConfig, Segment] | None:
+    """The first source with a template of text alone."""
+    for source in sources:
+        for template in source.templates:
+            if [segment.type for segment in template.parsed] == ["text"]:
+                return source, template.parsed[0]
+    return None
+
+
+def has_edits(source: SourceConfig) -> bool:
+    """True if a template of the source is a picture, a text and a picture."""
+    return any([segment.type for segment in template.parsed] == EDIT_KINDS for template in source.templates)
+
+
+def texts_of(source: SourceConfig, text: Segment) -> Iterator[str]:
+    """The texts of a segment, one for each record of the source."""
+    return open_source(source).each(lambda record: text_of(text, record))

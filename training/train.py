@@ -25,8 +25,8 @@ from pathlib import Path
 
 
 if __package__ in (None, ""):
-    # Run as a file: the project is the folder above, and this folder, whose `tokenizers` and `data` would stand before
-    # the packages of those names, leaves the path.
+    # Run as a file: the project is the folder above. This folder leaves the path, or its `tokenizers` and `data` would
+    # hide the packages of these names.
     _here = Path(__file__).resolve().parent
     sys.path[:] = [str(_here.parent), *(p for p in sys.path if p and Path(p).resolve() != _here)]
 
@@ -36,8 +36,8 @@ from training.run_files.folder import RunLock
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "emoji.yaml"
 
-_METRICS_HELP = """metrics.jsonl, one object a step: step, loss, loss_<modality>, tokens_<modality> (targets), where images
-are diffused loss_image_diffusion and elements_image_diffusion (of latents), grad_norm (before clipping), lr,
+_METRICS_HELP = """metrics.jsonl, one object a step: step, loss, loss_<modality>, tokens_<modality> (targets), where
+images are diffused loss_image_diffusion and elements_image_diffusion (of latents), grad_norm (before clipping), lr,
 tokens_per_second (positions that are not padding, over the whole step), mfu, step_seconds, data_seconds. mfu is 3 x
 forward FLOPs over the peak of the device: its data sheet's where it is known, else, and on every CPU, the fastest of a
 few square matrix products timed at the start. Held-out losses are rows of eval/... keys."""
@@ -74,8 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def load_recipe(words: Sequence[str]):
-    """The Recipe that the words of a command line ask for."""
-    # Here, after words and folder have been looked at, because torch and its kin take seconds to load.
+    """Make the Recipe that the words of a command line ask for."""
+    # Imported here, after words and folder have been looked at: torch and its kin take seconds to load.
     from training.recipe import Recipe
 
     path, keys, _ = split_words(words)
@@ -91,13 +91,15 @@ def split_words(words: Sequence[str]) -> tuple[str | Path, list[str], set[str]]:
     for word in paths:
         if word.startswith("-"):
             raise ConfigError(f"unknown option {word}; the options are --help and --print-config, keys are key=value")
+        if Path(word).suffix not in (".yaml", ".yml") and not Path(word).is_file():
+            raise ConfigError(f"{word!r} is neither a configuration file (.yaml) nor key=value")
     if len(paths) > 1:
         raise ConfigError(f"more than one configuration file: {', '.join(paths)}; give one, then key=value")
     return paths[0] if paths else DEFAULT_CONFIG, keys, options
 
 
 def refuse_held_folder(path: str | Path, keys: Sequence[str]) -> None:
-    """Refuse a folder that another trainer writes to, before anything is loaded; the run itself takes the lock later."""
+    """Refuse a folder that another trainer writes to, before anything is loaded; the run takes the lock later."""
     train = override(read_yaml(path), keys).get("train")
     folder = train.get("output_dir") if isinstance(train, dict) else None
     if isinstance(folder, str) and os.environ.get("RANK", "0") == "0":

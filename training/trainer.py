@@ -2,9 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from signal import SIGTERM
 from typing import Any
 
@@ -12,28 +11,32 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from diffusers.training_utils import EMAModel
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm.auto import tqdm
 
-from modeling_mot import MoTPreTrainedModel, MoTProcessor
+from modeling_mot import MoTPreTrainedModel
 from training.data.collate import seed_of
 from training.data.stream import StepBatches
-from training.model.flops import training_flops
-from training.objectives import check_modality_weights, combine, count_targets, loss_scales, objective_names
-from training.optimization import HeldRows, NotFiniteError, OptimizerConfig, UpdateGuard, learning_rate, not_finite
-from training.recipe import TrainConfig
-from training.run_files.checkpoints import (
-    Checkpointer,
-    SaveError,
-    load_state,
-    optimizer_scalars,
-    state_tensors,
-    write_description,
+from training.optimization import (
+    HeldRows,
+    NotFiniteError,
+    OptimizerConfig,
+    UpdateGuard,
+    averaged,
+    build_optimizer,
+    check_modality_weights,
+    combine,
+    count_targets,
+    learning_rate,
+    loss_scales,
+    not_finite,
+    objective_names,
 )
-from training.run_files.folder import RunFolder
-from training.run_files.metrics import MetricsLog, Trackers, count_key
-from training.world.devices import StepProfiler, peak_memory
-from training.world.processes import Interrupted, StopSignal, accumulating, is_sharding, resharded, whole
+from training.recipe import TrainConfig
+from training.run_files.checkpoints import Checkpointer, SaveError, load_state, optimizer_scalars, state_tensors
+from training.run_files.metrics import Metrics
+from training.world import Interrupted, StepProfiler, StopSignal, is_sharding, resharded
 
 
 # B batch, L row length
@@ -45,71 +48,74 @@ BAR = "{n_fmt}/{total_fmt} {remaining} left{postfix} {bar}"
 
 
 class Trainer:
-    """Trains `model` on `batches`; owns the optimizer's steps, the metrics file and the checkpoints.
+    """Trains `model` on `batches`: takes the steps, and decides when to evaluate, to save and to end.
 
     Args:
         accelerator: devices and precision.
-        model, processor: they are saved together. The model is on its device, and sharded where the accelerator shards;
-            any other is prepared here.
-        optimizer: over the model's parameters.
-        batches: a StepBatches.
-        peak_flops: the FLOP/s that `mfu` is a share of.
-        evaluate: called with the model and with `stops`, every `evaluate_every` steps and at the end (0: only at the
-            end); returns `eval/...` figures, which are logged, or None when `stops()` became true.
-        describe: JSON values for the manifests of checkpoints (configuration, data, world).
+        model: on its device, and already sharded if the accelerator shards; else it is prepared here.
+        batches: the micro-batches of each step.
+        checkpointer: writes the checkpoints, into the folder of the run.
+        metrics: writes the rows of steps and evaluations.
+        evaluate: called as `evaluate(model, stops=stops)`, every `evaluate_every` steps and at the end (0: only at the
+            end); returns `eval/...` figures, which are logged, or None if `stops()` became true.
+        stop_signal: a signal that has come ends the run after the step.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
         model: MoTPreTrainedModel,
-        processor: MoTProcessor,
-        optimizer: torch.optim.Optimizer,
         batches: StepBatches,
         config: TrainConfig,
         optimizer_config: OptimizerConfig,
-        run: RunFolder,
+        checkpointer: Checkpointer,
+        metrics: Metrics,
         *,
-        peak_flops: float,
-        evaluate: Callable[[MoTPreTrainedModel, Callable[[], bool]], dict[str, float] | None] | None = None,
+        evaluate: Callable[..., dict[str, float] | None] | None = None,
         evaluate_every: int = 0,
         stop_signal: StopSignal | None = None,
-        describe: Mapping[str, Any] | None = None,
     ):
         check_modality_weights(config.modality_weights, model.config.token_modalities)
-        self.accelerator, self.processor, self.batches = accelerator, processor, batches
-        self.config, self.optimizer_config, self.run = config, optimizer_config, run
-        self.peak_flops, self.evaluate, self.evaluate_every = peak_flops, evaluate, evaluate_every
-        self.stop_signal, self.describe = stop_signal or StopSignal(), dict(describe or {})
-        self.raw_model, self.raw_optimizer = model, optimizer
-        if is_sharding(accelerator):
-            self.model, self.optimizer = model, accelerator.prepare_optimizer(optimizer)
+        self.accelerator = accelerator
+        self.batches = batches
+        self.config = config
+        self.optimizer_config = optimizer_config
+        self.checkpointer = checkpointer
+        self.run = checkpointer.run
+        self.metrics = metrics
+        self.evaluate = evaluate
+        self.evaluate_every = evaluate_every
+        self.stop_signal = stop_signal or StopSignal()
+
+        # The model, its parameters and what updates them; as they are, and as the accelerator wraps them.
+        self.raw_model = model
+        self.held_rows = HeldRows(model, config.frozen_vocabulary)
+        self.raw_optimizer = optimizer = build_optimizer(model, optimizer_config, self.held_rows.parameters)
+        self.is_sharded = is_sharding(accelerator)
+        if self.is_sharded:
+            self.model = model
+            self.optimizer = accelerator.prepare_optimizer(optimizer)
         else:
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.modalities, self.objectives = list(model.config.modalities), objective_names(model.config)
-        self.diffusion_weight = getattr(model.config, "diffusion_loss_weight", 1.0)
         self.trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.of_tower = parameters_by_tower(self.trained, model.config.tower_names)
-        self.held_rows = HeldRows(model, config.frozen_vocabulary)
         self.ema = None
         if config.ema_decay is not None:
             # Torch has no grouped copy of sharded tensors.
-            self.ema = EMAModel(self.trained.values(), decay=config.ema_decay, foreach=not is_sharding(accelerator))
+            self.ema = EMAModel(self.trained.values(), decay=config.ema_decay, foreach=not self.is_sharded)
+        self.guard = UpdateGuard(config.not_finite_limit, config.spike_threshold, config.skip_spikes)
+
+        # What a step counts.
+        self.modalities = list(model.config.modalities)
+        self.objectives = objective_names(model.config)
+        self.diffusion_weight = getattr(model.config, "diffusion_loss_weight", 1.0)
+
+        # Where the run stands.
         self.step = 0
         self.saved_step: int | None = None
         self.evaluated_step: int | None = None
         self.save_failed = False
-        self.guard = UpdateGuard(config.not_finite_limit, config.spike_threshold, config.skip_spikes)
-        self.checkpointer = Checkpointer(
-            run,
-            accelerator.num_processes,
-            accelerator.process_index,
-            config.keep_checkpoints,
-            config.save_asynchronously,
-        )
-        self.log = MetricsLog(run.metrics) if accelerator.is_main_process else None
-        self.trackers = Trackers(accelerator)
-        self.profiler = StepProfiler(run.profiles)
+        self.profiler = StepProfiler(self.run.profiles)
         self.checkpoint_seconds = 0.0
 
     # --------------------------------------------------------------------------------------------------- one step
@@ -119,15 +125,18 @@ class Trainer:
 
         Without micro-batches, on any rank, nothing is computed and `stalled` is true in what all of them return.
         """
-        counts = self.count(micro_batches)  # over all ranks and micro-batches, before any backward
+        # Count the targets of all ranks and micro-batches before any backward: each sum is divided by them.
+        counts = self.count(micro_batches)
         if counts["stalled"]:
             return counts
         targets = dict(zip(self.objectives, counts["targets"], strict=True))
         scales, z_scale = loss_scales(targets, self.config.modality_weights, self.diffusion_weight)
+
+        # The gradients, and the losses that they are of.
         sums = torch.zeros(len(self.objectives) + 2, device=self.accelerator.device)
         for index, batch in enumerate(micro_batches):
             self.seed_forward(index)
-            with accumulating(self.accelerator, self.model, is_last=index == len(micro_batches) - 1):
+            with self.accumulating(is_last=index == len(micro_batches) - 1):
                 batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
                 with self.accelerator.autocast():
                     output = self.model(**batch, use_cache=False, skip_logits=True)
@@ -137,6 +146,8 @@ class Trainer:
             sums[:-1] += torch.stack([part.detach().float() for part in parts])
         sums[-1] = self.stop_signal.number  # one that has come since the count ends the run after this step
         *objective_sums, loss, signals = self.accelerator.reduce(sums).tolist()
+
+        # The update, unless loss or gradient forbid it.
         self.held_rows.clear_gradients()
         norm, norms = self.gradient_norms()
         updates, event = self.guard.judge(loss, norm.item())
@@ -151,21 +162,26 @@ class Trainer:
                 self.ema.step(self.trained.values())
         self.optimizer.zero_grad()
         self.step += 1
+
         means = {o: s / n if n else None for (o, n), s in zip(targets.items(), objective_sums, strict=True)}
         figures = {"loss": loss, "means": means, "targets": targets, "grad_norm": norm.item(), "grad_norms": norms}
-        return {**counts, **figures, "lr": lr, "event": event, "stop": counts["stop"] or signals > 0}
+        guarded = {"event": event, "skipped": self.guard.skipped}
+        stop = counts["stop"] or signals > 0
+        return {**counts, **figures, **guarded, "step": self.step, "lr": lr, "stop": stop}
 
     def count(self, micro_batches: list[dict] | None) -> dict:
-        """Targets by objective, positions by modality and those that are not padding, and the signal seen by any rank."""
-        first, number = len(self.objectives), len(self.modalities)
+        """Count targets by objective, positions by modality, positions without padding, and signals, over all ranks."""
+        first = len(self.objectives)
+        number = len(self.modalities)
         local = torch.zeros(first + number + 3, dtype=torch.long)
         for batch in micro_batches or []:
             local[:first] += count_targets(batch, self.raw_model.config)
             local[first:-3] += torch.bincount(batch["modality_ids"].flatten(), minlength=number)
             local[-3] += (batch["document_ids"] >= 0).sum()
-        local[-2], local[-1] = self.stop_signal.number, micro_batches is None
+        local[-2] = self.stop_signal.number
+        local[-1] = micro_batches is None
         total = self.accelerator.reduce(local.to(self.accelerator.device)).tolist()
-        # Only what was reduced may decide: a signal that has come meanwhile is known to this rank alone.
+        # Only the reduced number may decide: a signal that has come meanwhile is known to this rank alone.
         stop = total[-2] > 0
         if total[-1]:
             return {"stop": stop, "stalled": True}
@@ -174,14 +190,25 @@ class Trainer:
         counts = {"targets": total[:first], "positions": positions, "tokens": total[-3]}
         return {**counts, "row_length": row_length, "stop": stop, "stalled": False}
 
+    def accumulating(self, is_last: bool) -> AbstractContextManager:
+        """The context of a micro-batch's backward; gradients are summed over ranks with the last one of a step.
+
+        Gradients of sharded models are scattered in each micro-batch, or every rank would hold all of them until the
+        last; only the sum over the groups of a hybrid mesh waits for it.
+        """
+        if self.is_sharded:
+            self.model.set_requires_all_reduce(is_last)
+            return nullcontext()
+        return nullcontext() if is_last else self.accelerator.no_sync(self.model)
+
     def gradient_norms(self) -> tuple[torch.Tensor, dict[str, float]]:
-        """The norm of the whole gradient, and by tower, over all ranks."""
+        """The norm of the whole gradient and of each tower's, over all ranks."""
         gradients = [[p.grad for p in parameters if p.grad is not None] for parameters in self.of_tower.values()]
         norms = torch.stack([whole(get_total_norm(of_tower)) for of_tower in gradients])
         return torch.linalg.vector_norm(norms), dict(zip(self.of_tower, norms.tolist(), strict=True))
 
     def seed_forward(self, micro_batch: int) -> None:
-        """Dropout is a function of (seed, step, micro-batch, rank), so that a resumed run draws the same."""
+        """Make dropout a function of (seed, step, micro-batch, rank), so that a resumed run draws the same."""
         words = f"{self.config.seed}/{self.step}/{micro_batch}/{self.accelerator.process_index}"
         torch.manual_seed(seed_of(words))
 
@@ -194,11 +221,14 @@ class Trainer:
             Interrupted: after the step in which a signal came; a checkpoint has been written, unless `save_failed`.
             NotFiniteError: see `UpdateGuard`; likewise.
         """
+        # A run that goes on makes up for an evaluation that a signal prevented.
+        if self.evaluation_is_due() and self.evaluated_step != self.step:
+            self.run_evaluation()
+
+        # The steps.
         bar_is_off = not (self.accelerator.is_main_process and self.config.progress_bar)
         bar = tqdm(total=self.config.steps, initial=self.step, disable=bar_is_off, bar_format=BAR)
         batches = self.batches.from_step(self.step, self.config.steps, lambda: bool(self.stop_signal.number))
-        if self.evaluation_is_due() and self.evaluated_step != self.step:
-            self.run_evaluation()  # that a signal prevented
         begin = time.perf_counter()
         with bar:
             for micro_batches in batches:
@@ -206,19 +236,24 @@ class Trainer:
                 with self.profiler.step(self.stop_signal):
                     figures = self.train_step(micro_batches)
                 if not figures["stalled"]:
-                    row = self.row(figures, time.perf_counter() - begin, data_seconds)
+                    seconds = time.perf_counter() - begin
+                    row = self.metrics.step_row(figures, seconds, data_seconds, self.checkpoint_seconds)
+                    self.checkpoint_seconds = 0.0
                     # Before anything is saved: a run that is killed here must not resume past a row it never wrote.
-                    self.write(row)
+                    self.metrics.write(row)
                     bar.set_postfix_str(_postfix(row, self.objectives), refresh=False)
                     bar.update()
                 self.after_step(figures)
                 begin = time.perf_counter()
+
+        # The end.
         if self.evaluate is not None:
             self.run_evaluation()
         self.save(wait=True)
 
     def after_step(self, figures: dict) -> None:
-        """Evaluate and save where it is due; end where a signal asks for it, or losses or parameters that are not finite."""
+        """Evaluate and save if that is due; end if a signal asks for it, or if losses or parameters are not finite."""
+        # What ends the run.
         alone = self.accelerator.num_processes == 1
         if self.stop_signal.number if alone else figures["stop"]:
             self.interrupt()
@@ -231,6 +266,8 @@ class Trainer:
                 f"{self.step} (loss {figures['loss']}, gradient norm {figures['grad_norm']}); the parameters are those "
                 "before them. Lower optimizer.lr, or train with train.precision=float32"
             )
+
+        # What is due, unless `fit` is about to do it.
         if self.step == self.config.steps:
             return
         if self.evaluation_is_due():
@@ -242,35 +279,36 @@ class Trainer:
         self.note_failed_save()
 
     def refuse_not_finite(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Every rank calls it.
+        """Refuse values that no later update can mend; they get into no checkpoint. Every rank calls it.
 
         Raises:
-            NotFiniteError: an update has left values that no later one can mend. They are in no checkpoint.
+            NotFiniteError: naming them.
         """
         if not (names := not_finite(tensors, self.accelerator)):
             return
         self.note_failed_save(wait=True)
         steps = self.run.saved_steps()
         kept = f"the checkpoint of step {steps[-1]} is the newest" if steps else "there is no checkpoint"
+        named = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
         raise NotFiniteError(
-            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} hold values that are not finite after "
-            f"step {self.step}. Nothing was saved of them; {kept}. Lower optimizer.lr or optimizer.weight_decay, set "
-            "optimizer.clip_norm, or train with train.precision=float32"
+            f"{named} hold values that are not finite after step {self.step}. Nothing was saved of them; {kept}. Lower "
+            "optimizer.lr or optimizer.weight_decay, set optimizer.clip_norm, or train with train.precision=float32"
         )
 
     def stops(self) -> bool:
-        """Whether any rank has had a signal; every rank calls it."""
+        """True if any rank has had a signal. Every rank calls it."""
         number = self.stop_signal.number
         if self.accelerator.num_processes > 1:
             number = self.accelerator.reduce(torch.tensor([number], device=self.accelerator.device)).item()
         return number > 0
 
     def interrupt(self) -> None:
+        """Save, then raise Interrupted."""
         self.save(wait=True)
         raise Interrupted(self.stop_signal.number or SIGTERM)
 
     def evaluation_is_due(self) -> bool:
-        """Whether the present step, not the last, is one to evaluate after."""
+        """True if the model is to be evaluated after the present step, which is not the last."""
         every = self.evaluate_every if self.evaluate is not None else 0
         return bool(every) and 0 < self.step < self.config.steps and self.step % every == 0
 
@@ -278,78 +316,39 @@ class Trainer:
         """Evaluate, log `eval/...` and return it.
 
         Raises:
-            Interrupted: a signal cut it short; a checkpoint has been written, from which it is made up for.
+            Interrupted: a signal cut it short. The run that goes on from the checkpoint makes up for it.
         """
         self.model.eval()
-        with torch.no_grad(), resharded(self.raw_model), self.averaged():
-            figures = self.evaluate(self.raw_model, self.stops)
+        with torch.no_grad(), resharded(self.raw_model), averaged(self.trained.values(), self.ema):
+            figures = self.evaluate(self.raw_model, stops=self.stops)
         self.model.train()
         if figures is None:
             self.interrupt()
-        self.write({"step": self.step, **figures})
+        self.metrics.write({"step": self.step, **figures})
         self.evaluated_step = self.step
         return figures
-
-    def write(self, row: dict) -> None:
-        if self.accelerator.is_main_process:
-            self.log.append(row)
-            self.trackers.log(row, self.step)
-
-    def row(self, figures: dict, seconds: float, data_seconds: float) -> dict:
-        """The metrics of one step; training/run_files/metrics.py says what they mean."""
-        flops = training_flops(self.raw_model.config, figures["positions"], figures["row_length"])
-        peak = self.peak_flops * self.accelerator.num_processes
-        saving, self.checkpoint_seconds = self.checkpoint_seconds, 0.0
-        return {
-            "step": self.step,
-            "loss": figures["loss"],
-            **{f"loss_{name}": mean for name, mean in figures["means"].items()},
-            **{count_key(name): count for name, count in figures["targets"].items()},
-            "grad_norm": figures["grad_norm"],
-            **{f"grad_norm_{tower}": norm for tower, norm in figures["grad_norms"].items()},
-            "lr": figures["lr"],
-            "tokens_per_second": figures["tokens"] / seconds,
-            "flops": flops,
-            "mfu": flops / (seconds * peak),
-            "step_seconds": seconds,
-            "data_seconds": data_seconds,
-            "checkpoint_seconds": saving,
-            "memory_bytes": peak_memory(self.accelerator.device),
-            "skipped_steps": self.guard.skipped,
-            "event": figures["event"],
-        }
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def save(self, wait: bool = False) -> None:
-        """Write a checkpoint of the present step, if there is none; with `wait` it is on the disk afterwards.
+        """Write a checkpoint of the present step, unless there is one; with `wait` it is on the disk afterwards.
 
-        Where it cannot be written, `save_failed` becomes true, the earlier ones stay, and the run goes on.
+        If it cannot be written, `save_failed` becomes true, the earlier checkpoints stay, and the run goes on.
 
         Raises:
-            NotFiniteError: there is something in it that is not finite; nothing is written then.
+            NotFiniteError: the model, its average or the optimizer is not finite; nothing is written then.
         """
         begin = time.perf_counter()
         # First, or ranks that know of a failure and ranks that do not yet would go different ways.
         self.note_failed_save(wait=True)
         if self.saved_step != self.step or self.save_failed:
-            rows = self.step * self.batches.rows_in_a_step
-            manifest = {
-                **self.describe,
-                "step": self.step,
-                "rows": rows,
-                "stream": self.batches.stream.position(rows),
-                "optimizer": optimizer_scalars(self.raw_optimizer),
-                "average_updates": None if self.ema is None else self.ema.optimization_step,
-                "guard": self.guard.state(),
-                "evaluated_step": self.evaluated_step,
-            }
+            state = self.state()
             tensors = state_tensors(self.raw_model, self.raw_optimizer, self.ema)
             self.refuse_not_finite(tensors)
-            describe = partial(write_description, model=self.raw_model, processor=self.processor)
             try:
-                self.checkpointer.save(self.step, tensors, manifest, describe)
-                self.saved_step, self.save_failed = self.step, False
+                self.checkpointer.save(state, tensors, self.raw_model)
+                self.saved_step = self.step
+                self.save_failed = False
             except SaveError as error:
                 self._save_failed(error)
         if wait:
@@ -357,7 +356,7 @@ class Trainer:
         self.checkpoint_seconds += time.perf_counter() - begin
 
     def note_failed_save(self, wait: bool = False) -> None:
-        """Learn what has become of a checkpoint that is written beside the training."""
+        """Learn whether a checkpoint that is written beside the training has failed."""
         try:
             self.checkpointer.finish(wait)
         except SaveError as error:
@@ -368,8 +367,21 @@ class Trainer:
         if self.accelerator.is_main_process:
             logger.error("a checkpoint could not be written, those before it are untouched: %s", error)
 
+    def state(self) -> dict[str, Any]:
+        """Where the run stands, as JSON values; with the tensors of a checkpoint it is all that `resume` needs."""
+        rows = self.step * self.batches.rows_in_a_step
+        return {
+            "step": self.step,
+            "rows": rows,
+            "stream": self.batches.stream.position(rows),
+            "optimizer": optimizer_scalars(self.raw_optimizer),
+            "average_updates": None if self.ema is None else self.ema.optimization_step,
+            "guard": self.guard.state(),
+            "evaluated_step": self.evaluated_step,
+        }
+
     def resume(self, manifest: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint of this run, of any world."""
+        """Go on from a checkpoint of this run, of any number of processes."""
         self.step = self.saved_step = manifest["step"]
         folder = self.run.checkpoint(self.step)
         # An average that the checkpoint does not hold begins with the next update.
@@ -380,32 +392,26 @@ class Trainer:
             self.ema.optimization_step = manifest["average_updates"]
         self.guard.restore(manifest["guard"])
         self.evaluated_step = manifest["evaluated_step"]
-        if self.describe.get("data_fingerprint") == manifest.get("data_fingerprint"):  # else rows are counted anew
+        if self.checkpointer.describe.get("data_fingerprint") == manifest.get(
+            "data_fingerprint"
+        ):  # else rows are counted anew
             self.batches.stream.restore(manifest["stream"])
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The model has the average of its weights, where one is kept, until the block ends."""
-        if self.ema is None:
-            yield
-            return
-        self.ema.store(self.trained.values())
-        self.ema.copy_to(self.trained.values())
-        try:
-            yield
-        finally:
-            self.ema.restore(self.trained.values())
 
 
 def parameters_by_tower(
     parameters: Mapping[str, torch.nn.Parameter], towers: list[str]
 ) -> dict[str, list[torch.nn.Parameter]]:
-    """Tower -> its parameters, and `shared` -> those of none; what is empty is left out."""
+    """Tower -> its parameters, and `shared` -> parameters of no tower; without empty groups."""
     groups: dict[str, list[torch.nn.Parameter]] = {}
     for name, parameter in parameters.items():
         tower = next((part for part in name.split(".") if part in towers), "shared")
         groups.setdefault(tower, []).append(parameter)
     return groups
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with the parts of all ranks; a collective if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _postfix(row: dict, objectives: list[str]) -> str:

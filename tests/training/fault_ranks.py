@@ -13,7 +13,8 @@ import torch.distributed as dist
 from tests.faults.stages import at
 from training import trainer as trainer_module
 from training.optimization import NotFiniteError
-from training.world.processes import Interrupted, whole
+from training.trainer import whole
+from training.world import Interrupted
 
 from .tiny import tiny_trainer
 

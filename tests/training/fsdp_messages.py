@@ -1,4 +1,4 @@
-"""What FSDP2 really holds and sends on rank 0 of eight, and losses made without logits, as JSON; run in a process of its own.
+"""What FSDP2 really holds and sends on rank 0 of eight, and losses without logits, as JSON; in a process of its own.
 
 PyTorch's `fake` process group sends nothing, but is asked for everything.
 """
@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from training.world.processes import shard_model
+from training.world import shard_model
 
 from .plans import FSDP_CASES, batch_of, model_of
 

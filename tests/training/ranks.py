@@ -1,4 +1,4 @@
-"""Small trainings in several processes over gloo; `python -m tests.training.ranks FOLDER SCENARIO ...` is one of them."""
+"""Small trainings in several processes over gloo; `python -m tests.training.ranks FOLDER SCENARIO ...` is one."""
 
 import os
 import shutil
@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from training.run_files.checkpoints import newest_intact
-from training.world.processes import Interrupted, whole
+from training.trainer import whole
+from training.world import Interrupted
 
 from .tiny import MadeUpStream, tiny_model, tiny_trainer
 from .tiny_transfusion import OPTIMIZER, transfusion_trainer

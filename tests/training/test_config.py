@@ -21,6 +21,7 @@ from training.config import (
     read_yaml,
     to_tree,
 )
+from training.train import split_words
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,6 +232,27 @@ def test_a_missing_file_is_refused_with_a_near_one(tmp_path):
     (tmp_path / "recipe.yaml").write_text("{}")
     with pytest.raises(ConfigError, match="did you mean .*recipe.yaml"):
         read_yaml(tmp_path / "recipie.yaml")
+
+
+def test_a_file_that_is_not_near_is_not_offered(tmp_path):
+    with pytest.raises(ConfigError, match="nothere.yaml does not exist$"):
+        read_yaml(tmp_path / "nothere.yaml")
+
+
+def test_an_error_says_whether_the_file_or_the_command_line_is_wrong(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("section: {steps: many}")
+    with pytest.raises(ConfigError, match=rf"section.steps='many' is a str; it must be an int \(in {path}\)"):
+        load(Tree, path, ["section.lr=1"])
+    for words in (["section.steps=few"], ["section.steps=1", "section.lrr=1"]):
+        with pytest.raises(ConfigError, match=r"section\.\w+.* \(on the command line\)$"):
+            load(Tree, path, words)
+
+
+def test_an_argument_that_is_no_file_and_no_key_says_so():
+    with pytest.raises(ConfigError, match="'smoke' is neither a configuration file .* nor key=value"):
+        split_words(["smoke"])
+    assert split_words(["a.yaml", "b=1", "-h"]) == ("a.yaml", ["b=1"], {"--help"})
 
 
 def test_a_written_configuration_reads_back_equal(tmp_path):

@@ -17,12 +17,12 @@ from training.data import DataConfig, SourceConfig, TemplateConfig, collate
 from training.data.config import carried_path
 from training.data.reading.sources import open_source
 from training.data.rows import directions_of
-from training.evaluation.end_of_run import NamedPicture, SampleSubjects, describe_measures, make_samples
+from training.evaluation.end_of_run import describe_measures, make_samples
 from training.evaluation.losses import evaluate_losses, evaluation_note, target_objective
 from training.evaluation.retrieval import PictureGallery, descriptor, retrieval_share, rgb_to_lab
 from training.evaluation.sampling import Sampler, write_wav
 from training.evaluation.sheet import SampleSheet, plot_losses
-from training.evaluation.subjects import find_subjects
+from training.evaluation.subjects import NamedPicture, SampleSubjects, find_subjects
 from training.model.building import build_model
 from training.recipe import EvaluationConfig, ModelConfig, SamplesConfig
 

@@ -34,7 +34,7 @@ from training.run_files.checkpoints import (
 )
 from training.run_files.folder import RunLock
 from training.run_files.metrics import read_metrics
-from training.world.processes import Interrupted, StopSignal
+from training.world import Interrupted, StopSignal
 
 from .fault_ranks import TIMEOUT
 from .ranks import lost, start_ranks
@@ -406,7 +406,7 @@ def test_a_tracker_that_is_down_does_not_end_the_run(undisturbed, tmp_path, call
         raise ConnectionError("the tracker is down")
 
     monkeypatch.setattr(trainer.accelerator, call, down)
-    trainer.trackers.start("project", {})
+    trainer.metrics.trackers.start("project", {})
     trainer.fit()
     assert_same(trainer, undisturbed)
     assert caplog.text.count("the tracker failed") == 1

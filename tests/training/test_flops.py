@@ -4,7 +4,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_mot import MoTForCausalLM
-from training.model.flops import forward_flops, forward_flops_per_token, peak_flops, training_flops
+from training.model.costs import forward_flops, forward_flops_per_token, peak_flops, training_flops
 
 from .tiny import tiny_config
 

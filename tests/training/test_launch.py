@@ -9,7 +9,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from training.config import ConfigError
-from training.world.processes import Asked, build_accelerator
+from training.world import Asked, build_accelerator
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +74,7 @@ def test_a_launcher_that_starts_one_process_where_two_were_asked_for_is_noticed(
 
 
 def test_nothing_is_asked_where_no_launcher_is_above(monkeypatch):
-    from training.world.processes import asked_of_launcher
+    from training.world import asked_of_launcher
 
-    monkeypatch.setattr("training.world.processes.psutil.Process.cmdline", lambda process: ["bash"])
+    monkeypatch.setattr("training.world.psutil.Process.cmdline", lambda process: ["bash"])
     assert asked_of_launcher() == Asked()

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from training.data import collate
-from training.objectives import check_modality_weights, combine, count_targets, loss_scales
+from training.optimization import check_modality_weights, combine, count_targets, loss_scales
 
 from .tiny import MadeUpStream, tiny_config, tiny_model
 

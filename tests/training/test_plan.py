@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_mot import MoTConfig
-from training.model.flops import forward_flops, patchifier_flops, recomputed_flops
+from training.model.costs import forward_flops, patchifier_flops, recomputed_flops
 from training.plan.activations import count_kept, loss_bytes, made_up_batch
 from training.plan.cluster import Mesh
 from training.plan.communication import Traffic, plan_traffic, seconds_of_traffic

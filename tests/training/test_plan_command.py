@@ -7,8 +7,7 @@ import pytest
 import yaml
 
 from training.config import ConfigError
-from training.model.building import build_model
-from training.model.fitting import find_vae, load_processor, planned_config
+from training.model.building import build_model, find_vae, load_processor, planned_config
 from training.plan import __main__ as plan
 from training.plan.cluster import Mesh, find_device, mesh_of_accelerate
 from training.train import load_recipe

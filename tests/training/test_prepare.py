@@ -15,7 +15,7 @@ import pytest
 
 from training import prepare
 from training.data.rows import prepare_rows
-from training.model.fitting import load_processor
+from training.model.building import load_processor
 from training.train import load_recipe
 
 

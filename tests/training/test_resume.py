@@ -13,7 +13,7 @@ from training.consolidate import main
 from training.run_files.checkpoints import find_checkpoint, flatten, refuse_changes, verify
 from training.run_files.folder import RunFolder, RunLock
 from training.run_files.metrics import MetricsLog, Trackers, check_tracker, read_metrics
-from training.world.processes import StopSignal
+from training.world import StopSignal
 
 from .tiny import tiny_trainer
 
@@ -74,6 +74,20 @@ def test_a_run_that_is_another_is_refused_unless_its_change_is_allowed_by_name(v
     with pytest.raises(ConfigError, match=rf"train\.resume_despite=\[{name}\]"):
         refuse_changes(PRESENT, changed(**values), [])
     assert refuse_changes(PRESENT, changed(**values), [name])[0].startswith(key.partition("'")[0])
+
+
+def test_a_value_that_follows_from_another_is_allowed_with_it():
+    def run_of(steps, warmup):
+        return changed(train__steps=steps, optimizer__warmup_steps=warmup)
+
+    assert refuse_changes(run_of(10, 1), run_of(20, 2), ["train.steps"]) == [
+        "train.steps was 10, is 20",
+        "optimizer.warmup_steps was 1, is 2",
+    ]
+    with pytest.raises(ConfigError, match=r"resume_despite=\[train\.steps\]$"):
+        refuse_changes(run_of(10, 1), run_of(20, 2), [])
+    with pytest.raises(ConfigError, match=r"resume_despite=\[train\.steps, optimizer\.warmup_steps\]$"):
+        refuse_changes(run_of(10, 1), run_of(20, 5), ["train.steps"])
 
 
 def test_an_allowed_change_that_is_no_key_is_refused():

@@ -9,15 +9,8 @@ from pathlib import Path
 import pytest
 
 from training.config import ConfigError, build, load
-from training.model.fitting import (
-    SIZES,
-    Budget,
-    describe_choice,
-    leaves_size_open,
-    load_processor,
-    modalities_of,
-    plan_model,
-)
+from training.model.building import load_processor, modalities_of, plan_model
+from training.model.costs import SIZES, Budget, describe_choice, leaves_size_open
 from training.recipe import ModelConfig, Recipe
 
 
@@ -47,8 +40,10 @@ PICTURES, SOUNDS, TEXT = ["text:name", "image:image"], ["text:name", "audio:audi
 )
 def test_a_model_without_a_size_has_the_modalities_of_the_data(templates, modalities):
     recipe = recipe_of(*templates)
-    planned, processor, _ = plan_model(recipe.model, recipe.data)
-    assert recipe.model.modalities == modalities_of(recipe.data) == modalities
+    plan = plan_model(recipe.model, recipe.data)
+    planned, processor = plan.config, plan.processor
+    assert plan.model.modalities == modalities_of(recipe.data) == modalities
+    assert recipe.model.modalities is None
     assert planned.modalities == processor.modalities == (modalities or ["text", "image", "speech"])
     whole = load_processor(ModelConfig())
     assert processor.tokenizer("a red apple").input_ids == whole.tokenizer("a red apple").input_ids
@@ -83,8 +78,9 @@ def test_documents_of_which_only_some_were_looked_at_say_so(tmp_path, caplog):
 
 def test_a_model_with_a_size_keeps_the_modalities_of_its_processor():
     recipe = recipe_of(PICTURES, hidden_size=64, num_attention_heads=2, num_hidden_layers=1)
-    assert plan_model(recipe.model, recipe.data).config.modalities == ["text", "image", "speech"]
-    assert recipe.model.modalities is None
+    plan = plan_model(recipe.model, recipe.data)
+    assert plan.config.modalities == ["text", "image", "speech"]
+    assert plan.model.modalities is None
 
 
 def test_modalities_that_data_has_and_the_model_has_not_are_refused():
@@ -106,19 +102,20 @@ def test_modalities_that_data_has_and_the_model_has_not_are_refused():
 def test_the_largest_size_that_memory_time_and_tokens_allow_is_taken(limits, size):
     recipe = recipe_of(PICTURES)
     budget = replace(PLENTY, **limits)
-    config = plan_model(recipe.model, recipe.data, budget=budget).config
+    plan = plan_model(recipe.model, recipe.data, budget=budget)
+    config = plan.config
     assert {name: getattr(config, name) for name in SIZES[size]} == SIZES[size]
-    assert {name: getattr(recipe.model, name) for name in SIZES[size]} == SIZES[size]
-    assert not leaves_size_open(recipe.model)
+    assert {name: getattr(plan.model, name) for name in SIZES[size]} == SIZES[size]
+    assert not leaves_size_open(plan.model) and leaves_size_open(recipe.model)
     assert f"{SIZES[size]['hidden_size']} wide" in describe_choice(config, budget)
     assert "model.preset" in describe_choice(config, budget)
 
 
 def test_the_resolved_recipe_makes_the_same_model():
     recipe = recipe_of(PICTURES)
-    first = plan_model(recipe.model, recipe.data, budget=PLENTY).config
-    again = plan_model(recipe.model, recipe.data, budget=replace(PLENTY, tokens_of_run=1)).config
-    assert first.to_dict() == again.to_dict()
+    first = plan_model(recipe.model, recipe.data, budget=PLENTY)
+    again = plan_model(first.model, first.data, budget=replace(PLENTY, tokens_of_run=1))
+    assert first.config.to_dict() == again.config.to_dict()
 
 
 @pytest.mark.parametrize("fields", [{"hidden_size": 512}, {"preset": "chameleon-37m"}, {"init_from": "x"}])

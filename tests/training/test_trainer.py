@@ -10,12 +10,11 @@ from training.config import ConfigError
 from training.consolidate import read_model
 from training.data.stream import StepBatches
 from training.model.building import load_model, set_up_layers
-from training.objectives import count_targets
-from training.optimization import NotFiniteError, OptimizerConfig, learning_rate
+from training.optimization import NotFiniteError, OptimizerConfig, count_targets, learning_rate
 from training.run_files.folder import RunFolder
 from training.run_files.metrics import read_metrics
 from training.trainer import BAR, _postfix
-from training.world.processes import Interrupted
+from training.world import Interrupted
 
 from .ranks import go_on
 from .tiny import MadeUpStream, tiny_config, tiny_model, tiny_trainer
@@ -221,7 +220,7 @@ def test_a_checkpoint_is_written_beside_training_as_it_was_when_it_was_asked_for
 
 def test_a_failed_save_leaves_the_earlier_checkpoint_and_the_run_goes_on(tmp_path):
     trainer = tiny_trainer(tmp_path, save_every=1, keep_checkpoints=1)
-    write = trainer.processor.save_pretrained
+    write = trainer.checkpointer.processor.save_pretrained
 
     def fail(folder):
         if trainer.step in (2, 3):
@@ -231,7 +230,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoint_and_the_run_goes_on(tmp_pat
 
     trainer.train_step(next(trainer.batches.from_step(0, 1)))
     trainer.save()
-    trainer.processor.save_pretrained = fail
+    trainer.checkpointer.processor.save_pretrained = fail
     trainer.fit()
     assert trainer.step == 4 and not trainer.save_failed
     assert sorted(entry.name for entry in trainer.run.checkpoints.iterdir()) == ["latest", "step-00000004"]
@@ -243,7 +242,7 @@ def test_a_run_knows_that_its_last_checkpoint_failed(tmp_path):
     def fail(folder):
         raise OSError("no space left on device")
 
-    trainer.processor.save_pretrained = fail
+    trainer.checkpointer.processor.save_pretrained = fail
     trainer.fit()
     assert trainer.save_failed and trainer.run.saved_steps() == []
 

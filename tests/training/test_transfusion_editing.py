@@ -6,7 +6,7 @@ import torch
 
 from modeling_mot import MoTTransfusionModel
 from training.data.documents import build_row, compose
-from training.optimization import OptimizerConfig
+from training.optimization import OptimizerConfig, averaged
 
 from .tiny import tiny_trainer
 from .tiny_transfusion import BOS, VOCABULARY, PictureStream, picture_tokens, tiny_config
@@ -41,7 +41,7 @@ def drawn(tmp_path_factory) -> dict[int, np.ndarray]:
     trainer = tiny_trainer(tmp_path_factory.mktemp("edits"), model, EditStream(), **options)
     trainer.fit()
     latents, results = torch.from_numpy(np.stack(SOURCES)), {}
-    with trainer.averaged():
+    with averaged(trainer.trained.values(), trainer.ema):
         for instruction in EDITS:
             prompt = torch.tensor([[BOS, *picture_tokens(SIDE, SIDE), instruction]] * len(SOURCES))
             output = model.eval().generate(

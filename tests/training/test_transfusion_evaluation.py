@@ -15,10 +15,11 @@ from modeling_mot.image_tokenizer import ImageTokenizerConfig
 from training.data import collate
 from training.data.documents import IGNORED, build_row, compose
 from training.evaluation.edits import Edit
-from training.evaluation.end_of_run import NamedPicture, SampleSubjects, describe_measures, make_samples
+from training.evaluation.end_of_run import describe_measures, make_samples
 from training.evaluation.fidelity import mean_psnr, psnr
 from training.evaluation.losses import evaluate_losses, target_objective
 from training.evaluation.sampling import Sampler
+from training.evaluation.subjects import NamedPicture, SampleSubjects
 from training.recipe import EvaluationConfig, SamplesConfig
 
 from .data.conftest import continuous, small_transfusion, small_vae

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_mot import MoTTransfusionModel
 from training.data import collate
-from training.model.flops import forward_flops, forward_flops_per_token, patchifier_flops, training_flops
+from training.model.costs import forward_flops, forward_flops_per_token, patchifier_flops, training_flops
 
 from .data.conftest import small_vae
 from .tiny_transfusion import ROW_LENGTH, VOCABULARY, PictureStream, picture_tokens, tiny_config
@@ -29,7 +29,7 @@ def counted(config, batch: dict, backward: bool = False) -> int:
 
 
 def batch_with_pictures(config, numbers=(0, 1, 4, 5, 8)) -> dict:
-    """Rows of captions, pictures of 4 x 4 and edits; the collation's routing left to the model, which needs no padding."""
+    """Rows of captions, pictures of 4 x 4 and edits; the model makes the routing, which needs no padding."""
     stream = PictureStream()
     rows = [stream.row(number) for number in numbers]
     batch = collate(rows, config, noise_seed=0, row_numbers=numbers)

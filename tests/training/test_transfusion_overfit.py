@@ -1,4 +1,4 @@
-"""Eight carried pictures learnt by heart with the carried VAE, by the recipe of training/configs/transfusion-emoji.yaml."""
+"""Learn eight carried pictures by heart with the carried VAE, by the recipe training/configs/transfusion-emoji.yaml."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from training.data.reading.sources import open_source
 from training.data.reading.values import decode_picture
 from training.evaluation.fidelity import psnr
-from training.model.fitting import load_processor
+from training.model.building import load_processor
 from training.recipe import Recipe
 from training.train import load_recipe, main
 

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_mot import MoTConfig, MoTForCausalLM, MoTProcessor
 from modeling_mot.latent_vae import build_vae
-from training.model.building import load_frame, load_model
-from training.model.fitting import CARRIED_PROCESSOR
+from training.model.building import CARRIED_PROCESSOR, load_frame, load_model
 from training.run_files.metrics import read_metrics
 from training.tokenizers.processor import continuous_processor
 from training.train import main

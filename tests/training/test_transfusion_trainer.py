@@ -9,9 +9,9 @@ import torch
 from training.config import ConfigError
 from training.consolidate import read_model
 from training.data import collate
-from training.objectives import count_targets, objective_names
+from training.optimization import count_targets, objective_names
 from training.run_files.metrics import read_metrics
-from training.world.processes import Interrupted
+from training.world import Interrupted
 
 from .ranks import assert_same_but_for_rounding, go_on, largest_difference
 from .tiny_transfusion import (

@@ -11,11 +11,13 @@ from accelerate.state import AcceleratorState
 from modeling_mot import MoTConfig, MoTForCausalLM
 from training.data import collate
 from training.data.stream import StepBatches
-from training.optimization import HeldRows, OptimizerConfig, build_optimizer, freeze_towers
+from training.optimization import OptimizerConfig, freeze_towers
 from training.recipe import TrainConfig
+from training.run_files.checkpoints import Checkpointer
 from training.run_files.folder import RunFolder
+from training.run_files.metrics import Metrics
 from training.trainer import Trainer
-from training.world.processes import build_accelerator, is_sharding, shard_model, spread_weights
+from training.world import build_accelerator, is_sharding, shard_model, spread_weights
 
 
 RANGES = {"text": [0, 40], "image": [40, 60], "speech": [60, 70]}
@@ -100,9 +102,10 @@ class NoProcessor:
 
 
 def tiny_trainer(folder, model=None, stream=None, precision="float32", optimizer=None, **train) -> Trainer:
-    """A trainer on the CPU, of one process or of those that the environment tells of; `train` are fields of TrainConfig.
+    """A trainer on the CPU, of one process or of those in the environment; `train` are fields of TrainConfig.
 
-    Where it is sharded, the model is one without weights that gets those of the main process."""
+    If it is sharded, a model without weights gets the weights of the main process.
+    """
     config = TrainConfig(**({"steps": 4, "rows": 2, "progress_bar": False, "output_dir": str(folder)} | train))
     optimizer_config = optimizer or OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -122,11 +125,9 @@ def tiny_trainer(folder, model=None, stream=None, precision="float32", optimizer
     return Trainer(
         accelerator,
         model,
-        NoProcessor(),
-        build_optimizer(model, optimizer_config, HeldRows(model, config.frozen_vocabulary).parameters),
         batches,
         config,
         optimizer_config,
-        run,
-        peak_flops=1e9,
+        Checkpointer(run, accelerator, NoProcessor(), {}, config.keep_checkpoints, config.save_asynchronously),
+        Metrics(run.metrics, accelerator, model.config, peak_flops=1e9),
     )

@@ -26,7 +26,7 @@ from training.benchmark.scaling import time_scaling
 from training.benchmark.serve import time_serve
 from training.benchmark.soak import soak
 from training.benchmark.train import memory_of_a_step, profile_steps, time_train
-from training.world.devices import keep_freed_memory
+from training.world import keep_freed_memory
 
 
 def _train(options) -> dict:

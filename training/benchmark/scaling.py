@@ -5,7 +5,7 @@ import torch
 from training.benchmark.peers import SIZES, build_llama, build_mot, made_up_batch
 from training.benchmark.rounds import compare, interleave
 from training.benchmark.train import step
-from training.model.flops import training_flops
+from training.model.costs import training_flops
 
 
 VOCAB_SIZE = 8192

@@ -1,7 +1,7 @@
-"""Image editing: a source picture and an instruction in the prompt, and how near to the wanted picture what is drawn is.
+"""Edits of pictures: a source and an instruction to be answered, and how near the drawn picture comes to the target.
 
-A model that learnt nothing returns its source, which may be close to the target; so the figures say which of the two
-the drawn picture is nearer to, beside how near.
+A model that has learnt nothing returns its source, which may be close to the target. So the figures tell which of the
+two the drawn picture is nearer to, and how much nearer.
 """
 
 from collections.abc import Sequence
@@ -16,27 +16,20 @@ from training.data.config import Segment, SourceConfig
 from training.data.reading.sources import open_source
 from training.data.reading.values import decode_picture, text_of
 from training.evaluation.retrieval import descriptor
-
-
-EDIT_KINDS = ["image", "text", "image"]
+from training.recipe import EDIT_KINDS
 
 
 @dataclass
 class Edit:
-    """A picture, what is asked for, and the picture that answers it."""
+    """A picture, an instruction, and the picture that follows from both."""
 
     source: Image.Image
     instruction: str
     target: Image.Image
 
 
-def has_edits(source: SourceConfig) -> bool:
-    return any([segment.type for segment in template.parsed] == EDIT_KINDS for template in source.templates)
-
-
 def find_edits(sources: Sequence[SourceConfig], limit: int) -> list[Edit]:
-    """The first edits of the first source that has a template of a picture, a text and a picture, spread over its
-    records: neighbours are edits of the same picture."""
+    """Read edits of the first source that `has_edits`, spread over its records: neighbours edit the same picture."""
     for source in sources:
         for template in source.templates:
             segments = template.parsed
@@ -53,9 +46,13 @@ def _edit(source: Segment, text: Segment, target: Segment, record: dict) -> Edit
 
 
 def edit_figures(edits: Sequence[Edit], drawn: Sequence[Image.Image]) -> dict[str, float | int]:
-    """`edited`, their number; `nearer_to_target`, the share of drawn pictures that are nearer to their target than to
-    their source (in the space of `training.evaluation.retrieval`); `distance_ratio`, the median of the distance to the
-    target over that to the source, 1 for a picture between the two."""
+    """Measure drawn edits in the space of `training.evaluation.retrieval`.
+
+    Returns:
+        `edited`: the number of edits; `nearer_to_target`: the share of drawn pictures that are nearer to their target
+        than to their source; `distance_ratio`: the median of the distance to the target over the distance to the
+        source, which is 1 for a picture between the two.
+    """
     ratios = []
     for edit, picture in zip(edits, drawn, strict=True):
         found, wanted, given = map(descriptor, (picture, edit.target, edit.source))

@@ -1,49 +1,166 @@
-"""The end of a run: what it draws, reads and speaks, how much of it is right, and the files that show it."""
+"""The end of a run: its final folder, its samples and how many of them are right, and its figures."""
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
+import torch
 
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
-from training.evaluation.edits import Edit, edit_figures
+from training.consolidate import complete_card, consolidate
+from training.evaluation.edits import edit_figures
 from training.evaluation.fidelity import fitting_of, mean_psnr
+from training.evaluation.losses import evaluation_note
 from training.evaluation.retrieval import PictureGallery, retrieval_share
 from training.evaluation.sampling import Sampler, write_wav
-from training.evaluation.sheet import SampleSheet
-from training.recipe import SamplesConfig
+from training.evaluation.sheet import SampleSheet, plot_losses
+from training.evaluation.subjects import NamedPicture, SampleSubjects, find_subjects
+from training.model.building import load_model
+from training.optimization import objective_names
+from training.recipe import Recipe, SamplesConfig
+from training.run_files.folder import write_json
+from training.run_files.metrics import count_key, read_metrics
+from training.trainer import Trainer
+from training.world import Interrupted, leave_group, say
 
 
-@dataclass
-class NamedPicture:
-    """A picture and the text that goes with it."""
+def end_run(recipe: Recipe, trainer: Trainer, processor: MoTProcessor, begin: float) -> None:
+    """Write the final folder, then plots and samples; the figures go to the screen and to summary.json.
 
-    name: str
-    image: Image.Image
+    The main process does it alone, for however long it takes: the others do not wait. If the final folder cannot be
+    written, `trainer.save_failed` becomes true.
 
-
-@dataclass
-class SampleSubjects:
-    """What a run can be asked for.
-
-    Attributes:
-        held_in: named pictures that the run was trained on.
-        held_out: named pictures that it was not.
-        distractors: further pictures among which a drawn one must find its own.
-        spoken: names for which the run has heard the sound.
-        texts: beginnings of held-out running text.
-        edits, held_out_edits: pictures to be changed, of concepts that the run was trained on and of others.
+    Args:
+        begin: when the run began, in seconds of `time.perf_counter`.
     """
+    accelerator, run = trainer.accelerator, trainer.run
+    accelerator.wait_for_everyone()
+    leave_group()
+    if not accelerator.is_main_process:
+        return
 
-    held_in: list[NamedPicture] = field(default_factory=list)
-    held_out: list[NamedPicture] = field(default_factory=list)
-    distractors: list[Image.Image] = field(default_factory=list)
-    spoken: list[str] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    edits: list[Edit] = field(default_factory=list)
-    held_out_edits: list[Edit] = field(default_factory=list)
+    # The trained model.
+    if trainer.save_failed:
+        say(
+            accelerator,
+            f"error: the last checkpoint could not be written, so there is no {run.final}; make room and set "
+            "train.resume=auto",
+        )
+        return
+    training_seconds = time.perf_counter() - begin
+    try:
+        consolidate(run, trainer.step, run.final)
+    except OSError as error:
+        trainer.save_failed = True
+        say(
+            accelerator,
+            f"error: {run.final} could not be written: {error}; make room, then: python -m training.consolidate "
+            f"{run.path}",
+        )
+        return
+    say(accelerator, f"saved {run.final} (load it with trust_remote_code=True)")
+
+    # What it has learnt: losses, samples, and the card that shows both.
+    title = f"{recipe.model.variant}, step {trainer.step}"
+    plot_losses(run.metrics, run.path / "losses.png", objective_names(trainer.raw_model.config), title)
+    summary = summarise(trainer)
+    if recipe.samples.enabled:
+        summary["samples"] = _write_samples(recipe, trainer, processor, title)
+    summary["seconds"] = {"total": time.perf_counter() - begin, "until_saved": training_seconds}
+    write_json(run.summary, summary)
+    complete_card(run)
+    for line in describe_summary(summary, recipe):
+        say(accelerator, line)
+
+
+def report_interruption(trainer: Trainer, interrupted: Interrupted) -> None:
+    """Say what is left of a run that a signal has ended."""
+    saved = trainer.run.saved_steps()
+    where = f"; train.resume=auto goes on from step {saved[-1]}" if saved else ""
+    if trainer.save_failed:
+        where = f", and its checkpoint could not be written{where}"
+    if trainer.run.final.exists():
+        where = f"; the trained model is in {trainer.run.final}"
+    say(trainer.accelerator, f"ended by {interrupted}{where}")
+
+
+# -------------------------------------------------------------------------------------------------------- the figures
+
+
+def summarise(trainer: Trainer) -> dict:
+    """The figures of a run as JSON values: losses of its last fortieth, held-out losses, speed."""
+    training, evaluation = read_metrics(trainer.run.metrics)
+
+    # Means over the targets of the last steps.
+    recent = training[-max(1, len(training) // 40) :]
+    losses = {}
+    for name in trainer.objectives:
+        key = count_key(name)
+        pairs = [(row[f"loss_{name}"], row[key]) for row in recent if row[key]]
+        if pairs:
+            losses[f"loss_{name}"] = sum(a * b for a, b in pairs) / sum(b for _, b in pairs)
+
+    # Means over the time of all steps.
+    seconds = sum(row["step_seconds"] for row in training)
+    speed = {
+        key: sum(row[key] * row["step_seconds"] for row in training) / max(seconds, 1e-9)
+        for key in ("tokens_per_second", "mfu")
+    }
+    return {
+        "step": trainer.step,
+        "training": losses,
+        "held_out": {k: v for k, v in (evaluation[-1] if evaluation else {}).items() if k.startswith("eval/")},
+        "note": evaluation_note(trainer.raw_model.config),
+        "training_seconds": seconds,
+        **speed,
+    }
+
+
+def describe_summary(summary: dict, recipe: Recipe) -> list[str]:
+    """The lines of a summary for people."""
+    lines = []
+    for kind in ("training", "held_out"):
+        figures = ", ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in summary[kind].items())
+        lines.append(f"{kind.replace('_', ' ')}: {figures or 'nothing measured'}")
+    if not summary["held_out"]:
+        missing = "evaluation.rows is 0" if recipe.data.validation_sources else "there are no data.validation_sources"
+        lines[-1] += f" ({missing})"
+    if summary["note"]:
+        lines.append(summary["note"])
+    lines.extend(f"{what}: {value}" for what, value in describe_measures(summary.get("samples", {})))
+    lines.append(
+        f"{summary['tokens_per_second']:.0f} tokens/s, {summary['mfu']:.0%} of the peak, "
+        f"{summary['seconds']['total']:.0f} s in all; see {recipe.train.output_dir}"
+    )
+    return lines
+
+
+# -------------------------------------------------------------------------------------------------------- the samples
+
+
+def _write_samples(recipe: Recipe, trainer: Trainer, processor: MoTProcessor, title: str) -> dict[str, float | int]:
+    """Load the final model, make its samples and the sheet; return the measures."""
+    accelerator, run = trainer.accelerator, trainer.run
+    torch.set_float32_matmul_precision("highest")
+    model = load_model(str(run.final), recipe.model.attn_implementation).eval()
+    model.to(accelerator.device)
+    subjects = find_subjects(recipe.data, recipe.samples)
+    say(accelerator, f"drawing, reading and speaking ({subjects.describe(recipe.samples)}) ...")
+    sheet, measures = make_samples(
+        model,
+        processor,
+        subjects,
+        recipe.samples,
+        run.samples,
+        title,
+        trainer.stop_signal.check,
+        accelerator.autocast,
+        recipe.train.progress_bar,
+    )
+    sheet.write_html(run.path / "samples.html")
+    sheet.write_png(run.path / "samples.png")
+    return measures
 
 
 def make_samples(
@@ -57,7 +174,7 @@ def make_samples(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     progress_bar: bool = False,
 ) -> tuple[SampleSheet, dict[str, float | int]]:
-    """Write samples into `folder`; return the sheet and the measures. The last three arguments are `Sampler`'s.
+    """Write samples into `folder`; return the sheet and the measures. `Sampler` explains the last three arguments.
 
     The measures are shares between 0 and 1: `drawn_right` (the nearest neighbour of the drawn picture, among
     `gallery_size` pictures, is the named one), `reconstructed_right` (the same for the original through the image
@@ -70,7 +187,10 @@ def make_samples(
     was_training = model.training
     model.eval()
     sampler = Sampler(model, processor, config, check_stop, autocast, progress_bar)
-    sheet, measures = SampleSheet(title), {}
+    sheet = SampleSheet(title)
+    measures: dict[str, float | int] = {}
+
+    # Pictures drawn from names, and names read off pictures.
     held_in = subjects.held_in[: config.measured]
     held_out = subjects.held_out[: config.held_out]
     if held_in and sampler.can_draw:
@@ -82,6 +202,8 @@ def make_samples(
                 shown, figures = _pictures(sampler, gallery, group, range(first, first + len(group)), folder, prefix)
                 measures.update({prefix + key: value for key, value in figures.items()})
                 (sheet.held_out if prefix else sheet.pictures).extend(shown[: config.shown])
+
+    # Pictures changed by an instruction.
     if sampler.can_edit:
         for prefix, edits in (("", subjects.edits), ("held_out_", subjects.held_out_edits)):
             if edits:
@@ -89,6 +211,8 @@ def make_samples(
                 measures.update({prefix + key: value for key, value in edit_figures(edits, drawn).items()})
                 shown = [(e.instruction, e.source, e.target, picture) for e, picture in zip(edits, drawn, strict=True)]
                 (sheet.held_out_edits if prefix else sheet.edits).extend(shown[: config.shown])
+
+    # Names spoken, and texts continued.
     if spoken := subjects.spoken[: config.spoken]:
         for place, (name, (audio, rate)) in enumerate(zip(spoken, sampler.speak(spoken), strict=True)):
             path = folder / f"spoken-{place:04d}-{_file_name(name)}.wav"

@@ -1,10 +1,10 @@
-"""Held-out loss per modality and per direction.
+"""Measure held-out losses by modality and by direction.
 
-Every direction holds documents of one order (text then image, image then text, ...) with targets on the second segment
-only, so that a figure means one thing: how well pictures are predicted from names, names from pictures, and so on.
+Each direction holds documents of one order (text then image, image then text, ...) with targets on the second segment
+only. So a figure means one thing: how well pictures are predicted from names, names from pictures, and so on.
 
-A mixture of experts is evaluated with expert choice, as the paper does (section 3.2.1): its experts see later tokens
-when they choose, so its figures flatter it; `evaluation_note` says so wherever the figures are shown.
+A mixture of experts is evaluated with expert choice, as in the paper (section 3.2.1). Its experts see later tokens when
+they choose, which flatters its figures; `evaluation_note` says so wherever the figures are shown.
 """
 
 import math
@@ -15,12 +15,12 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
 from modeling_mot import MoTConfig, MoTPreTrainedModel
-from training.objectives import DIFFUSION, objective_names
+from training.optimization import DIFFUSION, objective_names
 from training.recipe import EvaluationConfig
 
 
 def target_objective(direction: str, config: MoTConfig) -> str:
-    """`image` of "text-to-image" (or `image_diffusion`, where images are diffused), `text` of "text"."""
+    """The objective of a direction: `image` of "text-to-image" (or `image_diffusion`), `text` of "text"."""
     modality = direction.rpartition("-to-")[2]
     return modality if modality in config.token_modalities else DIFFUSION
 
@@ -34,19 +34,22 @@ def evaluate_losses(
     accelerator: Accelerator,
     stops: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Mean loss in nats per target: `eval/loss_<modality>` over all directions, and `eval/<direction>/loss`; of text also
-    `eval/perplexity_text`; of images that are diffused the mean squared error per element, `eval/loss_image_diffusion`.
+    """Measure the mean loss in nats per target, over all directions and of each.
+
+    The keys are `eval/loss_<modality>`, `eval/<direction>/loss` and, for text, `eval/perplexity_text`. For images that
+    are diffused `eval/loss_image_diffusion` is the mean squared error per element.
 
     Args:
         model: in evaluation mode.
         rows: direction -> packed rows, the same on every rank; the batches are shared out between ranks.
-        collate: (rows, row_numbers=) -> a batch of tensors. Noise levels and noise follow from the numbers, so that the
-            figures of two evaluations, or of two runs on the same rows, are of the same noisy images.
-        stops: asked before each batch, of all ranks together; the evaluation ends with None when it is true.
+        collate: (rows, row_numbers=) -> a batch of tensors. Noise and noise levels follow from the numbers, so that two
+            evaluations, or two runs on the same rows, see the same noisy images.
+        stops: asked before each batch, on all ranks together; if it is true, the evaluation ends with None.
 
-    A direction's loss is that of its target modality; the end marker of an image is text and counts there. A key
+    A direction's loss is the loss of its target modality; the end marker of an image is text and counts there. A key
     without any target is left out.
     """
+    # Sums and counts by direction and objective, each rank's share of the batches.
     objectives = objective_names(model.config)
     sums = torch.zeros(len(rows), len(objectives), 2, dtype=torch.float64)
     first_number = 0
@@ -55,7 +58,7 @@ def evaluate_losses(
         for turn in range(-(-len(starts) // accelerator.num_processes)):
             if stops():
                 return None
-            # Ranks of a sharded model run together: one that has no batch left repeats the first, uncounted.
+            # Ranks of a sharded model run together: a rank that has no batch left repeats the first, uncounted.
             place = turn * accelerator.num_processes + accelerator.process_index
             start, counted = (starts[place], 1) if place < len(starts) else (0, 0)
             some = direction_rows[start : start + config.batch_rows]
@@ -67,7 +70,8 @@ def evaluate_losses(
                 sums[index, column, 0] += counted * output.loss_sums[objective].double().cpu()
                 sums[index, column, 1] += counted * output.loss_counts[objective].cpu()
         first_number += len(direction_rows)
-    # MPS has no float64; the figures are sums of few thousand losses, float32 holds them.
+
+    # The means over all ranks. MPS has no float64; float32 holds sums of a few thousand losses.
     sums = accelerator.reduce(sums.to(accelerator.device, torch.float32)).cpu()
     figures = {}
     for column, objective in enumerate(objectives):
@@ -84,7 +88,7 @@ def evaluate_losses(
 
 
 def evaluation_note(config: MoTConfig) -> str | None:
-    """What must be said beside the held-out losses of this model, or None."""
+    """The remark that belongs beside the held-out losses of this model, or None."""
     if not config.moe_towers:
         return None
     return (

@@ -1,7 +1,7 @@
-"""Is a drawn picture the named one? Nearest neighbours in a small feature space that no model here uses.
+"""Find out whether a drawn picture is the named one: nearest neighbours in a feature space that no model here uses.
 
-A picture is described by where its edges point (HOG: gradients of the luminance in 8 x 8 cells and 9 directions) and
-by where its colours lie (CIELAB means of 8 x 8 cells, as the difference from white), each of length one. It has no
+A picture is described by the directions of its edges (HOG: gradients of the luminance in 8 x 8 cells and 9 directions)
+and by its colours (CIELAB means of 8 x 8 cells, as the difference from white), each of length one. The space has no
 weights, reads no tokens, and gives the same figures on every machine.
 """
 
@@ -14,12 +14,13 @@ from modeling_mot.media_loading import flatten
 
 
 SIDE, CELLS, DIRECTIONS = 64, 8, 9
-# Relative to the largest difference possible (2): differences below are those of equal pictures.
+# Smaller differences, of at most 2, are rounding errors of equal pictures.
 _TIE = 1e-5
 
 
 def descriptor(image: Image.Image) -> np.ndarray:
-    """(CELLS^2 * (DIRECTIONS + 3),) float64 of a picture of any size."""
+    """Describe a picture of any size.  -> (CELLS^2 * (DIRECTIONS + 3),) float64"""
+    # The luminance's gradient at each pixel.
     rgb = np.asarray(flatten(image).resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float64) / 255
     lab = rgb_to_lab(rgb)
     down, right = np.gradient(lab[..., 0])
@@ -37,7 +38,7 @@ def descriptor(image: Image.Image) -> np.ndarray:
 
 
 def rgb_to_lab(rgb: np.ndarray) -> np.ndarray:
-    """sRGB in [0, 1] to CIELAB (D65).  (..., 3) -> (..., 3)"""
+    """Convert sRGB in [0, 1] to CIELAB (D65).  (..., 3) -> (..., 3)"""
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     to_xyz = np.array(
         [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
@@ -48,7 +49,7 @@ def rgb_to_lab(rgb: np.ndarray) -> np.ndarray:
 
 
 def _cell_means(values: np.ndarray) -> np.ndarray:
-    """(SIDE, SIDE, C) -> (CELLS, CELLS, C)"""
+    """The means of the cells.  (SIDE, SIDE, C) -> (CELLS, CELLS, C)"""
     width = SIDE // CELLS
     return values.reshape(CELLS, width, CELLS, width, -1).mean(axis=(1, 3))
 
@@ -59,21 +60,21 @@ def _unit(values: np.ndarray) -> np.ndarray:
 
 
 class PictureGallery:
-    """All pictures among which a drawn one must find the one it was named after."""
+    """The pictures among which a drawn picture must find the one that it was named after."""
 
     def __init__(self, pictures: Sequence[Image.Image]):
         self.descriptors = np.stack([descriptor(picture) for picture in pictures])
 
     def ranks(self, pictures: Sequence[Image.Image], named: Sequence[int]) -> np.ndarray:
-        """How many gallery pictures are nearer to each picture than the one it was named after; 0 is right.
+        """Count for each picture the gallery pictures that are nearer than the named one; 0 is right.
 
         Args:
-            pictures: the drawn ones.
-            named: for each the index in the gallery. A gallery picture that equals the named one (flags of dependencies
-                do) does not count as nearer.
+            pictures: drawn pictures.
+            named: the index of each picture's named one in the gallery. A gallery picture that equals the named one
+                (flags of dependencies do) does not count as nearer.
         """
         queries = np.stack([descriptor(picture) for picture in pictures])
-        distances = 2 - queries @ self.descriptors.T  # half of the squared distance: both parts have length one
+        distances = 2 - queries @ self.descriptors.T  # half of the squared distance, since both parts have length 1
         own = distances[np.arange(len(queries)), np.asarray(named)]
         return (distances < own[:, None] - _TIE).sum(axis=1)
 

@@ -1,5 +1,7 @@
-"""Prompts in, pictures, names and spoken words out: batches of `model.generate` with the processor on both sides."""
+"""Ask a model for pictures, names, spoken words and texts: batches of `generate`, with the processor on both sides."""
 
+import logging
+import time
 import wave
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,13 +19,18 @@ from training.data.collate import is_transfusion
 from training.recipe import SamplesConfig
 
 
+logger = logging.getLogger(__name__)
+
+_REPORT_SECONDS = 30.0
+
+
 class Sampler:
     """Generates from a trained model; the model must be in evaluation mode.
 
     Args:
         check_stop: called between batches; it may raise to end sampling.
-        autocast: makes a context in which the model generates, such as an accelerator's; nothing else runs in it.
-        progress_bar: show how many of the prompts are done.
+        autocast: makes the context in which the model generates, such as an accelerator's; nothing else runs in it.
+        progress_bar: show a bar of the prompts that are done, else a line every half minute.
     """
 
     def __init__(
@@ -35,8 +42,12 @@ class Sampler:
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         progress_bar: bool = False,
     ):
-        self.model, self.processor, self.config, self.check_stop = model, processor, config, check_stop
-        self.autocast, self.progress_bar = autocast, progress_bar
+        self.model = model
+        self.processor = processor
+        self.config = config
+        self.check_stop = check_stop
+        self.autocast = autocast
+        self.progress_bar = progress_bar
         self.mot = model.config
 
     @property
@@ -55,14 +66,14 @@ class Sampler:
         prompts = self._prompts([[{"type": "text", "text": name}] for name in names], "image")
         guidance = {}
         if self.config.guidance_scale > 1:
-            # What the model saw where caption dropout took the name away.
+            # In training, caption dropout left a picture without its name.
             nothing = self._prompts([[]], "image")[0]
             guidance = {"guidance_scale": self.config.guidance_scale, "negative": nothing}
         codes = self._generate("drawing", prompts, rows * columns, self.config.temperature, **guidance)
         return [self.picture(drawn) for drawn in codes]
 
     def edit(self, pairs: Sequence[tuple[Image.Image, str]]) -> list[Image.Image]:
-        """What each picture becomes by its instruction; of models that diffuse."""
+        """Change each picture by its instruction; for models that diffuse."""
         if not self.can_edit:
             raise ValueError("edit() needs a Transfusion model; discrete pictures are drawn from names")
         documents = [[{"type": "image", "image": image}, {"type": "text", "text": text}] for image, text in pairs]
@@ -93,7 +104,7 @@ class Sampler:
         return next(s["image"] for s in self.processor.decode_document(ids) if s["type"] == "image")
 
     def reconstruct(self, images: Sequence[Image.Image]) -> list[Image.Image]:
-        """Through the image tokenizer or the VAE and back: the best that a drawn picture could be."""
+        """Encode and decode pictures by the image tokenizer or the VAE: the best that a drawn picture could be."""
         if is_transfusion(self.mot):
             encoded = self.processor(documents=[[{"type": "image", "image": i}] for i in images], return_tensors="pt")
             latents = encode_pixels(self.model.vae, encoded["pixel_values"])
@@ -148,16 +159,20 @@ class Sampler:
     # ----------------------------------------------------------------------------------------------- generating
 
     def _batches(self, what: str, prompts: list) -> Iterator[tuple[int, list]]:
-        """(place of the first, those generated together); a stop is looked for before each."""
+        """Cut prompts into batches: (place of the first prompt, batch). Before each, a stop is looked for."""
+        reported = time.monotonic()
         with tqdm(total=len(prompts), desc=what, unit="prompt", disable=not self.progress_bar) as bar:
             for start in range(0, len(prompts), self.config.batch):
                 self.check_stop()
                 some = prompts[start : start + self.config.batch]
                 yield start, some
                 bar.update(len(some))
+                if not self.progress_bar and time.monotonic() - reported > _REPORT_SECONDS:
+                    reported = time.monotonic()
+                    logger.info("%s: %d of %d prompts", what, start + len(some), len(prompts))
 
     def _run(self, **arguments):
-        """The model's `generate`, which alone runs in the precision of training."""
+        """Call the model's `generate`, which alone runs in the precision of training."""
         with self.autocast():
             return self.model.generate(**arguments)
 
@@ -203,7 +218,7 @@ class Sampler:
         return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
 
     def _text(self, ids: list[int]) -> str:
-        """The text up to the first token that ends it or opens another modality."""
+        """The text before the first token that ends it or opens another modality."""
         ends = (self.mot.eos_token_id, self.mot.pad_token_id, self.mot.boi_token_id, self.mot.begin_of_speech_token_id)
         stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
         segments = self.processor.decode_document(ids[:stop]) if stop else []

@@ -1,87 +1,67 @@
-"""From the data section of a recipe to the names, pictures and texts that a run is asked for at its end."""
+"""The names, pictures and texts that a run is asked for at its end, from the data section of its recipe."""
 
 import dataclasses
-import difflib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 
 from PIL import Image
 
-from modeling_mot import MoTConfig, MoTProcessor, MoTTransfusionConfig
-from modeling_mot.decoding_pictures import DiffusionSettings
-from training.config import ConfigError
 from training.data.config import DataConfig, Segment, SourceConfig
 from training.data.reading.sources import open_source
 from training.data.reading.values import decode_picture, text_of
-from training.evaluation.edits import find_edits, has_edits
-from training.evaluation.end_of_run import NamedPicture, SampleSubjects
-from training.recipe import SamplesConfig
+from training.evaluation.edits import Edit, find_edits
+from training.recipe import SamplesConfig, pair_of, text_of_sources, texts_of
 
 
 _TEXT_PROMPT_WORDS = 4
 
 
-def pair_of(sources: list[SourceConfig], kind: str) -> tuple[SourceConfig, Segment, Segment] | None:
-    """The first source with a template of one text and one segment of `kind`: (source, text, the other)."""
-    for source in sources:
-        for template in source.templates:
-            segments = template.parsed
-            if sorted(segment.type for segment in segments) == sorted(["text", kind]):
-                text, other = sorted(segments, key=lambda segment: segment.type != "text")
-                return source, text, other
-    return None
+@dataclass
+class NamedPicture:
+    """A picture and the text that goes with it."""
+
+    name: str
+    image: Image.Image
 
 
-def text_of_sources(sources: list[SourceConfig]) -> tuple[SourceConfig, Segment] | None:
-    """The first source with a template of text alone."""
-    for source in sources:
-        for template in source.templates:
-            if [segment.type for segment in template.parsed] == ["text"]:
-                return source, template.parsed[0]
-    return None
+@dataclass
+class SampleSubjects:
+    """The names, pictures and texts that a run can be asked for.
 
+    Attributes:
+        held_in: named pictures that the run was trained on.
+        held_out: named pictures that the run was not trained on.
+        distractors: further pictures among which a drawn one must find its own.
+        spoken: names for which the run has heard the sound.
+        texts: beginnings of held-out running text.
+        edits, held_out_edits: pictures to be changed, of concepts that the run was trained on and of others.
+    """
 
-def check_subjects(data: DataConfig, config: SamplesConfig) -> None:
-    """Refuse to start a run whose samples could not be made."""
-    found = [pair_of(data.sources, "image"), pair_of(data.sources, "audio"), text_of_sources(data.sources)]
-    if config.enabled and not any(found) and not any(map(has_edits, data.sources)):
-        raise ConfigError(
-            "samples.enabled=true, but no source has a template of a text and an image, a text and a sound, an image, a "
-            "text and an image, or a text alone to ask for; set samples.enabled=false"
-        )
-    if config.enabled and config.held_out_names is not None:
-        pair = pair_of(data.validation_sources, "image")
-        names = [name.strip() for name in _texts(*pair[:2])] if pair is not None else []
-        if missing := [name for name in config.held_out_names if name not in names]:
-            near = difflib.get_close_matches(missing[0], names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"samples.held_out_names has {missing[0]!r}, which no held-out picture is called{hint}")
+    held_in: list[NamedPicture] = field(default_factory=list)
+    held_out: list[NamedPicture] = field(default_factory=list)
+    distractors: list[Image.Image] = field(default_factory=list)
+    spoken: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
+    held_out_edits: list[Edit] = field(default_factory=list)
 
-
-def check_decoder(processor: MoTProcessor, config: SamplesConfig) -> None:
-    """Refuse to start a run that is to draw pictures with a processor that cannot."""
-    tokenizer = processor.image_tokenizer
-    if config.enabled and tokenizer is not None and not tokenizer.can_decode:
-        raise ConfigError(
-            "samples.enabled=true, but the processor's image tokenizer has no decoder, so no picture can be shown; set "
-            "samples.enabled=false, or convert the checkpoint again with the weights of one (--image-decoder)"
-        )
-
-
-def check_diffusion(planned: MoTConfig, config: SamplesConfig) -> None:
-    """Refuse to start a run whose pictures could not be diffused as its samples ask for."""
-    if not (config.enabled and isinstance(planned, MoTTransfusionConfig)):
-        return
-    names = ("guidance_scale", "num_inference_steps", "scheduler")
-    try:
-        DiffusionSettings(**{name: getattr(config, name) for name in names}).validate(planned)
-    except ValueError as error:
-        raise ConfigError(f"samples: {error}") from error
+    def describe(self, config: SamplesConfig) -> str:
+        """How many of them `config` asks for, in words."""
+        numbers = {
+            "pictures": len(self.held_in[: config.measured]) + len(self.held_out[: config.held_out]),
+            "edits": len(self.edits) + len(self.held_out_edits),
+            "sounds": len(self.spoken[: config.spoken]),
+            "texts": len(self.texts[: config.texts]),
+        }
+        return ", ".join(f"{number} {kind}" for kind, number in numbers.items() if number) or "nothing"
 
 
 def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
-    """Names and pictures of the training source and its held-out counterpart, names to speak, texts to continue."""
+    """Read the names and pictures of the first fitting sources, names to speak, and texts to continue."""
     subjects = SampleSubjects()
+
+    # Named pictures, those trained on and those held out.
     if (pair := pair_of(data.sources, "image")) is not None:
         subjects.held_in, rest = _named_pictures(*pair, config.gallery)
         subjects.distractors.extend(rest)
@@ -93,14 +73,16 @@ def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
             rest += [picture.image for picture in subjects.held_out if picture not in chosen]
             subjects.held_out = chosen
         subjects.distractors.extend(rest)
+
+    # Edits, sounds and texts.
     subjects.edits = find_edits(data.sources, config.edits)
     subjects.held_out_edits = find_edits(data.validation_sources, config.edits)
     if (pair := pair_of(data.sources, "audio")) is not None and config.spoken:
         source, text, _ = pair
-        subjects.spoken = list(islice(_texts(source, text), config.spoken))
+        subjects.spoken = list(islice(texts_of(source, text), config.spoken))
     if (found := text_of_sources(data.validation_sources or data.sources)) is not None and config.texts:
         source, text = found
-        lines = islice(_texts(source, text), config.texts)
+        lines = islice(texts_of(source, text), config.texts)
         subjects.texts = [" ".join(line.split(" ")[:_TEXT_PROMPT_WORDS]) for line in lines]
     return subjects
 
@@ -108,10 +90,7 @@ def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
 def _named_pictures(
     source: SourceConfig, text: Segment, image: Segment, gallery: int
 ) -> tuple[list[NamedPicture], list[Image.Image]]:
-    """The pictures a source's limit lets through, with names, and those beyond it up to `gallery` in all.
-
-    The first source with pictures gives both, and `match` counts for both.
-    """
+    """The named pictures that a source's limit lets through, and the pictures beyond, up to `gallery` in all."""
     unlimited = dataclasses.replace(source, limit=None)
     named, rest = [], []
     for index, record in enumerate(islice(_records(unlimited), gallery)):
@@ -122,13 +101,9 @@ def _named_pictures(
             else:
                 rest.append(picture)
         except ValueError:
-            # The source was tokenised before, so only `on_error: skip` lets such a record come here.
+            # The source has been tokenised, so such a record is here only with `on_error: skip`.
             continue
     return named, rest
-
-
-def _texts(source: SourceConfig, text: Segment) -> Iterator[str]:
-    return open_source(source).each(lambda record: text_of(text, record))
 
 
 def _records(source: SourceConfig) -> Iterator[dict]:

@@ -17,9 +17,15 @@ from typing import Any
 from modeling_mot import MoTConfig, MoTPreTrainedModel
 from modeling_mot.configuration_presets import variant_fields
 from training.config import ConfigError, one_line
-from training.model.building import load_initial
-from training.model.fitting import Budget, leaves_size_open, plan_model
-from training.model.flops import GPUS, forward_flops_per_token, recomputed_flops, training_flops
+from training.model.building import load_initial, plan_model
+from training.model.costs import (
+    GPUS,
+    Budget,
+    forward_flops_per_token,
+    leaves_size_open,
+    recomputed_flops,
+    training_flops,
+)
 from training.plan.activations import count_kept
 from training.plan.cluster import Device, Mesh, find_device, mesh_of_accelerate
 from training.plan.communication import Traffic, plan_traffic, seconds_of_traffic

@@ -9,8 +9,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
 from training.config import ConfigError
-from training.model.flops import GPUS, peak_flops
-from training.world.devices import choose_precision
+from training.model.costs import GPUS, peak_flops
+from training.world import choose_precision
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Device:
 
 
 def find_device(name: str, precision: str, processes: int = 1) -> Device:
-    """Find a GPU of `training.model.flops.GPUS` by name; or `cpu`, a share of this machine, whose peak is measured.
+    """Find a GPU of `training.model.costs.GPUS` by name; or `cpu`, a share of this machine, whose peak is measured.
 
     Args:
         precision: the value of `train.precision`: auto, bf16 or float32.

@@ -80,7 +80,7 @@ class Unit:
 
 
 def fsdp_units(model: MoTPreTrainedModel, reshard: bool = True) -> list[Unit]:
-    """List the units that `training.world.processes.shard_model` makes: each layer, the embeddings, and the rest.
+    """List the units that `training.world.shard_model` makes: each layer, the embeddings, and the rest.
 
     The rest stays gathered from the forward to the backward; the output layer belongs to it, and so do tied embeddings.
     """

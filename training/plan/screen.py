@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from training.model.flops import GPUS
+from training.model.costs import GPUS
 
 
 def render(plan: dict[str, Any]) -> str:

@@ -1,14 +1,17 @@
-"""Checkpoints: sharded safetensors and JSON, nothing pickled; whole or not there; verified before they are used.
+"""Checkpoints: what is in them, writing, verifying and reading them, and which runs may go on from them.
+
+They are sharded safetensors and JSON, with nothing pickled. A checkpoint is there whole or not at all, and it is
+verified before it is used.
 
     checkpoints/step-00000100/
-        state/shard-0000R-model-0000P-of-00003.safetensors    written by torch.distributed.checkpoint: what rank R has of
-                                                              part P (weights, optimizer, average); any world reads it
-        pretrained/                                           configuration, processor: what a model is built from
+        state/shard-0000R-model-0000P-of-00003.safetensors    by torch.distributed.checkpoint: rank R's share of part P
+                                                              (weights, optimizer, average); any world reads it
+        pretrained/                                           configuration and processor, to build a model from
         manifest.json                                         written last: step, rows, configuration, world, and the
                                                               size and sha256 of every other file and of itself
     checkpoints/latest                                        the name of the newest one
 
-A checkpoint is written under another name, each file and folder is flushed to the disk, and it is renamed.
+A checkpoint is written under another name, each file and folder is flushed to the disk, and then it is renamed.
 """
 
 import difflib
@@ -21,6 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
 from training.config import ConfigError
+from training.optimization import default_warmup
 from training.run_files.folder import RunFolder, sync_folder, sync_tree, write_json
 
 
@@ -58,7 +63,7 @@ class DamagedError(ValueError):
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What of a model is stored, by name: parameters, tied ones once, and the buffers of its state."""
+    """The tensors of a model that are stored, by name: parameters, tied ones once, and the buffers of its state."""
     stored = set(model.state_dict())
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return tensors | {name: buffer for name, buffer in model.named_buffers() if name in stored}
@@ -67,8 +72,10 @@ def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def state_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None = None
 ) -> dict[str, torch.Tensor]:
-    """Every tensor that a run goes on with, under `model.<name>`, `optimizer.<kind>.<name>` and `average.<name>`; they
-    share memory with the model and are sharded where it is."""
+    """Every tensor that a run goes on with, as `model.<name>`, `optimizer.<kind>.<name>` and `average.<name>`.
+
+    The tensors share memory with the model and are sharded where the model is.
+    """
     tensors = {f"model.{name}": tensor for name, tensor in model_tensors(model).items()}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in trained.items():
@@ -82,7 +89,7 @@ def state_tensors(
 
 
 def optimizer_scalars(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What AdamW keeps besides tensors like the parameters (its count of updates), the same for all of them."""
+    """What AdamW keeps beside its tensors: its count of updates, which is the same for all parameters."""
     scalars: dict[str, set[float]] = {}
     kinds: set[str] = set()
     for state in optimizer.state.values():
@@ -96,7 +103,7 @@ def optimizer_scalars(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _make_room(model: nn.Module, optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) -> None:
-    """State for every parameter, as the first update would make it, for values to be read into."""
+    """Make state for every parameter, as the first update would, for values to be read into."""
     optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     fused = optimizer.defaults.get("fused")
     for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
@@ -117,31 +124,48 @@ class Checkpointer:
     """Writes the checkpoints of a run, one at a time; every rank calls the same methods.
 
     Args:
-        processes, rank: of the run.
-        keep: how many of the newest are left on the disk.
+        accelerator: the processes of the run.
+        processor: saved with every checkpoint.
+        describe: JSON values for every manifest (configuration, data, world).
+        keep: how many of the newest checkpoints are left on the disk.
         asynchronous: write from a copy in memory while training goes on; `save` then returns once that copy is made.
     """
 
-    def __init__(self, run: RunFolder, processes: int, rank: int, keep: int, asynchronous: bool = False):
-        self.run, self.processes, self.rank, self.keep = run, processes, rank, keep
-        # Of its own: collectives of a save must not meet those of a step. On CPU memory, where the copies are.
+    def __init__(
+        self,
+        run: RunFolder,
+        accelerator: Accelerator,
+        processor: MoTProcessor,
+        describe: Mapping[str, Any],
+        keep: int,
+        asynchronous: bool = False,
+    ):
+        self.run = run
+        self.processes = processes = accelerator.num_processes
+        self.rank = accelerator.process_index
+        self.processor = processor
+        self.describe = dict(describe)
+        self.keep = keep
+        # The group is its own: collectives of a save must not meet those of a step. It works on the CPU's memory.
         self.group = dist.new_group(backend="gloo") if processes > 1 else None
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if asynchronous else None
         self.pending: Future | None = None
 
-    def save(
-        self, step: int, tensors: Mapping[str, torch.Tensor], manifest: Mapping[str, Any], write_files: Callable
-    ) -> None:
-        """Write `checkpoint(step)`.
+    def save(self, state: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], model: MoTPreTrainedModel) -> None:
+        """Write the checkpoint of a step.
 
         Args:
-            manifest: JSON values, to which the files' hashes are added.
-            write_files: called on the main process with a folder, to put there what a model is built from.
+            state: JSON values for the manifest, its `step` among them; `describe` and the files' hashes are added.
+            tensors: see `state_tensors`.
+            model: its configuration is saved with the processor, for a model to be built from.
 
         Raises:
-            SaveError: on every rank, when any could not write; an asynchronous save raises it in `finish`.
+            SaveError: on every rank, if any could not write; an asynchronous save raises it in `finish`.
         """
         self.finish()
+        step = state["step"]
+        manifest = {**self.describe, **state}
+        write_files = partial(write_description, model=model, processor=self.processor)
         if self.executor is None:
             self._write(step, tensors, manifest, write_files)
             return
@@ -149,7 +173,7 @@ class Checkpointer:
         self.pending = self.executor.submit(self._write, step, tensors, manifest, write_files)
 
     def finish(self, wait: bool = True) -> None:
-        """Learn the outcome of an asynchronous save, if it is known or `wait`.  Raises SaveError when it has failed."""
+        """Learn the outcome of an asynchronous save, if it is known, or wait for it.  Raises SaveError if it failed."""
         if self.pending is not None and (wait or self.pending.done()):
             pending, self.pending = self.pending, None
             pending.result()
@@ -157,6 +181,7 @@ class Checkpointer:
     def _write(self, step: int, tensors: Mapping, manifest: Mapping, write_files: Callable) -> None:
         final = self.run.checkpoint(step)
         folder = final.with_name(f".{final.name}.tmp")
+        # Each stage ends on all ranks before the next begins; the manifest, which makes the files valid, comes last.
         try:
             self._together(lambda: self._begin(folder, write_files))
             self._together(lambda: self._write_tensors(folder / "state", tensors))
@@ -197,7 +222,7 @@ class Checkpointer:
                 _remove(self.run.checkpoint(step))
 
     def _together(self, action: Callable[[], Any]) -> list[Any]:
-        """What `action` returns on every rank; SaveError on all of them where it failed on any."""
+        """Run `action` and return its results of all ranks; SaveError on every rank if it failed on any."""
         failure, result = None, None
         try:
             result = action()
@@ -223,7 +248,7 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
 
 @contextmanager
 def _system_errors() -> Iterator[None]:
-    """OSError where a disk is full: safetensors and tokenizers, written in Rust, raise SafetensorError and Exception."""
+    """Raise OSError where a disk is full: safetensors and tokenizers, in Rust, raise SafetensorError and Exception."""
     try:
         yield
     except Exception as error:
@@ -233,7 +258,7 @@ def _system_errors() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> tuple[int | None, BaseException]:
-    """(the rank that failed, where torch.distributed.checkpoint tells, and in what)."""
+    """(the rank that failed, where torch.distributed.checkpoint tells it, and its error)."""
     if not isinstance(error, CheckpointException):
         return None, error
     failures = [(rank, failure) for rank, (failure, _) in error.failures.items()]
@@ -242,7 +267,7 @@ def _cause(error: BaseException) -> tuple[int | None, BaseException]:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint; one that is half deleted has no checkpoint's name."""
+    """Delete a checkpoint; while it is half deleted it does not have a checkpoint's name."""
     doomed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(folder, doomed)
@@ -250,7 +275,7 @@ def _remove(folder: Path) -> None:
 
 
 def _hashes(folder: Path, pattern: str) -> dict[str, dict]:
-    """Relative path -> size and sha256, read back from the disk."""
+    """Relative path -> size and sha256 of a file, read back from the disk."""
     files = sorted(path for path in folder.glob(pattern) if path.is_file())
     return {path.relative_to(folder).as_posix(): _hash(path) for path in files}
 
@@ -268,15 +293,16 @@ def _hash_of_manifest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------- verifying and reading
+# ------------------------------------------------------------------------------------------------ verifying and reading
 
 
 def verify(folder: Path, rank: int = 0, processes: int = 1) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are what was written; of the hashes, this rank computes its share.
+    """Return the manifest of a checkpoint whose files are as they were written. This rank computes its share of hashes.
 
     Raises:
         DamagedError: anything is missing, changed or too much.
     """
+    # The manifest, which has its own hash.
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         digest, stored_format = manifest.pop("sha256"), manifest["format"]
@@ -289,6 +315,7 @@ def verify(folder: Path, rank: int = 0, processes: int = 1) -> dict[str, Any]:
         raise DamagedError(f"{MANIFEST} does not have the sha256 it states")
     if stored_format != FORMAT:
         raise DamagedError(f"{MANIFEST} is of format {stored_format}, this version reads {FORMAT}")
+    # The files: all of them and no others, of the right size, then of the right content.
     found = set()
     for path in folder.rglob("*"):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
@@ -311,7 +338,7 @@ def verify(folder: Path, rank: int = 0, processes: int = 1) -> dict[str, Any]:
 def newest_intact(
     run: RunFolder, rank: int = 0, processes: int = 1
 ) -> tuple[dict[str, Any] | None, list[tuple[Path, str]]]:
-    """(manifest of the newest checkpoint that is whole, or None; those passed over, and why). Every rank calls it."""
+    """(the manifest of the newest intact checkpoint or None, the damaged ones and why). Every rank calls it."""
     skipped = []
     group = dist.group.WORLD if processes > 1 else None
     for step in reversed(run.saved_steps()):
@@ -347,7 +374,7 @@ def read_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Fill tensors by name from a checkpoint; every rank calls it.
 
     Raises:
-        ConfigError: as `load_state`.
+        ConfigError: a tensor that the checkpoint lacks or has in another shape.
     """
     reader = dcp.HuggingFaceStorageReader(str(folder / "state"))
     try:
@@ -360,14 +387,14 @@ def read_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """One process is what is asked for; torch warns of it."""
+    """Silence torch's warning that there is one process, which is as it should be."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
 
 
 def move_aside(folders: list[Path]) -> None:
-    """Give damaged checkpoints a name that no run looks for; nothing of them is deleted."""
+    """Give damaged checkpoints a name that no run looks for; nothing is deleted."""
     for folder in folders:
         target, number = folder.with_name(f"damaged-{folder.name}"), 1
         while target.exists():
@@ -383,21 +410,21 @@ def remove_unfinished(run: RunFolder) -> None:
                 shutil.rmtree(entry, ignore_errors=True)
 
 
-# --------------------------------------------------------------------------------------------- folders for from_pretrained
+# ------------------------------------------------------------------------------------------ folders for from_pretrained
 
 
 def write_description(folder: Path, model: MoTPreTrainedModel, processor: MoTProcessor) -> None:
-    """What `read_pretrained` builds a model from, without its weights."""
+    """Write what a model is built from, without its weights: configuration and processor."""
     model.config.save_pretrained(folder)
     if model.can_generate():
-        model.generation_config._from_model_config = None  # see MoTPreTrainedModel.save_pretrained
+        model.generation_config._from_model_config = None  # as MoTPreTrainedModel.save_pretrained does
         model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its place when the block ends without an error."""
+    """Make a folder beside `folder` that takes its place if the block ends without an error."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -418,8 +445,10 @@ def replacing(folder: Path) -> Iterator[Path]:
     sync_folder(folder.parent)
 
 
+# ------------------------------------------------------------------------------------------ which runs may go on
+
 DATA = "data"
-# Keys that change nothing of what is computed; of the data the fingerprint says whether they are the same.
+# Keys that do not change the results of a step. For `data.`, the fingerprint tells whether the rows are the same.
 _FREE = (
     "data.", "evaluation.", "samples.", "model.gradient_checkpointing", "train.output_dir", "train.resume",
     "train.overwrite", "train.save_", "train.keep_checkpoints", "train.not_finite_limit", "train.tracker",
@@ -428,7 +457,7 @@ _FREE = (
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
+    """Turn nested mappings into one with dotted keys."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -439,10 +468,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refuse_different(accelerator: Accelerator, values: Mapping[str, Any]) -> None:
-    """Refuse ranks that were not started with the same: each would train on, and none would be what was asked for.
+    """Refuse ranks that were started with different values; they would train on, each towards something else.
 
     Args:
-        values: JSON values, nested or not. Digests are compared; the values travel only where those differ.
+        values: JSON values, nested or not. Digests are compared; the values travel only if the digests differ.
 
     Raises:
         ConfigError: on every rank, with the keys that differ, and their values on the first ranks that differ.
@@ -464,9 +493,9 @@ def refuse_different(accelerator: Accelerator, values: Mapping[str, Any]) -> Non
 def find_checkpoint(
     run: RunFolder, resume: bool | str, accelerator: Accelerator
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """(the manifest of the newest intact checkpoint, or None; what there is to say of others). Every rank calls it.
+    """(the manifest of the newest intact checkpoint or None, lines about damaged ones). Every rank calls it.
 
-    Damaged ones that are newer are renamed, so that they are not in the way of those to come.
+    Newer checkpoints that are damaged are renamed, so that they are not in the way of later ones.
 
     Raises:
         ConfigError: there are checkpoints, but none is intact.
@@ -477,8 +506,8 @@ def find_checkpoint(
     found = [f"{folder.name} is passed over: {reason}" for folder, reason in damaged]
     if manifest is None:
         raise ConfigError(
-            f"train.resume={resume}: no checkpoint in {run.checkpoints} is intact ({'; '.join(found)}). They are left as "
-            "they are; choose another train.output_dir to begin anew"
+            f"train.resume={resume}: no checkpoint in {run.checkpoints} is intact ({'; '.join(found)}). They are left "
+            "as they are; choose another train.output_dir to begin anew"
         )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -491,12 +520,14 @@ def find_checkpoint(
 def refuse_changes(
     stored: Mapping[str, Any], present: Mapping[str, Any], despite: Sequence[str], changed_source: str | None = None
 ) -> list[str]:
-    """Refuse to go on with what would not be the same run; returns what is different and was allowed to be.
+    """Refuse to go on with a run that would not be the same; return the differences that were allowed.
+
+    A value that follows from another key (`optimizer.warmup_steps` from `train.steps`) is allowed with that key.
 
     Args:
         stored, present: `config` (the recipe as a tree), `data_fingerprint`, `rows_in_a_step`.
         despite: keys that may differ, or "data".
-        changed_source: which source is not what it was, where that is known.
+        changed_source: which source has changed, if that is known.
 
     Raises:
         ConfigError: anything else differs, or a key in `despite` is none.
@@ -505,9 +536,10 @@ def refuse_changes(
     for key in despite:
         if key != DATA and key not in now and key not in before:
             near = difflib.get_close_matches(key, [DATA, *now], n=1)
-            raise ConfigError(
-                f"train.resume_despite names {key!r}, which is no key{f'; did you mean {near[0]}?' if near else ''}"
-            )
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"train.resume_despite names {key!r}, which is no key{hint}")
+
+    # What differs: keys of the recipe, the size of a step, the rows.
     changes = {
         key: (before.get(key), now.get(key))
         for key in dict.fromkeys([*before, *now])
@@ -519,14 +551,31 @@ def refuse_changes(
             f"{present['rows_in_a_step']} (train.rows x train.accumulation x processes)",
         )
     if stored["data_fingerprint"] != present["data_fingerprint"]:
-        changes[DATA] = (stored["data_fingerprint"][:12], present["data_fingerprint"][:12])
-        if changed_source is not None:
-            changes[DATA] = (changes[DATA][0], f"{changes[DATA][1]} ({changed_source})")
-    refused = {key: values for key, values in changes.items() if key not in despite}
+        where = "" if changed_source is None else f" ({changed_source})"
+        changes[DATA] = (stored["data_fingerprint"][:12], f"{present['data_fingerprint'][:12]}{where}")
+
+    # What of it is not allowed, by its own name or by that of the key that it follows from.
+    names = {key: _origin(key, before, now) for key in changes}
+    refused = [key for key in changes if names[key] not in despite and key not in despite]
+    told = {key: f"{key} was {old!r}, is {new!r}" for key, (old, new) in changes.items()}
     if refused:
-        listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in refused.items())
+        allowed = dict.fromkeys([*despite, *(names[key] for key in refused)])
         raise ConfigError(
-            f"the run would not go on as it began: {listed}. Restore {'it' if len(refused) == 1 else 'them'}, or allow it "
-            f"by name: train.resume_despite=[{', '.join(refused)}]"
+            f"the run would not go on as it began: {'; '.join(told[key] for key in refused)}. "
+            f"Restore {'it' if len(refused) == 1 else 'them'}, or allow it by name: "
+            f"train.resume_despite=[{', '.join(allowed)}]"
         )
-    return [f"{key} was {old!r}, is {new!r}" for key, (old, new) in changes.items()]
+    return list(told.values())
+
+
+# Key -> the key that its value follows from if the recipe leaves it open, and how.
+_DERIVED = {"optimizer.warmup_steps": ("train.steps", default_warmup)}
+
+
+def _origin(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The key that both values of `key` follow from; `key` itself if one of them was chosen."""
+    if key not in _DERIVED:
+        return key
+    origin, rule = _DERIVED[key]
+    follows = all(origin in values and values.get(key) == rule(values[origin]) for values in (before, now))
+    return origin if follows else key

@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, and who may write there.
+"""The folder of a run: its files, and the locks that say who may write there.
 
 config.yaml      the resolved configuration                  metrics.jsonl   one object a step
 manifest.json    versions, command, data, world, seeds       checkpoints/    step-00000100/, ..., latest: to resume from
@@ -60,6 +60,7 @@ class RunFolder:
         """
         if resume and overwrite:
             raise ConfigError("train.resume and train.overwrite exclude each other")
+        # Whether it can be written, and what is there.
         try:
             existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
             with tempfile.TemporaryFile(dir=existing):
@@ -67,10 +68,12 @@ class RunFolder:
             entries = {entry.name for entry in self.path.iterdir()} - {"locks"} if self.path.exists() else set()
         except OSError as error:
             raise ConfigError(f"train.output_dir={str(self.path)!r} cannot be written: {error}") from error
+
+        # Whether this run may go on there, begin there, or replace what is there.
         if resume is True and not self.saved_steps():
             raise ConfigError(
-                f"train.resume=true, but train.output_dir={str(self.path)!r} has no checkpoint; train.resume=auto begins "
-                "anew where there is none"
+                f"train.resume=true, but train.output_dir={str(self.path)!r} has no checkpoint; train.resume=auto "
+                "begins anew where there is none"
             )
         if not entries or (resume and (self.saved_steps() or entries & {_MARK, "checkpoints", "metrics.jsonl"})):
             return
@@ -106,8 +109,7 @@ class RunFolder:
         return self.checkpoints / f"step-{step:08d}"
 
     def saved_steps(self) -> list[int]:
-        """Steps of the checkpoints that were finished, ascending; whether they still are what was written is another
-        question (`training.run_files.checkpoints.verify`)."""
+        """Steps of the finished checkpoints, ascending. `checkpoints.verify` tells if they still are as written."""
         if not self.checkpoints.is_dir():
             return []
         matches = (re.fullmatch(r"step-(\d{8,})", entry.name) for entry in self.checkpoints.iterdir())
@@ -160,7 +162,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def environment(**more: Any) -> dict[str, Any]:
-    """What a run was made with: versions, command, commit and machine, and `more`; no environment variables."""
+    """The circumstances of a run: versions, command, commit and machine, and `more`; no environment variables."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -180,7 +182,7 @@ def environment(**more: Any) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this file is in, with `-dirty` when files differ from it."""
+    """The commit of the checkout that this file is in, with `-dirty` if files differ from it."""
     try:
         root = Path(__file__).resolve().parents[1]
         run = lambda *words: subprocess.run(  # noqa: E731
@@ -191,28 +193,29 @@ def _commit() -> str | None:
         return None
 
 
-# A killed process is given so long to die; a folder that is held longer is refused.
+# How long a killed process may take to die; a folder that is held longer is refused.
 PATIENCE_SECONDS = 2.0
 
 
 class RunLock:
-    """The locks in `<run>/locks/`; the run is held while any of its processes lives, its launcher or not.
+    """The locks in `<run>/locks/`: the run is held while any of its processes lives, even without its launcher.
 
     They work on local disks and on network file systems that pass on `flock` (NFS 4, Lustre with the option, GPFS).
     """
 
     def __init__(self, run: Path, rank: int = 0):
-        self.folder, self.rank = Path(run) / "locks", rank
+        self.folder = Path(run) / "locks"
+        self.rank = rank
         self._own = FileLock(self._path(rank))
 
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:05d}.lock"
 
     def acquire(self) -> None:
-        """Hold the folder. The main process first, which looks for processes of an earlier run; then the others.
+        """Hold the folder. The main process goes first, and looks for living processes of an earlier run.
 
         Raises:
-            ConfigError: it is held, naming the holder.
+            ConfigError: the folder is held, naming the holder.
         """
         if self.rank == 0:
             self.refuse_held()
@@ -228,7 +231,7 @@ class RunLock:
             self._path(self.rank).with_suffix(".json").write_text(json.dumps(holder), encoding="utf-8")
 
     def refuse_held(self) -> None:
-        """Raises ConfigError when a living process holds the folder, or it cannot be written; nothing is left locked."""
+        """Raises ConfigError if a living process holds the folder or it cannot be written; leaves nothing locked."""
         with self._writable():
             for path in sorted(self.folder.glob("rank-*.lock")):
                 lock = FileLock(path)
@@ -243,7 +246,7 @@ class RunLock:
                 return
             except Timeout as error:  # an OSError, of another meaning
                 raise ConfigError(self._held(path)) from error
-            except FileNotFoundError:  # whoever held it gives the folder back
+            except FileNotFoundError:  # the holder is giving the folder back
                 if attempt == 2:
                     raise
 
@@ -257,11 +260,11 @@ class RunLock:
             ) from error
 
     def release(self) -> None:
-        """Give the folder back, if it was got; one that held nothing but locks is removed with the last of them."""
+        """Give the folder back if this process holds it; an otherwise empty folder is removed with its last lock."""
         if not self._own.is_locked:
             return
         self._path(self.rank).with_suffix(".json").unlink(missing_ok=True)
-        # While it is held: a process that waits for the file sees then that it is gone, and makes a new one.
+        # Removed while it is held: a process that waits for the file then sees that it is gone, and makes a new one.
         self._path(self.rank).unlink(missing_ok=True)
         self._own.release()
         for folder in (self.folder, self.folder.parent):
@@ -277,6 +280,6 @@ class RunLock:
         except (OSError, ValueError, KeyError):
             who = "a process that has left no name"
         return (
-            f"train.output_dir={str(self.folder.parent)!r} is being written by {who} ({path.stem}); wait for it, stop it "
-            "(a launcher that was killed leaves its workers behind), or choose another folder"
+            f"train.output_dir={str(self.folder.parent)!r} is being written by {who} ({path.stem}); wait for it, "
+            "stop it (a launcher that was killed leaves its workers behind), or choose another folder"
         )

@@ -9,8 +9,7 @@ import pytest
 from training.config import ConfigError
 from training.data.documents import Vocabulary
 from training.data.stream import replace_codes
-from training.evaluation.subjects import check_decoder
-from training.recipe import SamplesConfig
+from training.recipe import SamplesConfig, check_decoder
 
 from .conftest import ToyProcessor
 

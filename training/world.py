@@ -1,17 +1,21 @@
-"""The processes of a run: what was asked of the launcher and what was got, FSDP2 through Accelerate, and agreement.
+"""The world of a run: its machine, its processes as Accelerate sets them up, sharded models, and signals.
 
-Accelerate's own files choose the processes and how parameters are sharded (training/configs/accelerate/). What does not
-fit this trainer is refused before anything is built: Accelerate drops some wishes without a word (FSDP on a CPU, several
-processes with --cpu), and a run of weeks must not find that out from its speed.
+Accelerate's own files choose the processes and how parameters are sharded (training/configs/accelerate/). A setting
+that does not fit this trainer is refused before anything is built: Accelerate drops some settings without a word (FSDP
+on a CPU, several processes with --cpu), and nobody should find that out from the speed of a run of weeks.
 """
 
+import ctypes
 import os
+import platform
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -25,12 +29,10 @@ from torch import nn
 from torch.distributed import PrefixStore, Store, register_rendezvous_handler, rendezvous
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.device_mesh import DeviceMesh
 
-from training.config import ConfigError
+from training.config import ConfigError, without_secrets
 from training.run_files.checkpoints import refuse_different
-from training.world.devices import choose_precision
 
 
 _RESTARTABLE = "restartable"
@@ -40,10 +42,82 @@ _KNOWN_TYPES = (
     DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP,
 )  # fmt: skip
 
+# ---------------------------------------------------------------------------------------------------------- the machine
+
+
+def choose_precision(asked: str, device_type: str) -> str:
+    """Return `bf16` or `float32`: as asked; for `auto` bf16 where the device multiplies it natively.
+
+    Raises:
+        ConfigError: the device has no bf16.
+    """
+    if asked == "auto":
+        return "bf16" if has_fast_bf16(device_type) else "float32"
+    if asked == "bf16" and device_type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("train.precision=bf16: this GPU has no bf16; use train.precision=float32")
+    return asked
+
+
+def has_fast_bf16(device_type: str) -> bool:
+    """True if matrix products are faster in bf16 than in float32."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return False
+
+
+def set_cpu_threads(threads: int | None) -> None:
+    """Set the threads of this process (default: its share of the cores); `accelerate launch` leaves it only one."""
+    if threads is None:
+        cores = psutil.cpu_count(logical=False) or 1
+        if hasattr(os, "sched_getaffinity"):
+            cores = min(cores, len(os.sched_getaffinity(0)))
+        threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    torch.set_num_threads(threads)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large freed blocks instead of returning them to the system.
+
+    A training step on a CPU frees and takes the same large buffers every time. Fresh buffers cost a page fault for each
+    4 KiB, which takes longer than the arithmetic on them. Without Linux and glibc nothing is done.
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    libc = ctypes.CDLL(None)
+    libc.mallopt(m_mmap_threshold, 1 << 30)
+    libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def device_memory(device: torch.device) -> float | None:
+    """Bytes that a process may use: its accelerator's memory, or its share of the machine's; None: not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu":
+        return psutil.virtual_memory().total / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return None
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held so far, in the accelerator's memory or in the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return psutil.Process().memory_info().rss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# -------------------------------------------------------------------------------------------------------- the processes
+
 
 @dataclass
 class Asked:
-    """What the launcher was asked for; None where it left no trace."""
+    """What the launcher was asked for; None for a setting that left no trace."""
 
     processes: int | None = None
     fsdp: bool = False
@@ -51,10 +125,11 @@ class Asked:
 
 
 def asked_of_launcher() -> Asked:
-    """The wishes in the command line of the `accelerate launch` above this process, and in the file it names.
+    """Read the command line of the `accelerate launch` above this process, and the file that it names.
 
-    Accelerate passes on what it does, not what it was asked for, so its command is read with its own parser.
+    Accelerate tells its workers what it does, not what it was asked for; so its command is read here, with its parser.
     """
+    # The words behind `accelerate launch`, if the parent process is one.
     asked = Asked(fsdp=_is_set("ACCELERATE_USE_FSDP"))
     try:
         command = psutil.Process().parent().cmdline()
@@ -68,6 +143,7 @@ def asked_of_launcher() -> Asked:
         begin = command.index("launch") + 1
     if begin is None:
         return asked
+    # Options first, then the configuration file.
     options, _ = launch_command_parser().parse_known_args(command[begin:])
     file = options.config_file or (default_config_file if os.path.isfile(default_config_file) else None)
     stored = load_config_from_file(file) if file is not None and not options.cpu else None
@@ -87,18 +163,21 @@ def build_accelerator(
     project_dir: str | None = None,
     alike: Mapping[str, Any] | None = None,
 ) -> Accelerator:
-    """An Accelerator that is what the launcher was asked for; FSDP2 also on CPUs, over gloo.
+    """Build an Accelerator that is what the launcher was asked for; with FSDP2 also on CPUs, over gloo.
 
     Args:
         precision: `auto`, `bf16` or `float32`, see `choose_precision`; it becomes `accelerator.mixed_precision`.
+        cpu: use the CPU even where there is an accelerator.
         processes: how many there must be; None: as many as the launcher was asked for, where that can be found out.
         timeout_seconds: how long a rank waits for the others before it gives up.
-        alike: JSON values that all ranks must have alike, compared as soon as they have met.
+        tracker, project_dir: Accelerate's tracker, and the folder of its files.
+        alike: JSON values that all ranks must have alike, compared as soon as the ranks have met.
 
     Raises:
-        ConfigError: ranks that differ, another number of processes, no FSDP where it was asked for, or settings of Accelerate that this
-            trainer does not follow.
+        ConfigError: ranks that differ, another number of processes, no FSDP where it was asked for, or settings of
+            Accelerate that this trainer does not follow.
     """
+    # What was asked for, and the precision that the device can give.
     asked = asked_of_launcher()
     cpu = cpu or asked.cpu or _is_set("ACCELERATE_USE_CPU") or torch.accelerator.current_accelerator() is None
     device_type = "cpu" if cpu else torch.accelerator.current_accelerator().type
@@ -110,7 +189,7 @@ def build_accelerator(
     if asked.fsdp:
         plugin = _fsdp_plugin(torch.bfloat16 if precision == "bf16" else None)
         os.environ["ACCELERATE_USE_FSDP"] = "true"
-    # Accelerate has FSDP, and meshes of it, for accelerators alone; everything below it works on CPUs just as well.
+    # Accelerate offers FSDP and its meshes on accelerators only, though all that they use works on CPUs just as well.
     sharding_cpus = asked.fsdp and cpu
     has_mesh = os.environ.pop(_MESH, None) if sharding_cpus else None
     accelerator = Accelerator(
@@ -121,6 +200,7 @@ def build_accelerator(
         project_dir=project_dir,
         kwargs_handlers=[_meeting(timeout_seconds)],
     )
+    # So on CPUs the state that Accelerate has made of plain processes is turned into that of sharded ones.
     if sharding_cpus and accelerator.distributed_type == DistributedType.MULTI_CPU:
         for state in (AcceleratorState._shared_state, PartialState._shared_state):
             state["distributed_type"] = DistributedType.FSDP
@@ -136,9 +216,9 @@ def build_accelerator(
 
 
 def _meeting(timeout_seconds: float) -> InitProcessGroupKwargs:
-    """How processes find each other: as by default, but those of a restart under keys of their own.
+    """How processes find each other: as by default, but restarted processes use keys of their own.
 
-    A launcher that restarts its workers (`--max_restarts`) keeps the store with the addresses of those that died.
+    A launcher that restarts its workers (`--max_restarts`) keeps the store with the addresses of the dead ones.
     """
     timeout = timedelta(seconds=timeout_seconds)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -160,7 +240,7 @@ def _is_set(name: str) -> bool:
 
 
 def _refuse_environment() -> None:
-    """Settings that Accelerate's files carry to the workers as variables, and that the trainer would not follow."""
+    """Refuse settings that Accelerate's files pass to the workers as variables that this trainer would not follow."""
     environment = os.environ.get
     if environment("ACCELERATE_MIXED_PRECISION") in ("fp16", "fp8"):
         raise ConfigError(
@@ -177,16 +257,18 @@ def _refuse_environment() -> None:
     sizes = {name: int(environment(f"PARALLELISM_CONFIG_{name}_SIZE", "1")) for name in ("CP", "SP", "TP")}
     if sizes["CP"] > 1 or sizes["SP"] > 1:
         raise ConfigError(
-            "accelerate's context and sequence parallelism replace the attention mask by a causal one: packed documents "
-            "would see each other, and images only their past; set cp_size and sp_size to 1"
+            "accelerate's context and sequence parallelism replace the attention mask by a causal one: packed "
+            "documents would see each other, and images only their past; set cp_size and sp_size to 1"
         )
     if sizes["TP"] > 1:
         raise ConfigError("tensor parallelism is for inference here; set accelerate's tp_size to 1 and use FSDP")
 
 
 def _fsdp_plugin(compute_dtype: torch.dtype | None) -> FullyShardedDataParallelPlugin:
-    """Accelerate's settings from its file, with units and precision of this trainer: a unit is a layer; products are in
-    bf16, reductions of gradients in float32, and outputs, losses among them, are not cast."""
+    """Accelerate's settings from its file, with the units and the precision of this trainer.
+
+    A unit is a layer. Products are in bf16, reductions of gradients in float32; outputs, such as losses, are not cast.
+    """
     if os.environ.get("FSDP_VERSION", "2") != "2":
         raise ConfigError("accelerate's fsdp_version=1 does not resume exactly; set fsdp_version: 2")
     if _is_set("FSDP_OFFLOAD_PARAMS"):
@@ -202,17 +284,19 @@ def _fsdp_plugin(compute_dtype: torch.dtype | None) -> FullyShardedDataParallelP
 
 
 def wants_checkpointing() -> bool:
-    """Whether Accelerate's file asks for activation checkpointing; `model.gradient_checkpointing` is the same."""
+    """True if Accelerate's file asks for activation checkpointing, which `model.gradient_checkpointing` also sets."""
     return _is_set("FSDP_ACTIVATION_CHECKPOINTING")
 
 
 def _refuse_accelerator(accelerator: Accelerator, asked: Asked, processes: int | None) -> None:
+    """Refuse an Accelerator that is not what was asked for."""
     found, kind = accelerator.num_processes, accelerator.distributed_type
     for expected, who in ((processes, "train.processes"), (asked.processes, "the launcher's num_processes")):
         if expected is not None and expected != found:
             raise ConfigError(
-                f"{who} is {expected}, but this run has {found}. `accelerate launch --cpu` starts one process whatever it "
-                f"is asked for: use --config_file {_CONFIGS}/cpu-2-fsdp.yaml --num_processes {expected}, or torchrun"
+                f"{who} is {expected}, but this run has {found}. `accelerate launch --cpu` starts one process, "
+                f"whatever it is asked for: use --config_file {_CONFIGS}/cpu-2-fsdp.yaml --num_processes {expected}, "
+                "or torchrun"
             )
     if kind not in _KNOWN_TYPES:
         raise ConfigError(f"accelerate's distributed_type {kind.value} is not supported; use FSDP, as {_CONFIGS} does")
@@ -223,16 +307,28 @@ def _refuse_accelerator(accelerator: Accelerator, asked: Asked, processes: int |
         )
 
 
-# --------------------------------------------------------------------------------------------------------- sharded models
+def leave_group() -> None:
+    """End the communication of this process with the others."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def say(accelerator: Accelerator, text: str) -> None:
+    """Print a line for people: on the main process, to stderr, without secrets."""
+    if accelerator.is_main_process:
+        print(without_secrets(text), file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------- sharded models
 
 
 def is_sharding(accelerator: Accelerator) -> bool:
-    """Whether models are sharded by FSDP2 here."""
+    """True if FSDP2 shards the models."""
     return accelerator.distributed_type == DistributedType.FSDP
 
 
 def describe_world(accelerator: Accelerator) -> dict:
-    """Processes, how parameters lie on them, and the mesh; for manifests."""
+    """Describe the processes and how parameters lie on them, as JSON values for manifests."""
     mesh: DeviceMesh | None = getattr(accelerator, "torch_device_mesh", None)
     return {
         "processes": accelerator.num_processes,
@@ -242,11 +338,11 @@ def describe_world(accelerator: Accelerator) -> dict:
 
 
 def shard_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """Shard a model, in place; parameters on the meta device are given room, without values, on this rank's device.
+    """Shard a model, in place; parameters on the meta device get room, without values, on this rank's device.
 
-    A unit is a layer, or the embeddings; the rest is gathered with the root, the output layer too: the loss takes its
-    weight without running it, while the root runs (Accelerate's own division has it in a unit that only its forward
-    gathers). A frozen VAE is small and is left whole on every rank.
+    A unit is a layer, or the embeddings. The rest belongs to the root, the output layer too: the loss reads its weight
+    without calling it, while the root runs (Accelerate's own division puts it in a unit that only its own forward
+    gathers). A frozen VAE is small and stays whole on every rank.
     """
     plugin, mesh = accelerator.state.fsdp_plugin, getattr(accelerator, "torch_device_mesh", None)
     if mesh is not None:
@@ -263,41 +359,26 @@ def shard_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 
 
 def make_room(model: nn.Module, device: torch.device | str) -> nn.Module:
-    """Move a model to a device, in place; what is on the meta device gets memory there, its values are arbitrary."""
+    """Move a model to a device, in place; tensors on the meta device get memory there, with arbitrary values."""
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
     model.tie_weights()
     return model
 
 
 def spread_weights(model: nn.Module, whole: nn.Module | None) -> None:
-    """Fill a sharded model from a whole one, which only the main process has (in the memory of its CPU)."""
+    """Fill a sharded model from a whole one, which the main process alone has (in the memory of its CPU)."""
     weights = {} if whole is None else whole.state_dict()
-    # Buffers are made where the model is; a frozen VAE is whole everywhere.
+    # A frozen VAE is whole on every rank already.
     weights = {name: value for name, value in weights.items() if not name.startswith("vae.")}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(model, weights, options=options)
 
 
 @contextmanager
-def accumulating(accelerator: Accelerator, model: nn.Module, is_last: bool) -> Iterator[None]:
-    """A micro-batch of a step: gradients are summed over ranks with the last one.
-
-    Those of sharded models are scattered in each, or every rank would hold all of them until then; what the groups of
-    a hybrid mesh have is summed with the last.
-    """
-    if is_sharding(accelerator):
-        model.set_requires_all_reduce(is_last)
-        yield
-    else:
-        with nullcontext() if is_last else accelerator.no_sync(model):
-            yield
-
-
-@contextmanager
 def resharded(model: nn.Module) -> Iterator[None]:
-    """Parameters may be read and changed inside; no unit goes on computing with a copy gathered before.
+    """Let parameters be read and changed within the block; no unit computes with a copy that it gathered before.
 
-    A forward without a backward leaves the root's parameters gathered, and the next forward would take those.
+    A forward without a backward leaves the root's parameters gathered, and the next forward would use that copy.
     """
     _reshard(model)
     try:
@@ -312,9 +393,7 @@ def _reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with the parts of all ranks; a collective where it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+# --------------------------------------------------------------------------------------------------- signals and traces
 
 
 # Ctrl-C reaches the workers twice, from the terminal and from their launcher.
@@ -322,7 +401,7 @@ _SAME_SIGNAL_SECONDS = 2.0
 
 
 class Interrupted(Exception):
-    """A signal asked the run to end; everything worth keeping has been written. `exit_code` is 128 + signal."""
+    """A signal asked the run to end, and its checkpoint has been written. `exit_code` is 128 + signal."""
 
     def __init__(self, signal_number: int):
         super().__init__(signal.Signals(signal_number).name)
@@ -332,11 +411,12 @@ class Interrupted(Exception):
 class StopSignal:
     """Remembers the first SIGINT or SIGTERM, so that a step is never cut in two; a second one, later, ends at once.
 
-    SIGUSR1 asks for a trace of the next steps, see `Trainer.profiled`.
+    SIGUSR1 asks for a trace of the next steps, see `StepProfiler`.
     """
 
     def __init__(self):
-        self.number, self.since = 0, 0.0
+        self.number = 0
+        self.since = 0.0
         self.wants_profile = False
 
     def __enter__(self) -> "StopSignal":
@@ -352,7 +432,8 @@ class StopSignal:
 
     def _remember(self, number: int, frame) -> None:
         if not self.number:
-            self.number, self.since = number, time.monotonic()
+            self.number = number
+            self.since = time.monotonic()
         elif time.monotonic() - self.since > _SAME_SIGNAL_SECONDS:
             raise KeyboardInterrupt
 
@@ -360,6 +441,38 @@ class StopSignal:
         self.wants_profile = True
 
     def check(self) -> None:
-        """Raise Interrupted when a signal has come; for the phases after training."""
+        """Raise Interrupted if a signal has come; for the phases after training."""
         if self.number:
             raise Interrupted(self.number)
+
+
+class StepProfiler:
+    """Traces a few steps when a signal asks for it, for chrome://tracing or Perfetto.
+
+    Args:
+        folder: gets `trace-<number>-<pid>.json`.
+        steps: how many are traced.
+    """
+
+    def __init__(self, folder: Path, steps: int = 3):
+        self.folder = folder
+        self.steps = steps
+        self._trace: torch.profiler.profile | None = None
+        self._left = 0
+
+    @contextmanager
+    def step(self, asked: StopSignal) -> Iterator[None]:
+        """Run one step in the block; `asked.wants_profile` begins a trace and is reset."""
+        if asked.wants_profile and self._trace is None:
+            self._trace, self._left = torch.profiler.profile(), self.steps
+            self._trace.start()
+        asked.wants_profile = False
+        yield
+        if self._trace is not None:
+            self._left -= 1
+            if not self._left:
+                trace, self._trace = self._trace, None
+                trace.stop()
+                self.folder.mkdir(parents=True, exist_ok=True)
+                number = len(list(self.folder.glob(f"*-{os.getpid()}.json")))
+                trace.export_chrome_trace(str(self.folder / f"trace-{number}-{os.getpid()}.json"))
