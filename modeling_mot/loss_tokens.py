@@ -1,7 +1,7 @@
-"""The loss of tokens: targets, cross-entropy as sums and counts by modality, and a projection fused with it.
+"""The loss of tokens: cross-entropy as sums and counts by modality, and the projection to logits fused with it.
 
-A model's forward calls `targets_of`, then `logits_and_losses`. Without logits (`skip_logits`) the projection to the
-vocabulary and the cross-entropy are one operator, `linear_cross_entropy`, which holds the logits of a block at a time.
+Without logits (`skip_logits`) the projection to the vocabulary and the cross-entropy are one operator,
+`linear_cross_entropy`, which holds the logits of a block at a time.
 """
 
 import re
@@ -12,85 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
-from transformers.modeling_utils import slice_logits_to_keep
 
-from .checks_arguments import behind_virtual_tokens, check_ids, check_items, check_labels, check_logits_to_keep
 from .tower_routing import autocast_dtype, is_plain_linear
 
 
 # B batch, L row length, T = B * L tokens, D hidden size, V vocabulary, c tokens of a block
-
-
-# ------------------------------------------------------------------------------------------- what a forward asks for
-
-
-def targets_of(model, shape, labels, shift_labels, modality_ids) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Align targets with the logits, and find their modalities.  -> (B, L) both; None twice if there are no labels
-
-    Args:
-        shape: (B, L) of the tokens.
-        labels: (B, L), to be shifted by one; or `shift_labels`, which are aligned already.
-        modality_ids: (B, L) of the tokens; if None, modalities follow from the vocabulary.
-
-    Raises:
-        ValueError: labels of another shape, or that are neither tokens nor -100.
-    """
-    # Check.
-    given = labels if shift_labels is None else shift_labels
-    if given is None:
-        return None, None
-    check_ids("labels" if shift_labels is None else "shift_labels", given, shape)
-    check_labels(given, model.config.vocab_size)
-    given = given.long()
-
-    # The modality of a target is that of its own token.
-    if shift_labels is not None:
-        return given, _modalities(model, given)
-    of_labels = (
-        _modalities(model, given) if modality_ids is None else behind_virtual_tokens(modality_ids, given.shape[1])
-    )
-    # The labels move, not the logits: the last position of a row has no target.
-    return tuple(F.pad(ids[:, 1:], (0, 1), value=-100) for ids in (given, of_labels))
-
-
-def _modalities(model, labels):
-    """Find the modalities of labels by the vocabulary.  (B, L) -> (B, L)"""
-    if model.config.modality_token_ranges is None and len(model.config.tower_names) == 1:
-        return torch.zeros_like(labels)  # one tower and no ranges: all tokens count as text
-    return model.model.modality_ids_of(labels)
-
-
-def logits_and_losses(
-    model, hidden_states, targets, num_items_in_batch, logits_to_keep, skip_logits
-) -> tuple[torch.Tensor | None, dict]:
-    """Compute logits unless they are skipped, and the losses of tokens if there are targets.
-
-    Args:
-        hidden_states: (B, L, D).
-        targets: the pair of `targets_of`.
-        num_items_in_batch, logits_to_keep, skip_logits: as in `MoTForCausalLM.forward`.
-
-    Returns:
-        (B, L or fewer, V) or None; and the losses of `token_losses`, or {}.
-
-    Raises:
-        ValueError: logits are skipped without targets or together with `logits_to_keep`, `logits_to_keep` holds no
-            positions, or no loss can be divided by `num_items_in_batch`.
-    """
-    check_logits_to_keep(logits_to_keep, tuple(hidden_states.shape[:2]))
-    logits_to_keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else int(logits_to_keep)
-    check_items(num_items_in_batch)
-    targets, modality_ids = targets
-    args = (targets, modality_ids, num_items_in_batch)
-    if not skip_logits:
-        logits = model.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        return logits, {} if targets is None else token_losses(model.config, logits, *args)
-    if targets is None or torch.is_tensor(logits_to_keep) or logits_to_keep != 0:
-        raise ValueError(
-            "skip_logits=True leaves the losses alone: it needs labels, one per token, and logits_to_keep=0; "
-            f"labels are {'absent' if targets is None else 'given'}, logits_to_keep={logits_to_keep}"
-        )
-    return None, token_losses_without_logits(model.config, hidden_states, model.lm_head, *args)
 
 
 def token_losses(

@@ -34,12 +34,13 @@ from dataclasses import dataclass
 from importlib import import_module
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaTextScaledWordEmbedding
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
@@ -66,14 +67,17 @@ from .checks_arguments import (
     behind_virtual_tokens,
     check_forward,
     check_ids,
+    check_items,
     check_keywords,
+    check_labels,
+    check_logits_to_keep,
     check_plans,
     check_tokens,
 )
 from .configuration_mot import MoTConfig
 from .generation_mot import MoTGenerationMixin
 from .hub_push import CheckpointMixin
-from .loss_tokens import logits_and_losses, targets_of
+from .loss_tokens import token_losses, token_losses_without_logits
 from .tower_experts import ExpertChoiceFeedForward
 from .tower_routing import (
     TOWER_PRODUCTS,
@@ -634,6 +638,75 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
             attentions=outputs.attentions,
             **losses,
         )
+
+
+def targets_of(model, shape, labels, shift_labels, modality_ids) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Align targets with the logits, and find their modalities.  -> (B, L) both; None twice if there are no labels
+
+    Args:
+        shape: (B, L) of the tokens.
+        labels: (B, L), to be shifted by one; or `shift_labels`, which are aligned already.
+        modality_ids: (B, L) of the tokens; if None, modalities follow from the vocabulary.
+
+    Raises:
+        ValueError: labels of another shape, or that are neither tokens nor -100.
+    """
+    # Check.
+    given = labels if shift_labels is None else shift_labels
+    if given is None:
+        return None, None
+    check_ids("labels" if shift_labels is None else "shift_labels", given, shape)
+    check_labels(given, model.config.vocab_size)
+    given = given.long()
+
+    # The modality of a target is that of its own token.
+    if shift_labels is not None:
+        return given, _modalities(model, given)
+    of_labels = (
+        _modalities(model, given) if modality_ids is None else behind_virtual_tokens(modality_ids, given.shape[1])
+    )
+    # The labels move, not the logits: the last position of a row has no target.
+    return tuple(F.pad(ids[:, 1:], (0, 1), value=-100) for ids in (given, of_labels))
+
+
+def _modalities(model, labels):
+    """Find the modalities of labels by the vocabulary.  (B, L) -> (B, L)"""
+    if model.config.modality_token_ranges is None and len(model.config.tower_names) == 1:
+        return torch.zeros_like(labels)  # one tower and no ranges: all tokens count as text
+    return model.model.modality_ids_of(labels)
+
+
+def logits_and_losses(
+    model, hidden_states, targets, num_items_in_batch, logits_to_keep, skip_logits
+) -> tuple[torch.Tensor | None, dict]:
+    """Compute logits unless they are skipped, and the losses of tokens if there are targets.
+
+    Args:
+        hidden_states: (B, L, D).
+        targets: the pair of `targets_of`.
+        num_items_in_batch, logits_to_keep, skip_logits: as in `MoTForCausalLM.forward`.
+
+    Returns:
+        (B, L or fewer, V) or None; and the losses of `token_losses`, or {}.
+
+    Raises:
+        ValueError: logits are skipped without targets or together with `logits_to_keep`, `logits_to_keep` holds no
+            positions, or no loss can be divided by `num_items_in_batch`.
+    """
+    check_logits_to_keep(logits_to_keep, tuple(hidden_states.shape[:2]))
+    logits_to_keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else int(logits_to_keep)
+    check_items(num_items_in_batch)
+    targets, modality_ids = targets
+    args = (targets, modality_ids, num_items_in_batch)
+    if not skip_logits:
+        logits = model.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        return logits, {} if targets is None else token_losses(model.config, logits, *args)
+    if targets is None or torch.is_tensor(logits_to_keep) or logits_to_keep != 0:
+        raise ValueError(
+            "skip_logits=True leaves the losses alone: it needs labels, one per token, and logits_to_keep=0; "
+            f"labels are {'absent' if targets is None else 'given'}, logits_to_keep={logits_to_keep}"
+        )
+    return None, token_losses_without_logits(model.config, hidden_states, model.lm_head, *args)
 
 
 # ---------------------------------------------------------------------------------------------------- not architecture

@@ -35,8 +35,7 @@ from .latent_images import (
     cumulative_alphas,
 )
 from .latent_vae import build_vae, vae_config_of
-from .loss_tokens import logits_and_losses, targets_of
-from .modeling_mot import MoTCausalLMOutputWithPast, MoTModel, MoTPreTrainedModel
+from .modeling_mot import MoTCausalLMOutputWithPast, MoTModel, MoTPreTrainedModel, logits_and_losses, targets_of
 from .tower_routing import ModalityRouting, without_cast
 
 
