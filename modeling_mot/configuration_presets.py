@@ -84,38 +84,3 @@ VARIANTS = (
     "untied-feed-forward",
     "untied-feed-forward-attention",
 )
-
-
-def variant_fields(variant, modalities):
-    """Return the fields of `MoTConfig` that make it one of the paper's variants.
-
-    Args:
-        variant (str): one of `VARIANTS`.
-        modalities (sequence of str): ordered names, text first.
-
-    Raises:
-        ValueError: an unknown variant, or leaving out a modality that is not there.
-    """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant={variant!r} is not one of {', '.join(VARIANTS)}")
-    # Leave one out: one modality has a tower of its own, the others share one.
-    if variant.startswith("loo-"):
-        alone = variant.removeprefix("loo-")
-        together = [modality for modality in modalities if modality != alone]
-        if alone not in modalities or len(together) < 2:
-            raise ValueError(
-                f"variant={variant!r} leaves {alone!r} alone and joins the others: it needs three modalities, "
-                f"{alone!r} among them, but modalities={list(modalities)}"
-            )
-        return {"towers": {modality: alone if modality == alone else "_".join(together) for modality in modalities}}
-    # One tower for all modalities.
-    if variant in ("dense", "moe-4x"):
-        moe = {"moe_towers": ["shared"], "num_experts": 4} if variant == "moe-4x" else {}
-        return {"towers": dict.fromkeys(modalities, "shared")} | moe
-    # A tower for each modality.
-    return {
-        "mot": {},
-        "hybrid": {"moe_towers": ["text"], "num_experts": 4},
-        "untied-feed-forward": {"untied": ["feed_forward"]},
-        "untied-feed-forward-attention": {"untied": ["feed_forward", "attention"]},
-    }[variant]

@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from modeling_mot import MoTConfig, MoTPreTrainedModel
 from modeling_mot.configuration_mot import SHARED
 from training.config import ConfigError, check_options, option
-from training.data.collate import count_noised, is_transfusion
+from training.data.collate import count_noised
+from training.data.documents import is_transfusion
 
 
 # B batch, L row length, V vocabulary

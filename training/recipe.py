@@ -14,8 +14,8 @@ from modeling_mot.configuration_presets import VARIANTS
 from modeling_mot.decoding_pictures import DiffusionSettings
 from training.config import ConfigError, check_options, describe, option
 from training.data.config import DataConfig, Segment, SourceConfig
+from training.data.reading.records import text_of
 from training.data.reading.sources import open_source
-from training.data.reading.values import text_of
 from training.optimization import OptimizerConfig, warmup_steps
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from modeling_mot.media_loading import MediaError
-from training.data.reading.values import decode_picture, decode_sound
+from training.data.reading.records import decode_picture, decode_sound
 
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)

@@ -12,7 +12,7 @@ from PIL import Image
 from modeling_mot.image_processing import MoTImageProcessor
 from modeling_mot.image_tokenizer import ImageTokenizerConfig
 from modeling_mot.media_loading import fit_picture, load_fitted, load_picture
-from training.data.reading.values import decode_picture
+from training.data.reading.records import decode_picture
 
 from .media_forms import COLOURS, chat_ids, encoded, outcome, outcomes_of_file
 

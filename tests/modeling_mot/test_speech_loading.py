@@ -9,7 +9,7 @@ import torch
 
 from modeling_mot.media_loading import load_sound
 from modeling_mot.speech_tokenizer import SpeechTokenizerConfig, resample
-from training.data.reading.values import decode_sound
+from training.data.reading.records import decode_sound
 
 from .media_forms import WAVE, chat_ids, outcome, outcomes_of_file, sound_file
 from .test_speech_tokenizer import tokenizer_with_random_units

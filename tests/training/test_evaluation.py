@@ -38,7 +38,7 @@ def emoji_source(split: str = "train", **fields) -> SourceConfig:
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
     """Every fifth of the carried training pictures."""
-    from training.data.reading.values import decode_picture
+    from training.data.reading.records import decode_picture
 
     records = open_source(emoji_source()).records
     return [decode_picture(records[index]["image"]) for index in range(0, len(records), 5)]

@@ -37,7 +37,7 @@ def test_training_finds_what_was_prepared(prepared, monkeypatch):
     words, printed = prepared
     recipe = load_recipe(words)
     processor = load_processor(recipe.model, None, True)
-    monkeypatch.setattr("training.data.tokenized.prepare", lambda *_: pytest.fail("prepared again"))
+    monkeypatch.setattr("training.data.preparing.preparation.prepare", lambda *_: pytest.fail("prepared again"))
     stream, held_out, _ = prepare_rows(recipe.data, processor, 4)
     assert held_out
     for source in stream.sources:

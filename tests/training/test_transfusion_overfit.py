@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 
+from training.data.reading.records import decode_picture
 from training.data.reading.sources import open_source
-from training.data.reading.values import decode_picture
 from training.evaluation.fidelity import psnr
 from training.model.building import load_processor
 from training.recipe import Recipe

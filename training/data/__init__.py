@@ -3,9 +3,9 @@
 from training.data.collate import collate
 from training.data.config import AugmentationConfig, DataConfig, SourceConfig, TemplateConfig, carried_path
 from training.data.preparing.batch_tokenizer import Preparing
+from training.data.preparing.preparation import TokenizedSource
 from training.data.rows import build_stream, prepare_sources, single_direction_rows
 from training.data.stream import RowStream
-from training.data.tokenized import TokenizedSource
 
 
 __all__ = [

@@ -9,6 +9,7 @@ import torch
 from modeling_mot.attention_masks import find_image_blocks, plan_rows
 from modeling_mot.latent_images import draw_timesteps
 from modeling_mot.tower_routing import ModalityRouting
+from training.data.documents import is_transfusion
 
 
 # N rows of L tokens; M images of C channels, (h, w) latents or pixels
@@ -78,11 +79,6 @@ def collate(
             )
         batch |= draw_noise(rows, batch, config, noise_seed, row_numbers)
     return batch
-
-
-def is_transfusion(config) -> bool:
-    """True if a configuration is of a model that diffuses images."""
-    return getattr(config, "latent_channels", None) is not None
 
 
 def stack_images(images: list[dict], config=None) -> dict[str, torch.Tensor]:

@@ -452,3 +452,8 @@ def pack(lengths: np.ndarray, row_length: int) -> list[list[Piece]]:
         if room > length:
             bisect.insort(rooms, (room - length, row))
     return [rows[row] for row in sorted(range(len(rows)), key=openers.__getitem__)]
+
+
+def is_transfusion(config) -> bool:
+    """True if a configuration is of a model that diffuses images."""
+    return getattr(config, "latent_channels", None) is not None

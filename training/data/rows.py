@@ -11,8 +11,8 @@ from training.config import ConfigError
 from training.data.config import MODALITY_OF_TYPE, DataConfig, Segment, SourceConfig
 from training.data.documents import IGNORED, build_row, compose, images_of, pack
 from training.data.preparing.batch_tokenizer import Preparing
+from training.data.preparing.preparation import TokenizedSource
 from training.data.stream import RowStream
-from training.data.tokenized import TokenizedSource
 
 
 # L tokens of a row

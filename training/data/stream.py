@@ -27,7 +27,7 @@ from training.data.documents import (
     pack,
     ways_of,
 )
-from training.data.tokenized import TokenizedSource
+from training.data.preparing.preparation import TokenizedSource
 
 
 # L tokens of a row; G rows of a step

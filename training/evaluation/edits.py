@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from training.data.config import Segment, SourceConfig
+from training.data.reading.records import decode_picture, text_of
 from training.data.reading.sources import open_source
-from training.data.reading.values import decode_picture, text_of
 from training.evaluation.retrieval import descriptor
 from training.recipe import EDIT_KINDS
 

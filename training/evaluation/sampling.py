@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
 from modeling_mot.decoding_loop import pictures_of
 from modeling_mot.latent_vae import encode_pixels
-from training.data.collate import is_transfusion
+from training.data.documents import is_transfusion
 from training.recipe import SamplesConfig
 
 

@@ -8,8 +8,8 @@ from itertools import islice
 from PIL import Image
 
 from training.data.config import DataConfig, Segment, SourceConfig
+from training.data.reading.records import decode_picture, text_of
 from training.data.reading.sources import open_source
-from training.data.reading.values import decode_picture, text_of
 from training.evaluation.edits import Edit, find_edits
 from training.recipe import SamplesConfig, pair_of, text_of_sources, texts_of
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_mot import MoTConfig, MoTPreTrainedModel
-from modeling_mot.configuration_presets import variant_fields
+from modeling_mot.configuration_mot import variant_fields
 from training.config import ConfigError, one_line
 from training.model.building import load_initial, plan_model
 from training.model.costs import (

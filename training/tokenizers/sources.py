@@ -128,7 +128,7 @@ def read_media(sources: list[str], columns: list[str], limit: int | None, suffix
 
     A record may name a file only in the folder of its source; any other ends the command.
     """
-    from training.data.reading.values import OutsidePath, confined, source_roots
+    from training.data.reading.records import OutsidePath, confined, source_roots
 
     for source in sources:
         roots = source_roots(Path(source.split(":")[0]))

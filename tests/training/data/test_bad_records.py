@@ -17,8 +17,8 @@ from pyarrow import parquet
 
 from training.data import Preparing, SourceConfig, TemplateConfig, TokenizedSource
 from training.data.config import Limits, Segment
+from training.data.reading.records import BadRecord, LeftOut, text_of
 from training.data.reading.sources import open_source
-from training.data.reading.values import BadRecord, LeftOut, text_of
 
 from .conftest import ToyProcessor, png, wav
 from .test_shards import lines, tar

@@ -12,7 +12,7 @@ from training.data import build_carried
 from training.data.adapters import emoji_names
 from training.data.adapters.speech_synthesis import with_ogg_serial
 from training.data.config import carried_path
-from training.data.reading.values import decode_picture, decode_sound
+from training.data.reading.records import decode_picture, decode_sound
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from pyarrow import parquet
 
 from training.data import SourceConfig, TemplateConfig
 from training.data.config import Limits
+from training.data.reading.records import decode_picture, decode_sound
 from training.data.reading.sources import open_source
-from training.data.reading.values import decode_picture, decode_sound
 
 from .conftest import png, wav
 from .test_shards import lines, tar

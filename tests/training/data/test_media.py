@@ -10,7 +10,7 @@ from PIL import Image
 from tests.modeling_mot.media_forms import COLOURS, WAVE, encoded, sound_file
 from tests.modeling_mot.test_processor import build_processor
 from training.data import AugmentationConfig, Preparing, SourceConfig, TemplateConfig, TokenizedSource
-from training.data.reading.values import OutsidePath, confined, decode_picture, decode_sound
+from training.data.reading.records import OutsidePath, confined, decode_picture, decode_sound
 
 
 @pytest.fixture(scope="module")

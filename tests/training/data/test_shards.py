@@ -72,7 +72,7 @@ def test_shards_give_the_tokens_of_their_records_in_order(tmp_path, prepare, pro
     assert len(source) == 20
     for record, (text, picture) in zip(ids_of(source), RECORDS, strict=True):
         assert record["text:txt"] == [processor.encode_segment({"type": "text", "text": text})]
-        from training.data.reading.values import decode_picture
+        from training.data.reading.records import decode_picture
 
         assert record["image:png"] == processor.encode_images([decode_picture(picture)])
 

@@ -23,7 +23,7 @@ from pyarrow import parquet
 from modeling_mot.media_loading import flatten
 from training.data.adapters.parquet_folder import print_counts, write_folder
 from training.data.config import carried_path
-from training.data.reading.values import decode_picture
+from training.data.reading.records import decode_picture
 
 
 FEATURES = Features(

@@ -5,7 +5,7 @@ import io
 from PIL import Image
 
 from modeling_mot.media_loading import flatten
-from training.data.reading.values import decode_picture
+from training.data.reading.records import decode_picture
 
 
 def square_png(data: bytes | str, size: int) -> bytes:

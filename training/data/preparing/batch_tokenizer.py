@@ -9,8 +9,16 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from modeling_mot.media_loading import flatten
 from training.data.config import AugmentationConfig, Limits, Segment
-from training.data.reading.records import Source
-from training.data.reading.values import BadRecord, LeftOut, blaming, check_parts, decode_picture, decode_sound, text_of
+from training.data.reading.records import (
+    BadRecord,
+    LeftOut,
+    Source,
+    blaming,
+    check_parts,
+    decode_picture,
+    decode_sound,
+    text_of,
+)
 
 
 # (H, W) a picture in pixels; N samples of a sound

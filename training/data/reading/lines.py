@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 
 from training.data.config import Limits
-from training.data.reading.values import BadRecord, is_unicode
+from training.data.reading.records import BadRecord, is_unicode
 
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -17,14 +17,13 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import fsspec
-from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from pyarrow import parquet
 
 from modeling_mot.media_loading import PICTURE_FORMATS
 from training.data.config import Limits
 from training.data.reading.lines import csv_records, jsonl_records, parse_json, text_records
-from training.data.reading.values import BadRecord, BrokenShard, blaming, printable, readable_rows
+from training.data.reading.records import UNREACHABLE, BadRecord, BrokenShard, blaming, printable, readable_rows
 
 
 logger = logging.getLogger(__name__)
@@ -39,8 +38,6 @@ SUFFIXES = {
 _TEXTS = ("txt", "text", "caption", "transcript", "cls")
 # The rows of a parquet file that are decompressed at once, and the most bytes of them.
 _PARQUET_ROWS, _PARQUET_BYTES = 64, 2**28
-# Errors that are no fault of a shard; the last is the base of all errors of the HTTP library under huggingface_hub.
-UNREACHABLE = (ConnectionError, TimeoutError, HfHubHTTPError.__bases__[0])
 
 
 @dataclass(frozen=True)

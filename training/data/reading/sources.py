@@ -24,11 +24,23 @@ from pyarrow import parquet
 from modeling_mot.hub_trust import leads_outside
 from modeling_mot.media_loading import name_within
 from training.data.config import DataConfig, Limits, SourceConfig, carried_path, local_path
-from training.data.reading.records import Source, StreamedDataset, label_names, matches
+from training.data.reading.records import (
+    UNREACHABLE,
+    BadRecord,
+    BrokenShard,
+    LeftOut,
+    OutsidePath,
+    Source,
+    StreamedDataset,
+    check_parts,
+    label_names,
+    matches,
+    printable,
+    source_roots,
+)
 from training.data.reading.shards import (
     KINDS,
     SUFFIXES,
-    UNREACHABLE,
     ShardFiles,
     find_shards,
     folder_records,
@@ -36,15 +48,6 @@ from training.data.reading.shards import (
     read_file,
     resolve_inside,
     shard_format,
-)
-from training.data.reading.values import (
-    BadRecord,
-    BrokenShard,
-    LeftOut,
-    OutsidePath,
-    check_parts,
-    printable,
-    source_roots,
 )
 
 
