@@ -61,8 +61,8 @@ class MoTGenerationMixin(GenerationMixin):
             constrain_spans: False to sample from the whole vocabulary everywhere (default True).
             generator: of sampled tokens: a `torch.Generator`, or one for each sequence; default: torch's global one.
             generation_mode: "image" or "audio" ("speech" is the same) opens a picture or speech behind prompts that
-                do not end with one opened. A picture is then all that is made, whatever `max_new_tokens`. Default, and "text": as the model
-                chooses.
+                do not end with one opened. A picture is then all that is made, whatever `max_new_tokens`. Default, and
+                "text": as the model chooses.
 
         Returns:
             (B, L + new) prompts and new tokens; or transformers' output that holds them, if

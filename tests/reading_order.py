@@ -30,7 +30,7 @@ LIMITS = {"step": 14, "picture": 14, "start": 30}
 
 @contextmanager
 def files_entered(files: dict[str, int]) -> Iterator[None]:
-    """Add the project's files whose functions run within the block, on any thread, in order; with how many functions."""
+    """Add the project's files whose functions run within the block, on any thread, with how many; in order."""
     functions: set = set()
 
     def note(frame, event, _):
@@ -63,7 +63,7 @@ def import_all() -> None:
 
 
 def training_stories(wanted: set[str]) -> dict[str, dict[str, int]]:
-    """`start`: everything before the first step, with data prepared anew; `step`: a step with the making of its batch."""
+    """`start`: everything before the first step, with data prepared anew; `step`: a step with its batch."""
     from training.run import Session
     from training.run_files.folder import RunLock
     from training.train import load_recipe

@@ -3,10 +3,11 @@
 A comment of HTML before a block says what the block needs, and readers do not see the comment:
 
 - `<!-- file: NAME -->`: the block is the contents of a file.
-- `<!-- shortened: ARGUMENTS -->`: a training run of many minutes gets these arguments too. With `MOT_WHOLE_RUNS=1` it does not.
+- `<!-- shortened: ARGUMENTS -->`: a training run of many minutes gets these arguments too, unless `MOT_WHOLE_RUNS=1`.
 - `<!-- needs .[EXTRA] -->`: the block runs where the extra's packages are installed.
-- `<!-- pushed: FOLDER -->`: a server in the place of the Hub has the folder under the name and commit that the block loads.
-- `<!-- train-command -->`, `<!-- test-command -->`: README's two commands; the second is the one that CI calls, and is left out.
+- `<!-- pushed: FOLDER -->`: a server in the place of the Hub has the folder under the name and commit that the block
+  loads.
+- `<!-- train-command -->`, `<!-- test-command -->`: README's two commands. CI calls the second, so it is left out here.
 """
 
 import importlib.util

@@ -168,7 +168,7 @@ def test_transfusion_generate_refuses_what_it_does_not_read(kwargs, message):
         tiny_transfusion().eval().generate(IDS, max_new_tokens=2, **kwargs)
 
 
-# ---------------------------------------------------------------------------------------------------------------- labels
+# --------------------------------------------------------------------------------------------------------------- labels
 
 
 @pytest.mark.parametrize("label", [-1, -99, -101, 60, 2**40])
@@ -232,8 +232,8 @@ OF_IMAGES = ("latents", "pixel_values", "timesteps", "noise", "clean_images", "i
 @pytest.mark.parametrize("value", NO_TENSORS, ids=repr)
 @pytest.mark.parametrize(
     "name",
-    ["input_ids", "attention_mask", "position_ids", "document_ids", "modality_ids", "inputs_embeds", "labels", "routing",
-     "attention_plan", "past_key_values"],
+    ["input_ids", "attention_mask", "position_ids", "document_ids", "modality_ids", "inputs_embeds", "labels",
+     "routing", "attention_plan", "past_key_values"],
 )  # fmt: skip
 @pytest.mark.parametrize("make", ["tiny_model", "transfusion"])
 def test_what_is_no_tensor_is_refused_by_name(tiny_model, make, name, value):

@@ -1,4 +1,4 @@
-"""A data set pushed with `push_to_hub` is a source by its name: as it is, streamed, at a revision, and shard by shard."""
+"""A data set pushed with `push_to_hub` is a source by its name: as it is, streamed, at a revision, and by shards."""
 
 import json
 import os

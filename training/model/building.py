@@ -32,6 +32,7 @@ from modeling_mot.latent_vae import VAE_CLASSES, build_vae, downsampling, vae_co
 from modeling_mot.processing_vocabulary import extend_tokenizer, without_codes
 from training.config import ConfigError
 from training.data.config import MODALITY_OF_TYPE, DataConfig
+from training.data.reading.sources import kinds_in_documents
 from training.model.costs import SIZE_FIELDS, SIZES, Budget, leaves_size_open
 from training.recipe import ModelConfig, TransfusionModelConfig
 from training.tokenizers.processor import continuous_processor
@@ -378,9 +379,11 @@ def fill_from_checkpoint(model: ModelConfig, stored: Mapping[str, Any]) -> Model
 
 
 def modalities_of(data: DataConfig) -> list[str] | None:
-    """List the modalities that the data have, text first: those of the templates and, where a template is a document, of
-    the first records. None where the records cannot be read; preparing them says why."""
-    from training.data.reading.sources import kinds_in_documents  # imports `datasets`, which few recipes need here
+    """List the modalities of the data, text first.
+
+    They are those of the templates and, where a template is a document, those of the first records. None if the records
+    cannot be read; preparing them says why.
+    """
 
     kinds: set[str] = set()
     for source in (*data.sources, *data.validation_sources):

@@ -1,11 +1,11 @@
 """A prepared source: how its records become tokens on the disk, and how the tokens are read.
 
 A source is prepared in parts, in parallel, and from where it was interrupted. While that lasts, it is a folder
-`<name>-<fingerprint>.partial` of chunks. In the end `meta.json` is written and the folder is moved to its name, so a folder
-of that name is complete. One process tokenises a part (a shard, or a range of records) from its start to its end, and a
-chunk ends where its bytes are enough: any number of processes makes the same chunks, and whole chunks are kept when the
-rest is made later. `TokenizedSource` maps the chunks into memory. The fingerprint covers everything that the tokens were
-made from: a change makes another folder.
+`<name>-<fingerprint>.partial` of chunks. In the end `meta.json` is written and the folder is moved to its name, so a
+folder of that name is complete. One process tokenises a part (a shard, or a range of records) from its start to its
+end, and a chunk ends where its bytes are enough: any number of processes makes the same chunks, and whole chunks are
+kept when the rest is made later. `TokenizedSource` maps the chunks into memory. The fingerprint covers everything that
+the tokens were made from: a change makes another folder.
 """
 
 import hashlib
