@@ -62,8 +62,8 @@ def test_the_modalities_of_documents_are_those_of_their_records(tmp_path, kinds,
     (tmp_path / "0.jsonl").write_text(json.dumps({"parts": parts}) + "\n")
     sources = [{"name": "a", "path": str(tmp_path / name), "templates": [{"segments": ["document:parts"]}]}]
     recipe = build(Recipe, {"data": {"row_length": 256, "sources": sources}})
-    planned = plan_model(recipe.model, recipe.data).config
-    assert planned.modalities == recipe.model.modalities == modalities
+    planned = plan_model(recipe.model, recipe.data)
+    assert planned.config.modalities == planned.model.modalities == modalities
 
 
 def test_documents_of_which_only_some_were_looked_at_say_so(tmp_path, caplog):

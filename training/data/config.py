@@ -33,12 +33,13 @@ class Segment:
     @classmethod
     @lru_cache(maxsize=1024)
     def parse(cls, written: str) -> "Segment":
-        """Read a segment as it is written in a recipe.
+        """Read a segment as it is written in a recipe; the type `speech` is another name of `audio`.
 
         Raises:
             ValueError: an unknown type, or no format over columns.
         """
         kind, separator, column = written.partition(":")
+        kind = "audio" if kind == "speech" else kind
         if kind not in SEGMENT_TYPES or not separator or not column.strip():
             raise ValueError(
                 f"segments has {written!r}; write type:column with a type of {', '.join(SEGMENT_TYPES)}, "

@@ -99,3 +99,8 @@ def test_the_home_of_nobody_is_refused():
 def test_a_path_that_no_file_has_is_refused(path):
     with pytest.raises(ValueError, match="source 'x': path .*(cannot be read|does not exist)"):
         open_source(SourceConfig("x", path, TEMPLATE))
+
+
+def test_speech_is_another_name_of_audio():
+    template = TemplateConfig(["text:name", "speech:clip"])
+    assert [str(segment) for segment in template.parsed] == ["text:name", "audio:clip"]
