@@ -161,7 +161,7 @@ def make_room(options: argparse.Namespace) -> None:
 
 
 def media_of(options: argparse.Namespace, vae: torch.nn.Module | None, settings: dict[str, Any]) -> Media:
-    """The tokens of pictures and sound. Raises ConversionError for options that contradict each other."""
+    """Decide how pictures and sound become tokens. Raises ConversionError if options contradict each other."""
     # Room for codes is asked for by a number, or follows from a tokenizer, never both.
     media = Media(options.image_codes or 0, options.speech_units or 0, image_grid=options.image_grid)
     if options.image_grid is not None and options.image_codes is None:

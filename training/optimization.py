@@ -2,7 +2,7 @@
 
 A model returns, for each objective, the sum of its losses (`loss_sums`); the batch alone tells how many targets there
 are. The trainer sums the counts over micro-batches and ranks first and divides once, so that the gradient does not
-depend on how the rows were split. A mean of per-batch means would weight a token by how few others stood beside it.
+depend on how the rows were split. A mean of per-batch means would give a token more weight in a batch of few tokens.
 """
 
 import math
@@ -291,7 +291,7 @@ class UpdateGuard:
         return True, "spike" if begins else None
 
     def wants_check(self, step: int) -> bool:
-        """True if the parameters are to be looked at after this step: a first loss that is no number, or each 100th."""
+        """True if the parameters are checked after this step: the first of several not finite ones, or a 100th."""
         return self.not_finite_in_a_row == 1 or step % 100 == 0
 
     @property
@@ -300,7 +300,7 @@ class UpdateGuard:
         return self.not_finite_in_a_row > self.not_finite_limit
 
     def state(self) -> dict:
-        """JSON values with which a resumed run judges alike."""
+        """Return JSON values from which `restore` continues with the same decisions."""
         return {
             "skipped": self.skipped,
             "not_finite_in_a_row": self.not_finite_in_a_row,
@@ -317,7 +317,7 @@ class UpdateGuard:
 
 
 def freeze_towers(model: MoTPreTrainedModel, towers: list[str] | None) -> None:
-    """Let the parameters of these towers get no gradient, in place; before the model is sharded.
+    """Freeze the parameters of these towers, in place. Call it before the model is sharded.
 
     Args:
         towers: of `model.config.tower_names`, or `shared` for the parts that towers have in common.

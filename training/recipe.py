@@ -34,7 +34,9 @@ class TransfusionModelConfig:
     )
     unet_layers: int | None = option(None, "residual layers of a down block", ge=1, le=1000)
     unet_norm_groups: int | None = option(None, "groups of the U-Net's group norms", ge=1, le=10**5)
-    prediction_type: Literal["epsilon", "v_prediction", "flow"] | None = option(None, "what is predicted of the noise")
+    prediction_type: Literal["epsilon", "v_prediction", "flow"] | None = option(
+        None, "what the model predicts: the noise, the v of diffusers, or the velocity of flow matching"
+    )
     noise_schedule: str | None = option(None, "diffusers' name of a beta schedule; null: the cosine schedule")
     num_train_timesteps: int | None = option(None, "noise levels", ge=1, le=10**6)
     timestep_sampling: Literal["uniform", "logit_normal"] | None = option(None, "how noise levels are drawn")
@@ -80,7 +82,7 @@ class ModelConfig:
     init_from: str | None = option(None, "folder or Hub name of a checkpoint to start from; its sizes are kept")
     processor: str | None = option(None, "folder or Hub name of a processor; null: the one carried with the project")
     modalities: list[str] | None = option(
-        None, "of a new model, text first; null: those of the processor or, where no size is named, those of the data"
+        None, "modalities of a new model, text first; null: the processor's or, if no size is named, the data's"
     )
     hidden_size: int | None = option(None, "width of the residual stream", ge=1, le=10**6)
     intermediate_size: int | None = option(
@@ -136,7 +138,7 @@ class TrainConfig:
     rows: int = option(8, "rows in a micro-batch of one process", ge=1)
     accumulation: int = option(1, "micro-batches in a step", ge=1)
     precision: Literal["auto", "bf16", "float32"] = option(
-        "auto", "of matrix products; auto: bf16 where the device computes it natively, else float32; losses are float32"
+        "auto", "dtype of matrix products; auto: bf16 if the device has it natively, else float32; losses are float32"
     )
     seed: int = option(0, "of initialisation and dropout (data.seed orders the rows)", ge=0, le=2**32 - 1)
     modality_weights: dict[str, float] | None = option(
@@ -313,7 +315,7 @@ def check_decoder(processor: MoTProcessor, config: SamplesConfig) -> None:
 
 
 def check_diffusion(planned: MoTConfig, config: SamplesConfig) -> None:
-    """Refuse to start a run whose pictures could not be diffused as its samples ask for."""
+    """Refuse to start a run if the model cannot draw pictures with the settings of `samples`."""
     if not (config.enabled and isinstance(planned, MoTTransfusionConfig)):
         return
     names = ("guidance_scale", "num_inference_steps", "scheduler")

@@ -196,7 +196,7 @@ def start_processes(recipe: Recipe) -> Accelerator:
 
 
 def take_folder(train: TrainConfig, accelerator: Accelerator, lock: RunLock) -> RunFolder:
-    """The folder of the run, which may be used and now is locked; the main process looks first."""
+    """Check the folder of the run, lock it and return it. The main process goes first."""
     run = RunFolder(train.output_dir)
     with accelerator.main_process_first():
         if accelerator.is_main_process:
@@ -227,7 +227,7 @@ def find_peak(accelerator: Accelerator) -> tuple[float, str]:
 def make_plan(
     recipe: Recipe, accelerator: Accelerator, initial: MoTPreTrainedModel | None, checkpoint: Mapping | None
 ) -> Planned:
-    """What is trained. A size that the recipe leaves open is that of the checkpoint, or one that fits the machine."""
+    """Decide what to train. If the recipe names no size, take the checkpoint's, or one that fits the machine."""
     model, processes = recipe.model, accelerator.num_processes
     is_open = leaves_size_open(model)
     if is_open and checkpoint is not None:
@@ -267,7 +267,7 @@ def make_model(
     initial: MoTPreTrainedModel | None,
     checkpoint: Mapping | None,
 ) -> MoTPreTrainedModel:
-    """The model on its device, sharded where it is to be; with its weights, unless a checkpoint brings them."""
+    """Make the model on its device, sharded if the run shards, and without weights if a checkpoint brings them."""
     settings = recipe.model
     built = None
     if makes_weights(accelerator, checkpoint):

@@ -9,9 +9,9 @@ Without CONFIG.yaml the default recipe is used: training/configs/emoji.yaml, on 
 `key` is a dotted path and `value` is YAML: model.variant=dense optimizer.lr=1e-3 data.sources.0.limit=64
 
 Ctrl-C (or SIGTERM) finishes the step, writes a checkpoint and ends; train.resume=auto goes on from it. A second Ctrl-C
-ends at once. SIGUSR1 to a process traces its next three steps into profile/ (its number is in locks/rank-00000.json).
+ends at once. SIGUSR1 traces the next three steps of a process into profile/; locks/rank-00000.json has its PID.
 
-Exit code of each process (a launcher of several makes 1 of all but 0):
+Exit code of each process (a launcher of several processes ends with 1 if one of them does not end with 0):
     0 done    1 an error    2 what was asked for cannot be met, and nothing was written
     3 the last checkpoint or the final folder could not be written
     4 losses or gradients were not finite for too many steps in a row

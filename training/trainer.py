@@ -121,9 +121,9 @@ class Trainer:
     # --------------------------------------------------------------------------------------------------- one step
 
     def train_step(self, micro_batches: list[dict] | None) -> dict:
-        """One update from this rank's micro-batches, or none (see `UpdateGuard`); the step's figures over all ranks.
+        """Make one update from this rank's micro-batches, unless `UpdateGuard` forbids it; return the step's figures.
 
-        Without micro-batches, on any rank, nothing is computed and `stalled` is true in what all of them return.
+        The figures cover all ranks. If a rank has no micro-batches, no rank computes, and all return `stalled`: true.
         """
         # Count the targets of all ranks and micro-batches before any backward: each sum is divided by them.
         counts = self.count(micro_batches)
@@ -132,7 +132,7 @@ class Trainer:
         targets = dict(zip(self.objectives, counts["targets"], strict=True))
         scales, z_scale = loss_scales(targets, self.config.modality_weights, self.diffusion_weight)
 
-        # The gradients, and the losses that they are of.
+        # The losses and their gradients.
         sums = torch.zeros(len(self.objectives) + 2, device=self.accelerator.device)
         for index, batch in enumerate(micro_batches):
             self.seed_forward(index)
@@ -279,7 +279,7 @@ class Trainer:
         self.note_failed_save()
 
     def refuse_not_finite(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Refuse values that no later update can mend; they get into no checkpoint. Every rank calls it.
+        """End the run if a tensor holds NaN or infinity, before a checkpoint is written. Every rank calls it.
 
         Raises:
             NotFiniteError: naming them.
@@ -339,7 +339,7 @@ class Trainer:
             NotFiniteError: the model, its average or the optimizer is not finite; nothing is written then.
         """
         begin = time.perf_counter()
-        # First, or ranks that know of a failure and ranks that do not yet would go different ways.
+        # Finish the last save first: some ranks may know of its failure and others not yet, and all must do the same.
         self.note_failed_save(wait=True)
         if self.saved_step != self.step or self.save_failed:
             state = self.state()

@@ -14,7 +14,7 @@ from training.data.documents import is_transfusion
 
 # N rows of L tokens; M images of C channels, (h, w) latents or pixels
 
-# Towers' slices are padded to multiples of this, or kernels would be made anew for the sizes of every step.
+# Each tower's slice is padded to a multiple of this, so that kernels are not compiled for new sizes in every step.
 TOWER_ROWS = 16
 ROW_FIELDS = ("input_ids", "modality_ids", "position_ids", "document_ids", "labels")
 
@@ -82,7 +82,7 @@ def collate(
 
 
 def stack_images(images: list[dict], config=None) -> dict[str, torch.Tensor]:
-    """Stack images as the model takes them; pixels are latents to one without a VAE.  M x (C, h, w) -> (M, C, h, w)"""
+    """Stack images for the model. A model without a VAE takes pixels as latents.  M x (C, h, w) -> (M, C, h, w)"""
     values = [image["values"] for image in images]
     sizes = np.array([value.shape[1:] for value in values], dtype=np.int64)
     same = bool((sizes == sizes[0]).all())
@@ -164,7 +164,7 @@ def seed_of(words: str) -> int:
 
 
 def share_positions(batch: dict, config) -> None:
-    """Leave positions to the model, which lets all tokens of an image share one; for clean copies give them here."""
+    """Remove `position_ids`, so that the model gives an image one position; compute them if there are clean copies."""
     positions, documents = batch.pop("position_ids"), batch["document_ids"]
     # Documents follow one another and their positions grow, except at a clean copy, whose positions fall back to those
     # of its image. So the first place that reaches a token's key is the token itself, or the token that it repeats.

@@ -254,7 +254,7 @@ class AugmentationConfig:
     shift: float = option(
         0.06, "pictures: largest shift in each direction, as a share of the side, on white", ge=0, lt=1
     )
-    flip: bool = option(True, "pictures: mirror half of them, where the caption allows (see augmentation.may_flip)")
+    flip: bool = option(True, "pictures: mirror half of them, if the caption stays true (no directions, texts, ...)")
     brightness: float = option(0.1, "pictures: largest relative change of brightness", ge=0, lt=1)
     contrast: float = option(0.1, "pictures: largest relative change of contrast", ge=0, lt=1)
     saturation: float = option(0.2, "pictures: largest relative change of saturation", ge=0, lt=1)
@@ -298,7 +298,7 @@ class DataConfig:
     )
     replaced_codes: float = option(
         0.0,
-        "most of a document's picture codes and speech units that the input has random ones for; targets stay",
+        "largest share of a document's picture codes and speech units that are random in the input; targets stay",
         ge=0,
         le=1,
     )
@@ -308,8 +308,8 @@ class DataConfig:
     )
     clean_copies: bool = option(
         False,
-        "after each learnt continuous image that something follows stands a clean copy, at the same positions, for a "
-        "model whose noised images are seen by no other token",
+        "repeat each learnt continuous image, clean and at the same positions, if other tokens follow it; for a model "
+        "in which later tokens do not see noised images",
     )
     cache_dir: str | None = option(
         None, "folder of tokenised data; null: MOT_CACHE or ~/.cache/mixture_of_transformers"

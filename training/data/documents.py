@@ -416,10 +416,10 @@ class Piece(NamedTuple):
 def pack(lengths: np.ndarray, row_length: int) -> list[list[Piece]]:
     """Pack documents into rows by best fit: each document goes where it leaves the least room.
 
-    Documents longer than a quarter of a row go first, the longest ahead. The others follow as they were drawn: to sort
-    them too fills rows no better, and gathers documents of one length, hence of one modality, in the same rows.
-    A document longer than a row (the caller lets only text be so) fills whole rows, its rest opens the row after them,
-    and other documents may fill that row up. Rows are in the order of the documents that opened them.
+    Documents longer than a quarter of a row go first, the longest ahead. The others keep the order in which they were
+    drawn. Sorting them does not fill rows better, and puts documents of one length, and so of one modality, together.
+    A document longer than a row is text: the caller refuses others. It fills whole rows, and its last tokens open a row
+    that other documents may fill. Rows are in the order of the documents that opened them.
     """
     openers: list[tuple[int, int]] = []  # (document, which of its rows)
     rows: list[list[Piece]] = []

@@ -63,9 +63,9 @@ class Draws:
 def replace_codes(row: dict, most: float, vocabulary: Vocabulary, random: np.random.Generator) -> None:
     """Put random codes of the same modality in the place of some picture codes and speech units of the input.
 
-    Each document draws the share of its codes that is replaced between 0 and `most`. Labels stay, so the model learns
-    to go on from codes that are not quite right, as its own will be, and to rely on the text (arXiv 2012.09841's
-    implementation has the same with one fixed share).
+    For each document a share between 0 and `most` is drawn, and this share of its codes is replaced. Labels stay. So
+    the model learns to continue after wrong codes, such as it will generate itself, and to rely on the text. (The
+    implementation of arXiv 2012.09841 does the same with one fixed share.)
     """
     share = random.uniform(0, most, size=row["document_ids"].max() + 2)
     hit = random.random(len(row["input_ids"])) < share[row["document_ids"]]
@@ -128,7 +128,7 @@ class RowStream:
         self._ways = [[ways_of(template) for template in source.config.templates] for source in sources]
         self._has_both = [[template.has_both for template in source.config.templates] for source in sources]
 
-        # What has been counted, drawn and packed, each kept as long as it is needed again.
+        # Caches: documents and rows before each block, orders, first variants, lengths, packed blocks.
         self._counting = threading.RLock()
         self._counted = self._from_the_start()
         self._epoch_order = lru_cache(maxsize=2 * len(sources) + 2)(self._shuffle)

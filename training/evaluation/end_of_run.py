@@ -176,12 +176,14 @@ def make_samples(
 ) -> tuple[SampleSheet, dict[str, float | int]]:
     """Write samples into `folder`; return the sheet and the measures. `Sampler` explains the last three arguments.
 
-    The measures are shares between 0 and 1: `drawn_right` (the nearest neighbour of the drawn picture, among
-    `gallery_size` pictures, is the named one), `reconstructed_right` (the same for the original through the image
-    tokenizer or the VAE and back, the ceiling of the former), `read_right` (the name read off is the name, letter by
-    letter); and in dB `drawn_psnr` and `reconstructed_psnr`, means of the peak signal-to-noise ratio against the
-    originals (a model that has several pictures for a name need not draw that one); each also as `held_out_...`. Those
-    of edits are described at `edit_figures`.
+    Every measure also exists as `held_out_...`. `edit_figures` describes the measures of edits. The others are:
+
+    - `drawn_right`: the share of drawn pictures whose nearest neighbour among `gallery_size` pictures is the named one.
+    - `reconstructed_right`: the same share for originals that the image tokenizer or the VAE encoded and decoded. It is
+      the ceiling of `drawn_right`.
+    - `read_right`: the share of pictures whose name is read off letter by letter.
+    - `drawn_psnr`, `reconstructed_psnr`: the mean peak signal-to-noise ratio against the originals, in dB. A model that
+      has seen several pictures of one name may draw another of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     was_training = model.training

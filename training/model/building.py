@@ -1,6 +1,6 @@
 """From the model section of a recipe to a model: load what it names, decide what fits together, build.
 
-`load_initial` and `plan_model` refuse what cannot be, before anything is tokenised or built; `build_model` builds.
+`load_initial` and `plan_model` refuse impossible recipes before data are tokenised; `build_model` makes the model.
 """
 
 import json
@@ -262,7 +262,9 @@ def restricted(processor: MoTProcessor, modalities: Sequence[str]) -> MoTProcess
 def transfusion_processor(
     processor: MoTProcessor, config: TransfusionModelConfig, vae: Autoencoder, keep_speech: bool = False
 ) -> MoTProcessor:
-    """Make a processor of the same text whose pictures stay pixels, in tokens of the VAE's factor times the patch size.
+    """Make a processor that keeps the text tokens, and keeps pictures as pixels.
+
+    A token of a picture stands for a square with a side of (the VAE's factor x the patch size) pixels.
 
     Args:
         keep_speech: keep the speech units too.
@@ -381,8 +383,8 @@ def fill_from_checkpoint(model: ModelConfig, stored: Mapping[str, Any]) -> Model
 def modalities_of(data: DataConfig) -> list[str] | None:
     """List the modalities of the data, text first.
 
-    They are those of the templates and, where a template is a document, those of the first records. None if the records
-    cannot be read; preparing them says why.
+    The templates name the modalities; for a template of a document, the first records do. Returns None if the records
+    cannot be read: the preparation, which reads them again, reports the reason.
     """
 
     kinds: set[str] = set()

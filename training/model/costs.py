@@ -114,9 +114,9 @@ def training_flops(config: MoTConfig, tokens: Mapping[str, int], row_length: int
 
 
 def recomputed_flops(config: MoTConfig, tokens: Mapping[str, int], row_length: int) -> int:
-    """The most FLOPs that gradient checkpointing spends once more: those of a forward without the output layer.
+    """Count the most FLOPs that gradient checkpointing adds: a forward without the output layer.
 
-    PyTorch leaves out what comes after the last tensor that a backward needs.
+    PyTorch does not recompute operations after the last tensor that the backward needs.
     """
     return forward_flops(config, tokens, row_length) - sum(tokens.values()) * head_flops(config)
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what is in them, writing, verifying and reading them, and which runs may go on from them.
+"""Write, verify and read the checkpoints of a run, and decide which runs may go on from a checkpoint.
 
 They are sharded safetensors and JSON, with nothing pickled. A checkpoint is there whole or not at all, and it is
 verified before it is used.
@@ -554,7 +554,7 @@ def refuse_changes(
         where = "" if changed_source is None else f" ({changed_source})"
         changes[DATA] = (stored["data_fingerprint"][:12], f"{present['data_fingerprint'][:12]}{where}")
 
-    # What of it is not allowed, by its own name or by that of the key that it follows from.
+    # Changes that `despite` allows neither by their own key nor by the key that they follow from.
     names = {key: _origin(key, before, now) for key in changes}
     refused = [key for key in changes if names[key] not in despite and key not in despite]
     told = {key: f"{key} was {old!r}, is {new!r}" for key, (old, new) in changes.items()}

@@ -36,9 +36,9 @@ _SIDED = re.compile(
 def may_flip(caption: str) -> bool:
     """True if a caption stays true when its picture is mirrored.
 
-    It does not if it is empty, or names a direction, something to read (letters, numbers, signs, clocks, books), or
-    something known by its sides (flags, maps, phases of the moon). The rule looks for parts of words, and refuses too
-    much rather than too little.
+    False for an empty caption, and for a caption that names a direction, something to read (letters, numbers, signs,
+    clocks, books) or something with a left and a right (flags, maps, phases of the moon). The rule searches for parts
+    of words, so it refuses some captions that would stay true.
     """
     return bool(caption.strip()) and _SIDED.search(caption.lower()) is None
 

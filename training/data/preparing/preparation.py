@@ -1,11 +1,12 @@
 """A prepared source: how its records become tokens on the disk, and how the tokens are read.
 
-A source is prepared in parts, in parallel, and from where it was interrupted. While that lasts, it is a folder
-`<name>-<fingerprint>.partial` of chunks. In the end `meta.json` is written and the folder is moved to its name, so a
-folder of that name is complete. One process tokenises a part (a shard, or a range of records) from its start to its
-end, and a chunk ends where its bytes are enough: any number of processes makes the same chunks, and whole chunks are
-kept when the rest is made later. `TokenizedSource` maps the chunks into memory. The fingerprint covers everything that
-the tokens were made from: a change makes another folder.
+A source is prepared in parts (a shard, or a range of records), in parallel. One process tokenises a part from start to
+end and writes a chunk whenever enough bytes have come together. So any number of processes makes the same chunks, and
+an interrupted preparation goes on behind its whole chunks.
+
+Chunks are written into a folder `<name>-<fingerprint>.partial`. When all are there, `meta.json` is written and the
+folder gets the name `<name>-<fingerprint>`: a folder of this name is complete. The fingerprint covers everything that
+the tokens were made from, so a change makes another folder. `TokenizedSource` maps the chunks into memory.
 """
 
 import hashlib
@@ -38,7 +39,7 @@ from training.data.reading.sources import digest_of, file_digest, open_source
 
 # --------------------------------------------------------------------------------------------------------------- chunks
 
-# The columns of a segment's images are named by the segment and these.
+# A segment's images are in two columns: the name of the segment with one of these endings.
 VALUES, SIZES = "|values", "|sizes"
 
 

@@ -427,7 +427,7 @@ class Source:
 
 
 def matches(record: dict | BadRecord, match: dict[str, str] | None) -> bool:
-    """True if a record is wanted. One that cannot be read is wanted, so that it is not passed over in silence."""
+    """True if a record matches. A record that cannot be read counts as a match, so that it is reported."""
     return isinstance(record, BadRecord) or all(
         re.search(expression, str(record.get(column, ""))) for column, expression in (match or {}).items()
     )

@@ -120,8 +120,8 @@ class ShardFiles:
     """Shards of one format.
 
     Attributes:
-        columns: the columns that are read where the format allows a choice; none named: all.
-        texts_of: more columns, of which only the texts in them are read, such as the names of files.
+        columns: the columns to read, if the format allows a choice; empty: all.
+        texts_of: further columns, from which only texts are read, such as the names of files.
     """
 
     kind: str

@@ -390,7 +390,7 @@ def _load(config: SourceConfig, path: Path):
 
 
 def _not_found(config: SourceConfig, path: Path, error: Exception | str) -> str:
-    """Say why nothing was loaded, first what is the case on this machine."""
+    """Say why nothing was loaded. Causes on this machine come before causes on the Hub."""
     if path.exists():
         return (
             f"path {config.path} is a folder without files of a format that is read: {error}; mend path, or set format"
@@ -520,7 +520,7 @@ def files_fingerprint(root: Path, files: Sequence[Path]) -> str:
 
 
 def content_fingerprint(file: Path) -> str:
-    """Hash a file, once as long as it is not changed. One that may not be read is "unreadable"; its record names it."""
+    """Hash a file, and hash it again only after a change; "unreadable" stands for a file that may not be read."""
     stat = file.stat()
     try:
         return file_digest(file, stat.st_size, stat.st_mtime_ns, stat.st_ino)
