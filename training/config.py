@@ -7,6 +7,8 @@ unknown keys with their full dotted path and the nearest valid name. `describe` 
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import math
 import re
 import reprlib
@@ -399,6 +401,11 @@ def _fails_alike(cls: type, tree: dict, error: ConfigError) -> bool:
     except ConfigError as other:
         return str(other) == str(error)
     return False
+
+
+def digest_of(value: Any) -> str:
+    """Hash a value that JSON holds, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def to_tree(config: Any) -> Any:

@@ -220,8 +220,7 @@ def makes_weights(accelerator: Accelerator, checkpoint: Mapping | None) -> bool:
 
 def find_peak(accelerator: Accelerator) -> tuple[float, str]:
     """(FLOP/s of this device in the precision of training, source of the figure)."""
-    is_bf16 = accelerator.mixed_precision == "bf16"
-    return peak_flops(accelerator.device, torch.bfloat16 if is_bf16 else torch.float32)
+    return peak_flops(accelerator.device, torch.bfloat16 if precision_of(accelerator) == "bf16" else torch.float32)
 
 
 def make_plan(

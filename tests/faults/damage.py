@@ -6,7 +6,8 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 
-from training.run_files.checkpoints import MANIFEST, _hash_of_manifest, _hashes
+from training.config import digest_of
+from training.run_files.checkpoints import MANIFEST, _hashes
 
 
 def flip_a_bit(file: Path) -> None:
@@ -70,4 +71,4 @@ def reseal(checkpoint: Path) -> None:
     del manifest["sha256"]
     files = _hashes(checkpoint, "**/*")
     manifest["files"] = {name: entry for name, entry in sorted(files.items()) if name != MANIFEST}
-    path.write_text(json.dumps({**manifest, "sha256": _hash_of_manifest(manifest)}), encoding="utf-8")
+    path.write_text(json.dumps({**manifest, "sha256": digest_of(manifest)}), encoding="utf-8")

@@ -1,7 +1,6 @@
 """Columns of tokens and images, documents composed from them, and documents packed into rows."""
 
 import bisect
-from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -147,7 +146,7 @@ class TokenColumn:
 
     def ids(self, record: int, variant: int) -> np.ndarray:
         """Give the token ids of one version of one record.  (n,) int32"""
-        chunk = bisect_right(self._starts, record) - 1
+        chunk = bisect.bisect_right(self._starts, record) - 1
         place = (record - self._starts[chunk]) * self.variants + variant % self.variants
         bounds = self._bounds[chunk]
         return self._values[chunk][bounds[place] : bounds[place + 1]]

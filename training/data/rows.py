@@ -1,13 +1,11 @@
 """The rows of a run: the training stream, and held-out rows in one direction each."""
 
-import hashlib
-import json
 from dataclasses import asdict
 
 import numpy as np
 
 from modeling_mot import MoTProcessor
-from training.config import ConfigError
+from training.config import ConfigError, digest_of
 from training.data.config import MODALITY_OF_TYPE, DataConfig, Segment, SourceConfig
 from training.data.documents import IGNORED, build_row, compose, images_of, pack
 from training.data.preparing.batch_tokenizer import Preparing
@@ -208,4 +206,4 @@ def _fingerprint(data: DataConfig, sources: list[TokenizedSource]) -> str:
     }
     if data.clean_copies:
         made_of["clean_copies"] = True
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    return digest_of(made_of)

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from training.optimization import DIFFUSION
 from training.run_files.metrics import read_metrics, series, smooth
 
 
@@ -78,7 +79,7 @@ def thinned(places: np.ndarray, values: np.ndarray, count: int = 2000) -> tuple[
 
 
 def loss_unit(objective: str) -> str:
-    return "mean squared error" if objective == "image_diffusion" else "nats per target"
+    return "mean squared error" if objective == DIFFUSION else "nats per target"
 
 
 @dataclass

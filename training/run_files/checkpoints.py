@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
-from training.config import ConfigError
+from training.config import ConfigError, digest_of
 from training.optimization import default_warmup
 from training.run_files.folder import RunFolder, sync_folder, sync_tree, write_json
 
@@ -212,7 +212,7 @@ class Checkpointer:
             return
         files |= _hashes(folder, "pretrained/**/*")
         manifest |= {"format": FORMAT, "files": dict(sorted(files.items()))}
-        write_json(folder / MANIFEST, {**manifest, "sha256": _hash_of_manifest(manifest)})
+        write_json(folder / MANIFEST, {**manifest, "sha256": digest_of(manifest)})
         sync_tree(folder)
         os.rename(folder, final)
         sync_folder(final.parent)
@@ -289,10 +289,6 @@ def _hash(path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _hash_of_manifest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
 # ------------------------------------------------------------------------------------------------ verifying and reading
 
 
@@ -311,7 +307,7 @@ def verify(folder: Path, rank: int = 0, processes: int = 1) -> dict[str, Any]:
         raise DamagedError(f"{MANIFEST} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{MANIFEST} cannot be read: {error!r}") from error
-    if digest != _hash_of_manifest(manifest):
+    if digest != digest_of(manifest):
         raise DamagedError(f"{MANIFEST} does not have the sha256 it states")
     if stored_format != FORMAT:
         raise DamagedError(f"{MANIFEST} is of format {stored_format}, this version reads {FORMAT}")
@@ -478,8 +474,7 @@ def refuse_different(accelerator: Accelerator, values: Mapping[str, Any]) -> Non
     """
     if accelerator.num_processes == 1:
         return
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-    if len(set(gather_objects(digest, dist.group.WORLD))) == 1:
+    if len(set(gather_objects(digest_of(values), dist.group.WORLD))) == 1:
         return
     of_ranks = [flatten(of_rank) for of_rank in gather_objects(values, dist.group.WORLD)]
     different = []

@@ -35,6 +35,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from modeling_mot import MoTConfig
 from training.config import ConfigError
 from training.model.costs import training_flops
+from training.optimization import DIFFUSION
 from training.world import peak_memory
 
 
@@ -93,7 +94,7 @@ class Metrics:
 
 def count_key(objective: str) -> str:
     """The key of an objective's number of targets: `tokens_text`, `elements_image_diffusion`."""
-    return f"{'elements' if objective == 'image_diffusion' else 'tokens'}_{objective}"
+    return f"{'elements' if objective == DIFFUSION else 'tokens'}_{objective}"
 
 
 class MetricsLog:

@@ -30,11 +30,12 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from modeling_mot.latent_vae import encode_pixels, vae_fingerprint
+from training.config import digest_of
 from training.data.config import Segment, SourceConfig
 from training.data.documents import ImageColumn, TokenColumn, Vocabulary
 from training.data.preparing.batch_tokenizer import BatchTokenizer, Preparing
 from training.data.reading.records import SHARD_RECORDS, BadRecord, LeftOut, Source
-from training.data.reading.sources import digest_of, file_digest, open_source
+from training.data.reading.sources import file_digest, open_source
 
 
 # --------------------------------------------------------------------------------------------------------------- chunks
@@ -131,7 +132,7 @@ def written_chunks(folder: Path, part: int) -> Iterator[dict]:
 
 def write_description(path: Path, described: dict) -> None:
     """Write a JSON object with its own hash."""
-    write_whole(path, json.dumps(described | {"digest": _digest(described)}, indent=1).encode())
+    write_whole(path, json.dumps(described | {"digest": digest_of(described)}, indent=1).encode())
 
 
 def read_description(path: Path) -> dict:
@@ -142,15 +143,11 @@ def read_description(path: Path) -> dict:
     """
     try:
         described = json.loads(path.read_bytes())
-        if described.pop("digest") == _digest(described):
+        if described.pop("digest") == digest_of(described):
             return described
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     raise ValueError(f"{path.name} is not as it was written")
-
-
-def _digest(described: dict) -> str:
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def chunk_damage(folder: Path, described: dict, anew: bool = False) -> str | None:

@@ -163,6 +163,21 @@ def source_roots(path: Path) -> list[Path]:
     return [Path(datasets.config.HF_DATASETS_CACHE), Path(constants.HF_HUB_CACHE)]
 
 
+# What `resolved` raises of names that no file can have: too long, with a null byte, or a loop of links.
+NO_SUCH_NAME = (OSError, ValueError, RuntimeError)
+
+
+def resolved(root: Path, name: str) -> Path:
+    """Resolve `root / name`, links included.
+
+    Raises:
+        OSError, ValueError, RuntimeError: no file can have such a name.
+    """
+    path = (root / name).resolve()
+    path.is_file()  # raises for a name that is too long
+    return path
+
+
 def confined(value, roots: Sequence[Path]):
     """Replace the file's name of a picture or sound, if it has one, by a path inside one of some folders.
 
@@ -175,9 +190,8 @@ def confined(value, roots: Sequence[Path]):
     name = os.fsdecode(name)
     for root in roots:
         try:
-            path = (root / name).resolve()
-            path.is_file()  # which says that a name is too long
-        except (OSError, ValueError, RuntimeError):  # too long a name, a null byte, a loop of links
+            path = resolved(root, name)
+        except NO_SUCH_NAME:
             break
         if path.is_relative_to(root.resolve()):
             return str(path)

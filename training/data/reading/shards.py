@@ -23,7 +23,16 @@ from pyarrow import parquet
 from modeling_mot.media_loading import PICTURE_FORMATS
 from training.data.config import Limits
 from training.data.reading.lines import csv_records, jsonl_records, parse_json, text_records
-from training.data.reading.records import UNREACHABLE, BadRecord, BrokenShard, blaming, printable, readable_rows
+from training.data.reading.records import (
+    NO_SUCH_NAME,
+    UNREACHABLE,
+    BadRecord,
+    BrokenShard,
+    blaming,
+    printable,
+    readable_rows,
+    resolved,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -400,9 +409,8 @@ def resolve_inside(folder: Path, name: str) -> Path:
     """
     root = folder.resolve()
     try:
-        path = (root / name).resolve()
-        path.is_file()  # which says that a name is too long
-    except (OSError, ValueError, RuntimeError) as error:  # too long a name, a null byte, a loop of links
+        path = resolved(root, name)
+    except NO_SUCH_NAME as error:
         raise BadRecord(f"no file has such a name: {name[:80]!r}: {error}") from error
     if not path.is_relative_to(root):
         raise BadRecord(f"the path leads outside: {name!r} of {folder}; use paths relative to that folder")

@@ -23,6 +23,7 @@ from pyarrow import parquet
 
 from modeling_mot.hub_trust import leads_outside
 from modeling_mot.media_loading import name_within
+from training.config import digest_of
 from training.data.config import DataConfig, Limits, SourceConfig, carried_path, local_path
 from training.data.reading.records import (
     UNREACHABLE,
@@ -570,11 +571,6 @@ def _names_in(kind: str, value: object) -> list[str]:
         values = [part[key] for part in parts if isinstance(part, dict) for key in ("image", "audio") if key in part]
     names = [name_within(value) for value in values]
     return [str(name) for name in names if name is not None and not isinstance(name, OutsidePath)]
-
-
-def digest_of(value) -> str:
-    """Hash a value that JSON holds."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------- data cards
