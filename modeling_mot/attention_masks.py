@@ -57,7 +57,8 @@ class AttentionPlan(NamedTuple):
     def from_ranges(cls, first: torch.Tensor, last: torch.Tensor) -> "AttentionPlan":
         """Plan blocks for ranges; waits for the device.  (B, L) twice
 
-        Rows share a block where one block less saves more than the keys cost that only some of the rows see.
+        A block covers one row, or all rows. One block for all rows has less overhead, but each row then computes
+        scores for keys that only other rows see. The cheaper of the two is taken.
         """
         first, last = first.to(torch.int32), last.to(torch.int32)
         if bool((first == 0).all()) and torch.equal(last, torch.arange(last.shape[1]).to(last).expand_as(last)):
@@ -88,8 +89,7 @@ class AttentionPlan(NamedTuple):
 
         # A query sees keys from the first token of its document on.
         if document_ids is not None:
-            starts = torch.ones_like(like, dtype=torch.bool)
-            starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+            starts = document_starts(document_ids)
             ordered = document_ids.sort(dim=1).values
             if not torch.equal((ordered.diff(dim=1) != 0).sum(), starts[:, 1:].sum()):
                 return None
@@ -393,7 +393,7 @@ def plan_attention(
         position_ids, document_ids, image_blocks: as `attention_mask_for` takes them.
 
     Returns:
-        The plan; None where what tokens see is no range of keys.
+        The plan; None if the keys that some token sees are not one range.
     """
     if image_blocks is not None and image_blocks.hidden is not None:
         return None

@@ -1,7 +1,7 @@
-"""Checks of the arguments of `forward` and `generate()`, on the host and by name, without a wait for a device.
+"""Check the arguments of `forward` and `generate()`, on the host and by name; those of a forward without a wait for it.
 
 In reading order: the arguments of a forward, labels and logits, then prompts and settings of `generate()`, then the
-rows of tokens that a server takes.
+rows of tokens that negative prompts and a server's requests have.
 """
 
 import inspect
@@ -356,7 +356,7 @@ def check_prompt(prompt: torch.Tensor, model_kwargs: dict) -> None:
         ValueError: by name.
     """
     shape = tuple(prompt.shape[:2])
-    # Beside a cache they may cover the cached tokens too, or the new ones alone.
+    # With a cache, masks and ids may cover cached and new tokens, or new tokens alone: their length is not checked.
     continues = model_kwargs.get("past_key_values") is not None
     for name in ("attention_mask", "modality_ids", "position_ids"):
         given = model_kwargs.get(name)
@@ -369,7 +369,7 @@ def check_prompt(prompt: torch.Tensor, model_kwargs: dict) -> None:
             )
 
 
-MOST = 1e6  # the largest factor or divisor of logits and predictions
+MOST_SCALE = 1e6  # the largest factor or divisor of logits and predictions
 # Arguments that transformers never checks: with a limit of NaN no sequence ends.
 WHOLE = {"max_new_tokens": 0, "max_length": 0, "min_new_tokens": 0, "min_length": 0, "num_return_sequences": 1}
 SAMPLING_RULES = {
@@ -405,13 +405,17 @@ def check_settings(generation_config) -> None:
     if constrain is not None and not isinstance(constrain, bool):
         raise ValueError(f"constrain_spans={constrain!r} must be True or False")
     scale, temperature = generation_config.guidance_scale, generation_config.temperature
-    if scale is not None and not (is_real(scale) and abs(scale) <= MOST):
-        raise ValueError(f"guidance_scale={scale!r} must be a finite number of at most {MOST:g}; 1 is no guidance")
-    # A tiny or huge temperature makes infinities of logits. Of 0 and less, transformers' own message says more.
-    if temperature is not None and not (is_real(temperature) and (temperature <= 0 or 1 / MOST <= temperature <= MOST)):
+    if scale is not None and not (is_real(scale) and abs(scale) <= MOST_SCALE):
         raise ValueError(
-            f"temperature={temperature!r} must be a number from {1 / MOST:g} to {MOST:g}; do_sample=False takes the "
-            "likeliest"
+            f"guidance_scale={scale!r} must be a finite number of at most {MOST_SCALE:g}; 1 is no guidance"
+        )
+    # A tiny or huge temperature makes infinities of logits. Of 0 and less, transformers' own message says more.
+    if temperature is not None and not (
+        is_real(temperature) and (temperature <= 0 or 1 / MOST_SCALE <= temperature <= MOST_SCALE)
+    ):
+        raise ValueError(
+            f"temperature={temperature!r} must be a number from {1 / MOST_SCALE:g} to {MOST_SCALE:g}; "
+            "do_sample=False takes the likeliest"
         )
     check_generator(getattr(generation_config, "generator", None))
 

@@ -1,8 +1,9 @@
 """Decode one token for each of several sequences, from a model's weights and not through its modules.
 
 This is a second transformer, and that is its cost: a change of the architecture has to be made here a second time, or
-generation no longer equals the model's own forward. It has to be made in one place, under "reading a model":
-`LeanDecoder._read` names the modules of a layer, and `_Reader` says which function each module becomes.
+generation no longer equals the model's own forward. An option of a layer is written under "reading a model":
+`LeanDecoder._read` names the modules of a layer, and `_Reader` says which function each module becomes. The constructor
+reads the embeddings and the rotary positions, and `_block` orders norm and block.
 `tests/modeling_mot/test_lean_decoding.py` compares the two transformers.
 
 It pays in speed. The model's own forward is made for rows of any length, and for one token spends most of its time
@@ -24,6 +25,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaTextScaledWordEmbedding
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from .attention_masks import RANGES
 from .tower_routing import (
     MoTHeadLayerNorm,
     autocast_dtype,
@@ -39,10 +41,11 @@ from .tower_routing import (
 
 COLUMNS = 256  # a cache grows by at least so many columns
 FEW, LARGE = 4, 2**19  # rows and weights from which oneDNN's product is the faster one in float32
-PACK_AFTER = 8  # products of a weight take as long as bringing it into oneDNN's own order, after which they take half
-PACKED_BYTES = 2**30  # of weights that a decoder holds in that order beside the model's
+# Packing a weight into oneDNN's order costs as much as 8 products, and halves the time of each later product.
+PACK_AFTER = 8
+PACKED_BYTES = 2**30  # the most memory for packed copies of weights, beside the model's own weights
 HAS_MKLDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
-ATTENTION = ("sdpa", "mot_ranges")  # with a cache, both are `scaled_dot_product_attention`
+ATTENTION = ("sdpa", RANGES)  # with a cache, both are `scaled_dot_product_attention`
 STEP_METHODS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")  # asked at each step
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that do not depend on the length of a sequence
 
@@ -497,7 +500,7 @@ class LeanDecoder:
         self.norms = [reader.norm(norm) for norm in self._of_towers(transformer.norm, "norm")]
         self.head = reader.linear(model.lm_head)
 
-        # Tabulate the tower of each token and the angles of each position; the latter grow in `_angles`.
+        # Tabulate the tower of each token. The table of angles is empty here, and `_angles` fills it.
         ids = torch.arange(len(embedding), device=embedding.device)
         towers = torch.tensor(config.tower_of_modality, device=ids.device)
         # With one tower there is nothing to look up, and such a model may have no ranges.
@@ -655,7 +658,7 @@ def _block(
 
 def _normed(norms: list[Callable], rows: torch.Tensor, counts: list[int]) -> list[torch.Tensor]:
     """Let each tower normalise its rows.  (n, D) -> parts"""
-    # The part of it that does not depend on the weights is computed once for all.
+    # RMSNorms differ in their weights only: divide all rows by their RMS once, then multiply by each tower's weight.
     if len(norms) > 1 and all(type(norm) is LeanRMSNorm for norm in norms):
         return [norm.weight * part for norm, part in zip(norms, norms[0].normalised(rows).split(counts))]
     return [norm(part) for norm, part in zip(norms, _split(rows, counts))]

@@ -1,7 +1,7 @@
 """The loop over tokens: process logits, draw a token, append it, stop, step to the next logits.
 
-`TokenLoop` is that loop once for all. `Sampling` runs it over sequences of tokens, `InterleavedDecoding` over sequences
-that draw pictures between their tokens. A server takes the same two objects one token at a time.
+`TokenLoop.choose` is one turn of the loop, from logits to an appended token. `Sampling.run` repeats it for sequences of
+tokens, `InterleavedDecoding.run` for sequences that draw pictures between tokens. A server calls one turn at a time.
 """
 
 from dataclasses import dataclass
@@ -385,7 +385,7 @@ class InterleavedDecoding(TokenLoop):
             raise ValueError(f"a streamer follows one sequence, not {len(self.prompt)}; generate them one by one")
 
     def _generators(self, count: int) -> Generators:
-        """One generator for each sequence. From a single one, each sequence's own is derived."""
+        """Make a generator for each sequence. If the caller gives one generator, it seeds a generator per sequence."""
         generator = self.settings.generator
         if not isinstance(generator, torch.Generator):
             return generators_of(generator, count)
@@ -467,7 +467,7 @@ class InterleavedDecoding(TokenLoop):
         self._end(self.running)
 
     def _end(self, rows: list[int]) -> None:
-        """Let the sequences among `rows` rest that stopping criteria end."""
+        """Ask the stopping criteria about `rows`, and take the sequences that end out of `running`."""
         for group, ids in self._by_length(rows):
             done = stopped(self.request.stopping_criteria, ids, self.kept_scores or None).tolist()
             self.running = [row for row in self.running if not (row in group and done[row])]
@@ -475,7 +475,8 @@ class InterleavedDecoding(TokenLoop):
     def _by_length(self, rows: list[int]):
         """Yield sequences of one length, and a batch (R, L) in which only these are right.
 
-        The others are cut or padded to that length. They keep their places, since processors and criteria may count.
+        The other sequences are cut or padded to that length, and keep their places in the batch: logits processors and
+        stopping criteria may hold one state for each place.
         """
         for length in sorted({len(self.new_tokens[row]) for row in rows}):
             tokens = [(tokens + [self.pad] * length)[:length] for tokens in self.new_tokens]

@@ -1,7 +1,8 @@
 """Draw images in diffusion mode: the prefix stays in the cache, each step runs the image's tokens alone.
 
-`DiffusionSettings` holds the options, `Denoising` the latents on their way from noise to clean, `ImageForward` runs the
-model over an image behind cached prefixes, and `commit` puts the clean image into the cache (paper, appendix A.2).
+The paper's appendix A.2 describes the mode. `DiffusionSettings` holds the options, `Denoising` the latents on their way
+from noise to clean, `ImageForward` runs the model over an image behind cached prefixes, and `commit` puts the clean
+image into the cache.
 """
 
 import inspect
@@ -16,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import logging
 
 from .attention_masks import RANGES, AttentionPlan, ImageBlocks, attention_mask_for
-from .checks_arguments import MOST, check_generator
+from .checks_arguments import MOST_SCALE, check_generator
 from .checks_fields import is_real, is_whole
 from .decoding_lean import DecodingCache, Prefix
 from .latent_images import build_scheduler
@@ -60,14 +61,14 @@ class DiffusionSettings:
             raise ValueError(
                 f"num_inference_steps={steps!r} must lie in [1, num_train_timesteps={levels}] and be a whole number"
             )
-        if not is_real(self.guidance_scale) or not 0 <= self.guidance_scale <= MOST:
+        if not is_real(self.guidance_scale) or not 0 <= self.guidance_scale <= MOST_SCALE:
             raise ValueError(
-                f"guidance_scale={self.guidance_scale!r} must not be negative, and must be at most {MOST:g}; 1 is no "
-                "guidance"
+                f"guidance_scale={self.guidance_scale!r} must not be negative, and must be at most {MOST_SCALE:g}; 1 "
+                "is no guidance"
             )
-        if self.latent_bound != math.inf and not (is_real(self.latent_bound) and 0 < self.latent_bound <= MOST):
+        if self.latent_bound != math.inf and not (is_real(self.latent_bound) and 0 < self.latent_bound <= MOST_SCALE):
             raise ValueError(
-                f"latent_bound={self.latent_bound!r} must be positive, and at most {MOST:g}; infinity is no bound"
+                f"latent_bound={self.latent_bound!r} must be positive, and at most {MOST_SCALE:g}; infinity is no bound"
             )
         if self.intermediate_every is not None and not is_whole(self.intermediate_every):
             raise ValueError(

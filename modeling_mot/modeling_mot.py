@@ -1,9 +1,9 @@
 """Mixture-of-Transformers (arXiv 2411.04996): one transformer whose weights depend on the modality of a token.
 
 Text, images and speech stand in one sequence. Every modality has a *tower*: attention projections, feed-forward and
-norms of its own, all parameters but the embeddings (paper, section 2.2). Each token passes through the weights of its
-tower alone, so a token costs as many FLOPs as in a dense transformer of one tower's size. One self-attention over the
-whole sequence joins the towers. With m_i the modality of token i, a layer is (equation 2)
+norms of its own, all parameters but the embeddings and the head (paper, section 2.2). Each token passes through the
+weights of its tower alone, so a token costs as many FLOPs as in a dense transformer of one tower's size. One
+self-attention over the whole sequence joins the towers. With m_i the modality of token i, a layer is (equation 2)
 
     a        = GlobalAttn(x, {theta_attn of every modality})
     h_i      = x_i + Norm_attn of m_i (a_i)
@@ -91,21 +91,45 @@ from .tower_routing import (
 )
 
 
-# B batch, L row length, T = B * L tokens, D hidden size, H heads of d = D / H, V vocabulary
+# B batch, L row length, T = B * L tokens, D hidden size, H heads of size d, V vocabulary
 
 
 # ------------------------------------------------------------------------------------------------- 1. positions (RoPE)
 
 
 class MoTRotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's, whose frequencies stay in float32 when a model is cast: in bfloat16 far positions turn the wrong way."""
+    """Compute RoPE's angles as Llama does. A cast of the model leaves the frequencies in float32.
+
+    In bfloat16 far positions would turn by wrong angles.
+
+    Example:
+
+        >>> import torch
+        >>> from modeling_mot import MoTConfig
+        >>> config = MoTConfig(vocab_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+        >>> rotary = MoTRotaryEmbedding(config).to(torch.bfloat16)
+        >>> rotary.inv_freq.dtype
+        torch.float32
+        >>> cosines, sines = rotary(torch.zeros(1, 5, 32), position_ids=torch.arange(5)[None])
+        >>> cosines.shape
+        torch.Size([1, 5, 8])
+    """
 
     def _apply(self, function, recurse=True):
         return super()._apply(without_cast(function), recurse)
 
 
 class Rotary(torch.autograd.Function):
-    """RoPE as transformers' Llama computes it. The backward turns the other way, in as many operations."""
+    """RoPE as transformers' Llama computes it. The backward turns the other way, in as many operations.
+
+    Example:
+
+        >>> import torch
+        >>> heads, angles = torch.randn(1, 4, 5, 8), torch.rand(1, 1, 5, 4).repeat(1, 1, 1, 2)
+        >>> turned = Rotary.apply(heads, angles.cos(), angles.sin())
+        >>> torch.allclose(turned.norm(dim=-1), heads.norm(dim=-1), atol=1e-5)  # a turn keeps lengths
+        True
+    """
 
     @staticmethod
     def forward(heads, cosines, sines):
@@ -127,7 +151,23 @@ class Rotary(torch.autograd.Function):
 
 
 class MoTAttention(nn.Module):
-    """Each tower projects its own tokens; one attention runs over the tokens of all towers (equation 3)."""
+    """Each tower projects its own tokens; one attention runs over the tokens of all towers (equation 3).
+
+    Example:
+
+        >>> import torch
+        >>> from modeling_mot import ModalityRouting, MoTConfig
+        >>> config = MoTConfig(vocab_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        ...                    modalities=["text", "image"], attn_implementation="sdpa")
+        >>> routing = ModalityRouting.from_modality_ids(torch.tensor([[0, 1, 1, 0, 1]]), config)
+        >>> attention = MoTAttention(config, layer_idx=0)
+        >>> sorted(attention.q_proj)
+        ['image', 'text']
+        >>> angles = MoTRotaryEmbedding(config)(torch.zeros(1, 5, 32), position_ids=torch.arange(5)[None])
+        >>> rows = routing.sort(torch.randn(1, 5, 32))
+        >>> attention(rows, routing, angles)[0].shape
+        torch.Size([5, 32])
+    """
 
     def __init__(self, config: MoTConfig, layer_idx: int):
         super().__init__()
@@ -214,6 +254,21 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
     """Attention and feed-forward with residuals: equation 2, or Llama's order of the same parts.
 
     `norm_position="post"` is equation 2, with each norm after its block; `"pre"`, the default, is Llama's.
+
+    Example:
+
+        >>> import torch
+        >>> from modeling_mot import ModalityRouting, MoTConfig
+        >>> config = MoTConfig(vocab_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        ...                    modalities=["text", "image"], attn_implementation="sdpa")
+        >>> routing = ModalityRouting.from_modality_ids(torch.tensor([[0, 1, 1, 0, 1]]), config)
+        >>> layer = MoTDecoderLayer(config, layer_idx=0).eval()
+        >>> angles = MoTRotaryEmbedding(config)(torch.zeros(1, 5, 32), position_ids=torch.arange(5)[None])
+        >>> rows = torch.randn(1, 5, 32)
+        >>> by_tower = layer(routing.sort(rows), routing, angles)  # (T, D), as inside of a model
+        >>> in_sequence = layer(rows, routing, angles)  # (B, L, D)
+        >>> torch.equal(routing.restore(by_tower, 1), in_sequence)
+        True
     """
 
     def __init__(self, config: MoTConfig, layer_idx: int):
@@ -242,7 +297,8 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
         **kwargs,
     ) -> torch.Tensor:
         """(T, D) sorted by tower -> the same; or (B, L, D) in the order of the sequence -> the same."""
-        # A layer takes and gives one tensor, as checkpointing, offloading and hooks on layers expect.
+        # Checkpointing, offloading and hooks expect one tensor in and one tensor out. It is in the order of the
+        # sequence, (B, L, D), if the model records the hidden states of its layers.
         in_sequence_order = hidden_states.dim() == 3
         rows = routing.sort(hidden_states) if in_sequence_order else hidden_states
 
@@ -268,7 +324,7 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
 
 
 class MoTPreTrainedModel(CheckpointMixin, PreTrainedModel):
-    """The base class of all MoT models: what transformers asks of a model, initialisation, and how towers are run.
+    """The base class of all MoT models: flags for transformers, initial weights, and the choice of tower products.
 
     Loading and saving is in `CheckpointMixin` (hub_push.py).
 
@@ -304,7 +360,7 @@ class MoTPreTrainedModel(CheckpointMixin, PreTrainedModel):
             init.constant_(module.embed_scale, module.scalar_embed_scale)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """As in transformers, but by default the attention that runs from a plan; with a cache it is torch's."""
+        """Choose the attention as transformers does, but default to "mot_ranges", which runs from a plan if it can."""
         return super().get_correct_attn_implementation(requested_attention or RANGES, is_init_check)
 
     def set_tower_products(self, products: str) -> None:
@@ -383,11 +439,11 @@ class MoTModel(MoTPreTrainedModel):
                 virtual tokens, as prompt tuning makes them, and count as text.
             document_ids: (B, L); tokens whose ids differ never see each other. Negative ids mark padding.
             routing: a `ModalityRouting` made ahead of the forward; `modality_ids` are then not read.
-            attention_plan: an `AttentionPlan` made ahead, from the same documents and images. Absent, it is made here,
-                unless `routing` was made ahead: then nothing here may wait for the device.
+            attention_plan: an `AttentionPlan` of the same documents and images. If it is None, this forward makes it.
+                If `routing` is given, this forward must not wait for the device, and plans causal rows only.
             image_blocks: `ImageBlocks` of all keys, (B, past + L): the tokens of an image see each other both ways.
             token_choice: route mixtures of experts by each token's choice, as generation does.
-                Default: when the forward continues a cache.
+                Default: True if a cache is passed.
             kwargs: keywords that attention functions and libraries pass on; `checks_arguments.KEYWORDS` lists them.
 
         Returns:
@@ -418,7 +474,7 @@ class MoTModel(MoTPreTrainedModel):
             inputs_embeds = self.embed(input_ids)
         hidden_states = inputs_embeds if record else routing.sort(inputs_embeds)
 
-        # Who sees whom.
+        # Make the attention mask, or the plan that stands for it. `rows` carries shape, dtype and device only.
         rows = hidden_states.new_empty(0).expand(batch_size, length, 0)
         may_wait = may_wait and rows.device.type != "meta"  # where nothing can be read
         if attention_plan is None and may_wait and takes_plan(self.config, attention_mask, past_key_values):
@@ -436,11 +492,11 @@ class MoTModel(MoTPreTrainedModel):
         if document_ids is not None and self.config._attn_implementation.startswith("flash"):
             kwargs |= flash_documents(document_ids)
 
-        # At which positions.
+        # Compute the cosines and sines of RoPE for the position of each token.
         position_ids = positions_of(rows, position_ids, document_ids, past_key_values)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
 
-        # Experts do not choose padding; when decoding, tokens choose their experts.
+        # Mixtures of experts: in training the experts choose tokens, never padding. In decoding tokens choose experts.
         token_choice = kwargs.pop("token_choice", continues_cache)
         if self.config.moe_towers:
             is_token = None if token_choice else tokens_of(attention_mask, document_ids, length)
@@ -528,6 +584,18 @@ class MoTCausalLMOutputWithPast(CausalLMOutputWithPast):
         loss_counts: modality of the target -> number of its targets.
         z_loss_sum: sum over all targets of `z_loss_coefficient` * log(Z)^2.
             `loss` is (sum of `loss_sums` + `z_loss_sum`) / sum of `loss_counts`.
+
+    Example:
+
+        >>> import torch
+        >>> from modeling_mot import MoTConfig, MoTForCausalLM
+        >>> config = MoTConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        ...                    modality_token_ranges={"text": [0, 48], "image": [48, 64]})
+        >>> input_ids = torch.tensor([[5, 9, 50, 51, 7]])
+        >>> output = MoTForCausalLM(config)(input_ids, labels=input_ids)
+        >>> parts, counts = output.loss_sums.values(), output.loss_counts.values()
+        >>> torch.allclose(output.loss, (sum(parts) + output.z_loss_sum) / sum(counts))
+        True
     """
 
     loss_sums: dict[str, torch.Tensor] | None = None

@@ -145,12 +145,12 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         generator: torch.Generator | None = None,
         **kwargs,
     ) -> MoTTransfusionOutput:
-        """Predict the next tokens of text, and of each image the noise that is in it.
+        """Predict the next token of text at every position, and the noise in every image.
 
         Args:
             input_ids: (B, L) with an `image_token_id` for each patch of an image, between BOI and EOI.
             attention_mask: (B, past + L) 1 for tokens, 0 for padding.
-            past_key_values: a cache; with a filled one no images may come, which `generate()` adds itself.
+            past_key_values: a cache. Images may not come with a filled cache; `generate()` draws images behind one.
             inputs_embeds: (B, L, D), instead of the embeddings of `input_ids`, which must come along.
             labels: (B, L) token ids, shifted inside by one; -100, placeholders and EOI are no targets.
             modality_ids: (B, L) indices into `config.modalities`; derived from `input_ids` when absent.
@@ -267,7 +267,10 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         return image_positions(places.blocks, places.document_ids, places.attention_mask)
 
     def _targets(self, shape, labels, shift_labels, modality_ids) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The targets of text and their modalities, (B, L) both; placeholders and EOI are written by the sampler."""
+        """Make the targets of text, and their modalities.  -> (B, L) twice, or None twice without labels
+
+        Placeholders and EOI are no targets: the sampler writes them.
+        """
         targets, of_targets = targets_of(self, shape, labels, shift_labels, modality_ids)
         if targets is not None:
             written = (targets == self.config.image_token_id) | (targets == self.config.eoi_token_id)
@@ -275,12 +278,12 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         return targets, of_targets
 
     def _image_blocks(self, blocks: torch.Tensor, images: NoisyImages) -> ImageBlocks | None:
-        """Who sees the images: all later tokens, or with `noised_images_visible=False` not while they have noise."""
+        """Mark the images, and hide noised images from later tokens if `noised_images_visible` is False."""
         if not images.sizes:
             return None
         if self.config.noised_images_visible:
             return ImageBlocks(blocks)
-        # `blocks` number the images of each row, `clean` those of all rows.
+        # `blocks` counts images from 0 in each row. `images.clean` counts them through all rows.
         first = (blocks.amax(dim=1) + 1).cumsum(0).roll(1)
         first[0] = 0
         number = (blocks + first[:, None]).clamp(min=0, max=len(images.clean) - 1)

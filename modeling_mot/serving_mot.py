@@ -1,8 +1,8 @@
 """Serve requests of text, images and speech that come and go, and share their forwards (paper, section 6.3).
 
-In each round one forward makes a token for each request that writes, and another makes a denoising step for each
-request that draws, whatever their lengths, timesteps, guidance and settings. The result of a request depends on its own
-prompt, settings and generator alone.
+A round runs one forward for all requests that write: each gets a token. It runs one forward for each picture size: each
+request that draws that size gets a denoising step. Lengths, timesteps, guidance and settings may differ within a
+forward. The result of a request depends on its own prompt, settings and generator alone.
 
 `MoTServer` is the front: its queue, its thread, its errors. `serving_requests` prepares requests and holds their
 results, `serving_rounds` runs them.

@@ -5,7 +5,7 @@ and feed-forwards are then plain products on contiguous slices; only queries, ke
 the sequence, for the global attention (paper, Algorithm 1 and section 6.1).
 
 In reading order: the routing, a module for each tower, norms of all towers in one pass, linear maps of all towers in
-one product, and the tests of when such a short cut may stand in for a module.
+one product, the tests of when such a short cut may stand in for a module, and the precision of tensors.
 """
 
 import inspect
@@ -43,7 +43,7 @@ class ModalityRouting(NamedTuple):
         inverse: (T,) where each token stands among the sorted rows.
         padding: how many rows at the end of each tower's slice belong to no token.
         is_token: (T',) bool of the sorted rows, False for padding of the sequence, which does not compete for experts;
-            None where nothing competes or everything does.
+            None if tokens choose, if there are no mixtures of experts, or if nothing marks padding.
         token_choice: True if tokens choose their experts, as in generation; False if experts choose their tokens.
 
     Examples:
@@ -141,7 +141,7 @@ class ModalityRouting(NamedTuple):
         return rows.unflatten(0, (batch_size, -1))
 
     def for_experts(self, is_token: torch.Tensor | None, token_choice: bool) -> "ModalityRouting":
-        """Add what mixtures of experts need to know.
+        """Add the mask of padding and the direction of choice, which mixtures of experts read.
 
         Args:
             is_token: (B, L) bool, False for padding; or None where nothing is padded.
@@ -309,7 +309,7 @@ def _rms_norm(rows, counts, epsilon, weights) -> tuple[torch.Tensor, torch.Tenso
 
 
 class _RMSNorm(torch.autograd.Function):
-    """RMSNorm of all towers, with a backward of half the operations that autograd would make of the forward."""
+    """Normalise the rows of all towers at once. The backward takes half as many operations as autograd's would."""
 
     @staticmethod
     def forward(rows, counts, epsilon, *weights):
@@ -348,7 +348,7 @@ class TowerNorms(PerTower):
 
     def forward(self, rows: torch.Tensor, routing: ModalityRouting) -> torch.Tensor:
         """(T, ..., D) -> the same"""
-        # Other norms than Llama's, and norms that are more than that, run one by one.
+        # One pass serves plain Llama norms only. Gemma's norms, and norms with hooks or sharded weights, run singly.
         shared = "shared" in self
         norms = [self["shared"]] if shared else [self[tower] for tower in routing.towers]
         if not all(is_plain(norm, LlamaRMSNorm) and has_whole_weight(norm) for norm in norms):
@@ -474,7 +474,7 @@ def is_of_this_package(module: nn.Module) -> bool:
 
 
 def keeps_methods(owner: object, *names: str) -> bool:
-    """True if these methods are of this package or of transformers: no class of a user, and no object, has its own."""
+    """True if this package or transformers defines these methods: no user's class and no object replaces them."""
     of_libraries = (f"{__package__}.", "transformers.")
     methods = [inspect.unwrap(getattr(type(owner), name)) for name in names]
     return not any(name in vars(owner) for name in names) and all(

@@ -11,6 +11,12 @@ import modeling_mot
 
 
 MODULES = sorted(path.stem for path in Path(modeling_mot.__file__).parent.glob("*.py"))
+# The public classes of the one file that is the model.
+PARTS = {
+    name: part
+    for name, part in vars(modeling_mot.modeling_mot).items()
+    if inspect.isclass(part) and part.__module__ == modeling_mot.modeling_mot.__name__ and not name.startswith("_")
+}
 GENERATE = [modeling_mot.MoTForCausalLM.generate, modeling_mot.MoTTransfusionModel.generate]
 
 
@@ -46,6 +52,11 @@ def test_examples_run(name):
 @pytest.mark.parametrize("name", modeling_mot.__all__)
 def test_a_public_class_has_an_example(name):
     assert examples(name, getattr(modeling_mot, name)).examples
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_of_the_model_has_an_example(name):
+    assert examples(name, PARTS[name]).examples
 
 
 @pytest.mark.parametrize("generate", GENERATE, ids=lambda generate: generate.__qualname__)
