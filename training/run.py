@@ -206,7 +206,7 @@ def take_folder(train: TrainConfig, accelerator: Accelerator, lock: RunLock) -> 
 
 
 def find_last_checkpoint(run: RunFolder, train: TrainConfig, accelerator: Accelerator) -> dict[str, Any] | None:
-    """The manifest of the checkpoint to go on from, or None; says which damaged ones are passed over."""
+    """Return the manifest of the checkpoint to go on from, or None; say which damaged ones are passed over."""
     checkpoint, passed_over = find_checkpoint(run, train.resume, accelerator)
     for line in passed_over:
         say(accelerator, line)
@@ -219,7 +219,7 @@ def makes_weights(accelerator: Accelerator, checkpoint: Mapping | None) -> bool:
 
 
 def find_peak(accelerator: Accelerator) -> tuple[float, str]:
-    """(FLOP/s of this device in the precision of training, source of the figure)."""
+    """Return (FLOP/s of this device in the precision of training, source of the figure)."""
     return peak_flops(accelerator.device, torch.bfloat16 if precision_of(accelerator) == "bf16" else torch.float32)
 
 
@@ -255,7 +255,7 @@ def refuse_different_data(accelerator: Accelerator, data_fingerprint: str, plann
 
 
 def precision_of(accelerator: Accelerator) -> str:
-    """`bf16` or `float32`."""
+    """Return the precision of training: `bf16` or `float32`."""
     return "bf16" if accelerator.mixed_precision == "bf16" else "float32"
 
 
@@ -286,7 +286,7 @@ def make_model(
 
 
 def make_batches(train: TrainConfig, accelerator: Accelerator, stream: RowStream, batch: partial) -> StepBatches:
-    """This process's share of the rows of each step."""
+    """Make this process's share of the rows of each step."""
     return StepBatches(
         stream,
         partial(batch, noise_seed=train.seed),
@@ -313,7 +313,7 @@ def check_resume(
 def make_checkpointer(
     recipe: Recipe, accelerator: Accelerator, run: RunFolder, planned: Planned, same: Mapping
 ) -> Checkpointer:
-    """The writer of checkpoints, with everything that their manifests say of the run."""
+    """Make the writer of checkpoints, with everything that their manifests say of the run."""
     train, source = recipe.train, recipe.model.init_from
     describe = {
         **same,
@@ -362,7 +362,7 @@ def write_down(recipe: Recipe, trainer: Trainer, planned: Planned, same: Mapping
 
 
 def _launches(run: RunFolder, facts: Mapping, step: int) -> list[dict]:
-    """When and from which step the run was begun and gone on with, this time the last."""
+    """List when and from which step the run was begun or gone on with; the last entry is this launch."""
     try:
         earlier = json.loads(run.manifest.read_text(encoding="utf-8"))["launches"]
     except (OSError, ValueError, KeyError):
@@ -372,5 +372,5 @@ def _launches(run: RunFolder, facts: Mapping, step: int) -> list[dict]:
 
 
 def _as_trackers_take(tree: dict) -> dict:
-    """Dotted keys and plain values."""
+    """Flatten a tree to dotted keys and plain values."""
     return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flatten(tree).items()}

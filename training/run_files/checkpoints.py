@@ -63,7 +63,7 @@ class DamagedError(ValueError):
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a model that are stored, by name: parameters, tied ones once, and the buffers of its state."""
+    """List the stored tensors of a model, by name: parameters, tied ones once, and the buffers of its state."""
     stored = set(model.state_dict())
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return tensors | {name: buffer for name, buffer in model.named_buffers() if name in stored}
@@ -72,7 +72,7 @@ def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def state_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None = None
 ) -> dict[str, torch.Tensor]:
-    """Every tensor that a run goes on with, as `model.<name>`, `optimizer.<kind>.<name>` and `average.<name>`.
+    """List every tensor that a run goes on with, as `model.<name>`, `optimizer.<kind>.<name>` and `average.<name>`.
 
     The tensors share memory with the model and are sharded where the model is.
     """
@@ -89,7 +89,7 @@ def state_tensors(
 
 
 def optimizer_scalars(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What AdamW keeps beside its tensors: its count of updates, which is the same for all parameters."""
+    """Collect the values that AdamW keeps beside its tensors: its count of updates, which is the same for all parameters."""
     scalars: dict[str, set[float]] = {}
     kinds: set[str] = set()
     for state in optimizer.state.values():
@@ -238,7 +238,7 @@ class Checkpointer:
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """The values of all ranks of a group, in order; of this one where there is no group."""
+    """Return the values of all ranks of a group, in order; only this rank's where there is no group."""
     if group is None:
         return [value]
     values = [None] * dist.get_world_size(group)
@@ -258,7 +258,7 @@ def _system_errors() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> tuple[int | None, BaseException]:
-    """(the rank that failed, where torch.distributed.checkpoint tells it, and its error)."""
+    """Find (the rank that failed, where torch.distributed.checkpoint tells it, and its error)."""
     if not isinstance(error, CheckpointException):
         return None, error
     failures = [(rank, failure) for rank, (failure, _) in error.failures.items()]
@@ -334,7 +334,7 @@ def verify(folder: Path, rank: int = 0, processes: int = 1) -> dict[str, Any]:
 def newest_intact(
     run: RunFolder, rank: int = 0, processes: int = 1
 ) -> tuple[dict[str, Any] | None, list[tuple[Path, str]]]:
-    """(the manifest of the newest intact checkpoint or None, the damaged ones and why). Every rank calls it."""
+    """Find (the manifest of the newest intact checkpoint or None, the damaged ones and why). Every rank calls it."""
     skipped = []
     group = dist.group.WORLD if processes > 1 else None
     for step in reversed(run.saved_steps()):
@@ -488,7 +488,7 @@ def refuse_different(accelerator: Accelerator, values: Mapping[str, Any]) -> Non
 def find_checkpoint(
     run: RunFolder, resume: bool | str, accelerator: Accelerator
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """(the manifest of the newest intact checkpoint or None, lines about damaged ones). Every rank calls it.
+    """Find (the manifest of the newest intact checkpoint or None, lines about damaged ones). Every rank calls it.
 
     Newer checkpoints that are damaged are renamed, so that they are not in the way of later ones.
 
@@ -568,7 +568,7 @@ _DERIVED = {"optimizer.warmup_steps": ("train.steps", default_warmup)}
 
 
 def _origin(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The key that both values of `key` follow from; `key` itself if one of them was chosen."""
+    """Find the key that both values of `key` follow from; `key` itself if one of them was chosen."""
     if key not in _DERIVED:
         return key
     origin, rule = _DERIVED[key]
