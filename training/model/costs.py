@@ -217,7 +217,7 @@ class Budget:
     def of(
         cls, recipe: "Recipe", memory: float | None, peak: float, processes: int, shards: int, utilisation: float = 0.4
     ) -> "Budget":
-        """Work out the budget of a recipe on `processes` devices of `peak` FLOP/s, which reach the share `utilisation`."""
+        """Return the budget of a recipe on `processes` devices of `peak` FLOP/s, used to the share `utilisation`."""
         train = recipe.train
         tokens = train.rows * recipe.data.row_length
         return cls(

@@ -89,7 +89,7 @@ def state_tensors(
 
 
 def optimizer_scalars(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Collect the values that AdamW keeps beside its tensors: its count of updates, which is the same for all parameters."""
+    """Collect what AdamW keeps beside its tensors: its count of updates, which is the same for all parameters."""
     scalars: dict[str, set[float]] = {}
     kinds: set[str] = set()
     for state in optimizer.state.values():

@@ -64,7 +64,7 @@ class Metrics:
     def step_row(
         self, figures: Mapping[str, Any], seconds: float, data_seconds: float, checkpoint_seconds: float
     ) -> dict[str, Any]:
-        """Make the row of one step, from the figures of `Trainer.train_step`; the top of this file says what it holds."""
+        """Make the row of one step, from the figures of `Trainer.train_step`; the top of this file lists its keys."""
         flops = training_flops(self.config, figures["positions"], figures["row_length"])
         return {
             "step": figures["step"],
