@@ -89,7 +89,7 @@ class Architecture:
     # ------------------------------------------------------------------------------------------------ configurations
 
     def mot_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """The fields of a MoTConfig that compute what `config` computes; all of COMMON and LAYER."""
+        """Return the fields of a MoTConfig that compute what `config` computes; all of COMMON and LAYER."""
         # Fields of one name on both sides, with transformers' defaults where a configuration leaves them open.
         values = {name: getattr(config, name, None) for name in COMMON}
         values["head_dim"] = values["head_dim"] or config.hidden_size // config.num_attention_heads
@@ -107,7 +107,7 @@ class Architecture:
         return values
 
     def source_config(self, config: MoTConfig) -> PreTrainedConfig:
-        """The configuration of this architecture that computes what a tower of `config` computes.
+        """Return the configuration of this architecture that computes what a tower of `config` computes.
 
         Raises:
             ConversionError: there is none; the fields that differ are named.

@@ -215,7 +215,7 @@ def _source_config(architecture: Architecture, config: MoTConfig) -> PreTrainedC
 
 
 def _recorded_architecture(folder: Path) -> str | None:
-    """The model type of the checkpoint that `conversion.upcycle` read."""
+    """Return the model type of the checkpoint that `conversion.upcycle` read."""
     path = folder / "conversion.json"
     return read_json(path).get("architecture") if path.is_file() else None
 
@@ -242,7 +242,7 @@ def _cut_vocabulary(folder: Path, dense: PreTrainedConfig, generation: Generatio
 
 
 def _generation_config(source: Path, dense: PreTrainedConfig) -> GenerationConfig:
-    """The source's settings of generation without the fields that only a MoT reads."""
+    """Return the source's settings of generation without the fields that only a MoT reads."""
     generation = read_generation_config(source)
     if generation is None:
         return GenerationConfig.from_model_config(dense)
@@ -262,7 +262,7 @@ def _copies(
     modules: dict[str, list[str]],
     tower: str | None,
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """(dense tensor -> the MoT's tensors that become it, the MoT's tensors that are left behind)."""
+    """Return (dense tensor -> the MoT's tensors that become it, the MoT's tensors that are left behind)."""
     # The tensors of the dense model, and their names in the MoT.
     with torch.device("meta"):
         shapes = {k: tuple(v.shape) for k, v in MODEL_FOR_CAUSAL_LM_MAPPING[type(dense)](dense).state_dict().items()}
@@ -318,7 +318,7 @@ def _read(reader: CheckpointReader, name: str, rows: int, dtype: torch.dtype) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a request that cannot be met."""
+    """Return the exit code: 0 done, 2 a request that cannot be met."""
     parser = argparse.ArgumentParser(
         prog="python -m conversion.export_dense",
         description=__doc__,

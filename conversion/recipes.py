@@ -20,7 +20,7 @@ _TEXT_TOKENS = 64  # about what a caption needs
 
 
 def train_command(out: Path) -> str:
-    """The command that trains with the recipe in `out`."""
+    """Return the command that trains with the recipe in `out`."""
     return f"python training/train.py {shlex.quote(str(out / 'train.yaml'))}"
 
 

@@ -263,7 +263,7 @@ def _add_rest(add: Callable) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a request that cannot be met."""
+    """Return the exit code: 0 done, 2 a request that cannot be met."""
     options = build_parser().parse_args(arguments)
 
     def work() -> None:

@@ -21,7 +21,7 @@ from training.train import load_recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 a storage or process failed, 2 a request or data that cannot be used, 130 interrupted."""
+    """Return the exit code: 0 done, 1 a storage or process failed, 2 unusable request or data, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m training.prepare",
         description=__doc__,

@@ -44,7 +44,7 @@ few square matrix products timed at the start. Held-out losses are rows of eval/
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: see above."""
+    """Return the exit code: see above."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         path, keys, options = split_words(words)
@@ -83,7 +83,7 @@ def load_recipe(words: Sequence[str]):
 
 
 def split_words(words: Sequence[str]) -> tuple[str | Path, list[str], set[str]]:
-    """(the configuration file, the `key=value` words, the options) of a command line."""
+    """Return (the configuration file, the `key=value` words, the options) of a command line."""
     names = {"--help": "--help", "-h": "--help", "--print-config": "--print-config"}
     options = {names[word] for word in words if word in names}
     keys = [word for word in words if "=" in word]

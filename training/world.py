@@ -93,7 +93,7 @@ def keep_freed_memory() -> None:
 
 
 def device_memory(device: torch.device) -> float | None:
-    """Bytes that a process may use: its accelerator's memory, or its share of the machine's; None: not known."""
+    """Return the bytes that a process may use: of its accelerator, or its share of the machine's; None: unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type == "cpu":
@@ -102,7 +102,7 @@ def device_memory(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held so far, in the accelerator's memory or in the machine's."""
+    """Return the most bytes that this process has held so far, in the accelerator's memory or in the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -216,7 +216,7 @@ def build_accelerator(
 
 
 def _meeting(timeout_seconds: float) -> InitProcessGroupKwargs:
-    """How processes find each other: as by default, but restarted processes use keys of their own.
+    """Choose how processes find each other: as by default, but restarted processes use keys of their own.
 
     A launcher that restarts its workers (`--max_restarts`) keeps the store with the addresses of the dead ones.
     """
@@ -265,7 +265,7 @@ def _refuse_environment() -> None:
 
 
 def _fsdp_plugin(compute_dtype: torch.dtype | None) -> FullyShardedDataParallelPlugin:
-    """Accelerate's settings from its file, with the units and the precision of this trainer.
+    """Return Accelerate's settings from its file, with the units and the precision of this trainer.
 
     A unit is a layer. Products are in bf16, reductions of gradients in float32; outputs, such as losses, are not cast.
     """

@@ -158,7 +158,7 @@ GPUS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> tuple[float, str]:
-    """(FLOP/s, source of the figure) of a device, of which MFU is a share.
+    """Return (FLOP/s, source of the figure) of a device, of which MFU is a share.
 
     A known accelerator has its data sheet's figure for 16-bit products. Any other device, such as a CPU, is measured by
     square matrix products in `dtype`, for `seconds`; the fastest counts.

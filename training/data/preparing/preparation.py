@@ -277,7 +277,7 @@ def prepare(place: Path, made_from: dict, tokenizer: BatchTokenizer) -> None:
 
 
 def _alone(place: Path):
-    """A context in which no other process prepares this source. The wait for it has no limit.
+    """Make a context in which no other process prepares this source. The wait for it has no limit.
 
     Raises:
         ValueError: the folder cannot be written to.

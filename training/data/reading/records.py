@@ -64,7 +64,7 @@ class BrokenShard(BadRecord):
 
 @contextmanager
 def blaming(where: str, file: str | None = None) -> Iterator[None]:
-    """A context in which a `ValueError` becomes a `BadRecord` of the place `where`.
+    """Make a context in which a `ValueError` becomes a `BadRecord` of the place `where`.
 
     Args:
         file: the file to blame, if there is one.
@@ -114,7 +114,7 @@ class LeftOut:
             self._count(reason, count, other.names(reason))
 
     def names(self, reason: str) -> list[str]:
-        """The names of the first few records of a reason."""
+        """Return the names of the first few records of a reason."""
         return [self.first[reason], *self.more.get(reason, ())]
 
     def lines(self) -> list[str]:

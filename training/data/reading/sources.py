@@ -424,7 +424,7 @@ def _hub_answers(config: SourceConfig) -> bool:
 
 @contextmanager
 def _without_hub() -> Iterator[None]:
-    """A context in which `datasets` takes what it has loaded before, and asks nobody."""
+    """Make a context in which `datasets` takes what it has loaded before, and asks nobody."""
     before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
     try:
         yield
