@@ -108,11 +108,14 @@ def export_dense(
         ConversionError: the towers differ, no dense architecture has such layers, or the checkpoint is not what its
             configuration says; the message says what to do.
     """
+    # Everything that can be refused is refused here, before a file is written.
     check_output(out, overwrite)
     folder, commit = fetch(source, revision)
     plan = _plan(folder, source, tower, architecture, vocab_size, dtype)
     if dry_run:
         return plan
+
+    # The folder appears whole, with the record of where it came from.
     record = {
         "command": "export_dense",
         **provenance(source, folder, commit, plan.reader),

@@ -14,7 +14,7 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -325,12 +325,16 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return value
     if origin in (typing.Union, types.UnionType):
         return _convert_union(arguments, value, path)
+
+    # One of several words.
     if origin is typing.Literal:
         if value in arguments and type(value) in {type(argument) for argument in arguments}:
             return value
         match = difflib.get_close_matches(str(value), [str(argument) for argument in arguments], n=1)
         near = f"; did you mean {match[0]}?" if match else ""
         raise ConfigError(f"{path}={_show(value)} is not one of {', '.join(map(str, arguments))}{near}")
+
+    # A section, and containers, whose items are converted in their turn.
     if dataclasses.is_dataclass(hint):
         return build(hint, value, path)
     if origin in (list, tuple, Sequence):
@@ -417,6 +421,17 @@ def to_tree(config: Any) -> Any:
     if isinstance(config, (list, tuple)):
         return [to_tree(value) for value in config]
     return str(config) if isinstance(config, Path) else config
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested mappings into one with dotted keys."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def dump(config: Any) -> str:

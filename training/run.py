@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from modeling_mot import MoTPreTrainedModel
-from training.config import dump, to_tree, without_secrets
+from training.config import dump, flatten, to_tree, without_secrets
 from training.data import collate
 from training.data.collate import TOWER_ROWS
 from training.data.reading.sources import data_cards
@@ -36,14 +36,7 @@ from training.model.building import (
 from training.model.costs import Budget, describe_choice, forward_flops_per_token, leaves_size_open, peak_flops
 from training.optimization import NotFiniteError, freeze_towers
 from training.recipe import Recipe, TrainConfig, check_decoder, check_diffusion, check_subjects
-from training.run_files.checkpoints import (
-    Checkpointer,
-    find_checkpoint,
-    flatten,
-    gather_objects,
-    refuse_changes,
-    refuse_different,
-)
+from training.run_files.checkpoints import Checkpointer, find_checkpoint, refuse_changes
 from training.run_files.folder import RunFolder, RunLock, environment, write_json
 from training.run_files.metrics import Metrics, check_tracker
 from training.trainer import Trainer
@@ -53,10 +46,12 @@ from training.world import (
     build_accelerator,
     describe_world,
     device_memory,
+    gather_objects,
     is_sharding,
     keep_freed_memory,
     leave_group,
     make_room,
+    refuse_different,
     say,
     set_cpu_threads,
     shard_model,
@@ -330,6 +325,8 @@ def write_down(recipe: Recipe, trainer: Trainer, planned: Planned, same: Mapping
     accelerator, run, config = trainer.accelerator, trainer.run, trainer.raw_model.config
     active, total = config.num_parameters(active=True), config.num_parameters(active=False)
     peak = trainer.metrics.peak_flops
+
+    # The folder becomes this run's; what the run is made of is written before its first step.
     if accelerator.is_main_process:
         run.claim(recipe.train.resume, recipe.train.overwrite)
         run.config.write_text(dump(same["config"]), encoding="utf-8")
@@ -350,6 +347,8 @@ def write_down(recipe: Recipe, trainer: Trainer, planned: Planned, same: Mapping
             config=same["config"],
         )
         write_json(run.manifest, facts | {"launches": _launches(run, facts, trainer.step)})
+
+    # The tracker and the screen.
     if recipe.train.tracker != "none":
         trainer.metrics.trackers.start("mixture-of-transformers", _as_trackers_take(same["config"]))
     say(

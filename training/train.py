@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: see above."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        # Help, and what needs no torch: its import takes seconds.
         path, keys, options = split_words(words)
         if "--help" in options:
             from training.recipe import list_keys
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if "--print-config" not in options:
             refuse_held_folder(path, keys)
+
+        # The recipe, shown or run.
         recipe = load_recipe(words)
         if "--print-config" in options:
             print(dump(recipe), end="")

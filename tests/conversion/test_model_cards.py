@@ -19,11 +19,10 @@ from tests.conversion.sources import save_source
 from tests.modeling_mot.naive_transfusion import VAE, tiny_model
 from tests.modeling_mot.test_continuous_processor import build_continuous
 from tests.modeling_mot.test_processor import build_processor
-from training.config import to_tree
+from training.config import flatten, to_tree
 from training.data.config import carried_path
 from training.data.reading.sources import data_cards
 from training.plan.parameters import meta_model
-from training.run_files.checkpoints import flatten
 from training.train import load_recipe
 
 

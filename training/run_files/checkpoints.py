@@ -40,9 +40,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
-from training.config import ConfigError, digest_of
+from training.config import ConfigError, digest_of, flatten
 from training.optimization import default_warmup
 from training.run_files.folder import RunFolder, sync_folder, sync_tree, write_json
+from training.world import gather_objects
 
 
 FORMAT = 1
@@ -235,15 +236,6 @@ class Checkpointer:
             if failure is not None:
                 raise SaveError(failure)
         return [result for _, result in outcomes]
-
-
-def gather_objects(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """Return the values of all ranks of a group, in order; only this rank's where there is no group."""
-    if group is None:
-        return [value]
-    values = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
 
 
 @contextmanager
@@ -450,39 +442,6 @@ _FREE = (
     "train.overwrite", "train.save_", "train.keep_checkpoints", "train.not_finite_limit", "train.tracker",
     "train.progress_bar", "train.processes", "train.timeout_seconds", "train.cpu", "train.rows", "train.accumulation",
 )  # fmt: skip
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested mappings into one with dotted keys."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def refuse_different(accelerator: Accelerator, values: Mapping[str, Any]) -> None:
-    """Refuse ranks that were started with different values; they would train on, each towards something else.
-
-    Args:
-        values: JSON values, nested or not. Digests are compared; the values travel only if the digests differ.
-
-    Raises:
-        ConfigError: on every rank, with the keys that differ, and their values on the first ranks that differ.
-    """
-    if accelerator.num_processes == 1:
-        return
-    if len(set(gather_objects(digest_of(values), dist.group.WORLD))) == 1:
-        return
-    of_ranks = [flatten(of_rank) for of_rank in gather_objects(values, dist.group.WORLD)]
-    different = []
-    for key in dict.fromkeys(key for of_rank in of_ranks for key in of_rank):
-        found = [of_rank.get(key) for of_rank in of_ranks]
-        if (rank := next((rank for rank, value in enumerate(found) if value != found[0]), None)) is not None:
-            different.append(f"{key} is {found[0]!r} on rank 0, {found[rank]!r} on rank {rank}")
-    raise ConfigError(f"ranks differ: {'; '.join(different)}. Start all of them with the same recipe and the same data")
 
 
 def find_checkpoint(

@@ -301,6 +301,8 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+# -------------------------------------------------------------------------------------------------- records of a source
+
 # Errors that are no fault of a shard; the last is the base of all errors of the HTTP library under huggingface_hub.
 UNREACHABLE = (ConnectionError, TimeoutError, HfHubHTTPError.__bases__[0])
 

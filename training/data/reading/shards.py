@@ -82,6 +82,7 @@ def find_shards(path: str, kind: str) -> list[Shard]:
     Raises:
         ValueError: a storage or a compression whose package is not installed.
     """
+    # The storage, and the files in it.
     try:
         storage, place = fsspec.core.url_to_fs(path)
     except ImportError as error:
@@ -95,6 +96,8 @@ def find_shards(path: str, kind: str) -> list[Shard]:
     files = {name: info for name, info in found.items() if info["type"] == "file"}
     if not files:
         return []
+
+    # Names relative to the common folder stay the same when the folder is moved.
     if any(name.endswith(".zst") for name in files) and "zstd" not in fsspec.compression.compr:
         raise ValueError("reading .zst needs zstandard: pip install zstandard")
     root = posixpath.commonpath([posixpath.dirname(name) for name in files])
@@ -305,6 +308,9 @@ def _webdataset_record(key: str, members: dict[str, bytes], problem: str | None)
     return {"__key__": key, **columns}
 
 
+# ------------------------------------------------------------------------------------------ folders of pictures, sounds
+
+# Pillow then knows the endings of all formats that it reads.
 Image.init()
 
 
