@@ -444,7 +444,7 @@ class InterleavedDecoding(TokenLoop):
     # ------------------------------------------------------------------------------------------------------- text mode
 
     def _process(self, logits: torch.Tensor) -> torch.Tensor:
-        """(R, V) -> (R, V)"""
+        """Process the logits of each sequence with its own prompt: (R, V) -> (R, V)."""
         # Placeholders and EOI are appended and never chosen. BOI is no choice where a picture does not fit.
         allowed = logits.clone()
         allowed[:, [self.config.image_token_id, self.config.eoi_token_id]] = -float("inf")
