@@ -32,6 +32,7 @@ from training.data.reading.records import (
     printable,
     readable_rows,
     resolved,
+    with_known_name,
 )
 
 
@@ -298,6 +299,8 @@ def _webdataset_record(key: str, members: dict[str, bytes], problem: str | None)
         described = columns.get("json")
         if isinstance(described, dict):
             columns = {**described, **{name: value for name, value in columns.items() if name != "json"}}
+            if columns.get("segments"):
+                columns["segments"] = [with_known_name(part) for part in columns["segments"]]
             for part in columns.get("segments") or []:
                 if part["type"] != "text":
                     part[part["type"]] = members[part[part["type"]].lower()]
