@@ -82,5 +82,6 @@ VARIANTS = (
     "loo-image",
     "loo-speech",
     "untied-feed-forward",
+    "untied-feed-forward-qkv",
     "untied-feed-forward-attention",
 )
