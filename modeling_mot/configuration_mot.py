@@ -25,7 +25,7 @@ from .checks_fields import (
     did_you_mean,
     strict_configuration,
 )
-from .configuration_presets import PRESETS, VARIANTS
+from .configuration_presets import PRESETS, STYLES, VARIANTS
 from .hub_trust import without_code
 
 
@@ -85,9 +85,10 @@ class MoTConfig(PreTrainedConfig):
         image_grid (`list[int]`, *optional*):
             Rows and columns of codes in a generated image.
         max_speech_tokens (`int`, *optional*): The longest span of speech that `generate()` makes.
-        z_loss_coefficient (`float`, defaults to 0.0): Weight of log(Z)^2 (Chameleon: 1e-5).
+        z_loss_coefficient (`float`, defaults to 0.0): Weight of log(Z)^2.
         hidden_dropout (`float`, defaults to 0.0):
-            Dropout on the outputs of attention and feed-forward (Chameleon-7B: 0.1).
+            Dropout on the outputs of attention and feed-forward. Chameleon's values of this field, of
+            `z_loss_coefficient`, `qk_norm` and `norm_position` come as one set, the `style` of `from_variant`.
 
     Raises:
         ValueError: a contradiction between fields; the message names field, value and way out.
@@ -342,7 +343,9 @@ class MoTConfig(PreTrainedConfig):
     # ------------------------------------------------------------------ presets
 
     @classmethod
-    def from_variant(cls, variant: str = "mot", modalities=("text", "image"), **kwargs) -> "MoTConfig":
+    def from_variant(
+        cls, variant: str = "mot", modalities=("text", "image"), style: str | None = None, **kwargs
+    ) -> "MoTConfig":
         """Make a configuration of any size as one of the paper's variants.
 
         Args:
@@ -351,13 +354,17 @@ class MoTConfig(PreTrainedConfig):
                 `untied-feed-forward`, `untied-feed-forward-qkv` (Figure 14), and beside the paper's
                 `untied-feed-forward-attention`, which also unties O and the QK-norms.
             modalities: ordered names, text first.
+            style: `chameleon-7b` or `chameleon-34b` sets QK-norm, norm position, dropout and z-loss as that model has
+                them (arXiv 2405.09818, section 2.3); None sets none of them.
             kwargs: any field.
 
         Raises:
-            ValueError: an unknown variant, or one that these modalities do not have.
+            ValueError: an unknown variant or style, a variant that these modalities do not have, or a field that
+                contradicts the style.
         """
         check_fields({"modalities": modalities}, {"modalities": Several(Typed(str))})
-        return cls(**({"modalities": list(modalities)} | variant_fields(variant, modalities) | kwargs))
+        fields = {"modalities": list(modalities)} | variant_fields(variant, modalities)
+        return cls(**(fields | style_fields(style, kwargs) | kwargs))
 
     @classmethod
     def from_preset(cls, name: str, variant: str = "mot", **kwargs) -> "MoTConfig":
@@ -366,7 +373,7 @@ class MoTConfig(PreTrainedConfig):
         Args:
             name: one of `MoTConfig.preset_names()`.
             variant: as in `from_variant`.
-            kwargs: fields that differ from the row.
+            kwargs: fields that differ from the row, or a `style` as in `from_variant`.
         """
         check_names([name], cls.preset_names(), "preset")
         return cls.from_variant(variant, **(cls.preset_fields(name) | kwargs))
@@ -523,6 +530,28 @@ class MoTConfig(PreTrainedConfig):
 MoTConfig.register_for_auto_class()
 
 __all__ = ["MoTConfig"]
+
+
+def style_fields(style, chosen):
+    """Return the fields of a style: all of the set, or none if `style` is None.
+
+    Args:
+        style (str or None): a name of `STYLES`.
+        chosen (dict): the fields that were set beside the style.
+
+    Raises:
+        ValueError: an unknown style, or a chosen field that has another value in the style.
+    """
+    if style is None:
+        return {}
+    check_names([style], STYLES, "style")
+    for name, value in STYLES[style].items():
+        if chosen.get(name, value) != value:
+            raise ValueError(
+                f"style={style!r} has {name}={value!r}, but {name}={chosen[name]!r} was set: a style is taken whole; "
+                f"leave out {name}, or leave out the style and set its fields one by one"
+            )
+    return STYLES[style]
 
 
 def variant_fields(variant, modalities):

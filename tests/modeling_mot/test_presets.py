@@ -107,6 +107,40 @@ def test_active_parameters_of_the_compared_models_differ_by_the_router_only(vari
     assert config.num_parameters(active=True) == dense + router
 
 
+# ------------------------------------------------------------------------------------------- Chameleon's own options
+
+STYLED = ("qk_norm", "norm_position", "hidden_dropout", "z_loss_coefficient")
+
+
+def styled(config):
+    return tuple(getattr(config, field) for field in STYLED)
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_presets_have_none_of_chameleons_options(name):
+    assert styled(MoTConfig.from_preset(name)) == styled(MoTConfig()) == (None, "pre", 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("style", "expected"),
+    [("chameleon-7b", ("layer", "pre", 0.1, 1e-5)), ("chameleon-34b", ("layer", "post", 0.0, 1e-5))],
+)
+def test_a_style_sets_all_of_chameleons_options(style, expected):
+    assert styled(MoTConfig.from_preset("chameleon-7b", "dense", style=style)) == expected
+    assert styled(MoTConfig.from_variant("hybrid", style=style, hidden_size=32, num_attention_heads=4)) == expected
+
+
+def test_a_style_is_taken_whole():
+    assert MoTConfig.from_variant(style="chameleon-7b", hidden_dropout=0.1).hidden_dropout == 0.1
+    with pytest.raises(ValueError, match="style='chameleon-7b' has hidden_dropout=0.1, but hidden_dropout=0 was set"):
+        MoTConfig.from_variant(style="chameleon-7b", hidden_dropout=0)
+    with pytest.raises(ValueError, match="unknown style chameleon-8b.*chameleon-7b"):
+        MoTConfig.from_preset("chameleon-7b", style="chameleon-8b")
+
+
+# ---------------------------------------------------------------------------------------------------- names of tensors
+
+
 def documented_names(qkv, attention, feed_forward, norm, moe, qk_norm):
     """The contract: Llama's names with the tower as the last module."""
     names = {"model.embed_tokens.weight", "lm_head.weight"} | {f"model.norm.{t}.weight" for t in norm}
