@@ -218,6 +218,9 @@ class EvaluationConfig:
     every: int = option(0, "steps between evaluations; 0: only at the end", ge=0)
     rows: int = option(32, "most rows of each direction", ge=0)
     batch_rows: int = option(8, "rows of one forward", ge=1)
+    noise_levels: int = option(
+        8, "evenly spaced levels of the diffusion validation loss, a forward for each; 0: none", ge=0, le=1000
+    )
 
     def __post_init__(self):
         check_options(self)
