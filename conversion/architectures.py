@@ -41,6 +41,9 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 # Kinds of RoPE whose factors depend on max_position_embeddings.
 _ROPE_OF_LENGTH = ("dynamic", "yarn")
 
+# Part of `MoTConfig.part_names` -> its modules.
+_ATTENTION = {"query_key_value": ("q_proj", "k_proj", "v_proj"), "attention": ("o_proj", "q_norm", "k_norm")}
+
 _IGNORED = ("model.rotary_emb.inv_freq", "model.layers.{layer}.self_attn.rotary_emb.inv_freq")
 
 
@@ -53,7 +56,11 @@ def rules(attention_norm: str = "input_layernorm", feed_forward_norm: str = "pos
         Rule("model.norm.weight", "model.norm.{norm}.weight"),
         Rule(f"{layer}.{attention_norm}.weight", f"{layer}.input_layernorm.{{norm}}.weight"),
         Rule(f"{layer}.{feed_forward_norm}.weight", f"{layer}.post_attention_layernorm.{{norm}}.weight"),
-        Rule(f"{layer}.self_attn.{{module}}.{{kind}}", f"{layer}.self_attn.{{module}}.{{attention}}.{{kind}}"),
+        *(
+            Rule(f"{layer}.self_attn.{module}.{{kind}}", f"{layer}.self_attn.{module}.{{{part}}}.{{kind}}")
+            for part, modules in _ATTENTION.items()
+            for module in modules
+        ),
         Rule(f"{layer}.mlp.{{module}}.{{kind}}", f"{layer}.mlp.{{feed_forward}}.{{module}}.{{kind}}"),
         Rule(f"{layer}.mlp.{{module}}.{{kind}}", f"{layer}.mlp.{{mixture}}.experts.{{expert}}.{{module}}.{{kind}}"),
     ]
@@ -182,7 +189,7 @@ class Architecture:
     def key_map(self, config: MoTConfig) -> KeyMap:
         """Pair the names of its tensors with the names in a model of `config`."""
         tied = config.tie_word_embeddings
-        values = {part: config.part_names(part) for part in ("attention", "norm")}
+        values = {part: config.part_names(part) for part in (*_ATTENTION, "norm")}
         feed_forwards = config.part_names("feed_forward")
         values["feed_forward"] = [name for name in feed_forwards if name not in config.moe_towers]
         values["mixture"] = [name for name in feed_forwards if name in config.moe_towers]

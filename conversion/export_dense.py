@@ -173,7 +173,7 @@ def _modules_of(config: MoTConfig, tower: str | None) -> dict[str, list[str]]:
     """Part of a layer -> the modules of the tower, or of all towers."""
     if tower is not None and tower not in config.tower_names:
         raise ConversionError(f"--tower {tower} is none of the checkpoint's towers, {', '.join(config.tower_names)}")
-    parts = {part: config.part_names(part) for part in ("attention", "feed_forward", "norm")}
+    parts = {part: config.part_names(part) for part in ("query_key_value", "attention", "feed_forward", "norm")}
     if tower is not None:
         parts = {part: [tower] if tower in names else names for part, names in parts.items()}
     if mixtures := [name for name in parts["feed_forward"] if name in config.moe_towers]:

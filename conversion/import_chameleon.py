@@ -45,7 +45,7 @@ from modeling_mot.speech_tokenizer import MoTSpeechTokenizer
 
 
 VQ_VAE = "model.vqmodel."
-VARIANTS = ("mot", "dense", "untied-feed-forward", "untied-feed-forward-attention")
+VARIANTS = ("mot", "dense", "untied-feed-forward", "untied-feed-forward-qkv", "untied-feed-forward-attention")
 ROWS_ARE_TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
 CHAMELEON = Architecture(
     "chameleon",

@@ -531,11 +531,12 @@ def _results(facts: RunFacts) -> Iterator[tuple[EvalResult, bool | None]]:
     # Held-out losses, by task and by objective.
     for key, value in facts.held_out.items():
         name = key.removeprefix("eval/")
-        if value is None:
+        if value is None or "@" in name:  # at one noise level
             continue
-        if name.endswith("/loss"):
-            task = name.removesuffix("/loss")
-            yield _result(facts, True, _TASKS.get(task, task), "loss", value, f"held-out loss, {task}"), None
+        if "/" in name:
+            task, _, metric = name.rpartition("/")
+            what = f"held-out {metric.replace('_', ' ')}, {task}"
+            yield _result(facts, True, _TASKS.get(task, task), metric, value, what), None
         else:
             metric, _, objective = name.partition("_")
             what = f"held-out {metric} of {objective.replace('_', ' ')}"

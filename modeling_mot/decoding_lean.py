@@ -522,7 +522,8 @@ class LeanDecoder:
         if module is None:
             return [None] * len(self.config.tower_names)
         _ours(module)
-        return [module[tower if part in self.config.untied else "shared"] for tower in self.config.tower_names]
+        names = self.config.part_names(part)
+        return [module[name] for name in names * (len(self.config.tower_names) // len(names))]
 
     def _read(self, reader: _Reader, layer: nn.Module) -> LeanLayer:
         """Read a layer: each tower's modules by name, and the function of each."""
@@ -530,9 +531,9 @@ class LeanDecoder:
         # The modules of each part, in the order of the towers.
         modules = {
             "attention_norm": self._of_towers(layer.input_layernorm, "norm"),
-            "query": self._of_towers(attention.q_proj, "attention"),
-            "key": self._of_towers(attention.k_proj, "attention"),
-            "value": self._of_towers(attention.v_proj, "attention"),
+            "query": self._of_towers(attention.q_proj, "query_key_value"),
+            "key": self._of_towers(attention.k_proj, "query_key_value"),
+            "value": self._of_towers(attention.v_proj, "query_key_value"),
             "query_norm": self._of_towers(getattr(attention, "q_norm", None), "attention"),
             "key_norm": self._of_towers(getattr(attention, "k_norm", None), "attention"),
             "output": self._of_towers(attention.o_proj, "attention"),

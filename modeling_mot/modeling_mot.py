@@ -180,21 +180,21 @@ class MoTAttention(nn.Module):
         self.has_rope = layer_idx not in config.layers_without_rope
 
         # Every projection and QK-norm is one module for each tower, or one named `shared`.
-        names = config.part_names("attention")
+        own_qkv, own_output = config.part_names("query_key_value"), config.part_names("attention")
         hidden = config.hidden_size
         queries = config.num_attention_heads * self.head_dim
         keys = config.num_key_value_heads * self.head_dim
 
-        def projection(inputs, outputs, bias):
+        def projection(names, inputs, outputs, bias):
             return PerTower({name: nn.Linear(inputs, outputs, bias=bias) for name in names})
 
-        self.q_proj = projection(hidden, queries, config.attention_bias)
-        self.k_proj = projection(hidden, keys, config.attention_bias)
-        self.v_proj = projection(hidden, keys, config.attention_bias)
-        self.o_proj = projection(queries, hidden, config.attention_output_bias)
+        self.q_proj = projection(own_qkv, hidden, queries, config.attention_bias)
+        self.k_proj = projection(own_qkv, hidden, keys, config.attention_bias)
+        self.v_proj = projection(own_qkv, hidden, keys, config.attention_bias)
+        self.o_proj = projection(own_output, queries, hidden, config.attention_output_bias)
         if config.qk_norm is not None:
-            self.q_norm = TowerNorms({name: qk_norm(config, config.num_attention_heads) for name in names})
-            self.k_norm = TowerNorms({name: qk_norm(config, config.num_key_value_heads) for name in names})
+            self.q_norm = TowerNorms({name: qk_norm(config, config.num_attention_heads) for name in own_output})
+            self.k_norm = TowerNorms({name: qk_norm(config, config.num_key_value_heads) for name in own_output})
 
     def forward(
         self,

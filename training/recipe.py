@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from modeling_mot import MoTConfig, MoTProcessor, MoTTransfusionConfig
-from modeling_mot.configuration_presets import VARIANTS
+from modeling_mot.configuration_presets import STYLES, VARIANTS
 from modeling_mot.decoding_pictures import DiffusionSettings
 from training.config import ConfigError, check_options, describe, option
 from training.data.config import DataConfig, Segment, SourceConfig
@@ -67,6 +67,7 @@ class TransfusionModelConfig:
 
 
 _VARIANT = Literal[VARIANTS]
+_STYLE = Literal[tuple(STYLES)]
 
 
 @dataclass
@@ -79,6 +80,9 @@ class ModelConfig:
 
     variant: _VARIANT = option("mot", "which modalities share weights and which towers hold experts")
     preset: str | None = option(None, "a row of the paper's tables, such as chameleon-37m; null: the sizes below")
+    style: _STYLE | None = option(
+        None, "QK-norm, norm position, dropout and z-loss of that Chameleon, as one set; null: none of them"
+    )
     init_from: str | None = option(None, "folder or Hub name of a checkpoint to start from; its sizes are kept")
     processor: str | None = option(None, "folder or Hub name of a processor; null: the one carried with the project")
     modalities: list[str] | None = option(
@@ -102,7 +106,7 @@ class ModelConfig:
     tie_word_embeddings: bool | None = option(None, "one matrix for input and output embeddings")
     hidden_dropout: float | None = option(None, "dropout on the outputs of attention and feed-forward", ge=0, lt=1)
     attention_dropout: float | None = option(None, "dropout on attention probabilities", ge=0, lt=1)
-    z_loss_coefficient: float | None = option(None, "weight of log(Z)^2 (Chameleon: 1e-5)", ge=0, le=1000)
+    z_loss_coefficient: float | None = option(None, "weight of log(Z)^2", ge=0, le=1000)
     rope_theta: float | None = option(None, "base of the rotary embedding", ge=1, le=10**12)
     num_experts: int | None = option(
         None, "experts of a tower that is a mixture (moe-4x and hybrid: 4)", ge=1, le=10**4
@@ -123,6 +127,11 @@ class ModelConfig:
             raise ConfigError(f"model.preset={self.preset!r} is unknown; the presets are {names}")
         if self.preset is not None and self.init_from is not None:
             raise ConfigError(f"model.preset={self.preset!r} and model.init_from={self.init_from!r} exclude each other")
+        if self.style is not None and self.init_from is not None:
+            raise ConfigError(
+                f"model.style={self.style!r} is of a new model; leave it out with model.init_from={self.init_from!r}, "
+                "which has its own options"
+            )
         if self.modalities is not None and (self.init_from is not None or self.transfusion is not None):
             raise ConfigError(
                 f"model.modalities={self.modalities} are of a new model of tokens; leave them out with model.init_from "
@@ -209,6 +218,9 @@ class EvaluationConfig:
     every: int = option(0, "steps between evaluations; 0: only at the end", ge=0)
     rows: int = option(32, "most rows of each direction", ge=0)
     batch_rows: int = option(8, "rows of one forward", ge=1)
+    noise_levels: int = option(
+        8, "evenly spaced levels of the diffusion validation loss, a forward for each; 0: none", ge=0, le=1000
+    )
 
     def __post_init__(self):
         check_options(self)

@@ -209,6 +209,15 @@ def test_a_short_run_has_its_last_losses_and_what_was_not_measured_is_said(run):
     assert "| text | 5 | not measured |" in text and "| image | 7 | not measured |" in text
 
 
+def test_the_diffusion_validation_loss_is_one_result_without_its_levels(run):
+    name = "eval/text-to-image/diffusion_validation_loss"
+    rewrite(run / "summary.json", held_out=SUMMARY["held_out"] | {name: 0.5, f"{name}@250": 0.4, f"{name}@750": 0.6})
+    card = model_card(run / "final", run)
+    found = {(result.task_type, result.metric_type): result.metric_value for result in card.data.eval_results}
+    assert found["text-to-image", "diffusion_validation_loss"] == 0.5 and found["text-to-image", "loss"] == 4.25
+    assert not any("@" in metric for _, metric in found)
+
+
 def test_no_section_leaves_two_blank_lines(run, monkeypatch):
     of_folders(run, monkeypatch, samples={}, training={"loss_text": 1.6}, held_out={"eval/loss_text": 1.6})
     for card in (model_card(run / "final", run), model_card(run / "final")):

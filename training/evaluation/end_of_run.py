@@ -121,7 +121,8 @@ def describe_summary(summary: dict, recipe: Recipe) -> list[str]:
     """The lines of a summary for people."""
     lines = []
     for kind in ("training", "held_out"):
-        figures = ", ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in summary[kind].items())
+        shown = {key.removeprefix("eval/"): value for key, value in summary[kind].items() if "@" not in key}
+        figures = ", ".join(f"{key} {value:.3f}" for key, value in shown.items())
         lines.append(f"{kind.replace('_', ' ')}: {figures or 'nothing measured'}")
     if not summary["held_out"]:
         missing = "evaluation.rows is 0" if recipe.data.validation_sources else "there are no data.validation_sources"
