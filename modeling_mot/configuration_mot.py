@@ -280,7 +280,7 @@ class MoTConfig(PreTrainedConfig):
         return [names.index(self.towers[modality]) for modality in self.modalities]
 
     def part_names(self, part: str) -> list[str]:
-        """The names of a part's modules: one for each tower if the part is untied, else `shared` alone.
+        """Return the names of a part's modules: one for each tower if the part is untied, else `shared` alone.
 
         Args:
             part: `"attention"` (O and the QK-norms), `"query_key_value"`, `"feed_forward"` or `"norm"`.

@@ -205,7 +205,7 @@ class MoTAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(T, D) sorted by tower -> (T, D) and the weights (B, H, L, past + L) if they exist."""
+        """Attend: (T, D) sorted by tower -> (T, D) and the weights (B, H, L, past + L) if they exist."""
         # Each tower projects its own tokens (Algorithm 1, line 6); the heads then stand in the order of the sequence
         # (line 8).
         batch_size = position_embeddings[0].shape[0]
@@ -296,7 +296,7 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """(T, D) sorted by tower -> the same; or (B, L, D) in the order of the sequence -> the same."""
+        """Run the layer: (T, D) sorted by tower -> the same; or (B, L, D) in the order of the sequence -> the same."""
         # Checkpointing, offloading and hooks expect one tensor in and one tensor out. It is in the order of the
         # sequence, (B, L, D), if the model records the hidden states of its layers.
         in_sequence_order = hidden_states.dim() == 3

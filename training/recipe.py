@@ -61,7 +61,7 @@ class TransfusionModelConfig:
             raise ConfigError(f"model.transfusion.image_size={self.image_size} must be [height, width]")
 
     def model_fields(self) -> dict[str, Any]:
-        """The fields of MoTTransfusionConfig that the recipe sets."""
+        """Return the fields of MoTTransfusionConfig that the recipe sets."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: v for name, v in values.items() if v is not None and name not in ("vae", "image_size")}
 
@@ -338,7 +338,7 @@ def check_diffusion(planned: MoTConfig, config: SamplesConfig) -> None:
 
 
 def pair_of(sources: list[SourceConfig], kind: str) -> tuple[SourceConfig, Segment, Segment] | None:
-    """The first source with a template of one text and one segment of `kind`: (source, text, other segment)."""
+    """Return the first source with a template of one text and one segment of `kind`: (source, text, other segment)."""
     for source in sources:
         for template in source.templates:
             segments = template.parsed
@@ -349,7 +349,7 @@ def pair_of(sources: list[SourceConfig], kind: str) -> tuple[SourceConfig, Segme
 
 
 def text_of_sources(sources: list[SourceConfig]) -> tuple[SourceConfig, Segment] | None:
-    """The first source with a template of text alone."""
+    """Return the first source with a template of text alone."""
     for source in sources:
         for template in source.templates:
             if [segment.type for segment in template.parsed] == ["text"]:
@@ -363,5 +363,5 @@ def has_edits(source: SourceConfig) -> bool:
 
 
 def texts_of(source: SourceConfig, text: Segment) -> Iterator[str]:
-    """The texts of a segment, one for each record of the source."""
+    """Return the texts of a segment, one for each record of the source."""
     return open_source(source).each(lambda record: text_of(text, record))

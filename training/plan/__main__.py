@@ -41,7 +41,7 @@ COMPARED = ("dense", "moe-4x", "mot")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a request that cannot be met."""
+    """Return the exit code: 0 done, 2 a request that cannot be met."""
     options = _parser().parse_intermixed_args(arguments)
     try:
         plan = make_plan(load_recipe(options.words), options)
