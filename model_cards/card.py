@@ -459,7 +459,8 @@ def _training(facts: RunFacts, weights: str) -> Iterator[tuple[str, str]]:
         yield "step", f"{facts.step:,}" + (f" of {train['steps']:,}" if train else "")
     if train:
         yield "rows in a micro-batch", f"{train['rows']} of {facts.section('data')['row_length']:,} tokens"
-        yield "micro-batches in a step", str(train["accumulation"])
+        held = f"as many as make {train.get('tokens_per_step') or 0:,} tokens"
+        yield "micro-batches in a step", held if train["accumulation"] is None else str(train["accumulation"])
         if (decay := train.get("ema_decay")) is not None:
             average = weights == "average"
             yield "weights", f"their moving average ({decay})" if average else "of the last step, no average"

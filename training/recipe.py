@@ -4,6 +4,7 @@
 """
 
 import difflib
+import math
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -145,7 +146,15 @@ class TrainConfig:
 
     steps: int = option(1000, "updates of the parameters", ge=1)
     rows: int = option(8, "rows in a micro-batch of one process", ge=1)
-    accumulation: int = option(1, "micro-batches in a step", ge=1)
+    accumulation: int | None = option(
+        None, "micro-batches in a step; null: 1, or as many as make train.tokens_per_step", ge=1
+    )
+    tokens_per_step: int | None = option(
+        None,
+        "tokens of a step of all processes, padding included, held on any number of them; null: not held",
+        ge=1,
+        le=10**12,
+    )
     precision: Literal["auto", "bf16", "float32"] = option(
         "auto", "dtype of matrix products; auto: bf16 if the device has it natively, else float32; losses are float32"
     )
@@ -209,6 +218,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_options(self)
+        if self.tokens_per_step is None and self.accumulation is None:
+            self.accumulation = 1
 
 
 @dataclass
@@ -279,6 +290,52 @@ class Recipe:
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than train.steps={self.train.steps}: "
                 "the peak learning rate would not be reached; set optimizer.warmup_steps=null for a tenth of the run"
             )
+
+    def micro_batches(self, processes: int) -> int:
+        """The micro-batches of a step on so many processes: `train.accumulation`, or what the tokens of a step need.
+
+        Raises:
+            ConfigError: the processes cannot make `train.tokens_per_step`; the message names values that would fit.
+        """
+        train, length = self.train, self.data.row_length
+        if train.tokens_per_step is None:
+            return train.accumulation
+        together = train.rows * length * processes
+        fitting, rest = divmod(train.tokens_per_step, together)
+        if rest:
+            raise ConfigError(
+                f"train.tokens_per_step={train.tokens_per_step:,} is no multiple of train.rows={train.rows} x "
+                f"data.row_length={length:,} x {processes} process{'es' * (processes > 1)} = {together:,} tokens; "
+                f"{self._what_fits(processes)}"
+            )
+        if train.accumulation not in (None, fitting):
+            raise ConfigError(
+                f"train.accumulation={train.accumulation} makes {train.accumulation * together:,} tokens a step of "
+                f"{processes} process{'es' * (processes > 1)}, but train.tokens_per_step={train.tokens_per_step:,}; "
+                f"leave train.accumulation out, or set it to {fitting}"
+            )
+        return fitting
+
+    def _what_fits(self, processes: int) -> str:
+        """Values of rows, processes and tokens that would divide each other, each with the others as they are."""
+        tokens, rows, length = self.train.tokens_per_step, self.train.rows, self.data.row_length
+        fitting = []
+        if numbers := _divisors_near(tokens, length * processes, rows):
+            fitting.append(f"train.rows={' or '.join(map(str, numbers))}")
+        if numbers := _divisors_near(tokens, length * rows, processes):
+            fitting.append(f"{' or '.join(map(str, numbers))} processes")
+        below, together = tokens // (rows * length * processes), rows * length * processes
+        multiples = [f"{number * together}" for number in (below, below + 1) if number]
+        return ", or ".join([*fitting, f"train.tokens_per_step={' or '.join(multiples)}"]) + " would fit"
+
+
+def _divisors_near(whole: int, part: int, wanted: int) -> list[int]:
+    """Up to three numbers near `wanted` that divide `whole / part`, ascending; none if that is no whole number."""
+    quotient, rest = divmod(whole, part)
+    if rest:
+        return []
+    found = {d for i in range(1, math.isqrt(quotient) + 1) if not quotient % i for d in (i, quotient // i)}
+    return sorted(sorted(found, key=lambda number: abs(number - wanted))[:3])
 
 
 def list_keys() -> str:

@@ -124,7 +124,7 @@ class Session:
         torch.set_float32_matmul_precision(recipe.train.float32_matmul_precision)
         model = make_model(recipe, accelerator, planned, initial, checkpoint)
         batch = partial(collate, config=model.config, multiple_of=TOWER_ROWS)
-        batches = make_batches(recipe.train, accelerator, stream, batch)
+        batches = make_batches(recipe, accelerator, stream, batch)
 
         # What must be the same when the run goes on.
         same = {
@@ -280,13 +280,13 @@ def make_model(
     return model
 
 
-def make_batches(train: TrainConfig, accelerator: Accelerator, stream: RowStream, batch: partial) -> StepBatches:
+def make_batches(recipe: Recipe, accelerator: Accelerator, stream: RowStream, batch: partial) -> StepBatches:
     """Make this process's share of the rows of each step."""
     return StepBatches(
         stream,
-        partial(batch, noise_seed=train.seed),
-        train.rows,
-        train.accumulation,
+        partial(batch, noise_seed=recipe.train.seed),
+        recipe.train.rows,
+        recipe.micro_batches(accelerator.num_processes),
         accelerator.process_index,
         accelerator.num_processes,
     )

@@ -220,13 +220,14 @@ class Budget:
         """Return the budget of a recipe on `processes` devices of `peak` FLOP/s, used to the share `utilisation`."""
         train = recipe.train
         tokens = train.rows * recipe.data.row_length
+        accumulation = recipe.micro_batches(processes)
         return cls(
             memory=memory,
             flops=utilisation * peak,
             shards=shards,
             tokens_of_forward=tokens,
-            tokens_of_step=tokens * train.accumulation,
-            tokens_of_run=tokens * train.accumulation * processes * train.steps,
+            tokens_of_step=tokens * accumulation,
+            tokens_of_run=tokens * accumulation * processes * train.steps,
             state_bytes=_STATE_BYTES // 4 if train.frozen_towers else _STATE_BYTES,
         )
 

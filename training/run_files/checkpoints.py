@@ -441,6 +441,7 @@ _FREE = (
     "data.", "evaluation.", "samples.", "model.gradient_checkpointing", "train.output_dir", "train.resume",
     "train.overwrite", "train.save_", "train.keep_checkpoints", "train.not_finite_limit", "train.tracker",
     "train.progress_bar", "train.processes", "train.timeout_seconds", "train.cpu", "train.rows", "train.accumulation",
+    "train.tokens_per_step",
 )  # fmt: skip
 
 
