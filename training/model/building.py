@@ -325,10 +325,17 @@ def plan_model(
     """
     vae = find_vae(model, initial)
 
-    # Modalities: a recipe that names no size gets those of its data alone.
+    # Modalities: a recipe that names no size gets those of its data, a row of the paper's tables has its own.
     is_open = leaves_size_open(model)
     if is_open and model.modalities is None and vae is None and model.processor is None:
         model = replace(model, modalities=modalities_of(data))
+    elif model.modalities is None and model.preset is not None and vae is None:
+        model = replace(model, modalities=list(MoTConfig.from_preset(model.preset).modalities))
+        if lacking := set(modalities_of(data) or ()) - set(model.modalities):
+            raise ConfigError(
+                f"model.preset={model.preset!r} has {', '.join(model.modalities)}, but data has "
+                f"{', '.join(sorted(lacking))} as well; take a preset of these modalities, or set model.modalities"
+            )
     elif model.modalities is not None and (lacking := set(modalities_of(data) or ()) - set(model.modalities)):
         raise ConfigError(f"model.modalities={model.modalities} lack {', '.join(sorted(lacking))}, which data has")
     processor = load_processor(model, vae, has_sound(data))
