@@ -122,7 +122,7 @@ def count(value: Any, unit: str = "") -> str:
     return f"{value:.3g}" + (f" {unit}" if unit else "")
 
 
-def duration(hours: float | None) -> str:
+def hours_in_words(hours: float | None) -> str:
     """Write hours as `41 s`, `12.5 min`, `3.2 h` or `4.1 days`; None as ""."""
     if hours is None:
         return ""
