@@ -503,7 +503,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         """
         # Texts alone are the tokenizer's to decode.
         images = getattr(generated_outputs, "images", None)
-        rows = token_rows(getattr(generated_outputs, "sequences", generated_outputs))
+        rows = token_rows(getattr(generated_outputs, "sequences", generated_outputs), len(self.tokenizer))
         if generation_mode in (None, "text"):
             return self.post_process_image_text_to_text(rows, skip_special_tokens=skip_special_tokens, **kwargs)
         check_fields({"generation_mode": generation_mode}, OUTPUT_RULES)
