@@ -58,7 +58,7 @@ class MoTGenerationMixin(GenerationMixin):
             modality_ids: (B, L) of the prompts; those of new tokens follow from `config.modality_token_ranges`.
             image_grid: rows and columns of codes in an image, instead of `config.image_grid`.
             max_speech_tokens: instead of `config.max_speech_tokens`.
-            constrain_spans: False to sample from the whole vocabulary everywhere (default True).
+            constrain_spans: False to sample from all tokens everywhere (default True).
             generator: of sampled tokens: a `torch.Generator`, or one for each sequence; default: torch's global one.
             generation_mode: "image" or "audio" ("speech" is the same) opens a picture or speech behind prompts that
                 do not end with one opened. A picture is then all that is made, whatever `max_new_tokens`. Default, and

@@ -160,7 +160,8 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         """Return the arguments of a model's configuration that follow from the processor.
 
         They are those of `MoTConfig`, or with an image processor of `MoTTransfusionConfig`. `modality_token_ranges` are
-        then the ranges of text and speech, or None where text is alone.
+        then the ranges of text and speech, or None where text is alone. A model of more rows takes their number as
+        `vocab_size`, and the processor's as `tokenizer_vocab_size`.
 
         Raises:
             ValueError: tokens were added to the tokenizer behind those of all modalities.

@@ -8,8 +8,10 @@ import pytest
 import yaml
 from accelerate.state import AcceleratorState
 
-from modeling_mot import MoTConfig, MoTProcessor, MoTTransfusionConfig
+from modeling_mot import MoTConfig, MoTForCausalLM, MoTProcessor, MoTTransfusionConfig
 from training.data.adapters import emoji_edits
+from training.model.building import CARRIED_PROCESSOR, build_model, planned_config
+from training.recipe import ModelConfig
 from training.run_files.metrics import read_metrics
 from training.train import main
 
@@ -105,3 +107,13 @@ def test_a_final_folder_knows_how_many_tokens_its_processor_has(run, name):
     tokens = MoTProcessor.from_pretrained(final).config_kwargs()["vocab_size"]
     assert (config.tokenizer_vocab_size or config.vocab_size) == tokens
     assert (config.vocab_size > tokens) == (name != "smoke")
+
+
+def test_a_checkpoint_of_more_rows_than_tokens_is_told_how_many_there_are():
+    processor = MoTProcessor.from_pretrained(CARRIED_PROCESSOR)
+    tokens, sizes = processor.config_kwargs(), {key[6:]: SHRUNK[key] for key in list(SHRUNK)[:4]}
+    initial = MoTForCausalLM(MoTConfig(**tokens | sizes | {"vocab_size": 8000, "max_position_embeddings": 64}))
+    recipe = ModelConfig(init_from="checkpoint")
+    planned = planned_config(recipe, processor, row_length=64, initial=initial)
+    trained = build_model(recipe, planned, seed=0, initial=initial).config
+    assert (trained.vocab_size, trained.tokenizer_vocab_size) == (8000, tokens["vocab_size"])
