@@ -224,6 +224,7 @@ def _mot_config(
     } | {f"{name}_id": token for name, token in vocabulary.special.items() if name != "image_token"}
     if processor is not None:
         tokens = processor.config_kwargs()
+        tokens["tokenizer_vocab_size"] = tokens["vocab_size"]
         tokens["vocab_size"] = max(tokens["vocab_size"], source.vocab_size)
     with reading("no MoT is what the source's config.json says"):
         return MoTConfig.from_variant(variant, **CHAMELEON.mot_fields(source) | tokens)

@@ -193,6 +193,7 @@ SPAN_RULES = {
 # The largest sizes are far above those of any model: a larger one is a slip, refused before memory is asked for.
 CONFIG_RULES = SPAN_RULES | {
     "vocab_size": Whole(1, 2**26),
+    "tokenizer_vocab_size": Maybe(Whole(1, 2**26)),
     "hidden_size": Whole(1, 2**20),
     "intermediate_size": Whole(1, 2**22),
     "num_hidden_layers": Whole(1, 2**14),

@@ -80,6 +80,10 @@ class MoTConfig(PreTrainedConfig):
             Modality -> [first, last + 1] of the vocabulary, from which modality ids are derived if they are not passed.
             The range of text may enclose others (Chameleon's codes lie in the midst of its vocabulary): text is all
             that no other range holds. Special tokens are text.
+        tokenizer_vocab_size (`int`, *optional*):
+            The number of tokens, image codes and speech units included, if the vocabulary has more rows: a row of the
+            paper's tables with a small tokenizer. `generate()` never samples the ids behind them. If tokens are added,
+            `resize_token_embeddings` sets this field; set it by hand if the rows suffice. Default: `vocab_size`.
         boi_token_id, eoi_token_id, begin_of_speech_token_id, end_of_speech_token_id (`int`, *optional*):
             Markers around an image and around speech.
         image_grid (`list[int]`, *optional*):
@@ -160,6 +164,7 @@ class MoTConfig(PreTrainedConfig):
     norm_position: str = "pre"
     qk_norm: str | None = None
     modality_token_ranges: dict[str, list[int] | tuple[int, ...]] | None = None
+    tokenizer_vocab_size: int | None = None
     boi_token_id: int | None = None
     eoi_token_id: int | None = None
     begin_of_speech_token_id: int | None = None
@@ -465,9 +470,19 @@ class MoTConfig(PreTrainedConfig):
             raise ValueError(f"num_experts={self.num_experts} must be at least 2 where moe_towers={self.moe_towers}")
 
     def _validate_tokens(self):
+        if self.tokenizer_vocab_size is not None and self.tokenizer_vocab_size > self.vocab_size:
+            raise ValueError(
+                f"tokenizer_vocab_size={self.tokenizer_vocab_size} is more than vocab_size={self.vocab_size}: each "
+                "token needs a row of the vocabulary; make vocab_size larger"
+            )
         self._validate_ranges()
         self._validate_special_tokens()
         self._validate_markers(MARKERS)
+
+    def _end_of_tokens(self) -> tuple[str, int]:
+        """Return the name and the value of the field that ends the ids of tokens."""
+        name = "vocab_size" if self.tokenizer_vocab_size is None else "tokenizer_vocab_size"
+        return name, getattr(self, name)
 
     def _validate_ranges(self):
         """Ranges lie in the vocabulary and apart from each other; that of text may enclose others."""
@@ -485,11 +500,12 @@ class MoTConfig(PreTrainedConfig):
             )
         # Each pair lies in the vocabulary, and no two overlap.
         spans = sorted((first, end, name) for name, (first, end) in ranges.items())
+        field, size = self._end_of_tokens()
         for first, end, name in spans:
-            if not 0 <= first < end <= self.vocab_size:
+            if not 0 <= first < end <= size:
                 raise ValueError(
                     f"modality_token_ranges[{name!r}]=[{first}, {end}] must lie within the vocabulary: "
-                    f"0 <= first < end <= vocab_size={self.vocab_size}"
+                    f"0 <= first < end <= {field}={size}"
                 )
         for (first, end, name), (other_first, other_end, other) in combinations(spans, 2):
             inside_text = (name == "text" and other_end <= end) or (other == "text" and first == other_first)
@@ -501,7 +517,7 @@ class MoTConfig(PreTrainedConfig):
     def _validate_special_tokens(self):
         """Special tokens are text; markers come in pairs."""
         ranges = self.modality_token_ranges
-        text = ranges["text"] if ranges is not None else [0, self.vocab_size]
+        text = ranges["text"] if ranges is not None else [0, self._end_of_tokens()[1]]
         codes = [span for name, span in (ranges or {}).items() if name != "text"]
         for field in SPECIAL_TOKENS:
             value = getattr(self, field)

@@ -218,12 +218,13 @@ class MoTTransfusionConfig(MoTConfig):
         if "image" not in self.modalities:
             raise ValueError(f"modalities={self.modalities} has no 'image', which a Transfusion model diffuses")
         # The tokens around and in an image.
+        end, size = self._end_of_tokens()
         for field in ("image_token_id", "boi_token_id", "eoi_token_id"):
             value = getattr(self, field)
-            if value is None or not 0 <= value < self.vocab_size:
+            if value is None or not 0 <= value < size:
                 raise ValueError(
-                    f"{field}={value} must be a token of the vocabulary, in [0, vocab_size={self.vocab_size}): images "
-                    "stand between boi_token_id and eoi_token_id, each patch an image_token_id"
+                    f"{field}={value} must be a token of the vocabulary, in [0, {end}={size}): images stand between "
+                    "boi_token_id and eoi_token_id, each patch an image_token_id"
                 )
         if self.image_grid is not None:
             raise ValueError(f"image_grid={self.image_grid} is of discrete images; set latent_size instead")

@@ -58,7 +58,7 @@ class MoTGenerationMixin(GenerationMixin):
             modality_ids: (B, L) of the prompts; those of new tokens follow from `config.modality_token_ranges`.
             image_grid: rows and columns of codes in an image, instead of `config.image_grid`.
             max_speech_tokens: instead of `config.max_speech_tokens`.
-            constrain_spans: False to sample from the whole vocabulary everywhere (default True).
+            constrain_spans: False to sample from all tokens everywhere (default True).
             generator: of sampled tokens: a `torch.Generator`, or one for each sequence; default: torch's global one.
             generation_mode: "image" or "audio" ("speech" is the same) opens a picture or speech behind prompts that
                 do not end with one opened. A picture is then all that is made, whatever `max_new_tokens`. Default, and
@@ -209,9 +209,12 @@ class MoTGenerationMixin(GenerationMixin):
         return criteria
 
     def _get_logits_processor(self, generation_config, *args, logits_processor=None, **kwargs):
+        # Custom processors run before temperature and top-k, which then choose among the tokens that may follow.
         logits_processor = LogitsProcessorList(logits_processor or [])
+        encoded = self.config.tokenizer_vocab_size
+        if encoded is not None and encoded < self.config.vocab_size:
+            logits_processor.append(EncodedTokensLogitsProcessor(encoded))
         if self._constrains_spans(generation_config):
-            # Custom processors run before temperature and top-k, which then choose among the tokens that may follow.
             logits_processor.append(
                 ModalitySpanLogitsProcessor(
                     self.config,
@@ -398,7 +401,26 @@ class MoTGenerationMixin(GenerationMixin):
         return torch.cat([given, derived[:, given.shape[1] :]], dim=1)
 
 
-# ------------------------------------------------------------------------------------------- what may follow in a span
+# ---------------------------------------------------------------------------------------------- tokens that may follow
+
+
+class EncodedTokensLogitsProcessor(LogitsProcessor):
+    """Hides ids that stand for no token, of a vocabulary with more rows than tokens.
+
+    Args:
+        count: the number of tokens, which are the first rows.
+    """
+
+    supports_continuous_batching = True
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Hide the ids from `count` on: (R, L), (R, V) -> (R, V)"""
+        scores = scores.clone()  # the logits may be returned as they were
+        scores[..., self.count :] = -float("inf")
+        return scores
 
 
 class Span(NamedTuple):

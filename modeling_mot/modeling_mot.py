@@ -363,6 +363,14 @@ class MoTPreTrainedModel(CheckpointMixin, PreTrainedModel):
         """Choose the attention as transformers does, but default to "mot_ranges", which runs from a plan if it can."""
         return super().get_correct_attn_implementation(requested_attention or RANGES, is_init_check)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """Resize as transformers does. Rows that only pad the `new_num_tokens` tokens are never sampled."""
+        tokens = self.config.tokenizer_vocab_size or self.config.vocab_size
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        tokens = tokens if new_num_tokens is None else int(new_num_tokens)
+        self.config.tokenizer_vocab_size = tokens if tokens < self.config.vocab_size else None
+        return embeddings
+
     def set_tower_products(self, products: str) -> None:
         """Choose how the linear maps of several towers are run; the numbers are the same but for rounding.
 

@@ -5,15 +5,18 @@ from typing import Any
 
 import torch
 
-from .checks_fields import MOST, is_whole
+from .checks_fields import is_whole
 from .configuration_mot import check_spans
 
 
 # B sequences, L tokens of a sequence, (h, w) codes of an image
 
 
-def token_rows(generated_outputs: Any) -> list:
+def token_rows(generated_outputs: Any, size: int) -> list:
     """Return the ids that a model returned, (B, L) or one sequence, as a list.
+
+    Args:
+        size: the number of tokens.
 
     Raises:
         ValueError: they are no token ids.
@@ -24,8 +27,10 @@ def token_rows(generated_outputs: Any) -> list:
     checked = rows if isinstance(rows, (list, tuple)) else [rows]
     for row in checked:
         for token in row if isinstance(row, (list, tuple)) and checked is rows else [row]:
-            if not is_whole(token, 0) or token > MOST:
-                raise ValueError(f"generated_outputs has {shortened(token)}, and must be token ids, (batch, length)")
+            if not is_whole(token, 0) or token >= size:
+                raise ValueError(
+                    f"generated_outputs has {shortened(token)}, and must be token ids, (batch, length), in [0, {size})"
+                )
     return rows
 
 
@@ -138,7 +143,8 @@ class DocumentDecoder:
         if len(outside):
             position = int(outside[0])
             raise ValueError(
-                f"token id {int(ids[position])} at position {position} is outside the vocabulary, [0, {self.size})"
+                f"token id {int(ids[position])} at position {position} is outside the vocabulary, [0, {self.size}); "
+                f"a model of more rows needs tokenizer_vocab_size={self.size} in its configuration"
             )
         return ids.tolist()
 

@@ -160,7 +160,8 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         """Return the arguments of a model's configuration that follow from the processor.
 
         They are those of `MoTConfig`, or with an image processor of `MoTTransfusionConfig`. `modality_token_ranges` are
-        then the ranges of text and speech, or None where text is alone.
+        then the ranges of text and speech, or None where text is alone. A model of more rows takes their number as
+        `vocab_size`, and the processor's as `tokenizer_vocab_size`.
 
         Raises:
             ValueError: tokens were added to the tokenizer behind those of all modalities.
@@ -503,7 +504,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         """
         # Texts alone are the tokenizer's to decode.
         images = getattr(generated_outputs, "images", None)
-        rows = token_rows(getattr(generated_outputs, "sequences", generated_outputs))
+        rows = token_rows(getattr(generated_outputs, "sequences", generated_outputs), len(self.tokenizer))
         if generation_mode in (None, "text"):
             return self.post_process_image_text_to_text(rows, skip_special_tokens=skip_special_tokens, **kwargs)
         check_fields({"generation_mode": generation_mode}, OUTPUT_RULES)

@@ -192,6 +192,15 @@ def test_codes_may_be_added_tokens_of_the_source(small_source, tmp_path):
 
 
 @torch.no_grad()
+def test_rows_that_no_token_fills_are_never_sampled(tmp_path):
+    model = chameleon_model(**LAYOUTS["7b"])
+    model.resize_token_embeddings(len(vocabulary()) + 40)
+    out = convert(save_source(model, tmp_path / "source"), tmp_path / "out")
+    config = MoTForCausalLM.from_pretrained(out).config
+    assert config.vocab_size == len(vocabulary()) + 40
+    assert config.tokenizer_vocab_size == MoTProcessor.from_pretrained(out).config_kwargs()["vocab_size"]
+
+
 def test_speech_is_added_behind_the_vocabulary(small_source, tmp_path):
     tokenizer_with_random_units(num_units=6).save_pretrained(tmp_path / "speech")
     options = ["--modalities", "text", "image", "speech", "--speech-tokenizer", str(tmp_path / "speech")]

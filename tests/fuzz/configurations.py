@@ -40,7 +40,7 @@ _REST = {"image": [30, 45], "speech": [45, 60]}
 FIELDS: dict[str, tuple] = {
     **dict.fromkeys(
         ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
-         "num_key_value_heads", "max_position_embeddings", "num_experts"),
+         "num_key_value_heads", "max_position_embeddings", "num_experts", "tokenizer_vocab_size"),
         SIZES,
     ),
     **dict.fromkeys(("attention_dropout", "hidden_dropout", "z_loss_coefficient", "caption_dropout"), SHARES),

@@ -12,6 +12,16 @@ from modeling_mot import MoTConfig, MoTForCausalLM
 
 CONTRADICTIONS = {
     "vocab_size": ({"vocab_size": 0}, "vocab_size=0"),
+    "tokenizer_vocab_size": ({"tokenizer_vocab_size": 0}, "tokenizer_vocab_size=0"),
+    "more_tokens_than_rows": ({"tokenizer_vocab_size": 61}, "tokenizer_vocab_size=61 is more than vocab_size=60"),
+    "code_of_no_token": (
+        {"tokenizer_vocab_size": 59},
+        "modality_token_ranges\\['speech'\\]=\\[45, 60\\] .* end <= tokenizer_vocab_size=59",
+    ),
+    "marker_of_no_token": (
+        {"tokenizer_vocab_size": 4, "modality_token_ranges": None},
+        "eoi_token_id=4 must be a text token, in \\[0, 4\\)",
+    ),
     "hidden_size": ({"hidden_size": 30}, "hidden_size=30 is not a multiple of num_attention_heads=4"),
     "key_value_heads": ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple"),
     "odd_head_dim": ({"head_dim": 7}, "head_dim=7 must be even"),

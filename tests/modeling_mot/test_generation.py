@@ -1,5 +1,7 @@
 """generate() against an uncached recompute of every step."""
 
+import copy
+
 import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, MaxLengthCriteria, StoppingCriteriaList
@@ -181,6 +183,114 @@ def test_text_may_hold_tokens_appended_to_the_vocabulary(tiny_model):
     with torch.no_grad():
         model.lm_head.weight[61] = 100 * model(row([1, 9]), output_hidden_states=True).hidden_states[-1][0, -1]
     assert model.generate(row([1, 9]), max_new_tokens=1, do_sample=False)[0, -1] == 61
+
+
+# ---------------------------------------------------------------------- ids of no token
+
+
+DENSE_TEXT = {"modality_token_ranges": None, "boi_token_id": None, "eoi_token_id": None}
+DENSE_TEXT |= {"begin_of_speech_token_id": None, "end_of_speech_token_id": None, "image_grid": None}
+WITH_AND_WITHOUT_RANGES = pytest.mark.parametrize(
+    ("variant", "fields"), [("mot", {}), ("dense", DENSE_TEXT)], ids=["ranges", "no ranges"]
+)
+
+
+def larger(model, rows=20):
+    """The model with rows behind its vocabulary that it prefers to all tokens."""
+    config = copy.deepcopy(model.config)
+    config.vocab_size += rows
+    made = MoTForCausalLM(config).eval()
+    weights = model.state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.cat([weights[name], 30 * torch.randn(rows, config.hidden_size)])
+    made.load_state_dict(weights)
+    return made
+
+
+@WITH_AND_WITHOUT_RANGES
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_greedy_equals_the_model_without_the_rows_of_no_token(tiny_model, variant, fields, cache):
+    model = tiny_model(variant, tokenizer_vocab_size=60, **fields)
+    grown, settings = larger(model), {"max_new_tokens": 10, "do_sample": False, "cache_implementation": cache}
+    assert torch.equal(grown.generate(row([1, 9, 12]), **settings), model.generate(row([1, 9, 12]), **settings))
+    # The field is what keeps these ids out.
+    grown.config.tokenizer_vocab_size = None
+    assert grown.generate(row([1, 9, 12]), **settings).max() >= 60
+
+
+WAYS = {
+    "sampling": {"do_sample": True, "temperature": 5.0, "top_k": 0},
+    "top-k": {"do_sample": True, "top_k": 70},
+    "several": {"do_sample": True, "num_return_sequences": 4, "top_k": 0},
+    "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 3},
+    "sampled beams": {"do_sample": True, "num_beams": 3, "top_k": 0},
+    "generator": {"do_sample": True, "top_k": 0, "generator": torch.Generator().manual_seed(0)},
+    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
+    "guidance": {"do_sample": False, "guidance_scale": 3.0, "negative_prompt_ids": row([1, 7])},
+    "no constraints": {"do_sample": True, "top_k": 0, "constrain_spans": False},
+    "no cache": {"do_sample": True, "top_k": 0, "use_cache": False},
+}
+
+
+@WITH_AND_WITHOUT_RANGES
+@pytest.mark.parametrize("way", WAYS)
+def test_ids_of_no_token_are_never_sampled(tiny_model, variant, fields, way):
+    model = larger(tiny_model(variant, tokenizer_vocab_size=60, **fields))
+    assert model.generate(row([1, 9, 12, 9]), max_new_tokens=12, **WAYS[way]).max() < 60
+    model.config.tokenizer_vocab_size = None
+    assert model.generate(row([1, 9, 12, 9]), max_new_tokens=12, **WAYS[way]).max() >= 60
+
+
+@WITH_AND_WITHOUT_RANGES
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_an_assistant_proposes_no_ids_of_no_token(tiny_model, variant, fields, do_sample):
+    fields = fields | {"tokenizer_vocab_size": 60}
+    model, assistant = larger(tiny_model(variant, **fields)), larger(tiny_model(variant, num_hidden_layers=1, **fields))
+    out = model.generate(row([1, 9, 12]), max_new_tokens=12, do_sample=do_sample, assistant_model=assistant)
+    assert out.max() < 60
+
+
+@WITH_AND_WITHOUT_RANGES
+def test_a_server_samples_no_ids_of_no_token(tiny_model, variant, fields):
+    model = larger(tiny_model(variant, tokenizer_vocab_size=60, **fields))
+    results = model.generate_batch([[1, 9, 12], [1, 9]], max_new_tokens=12, do_sample=True, top_k=0)
+    assert all(max(result.generated_tokens) < 60 for result in results.values())
+
+
+def test_logits_and_scores_tell_hidden_ids_apart(tiny_model):
+    model = larger(tiny_model(tokenizer_vocab_size=60))
+    settings = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
+    out = model.generate(row([1, 9]), max_new_tokens=2, do_sample=False, **settings)
+    assert all(logits.isfinite().all() for logits in out.logits)
+    assert all(scores[:, 60:].isneginf().all() and scores[:, :60].isfinite().any() for scores in out.scores)
+
+
+@pytest.mark.parametrize(
+    ("before", "call", "rows", "after"),
+    [
+        (None, {"new_num_tokens": 62}, 62, None),
+        (60, {"new_num_tokens": 62}, 62, None),  # tokens were added, and rows of no token are cut off
+        (60, {"new_num_tokens": 90}, 90, None),
+        (60, {"new_num_tokens": 62, "pad_to_multiple_of": 64}, 64, 62),
+        (None, {"new_num_tokens": 85, "pad_to_multiple_of": 64}, 128, 85),
+        (60, {"pad_to_multiple_of": 64}, 128, 60),
+        (None, {"pad_to_multiple_of": 64}, 128, 80),
+        (60, {}, 80, 60),
+        (None, {}, 80, None),
+    ],
+)
+def test_a_resized_vocabulary_knows_its_tokens(tiny_model, tmp_path, before, call, rows, after):
+    model = tiny_model(vocab_size=80, tokenizer_vocab_size=before)
+    model.resize_token_embeddings(**call)
+    assert (model.config.vocab_size, model.config.tokenizer_vocab_size) == (rows, after)
+    # The last token is likely, and rows of no token are likelier.
+    last = (after or rows) - 1
+    with torch.no_grad():
+        likely = 100 * model(row([1, 9]), output_hidden_states=True).hidden_states[-1][0, -1]
+        model.lm_head.weight[last], model.lm_head.weight[last + 1 :] = likely, 2 * likely
+    model.save_pretrained(tmp_path)
+    for one in (model, MoTForCausalLM.from_pretrained(tmp_path)):
+        assert one.generate(row([1, 9]), max_new_tokens=1, do_sample=False, constrain_spans=False)[0, -1] == last
 
 
 def test_rows_may_be_in_different_spans(tiny_model):

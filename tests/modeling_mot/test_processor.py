@@ -303,6 +303,13 @@ def test_ids_outside_the_vocabulary_are_refused(processor):
             processor.decode_document([1, bad])
 
 
+@pytest.mark.parametrize("mode", ["text", "image", "audio", "document"])
+def test_outputs_with_ids_of_no_token_are_refused(processor, mode):
+    size = len(processor.tokenizer)
+    with pytest.raises(ValueError, match=f"has {size}, and must be token ids, .* in \\[0, {size}\\)"):
+        processor.post_process_multimodal_output(torch.tensor([[1, size]]), generation_mode=mode)
+
+
 def test_truncated_image_is_refused_or_filled_up(processor):
     ids = processor([text("a"), IMAGE])["input_ids"][:-8]
     with pytest.raises(ValueError, match="an image has 10 codes.*needs 16"):

@@ -83,6 +83,24 @@ def test_placeholders_and_eoi_are_never_sampled(model):
     assert PATCH not in tokens and EOI not in tokens
 
 
+@pytest.mark.parametrize("modalities", [("text", "image"), ("text", "image", "speech")], ids=["no ranges", "ranges"])
+@pytest.mark.parametrize("way", ["greedy", "sampling", "server"])
+def test_ids_of_no_token_are_never_sampled(modalities, way):
+    model = model_of(modalities=modalities, vocab_size=80, tokenizer_vocab_size=60)
+    with torch.no_grad():
+        model.lm_head.weight[60:] *= 30
+
+    def sampled():
+        settings = {"do_sample": way == "sampling", "max_new_tokens": 12, "num_inference_steps": 2, "top_k": 0}
+        if way == "server":
+            return model.generate_batch([WRITE[0].tolist()], **settings)["req_0"].generated_tokens
+        return new_tokens(generate(model, WRITE, **settings), WRITE)
+
+    assert max(sampled()) < 60
+    model.config.tokenizer_vocab_size = None
+    assert max(sampled()) >= 60
+
+
 def test_eos_ends_a_sequence_and_padding_follows(model):
     prompt = BOTH[:, :3]
     output = generate(

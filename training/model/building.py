@@ -440,6 +440,7 @@ def planned_config(
         planned = deepcopy(initial.config)
         check_pictures(planned, processor)
         check_fits(planned, processor, config.init_from)
+        planned.tokenizer_vocab_size = processor.config_kwargs()["vocab_size"]
         if config.transfusion is not None:
             set_objective(planned, config.transfusion, config.init_from)
     if vae is not None and (length := planned.image_length(*planned.latent_size)) > row_length:
@@ -460,7 +461,7 @@ def model_config(
 ) -> MoTConfig:
     """Make the configuration of a new model: sizes from the recipe, vocabulary of the processor, latents of the VAE.
 
-    A preset keeps its own vocabulary size if the processor's fits in; the rows beyond are never used.
+    A preset keeps its own vocabulary size if the processor's fits in; the ids beyond are never sampled.
     """
     # Fields of the processor, of the recipe, and of the VAE where there is one.
     tokens = processor.config_kwargs()
@@ -484,6 +485,7 @@ def model_config(
             overrides.setdefault("max_position_embeddings", row_length)
             return config_class.from_variant(config.variant, **tokens, **overrides)
         preset = config_class.from_preset(config.preset, config.variant)
+        tokens["tokenizer_vocab_size"] = tokens["vocab_size"]
         tokens["vocab_size"] = max(tokens["vocab_size"], preset.vocab_size)
         overrides.setdefault("max_position_embeddings", max(row_length, preset.max_position_embeddings))
         return config_class.from_preset(config.preset, config.variant, **tokens, **overrides)
@@ -585,7 +587,8 @@ def build_model(
     """Make a new model, initialised from `seed` alone, or train `initial` on; in float32, in training mode."""
     if initial is not None:
         # Its parts share its configuration, so the planned objective is written into that.
-        for name in (*OBJECTIVE_FIELDS, "caption_dropout") if isinstance(planned, MoTTransfusionConfig) else ():
+        objective = (*OBJECTIVE_FIELDS, "caption_dropout") if isinstance(planned, MoTTransfusionConfig) else ()
+        for name in ("tokenizer_vocab_size", *objective):
             setattr(initial.config, name, getattr(planned, name))
         return _to_train(initial)
     torch.manual_seed(seed)
