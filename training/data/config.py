@@ -293,8 +293,8 @@ class DataConfig:
     weights_by: str = option("documents", "what the sources' weights are shares of: documents or tokens")
     token_shares: dict[str, float] | None = option(
         None,
-        "modality -> its share of all tokens, such as {text: 0.5, image: 0.5}; captions and markers are text. The weights "
-        "of sources then count only among those of the same modality; null: the weights alone decide",
+        "modality -> its share of all tokens, such as {text: 0.5, image: 0.5}; captions and markers are text. The "
+        "weights of sources then count only among those of the same modality; null: the weights alone decide",
         gt=0,
         le=1,
     )
