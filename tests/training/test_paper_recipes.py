@@ -199,7 +199,9 @@ def test_the_named_commands_make_a_processor_that_the_recipe_takes(tmp_path, mon
 def test_an_imported_chameleon_is_a_processor_for_the_recipe(tmp_path, monkeypatch, name):
     """The real one has 1,024 codes of 512 pixels; the tests' has 16 pixels, so it is refused by its size alone."""
     _, _, words = commands_of(name)
-    chameleon_sources.save_source(chameleon_sources.chameleon_model(), tmp_path / "source")
+    chameleon_sources.save_source(
+        chameleon_sources.chameleon_model(**chameleon_sources.LAYOUTS["7b"]), tmp_path / "source"
+    )
     place = {"facebook/chameleon-7b": str(tmp_path / "source"), "runs/chameleon": str(tmp_path / "made")}
     monkeypatch.chdir(CONFIGS.parents[1])
     assert words[0] == "conversion.import_chameleon"
