@@ -514,7 +514,9 @@ def weights_of_shares(
         )
     scale = np.zeros(len(names))
     scale[numbers] = factors
-    return weights * scale[main]
+    scaled = weights * scale[main]
+    # Rounded, so that ranks whose processors round unlike draw the same documents.
+    return np.round(scaled / scaled.sum(), 12)
 
 
 # -------------------------------------------------------------------------------------------------------------- batches

@@ -164,7 +164,9 @@ def _config(recipe: Recipe, mesh: Mesh, device: Device, utilisation: float) -> M
 def _source_of_shares(recipe: Recipe, shares: str | None) -> str:
     if shares is not None:
         return "--shares"
-    return "taken as equal; data.token_shares states them" if recipe.data.token_shares is None else "data.token_shares"
+    if recipe.data.token_shares is not None:
+        return "data.token_shares"
+    return "taken as equal: state them in data.token_shares, or measure them with python -m training.prepare"
 
 
 def _picture_tokens(config: MoTConfig, recipe: Recipe) -> int | None:
