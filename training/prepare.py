@@ -61,11 +61,12 @@ def prepare_recipe(recipe: Recipe, workers: int = 1, verify: bool = False) -> No
     # Imported here, after the words have been looked at: torch and its kin take seconds to load.
     from training.data import RowStream
     from training.data.rows import prepare_sources
-    from training.model.building import load_initial, plan_model
+    from training.model.building import check_image_codes, load_initial, plan_model
 
     # The processor and the towers decide how the data are tokenised.
     begin = time.perf_counter()
     planned = plan_model(recipe.model, recipe.data, load_initial(recipe.model))
+    check_image_codes(recipe.model, planned.processor)
     data = planned.data
 
     # All sources, found or tokenised, and what each of them holds.
@@ -91,9 +92,11 @@ def prepare_recipe(recipe: Recipe, workers: int = 1, verify: bool = False) -> No
         raise ConfigError(f"data: {error}") from error
     except OSError as error:
         raise ConfigError(f"data: {error}; what is prepared is kept in data.cache_dir={data.cache_path}") from error
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in report["shares_of_modalities"].items())
     print(
         f"a row holds {report['row_length']} tokens and is filled to {report['fill_rate']:.2%} on average, the rest is "
         f"padding; {report['block_documents']:,} documents make about {report['rows_per_block']:,.0f} rows\n"
+        f"of their tokens: {shares}\n"
         f"ready after {time.perf_counter() - begin:.1f} s in {data.cache_path}"
     )
 

@@ -89,6 +89,12 @@ class ModelConfig:
     modalities: list[str] | None = option(
         None, "modalities of a new model, text first; null: the processor's or, if no size is named, the data's"
     )
+    image_tokens: int | None = option(
+        None, "tokens of a picture that the processor must make, without markers; null: any number", ge=1, le=2**24
+    )
+    image_size: list[int] | None = option(
+        None, "height and width of pictures, in pixels, that the processor must make; null: any", ge=1, le=10**5
+    )
     hidden_size: int | None = option(None, "width of the residual stream", ge=1, le=10**6)
     intermediate_size: int | None = option(
         None, "width of the feed-forward; null: 8/3 of hidden_size, up to 256s", ge=1, le=10**7
@@ -138,6 +144,14 @@ class ModelConfig:
                 f"model.modalities={self.modalities} are of a new model of tokens; leave them out with model.init_from "
                 "and model.transfusion, which have their own"
             )
+        for name in ("image_tokens", "image_size"):
+            if getattr(self, name) is not None and self.transfusion is not None:
+                raise ConfigError(
+                    f"model.{name}={getattr(self, name)} is of pictures that are codes; with model.transfusion set "
+                    "model.transfusion.image_size"
+                )
+        if self.image_size is not None and len(self.image_size) != 2:
+            raise ConfigError(f"model.image_size={self.image_size} must be [height, width]")
 
 
 @dataclass

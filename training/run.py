@@ -26,6 +26,7 @@ from training.evaluation.losses import evaluate_losses
 from training.model.building import (
     Planned,
     build_model,
+    check_image_codes,
     empty_model,
     fill_from_checkpoint,
     load_initial,
@@ -110,6 +111,7 @@ class Session:
         check_subjects(recipe.data, recipe.samples)
         initial = load_initial(recipe.model, makes_weights(accelerator, checkpoint))
         self.planned = planned = make_plan(recipe, accelerator, initial, checkpoint)
+        check_image_codes(recipe.model, planned.processor)
         check_decoder(planned.processor, recipe.samples)
         check_diffusion(planned.config, recipe.samples)
         self.recipe = recipe = replace(recipe, model=planned.model, data=planned.data)

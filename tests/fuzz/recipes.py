@@ -88,6 +88,7 @@ _OF_KEY: dict[str, tuple[str, ...]] = {
     "data.validation_sources": ("null", "[null]", "[{}]", "3"),
     "optimizer.betas": ("[.nan, 0.9]", "[1, 1]", "[0.9]", "[0.9, 0.95, 0.99]", "0.9", "[-1, 0.5]", "[.inf, 0.1]"),
     "train.modality_weights": ("{text: .nan}", "{nope: 1}", "{text: -1}", "{text: 0}", "{3: 1}", "{text: .inf}", "[]"),
+    "data.token_shares": ("{text: .nan}", "{nope: 1}", "{text: -1}", "{text: 0.5}", "{3: 1}", "{}", "[]"),
     "train.frozen_towers": ("[nope]", "[text, image, speech, shared]", "[3]", "text", "[]", "[text, text]"),
     "model.attn_implementation": ("nope", "flash_attention_2", "3", "''"),
     "samples.scheduler": ("nope", "os", "''"),

@@ -1,14 +1,25 @@
-"""The recipes of the paper's tables: sizes, modalities, tokens of a step and steps are those of the tables."""
+"""The recipes of the paper's tables: sizes, modalities, tokens, steps, shares and pictures are the paper's."""
 
+import json
+import shlex
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from conversion import import_chameleon
+from tests.conversion import chameleon_sources
+from training import prepare, train
 from training.config import ConfigError
 from training.data import RowStream
+from training.data.config import carried_path
 from training.data.rows import prepare_sources
-from training.model.building import plan_model
+from training.model.building import check_image_codes, load_processor, plan_model
+from training.plan import __main__ as plan
+from training.tokenizers import image as image_command
+from training.tokenizers import processor as processor_command
 from training.train import load_recipe
 
 
@@ -67,16 +78,138 @@ def test_a_preset_lacks_no_modality_of_the_data():
     assert list(plan_model(wider, speech).config.modalities) == ["text", "image", "speech"]
 
 
-def test_half_of_the_tokens_are_of_images(tmp_path):
-    """Section 3.2.1: "roughly equal amount of text and image tokens"; captions are text, which images lack."""
-    limits = ["data.sources.0.limit=64", "data.sources.1.limit=512"]
-    recipe = recipe_of("chameleon-37m", *limits, f"data.cache_dir={tmp_path}", "data.row_length=512")
+# ------------------------------------------------------------------------------------------------- shares of the tokens
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_recipe_states_the_papers_shares(name):
+    """Sections 3.2.1 and 3.4.1: half and half. Section 3.3.1: a seventh is speech data, with Table 2's tokens."""
+    speech, text = 1.2 + 1.6 + 4 + 3.2 + 4.2, 0.5 + 0.7
+    expected = {"text": 0.5, "image": 0.5}
+    if "speech" in name:
+        part = 1 / 7 / (speech + text)
+        expected = {"text": 3 / 7 + part * text, "image": 3 / 7, "speech": part * speech}
+    assert recipe_of(name).data.token_shares == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["chameleon-37m", "chameleon-speech-443m", "transfusion-163m"])
+def test_the_rows_that_are_drawn_reach_the_shares(tmp_path, name):
+    words = [f"data.cache_dir={tmp_path}", "data.row_length=512", "data.latents=on_the_fly"]
+    limits = [64, 512, 64][: 3 if "speech" in name else 2]
+    recipe = recipe_of(name, *words, *(f"data.sources.{place}.limit={limit}" for place, limit in enumerate(limits)))
     planned = plan_model(recipe.model, recipe.data)
     stream = RowStream(planned.data, prepare_sources(planned.data, planned.processor))
-    image = list(planned.config.modalities).index("image")
-    real, images = 0, 0
-    for _, row in zip(range(60), stream.rows(), strict=False):
-        kept = row["document_ids"] >= 0
-        real += kept.sum()
-        images += (kept & (row["modality_ids"] == image)).sum()
-    assert 0.4 < images / real <= 0.5
+    counts = np.zeros(len(planned.config.modalities))
+    for row in islice(stream.rows(), 120):
+        counts += np.bincount(row["modality_ids"][row["document_ids"] >= 0], minlength=len(counts))
+    found = dict(zip(planned.config.modalities, counts / counts.sum(), strict=True))
+    assert found == pytest.approx(recipe.data.token_shares, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens_of_a_picture"),
+    [("chameleon-37m", 1024), ("chameleon-speech-443m", 1024), ("transfusion-163m", 256)],
+)
+def test_a_plan_says_what_a_row_holds_and_spends_the_tokens_so(tmp_path, capsys, name, tokens_of_a_picture):
+    words = [str(CONFIGS / f"{name}.yaml"), "model.num_hidden_layers=1"]
+    assert plan.main([*words, "--json", str(tmp_path / "plan.json")]) == 0
+    batch = json.loads((tmp_path / "plan.json").read_text())["batch"]
+    shares, tokens = recipe_of(name).data.token_shares, batch["tokens_of_a_micro_batch"]
+    assert batch["shares"] == pytest.approx(shares, abs=1e-4) and batch["tokens_of_a_picture"] == tokens_of_a_picture
+    assert {key: count / sum(tokens.values()) for key, count in tokens.items()} == batch["shares"]
+    pictures = 4096 * shares["image"] / tokens_of_a_picture
+    shown = capsys.readouterr().out
+    assert f"{pictures:.1f} pictures of {tokens_of_a_picture:,} tokens" in shown and "(data.token_shares)" in shown
+    assert plan.main([*words, "data.token_shares=null"]) == 0
+    assert "taken as equal" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------- pictures as codes
+
+OF_CODES = [name for name in TABLES if not name.startswith("transfusion")]
+
+
+def commands_of(name: str) -> list[list[str]]:
+    """The commands that a recipe's first lines give for a processor, as words behind `python -m`."""
+    head = (CONFIGS / f"{name}.yaml").read_text().partition("\nmodel:")[0].replace(" \\\n#  ", "")
+    return [shlex.split(line[1:])[2:] for line in head.splitlines() if line.startswith("#   python -m")]
+
+
+@pytest.mark.parametrize("name", OF_CODES)
+def test_a_recipe_of_codes_refuses_pictures_that_are_not_the_papers(name):
+    model = recipe_of(name).model
+    assert (model.image_tokens, model.image_size) == (1024, [512, 512])
+    processor = load_processor(model)
+    with pytest.raises(
+        ConfigError, match="model.image_tokens=1024, but the carried processor makes 64 tokens of 64 x 64"
+    ):
+        check_image_codes(model, processor)
+    with pytest.raises(ConfigError) as refused:
+        check_image_codes(replace(model, image_tokens=64), processor)
+    assert str(refused.value).startswith("model.image_size=[512, 512], but ")
+    for command in commands_of("chameleon-speech-7b")[:2]:
+        assert " ".join(command) in str(refused.value)
+    check_image_codes(recipe_of(name, "model.image_tokens=64", "model.image_size=[64,64]").model, processor)
+    check_image_codes(recipe_of(name, "model.image_tokens=null", "model.image_size=null").model, processor)
+
+
+def test_the_refusal_comes_before_data_are_tokenised(tmp_path, capsys):
+    words = [str(CONFIGS / "chameleon-37m.yaml"), f"data.cache_dir={tmp_path / 'cache'}"]
+    assert prepare.main([*words, "--workers", "1"]) == 2
+    assert "model.image_tokens=1024" in capsys.readouterr().err
+    words += ["train.tokens_per_step=null", "train.cpu=true", f"train.output_dir={tmp_path / 'run'}"]
+    assert train.main([*words, "model.num_hidden_layers=1", "train.rows=1"]) == 2
+    assert "model.image_tokens=1024" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_pictures_that_are_diffused_have_no_number_of_codes():
+    with pytest.raises(ConfigError, match="model.image_tokens=64 is of pictures that are codes"):
+        recipe_of("transfusion-163m", "model.image_tokens=64")
+
+
+def test_all_recipes_of_codes_name_the_same_commands():
+    for name in OF_CODES:
+        assert commands_of(name) == commands_of("chameleon-speech-7b" if "speech" in name else "chameleon-37m")
+
+
+@pytest.mark.parametrize("name", ["chameleon-37m", "chameleon-speech-443m"])
+def test_the_named_commands_make_a_processor_that_the_recipe_takes(tmp_path, monkeypatch, name):
+    """The tokenizer is small and not trained; its pictures are those of the named preset."""
+    image, assemble, _ = commands_of(name)
+    assert [image[0], assemble[0]] == ["training.tokenizers.image", "training.tokenizers.processor"]
+    place = {"PICTURES": f"{carried_path()}:emoji:train", "runs/image": str(tmp_path / "image")}
+    place |= {"runs/processor": str(tmp_path / "processor")}
+    monkeypatch.chdir(CONFIGS.parents[1])
+    small = "--channels 32 32 32 --patch-size 4 --latent-channels 4 --code-dim 4 --steps 1 --batch-size 1 --limit 2"
+    image_command.main([*(place.get(word, word) for word in image[1:]), *small.split()])
+    processor_command.main([place.get(word, word) for word in assemble[1:]])
+
+    recipe = recipe_of(name, f"model.processor={tmp_path / 'processor'}")
+    planned = plan_model(recipe.model, recipe.data)
+    check_image_codes(recipe.model, planned.processor)
+    codes, ids = planned.processor.image_tokenizer, load_processor(recipe_of("smoke").model)
+    assert (codes.num_codes, codes.image_grid, planned.config.vocab_size) == (8192, [32, 32], 65536)
+    assert planned.processor.tokenizer("a red apple").input_ids == ids.tokenizer("a red apple").input_ids
+    picture = planned.processor.encode_images([np.zeros((64, 64, 3), np.uint8)])[0]
+    assert len(picture) == 1024 + 2
+
+
+@pytest.mark.parametrize("name", ["chameleon-37m", "chameleon-speech-443m"])
+def test_an_imported_chameleon_is_a_processor_for_the_recipe(tmp_path, monkeypatch, name):
+    """The real one has 1,024 codes of 512 pixels; the tests' has 16 pixels, so it is refused by its size alone."""
+    _, _, words = commands_of(name)
+    chameleon_sources.save_source(
+        chameleon_sources.chameleon_model(**chameleon_sources.LAYOUTS["7b"]), tmp_path / "source"
+    )
+    place = {"facebook/chameleon-7b": str(tmp_path / "source"), "runs/chameleon": str(tmp_path / "made")}
+    monkeypatch.chdir(CONFIGS.parents[1])
+    assert words[0] == "conversion.import_chameleon"
+    assert import_chameleon.main([place.get(word, word) for word in words[1:]]) == 0
+
+    recipe = recipe_of(name, f"model.processor={tmp_path / 'made'}")
+    planned = plan_model(recipe.model, recipe.data)
+    with pytest.raises(ConfigError, match="made makes [0-9]+ tokens of 16 x 16 pixels"):
+        check_image_codes(recipe.model, planned.processor)
+    grid = planned.processor.image_tokenizer.image_grid
+    check_image_codes(replace(recipe.model, image_tokens=grid[0] * grid[1], image_size=[16, 16]), planned.processor)

@@ -44,7 +44,9 @@ def test_training_finds_what_was_prepared(prepared, monkeypatch):
         assert f"{source.config.name:20} {len(source):>12,} records {source.tokens:>16,} tokens" in printed
         assert source.fingerprint[:16] in printed
     assert sum((stream.row(index)["document_ids"] >= 0).mean() for index in range(8)) / 8 > 0.99
-    assert f"filled to {stream.report()['fill_rate']:.2%}" in printed
+    report = stream.report()
+    assert f"filled to {report['fill_rate']:.2%}" in printed
+    assert ", ".join(f"{name} {share:.1%}" for name, share in report["shares_of_modalities"].items()) in printed
 
 
 def test_verify_names_a_file_that_changed(prepared, tmp_path, capsys):

@@ -20,6 +20,8 @@ FORMATS = ("auto", "dataset", "pictures", "sounds", "jsonl", "parquet", "text", 
 _MOST_VARIANTS, _MOST_LENGTH = 2**15 - 1, 2**24
 # Pillow opens no larger picture; sums of bytes stay within 64 bits.
 _MOST_PIXELS, _MOST_BYTES = 178_956_970, sys.maxsize // 2
+# Shares that are written with three digits add up to about 1.
+_MOST_LOST_SHARE = 0.002
 MODALITY_OF_TYPE = {"text": "text", "image": "image", "audio": "speech"}
 
 
@@ -289,6 +291,13 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list, metadata={"doc": "training sources"})
     validation_sources: list[SourceConfig] = field(default_factory=list, metadata={"doc": "held-out sources"})
     weights_by: str = option("documents", "what the sources' weights are shares of: documents or tokens")
+    token_shares: dict[str, float] | None = option(
+        None,
+        "modality -> its share of all tokens, such as {text: 0.5, image: 0.5}; captions and markers are text. The "
+        "weights of sources then count only among those of the same modality; null: the weights alone decide",
+        gt=0,
+        le=1,
+    )
     block_documents: int | None = option(
         None,
         "documents that are mixed and packed together; more: fuller rows; null: 1,024 or, for rows of more than 1,024 "
@@ -354,12 +363,34 @@ class DataConfig:
         if self.weights_by not in ("documents", "tokens"):
             raise ValueError(f"weights_by={self.weights_by!r} must be documents or tokens")
         _check_sum("weights of the sources", self.sources)
+        if self.token_shares is not None:
+            self._check_token_shares()
         for source in (*self.sources, *self.validation_sources):
             source.validate()
             for template in source.templates:
                 template.validate()
         if self.augmentation is not None:
             self.augmentation.validate()
+
+    def _check_token_shares(self) -> None:
+        """Refuse shares that do not add up to 1, or that are not those of the modalities that the sources have."""
+        shares = self.token_shares
+        if abs(sum(shares.values()) - 1) > _MOST_LOST_SHARE:
+            raise ValueError(f"token_shares={shares} add up to {sum(shares.values()):.4g}; make them add up to 1")
+        kinds = {segment.type for source in self.sources for segment in source.segments}
+        if "document" in kinds:
+            return  # its records say what it holds; the stream checks the shares again
+        there = {"text", *(MODALITY_OF_TYPE[kind] for kind in kinds)}
+        for name in shares:
+            if name not in there:
+                raise ValueError(
+                    f"token_shares has {name}={shares[name]}, but no source has {name}; leave it out, or add a source "
+                    f"with {name}; there are {', '.join(sorted(there))}"
+                )
+        if missing := sorted(there - set(shares)):
+            raise ValueError(
+                f"token_shares={shares} has no share of {', '.join(missing)}, which the sources have; state it too"
+            )
 
 
 def carried_path() -> Path:

@@ -206,4 +206,6 @@ def _fingerprint(data: DataConfig, sources: list[TokenizedSource]) -> str:
     }
     if data.clean_copies:
         made_of["clean_copies"] = True
+    if data.token_shares is not None:
+        made_of["token_shares"] = data.token_shares
     return digest_of(made_of)

@@ -94,13 +94,14 @@ class RowStream:
     bytes per counted block. Tokens and pictures stay in the memory-mapped files.
 
     Args:
-        config: its `row_length`, `seed`, `weights_by`, `block_documents`, `replaced_codes` and `clean_copies` are used;
-            templates and weights are those of `sources[i].config`.
+        config: its `row_length`, `seed`, `weights_by`, `token_shares`, `block_documents`, `replaced_codes` and
+            `clean_copies` are used; templates and weights are those of `sources[i].config`.
         sources: tokenised by one processor, their images all kept in one way.
 
     Raises:
         ValueError: no sources, sources of different processors or with images kept in different ways, or a document
             with a picture or a sound that is longer than a row. (A document of text alone is split where a row ends.)
+            `token_shares` that no mixture of the sources has.
     """
 
     def __init__(self, config: DataConfig, sources: list[TokenizedSource]):
@@ -111,11 +112,13 @@ class RowStream:
         for source in sources:
             check_row_length(source, config.row_length, config.clean_copies)
 
-        # The share of each source in the documents, from its weight in documents or tokens.
+        # The share of each source in the documents, from its weight in documents or tokens, or from shares of tokens.
         weights = np.array([source.config.weight for source in sources], dtype=np.float64)
         means = [mean_document_length(source, config.clean_copies) for source in sources]
         if config.weights_by == "tokens":
             weights /= means
+        if config.token_shares is not None:
+            weights = weights_of_shares(config.token_shares, sources, weights, config.clean_copies)
         self.document_shares = weights / weights.sum()
         self.block_documents = config.block_documents or _block_documents(
             config.row_length, float(self.document_shares @ means)
@@ -223,9 +226,7 @@ class RowStream:
         ways = self._ways[draws.source[number]][draws.template[number]]
         segments = next(way.segments for way in ways if way[:2] == arranged)
         record, variant = int(draws.record[number]), int(draws.variant[number])
-        spans = [source.columns[segment].ids(record, variant) for segment in segments]
-        images = images_of(source.image_columns, segments, record, variant)
-        return compose(spans, images, self.vocabulary, template.targets, self.config.clean_copies)
+        return compose_record(source, segments, record, variant, template.targets, self.config.clean_copies)
 
     # ----------------------------------------------------------------------------------------------------------- rows
 
@@ -325,16 +326,23 @@ class RowStream:
         return row
 
     def report(self, blocks: int = 8) -> dict:
-        """Measure the first blocks: fill rate, rows per block, and per source records, shares and mean length."""
+        """Measure the first blocks: fill rate, rows per block, and per source records, shares and mean length.
+
+        `shares_of_modalities` are those of all tokens that the mixture holds in the long run.
+        """
         packed = [self._pack(block) for block in range(blocks)]
         draws, rows = [block for block, _ in packed], sum(len(rows) for _, rows in packed)
         source = np.concatenate([block.source for block in draws])
         length = np.concatenate([block.length for block in draws])
+        tokens = self.document_shares @ tokens_by_modality(self.sources, self.config.clean_copies)
         return {
             "row_length": self.config.row_length,
             "block_documents": self.block_documents,
             "fill_rate": float(length.sum() / (rows * self.config.row_length)),
             "rows_per_block": rows / blocks,
+            "shares_of_modalities": dict(
+                zip(self.vocabulary.modalities, (tokens / tokens.sum()).tolist(), strict=True)
+            ),
             "fingerprints": {s.config.name: s.fingerprint for s in self.sources},
             "sources": {
                 s.config.name: {
@@ -413,6 +421,102 @@ def mean_document_length(source: TokenizedSource, clean_copies: bool = False) ->
         for template in source.config.templates
     ]
     return float(np.average(means, weights=weights))
+
+
+def compose_record(
+    source: TokenizedSource,
+    segments: list[Segment],
+    record: int,
+    variant: int,
+    targets: str = "all",
+    clean_copies: bool = False,
+) -> Document:
+    """Compose the document that some segments of a record make, see `compose`."""
+    spans = [source.columns[segment].ids(record, variant) for segment in segments]
+    images = images_of(source.image_columns, segments, record, variant)
+    return compose(spans, images, source.vocabulary, targets, clean_copies)
+
+
+# --------------------------------------------------------------------------------------------- shares of the modalities
+
+# Documents of each arrangement that are composed to see how a source's tokens are shared by modalities.
+_COMPOSED = 1024
+
+
+def tokens_by_modality(sources: list[TokenizedSource], clean_copies: bool = False) -> np.ndarray:
+    """Average the tokens of a document of each source by modality.  (sources, modalities)
+
+    Markers and the begin and end of a document are text. The mean length is exact; how it is shared is that of up to
+    1,024 records, which are spread over the source.
+    """
+    means = np.zeros((len(sources), len(sources[0].vocabulary.modalities)))
+    for index, source in enumerate(sources):
+        records = np.unique(np.linspace(0, len(source) - 1, _COMPOSED).astype(np.int64)).tolist()
+        of_templates = sum(template.weight for template in source.config.templates)
+        for template in source.config.templates:
+            for way in ways_of(template):
+                arranged = way.segments, template.targets, clean_copies
+                lengths = document_lengths(source.columns, source.vocabulary, *arranged)
+                counts = _count_modalities(source, records, *arranged)
+                share = way.share * template.weight / of_templates
+                means[index] += share * lengths.mean() * counts / counts.sum()
+    return means
+
+
+def _count_modalities(
+    source: TokenizedSource, records: list[int], segments: list[Segment], targets: str, clean_copies: bool
+) -> np.ndarray:
+    """Count the tokens of some records by modality.  (modalities,)"""
+    counts = np.zeros(len(source.vocabulary.modalities))
+    for record in records:
+        document = compose_record(source, segments, record, 0, targets, clean_copies)
+        counts += np.bincount(source.vocabulary.modality_ids(document.ids), minlength=len(counts))
+    return counts
+
+
+def weights_of_shares(
+    shares: dict[str, float], sources: list[TokenizedSource], weights: np.ndarray, clean_copies: bool = False
+) -> np.ndarray:
+    """Scale the weights of sources, in documents, so that the modalities have these shares of all tokens.  (sources,)
+
+    A source is of the modality, other than text, of which it has most tokens; a source of text alone is of text. The
+    sources of one modality keep the ratios of their weights. The text that comes with pictures and sounds is counted.
+
+    Raises:
+        ValueError: a modality without a share or without a source, or shares that no such scaling reaches.
+    """
+    # The modality that each source is of.
+    names, tokens = sources[0].vocabulary.modalities, tokens_by_modality(sources, clean_copies)
+    beside_text = np.where(np.arange(len(names)) == 0, 0, tokens)
+    main = beside_text.argmax(axis=1)
+    for number, name in enumerate(names):
+        if tokens[:, number].any() and name not in shares:
+            raise ValueError(f"token_shares={shares} has no share of {name}, which the sources have; state it too")
+    for name in shares:
+        if name not in names or names.index(name) not in main:
+            alone = "of text alone" if name == "text" else f"with more {name} than other codes"
+            raise ValueError(f"token_shares has {name}={shares[name]}, but there is no source {alone}; add one")
+
+    # One factor for the sources of each modality: as many unknowns as there are shares.
+    numbers = [names.index(name) for name in shares]
+    wanted = np.array(list(shares.values())) / sum(shares.values())
+    together = np.stack([(weights[main == number] @ tokens[main == number])[numbers] for number in numbers])
+    factors = np.linalg.lstsq(together.T, wanted, rcond=None)[0]
+    if factors.min() <= 0 or not np.allclose(factors @ together, wanted):
+        held = together / together.sum(axis=1, keepdims=True)
+        described = "; ".join(
+            f"the sources of {name}: " + ", ".join(f"{other} {part:.3f}" for other, part in zip(shares, parts))
+            for name, parts in zip(shares, held)
+        )
+        raise ValueError(
+            f"token_shares={shares} cannot be reached, since documents bring other modalities along ({described}); "
+            "give those a larger share, or change the sources"
+        )
+    scale = np.zeros(len(names))
+    scale[numbers] = factors
+    scaled = weights * scale[main]
+    # Rounded, so that ranks whose processors round unlike draw the same documents.
+    return np.round(scaled / scaled.sum(), 12)
 
 
 # -------------------------------------------------------------------------------------------------------------- batches

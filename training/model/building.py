@@ -5,6 +5,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -495,7 +496,7 @@ def model_config(
 
 _NOT_FIELDS_OF_MOT = {
     "variant", "preset", "init_from", "processor", "modalities", "rope_theta", "attn_implementation", "transfusion",
-    "gradient_checkpointing", "compile", "tower_products",
+    "gradient_checkpointing", "compile", "tower_products", "image_tokens", "image_size",
 }  # fmt: skip
 
 
@@ -527,6 +528,44 @@ def check_pictures(config: MoTConfig, processor: MoTProcessor) -> None:
         raise ConfigError(
             f"model.processor: a token stands for {pixels.downsampling} pixels a side, but for {wanted} in the model "
             f"(VAE {config.vae_downsampling} x patch_size {config.patch_size}); use one with downsampling={wanted}"
+        )
+
+
+# How to get a processor whose pictures are the paper's: 1,024 codes of 512 pixels.
+OF_THE_PAPER = (
+    "train one with `python -m training.tokenizers.image --preset chameleon-512 --source PICTURES --output runs/image` "
+    "(1,024 of 8,192 codes for 512 x 512 pixels; --image-size and --channels make others) and "
+    "`python -m training.tokenizers.processor --text training/assets/processor --image runs/image "
+    "--speech training/assets/processor/speech_tokenizer --output runs/processor`, or take Chameleon's own with "
+    "`python -m conversion.import_chameleon facebook/chameleon-7b runs/chameleon` (without a decoder; Anole has one), "
+    "and name the folder in model.processor"
+)
+
+
+def check_image_codes(model: ModelConfig, processor: MoTProcessor) -> None:
+    """Refuse a processor whose pictures do not have the codes and pixels that the recipe asks for.
+
+    Plans need no such processor, so `plan_model` does not ask for it.
+
+    Raises:
+        ConfigError: naming the key, both values and the commands that make such a processor.
+    """
+    tokenizer, found = processor.image_tokenizer, {}
+    if tokenizer is not None and tokenizer.image_grid is not None:
+        found = {"image_tokens": math.prod(tokenizer.image_grid), "image_size": list(tokenizer.config.image_size)}
+    for name in ("image_tokens", "image_size"):
+        wanted = getattr(model, name)
+        if wanted is None or found.get(name) == wanted:
+            continue
+        named = model.processor or model.init_from or "the carried processor"
+        has = "has no codes of one size for pictures"
+        way_out = f"set model.{name}=null"
+        if found:
+            has = f"makes {found['image_tokens']:,} tokens of {' x '.join(map(str, found['image_size']))} pixels"
+            height, width = found["image_size"]
+            way_out = f"set model.image_tokens={found['image_tokens']} model.image_size=[{height},{width}]"
+        raise ConfigError(
+            f"model.{name}={wanted}, but {named} {has}; {OF_THE_PAPER}; to train with this processor, {way_out}"
         )
 
 

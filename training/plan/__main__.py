@@ -9,13 +9,14 @@ without weights. CONFIG.yaml and key=value are those of training/train.py.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from modeling_mot import MoTConfig, MoTPreTrainedModel
+from modeling_mot import MoTConfig, MoTPreTrainedModel, MoTTransfusionConfig
 from modeling_mot.configuration_mot import variant_fields
 from training.config import ConfigError, one_line
 from training.model.building import load_initial, plan_model
@@ -70,7 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         "--network", type=float, default=50.0, metavar="GB/S", help="what a GPU receives from other nodes (default: 50)"
     )
     add("--per-node", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
-    add("--shares", metavar="text=0.5,image=0.5", help="modalities' shares of the tokens (default: equal)")
+    add(
+        "--shares",
+        metavar="text=0.5,image=0.5",
+        help="modalities' shares of the tokens (default: data.token_shares, else equal)",
+    )
     add("--json", metavar="FILE", help="write all figures to a new file, in parameters, bytes, FLOPs and seconds")
     return parser
 
@@ -126,6 +131,9 @@ def plan_figures(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
             "accumulation": recipe.train.accumulation,
             "tokens_of_a_micro_batch": tokens,
             "tokens_of_a_step": sum(tokens.values()) * recipe.train.accumulation * mesh.world,
+            "shares": {name: count / sum(tokens.values()) for name, count in tokens.items()},
+            "shares_from": _source_of_shares(recipe, options.shares),
+            "tokens_of_a_picture": _picture_tokens(config, recipe),
         },
         "mesh": {"world": mesh.world, "replicate": mesh.replicate, "shard": mesh.shard, "described": mesh.describe()},
         "device": vars(device),
@@ -153,9 +161,28 @@ def _config(recipe: Recipe, mesh: Mesh, device: Device, utilisation: float) -> M
     return plan_model(recipe.model, recipe.data, load_initial(recipe.model), budget).config
 
 
+def _source_of_shares(recipe: Recipe, shares: str | None) -> str:
+    if shares is not None:
+        return "--shares"
+    if recipe.data.token_shares is not None:
+        return "data.token_shares"
+    return "taken as equal: state them in data.token_shares, or measure them with python -m training.prepare"
+
+
+def _picture_tokens(config: MoTConfig, recipe: Recipe) -> int | None:
+    """Return the tokens of a picture: those that the recipe asks for, else the processor's; None if they differ."""
+    if "image" not in config.modalities:
+        return None
+    if isinstance(config, MoTTransfusionConfig):
+        return config.image_length(*config.latent_size)
+    return recipe.model.image_tokens or (math.prod(config.image_grid) if config.image_grid else None)
+
+
 def _tokens(config: MoTConfig, recipe: Recipe, shares: str | None) -> dict[str, int]:
     """Return modality -> tokens of a micro-batch."""
     weights = dict.fromkeys(config.modalities, 1.0)
+    if recipe.data.token_shares is not None:
+        weights = {name: recipe.data.token_shares.get(name, 0.0) for name in config.modalities}
     if shares is not None:
         try:
             weights |= dict.fromkeys(weights, 0.0) | {

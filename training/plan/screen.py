@@ -25,8 +25,19 @@ def _heading(plan: dict) -> str:
             mesh["described"],
             f"{batch['rows']} rows of {batch['row_length']:,} x {batch['accumulation']} micro-batches x "
             f"{processes} = {batch['tokens_of_a_step']:,} tokens a step; a micro-batch: {mixture}",
+            _shares(batch),
         ]
     )
+
+
+def _shares(batch: dict) -> str:
+    """Say how the modalities share the tokens, and what a row of this mixture holds."""
+    shares, length = batch["shares"], batch["row_length"]
+    of_row = [f"{name} {share * length:,.0f}" for name, share in shares.items()]
+    if (size := batch["tokens_of_a_picture"]) is not None:
+        of_row.append(f"{shares['image'] * length / size:.1f} pictures of {size:,} tokens")
+    stated = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    return f"shares of the tokens: {stated} ({batch['shares_from']}); a row of {length:,}: {', '.join(of_row)}"
 
 
 def _device(device: dict) -> Iterable[str]:

@@ -1,7 +1,7 @@
 """Assemble a MoTProcessor of tokenizers: `python -m training.tokenizers.processor --text DIR --output DIR`.
 
-With `--downsampling`, pictures stay pixels, for a model that diffuses them. `--text` may then name a processor's
-folder; the new processor has its vocabulary without the image and speech tokens.
+With `--downsampling`, pictures stay pixels, for a model that diffuses them. `--text` may name a processor's folder: the
+new processor has its text and special tokens with the same ids, and image and speech tokens of its own.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from modeling_mot.hub_trust import load_tokenizer
 from modeling_mot.image_processing import MoTImageProcessor
 from modeling_mot.image_tokenizer import ImageTokenizerConfig, MoTImageTokenizer
 from modeling_mot.processing_mot import MoTProcessor
-from modeling_mot.processing_vocabulary import SPECIAL_TOKENS, extend_tokenizer, without_codes
+from modeling_mot.processing_vocabulary import SPECIAL_TOKENS, code_token, extend_tokenizer, without_codes
 from modeling_mot.speech_tokenizer import MoTSpeechTokenizer
 from training.tokenizers.sources import add_output_arguments, check_output, in_one_line, number, publish
 
@@ -127,6 +127,8 @@ def main(argv: list[str] | None = None) -> dict:
         if arguments.downsampling is not None:
             processor = continuous_processor(tokenizer, arguments.image_size or 64, arguments.downsampling)
         else:
+            if any(code_token(kind, 0) in tokenizer.get_vocab() for kind in ("image", "speech")):
+                tokenizer = without_codes(tokenizer)
             extend_tokenizer(tokenizer, image.num_codes if image else 0, speech.num_units if speech else 0)
             processor = MoTProcessor(tokenizer, image, speech)
 

@@ -3,12 +3,15 @@
 import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from itertools import islice
 
 import numpy as np
 import pytest
 
+from training.config import digest_of
 from training.data import RowStream, TemplateConfig
+from training.data.rows import _fingerprint
 
 from .conftest import ToyProcessor
 
@@ -123,6 +126,80 @@ def test_weights_by_tokens_give_shares_of_tokens(prepare, pair_source, text_sour
     stream = RowStream(data_config(weights_by="tokens", block_documents=600), sources)
     report = stream.report(blocks=4)
     assert report["sources"]["texts"]["share_of_tokens"] == pytest.approx(0.75, abs=0.01)
+
+
+def modality_shares(stream, rows=400):
+    counts = np.zeros(3)
+    for row in islice(stream.rows(), rows):
+        counts += np.bincount(row["modality_ids"][row["document_ids"] >= 0], minlength=3)
+    return counts / counts.sum()
+
+
+@pytest.fixture
+def three_sources(prepare, pair_source, text_source):
+    """Texts; pictures with names; two sources of sounds with names, of weights 1 and 2."""
+    sounds = ("text:name", "audio:sound")
+    return [
+        prepare(text_source(weight=5.0)),
+        prepare(pair_source(caption_dropout=0.3)),
+        prepare(pair_source(sounds, name="one")),
+        prepare(pair_source(sounds, name="two", source={"weight": 2.0})),
+    ]
+
+
+@pytest.mark.parametrize("wanted", [(0.8, 0.1, 0.1), (0.9, 0.02, 0.08)])
+@pytest.mark.parametrize("weights_by", ["documents", "tokens"])
+def test_token_shares_are_those_of_the_rows(three_sources, data_config, wanted, weights_by):
+    shares = dict(zip(("text", "image", "speech"), wanted, strict=True))
+    stream = RowStream(data_config(token_shares=shares, weights_by=weights_by, block_documents=2000), three_sources)
+    assert modality_shares(stream) == pytest.approx(wanted, abs=0.01)
+    report = stream.report(blocks=2)
+    assert report["shares_of_modalities"] == pytest.approx(shares)
+    of_sources = {name: source["share_of_documents"] for name, source in report["sources"].items()}
+    assert of_sources["two"] / of_sources["one"] == pytest.approx(2, rel=0.02)
+
+
+def test_token_shares_that_no_mixture_has_are_refused(three_sources, data_config):
+    def refused(sources, message, **shares):
+        with pytest.raises(ValueError, match=message):
+            RowStream(data_config(token_shares=shares), sources)
+
+    texts, pictures, sounds, _ = three_sources
+    refused(
+        [texts, sounds], "image=0.1, but there is no source with more image than other", text=0.8, image=0.1, speech=0.1
+    )
+    refused([pictures, sounds], "no source of text alone", text=0.8, image=0.1, speech=0.1)
+    refused(three_sources, "has no share of speech", text=0.5, image=0.5)
+    refused([texts, pictures], "cannot be reached.*the sources of image: text 0.[0-9]+, image", text=0.1, image=0.9)
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ({"text": 0.5, "image": 0.4}, "add up to 0.9"),
+        ({"text": 0.5, "image": 0.4, "speech": 0.1}, "has speech=0.1, but no source has speech"),
+        ({"text": 0.5, "taste": 0.5}, "has taste=0.5, but no source has taste"),
+        ({"text": 1.0}, "no share of image"),
+        ({"text": 1.2, "image": -0.2}, "token_shares"),
+    ],
+)
+def test_token_shares_are_checked_before_data_are_read(pair_source, text_source, data_config, shares, message):
+    with pytest.raises(ValueError, match=message):
+        data_config(token_shares=shares, sources=[pair_source(), text_source()]).validate()
+
+
+def test_token_shares_change_the_fingerprint_only_where_they_are_set(prepare, pair_source, text_source, data_config):
+    """A run that began before there were shares goes on: its fingerprint stays."""
+    sources = [prepare(text_source()), prepare(pair_source())]
+    without, with_shares = (
+        _fingerprint(data_config(token_shares=shares), sources) for shares in (None, {"text": 0.9, "image": 0.1})
+    )
+    made_of = {
+        "sources": [source.fingerprint for source in sources],
+        "mixture": [[s.config.name, s.config.weight, [asdict(t) for t in s.config.templates]] for s in sources],
+        "rows": [128, 3, "documents", 32, 0.0],
+    }
+    assert without == digest_of(made_of) != with_shares
 
 
 def test_templates_come_by_weight(prepare, trimodal_folder, data_config, pair_source):
