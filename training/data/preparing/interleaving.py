@@ -1,7 +1,7 @@
 """Interleave a text with its sound at words, as SpiRit-LM does (arXiv 2402.05755, section 3.1).
 
 The timings of the words say where the text and the sound of a record can be cut. A document then changes between text
-and speech at cuts that are drawn, so that "the cat sat on the mat" becomes "the cat", the units of "sat on", " the mat".
+and speech at cuts that are drawn: "the cat sat on the mat" becomes "the cat", the units of "sat on", " the mat".
 """
 
 import reprlib
@@ -74,8 +74,8 @@ def timed(text: str, words, seconds: float, column: str) -> Timed:
         before = letters[used - 1][1] if used else -1
         if [letter for letter, _ in found] != wanted or first == before:
             raise BadRecord(
-                f"column {column!r}: the words are not those of the text: word {number} is {word!r:.40}, where the text "
-                f"goes on with {text[before + 1 :]!r:.40}"
+                f"column {column!r}: the words are not those of the text: word {number} is {word!r:.40}, where the "
+                f"text goes on with {text[before + 1 :]!r:.40}"
             )
         # A cut between this word and the one before it.
         if last_end is not None:
@@ -109,8 +109,8 @@ def _checked(words, seconds: float, column: str) -> list[tuple[str, float, float
         start, end = times
         if start < 0 or end > seconds + SLACK_SECONDS:
             raise BadRecord(
-                f"column {column!r}: a word is outside of the sound: word {number}, {word!r:.40}, lasts from {start} to "
-                f"{end} of {seconds:.3f} seconds"
+                f"column {column!r}: a word is outside of the sound: word {number}, {word!r:.40}, lasts from {start} "
+                f"to {end} of {seconds:.3f} seconds"
             )
         if start < last or end < start:
             raise BadRecord(
