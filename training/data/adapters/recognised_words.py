@@ -34,7 +34,8 @@ FEATURES = Features(
 CARD = """# Speech with its text and the timings of its words
 
 `text`, `audio` and `words`, a list of `{{word, start, end}}` in seconds, from `{path}` ({split}). The timings, and the
-text unless it came with the sounds, are those of `{model}`. Made by `python -m training.data.adapters.recognised_words`.
+text unless it came with the sounds, are those of `{model}`.
+Made by `python -m training.data.adapters.recognised_words`.
 """
 
 
