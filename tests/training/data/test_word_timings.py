@@ -152,6 +152,74 @@ def test_a_ctc_model_makes_texts_and_timings(sounds, ctc_model, tmp_path, capsys
     assert len(prepared(tmp_path / "out", tmp_path / "cache")) == 4
 
 
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory):
+    """A Whisper of random weights, except that its positions say what is heard: " Two words, and four more"."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
+
+    # Bytes, the marks that steer Whisper, and its timestamps.
+    folder = tmp_path_factory.mktemp("whisper")
+    marks = ["startoftranscript", "en", "translate", "transcribe", "startofprev", "nospeech", "notimestamps"]
+    stamps = [f"{place * 0.02:.2f}" for place in range(1501)]
+    letters = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"]
+    tokenizer = WhisperTokenizer(vocab={letter: place for place, letter in enumerate(letters)}, merges=[])
+    tokenizer.add_tokens([f"<|{mark}|>" for mark in (*marks, *stamps)], special_tokens=True)
+    ids = {mark: tokenizer.convert_tokens_to_ids(f"<|{mark}|>") for mark in ("endoftext", *marks, "0.00", "0.80")}
+    ends = {"eos_token_id": ids["endoftext"], "pad_token_id": ids["endoftext"], "bos_token_id": ids["endoftext"]}
+    starts = {"decoder_start_token_id": ids["startoftranscript"], "suppress_tokens": [], "begin_suppress_tokens": []}
+    config = WhisperConfig(
+        vocab_size=len(tokenizer),
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_target_positions=64,
+        **ends,
+    )
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(config)
+    text = tokenizer(" Two words, and four more", add_special_tokens=False)["input_ids"]
+    heard = [ids["en"], ids["transcribe"], ids["0.00"], *text, ids["0.80"], ids["endoftext"]]
+    with torch.no_grad():
+        table = torch.nn.functional.normalize(torch.randn(len(tokenizer), 64), dim=1)
+        model.model.decoder.embed_tokens.weight.copy_(table)
+        model.model.decoder.embed_positions.weight[: len(heard)] = 20 * table[heard]
+
+    # What a Whisper needs for timings of words.
+    settings = {
+        "lang_to_id": {"<|en|>": ids["en"]},
+        "task_to_id": {"transcribe": ids["transcribe"], "translate": ids["translate"]},
+        "no_timestamps_token_id": ids["notimestamps"],
+        "prev_sot_token_id": ids["startofprev"],
+        "alignment_heads": [[0, 0], [0, 1]],
+        "is_multilingual": True,
+        "max_length": 60,
+        "_from_model_config": False,
+    }
+    for name, value in (settings | ends | starts).items():
+        setattr(model.generation_config, name, value)
+    for part in (model, tokenizer, WhisperFeatureExtractor()):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("options", [[], ["--text", "text"]])
+def test_a_whisper_times_the_words(sounds, whisper, tmp_path, options):
+    recognised_words.main([str(sounds), "--model", str(whisper), "--out", str(tmp_path / "out"), *options])
+    (made,) = datasets.load_dataset(str(tmp_path / "out")).values()
+    assert len(made) == 4 and len(prepared(tmp_path / "out", tmp_path / "cache")) == 4
+    for row in made:
+        words = [word["word"] for word in row["words"]]
+        assert words[-5:] == ["Two", "words,", "and", "four", "more"]
+        assert (
+            row["text"] == "Two words, and four more" if options else row["text"].endswith("Two words, and four more")
+        )
+
+
 def test_records_in_which_other_words_are_heard_are_left_out(sounds, ctc_model, tmp_path, capsys):
     with pytest.raises(SystemExit):
         arguments = [str(sounds), "--model", str(ctc_model), "--text", "text", "--out", str(tmp_path / "out")]
