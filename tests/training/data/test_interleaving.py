@@ -4,10 +4,12 @@ import itertools
 import json
 import re
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import yaml
 
 from modeling_mot.processing_mot import MoTProcessor
 from modeling_mot.processing_vocabulary import extend_tokenizer
@@ -443,6 +445,14 @@ def test_templates_that_cannot_be_interleaved_are_refused(template, message):
 def test_settings_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         build(TemplateConfig, {"segments": ["text:a", "audio:b"], "interleaving": settings})
+
+
+def test_the_example_of_the_page_is_a_data_section():
+    page = Path(__file__).parents[3].joinpath("training/README.md").read_text(encoding="utf-8")
+    written = re.search(r"```yaml\n(data:.*?)```", page, re.DOTALL)[1]
+    data = build(DataConfig, yaml.safe_load(written)["data"])
+    data.validate()
+    assert [len(source.prepared_segments) for source in data.sources] == [1, 1, 3]
 
 
 def test_the_defaults_are_those_of_the_paper():

@@ -109,7 +109,7 @@ def synthesise_words(text: str, voice: str) -> tuple[np.ndarray, list[dict]]:
     segments, so they are exact.
 
     Returns:
-        The sound as of `synthesise`, (N,) float32; {"word", "start", "end"} of each word, in seconds.
+        Mono float32 at 16 kHz, silence trimmed, peak 0.7, (N,); {"word", "start", "end"} of each word, in seconds.
 
     Raises:
         RuntimeError: flite is not installed.
