@@ -409,12 +409,15 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         rows, columns = self.image_processor.grid(height, width)
         return [self.token_id("boi"), *[self.image_token_id] * (rows * columns), self.token_id("eoi")]
 
-    def encode_audio(self, audio: list[Any], sampling_rate: int | None = None, **access: bool) -> list[list[int]]:
+    def encode_audio(
+        self, audio: list[Any], sampling_rate: int | None = None, deduplicate: bool | None = None, **access: bool
+    ) -> list[list[int]]:
         """Encode each sound as token ids: begin of speech, the units, end of speech.
 
         Args:
             audio: sounds in any form that `load_sound` takes.
             sampling_rate: in Hz, of arrays that come without their own.
+            deduplicate: make runs of one unit a single one; None: as the speech tokenizer is configured.
 
         Example, from the root of the repository:
             >>> processor = MoTProcessor.from_pretrained("training/assets/processor")
@@ -426,7 +429,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
             return []
         first = self.first_code("speech", self.speech_tokenizer)
         begin, end = self.token_id("begin_of_speech"), self.token_id("end_of_speech")
-        sounds = self.speech_tokenizer.encode(audio, sampling_rate, **access)
+        sounds = self.speech_tokenizer.encode(audio, sampling_rate, deduplicate, **access)
         return [[begin, *(units + first).tolist(), end] for units in sounds]
 
     def first_code(self, modality: str, sub_tokenizer: Any) -> int:

@@ -254,20 +254,25 @@ class MoTSpeechTokenizer:
         encoder = self.encoder.get_encoder() if self.encoder.config.is_encoder_decoder else self.encoder
         return encoder.eval().requires_grad_(False)
 
-    def encode(self, audio: list[Any], sampling_rate: int | None = None, **access: bool) -> list[torch.Tensor]:
+    def encode(
+        self, audio: list[Any], sampling_rate: int | None = None, deduplicate: bool | None = None, **access: bool
+    ) -> list[torch.Tensor]:
         """Encode each sound as units, (U,) int64.
 
         Args:
             audio: sounds in any form that `load_sound` takes.
             sampling_rate: in Hz, of arrays; files have their own, and records may.
+            deduplicate: make runs of one unit a single one; None: as configured.
             access: `allow_urls` and `allow_paths` of `load_sound`.
         """
         if not isinstance(audio, (list, tuple)):
             raise ValueError(f"encode takes a list of sounds, not {type(audio).__name__}")
-        return [self.encode_one(source, sampling_rate, **access) for source in audio]
+        return [self.encode_one(source, sampling_rate, deduplicate, **access) for source in audio]
 
     @without_autocast()
-    def encode_one(self, source: Any, sampling_rate: int | None = None, **access: bool) -> torch.Tensor:
+    def encode_one(
+        self, source: Any, sampling_rate: int | None = None, deduplicate: bool | None = None, **access: bool
+    ) -> torch.Tensor:
         """Encode one sound as units, (U,) int64; ValueError if the tokenizer is not trained yet."""
         if self.centroids is None:
             raise ValueError(
@@ -275,7 +280,8 @@ class MoTSpeechTokenizer:
             )
         scaled = (self.features(self.preprocess(source, sampling_rate, **access)) - self.mean) / self.scale
         units = nearest_code(scaled, self.centroids)
-        return torch.unique_consecutive(units) if self.config.deduplicate else units
+        deduplicate = self.config.deduplicate if deduplicate is None else deduplicate
+        return torch.unique_consecutive(units) if deduplicate else units
 
     # --------------------------------------------------------------------------------------------------------- decoding
 

@@ -103,6 +103,54 @@ class Segment:
         return f"{self.type}:{self.column}"
 
 
+@dataclass(frozen=True)
+class InterleavingConfig:
+    """A text and its sound by turns: the document changes from one to the other at words that are drawn.
+
+    The lengths are those of SpiRit-LM (arXiv 2402.05755, appendix A), which balance the tokens of text and of speech.
+    """
+
+    words: str = option(
+        "words", "column with the words' timings: a list of {word: ..., start: ..., end: ...}, in seconds"
+    )
+    text_words: tuple[int, int] = option((10, 30), "fewest and most words of a stretch of text", ge=1, le=_MOST_LENGTH)
+    speech_words: tuple[int, int] = option(
+        (5, 15), "fewest and most words of a stretch of speech", ge=1, le=_MOST_LENGTH
+    )
+    variants: int = option(
+        4, "draws that are kept of each record; a record that comes again is another", ge=1, le=_MOST_VARIANTS
+    )
+    seed: int = option(0, "of the draws", ge=0)
+
+    def __post_init__(self):
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise a ValueError that names the field, the value and the way out, where one is wrong."""
+        check_options(self)
+        for name in ("text_words", "speech_words"):
+            fewest, most = getattr(self, name)
+            if fewest > most:
+                raise ValueError(
+                    f"{name}=[{fewest}, {most}] has its bounds the wrong way round; write [{most}, {fewest}]"
+                )
+
+
+@dataclass(frozen=True)
+class Interleaved(Segment):
+    """A text and its sound by turns, made of two segments of a record and the timings in `column`."""
+
+    text: Segment
+    audio: Segment
+    settings: InterleavingConfig
+
+    def __str__(self) -> str:
+        how = self.settings
+        lengths = f"text {how.text_words[0]}-{how.text_words[1]}, speech {how.speech_words[0]}-{how.speech_words[1]}"
+        drawn = f"{lengths}, {how.variants} variants, seed {how.seed}"
+        return f"{self.text} by turns with {self.audio} at {self.column} ({drawn})"
+
+
 def local_path(written: str, name: str) -> Path:
     """Expand the `~` that a path may begin with.
 
@@ -144,6 +192,9 @@ class TemplateConfig:
         "all, or last: only the last segment is learnt. Labels before it are left out and earlier continuous images "
         "are clean; the BOI before a picture is a target, and so is the end of the document",
     )
+    interleaving: InterleavingConfig | None = field(
+        default=None, metadata={"doc": "the text and its sound by turns, at words; null: one after the other"}
+    )
 
     def __post_init__(self):
         self.validate()
@@ -154,10 +205,18 @@ class TemplateConfig:
         return [Segment.parse(written) for written in self.segments]
 
     @property
+    def interleaved(self) -> Interleaved | None:
+        """The segment that takes the place of a text and its sound, None where they stand one after the other."""
+        if self.interleaving is None:
+            return None
+        text, audio = sorted(self.parsed, key=lambda segment: segment.type != "text")
+        return Interleaved("interleaved", self.interleaving.words, text, audio, self.interleaving)
+
+    @property
     def has_both(self) -> bool:
         """True if there are texts as well as pictures or sounds, so that their order can be drawn."""
         kinds = {segment.type for segment in self.parsed}
-        return "text" in kinds and bool(kinds & {"image", "audio"})
+        return self.interleaving is None and "text" in kinds and bool(kinds & {"image", "audio"})
 
     def validate(self) -> None:
         """Raise a ValueError that names the field, the value and the way out, where one is wrong."""
@@ -177,6 +236,19 @@ class TemplateConfig:
                 f"segments={self.segments} interleaves text with pictures or sounds, so caption_first="
                 f"{self.caption_first} has no meaning; set caption_first: null to keep the order as written"
             )
+        if self.interleaving is not None:
+            self.interleaving.validate()
+            if sorted(kinds) != ["audio", "text"]:
+                raise ValueError(
+                    f"segments={self.segments} with interleaving: a text and its sound are interleaved, nothing else; "
+                    "write [text:column, audio:column], or leave interleaving out"
+                )
+            for name, neutral in (("targets", "all"), ("caption_dropout", 0.0)):
+                if (value := getattr(self, name)) != neutral:
+                    raise ValueError(
+                        f"{name}={value!r} of template {self.segments} has no meaning with interleaving, whose "
+                        f"documents are learnt whole; leave {name} out"
+                    )
 
 
 @dataclass
@@ -216,6 +288,12 @@ class SourceConfig:
     def segments(self) -> list[Segment]:
         """All different segments of all templates, in order."""
         return list(dict.fromkeys(segment for template in self.templates for segment in template.parsed))
+
+    @property
+    def prepared_segments(self) -> list[Segment]:
+        """All segments whose tokens are kept: those of the templates, then the interleaved ones."""
+        interleaved = [template.interleaved for template in self.templates]
+        return [*self.segments, *dict.fromkeys(segment for segment in interleaved if segment is not None)]
 
     def validate(self) -> None:
         """Raise a ValueError that names the field, the value and the way out, where one is wrong."""

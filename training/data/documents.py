@@ -235,6 +235,8 @@ def arrange(template: TemplateConfig, text_first: bool, dropped: bool) -> list[S
             segment is learnt, all texts before the last segment.
     """
     segments = template.parsed
+    if template.interleaved is not None:
+        return [template.interleaved]
     if not template.has_both:
         return segments
     if template.caption_first is not None:

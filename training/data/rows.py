@@ -6,7 +6,7 @@ import numpy as np
 
 from modeling_mot import MoTProcessor
 from training.config import ConfigError, digest_of
-from training.data.config import MODALITY_OF_TYPE, DataConfig, Segment, SourceConfig
+from training.data.config import MODALITY_OF_TYPE, DataConfig, Segment, SourceConfig, TemplateConfig
 from training.data.documents import IGNORED, build_row, compose, images_of, pack
 from training.data.preparing.batch_tokenizer import Preparing
 from training.data.preparing.preparation import TokenizedSource
@@ -199,7 +199,7 @@ def _fingerprint(data: DataConfig, sources: list[TokenizedSource]) -> str:
     made_of = {
         "sources": [source.fingerprint for source in sources],
         "mixture": [
-            [source.config.name, source.config.weight, [asdict(template) for template in source.config.templates]]
+            [source.config.name, source.config.weight, [_described(template) for template in source.config.templates]]
             for source in sources
         ],
         "rows": [data.row_length, data.seed, data.weights_by, data.block_documents, data.replaced_codes],
@@ -209,3 +209,8 @@ def _fingerprint(data: DataConfig, sources: list[TokenizedSource]) -> str:
     if data.token_shares is not None:
         made_of["token_shares"] = data.token_shares
     return digest_of(made_of)
+
+
+def _described(template: TemplateConfig) -> dict:
+    """List the settings of a template; `interleaving` only where there is one, since older runs know none."""
+    return {name: value for name, value in asdict(template).items() if (name, value) != ("interleaving", None)}

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from modeling_mot.media_loading import flatten
-from training.data.config import AugmentationConfig, Limits, Segment
+from training.data.config import AugmentationConfig, Interleaved, Limits, Segment
+from training.data.preparing.interleaving import Cut, Timed, spans_of, timed, without_runs
 from training.data.reading.records import (
     BadRecord,
     LeftOut,
@@ -134,6 +135,11 @@ class BatchTokenizer:
         self.augmentation = preparing.augmentation
         self.variants = preparing.augmentation.variants if preparing.augmentation else 1
         self.continuous = preparing.images is not None
+        # Sounds are cut before runs of a unit become one: the cuts are times.
+        self.segments = self.config.prepared_segments
+        self.speech = getattr(self.processor, "speech_tokenizer", None)
+        is_cut = any(isinstance(segment, Interleaved) for segment in self.segments)
+        self.deduplicates_later = is_cut and self.speech is not None and self.speech.config.deduplicate
         # Transparent pictures are laid on the background that the processor lays them on.
         of_codes = getattr(getattr(self.processor, "image_tokenizer", None), "config", None)
         of_pixels = getattr(self.processor, "image_processor", None)
@@ -141,8 +147,8 @@ class BatchTokenizer:
 
     def __call__(self, batch: list[tuple[int, dict | BadRecord]]) -> tuple[dict[str, list], dict[str, list], LeftOut]:
         # Records are decoded one by one, and encoded together as long as their pixels fit.
-        rows: dict[str, list] = {"record": []} | {str(segment): [] for segment in self.config.segments}
-        images: dict[str, list] = {str(segment): [] for segment in self.config.segments if self._holds_images(segment)}
+        rows: dict[str, list] = {"record": []} | {str(segment): [] for segment in self.segments}
+        images: dict[str, list] = {str(segment): [] for segment in self.segments if self._holds_images(segment)}
         usable, pixels, left_out = [], 0, LeftOut()
         for number, record in batch:
             try:
@@ -166,11 +172,15 @@ class BatchTokenizer:
         self, usable: list[tuple[int, dict]], rows: dict[str, list], images: dict[str, list], left_out: LeftOut
     ) -> None:
         """Add records to the columns."""
+        encoded: dict[Segment, tuple[list, list]] = {}
         try:
-            encoded = [
-                (segment, *self._encode(segment, [inputs[segment] for _, inputs in usable]))
-                for segment in self.config.segments
-            ]
+            for segment in self.segments:
+                inputs = [inputs[segment] for _, inputs in usable]
+                if isinstance(segment, Interleaved):
+                    sounds, numbers = encoded[segment.audio][0], [number for number, _ in usable]
+                    encoded[segment] = self._interleave(segment, numbers, inputs, sounds), []
+                else:
+                    encoded[segment] = self._encode(segment, inputs)
         except BadRecord as error:
             if len(usable) == 1:
                 self.source.leave_out(usable[0][0], error, left_out)
@@ -179,7 +189,9 @@ class BatchTokenizer:
                     self._encode_records([item], rows, images, left_out)
             return
         rows["record"] += [number for number, _ in usable]
-        for segment, ids, pixels in encoded:
+        for segment, (ids, pixels) in encoded.items():
+            if segment.type == "audio" and self.deduplicates_later:
+                ids = [[without_runs(of_sound) for of_sound in of_record] for of_record in ids]
             rows[str(segment)] += ids
             if self._holds_images(segment):
                 images[str(segment)] += pixels
@@ -189,13 +201,24 @@ class BatchTokenizer:
         texts = {s: text_of(s, record) for s in self.config.segments if s.type == "text"}
         caption = "; ".join(texts.values())
         inputs: dict[Segment, list] = {segment: [text] for segment, text in texts.items()}
-        for place, segment in enumerate(self.config.segments):
+        for place, segment in enumerate(self.segments):
             if segment.type in ("image", "audio"):
                 where = f"column {segment.column!r}"
                 inputs[segment] = self._media(segment.type, record.get(segment.column), caption, (number, place), where)
             elif segment.type == "document":
                 inputs[segment] = self._document(segment, record, number)
+            elif isinstance(segment, Interleaved):
+                inputs[segment] = self._timed(segment, record, texts[segment.text], inputs[segment.audio])
         return inputs
+
+    def _timed(self, segment: Interleaved, record: dict, text: str, sounds: list[dict]) -> list[Timed]:
+        """Find the places between the words of a text, for each variant of its sound."""
+        lengths = [len(sound["array"]) for sound in sounds]
+        seconds = lengths[0] / sounds[0]["sampling_rate"]
+        first = timed(text, record.get(segment.column), seconds, segment.column)
+        # A changed sound is faster or slower throughout.
+        speeds = [length / lengths[0] for length in lengths]
+        return [Timed(text, [Cut(place, time * speed) for place, time in first.cuts]) for speed in speeds]
 
     def _media(self, kind: str, value, caption: str, place: tuple[int, int], where: str) -> list:
         """Decode one picture or sound in all its variants, the first one unchanged.
@@ -259,10 +282,38 @@ class BatchTokenizer:
         elif segment.type == "image":
             encoded = [(ids, pixels) for ids, pixels in zip(*self._image_ids(flat), strict=True)]
         else:
-            encoded = [(list(ids), []) for ids in (self.processor.encode_audio(flat) if flat else [])]
+            options = {"deduplicate": False} if self.deduplicates_later else {}
+            encoded = [(list(ids), []) for ids in (self.processor.encode_audio(flat, **options) if flat else [])]
         nested = iter(encoded)
         pairs = [[next(nested) for _ in values] for values in inputs]
         return tuple([[pair[part] for pair in of_record] for of_record in pairs] for part in (0, 1))
+
+    def _interleave(
+        self, segment: Interleaved, numbers: list[int], inputs: list[list[Timed]], sounds: list[list[list[int]]]
+    ) -> list[list[list[int]]]:
+        """Make the ids of every draw of every record.
+
+        Args:
+            numbers: of the records.
+            inputs, sounds: of each record and each variant of its sound, where it can be cut, and its ids.
+        """
+        settings, rate = segment.settings, self.speech.units_per_second
+        columns = []
+        for number, variants, ids in zip(numbers, inputs, sounds, strict=True):
+            draws = []
+            for draw in range(settings.variants):
+                source, (begin, *units, end) = variants[draw % len(variants)], ids[draw % len(ids)]
+                random = np.random.default_rng([settings.seed, number, draw])
+                tokens = []
+                for is_speech, start, stop in spans_of(source, len(units), rate, settings, random):
+                    if is_speech:
+                        span = without_runs(units[start:stop]) if self.deduplicates_later else units[start:stop]
+                        tokens += [begin, *span, end]
+                    else:
+                        tokens += self._text_ids(source.text[start:stop])
+                draws.append(tokens)
+            columns.append(draws)
+        return columns
 
     def _text_ids(self, text: str) -> list[int]:
         return list(self.processor.encode_segment({"type": "text", "text": text}))

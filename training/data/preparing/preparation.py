@@ -218,7 +218,7 @@ class Preparation:
         """
         # Where the part was interrupted.
         source, preparing = self.tokenizer.source, self.tokenizer.preparing
-        schema = table_schema(source.config.segments, preparing.images)
+        schema = table_schema(source.config.prepared_segments, preparing.images)
         chunks = list(written_chunks(self.folder, part))
         skip, number = sum(chunk["read"] for chunk in chunks), len(chunks)
         report(skip, 0)
@@ -526,7 +526,7 @@ class TokenizedSource:
         # The columns, which stay on the disk.
         self.vocabulary = Vocabulary.from_dict(meta["vocabulary"])
         self.table = table = pa.concat_tables(open_chunk(self.folder / chunk["file"]) for chunk in self._chunks)
-        self.columns = {segment: TokenColumn(table.column(str(segment)).chunks) for segment in config.segments}
+        self.columns = {segment: TokenColumn(table.column(str(segment)).chunks) for segment in config.prepared_segments}
         self.records = np.asarray(table.column("record"))
         self.images = meta["images"]
         self.image_columns = {
@@ -618,7 +618,7 @@ def _made_from(source: Source, preparing: Preparing) -> dict:
         "format": FORMAT_VERSION,
         "source": source.fingerprint,
         "processor": preparing.processor.fingerprint(),
-        "segments": [str(segment) for segment in source.config.segments],
+        "segments": [str(segment) for segment in source.config.prepared_segments],
         "augmentation": asdict(preparing.augmentation) if preparing.augmentation else None,
         "limits": asdict(preparing.limits),
     }

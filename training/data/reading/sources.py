@@ -265,7 +265,7 @@ def _open_shards(config: SourceConfig, kind: str, limits: Limits) -> Source:
 
 def _columns(config: SourceConfig) -> dict[str, None]:
     """List the columns that are read."""
-    return dict.fromkeys([*(config.match or {}), *(c for segment in config.segments for c in segment.columns)])
+    return dict.fromkeys([*(config.match or {}), *(c for segment in config.prepared_segments for c in segment.columns)])
 
 
 def _of_split(config: SourceConfig, names: list[str], by_file: bool, is_named: bool) -> list[int]:
@@ -454,7 +454,7 @@ def _check_columns(config: SourceConfig, columns: list[str]) -> None:
     for column in config.match or {}:
         if column not in columns:
             raise ValueError(_unknown(config, "column of match", column, columns))
-    for segment in config.segments:
+    for segment in config.prepared_segments:
         for column in segment.columns:
             if column not in columns:
                 raise ValueError(_unknown(config, f"column of {segment}", column, columns))
