@@ -149,7 +149,7 @@ class Icon:
     flip_y: bool
 
     def svg(self) -> str:
-        """Return the SVG of the icon, flipped and turned about its middle."""
+        """Return the SVG of the icon, flipped and turned about its middle, in the middle of a square."""
         x, y = self.left + self.width / 2, self.top + self.height / 2
         width, height = (self.height, self.width) if self.turns % 2 else (self.width, self.height)
         body = self.body
@@ -159,7 +159,7 @@ class Icon:
             body = f'<g transform="{moves}">{body}</g>'
         box = f"{x - width / 2} {y - height / 2} {width} {height}"
         names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-        return f'<svg {names} width="{width}" height="{height}" viewBox="{box}">{body}</svg>'
+        return f'<svg {names} width="1" height="1" viewBox="{box}">{body}</svg>'
 
 
 def resolve(data: dict, key: str) -> dict | None:
@@ -167,7 +167,8 @@ def resolve(data: dict, key: str) -> dict | None:
 
     A child's box replaces its parents'. Turns add up, and two flips undo each other.
     """
-    merged, seen, turns, flip_x, flip_y = {}, set(), 0, False, False
+    merged, seen = {}, set()
+    turns, flip_x, flip_y = 0, False, False
     while "body" not in merged:
         entry = data["icons"].get(key) or data["aliases"].get(key)
         if entry is None or key in seen:
@@ -189,19 +190,12 @@ def synonyms(data: dict) -> list[tuple[str, str]]:
 def read_icons(data: dict, max_body: int, left_out: Counter) -> Iterator[Icon]:
     """Yield the icons of a set in the order of their keys, and count those that are left out."""
     keys = set(data["icons"]) | set(data["aliases"])
-    other_names = {alias for alias, _ in synonyms(data)} - set(data["icons"])
     for key in sorted(keys):
         entry = resolve(data, key)
-        stem, suffix = split_suffix(key, data.get("suffixes", {}))
-        if reason := (
-            "skin tones" * is_skin_tone(key, keys)
-            or "other names of an icon" * (key in other_names)
-            or "withdrawn by their set" * (entry is None or entry.get("hidden", False))
-            or "smaller sizes of an icon" * is_smaller(stem, suffix, data.get("suffixes", {}), keys)
-            or "longer than --max-body" * (len(entry["body"]) > max_body)
-        ):
+        if reason := why_left_out(data, key, keys, entry, max_body):
             left_out[reason] += 1
             continue
+        stem, suffix = split_suffix(key, data.get("suffixes", {}))
         yield Icon(
             set=data["prefix"],
             key=key,
@@ -213,14 +207,28 @@ def read_icons(data: dict, max_body: int, left_out: Counter) -> Iterator[Icon]:
         )
 
 
+def why_left_out(data: dict, key: str, keys: set[str], entry: dict | None, max_body: int) -> str:
+    """Return the reason for which an icon is not taken, "" if it is taken; `entry` is what `resolve` returned."""
+    if is_skin_tone(key, keys):
+        return "skin tones"
+    if key not in data["icons"] and set(data["aliases"][key]) == {"parent"}:
+        return "other names of an icon"
+    if entry is None or entry.get("hidden"):
+        return "hidden by their set or without a drawing"
+    if is_smaller(key, data.get("suffixes", {}), keys):
+        return "smaller sizes of an icon"
+    return "longer than --max-body" if len(entry["body"]) > max_body else ""
+
+
 def split_suffix(key: str, suffixes: dict[str, str]) -> tuple[str, str]:
     """Cut the suffix of a variant off a key: a size (`24`) or a style within the set (`flat`); "" if it has none."""
     suffix = max((suffix for suffix in suffixes if suffix and key.endswith(f"-{suffix}")), key=len, default="")
     return (key.removesuffix(f"-{suffix}"), suffix) if suffix else (key, "")
 
 
-def is_smaller(stem: str, suffix: str, suffixes: dict[str, str], keys: set[str]) -> bool:
+def is_smaller(key: str, suffixes: dict[str, str], keys: set[str]) -> bool:
     """True if the set has the same icon in a larger size."""
+    stem, suffix = split_suffix(key, suffixes)
     sizes = [int(other) for other in suffixes if other.isdigit() and f"{stem}-{other}" in keys]
     return suffix.isdigit() and int(suffix) < max(sizes)
 
@@ -289,10 +297,12 @@ def readable(icons: list[Icon]) -> list[Icon]:
 
 def draw(icons: list[Icon], size: int, left_out: Counter) -> Iterator[tuple[Icon, bytes]]:
     """Yield (icon, PNG) of the icons that render, are not all white, and do not look as an icon before them."""
-    seen = {svg_png('<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>', size): "all white"}
+    seen = {
+        svg_png('<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>', size, optimize=False): "all white"
+    }
     for icon in icons:
         try:
-            picture = svg_png(icon.svg(), size)
+            picture = svg_png(icon.svg(), size, optimize=False)
         except ValueError:
             left_out["that do not render"] += 1
             continue
@@ -336,8 +346,10 @@ def read_sets(package: Path, sets: dict[str, dict], max_body: int, left_out: Cou
     """
     icons, same = [], []
     for name, info in sets.items():
-        data = read_json(package / "json" / f"{name}.json")
-        data.setdefault("aliases", {})
+        file = package / "json" / f"{name}.json"
+        data = {"aliases": {}} | read_json(file)
+        if data.get("prefix") != name or not isinstance(data.get("icons"), dict):
+            raise ValueError(f"{file} is no icon set {name!r}; unpack the package again")
         icons += read_icons(data, max_body, left_out)
         if info.get("category") == "Emoji":
             same += [(spell(one), spell(other)) for one, other in synonyms(data)]
