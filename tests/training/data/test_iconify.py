@@ -166,7 +166,7 @@ def test_the_card_states_every_set_and_every_split(package, tmp_path):
     for split in iconify.SPLITS:
         of_split = [row["name"] for row in rows if row["split"] == split]
         assert not of_split or f"| `{split}` | {len(of_split)} | {len(set(of_split))} |" in text
-    assert "1 with several words written as one" in text and "sharing" not in text
+    assert "- 1 with several words written as one" in text and "sharing" not in text
 
 
 def test_a_recipe_reads_a_split_by_its_name(package, tmp_path):
@@ -296,7 +296,7 @@ def test_pictures_that_show_nothing_new_are_left_out(tmp_path):
     write_package(tmp_path / "package", sets)
     assert {row["name"] for row in make(tmp_path / "package", tmp_path / "out")} == {"a", "e"}
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "1 all white; 1 that do not render; 1 that look as another icon" in text
+    assert "\n- 1 all white\n- 1 that do not render\n- 1 that look as another icon\n" in text
 
 
 def refusal(capsys, *options) -> str:

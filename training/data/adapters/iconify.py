@@ -25,11 +25,12 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Features, Image, Value
+from tqdm import tqdm
 
 from training.data.adapters.parquet_folder import held_out, print_counts, refuse_full_folder, write_folder
 from training.data.adapters.pictures import svg_png
@@ -55,7 +56,7 @@ STYLES_OF_A_PAIR = 4
 SPLITS = {
     "train": "all other pictures",
     "unseen_pairs": f"one style of each concept that stands in {STYLES_OF_A_PAIR} styles or more",
-    "unseen_concepts": f"{UNSEEN_CONCEPTS:.0%} of all concepts, in every style",
+    "unseen_concepts": f"{100 * UNSEEN_CONCEPTS:g} % of all concepts, in every style",
 }
 _SKIN_TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 # A number at the end of a name counts drawings of one concept, but not after these words.
@@ -75,7 +76,9 @@ Pictures of {size} x {size} pixels on white, with `name` (the concept), `style` 
 {splits}
 
 Sets spell a concept in different ways. Names are one concept if they differ in spaces only, or if an emoji set has both
-for one drawing. Icons that were left out: {left_out}.
+for one drawing. Icons that were left out:
+
+{left_out}
 
 ## Licences and authors
 
@@ -184,7 +187,8 @@ def resolve(data: dict, key: str) -> dict | None:
 
 def synonyms(data: dict) -> list[tuple[str, str]]:
     """List (alias, its parent) of the aliases that change nothing: other names of a drawing."""
-    return [(key, entry["parent"]) for key, entry in sorted(data["aliases"].items()) if set(entry) == {"parent"}]
+    aliases = sorted(data["aliases"].items())
+    return [(key, entry["parent"]) for key, entry in aliases if set(entry) == {"parent"} and key not in data["icons"]]
 
 
 def read_icons(data: dict, max_body: int, left_out: Counter) -> Iterator[Icon]:
@@ -295,11 +299,10 @@ def readable(icons: list[Icon]) -> list[Icon]:
 # --------------------------------------------------------------------------------------------------------- the pictures
 
 
-def draw(icons: list[Icon], size: int, left_out: Counter) -> Iterator[tuple[Icon, bytes]]:
+def draw(icons: Iterable[Icon], size: int, left_out: Counter) -> Iterator[tuple[Icon, bytes]]:
     """Yield (icon, PNG) of the icons that render, are not all white, and do not look as an icon before them."""
-    seen = {
-        svg_png('<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>', size, optimize=False): "all white"
-    }
+    empty = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>'
+    seen = {svg_png(empty, size, optimize=False): "all white"}
     for icon in icons:
         try:
             picture = svg_png(icon.svg(), size, optimize=False)
@@ -354,16 +357,20 @@ def read_sets(package: Path, sets: dict[str, dict], max_body: int, left_out: Cou
         if info.get("category") == "Emoji":
             same += [(spell(one), spell(other)) for one, other in synonyms(data)]
     taken = readable(icons)
-    left_out["with several words written as one"] += len(icons) - len(taken)
+    if len(taken) < len(icons):
+        left_out["with several words written as one"] += len(icons) - len(taken)
     return taken, name_concepts(taken, same)
 
 
 def make_card(sets: dict[str, dict], splits: dict[str, list[dict]], left_out: Counter, size: int) -> str:
     """Write the data card: the splits, and the licence and author of each set."""
+    # One line of each split.
     split_lines = [
         f"| `{split}` | {len(rows):,} | {len({row['name'] for row in rows}):,} | {SPLITS[split]} |"
         for split, rows in splits.items()
     ]
+
+    # One line of each set.
     counts = Counter(row["id"].partition(":")[0] for rows in splits.values() for row in rows)
     set_lines = []
     for name, info in sets.items():
@@ -376,8 +383,12 @@ def make_card(sets: dict[str, dict], splits: dict[str, list[dict]], left_out: Co
             f"{author['name']}, {author.get('url', '')}".removesuffix(", "),
         ]
         set_lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    reasons = "; ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()) if count) or "none"
-    return CARD.format(size=size, splits="\n".join(split_lines), left_out=reasons, sets="\n".join(set_lines))
+    return CARD.format(
+        size=size,
+        splits="\n".join(split_lines),
+        left_out="\n".join(f"- {count:,} {reason}" for reason, count in sorted(left_out.items())),
+        sets="\n".join(set_lines),
+    )
 
 
 def licence_of(info: dict) -> str:
@@ -389,16 +400,19 @@ def make(options: argparse.Namespace) -> tuple[dict[str, int], Counter]:
     """Make the data set; return the rows of each split, and reason -> icons that were left out.
 
     Raises:
-        ValueError: a file, a set or an option that cannot be used, before anything is rendered where possible.
+        ValueError: a file, a set or a folder that cannot be used, or no icon is left.
         ImportError: resvg-py is not installed.
     """
+    # All that can be refused is refused before the first icon is rendered.
     refuse_full_folder(options.out)
     collections = read_json(options.package / "collections.json")
     sets = {name: collections[name] for name in choose_sets(collections, options.sets)}
     left_out: Counter = Counter()
     icons, concepts = read_sets(options.package, sets, options.max_body, left_out)
+
+    # One row of each picture.
     rows = []
-    for icon, picture in draw(icons, options.size, left_out):
+    for icon, picture in draw(tqdm(icons, unit=" icons", disable=None), options.size, left_out):
         name, info = concepts[letters(icon.name)], sets[icon.set]
         rows.append(
             {
@@ -413,6 +427,8 @@ def make(options: argparse.Namespace) -> tuple[dict[str, int], Counter]:
         )
     if not rows:
         raise ValueError(f"no icon of --sets {' '.join(sets)} is left ({dict(left_out)}); name other sets")
+
+    # Splits and card.
     splits = split_rows(rows)
     card = make_card(sets, splits, left_out, options.size)
     return write_folder(options.out, {"default": (FEATURES, splits)}, card, head=HEAD), left_out
