@@ -42,5 +42,5 @@ def svg_png(text: str, size: int, optimize: bool = True) -> bytes:
     except ImportError as error:
         raise ImportError("rendering SVG needs resvg-py: pip install resvg-py") from error
     # Without a resolution, a picture whose size is in mm or pt would be empty. Reading the system's fonts takes time.
-    drawing = resvg_py.svg_to_bytes(svg_string=text, width=size, dpi=96.0, skip_system_fonts="text" not in text)
+    drawing = resvg_py.svg_to_bytes(svg_string=text, width=size, dpi=96, skip_system_fonts="text" not in text)
     return square_png(bytes(drawing), size, optimize)
