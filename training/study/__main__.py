@@ -84,12 +84,20 @@ def run_study(study: Study, name: str, runs: Sequence[StudyRun], out: Path, work
             out / "logs",
             stop_signal,
             say=lambda line: print(line, flush=True),
-            after_each=lambda: report(study, name, runs, out, quiet=True),
+            after_each=lambda: _report_so_far(study, name, runs, out, quiet=True),
         )
-        report(study, name, runs, out)
+        _report_so_far(study, name, runs, out)
     for run, why in failed.items():
         print(f"failed: {run}, {why}; see {out / 'logs' / f'{run}.log'}", file=sys.stderr)
     return 128 + stop_signal.number if stop_signal.number else int(bool(failed))
+
+
+def _report_so_far(*arguments, quiet: bool = False) -> None:
+    """Call `report`; a page that cannot be drawn must not end runs of many hours, so its error is only printed."""
+    try:
+        report(*arguments, quiet=quiet)
+    except Exception as error:
+        print(f"no page: {one_line(error)}", file=sys.stderr)
 
 
 def report(study: Study, name: str, runs: Sequence[StudyRun], out: Path, quiet: bool = False) -> None:
@@ -101,8 +109,6 @@ def report(study: Study, name: str, runs: Sequence[StudyRun], out: Path, quiet: 
     window = default_window(runs)
     trained = read_trained(runs, window)
     if not trained:
-        if quiet:
-            return
         raise ConfigError(f"no run in {out / 'runs'} has done a step yet, so there is nothing to report")
     results = study_results(study, name, runs, trained, window)
     pictures = draw_pictures(study, trained)

@@ -1,5 +1,6 @@
 """The page of a study: curves as mean and spread, the shares of steps, and the paper's figures beside them."""
 
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
+from PIL import Image
 
 from training.config import to_tree
 from training.evaluation.sheet import frame_losses, loss_unit, page_template
@@ -36,18 +38,36 @@ def draw_pictures(study: Study, trained: Sequence[Trained]) -> dict[str, bytes]:
     pictures = {}
     for size in study.sizes or (None,):
         some = [one for one in trained if one.of.size == size]
-        keys = list(dict.fromkeys(key for one in some for key in one.curves))
-        keys.sort(key=lambda key: key[1] == HELD_OUT)
+        keys = _distinct(some)
         ending = "" if size is None else f"-{size}"
+        as_many = Line2D([], [], color="#999999", linestyle=":", label=f"as many as {plain(study.baseline)}")
+        curves = [(", ".join(key), _curves(study, some, key)) for key in keys]
+        shares = [(", ".join(key), _shares(study, some, key)) for key in keys]
         drawn = {
-            "curves": lay_out([(f"{key[0]}, {key[1]}", _curves(study, some, key)) for key in keys], _legend(study, 0)),
-            "step_shares": lay_out(
-                [(f"{key[0]}, {key[1]}", _shares(study, some, key)) for key in keys],
-                [*_legend(study, 1), Line2D([], [], color="#999999", linestyle=":", label="as many as the baseline")],
-            ),
+            "curves": lay_out(curves, _legend(study, 0)),
+            "step_shares": lay_out(shares, [*_legend(study, 1), as_many]),
         }
-        pictures |= {name + ending: picture for name, picture in drawn.items() if picture is not None}
+        pictures |= {name + ending: small(picture) for name, picture in drawn.items() if picture is not None}
     return pictures
+
+
+def small(picture: bytes) -> bytes:
+    """Write a PNG of few colours with a palette: pages of studies are kept in repositories.  PNG -> PNG"""
+    buffer = io.BytesIO()
+    quantized = Image.open(io.BytesIO(picture)).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    quantized.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _distinct(trained: Sequence[Trained]) -> list[tuple[str, str]]:
+    """Return (objective, split) of the curves, training first, without a modality that one direction alone has."""
+    kept: dict[tuple[str, str], Curve] = {}
+    for one in trained:
+        for key, (steps, losses) in one.curves.items():
+            twins = (other for name, other in one.curves.items() if name in kept and name[1] == key[1] and name != key)
+            if not any(np.array_equal(losses, values) for _, values in twins):
+                kept.setdefault(key, (steps, losses))
+    return sorted(kept, key=lambda key: key[1] == HELD_OUT)
 
 
 def _names(study: Study) -> list[str]:
@@ -60,28 +80,28 @@ def _legend(study: Study, first: int) -> list[Line2D]:
     return [Line2D([], [], color=colour_of(index), linewidth=3, label=plain(name)) for index, name in names]
 
 
-def mean_of(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return (steps that all curves have, their mean, their least, their greatest there), each (N,)."""
+def mean_of(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Return (steps that all curves have, their mean, (the least, the greatest)), each (N,)."""
     steps = curves[0][0]
     for others, _ in curves[1:]:
         steps = np.intersect1d(steps, others)
     values = np.stack([losses[np.searchsorted(at, steps)] for at, losses in curves])
-    return steps, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+    return steps, values.mean(axis=0), (values.min(axis=0), values.max(axis=0))
 
 
 def _curves(study: Study, trained: Sequence[Trained], key: tuple[str, str]) -> Callable[[Axes], bool]:
     """Make a function that draws an objective's curve of each variant: the mean of its seeds, least to greatest."""
 
     def draw(axes: Axes) -> bool:
-        means = []
+        drawn = []
         for index, variant in enumerate(_names(study)):
             curves = [one.curves[key] for one in trained if one.of.variant == variant and key in one.curves]
             if curves:
-                means.append(_draw_mean(axes, curves, index))
-        frame_losses(axes, means if key[1] != HELD_OUT else [], means if key[1] == HELD_OUT else [])
+                drawn += _draw_mean(axes, curves, index)
+        frame_losses(axes, drawn if key[1] != HELD_OUT else [], drawn if key[1] == HELD_OUT else [])
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set(xlabel="step", ylabel="loss" if key[0] == "total" else loss_unit(_unit_of(key[0])))
-        return any(map(len, means))
+        return any(map(len, drawn))
 
     return draw
 
@@ -104,24 +124,25 @@ def _shares(study: Study, trained: Sequence[Trained], key: tuple[str, str]) -> C
                     steps, needed = matched_curve(baselines[one.of.seed], one.curves[key])
                     curves.append((steps, needed / steps))
             if curves:
-                drawn.append(_draw_mean(axes, curves, index))
+                drawn += _draw_mean(axes, curves, index)
         axes.axhline(1, color="#999999", linestyle=":")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.yaxis.set_major_formatter(PERCENT)
-        axes.set(xlabel=f"step of {plain(study.baseline)}", ylabel="steps to its loss", ylim=(0, None))
+        axes.set(xlabel=f"step of {plain(study.baseline)}", ylabel="steps to its loss")
+        axes.set(xlim=(0, max(one.of.steps for one in trained)), ylim=(0, None))
         return any(np.isfinite(values).any() for values in drawn)
 
     return draw
 
 
-def _draw_mean(axes: Axes, curves: Sequence[Curve], index: int) -> np.ndarray:
-    """Draw the mean of curves and the band from the least to the greatest; return the mean."""
-    steps, mean, least, greatest = mean_of(curves)
+def _draw_mean(axes: Axes, curves: Sequence[Curve], index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the mean of curves and the band from the least to the greatest; return the two edges of the band."""
+    steps, mean, (least, greatest) = mean_of(curves)
     colour = colour_of(index)
     dots = {"marker": "o", "markersize": 3} if len(steps) <= 40 else {}
     axes.plot(steps, mean, color=colour, linewidth=1.5, **dots)
     axes.fill_between(steps, least, greatest, color=colour, alpha=0.2, linewidth=0)
-    return mean
+    return least, greatest
 
 
 # ---------------------------------------------------------------------------------------------------------------- page

@@ -22,6 +22,7 @@ Objectives are `total`, the modalities of the targets (`text`, `image`, ...) and
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class Trained:
     run: Run
     curves: Curves
 
-    @property
+    @cached_property
     def is_finished(self) -> bool:
         return self.of.is_finished()
 

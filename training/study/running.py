@@ -33,7 +33,7 @@ def run_all(
 
     Args:
         logs: folder that gets what each run prints, appended to `<name>.log`.
-        after_each: called after each run that has ended by itself.
+        after_each: called after each run that has ended by itself, while others are left.
 
     Raises:
         KeyboardInterrupt: a second signal came; the living runs have got one too, and end at once.
@@ -66,7 +66,7 @@ def run_all(
                 else:
                     failed[run.name] = f"code {process.returncode}: {_last_line(logs / f'{run.name}.log')}"
                     say(f"{run.name}: failed, {failed[run.name]}")
-                if not stop_signal.number:
+                if (waiting or living) and not stop_signal.number:
                     after_each()
     except BaseException:
         _signal(living, stop_signal.number or signal.SIGTERM)
