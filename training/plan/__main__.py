@@ -44,7 +44,7 @@ COMPARED = ("dense", "moe-4x", "mot")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0 done, 2 a request that cannot be met."""
-    options = _parser().parse_intermixed_args(arguments)
+    options = make_parser().parse_intermixed_args(arguments)
     try:
         plan = plan_figures(load_recipe(options.words), options)
         if options.json is not None:
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

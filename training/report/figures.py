@@ -25,7 +25,7 @@ from training.report.tables import objectives_of
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 
 _PLAIN = FuncFormatter(lambda value, place: f"{value:.3g}")
-_PERCENT = FuncFormatter(lambda share, place: f"{100 * share:g} %")
+PERCENT = FuncFormatter(lambda share, place: f"{100 * share:g} %")
 _MARKERS = {"not_finite": "X", "spike": "^", "spike_skipped": "v", "resumed": "|"}
 
 _STYLE = {
@@ -69,8 +69,8 @@ def draw_pictures(runs: Sequence[Run], view: View) -> dict[str, bytes]:
     gradients += [("Learning rate", _curve(runs, view, "lr", unit="learning rate", formatter=_PLAIN, mean=False))]
     speed = [
         ("Throughput", _curve(runs, view, "tokens_per_second", unit="tokens/s", formatter=EngFormatter(sep=""))),
-        ("MFU", _curve(runs, view, "mfu", unit="share of the peak", formatter=_PERCENT)),
-        ("Waiting for data", _curve(runs, view, _data_share, unit="share of the step", formatter=_PERCENT)),
+        ("MFU", _curve(runs, view, "mfu", unit="share of the peak", formatter=PERCENT)),
+        ("Waiting for data", _curve(runs, view, _data_share, unit="share of the step", formatter=PERCENT)),
     ]
     resources = [
         ("Saving", _saves(runs, view)),
@@ -101,15 +101,23 @@ def draw_pictures(runs: Sequence[Run], view: View) -> dict[str, bytes]:
 
 
 def _draw(runs: Sequence[Run], view: View, name: str, panels: Sequence[Panel]) -> bytes | None:
-    """Lay panels out on one figure.  -> PNG, or None if all panels are empty"""
+    return lay_out(panels, _legend(runs, view, name), paired=name == "step_matching")
+
+
+def lay_out(panels: Sequence[Panel], legend: Sequence[Line2D], paired: bool = False) -> bytes | None:
+    """Lay panels out on one figure, at most three in a line.  -> PNG, or None if all panels are empty
+
+    Args:
+        paired: an even number of panels stands on two lines, training above and held out below.
+    """
     with rc_context(_STYLE):
-        # Panels are drawn once to see which have anything to show, and at most three stand in a line.
+        # Panels are drawn once to see which have anything to show.
         filled = [(title, draw) for title, draw in panels if draw(Figure().subplots())]
         if not filled:
             return None
         columns = min(len(filled), 3)
-        if name == "step_matching" and len(filled) % 2 == 0:
-            columns = min(columns, len(filled) // 2)  # training above, held out below
+        if paired and len(filled) % 2 == 0:
+            columns = min(columns, len(filled) // 2)
         lines = -(-len(filled) // columns)
 
         # The filled panels take the first places of the grid; places that are left over are removed.
@@ -117,13 +125,12 @@ def _draw(runs: Sequence[Run], view: View, name: str, panels: Sequence[Panel]) -
         figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.03)
         grid = figure.subplots(lines, columns, squeeze=False).ravel()
         for axes, (title, draw) in zip(grid, filled):
-            axes.set_title(_plain(title))
+            axes.set_title(plain(title))
             draw(axes)
         for axes in grid[len(filled) :]:
             axes.remove()
 
-        handles = _legend(runs, view, name)
-        figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 5))
+        figure.legend(handles=legend, loc="outside upper left", ncols=min(len(legend), 5))
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=160)
         return picture.getvalue()
@@ -132,11 +139,11 @@ def _draw(runs: Sequence[Run], view: View, name: str, panels: Sequence[Panel]) -
 def _legend(runs: Sequence[Run], view: View, name: str) -> list[Line2D]:
     # The colours of runs; of step matching without the reference, which has no curve there.
     runs_of = enumerate(runs[1:], 1) if name == "step_matching" else enumerate(runs)
-    handles = [Line2D([], [], color=colour_of(index), linewidth=3, label=_plain(run.name)) for index, run in runs_of]
+    handles = [Line2D([], [], color=colour_of(index), linewidth=3, label=plain(run.name)) for index, run in runs_of]
 
     # The kinds of line that this figure has.
     if name == "step_matching":
-        handles.append(Line2D([], [], color="#999999", linestyle=":", label="as many steps as " + _plain(runs[0].name)))
+        handles.append(Line2D([], [], color="#999999", linestyle=":", label="as many steps as " + plain(runs[0].name)))
     elif name != "resources" and view.window > 1:
         handles.append(Line2D([], [], color="#666666", linewidth=0.8, alpha=0.5, label="each step"))
         handles.append(Line2D([], [], color="#666666", linewidth=1.5, label=f"mean of {view.window} steps"))
@@ -154,7 +161,7 @@ def _legend(runs: Sequence[Run], view: View, name: str) -> list[Line2D]:
     return handles
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Escape `$`, which matplotlib would take for the beginning of a formula."""
     return text.replace("$", r"\$")
 
@@ -297,7 +304,7 @@ def _matching(runs: Sequence[Run], view: View, matches: Sequence[StepMatch]) -> 
         # The diagonal is a run that is as fast as the reference.
         last = int(reference[0][-1])
         axes.plot([0, last], [0, last], color="#999999", linestyle=":")
-        axes.set(xlim=(0, last), ylim=(0, None), xlabel=f"steps of {_plain(runs[0].name)}", ylabel="steps to that loss")
+        axes.set(xlim=(0, last), ylim=(0, None), xlabel=f"steps of {plain(runs[0].name)}", ylabel="steps to that loss")
         return True
 
     return draw
