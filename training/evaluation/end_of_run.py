@@ -11,7 +11,7 @@ from modeling_mot import MoTPreTrainedModel, MoTProcessor
 from training.consolidate import complete_card, consolidate
 from training.evaluation.edits import edit_figures
 from training.evaluation.fidelity import fitting_of, mean_psnr
-from training.evaluation.losses import evaluation_note
+from training.evaluation.losses import evaluation_note, is_repeated
 from training.evaluation.retrieval import PictureGallery, retrieval_share
 from training.evaluation.sampling import Sampler, write_wav
 from training.evaluation.sheet import SampleSheet, plot_losses
@@ -121,7 +121,9 @@ def describe_summary(summary: dict, recipe: Recipe) -> list[str]:
     """The lines of a summary for people."""
     lines = []
     for kind in ("training", "held_out"):
-        figures = ", ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in summary[kind].items())
+        # A direction that one source alone has is said once, without the name of the source.
+        shown = {key: value for key, value in summary[kind].items() if not is_repeated(key, summary[kind])}
+        figures = ", ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in shown.items())
         lines.append(f"{kind.replace('_', ' ')}: {figures or 'nothing measured'}")
     if not summary["held_out"]:
         missing = "evaluation.rows is 0" if recipe.data.validation_sources else "there are no data.validation_sources"

@@ -1,4 +1,4 @@
-"""Measure held-out losses by modality and by direction.
+"""Measure held-out losses by modality, by source and by direction.
 
 Each direction holds documents of one order (text then image, image then text, ...) with targets on the second segment
 only. So a figure means one thing: how well pictures are predicted from names, names from pictures, and so on.
@@ -15,13 +15,17 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
 from modeling_mot import MoTConfig, MoTPreTrainedModel
+from training.data.rows import INTERLEAVED
 from training.optimization import DIFFUSION, objective_names
 from training.recipe import EvaluationConfig
 
 
 def target_objective(direction: str, config: MoTConfig) -> str:
-    """The objective of a direction: `image` of "text-to-image" (or `image_diffusion`), `text` of "text"."""
-    modality = direction.rpartition("-to-")[2]
+    """The objective of a direction: `image` of "text-to-image" (or `image_diffusion`), `text` of "text".
+
+    The name of a source may stand before the direction: "emoji/text-to-image".
+    """
+    modality = direction.rpartition("/")[2].rpartition("-to-")[2]
     return modality if modality in config.token_modalities else DIFFUSION
 
 
@@ -36,12 +40,16 @@ def evaluate_losses(
 ) -> dict[str, float] | None:
     """Measure the mean loss in nats per target, over all directions and of each.
 
-    The keys are `eval/loss_<modality>`, `eval/<direction>/loss` and, for text, `eval/perplexity_text`. For images that
-    are diffused `eval/loss_image_diffusion` is the mean squared error per element.
+    The keys are `eval/loss_<modality>`, `eval/<source>/<direction>/loss`, `eval/<direction>/loss` (over the sources
+    that have the direction) and, for text, `eval/perplexity_text`. For images that are diffused
+    `eval/loss_image_diffusion` is the mean squared error per element. Interleaved documents have several targets:
+    `eval/<source>/interleaved/loss_<modality>` is the loss of one modality, and `eval/<source>/interleaved/loss` is
+    that of all tokens.
 
     Args:
         model: in evaluation mode.
-        rows: direction -> packed rows, the same on every rank; the batches are shared out between ranks.
+        rows: `<source>/<direction>`, or `<direction>`, -> packed rows, the same on every rank; the batches are shared
+            out between ranks.
         collate: (rows, row_numbers=) -> a batch of tensors. Noise and noise levels follow from the numbers, so that two
             evaluations, or two runs on the same rows, see the same noisy images.
         stops: asked before each batch, on all ranks together; if it is true, the evaluation ends with None.
@@ -80,11 +88,42 @@ def evaluate_losses(
             figures[f"eval/loss_{objective}"] = total / count
     if "eval/loss_text" in figures:
         figures["eval/perplexity_text"] = math.exp(min(figures["eval/loss_text"], 700.0))
-    for index, direction in enumerate(rows):
-        total, count = sums[index, objectives.index(target_objective(direction, model.config))].tolist()
-        if count:
-            figures[f"eval/{direction}/loss"] = total / count
-    return figures
+    return figures | _losses_of_directions(dict(zip(rows, sums, strict=True)), model.config)
+
+
+def _losses_of_directions(sums: Mapping[str, torch.Tensor], config: MoTConfig) -> dict[str, float]:
+    """The figures of each source and direction, then those of each direction over its sources.
+
+    Args:
+        sums: `<source>/<direction>`, or `<direction>`, -> sums of losses and counts of targets, (objectives, 2).
+    """
+    objectives = objective_names(config)
+    parts: dict[str, torch.Tensor] = {}
+    for name, of_objectives in sums.items():
+        direction = name.rpartition("/")[2]
+        if direction == INTERLEAVED:
+            tokens = [place for place, objective in enumerate(objectives) if objective != DIFFUSION]
+            parts[f"{name}/loss"] = of_objectives[tokens].sum(dim=0)
+            parts |= {f"{name}/loss_{o}": part for o, part in zip(objectives, of_objectives, strict=True)}
+        else:
+            parts[f"{name}/loss"] = of_objectives[objectives.index(target_objective(direction, config))]
+    for name in sums:
+        direction = name.rpartition("/")[2]
+        if direction not in (name, INTERLEAVED):
+            same = [part for key, part in parts.items() if key.endswith(f"/{direction}/loss")]
+            parts[f"{direction}/loss"] = torch.stack(same).sum(dim=0)
+    return {
+        f"eval/{key}": total / count for key, (total, count) in ((k, p.tolist()) for k, p in parts.items()) if count
+    }
+
+
+def is_repeated(key: str, figures: Mapping[str, float]) -> bool:
+    """True if a figure of `evaluate_losses` is of one source, and its direction's own figure is of no other source."""
+    if key.count("/") < 3:
+        return False
+    _, direction, figure = key.rsplit("/", 2)
+    of_sources = [other for other in figures if other.count("/") > 2 and other.endswith(f"/{direction}/{figure}")]
+    return f"eval/{direction}/{figure}" in figures and len(of_sources) == 1
 
 
 def evaluation_note(config: MoTConfig) -> str | None:
