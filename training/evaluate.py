@@ -94,8 +94,6 @@ def evaluate(
     # Everything that can be refused is refused before the model is loaded, or before anything is computed.
     if unknown := [task for task in tasks or () if task not in TASKS]:
         raise ConfigError(f"there is no task {unknown[0]!r}; the tasks are {', '.join(TASKS)}")
-    if not recipe.data.validation_sources:
-        raise ConfigError("data.validation_sources is empty, so there are no held-out records; name at least one")
     folder = ResultsFolder(out, overwrite)
     evaluation, planned = prepare(source, recipe, processor, folder.path, quality or {})
     accelerator = evaluation.accelerator
@@ -188,7 +186,9 @@ def read_data(path: str | Path, words: Sequence[str] = ()) -> Recipe:
     data = tree.get("data")
     if not isinstance(data, dict):
         raise ConfigError(f"{path} has no section data:, which names the held-out data in data.validation_sources")
-    if data.get("sources") or not data.get("validation_sources"):
+    if not data.get("validation_sources"):
+        raise ConfigError(f"{path}: data.validation_sources is empty, so nothing is held out; name a source there")
+    if data.get("sources"):
         return build(Recipe, tree)
     # The checks of a recipe want training sources; the evaluation then goes on without them.
     recipe = build(Recipe, tree | {"data": data | {"sources": data["validation_sources"]}})

@@ -197,7 +197,7 @@ def make_samples(
     # Pictures drawn from names, and names read off pictures.
     held_in = subjects.held_in[: config.measured]
     held_out = subjects.held_out[: config.held_out]
-    if held_in and sampler.can_draw:
+    if (held_in or held_out) and sampler.can_draw:
         pictures = [*subjects.held_in, *subjects.held_out]
         gallery = PictureGallery([p.image for p in pictures] + subjects.distractors)
         measures["gallery_size"] = len(gallery.descriptors)

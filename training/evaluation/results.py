@@ -69,8 +69,9 @@ class ResultsFolder:
             one["figures"] |= new.get("figures", {})
             one["failed"] += new.get("failed", [])
             one["seconds"] += new["seconds"]
-        found = evaluation_results(self.results)
-        self.results["results"] = [{k: v for k, v in vars(one).items() if v is not None} for one, _ in found]
+        # Without a task a result is about the tokenizer of pictures, and not about the model.
+        found = [one for one, _ in evaluation_results(self.results) if one.task_type]
+        self.results["results"] = [{k: v for k, v in vars(one).items() if v is not None} for one in found]
         if done:
             self._write()
 

@@ -148,15 +148,15 @@ def obstacle(task: str, evaluation: Evaluation) -> str | None:
         return None if diffused else "no held-out source has a direction to pictures that the model diffuses"
     if task in ("retrieval", "psnr"):
         return _obstacle_of_samples(task, evaluation)
-    if task in ("captions", "pictures", "speech", "features") and (reason := _obstacle_of_quality()):
-        return reason
     kind, modality = ("audio", "speech") if task == "speech" else ("image", "image")
     if task in ("captions", "pictures", "speech"):
         if modality not in config.modalities:
             return f"the model has no {modality}: its modalities are {', '.join(config.modalities)}"
         if not any(pair_of([source], kind) for source in sources):
             return f"no held-out source has a template of a text and one segment of {kind}"
-    return _obstacle_of_drawing(evaluation) if task == "pictures" else None
+    if task == "pictures" and (reason := _obstacle_of_drawing(evaluation)):
+        return reason
+    return _obstacle_of_quality() if task in ("captions", "pictures", "speech", "features") else None
 
 
 def _is_perplexing(name: str, evaluation: Evaluation) -> bool:
