@@ -15,17 +15,19 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from modeling_mot import MoTProcessor
 from training.config import ConfigError, build, one_line, override, read_yaml, to_tree
 from training.data.rows import prepare_held_out
 from training.evaluation.losses import evaluation_note
 from training.evaluation.results import ResultsFolder
 from training.evaluation.tasks import OF_LOSSES, TASKS, Evaluation, Job, jobs_of, loss_figures, obstacle, settings_of
-from training.model.building import Planned, load_model, load_processor, plan_model
+from training.model.building import Planned, load_model, plan_model
 from training.recipe import ModelConfig, Recipe
 from training.run_files.checkpoints import gather_objects
 from training.world import build_accelerator, describe_world, is_sharding, leave_group, say, set_cpu_threads
@@ -116,10 +118,14 @@ def evaluate(
     for task, reason in folder.results["left_out"].items():
         say(accelerator, f"left out {task}: {reason}")
 
-    # The losses are computed by all ranks together, the other tasks are shared out.
+    # The losses are computed by all ranks together, so a rank on which they fail must end the others.
+    processes = accelerator.num_processes
     for task in (task for task in OF_LOSSES if task in chosen):
-        folder.add(_attempt(Job((task,), "", lambda task=task: {task: loss_figures(task, evaluation)})), settings)
-    jobs, processes = jobs_of(chosen, evaluation), accelerator.num_processes
+        job = Job((task,), "", lambda task=task: {task: loss_figures(task, evaluation)})
+        folder.add(_attempt(job, catches=processes == 1), settings)
+
+    # The other tasks are shared out. After each round the results of all ranks are written.
+    jobs = jobs_of(chosen, evaluation)
     world = torch.distributed.group.WORLD if processes > 1 else None
     for first in range(0, len(jobs), processes):
         place = first + accelerator.process_index
@@ -158,11 +164,14 @@ def prepare(
     # The model, and what must fit it.
     settings = ModelConfig(init_from=source, processor=processor)
     try:
-        load_processor(settings)
-    except ConfigError as error:
-        raise ConfigError(f"{error}; name one with --processor") from error
+        MoTProcessor.from_pretrained(processor or source)
+    except Exception as error:  # transformers raises anything for a folder that holds something else
+        raise ConfigError(
+            f"no processor could be loaded from {processor or source!r}: {error}; name one with --processor"
+        ) from error
     model = load_model(source, recipe.model.attn_implementation).eval()
     planned = plan_model(settings, recipe.data, model)
+    recipe = copy(recipe)
     recipe.data = planned.data
 
     # The rows.
@@ -196,12 +205,14 @@ def read_data(path: str | Path, words: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def _attempt(job: Job) -> dict[str, dict]:
-    """Do a job: task -> figures and seconds, or the reason of its failure. Failures do not end the evaluation."""
+def _attempt(job: Job, catches: bool = True) -> dict[str, dict]:
+    """Do a job: task -> figures and seconds, or the reason of its failure, which `catches` keeps from being raised."""
     begin = time.perf_counter()
     try:
         done = {task: {"figures": figures} for task, figures in job.run().items()}
     except Exception as error:  # whatever it is, the other tasks have figures
+        if not catches:
+            raise
         logging.getLogger(__name__).exception("%s failed", ", ".join(job.tasks))
         where = f"{job.source}: " if job.source else ""
         done = {task: {"failed": [f"{where}{type(error).__name__}: {one_line(error)}"]} for task in job.tasks}

@@ -150,6 +150,33 @@ def refused(place, capsys, *words: str, model: str = "model") -> str:
     return capsys.readouterr().err
 
 
+def test_a_model_that_diffuses_has_the_loss_of_its_training(place, tmp_path):
+    from training.train import main as train
+
+    picture = {"image_size": [64, 64], "unet_channels": [8, 16], "unet_layers": 1, "unet_norm_groups": 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tree = yaml.safe_load((place / "data.yaml").read_text())
+    tree["data"] |= {"row_length": 512, "sources": HELD_OUT[:1], "cache_dir": str(place / "latents")}
+    tree |= {"model": sizes | {"transfusion": picture}, "train": {"steps": 1, "rows": 1, "progress_bar": False}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    words = ["train.cpu=true", "train.precision=float32"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert (
+        train([str(tmp_path / "recipe.yaml"), *words, f"train.output_dir={tmp_path}/run", "samples.enabled=false"]) == 0
+    )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    out = tmp_path / "run" / "evaluation"
+    arguments = [str(tmp_path / "run" / "final"), "--data", str(tmp_path / "recipe.yaml"), *words, "--out", str(out)]
+    assert main([*arguments, "--tasks", "loss,diffusion"]) == 0
+
+    # At the end of training, and in the evaluation of what training saved.
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    figures = {task: one["figures"] for task, one in results_of(out)["tasks"].items()}
+    assert figures["loss"] == pytest.approx(summary["held_out"], rel=1e-6)
+    keys = {f"eval/{name}/text-to-image/loss" for name in ("emoji", "more emoji")} | {"eval/loss_image_diffusion"}
+    assert figures["diffusion"] == {key: figures["loss"][key] for key in keys}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

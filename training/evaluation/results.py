@@ -94,6 +94,11 @@ class ResultsFolder:
         """(task, what it has) in the order of `TASKS`."""
         return [(task, self.results["tasks"][task]) for task in TASKS if task in self.results["tasks"]]
 
+    def _plotted(self, task: str, figures: Mapping[str, float]) -> Mapping[str, float]:
+        """The figures of a plot: losses of tokens apart from those of diffusion, which have another unit."""
+        diffused = self.results["tasks"].get("diffusion", {"figures": ()})["figures"] if task == "loss" else ()
+        return {key: value for key, value in figures.items() if key not in diffused}
+
     def _write(self) -> None:
         if self.writes:
             write_json(self.path / RESULTS, self.results)
@@ -104,7 +109,7 @@ class ResultsFolder:
                 "name": task,
                 "what": TASKS[task],
                 "figures": [(name, _shown(value)) for name, value in one["figures"].items()],
-                "plot": _bars(one["figures"]) if task in OF_LOSSES else None,
+                "plot": _bars(self._plotted(task, one["figures"])) if task in OF_LOSSES else None,
                 "settings": one["settings"],
                 "failed": one["failed"],
                 "seconds": f"{one['seconds']:.1f}",
