@@ -118,22 +118,7 @@ def evaluate(
     for task, reason in folder.results["left_out"].items():
         say(accelerator, f"left out {task}: {reason}")
 
-    # The losses are computed by all ranks together, so a rank on which they fail must end the others.
-    processes = accelerator.num_processes
-    for task in (task for task in OF_LOSSES if task in chosen):
-        job = Job((task,), "", lambda task=task: {task: loss_figures(task, evaluation)})
-        folder.add(_attempt(job, catches=processes == 1), settings)
-
-    # The other tasks are shared out. After each round the results of all ranks are written.
-    jobs = jobs_of(chosen, evaluation)
-    world = torch.distributed.group.WORLD if processes > 1 else None
-    for first in range(0, len(jobs), processes):
-        place = first + accelerator.process_index
-        for job in jobs[first : first + processes]:
-            say(accelerator, f"{', '.join(job.tasks)} {job.source}".rstrip() + " ...")
-        done = _attempt(jobs[place]) if place < len(jobs) else {}
-        for of_rank in gather_objects(done, world):
-            folder.add(of_rank, settings)
+    _do(chosen, evaluation, folder, settings)
 
     # What a person reads.
     folder.finish()
@@ -203,6 +188,27 @@ def read_data(path: str | Path, words: Sequence[str] = ()) -> Recipe:
     recipe = build(Recipe, tree | {"data": data | {"sources": data["validation_sources"]}})
     recipe.data.sources = []
     return recipe
+
+
+def _do(tasks: Sequence[str], evaluation: Evaluation, folder: ResultsFolder, settings: dict[str, dict]) -> None:
+    """Do the tasks, with the other processes, and add what they find to the folder as soon as it is there."""
+    accelerator = evaluation.accelerator
+    # The losses are computed by all ranks together, so a rank on which they fail must end the others.
+    processes = accelerator.num_processes
+    for task in (task for task in OF_LOSSES if task in tasks):
+        job = Job((task,), "", lambda task=task: {task: loss_figures(task, evaluation)})
+        folder.add(_attempt(job, catches=processes == 1), settings)
+
+    # The other tasks are shared out. After each round the results of all ranks are written.
+    jobs = jobs_of(tasks, evaluation)
+    world = torch.distributed.group.WORLD if processes > 1 else None
+    for first in range(0, len(jobs), processes):
+        place = first + accelerator.process_index
+        for job in jobs[first : first + processes]:
+            say(accelerator, f"{', '.join(job.tasks)} {job.source}".rstrip() + " ...")
+        done = _attempt(jobs[place]) if place < len(jobs) else {}
+        for of_rank in gather_objects(done, world):
+            folder.add(of_rank, settings)
 
 
 def _attempt(job: Job, catches: bool = True) -> dict[str, dict]:

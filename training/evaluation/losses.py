@@ -98,6 +98,8 @@ def _losses_of_directions(sums: Mapping[str, torch.Tensor], config: MoTConfig) -
         sums: `<source>/<direction>`, or `<direction>`, -> sums of losses and counts of targets, (objectives, 2).
     """
     objectives = objective_names(config)
+
+    # Of each source and direction.
     parts: dict[str, torch.Tensor] = {}
     for name, of_objectives in sums.items():
         direction = name.rpartition("/")[2]
@@ -107,14 +109,15 @@ def _losses_of_directions(sums: Mapping[str, torch.Tensor], config: MoTConfig) -
             parts |= {f"{name}/loss_{o}": part for o, part in zip(objectives, of_objectives, strict=True)}
         else:
             parts[f"{name}/loss"] = of_objectives[objectives.index(target_objective(direction, config))]
+
+    # Of each direction: the sources together.
     for name in sums:
         direction = name.rpartition("/")[2]
         if direction not in (name, INTERLEAVED):
             same = [part for key, part in parts.items() if key.endswith(f"/{direction}/loss")]
             parts[f"{direction}/loss"] = torch.stack(same).sum(dim=0)
-    return {
-        f"eval/{key}": total / count for key, (total, count) in ((k, p.tolist()) for k, p in parts.items()) if count
-    }
+    means = {key: part.tolist() for key, part in parts.items()}
+    return {f"eval/{key}": total / count for key, (total, count) in means.items() if count}
 
 
 def is_repeated(key: str, figures: Mapping[str, float]) -> bool:

@@ -246,7 +246,7 @@ def _sampled(tasks: Sequence[str], evaluation: Evaluation) -> dict[str, dict[str
         subjects,
         recipe.samples,
         folder / "samples",
-        str(folder.name),
+        evaluation.model.name_or_path,
         autocast=evaluation.accelerator.autocast,
         progress_bar=evaluation.shows_bar,
     )
