@@ -123,12 +123,7 @@ def model_card(
     # The head is for the Hub, the body is for people.
     name = repo.split("/")[-1] if repo else (run or folder).resolve().name
     made_from = read_json(folder, "conversion.json")
-    results = list(_results(facts))
-    if measured := list(evaluation_results(_evaluation(folder, run, evaluation))):
-        anew = {(result.task_type, result.metric_type) for result, _ in measured}
-        results = [pair for pair in results if (pair[0].task_type, pair[0].metric_type) not in anew]
-        # Losses of an evaluation stand among the figures: the table of losses is that of the run.
-        results += [(result, bool(is_share)) for result, is_share in measured]
+    results = _all_results(facts, _evaluation(folder, run, evaluation))
     card = ModelCard.from_template(
         ModelCardData(**(_head(config, facts, made_from, name, results) | metadata)),
         template_path=str(TEMPLATE),
@@ -596,6 +591,15 @@ def _result(facts: RunFacts, sources: list[dict], task: str | None, metric: str,
 
 
 # ------------------------------------------------------------------------------------------------------- an evaluation
+
+
+def _all_results(facts: RunFacts, evaluation: dict) -> list[tuple[EvalResult, bool | None]]:
+    """The results of a run and of an evaluation, which replaces the run's own of the same task and metric."""
+    measured = list(evaluation_results(evaluation))
+    anew = {(result.task_type, result.metric_type) for result, _ in measured}
+    kept = [pair for pair in _results(facts) if (pair[0].task_type, pair[0].metric_type) not in anew]
+    # Losses of an evaluation stand among the figures: the table of losses is that of the run.
+    return kept + [(result, bool(is_share)) for result, is_share in measured]
 
 
 def evaluation_results(evaluation: Mapping[str, Any]) -> Iterator[tuple[EvalResult, bool | None]]:
