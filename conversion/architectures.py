@@ -41,6 +41,9 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 # Kinds of RoPE whose factors depend on max_position_embeddings.
 _ROPE_OF_LENGTH = ("dynamic", "yarn")
 
+# Part of `MoTConfig.part_names` -> its modules.
+_ATTENTION = {"query_key_value": ("q_proj", "k_proj", "v_proj"), "attention": ("o_proj", "q_norm", "k_norm")}
+
 _IGNORED = ("model.rotary_emb.inv_freq", "model.layers.{layer}.self_attn.rotary_emb.inv_freq")
 
 
@@ -53,7 +56,11 @@ def rules(attention_norm: str = "input_layernorm", feed_forward_norm: str = "pos
         Rule("model.norm.weight", "model.norm.{norm}.weight"),
         Rule(f"{layer}.{attention_norm}.weight", f"{layer}.input_layernorm.{{norm}}.weight"),
         Rule(f"{layer}.{feed_forward_norm}.weight", f"{layer}.post_attention_layernorm.{{norm}}.weight"),
-        Rule(f"{layer}.self_attn.{{module}}.{{kind}}", f"{layer}.self_attn.{{module}}.{{attention}}.{{kind}}"),
+        *(
+            Rule(f"{layer}.self_attn.{module}.{{kind}}", f"{layer}.self_attn.{module}.{{{part}}}.{{kind}}")
+            for part, modules in _ATTENTION.items()
+            for module in modules
+        ),
         Rule(f"{layer}.mlp.{{module}}.{{kind}}", f"{layer}.mlp.{{feed_forward}}.{{module}}.{{kind}}"),
         Rule(f"{layer}.mlp.{{module}}.{{kind}}", f"{layer}.mlp.{{mixture}}.experts.{{expert}}.{{module}}.{{kind}}"),
     ]
@@ -89,7 +96,7 @@ class Architecture:
     # ------------------------------------------------------------------------------------------------ configurations
 
     def mot_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """The fields of a MoTConfig that compute what `config` computes; all of COMMON and LAYER."""
+        """Return the fields of a MoTConfig that compute what `config` computes; all of COMMON and LAYER."""
         # Fields of one name on both sides, with transformers' defaults where a configuration leaves them open.
         values = {name: getattr(config, name, None) for name in COMMON}
         values["head_dim"] = values["head_dim"] or config.hidden_size // config.num_attention_heads
@@ -107,7 +114,7 @@ class Architecture:
         return values
 
     def source_config(self, config: MoTConfig) -> PreTrainedConfig:
-        """The configuration of this architecture that computes what a tower of `config` computes.
+        """Return the configuration of this architecture that computes what a tower of `config` computes.
 
         Raises:
             ConversionError: there is none; the fields that differ are named.
@@ -182,7 +189,7 @@ class Architecture:
     def key_map(self, config: MoTConfig) -> KeyMap:
         """Pair the names of its tensors with the names in a model of `config`."""
         tied = config.tie_word_embeddings
-        values = {part: config.part_names(part) for part in ("attention", "norm")}
+        values = {part: config.part_names(part) for part in (*_ATTENTION, "norm")}
         feed_forwards = config.part_names("feed_forward")
         values["feed_forward"] = [name for name in feed_forwards if name not in config.moe_towers]
         values["mixture"] = [name for name in feed_forwards if name in config.moe_towers]

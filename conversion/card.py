@@ -62,7 +62,7 @@ def write_card(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a request that cannot be met."""
+    """Return the exit code: 0 done, 2 a request that cannot be met."""
     parser = argparse.ArgumentParser(prog="python -m conversion.card", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="a run or a checkpoint")
     parser.add_argument("--run", type=Path, help="the run of a checkpoint (default: the run whose folder holds it)")

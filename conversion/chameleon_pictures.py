@@ -140,7 +140,7 @@ def image_tokenizer(
 
 
 def vq_model_arguments(vq_config: ChameleonVQVAEConfig) -> dict[str, Any]:
-    """The arguments of diffusers' `VQModel` that make the same network."""
+    """Return the arguments of diffusers' `VQModel` that make the same network."""
     return {
         "block_out_channels": [vq_config.base_channels * factor for factor in vq_config.channel_multiplier],
         "layers_per_block": vq_config.num_res_blocks,

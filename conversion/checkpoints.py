@@ -149,7 +149,7 @@ class CheckpointReader:
         return tuple(self._headers[name]["shape"])
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor. Raises ConversionError for quantized weights: integers, floats of at most 8 bits."""
+        """Return a tensor's dtype. Raises ConversionError for quantized weights: integers, floats of at most 8 bits."""
         code = self._headers[name]["dtype"]
         if code not in DTYPES:
             raise ConversionError(f"{name} is stored as {code}; convert the checkpoint before it was quantized")
@@ -166,7 +166,7 @@ class CheckpointReader:
             raise ConversionError(f"{name} has shape {self.shape(name)}, where config.json says {shape}")
 
     def num_bytes(self) -> int:
-        """The bytes of all tensors together."""
+        """Return the bytes of all tensors together."""
         return sum(end - begin for begin, end in (self._headers[name]["data_offsets"] for name in self._files))
 
     def read(self, name: str) -> torch.Tensor:
@@ -185,7 +185,7 @@ class CheckpointReader:
 
 
 def provenance(source: str, folder: Path, commit: str | None, reader: CheckpointReader) -> dict:
-    """The origin that `conversion.json` records. A folder is recorded by its name, not by its path.
+    """Return the origin that `conversion.json` records. A folder is recorded by its name, not by its path.
 
     Args:
         folder, commit: as `fetch` gave them for `source`.

@@ -108,7 +108,7 @@ def check_range(option: str, value: int | None, least: int, most: int) -> None:
 
 
 def stored_dtype(stored: dict[str, Any], fallback: torch.dtype) -> torch.dtype:
-    """The dtype that a config.json names, else `fallback`."""
+    """Return the dtype that a config.json names, else `fallback`."""
     name = stored.get("dtype") or stored.get("torch_dtype")
     return getattr(torch, name) if isinstance(name, str) and name in DTYPE_NAMES else fallback
 

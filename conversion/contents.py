@@ -45,7 +45,7 @@ _CALLS = {"GLOBAL", "STACK_GLOBAL", "REDUCE", "INST", "OBJ", "NEWOBJ", "NEWOBJ_E
 
 
 def problem_of(file: Path) -> str | None:
-    """The reason why a file must not be published, or None. Of a secret only the first characters are told."""
+    """Return the reason why a file must not be published, or None. Of a secret only the first characters are told."""
     suffix = file.suffix.lower()
     try:
         parts = list(_weights(file) if suffix == ".safetensors" else _parts(suffix, file.read_bytes()))
@@ -70,7 +70,7 @@ def problem_of(file: Path) -> str | None:
 
 
 def _parts(suffix: str, content: bytes) -> Iterator[bytes]:
-    """The parts of a file in which something could be hidden. Raises ValueError for a file of another format."""
+    """Return the parts of a file in which something could be hidden. Raises ValueError for a file of another format."""
     if suffix in _PICTURES:
         yield from _picture(content, _PICTURES[suffix])
         return
@@ -83,14 +83,14 @@ def _parts(suffix: str, content: bytes) -> Iterator[bytes]:
 
 
 def _weights(file: Path) -> Iterator[bytes]:
-    """The header of a file of safetensors, without escapes. Tensors hold numbers alone."""
+    """Return the header of a file of safetensors, without escapes. Tensors hold numbers alone."""
     with safe_open(file, framework="np") as opened:  # which compares the header with the file's size
         yield json.dumps(opened.metadata() or {}, ensure_ascii=False).encode("utf-8", "surrogatepass")
         yield "\n".join(opened.keys()).encode("utf-8", "surrogatepass")
 
 
 def _picture(content: bytes, name: str) -> Iterator[bytes]:
-    """The parts of a picture beside its pixels. Raises ValueError for another format, or bytes behind its end."""
+    """Return a picture's parts beside its pixels. Raises ValueError for another format, or bytes behind its end."""
     with Image.open(io.BytesIO(content), formats=[name]) as picture:
         picture.verify()
     for part in {"PNG": _of_png, "JPEG": _of_jpeg, "WEBP": _of_webp}[name](content):
@@ -112,7 +112,7 @@ def _of_png(content: bytes) -> Iterator[bytes]:
 
 
 def _png_texts(kind: bytes, chunk: bytes) -> Iterator[bytes]:
-    """A chunk beside the pixels, and the text that is compressed in it."""
+    """Return a chunk beside the pixels, and the text that is compressed in it."""
     yield chunk
     _, _, rest = chunk.partition(b"\0")  # behind the keyword
     if kind == b"iTXt" and rest[:1] == b"\1":

@@ -108,11 +108,14 @@ def export_dense(
         ConversionError: the towers differ, no dense architecture has such layers, or the checkpoint is not what its
             configuration says; the message says what to do.
     """
+    # Everything that can be refused is refused here, before a file is written.
     check_output(out, overwrite)
     folder, commit = fetch(source, revision)
     plan = _plan(folder, source, tower, architecture, vocab_size, dtype)
     if dry_run:
         return plan
+
+    # The folder appears whole, with the record of where it came from.
     record = {
         "command": "export_dense",
         **provenance(source, folder, commit, plan.reader),
@@ -170,7 +173,7 @@ def _modules_of(config: MoTConfig, tower: str | None) -> dict[str, list[str]]:
     """Part of a layer -> the modules of the tower, or of all towers."""
     if tower is not None and tower not in config.tower_names:
         raise ConversionError(f"--tower {tower} is none of the checkpoint's towers, {', '.join(config.tower_names)}")
-    parts = {part: config.part_names(part) for part in ("attention", "feed_forward", "norm")}
+    parts = {part: config.part_names(part) for part in ("query_key_value", "attention", "feed_forward", "norm")}
     if tower is not None:
         parts = {part: [tower] if tower in names else names for part, names in parts.items()}
     if mixtures := [name for name in parts["feed_forward"] if name in config.moe_towers]:
@@ -215,7 +218,7 @@ def _source_config(architecture: Architecture, config: MoTConfig) -> PreTrainedC
 
 
 def _recorded_architecture(folder: Path) -> str | None:
-    """The model type of the checkpoint that `conversion.upcycle` read."""
+    """Return the model type of the checkpoint that `conversion.upcycle` read."""
     path = folder / "conversion.json"
     return read_json(path).get("architecture") if path.is_file() else None
 
@@ -242,7 +245,7 @@ def _cut_vocabulary(folder: Path, dense: PreTrainedConfig, generation: Generatio
 
 
 def _generation_config(source: Path, dense: PreTrainedConfig) -> GenerationConfig:
-    """The source's settings of generation without the fields that only a MoT reads."""
+    """Return the source's settings of generation without the fields that only a MoT reads."""
     generation = read_generation_config(source)
     if generation is None:
         return GenerationConfig.from_model_config(dense)
@@ -262,7 +265,7 @@ def _copies(
     modules: dict[str, list[str]],
     tower: str | None,
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """(dense tensor -> the MoT's tensors that become it, the MoT's tensors that are left behind)."""
+    """Return (dense tensor -> the MoT's tensors that become it, the MoT's tensors that are left behind)."""
     # The tensors of the dense model, and their names in the MoT.
     with torch.device("meta"):
         shapes = {k: tuple(v.shape) for k, v in MODEL_FOR_CAUSAL_LM_MAPPING[type(dense)](dense).state_dict().items()}
@@ -318,7 +321,7 @@ def _read(reader: CheckpointReader, name: str, rows: int, dtype: torch.dtype) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a request that cannot be met."""
+    """Return the exit code: 0 done, 2 a request that cannot be met."""
     parser = argparse.ArgumentParser(
         prog="python -m conversion.export_dense",
         description=__doc__,

@@ -88,7 +88,7 @@ def _files(api: HfApi, repo: str, commit_hash: str) -> dict[str, RepoFile]:
 
 
 def differing(additions: Iterable[CommitOperationAdd], files: Mapping[str, RepoFile]) -> list[str]:
-    """The paths whose content differs from the Hub's `files`, by SHA-256 of large files and git's hash of others."""
+    """List the paths whose content differs from the Hub's `files`, by SHA-256 of large files, else by git's hash."""
     return [one.path_in_repo for one in additions if not _is_there(one, files.get(one.path_in_repo))]
 
 

@@ -45,7 +45,7 @@ from modeling_mot.speech_tokenizer import MoTSpeechTokenizer
 
 
 VQ_VAE = "model.vqmodel."
-VARIANTS = ("mot", "dense", "untied-feed-forward", "untied-feed-forward-attention")
+VARIANTS = ("mot", "dense", "untied-feed-forward", "untied-feed-forward-qkv", "untied-feed-forward-attention")
 ROWS_ARE_TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
 CHAMELEON = Architecture(
     "chameleon",
@@ -230,7 +230,7 @@ def _mot_config(
 
 
 def _generation_config(folder: Path, config: MoTConfig) -> GenerationConfig:
-    """The source's settings of generation, with the tokens that its tokenizer begins, ends and pads with."""
+    """Return the source's settings of generation, with the tokens that its tokenizer begins, ends and pads with."""
     generation = read_generation_config(folder)
     if generation is None:
         return GenerationConfig.from_model_config(config)
@@ -261,7 +261,7 @@ def _entry(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a request that cannot be met."""
+    """Return the exit code: 0 done, 2 a request that cannot be met."""
     parser = argparse.ArgumentParser(
         prog="python -m conversion.import_chameleon",
         description=__doc__,
@@ -302,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _speech(options: argparse.Namespace) -> tuple[int, MoTSpeechTokenizer | None]:
-    """(number of units, their tokenizer). Raises ConversionError for options that contradict each other."""
+    """Return (number of units, their tokenizer). Raises ConversionError for options that contradict each other."""
     units, folder = options.speech_units, options.speech_tokenizer
     if not {"text", "image"} <= set(options.modalities):
         raise ConversionError(f"--modalities {' '.join(options.modalities)}: a Chameleon has text and image")

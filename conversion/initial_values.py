@@ -28,7 +28,7 @@ class Start:
 
     @classmethod
     def parse(cls, text: str) -> "Start":
-        """`copy`, `fresh` or `perturbed:STD`. Raises ConversionError for anything else."""
+        """Return `copy`, `fresh` or `perturbed:STD`. Raises ConversionError for anything else."""
         kind, _, std = text.partition(":")
         try:
             if kind == "perturbed" and 0 < float(std) <= MOST_NOISE:

@@ -74,7 +74,7 @@ class KeyMap:
         self._ignored = [_pattern(pattern) for pattern in ignored]
 
     def forward(self, name: str) -> list[str]:
-        """The targets of a tensor of the source, in the order of rules and values; empty if no rule fits."""
+        """Return the targets of a tensor of the source, in the order of rules and values; empty if no rule fits."""
         targets = []
         for rule, pattern in zip(self.rules, self._sources):
             if match := pattern.fullmatch(name):
@@ -83,7 +83,7 @@ class KeyMap:
         return targets
 
     def backward(self, name: str) -> Origin | None:
-        """The origin of a tensor of the target; None if no rule fits.
+        """Return the origin of a tensor of the target; None if no rule fits.
 
         Raises:
             ValueError: two rules give it two sources, a mistake in the table.
@@ -101,7 +101,7 @@ class KeyMap:
         return any(pattern.fullmatch(name) for pattern in self._ignored)
 
     def origins(self, source: Iterable[str], target: Iterable[str]) -> dict[str, Origin]:
-        """The origin of each name of `target`, in its order; every name of `source` must be used or ignored.
+        """Return the origin of each name of `target`, in its order; every name of `source` must be used or ignored.
 
         Raises:
             ConversionError: names are left over on either side; all of them are listed.
@@ -126,12 +126,12 @@ class KeyMap:
 
 
 def fields_of(pattern: str) -> list[str]:
-    """The names of a pattern's fields, each once."""
+    """Return the names of a pattern's fields, each once."""
     return list(dict.fromkeys(match[1] for match in _FIELD.finditer(pattern)))
 
 
 def _pattern(pattern: str, values: Mapping[str, Sequence[str]] | None = None) -> re.Pattern:
-    """A pattern as a regular expression; a field with `values` is one of them, any other is text without a dot."""
+    """Compile a pattern; a field with `values` is one of them, any other is text without a dot."""
     parts = []
     seen = set()
     end = 0

@@ -119,7 +119,7 @@ def _is_published(repo: str, branch: Branch, files: dict[str, Path], private: bo
 
 
 def _run_of(folder: Path) -> Path | None:
-    """The run whose folder holds `folder`: RUN of RUN/final and of RUN/consolidated/step-..."""
+    """Return the run whose folder holds `folder`: RUN of RUN/final and of RUN/consolidated/step-..."""
     return next((parent for parent in folder.resolve().parents[:2] if (parent / "manifest.json").is_file()), None)
 
 
@@ -128,7 +128,7 @@ def _additions(files: dict[str, Path], but: str | None = None) -> list[CommitOpe
 
 
 def _keeper_of_card(api: HfApi, repo: str, branch: Branch, files: dict[str, Path]) -> str | None:
-    """The place of a card that somebody wrote: the folder, else the Hub; None if there is no such card."""
+    """Return the place of a card that somebody wrote: the folder, else the Hub; None if there is no such card."""
     from model_cards.card import is_generated  # takes seconds, so it waits for the checks
 
     if CARD in files and not is_generated(files[CARD].read_text(encoding="utf-8")):
@@ -174,7 +174,7 @@ def _say_link(api: HfApi, repo: str, commit_hash: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a request that cannot be met."""
+    """Return the exit code: 0 done, 2 a request that cannot be met."""
     parser = argparse.ArgumentParser(prog="python -m conversion.push", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a checkpoint, such as runs/emoji/final")
     parser.add_argument("repo", metavar="REPO", help="owner/name, or a name of your own")

@@ -8,6 +8,7 @@ import yaml
 
 from conversion.key_maps import ConversionError
 from modeling_mot import MoTConfig, MoTProcessor, MoTTransfusionConfig
+from modeling_mot.configuration_mot import UNTIED_PARTS
 
 
 _HEAD = """\
@@ -20,7 +21,7 @@ _TEXT_TOKENS = 64  # about what a caption needs
 
 
 def train_command(out: Path) -> str:
-    """The command that trains with the recipe in `out`."""
+    """Return the command that trains with the recipe in `out`."""
     return f"python training/train.py {shlex.quote(str(out / 'train.yaml'))}"
 
 
@@ -61,7 +62,7 @@ def frozen_text_recipe(out: Path, config: MoTConfig, processor: MoTProcessor | N
         },
         "optimizer": {"lr": 1e-4, "min_lr": 1e-5},
         "train": {
-            "frozen_towers": ["text", *(["shared"] if len(config.untied) < 3 else [])],
+            "frozen_towers": ["text", *(["shared"] if not set(UNTIED_PARTS) <= set(config.untied) else [])],
             "frozen_vocabulary": held_rows,
             "steps": 1000,
             "rows": 8,

@@ -78,14 +78,14 @@ def repository_files(folder: Path, keep_code: bool = False) -> dict[str, Path]:
 
 
 def _walk(folder: Path) -> Iterable[Path]:
-    """All files, and the links to folders. No link is followed."""
+    """Return all files, and the links to folders. No link is followed."""
     for root, folders, files in os.walk(folder):
         yield from (Path(root) / name for name in files)
         yield from (link for name in folders if (link := Path(root) / name).is_symlink())
 
 
 def _refusal(folder: Path, path: str, file: Path) -> str | None:
-    """The reason why a file must not be published, or None."""
+    """Return the reason why a file must not be published, or None."""
     if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
         if file.is_symlink():
             return f"a link to {os.readlink(file)}, outside the folder; put a copy in its place"
@@ -117,7 +117,7 @@ def _missing_or_left(folder: Path, files: Mapping[str, Path]) -> list[str]:
 
 
 def _code_problems(folder: Path, files: Mapping[str, Path], keep_code: bool) -> list[str]:
-    """The reasons why the folder's code must not be published.
+    """Return the reasons why the folder's code must not be published.
 
     Loading with `trust_remote_code` runs these files. So each must equal this package's file or, with `keep_code`, be
     code that the model loads.

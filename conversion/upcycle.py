@@ -113,7 +113,7 @@ def wishes_of(options: argparse.Namespace) -> Wishes:
     elif options.vae is not None or options.image_size is not None:
         raise ConversionError("--vae and --image-size are of pictures that are diffused; add --transfusion")
     settings = parse_settings(options.set, is_transfusion=vae is not None)
-    make_room(options)
+    make_space(options)
     media = media_of(options, vae, settings)
     if media.modalities != [name for name in ("text", "image", "speech") if name in options.modalities]:
         raise ConversionError(
@@ -145,7 +145,7 @@ def wishes_of(options: argparse.Namespace) -> Wishes:
     )
 
 
-def make_room(options: argparse.Namespace) -> None:
+def make_space(options: argparse.Namespace) -> None:
     """Give pictures and sound as many tokens as the usual tokenizers have, if no option says more; tell the user."""
     asked = (options.transfusion, options.image_tokenizer, options.image_codes)
     if "image" in options.modalities and not any(one is not None and one is not False for one in asked):
@@ -263,7 +263,7 @@ def _add_rest(add: Callable) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a request that cannot be met."""
+    """Return the exit code: 0 done, 2 a request that cannot be met."""
     options = build_parser().parse_args(arguments)
 
     def work() -> None:

@@ -131,7 +131,7 @@ def import_vae(
 
 
 def read_vae(folder: str | Path) -> AutoencoderKL | AutoencoderTiny:
-    """A VAE in a folder of diffusers, or of that name on the Hub, in float32, frozen; nothing is unpickled.
+    """Read a VAE in a folder of diffusers, or of that name on the Hub, in float32, frozen; nothing is unpickled.
 
     Raises:
         ConversionError: there is none, it is not whole, or its class is none that a Transfusion model can hold.
@@ -212,14 +212,14 @@ def _check_fits(
 
 
 def _scaling(vae_config: dict[str, Any]) -> dict[str, Any]:
-    """The scaling fields, with diffusers' defaults for absent ones; a shift of 0 counts as none."""
+    """Return the scaling fields, with diffusers' defaults for absent ones; a shift of 0 counts as none."""
     with torch.device("meta"):
         complete = build_vae(vae_config).config
     return {name: complete.get(name) or None for name in SCALING}
 
 
 def _written_anew(root: Path, folder: str, names: list[str]) -> set[str]:
-    """The names that are not copied: code, and the model's own weights, which stand in the root alone."""
+    """Return the names that are not copied: code, and the model's own weights, which stand in the root alone."""
     stem, code = WEIGHTS.removesuffix(".safetensors"), {name for name in names if name.endswith(".py")}
     if Path(folder) != root:
         return code
@@ -248,7 +248,7 @@ def _num_bytes(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a request that cannot be met."""
+    """Return the exit code: 0 done, 2 a request that cannot be met."""
     parser = argparse.ArgumentParser(prog="python -m conversion.vae", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     exported = commands.add_parser("export", help="write the VAE of a model as a folder of diffusers")

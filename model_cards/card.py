@@ -156,7 +156,7 @@ def is_generated(text: str) -> bool:
 def _head(
     config: MoTConfig, facts: "RunFacts", made_from: dict, name: str, results: list[tuple[EvalResult, bool | None]]
 ) -> dict[str, Any]:
-    """The fields of `ModelCardData` that follow from the files."""
+    """Return the fields of `ModelCardData` that follow from the files."""
     licence, licence_name = licence_of(facts)
     return {
         "language": languages_of(facts),
@@ -175,7 +175,7 @@ def _head(
 def _body(
     config: MoTConfig, facts: "RunFacts", weights: str, results: list[tuple[EvalResult, bool | None]]
 ) -> dict[str, Any]:
-    """The values of the template that follow from the run's files."""
+    """Return the values of the template that follow from the run's files."""
     # Losses have a table of their own.
     measured = [(result, is_share) for result, is_share in results if is_share is not None]
     return {
@@ -201,7 +201,7 @@ def _digest(text: str) -> str:
 
 
 def _told_before(folder: Path) -> tuple[int | None, str | None]:
-    """(step, weights) that the mark of the folder's present card names; (None, None) without such a card."""
+    """Return (step, weights) that the mark of the folder's present card names; (None, None) without such a card."""
     readme = folder / "README.md"
     match = re.search(_MARK, readme.read_text(encoding="utf-8")) if readme.is_file() else None
     return (None, None) if match is None else (match["step"] and int(match["step"]), match["weights"])
@@ -258,18 +258,18 @@ class RunFacts:
         self.starts = _starts(run, self.section("train").get("output_dir"))
 
     def section(self, name: str) -> dict:
-        """A section of the recipe; empty if the recipe has none of that name."""
+        """Return a section of the recipe; empty if the recipe has none of that name."""
         return self.recipe.get(name) or {}
 
     def total(self, *keys: str) -> float | None:
-        """The sum over all steps of the product of these figures; None unless every step recorded them."""
+        """Return the sum over all steps of the product of these figures; None unless every step recorded them."""
         rows = [[row.get(key) for key in keys] for row in self.training.values()]
         complete = len(rows) == self.step and not any(None in row for row in rows)
         return sum(math.prod(row) for row in rows) if complete else None
 
 
 def read_json(folder: Path | None, name: str) -> dict:
-    """The object in a JSON file; empty without a folder or a file.
+    """Return the object in a JSON file; empty without a folder or a file.
 
     Raises:
         ValueError: the file is not JSON, or holds another value than an object.
@@ -287,7 +287,7 @@ def read_json(folder: Path | None, name: str) -> dict:
 
 
 def _read_metrics(run: Path | None, until: int | None) -> tuple[dict[int, dict], dict]:
-    """(step -> training row, the last evaluation row) up to step `until`; of a repeated step the later row counts."""
+    """Read (step -> training row, the last evaluation row) up to step `until`; the later row of a step counts."""
     training, evaluation = {}, {}
     if run is None or not (run / "metrics.jsonl").is_file():
         return training, evaluation
@@ -325,7 +325,7 @@ def _recent_losses(training: dict[int, dict]) -> dict[str, float]:
 
 
 def _first_caption(run: Path) -> str | None:
-    """The first caption that the run drew a picture for at its end; None if there is none, or only a long one."""
+    """Find the first caption that the run drew a picture for at its end; None without a short one."""
     file = run / "samples" / "names.tsv"
     lines = file.read_text(encoding="utf-8").splitlines()[1:2] if file.is_file() else []
     caption = lines[0].split("\t")[0].strip() if lines else ""
@@ -333,7 +333,7 @@ def _first_caption(run: Path) -> str | None:
 
 
 def _starts(run: Path | None, output_dir: str | None) -> list[Path]:
-    """The present folder and, if the run still lies where its recipe says, the folder that the run was started in."""
+    """List the present folder and, if the run still lies where its recipe says, the folder it was started in."""
     written = Path(output_dir or "").parts
     if run is None or not written or run.resolve().parts[-len(written) :] != written:
         return [Path()]
@@ -341,7 +341,7 @@ def _starts(run: Path | None, output_dir: str | None) -> list[Path]:
 
 
 def _without_places(tree: Any) -> Any:
-    """The tree with the last part in the place of each absolute path: strangers read the card, not this machine."""
+    """Replace each absolute path by its last part: strangers read the card, on machines of their own."""
     if isinstance(tree, str):
         return Path(tree).name if tree.startswith(("/", "~")) else tree
     if isinstance(tree, dict):
@@ -353,7 +353,7 @@ def _without_places(tree: Any) -> Any:
 
 
 def hub_name(source: Mapping[str, Any], facts: RunFacts) -> str | None:
-    """The name on the Hub of a source's data set; None if the data are elsewhere.
+    """Return the name on the Hub of a source's data set; None if the data are elsewhere.
 
     `my/pets` may be a data set of the user "my" or a folder. It is a folder if the run read a card there, or if such a
     folder exists.
@@ -367,7 +367,7 @@ def hub_name(source: Mapping[str, Any], facts: RunFacts) -> str | None:
 
 
 def licence_of(facts: RunFacts) -> tuple[str | None, str | None]:
-    """(license, license_name) of the data, if every source declares one; else (None, None)."""
+    """Return (license, license_name) of the data, if every source declares one; else (None, None)."""
     cards = [facts.data_cards.get(source["path"], {}) for source in facts.sources]
     names = {card.get("license_name") or card.get("license") for card in cards}
     if not names or None in names:
@@ -378,14 +378,14 @@ def licence_of(facts: RunFacts) -> tuple[str | None, str | None]:
 
 
 def languages_of(facts: RunFacts) -> list[str] | None:
-    """The languages that the data declare, each once; None if no source declares one."""
+    """Return the languages that the data declare, each once; None if no source declares one."""
     found = [facts.data_cards.get(source["path"], {}).get("language") for source in facts.sources]
     flat = [name for item in found if item for name in (item if isinstance(item, list) else [item])]
     return list(dict.fromkeys(flat)) or None
 
 
 def _base_model(made_from: dict, facts: RunFacts) -> str | None:
-    """The model on the Hub that this one was converted from, or that its run began with."""
+    """Return the model on the Hub that this one was converted from, or that its run began with."""
     if made_from.get("revision"):
         return made_from["source"]
     begun = facts.section("model").get("init_from")
@@ -393,12 +393,12 @@ def _base_model(made_from: dict, facts: RunFacts) -> str | None:
 
 
 def _data_name(path: str, facts: RunFacts) -> str:
-    """A source's name for people: its name on the Hub, the title of its own card, or its path."""
+    """Return a source's name for people: its name on the Hub, the title of its own card, or its path."""
     return hub_name({"path": path}, facts) or facts.data_cards.get(path, {}).get("pretty_name", path)
 
 
 def _sources(facts: RunFacts) -> Iterator[tuple[str, ...]]:
-    """(name, data, split, records, share, documents, licence) of each source that the model was trained on."""
+    """Return (name, data, split, records, share, documents, licence) of each source that the model was trained on."""
     total = sum(source["weight"] for source in facts.sources)
     for source in facts.sources:
         hub = hub_name(source, facts)
@@ -420,7 +420,7 @@ def _sources(facts: RunFacts) -> Iterator[tuple[str, ...]]:
 
 
 def _attributions(facts: RunFacts) -> Iterator[tuple[str, str]]:
-    """(title, text) of each data card that says whom to name."""
+    """Return (title, text) of each data card that says whom to name."""
     for path in dict.fromkeys(source["path"] for source in facts.sources):
         card = facts.data_cards.get(path, {})
         if card.get("attribution"):
@@ -431,7 +431,7 @@ def _attributions(facts: RunFacts) -> Iterator[tuple[str, str]]:
 
 
 def _architecture(config: MoTConfig, facts: RunFacts) -> Iterator[tuple[str, str]]:
-    """(what, value) of each row in the table of the architecture."""
+    """Return (what, value) of each row in the table of the architecture."""
     # The towers.
     if variant := facts.section("model").get("variant"):
         yield "variant", f"`{variant}`"
@@ -461,7 +461,7 @@ def _architecture(config: MoTConfig, facts: RunFacts) -> Iterator[tuple[str, str
 
 
 def _training(facts: RunFacts, weights: str) -> Iterator[tuple[str, str]]:
-    """(what, value) of each row in the table of the training."""
+    """Return (what, value) of each row in the table of the training."""
     manifest, train, optimizer = facts.manifest, facts.section("train"), facts.section("optimizer")
 
     # The recipe.
@@ -469,7 +469,8 @@ def _training(facts: RunFacts, weights: str) -> Iterator[tuple[str, str]]:
         yield "step", f"{facts.step:,}" + (f" of {train['steps']:,}" if train else "")
     if train:
         yield "rows in a micro-batch", f"{train['rows']} of {facts.section('data')['row_length']:,} tokens"
-        yield "micro-batches in a step", str(train["accumulation"])
+        held = f"as many as make {train.get('tokens_per_step') or 0:,} tokens"
+        yield "micro-batches in a step", held if train["accumulation"] is None else str(train["accumulation"])
         if (decay := train.get("ema_decay")) is not None:
             average = weights == "average"
             yield "weights", f"their moving average ({decay})" if average else "of the last step, no average"
@@ -511,7 +512,7 @@ def _flops_of_positions(facts: RunFacts) -> int | None:
 
 
 def _losses(facts: RunFacts) -> Iterator[tuple[str, str, str]]:
-    """(objective, training loss, held-out loss)."""
+    """Return (objective, training loss, held-out loss)."""
     held_out = [key.removeprefix("eval/") for key in facts.held_out if key.startswith("eval/loss_")]
     for key in dict.fromkeys([*facts.learnt, *held_out]):
         pair = (facts.learnt.get(key), facts.held_out.get(f"eval/{key}"))
@@ -520,7 +521,7 @@ def _losses(facts: RunFacts) -> Iterator[tuple[str, str, str]]:
 
 
 def _by_heart(facts: RunFacts) -> list[str]:
-    """The objectives whose held-out loss is far above the training loss."""
+    """Return the objectives whose held-out loss is far above the training loss."""
     held_out = {key: facts.held_out.get(f"eval/{key}") for key in facts.learnt}
     return [
         _objective(key)
@@ -534,7 +535,7 @@ def _objective(key: str) -> str:
 
 
 def _results(facts: RunFacts) -> Iterator[tuple[EvalResult, bool | None]]:
-    """(result, is a share); the second is None for a loss, since losses have another table.
+    """Return (result, is a share); the second is None for a loss, since losses have another table.
 
     A result without a task is about the image tokenizer and not about the model; the metadata leave it out.
     """
@@ -543,12 +544,13 @@ def _results(facts: RunFacts) -> Iterator[tuple[EvalResult, bool | None]]:
     for key, value in facts.held_out.items():
         name, _, figure = key.removeprefix("eval/").rpartition("/")
         source, _, direction = name.rpartition("/")
-        metric, _, objective = figure.partition("_")
         # A direction's figure over all data sets says less than that of each of them.
         is_repeated = not source and any(other.endswith(f"/{direction}/{figure}") for other in of_sources)
-        if value is None or is_repeated:
+        if value is None or is_repeated or "@" in figure:  # @: at one noise level
             continue
-        what = f"held-out {metric}{objective and f' of {objective}'.replace('_', ' ')}"
+        is_of_one = figure.startswith(("loss_", "perplexity_"))
+        metric, _, objective = figure.partition("_") if is_of_one else (figure, "", "")
+        what = f"held-out {metric.replace('_', ' ')}{objective and f' of {objective}'.replace('_', ' ')}"
         if direction:
             what += f", {direction}{source and f' of {source}'}"
         sources = [found for found in facts.validation_sources if found["name"] == source] or _held_out(facts)
@@ -572,7 +574,7 @@ def _held_out(facts: RunFacts) -> list[dict]:
 
 
 def _result(facts: RunFacts, sources: list[dict], task: str | None, metric: str, value: float, what: str) -> EvalResult:
-    """A result with the data that it was measured on.
+    """Return a result with the data that it was measured on.
 
     The Hub reads `owner/name` as the id of a data set, so local files get a type that is no id.
     """

@@ -406,7 +406,7 @@ def plan_attention(
 
 
 def _known_plan(position_ids, document_ids, image_blocks) -> AttentionPlan | None:
-    """The plan of rows of one document and no image, which is known without looking at the device."""
+    """Return the plan of rows of one document and no image, which is known without looking at the device."""
     return AttentionPlan() if position_ids is None and document_ids is None and image_blocks is None else None
 
 

@@ -50,20 +50,27 @@ class _Block:
     """
 
     def __init__(self, bounds: list[int], first, last):
-        self.row, self.row_end = bounds[0:2]
-        self.begin, self.end = bounds[2:4]  # queries
-        self.low, self.high = bounds[4:6]  # keys that any query sees
-        self.common, self.common_end = bounds[6:8]  # keys that all queries see
+        # The rows, and the queries in them.
+        self.row = bounds[0]
+        self.row_end = bounds[1]
+        self.begin = bounds[2]
+        self.end = bounds[3]
+
+        # The keys that any query sees, and the keys that all queries see.
+        self.low = bounds[4]
+        self.high = bounds[5]
+        self.common = bounds[6]
+        self.common_end = bounds[7]
         self.first = first
         self.last = last
 
     def queries(self, heads: torch.Tensor, groups: int) -> torch.Tensor:
-        """(B, H, L, h) -> (R * K, H / K * c, h)"""
+        """Cut the block's queries: (B, H, L, h) -> (R * K, H / K * c, h)."""
         part = heads[self.row : self.row_end, :, self.begin : self.end]
         return part.reshape(-1, groups * (self.end - self.begin), heads.shape[-1])
 
     def keys(self, heads: torch.Tensor) -> torch.Tensor:
-        """(B, K, L, h), contiguous -> (R * K, k, h), a view"""
+        """View the block's keys: (B, K, L, h), contiguous -> (R * K, k, h)."""
         return heads[self.row : self.row_end].flatten(0, 1)[:, self.low : self.high]
 
     def scatter(self, out: torch.Tensor, part: torch.Tensor) -> None:
@@ -72,7 +79,7 @@ class _Block:
         place.copy_(part.view(place.shape[0], place.shape[2], place.shape[1], -1).transpose(1, 2))
 
     def probabilities(self, queries, keys, scale, out=None) -> torch.Tensor:
-        """softmax(scale * Q K^T) over the keys that each query sees.  -> (R * K, H / K * c, k)"""
+        """Compute softmax(scale * Q K^T) over the keys that each query sees.  -> (R * K, H / K * c, k)"""
         scores = torch.baddbmm(queries.new_empty(()), queries, keys.transpose(1, 2), beta=0, alpha=scale)
 
         # Hide keys at both ends; the ones between are seen by all queries.
@@ -125,7 +132,7 @@ def _attend(
     scale: float,
     num_kept: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, H, L, h), (B, K, L, h) twice -> (B, L, H, h) and the first `num_kept` probabilities"""
+    """Attend: (B, H, L, h), (B, K, L, h) twice -> (B, L, H, h) and the first `num_kept` probabilities"""
     batch, heads, length, _ = query.shape
     out = query.new_empty(batch, length, heads, value.shape[-1])
     kept, place, groups = query.new_empty(num_kept), 0, heads // key.shape[1]
@@ -158,7 +165,7 @@ def _attend_backward(
     kept: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of queries, keys and values, in their shapes."""
+    """Return the gradients of queries, keys and values, in their shapes."""
     batch, heads, length, _ = query.shape
     grad = grad.transpose(1, 2).contiguous()
     grad_query = query.new_empty(batch, length, heads, query.shape[-1])
@@ -230,7 +237,7 @@ def _(grad_shape, query_shape, key_shape, value_shape, *args, **kwargs) -> int:
 
 
 def attend_in_ranges(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan, scale: float) -> torch.Tensor:
-    """softmax(scale * Q K^T) V over the keys that each query sees.  (B, H, L, h), (B, K, L, h) twice -> (B, L, H, h)
+    """Compute softmax(scale * Q K^T) V over each query's keys.  (B, H, L, h), (B, K, L, h) twice -> (B, L, H, h)
 
     Args:
         plan: an `AttentionPlan` (attention_masks.py).

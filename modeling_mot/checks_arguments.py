@@ -160,58 +160,6 @@ def check_plans(routing: Any, attention_plan: Any, image_blocks: Any) -> None:
             raise ValueError(f"{name}={shortened(plan)} must be a {kind.__name__}, or None to make one here")
 
 
-# ------------------------------------------------------------------------------------------- labels, logits and losses
-
-
-def check_logits_to_keep(logits_to_keep: Any, shape: tuple[int, int]) -> None:
-    """Refuse anything but a number of last positions, a tensor of positions, or a boolean mask of them.
-
-    Args:
-        logits_to_keep: a number; positions (n,) or (B, n); or a mask (L,) or (B, L).
-        shape: (B, L) of the tokens.
-
-    Raises:
-        ValueError: by name.
-    """
-    if type(logits_to_keep) is int and logits_to_keep >= 0:
-        return  # as nearly always
-    if not isinstance(logits_to_keep, torch.Tensor):
-        if not is_whole(logits_to_keep, 0):
-            raise ValueError(f"logits_to_keep={logits_to_keep!r} must be 0 for all, or the number of last positions")
-    elif logits_to_keep.dtype == torch.bool:
-        if tuple(logits_to_keep.shape) not in (shape, shape[1:]):
-            raise ValueError(f"logits_to_keep has shape {tuple(logits_to_keep.shape)} but the tokens have {shape}")
-    else:
-        check_whole("logits_to_keep", logits_to_keep)
-        if logits_to_keep.dim() > 2 or logits_to_keep.dim() == 2 and len(logits_to_keep) != shape[0]:
-            raise ValueError(
-                f"logits_to_keep has shape {tuple(logits_to_keep.shape)}; it must be (n,) or ({shape[0]}, n)"
-            )
-        on_host = logits_to_keep.device.type == "cpu" and not torch.compiler.is_compiling()
-        if on_host and any(not -shape[1] <= place < shape[1] for place in logits_to_keep.flatten().tolist()):
-            raise ValueError(f"logits_to_keep={logits_to_keep.tolist()} has positions outside of {shape[1]} tokens")
-
-
-def check_items(num_items_in_batch: Any) -> None:
-    """Refuse a number of items that no loss can be divided by; a number on a device is not waited for.
-
-    Raises:
-        ValueError: by name.
-    """
-    if num_items_in_batch is None:
-        return
-    smallest = num_items_in_batch
-    if isinstance(num_items_in_batch, torch.Tensor):
-        if num_items_in_batch.device.type != "cpu" or torch.compiler.is_compiling() or not num_items_in_batch.numel():
-            return
-        smallest = num_items_in_batch.min().item()
-    if not is_real(smallest) or smallest <= 0:
-        raise ValueError(
-            f"num_items_in_batch={shortened(smallest)} must be the number of targets in the batch, and greater than 0; "
-            "leave it out to divide by the targets that are here"
-        )
-
-
 def check_rows(config, shape, attention_mask, position_ids, past_key_values, document_ids=None) -> None:
     """Refuse a mask, positions, documents or a cache whose shapes do not fit the tokens.
 
@@ -277,6 +225,58 @@ def behind_virtual_tokens(modality_ids: torch.Tensor, length: int) -> torch.Tens
     """
     check_whole("modality_ids", modality_ids)
     return F.pad(modality_ids, (max(length - modality_ids.shape[-1], 0), 0))
+
+
+# ------------------------------------------------------------------------------------------- labels, logits and losses
+
+
+def check_logits_to_keep(logits_to_keep: Any, shape: tuple[int, int]) -> None:
+    """Refuse anything but a number of last positions, a tensor of positions, or a boolean mask of them.
+
+    Args:
+        logits_to_keep: a number; positions (n,) or (B, n); or a mask (L,) or (B, L).
+        shape: (B, L) of the tokens.
+
+    Raises:
+        ValueError: by name.
+    """
+    if type(logits_to_keep) is int and logits_to_keep >= 0:
+        return  # as nearly always
+    if not isinstance(logits_to_keep, torch.Tensor):
+        if not is_whole(logits_to_keep, 0):
+            raise ValueError(f"logits_to_keep={logits_to_keep!r} must be 0 for all, or the number of last positions")
+    elif logits_to_keep.dtype == torch.bool:
+        if tuple(logits_to_keep.shape) not in (shape, shape[1:]):
+            raise ValueError(f"logits_to_keep has shape {tuple(logits_to_keep.shape)} but the tokens have {shape}")
+    else:
+        check_whole("logits_to_keep", logits_to_keep)
+        if logits_to_keep.dim() > 2 or logits_to_keep.dim() == 2 and len(logits_to_keep) != shape[0]:
+            raise ValueError(
+                f"logits_to_keep has shape {tuple(logits_to_keep.shape)}; it must be (n,) or ({shape[0]}, n)"
+            )
+        on_host = logits_to_keep.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_host and any(not -shape[1] <= place < shape[1] for place in logits_to_keep.flatten().tolist()):
+            raise ValueError(f"logits_to_keep={logits_to_keep.tolist()} has positions outside of {shape[1]} tokens")
+
+
+def check_items(num_items_in_batch: Any) -> None:
+    """Refuse a number of items that no loss can be divided by; a number on a device is not waited for.
+
+    Raises:
+        ValueError: by name.
+    """
+    if num_items_in_batch is None:
+        return
+    smallest = num_items_in_batch
+    if isinstance(num_items_in_batch, torch.Tensor):
+        if num_items_in_batch.device.type != "cpu" or torch.compiler.is_compiling() or not num_items_in_batch.numel():
+            return
+        smallest = num_items_in_batch.min().item()
+    if not is_real(smallest) or smallest <= 0:
+        raise ValueError(
+            f"num_items_in_batch={shortened(smallest)} must be the number of targets in the batch, and greater than 0; "
+            "leave it out to divide by the targets that are here"
+        )
 
 
 def check_labels(labels: torch.Tensor, vocab_size: int) -> None:

@@ -25,12 +25,13 @@ from .checks_fields import (
     did_you_mean,
     strict_configuration,
 )
-from .configuration_presets import PRESETS, VARIANTS
+from .configuration_presets import PRESETS, STYLES, VARIANTS
 from .hub_trust import without_code
 
 
 SHARED = "shared"
 UNTIED_PARTS = ("attention", "feed_forward", "norm")
+QUERY_KEY_VALUE = "query_key_value"  # the projections of "attention" without O and QK-norms
 TEXT_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 MARKERS = ("boi_token_id", "eoi_token_id", "begin_of_speech_token_id", "end_of_speech_token_id")
 SPECIAL_TOKENS = TEXT_TOKENS + MARKERS
@@ -63,7 +64,8 @@ class MoTConfig(PreTrainedConfig):
             With one tower for all the model is dense.
         untied (`list[str]`, defaults to all of `"attention"`, `"feed_forward"`, `"norm"`):
             The parts of a layer that each tower has for itself; each other part is one module named `shared` (the rows
-            of the paper's ablation, section 3.5). QK-norms belong to `"attention"`, the final norm to `"norm"`.
+            of the paper's ablation, section 3.5). `"attention"` is Q, K, V, O and the QK-norms; `"query_key_value"` is
+            Q, K and V alone, the ablation's third row. The final norm belongs to `"norm"`.
         moe_towers (`list[str]`, defaults to none):
             Towers whose feed-forward is an expert-choice mixture of `num_experts` (section 3.2.1); `"shared"` if the
             feed-forward is shared.
@@ -83,9 +85,10 @@ class MoTConfig(PreTrainedConfig):
         image_grid (`list[int]`, *optional*):
             Rows and columns of codes in a generated image.
         max_speech_tokens (`int`, *optional*): The longest span of speech that `generate()` makes.
-        z_loss_coefficient (`float`, defaults to 0.0): Weight of log(Z)^2 (Chameleon: 1e-5).
+        z_loss_coefficient (`float`, defaults to 0.0): Weight of log(Z)^2.
         hidden_dropout (`float`, defaults to 0.0):
-            Dropout on the outputs of attention and feed-forward (Chameleon-7B: 0.1).
+            Dropout on the outputs of attention and feed-forward. Chameleon's values of this field, of
+            `z_loss_coefficient`, `qk_norm` and `norm_position` come as one set, the `style` of `from_variant`.
 
     Raises:
         ValueError: a contradiction between fields; the message names field, value and way out.
@@ -277,8 +280,13 @@ class MoTConfig(PreTrainedConfig):
         return [names.index(self.towers[modality]) for modality in self.modalities]
 
     def part_names(self, part: str) -> list[str]:
-        """The names of a part's modules: one for each tower if the part is untied, else `shared` alone."""
-        return self.tower_names if part in self.untied else [SHARED]
+        """Return the names of a part's modules: one for each tower if the part is untied, else `shared` alone.
+
+        Args:
+            part: `"attention"` (O and the QK-norms), `"query_key_value"`, `"feed_forward"` or `"norm"`.
+        """
+        is_untied = part in self.untied or (part == QUERY_KEY_VALUE and "attention" in self.untied)
+        return self.tower_names if is_untied else [SHARED]
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
@@ -289,9 +297,11 @@ class MoTConfig(PreTrainedConfig):
         inward, outward = "colwise", "rowwise"
         if self.qk_norm in ("rms_all_heads", "layer"):
             inward, outward = "colwise_gather_output", "rowwise_split_input"
+        for tower in self.part_names(QUERY_KEY_VALUE):
+            for projection in "qkv":
+                plan[f"layers.*.self_attn.{projection}_proj.{tower}"] = inward
         for tower in self.part_names("attention"):
-            for projection, style in (("q", inward), ("k", inward), ("v", inward), ("o", outward)):
-                plan[f"layers.*.self_attn.{projection}_proj.{tower}"] = style
+            plan[f"layers.*.self_attn.o_proj.{tower}"] = outward
             if self.qk_norm == "rms":
                 for projection in "qk":
                     plan[f"layers.*.self_attn.{projection}_norm.{tower}"] = "replicated_with_grad_allreduce"
@@ -312,8 +322,8 @@ class MoTConfig(PreTrainedConfig):
         # The parts of one tower's layer.
         d, heads = self.hidden_size, self.num_attention_heads
         q, kv = heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        attention = 2 * d * q + 2 * d * kv
-        attention += (q + 2 * kv if self.attention_bias else 0) + (d if self.attention_output_bias else 0)
+        qkv = d * (q + 2 * kv) + (q + 2 * kv if self.attention_bias else 0)
+        attention = q * d + (d if self.attention_output_bias else 0)  # O and the QK-norms
         attention += {None: 0, "rms": 2 * self.head_dim, "rms_all_heads": q + kv, "layer": 2 * (q + kv)}[self.qk_norm]
         expert = 3 * d * self.intermediate_size + (2 * self.intermediate_size + d if self.mlp_bias else 0)
 
@@ -325,29 +335,36 @@ class MoTConfig(PreTrainedConfig):
         # As many of each part as there are towers, or one.
         total = max if active else sum
         feed_forwards = total(feed_forward(name) for name in self.part_names("feed_forward"))
-        copies = {part: 1 if active else len(self.part_names(part)) for part in ("attention", "norm")}
-        layer = copies["attention"] * attention + feed_forwards + copies["norm"] * 2 * d
+        copies = {part: 1 if active else len(self.part_names(part)) for part in (QUERY_KEY_VALUE, "attention", "norm")}
+        layer = copies[QUERY_KEY_VALUE] * qkv + copies["attention"] * attention + feed_forwards + copies["norm"] * 2 * d
         embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * layer + copies["norm"] * d + embeddings
 
     # ------------------------------------------------------------------ presets
 
     @classmethod
-    def from_variant(cls, variant: str = "mot", modalities=("text", "image"), **kwargs) -> "MoTConfig":
+    def from_variant(
+        cls, variant: str = "mot", modalities=("text", "image"), style: str | None = None, **kwargs
+    ) -> "MoTConfig":
         """Make a configuration of any size as one of the paper's variants.
 
         Args:
             variant: `dense`, `moe-4x`, `mot`, `hybrid` (MoT whose text tower is MoE-4x),
                 `loo-text`, `loo-image`, `loo-speech` (that modality alone, the others together),
-                `untied-feed-forward`, `untied-feed-forward-attention` (section 3.5).
+                `untied-feed-forward`, `untied-feed-forward-qkv` (Figure 14), and beside the paper's
+                `untied-feed-forward-attention`, which also unties O and the QK-norms.
             modalities: ordered names, text first.
+            style: `chameleon-7b` or `chameleon-34b` sets QK-norm, norm position, dropout and z-loss as that model has
+                them (arXiv 2405.09818, section 2.3); None sets none of them.
             kwargs: any field.
 
         Raises:
-            ValueError: an unknown variant, or one that these modalities do not have.
+            ValueError: an unknown variant or style, a variant that these modalities do not have, or a field that
+                contradicts the style.
         """
         check_fields({"modalities": modalities}, {"modalities": Several(Typed(str))})
-        return cls(**({"modalities": list(modalities)} | variant_fields(variant, modalities) | kwargs))
+        fields = {"modalities": list(modalities)} | variant_fields(variant, modalities)
+        return cls(**(fields | style_fields(style, kwargs) | kwargs))
 
     @classmethod
     def from_preset(cls, name: str, variant: str = "mot", **kwargs) -> "MoTConfig":
@@ -356,7 +373,7 @@ class MoTConfig(PreTrainedConfig):
         Args:
             name: one of `MoTConfig.preset_names()`.
             variant: as in `from_variant`.
-            kwargs: fields that differ from the row.
+            kwargs: fields that differ from the row, or a `style` as in `from_variant`.
         """
         check_names([name], cls.preset_names(), "preset")
         return cls.from_variant(variant, **(cls.preset_fields(name) | kwargs))
@@ -436,8 +453,9 @@ class MoTConfig(PreTrainedConfig):
             raise ValueError(
                 f"towers={self.towers}: {SHARED!r} is the name of what all towers share; name the tower otherwise"
             )
-        if unknown := [part for part in self.untied if part not in UNTIED_PARTS]:
-            raise ValueError(f"untied={self.untied} has {unknown[0]!r}, which is not one of {UNTIED_PARTS}")
+        parts = (*UNTIED_PARTS, QUERY_KEY_VALUE)
+        if unknown := [part for part in self.untied if part not in parts]:
+            raise ValueError(f"untied={self.untied} has {unknown[0]!r}, which is not one of {parts}")
         if unknown := [name for name in self.moe_towers if name not in self.part_names("feed_forward")]:
             raise ValueError(
                 f"moe_towers={self.moe_towers} names {unknown[0]!r}, an unknown tower; the feed-forwards are "
@@ -514,6 +532,28 @@ MoTConfig.register_for_auto_class()
 __all__ = ["MoTConfig"]
 
 
+def style_fields(style, chosen):
+    """Return the fields of a style: all of the set, or none if `style` is None.
+
+    Args:
+        style (str or None): a name of `STYLES`.
+        chosen (dict): the fields that were set beside the style.
+
+    Raises:
+        ValueError: an unknown style, or a chosen field that has another value in the style.
+    """
+    if style is None:
+        return {}
+    check_names([style], STYLES, "style")
+    for name, value in STYLES[style].items():
+        if chosen.get(name, value) != value:
+            raise ValueError(
+                f"style={style!r} has {name}={value!r}, but {name}={chosen[name]!r} was set: a style is taken whole; "
+                f"leave out {name}, or leave out the style and set its fields one by one"
+            )
+    return STYLES[style]
+
+
 def variant_fields(variant, modalities):
     """Return the fields of `MoTConfig` that make it one of the paper's variants.
 
@@ -545,5 +585,6 @@ def variant_fields(variant, modalities):
         "mot": {},
         "hybrid": {"moe_towers": ["text"], "num_experts": 4},
         "untied-feed-forward": {"untied": ["feed_forward"]},
+        "untied-feed-forward-qkv": {"untied": ["feed_forward", QUERY_KEY_VALUE]},
         "untied-feed-forward-attention": {"untied": ["feed_forward", "attention"]},
     }[variant]

@@ -1,4 +1,9 @@
-"""The rows of the paper's Tables 1, 3, 4 and 5 and its model variants, as data."""
+"""The rows of the paper's Tables 1, 3, 4 and 5, its model variants, and the styles of Chameleon's models, as data.
+
+The rows set what the tables and their sections name: sizes, vocabularies and modalities. The paper takes data and
+tokenizers from Chameleon, and names neither z-loss nor dropout nor QK-norm. A row therefore has none of them, unless a
+style is asked for by name.
+"""
 
 # Chameleon's vocabulary: 65,536 entries, 8,192 of them image codes; 500 speech units (section 3.3.1).
 _SPECIAL = {
@@ -15,7 +20,6 @@ _CHAMELEON = _SPECIAL | {
     "modality_token_ranges": {"text": [0, 57344], "image": [57344, 65536]},
     "image_grid": [32, 32],
     "max_position_embeddings": 4096,
-    "z_loss_coefficient": 1e-5,
 }
 _CHAMELEON_SPEECH = (
     _CHAMELEON
@@ -42,8 +46,8 @@ TRANSFUSION_FIELDS = {
 }
 
 
-def _sizes(hidden_size, num_hidden_layers, num_attention_heads, **fields):
-    return fields | {
+def _sizes(hidden_size, num_hidden_layers, num_attention_heads):
+    return {
         "hidden_size": hidden_size,
         "num_hidden_layers": num_hidden_layers,
         "num_attention_heads": num_attention_heads,
@@ -56,12 +60,12 @@ PRESETS = {
     "chameleon-94m": _CHAMELEON | _sizes(512, 8, 8),
     "chameleon-443m": _CHAMELEON | _sizes(1024, 24, 16),
     "chameleon-1.5b": _CHAMELEON | _sizes(2048, 24, 16),
-    "chameleon-7b": _CHAMELEON | _sizes(4096, 32, 32, hidden_dropout=0.1),
+    "chameleon-7b": _CHAMELEON | _sizes(4096, 32, 32),
     # Table 3: text, image and speech
     "chameleon-speech-443m": _CHAMELEON_SPEECH | _sizes(1024, 24, 16),
     "chameleon-speech-880m": _CHAMELEON_SPEECH | _sizes(1536, 24, 24),
     "chameleon-speech-1.5b": _CHAMELEON_SPEECH | _sizes(2048, 24, 16),
-    "chameleon-speech-7b": _CHAMELEON_SPEECH | _sizes(4096, 32, 32, hidden_dropout=0.1),
+    "chameleon-speech-7b": _CHAMELEON_SPEECH | _sizes(4096, 32, 32),
     # Table 4: the transformer of the Transfusion models
     "transfusion-163m": _TRANSFUSION | _sizes(768, 16, 12),
     "transfusion-760m": _TRANSFUSION | _sizes(1536, 24, 24),
@@ -82,5 +86,22 @@ VARIANTS = (
     "loo-image",
     "loo-speech",
     "untied-feed-forward",
+    "untied-feed-forward-qkv",
     "untied-feed-forward-attention",
 )
+
+# Options that stabilise the training of Chameleon (arXiv 2405.09818, section 2.3 and Table 1), all of them or none.
+STYLES = {
+    "chameleon-7b": {
+        "qk_norm": "layer",
+        "norm_position": "pre",
+        "hidden_dropout": 0.1,
+        "z_loss_coefficient": 1e-5,
+    },
+    "chameleon-34b": {
+        "qk_norm": "layer",
+        "norm_position": "post",
+        "hidden_dropout": 0.0,
+        "z_loss_coefficient": 1e-5,
+    },
+}

@@ -3,7 +3,8 @@
 This is a second transformer, and that is its cost: a change of the architecture has to be made here a second time, or
 generation no longer equals the model's own forward. An option of a layer is written under "reading a model":
 `LeanDecoder._read` names the modules of a layer, and `_Reader` says which function each module becomes. The constructor
-reads the embeddings and the rotary positions, and `_block` orders norm and block.
+reads the embeddings with their multiplier and the kinds of RoPE that it knows, and `_block` orders norm and block by
+`norm_position`.
 `tests/modeling_mot/test_lean_decoding.py` compares the two transformers.
 
 It pays in speed. The model's own forward is made for rows of any length, and for one token spends most of its time
@@ -274,7 +275,7 @@ class ColumnsLayer(DynamicLayer):
         self.lazy_initialization(columns.cache.keys[layer], columns.cache.values[layer])
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """(n, K, 1, d) -> (n, K, stop, d), twice"""
+        """Write one column and return all: (n, K, 1, d) -> (n, K, stop, d), twice."""
         return self.columns.write(self.layer, key_states.squeeze(2), value_states.squeeze(2))
 
     def get_seq_length(self) -> int:
@@ -318,7 +319,7 @@ class LeanLinear:
         self.may_pack = has_mkldnn and can_pack and not self.weight.is_inference()  # inference tensors have no version
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """(n, inputs) -> (n, outputs)"""
+        """Multiply rows by the weight: (n, inputs) -> (n, outputs)."""
         # A packed weight serves as long as the weight itself does not change.
         if self.packed is not None:
             if self.version == self.weight._version:
@@ -328,7 +329,8 @@ class LeanLinear:
         # Pack a weight that has been used for a while.
         self.uses += 1
         if self.uses == PACK_AFTER and self.may_pack and self.room.take(self.weight.nbytes):
-            self.packed, self.version = torch.ops.mkldnn._reorder_linear_weight(self.weight), self.weight._version
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+            self.version = self.weight._version
 
         # Until then, take the kernel that is fastest for so many rows.
         if len(rows) >= self.few:
@@ -520,7 +522,8 @@ class LeanDecoder:
         if module is None:
             return [None] * len(self.config.tower_names)
         _ours(module)
-        return [module[tower if part in self.config.untied else "shared"] for tower in self.config.tower_names]
+        names = self.config.part_names(part)
+        return [module[name] for name in names * (len(self.config.tower_names) // len(names))]
 
     def _read(self, reader: _Reader, layer: nn.Module) -> LeanLayer:
         """Read a layer: each tower's modules by name, and the function of each."""
@@ -528,9 +531,9 @@ class LeanDecoder:
         # The modules of each part, in the order of the towers.
         modules = {
             "attention_norm": self._of_towers(layer.input_layernorm, "norm"),
-            "query": self._of_towers(attention.q_proj, "attention"),
-            "key": self._of_towers(attention.k_proj, "attention"),
-            "value": self._of_towers(attention.v_proj, "attention"),
+            "query": self._of_towers(attention.q_proj, "query_key_value"),
+            "key": self._of_towers(attention.k_proj, "query_key_value"),
+            "value": self._of_towers(attention.v_proj, "query_key_value"),
             "query_norm": self._of_towers(getattr(attention, "q_norm", None), "attention"),
             "key_norm": self._of_towers(getattr(attention, "k_norm", None), "attention"),
             "output": self._of_towers(attention.o_proj, "attention"),

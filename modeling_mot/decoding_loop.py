@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import DynamicCache
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .decoding_lean import DecodingCache, LeanDecoder, Prefix, decoder_of
@@ -115,17 +116,26 @@ def processed(logits_processor, input_ids: torch.Tensor, logits: torch.Tensor) -
 
 
 def stopped(stopping_criteria, input_ids: torch.Tensor, scores) -> torch.Tensor:
-    """Call stopping criteria, and refuse answers of another shape.  (R, L) -> (R,) bool
+    """Call stopping criteria one by one, and refuse answers of another shape or type.  (R, L) -> (R,) bool
 
     Raises:
-        ValueError: the criteria returned something of another shape.
+        ValueError: a criterion answered neither a bool nor a bool for each sequence.
     """
-    done = stopping_criteria(input_ids, scores)
-    if not isinstance(done, torch.Tensor) or done.shape != input_ids.shape[:1]:
-        made = tuple(done.shape) if isinstance(done, torch.Tensor) else type(done).__name__
-        raise ValueError(
-            f"stopping_criteria answered {made} for {len(input_ids)} sequences; one bool for each is needed"
-        )
+    # A list with a call of its own answers for its members.
+    is_list = type(stopping_criteria).__call__ is StoppingCriteriaList.__call__
+    done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    for criterion in stopping_criteria if is_list else [stopping_criteria]:
+        answer = criterion(input_ids, scores)
+        is_tensor = isinstance(answer, torch.Tensor)
+        if is_tensor and not (answer.is_floating_point() or answer.is_complex()) and answer.shape in ((), done.shape):
+            done = done | answer.to(done.device, torch.bool)
+        elif isinstance(answer, bool):
+            done = done | answer
+        else:
+            made = f"{answer.dtype} of shape {tuple(answer.shape)}" if is_tensor else type(answer).__name__
+            raise ValueError(
+                f"stopping_criteria answered {made} for {len(input_ids)} sequences; one bool for each is needed"
+            )
     return done
 
 
@@ -444,7 +454,7 @@ class InterleavedDecoding(TokenLoop):
     # ------------------------------------------------------------------------------------------------------- text mode
 
     def _process(self, logits: torch.Tensor) -> torch.Tensor:
-        """(R, V) -> (R, V)"""
+        """Process the logits of each sequence with its own prompt: (R, V) -> (R, V)."""
         # Placeholders and EOI are appended and never chosen. BOI is no choice where a picture does not fit.
         allowed = logits.clone()
         allowed[:, [self.config.image_token_id, self.config.eoi_token_id]] = -float("inf")

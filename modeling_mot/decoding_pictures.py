@@ -409,13 +409,14 @@ class ScratchLayer(DynamicLayer):
         shape = (len(keys), heads, self.length + room, head_dim)
         filled = [keys[0].new_zeros(shape, dtype=dtype) for _ in range(2)]
         self.lazy_initialization(*filled)
-        self.keys, self.values = filled
+        self.keys = filled[0]
+        self.values = filled[1]
         for mine, tensors in ((self.keys, keys), (self.values, values)):
             for row, tensor in enumerate(tensors):
                 mine[row, :, self.length - tensor.shape[1] : self.length] = tensor
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """(R, K, T, d) -> (R, K, L + T, d), twice"""
+        """Write behind the prefixes and return all: (R, K, T, d) -> (R, K, L + T, d), twice."""
         self.keys[:, :, self.length :] = key_states
         self.values[:, :, self.length :] = value_states
         return self.keys, self.values

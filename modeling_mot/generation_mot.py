@@ -492,7 +492,7 @@ class ModalitySpanLogitsProcessor(LogitsProcessor):
         self.hidden = ~torch.stack([text, *allowed])  # (1 + 3 spans, V): a row for each state
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """(R, L), (R, V) -> (R, V)"""
+        """Hide the tokens that must not follow: (R, L), (R, V) -> (R, V)"""
         # The state is text until a span is found to be open. A prompt of embeddings is text.
         state = input_ids.new_zeros(len(input_ids))
         left = float("inf") if self.max_length is None else self.max_length - input_ids.shape[1]
@@ -529,7 +529,7 @@ class OpenSpanCriteria(StoppingCriteria):
         self.length = length
 
     def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
-        """(R, L) -> (R,)"""
+        """Tell which sequences are done: (R, L) -> (R,)"""
         # Spans are looked for only once the length is reached.
         ends = torch.full((len(input_ids),), input_ids.shape[1] >= self.length, device=input_ids.device)
         for span in self.spans if input_ids.shape[1] >= self.length else ():

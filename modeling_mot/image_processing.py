@@ -1,7 +1,4 @@
-"""Make pictures the pixels that a model diffuses, all of one size or each of its own, and count their tokens.
-
-Shapes: N pictures of (H, W) pixels, (H / d, W / d) tokens, d pixels along the side of a token (`downsampling`).
-"""
+"""Make pictures the pixels that a model diffuses, all of one size or each of its own, and count their tokens."""
 
 import hashlib
 import json
@@ -19,6 +16,8 @@ from .checks_fields import Whole, check_fields
 from .image_tokenizer import PICTURE_RULES, from_known_fields, read_hub_json, without_defaults
 from .media_loading import MAX_KEPT_PIXELS, describe_source, load_fitted
 
+
+# N pictures of (H, W) pixels
 
 CONFIG_RULES = PICTURE_RULES | {"downsampling": Whole()}
 IMAGE_PROCESSOR_CONFIG_NAME = "image_processor_config.json"
@@ -63,7 +62,7 @@ class MoTImageProcessor:
             self.grid(*self.image_size, name=f"image_size={self.image_size}")
 
     def grid(self, height: int, width: int, name: str = "a picture") -> tuple[int, int]:
-        """(rows, columns) of tokens of a picture of height x width pixels.
+        """Return (rows, columns) of the tokens of a picture of height x width pixels.
 
         Raises:
             ValueError: `downsampling` does not divide a side.
@@ -101,7 +100,7 @@ class MoTImageProcessor:
 
     @staticmethod
     def stack(fitted: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """The arguments of a model for fitted pictures; an empty dictionary without pictures.
+        """Stack fitted pictures as arguments of a model; an empty dictionary without pictures.
 
         Returns:
             `pixel_values` (N, 3, H, W) float32 in [-1, 1]. Where sizes differ, they are padded with zeros at the bottom
@@ -109,32 +108,34 @@ class MoTImageProcessor:
         """
         if not fitted:
             return {}
+
         # One array of the largest height and width.
         sizes = np.array([pixels.shape[1:] for pixels in fitted], dtype=np.int64)
         values = np.zeros((len(fitted), 3, *sizes.max(axis=0)), dtype=np.float32)
         for target, pixels in zip(values, fitted):
             target[:, : pixels.shape[1], : pixels.shape[2]] = pixels.astype(np.float32) / 127.5 - 1
+
         # The sizes tell the model what is padding; without padding it needs none.
         same = (sizes == sizes[0]).all()
         return {"pixel_values": values} | ({} if same else {"image_sizes": sizes})
 
     @staticmethod
     def to_pictures(pixel_values: Any, image_sizes: Any = None) -> list[Image.Image]:
-        """PIL pictures of pixels (N, 3, H, W) in [-1, 1], cut to `image_sizes` (N, 2) where these are given."""
+        """Make PIL pictures of pixels (N, 3, H, W) in [-1, 1], cut to `image_sizes` (N, 2) if these are given."""
         # The inverse of `stack`, with values rounded to the nearest of 256.
         values = torch.as_tensor(pixel_values).detach().float().cpu()
         pixels = ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         sizes = [value.shape[:2] for value in pixels] if image_sizes is None else torch.as_tensor(image_sizes).tolist()
         return [Image.fromarray(value[:height, :width]) for value, (height, width) in zip(pixels, sizes)]
 
-    # -- saving and loading -------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------- saving and loading
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of `image_processor_config.json`."""
+        """Return the content of `image_processor_config.json`."""
         return without_defaults(self, "max_kept_pixels")
 
     def fingerprint(self) -> str:
-        """sha256 of all settings."""
+        """Return the sha256 of all settings."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     def save_pretrained(self, directory: str | os.PathLike, **kwargs) -> None:

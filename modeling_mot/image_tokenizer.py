@@ -1,9 +1,6 @@
 """Encode pictures as grids of discrete codes and decode them: a VQ image tokenizer on diffusers' `VQModel`.
 
 Transformers' Chameleon VQ-VAE, which has no decoder, can take the place of `VQModel`.
-
-Shapes: N pictures of (H, W) pixels; images of (h, w) codes, h = H / downsampling; C latent channels; K codes of the
-codebook; M latents; p pixels along a side of a folded patch.
 """
 
 import hashlib
@@ -32,6 +29,9 @@ from .media_loading import (
     pixel_limit,
 )
 
+
+# N pictures of (H, W) pixels, images of (h, w) codes, h = H / downsampling, C latent channels, K codes of the codebook,
+# M latents, p pixels along a side of a folded patch
 
 IMAGE_TOKENIZER_CONFIG_NAME = "image_tokenizer_config.json"
 FITS = ("crop", "pad", "keep")
@@ -159,7 +159,7 @@ class ImageTokenizerConfig:
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "ImageTokenizerConfig":
-        """The configuration of a named size: "small-64" (8 x 8 codes) or "chameleon-512" (32 x 32 codes).
+        """Return the configuration of a named size: "small-64" (8 x 8 codes) or "chameleon-512" (32 x 32 codes).
 
         `overrides` replace fields; those of `model` are merged into it.
         """
@@ -170,15 +170,15 @@ class ImageTokenizerConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ImageTokenizerConfig":
-        """From the content of `image_tokenizer_config.json`; ValueError for unknown names."""
+        """Make a configuration of the content of `image_tokenizer_config.json`; ValueError for unknown names."""
         return from_known_fields(cls, values, "image tokenizer")
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of `image_tokenizer_config.json`."""
+        """Return the content of `image_tokenizer_config.json`."""
         return without_code(without_defaults(self, "image_processor", "max_kept_pixels"))
 
     def model_arguments(self) -> dict[str, Any]:
-        """The arguments of `VQModel`: `model`, the channels that folded patches need, and one block for each scale."""
+        """Return the arguments of `VQModel`: `model`, the channels of folded patches, and one block for each scale."""
         arguments = dict(self.model)
         if "block_out_channels" not in arguments:
             raise ValueError(f"model={self.model} has no block_out_channels: give the channels of each scale")
@@ -219,10 +219,10 @@ class MoTImageTokenizer:
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "MoTImageTokenizer":
-        """An untrained tokenizer of a named size; see `ImageTokenizerConfig.from_preset`."""
+        """Make an untrained tokenizer of a named size; see `ImageTokenizerConfig.from_preset`."""
         return cls(ImageTokenizerConfig.from_preset(name, **overrides))
 
-    # -- sizes --------------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------------------------------------------ sizes
 
     @property
     def codebook(self) -> torch.Tensor:
@@ -263,7 +263,7 @@ class MoTImageTokenizer:
         self.model.to(device)
         return self
 
-    # -- encoding -----------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------- encoding
 
     def preprocess(self, image: Any, size: tuple[int, int] | None = None, **access: bool) -> torch.Tensor:
         """Read one picture and fit it.  -> (3, H, W) in [-1, 1]
@@ -273,9 +273,12 @@ class MoTImageTokenizer:
             size: (height, width) in place of `image_size`.
             access: `allow_urls` and `allow_paths` of `load_picture`.
         """
+        # A picture for Chameleon is scaled and cut by its own processor.
         picture = load_picture(image, *pixel_limit(self.config, size), **access)
         if self.config.image_processor is not None:
             return self._preprocess_for_chameleon(picture, size)
+
+        # A kept picture must have sides that divide into codes.
         pixels = fit_picture(picture, self.config, size)
         for side in pixels.shape[:2]:
             if side % self.downsampling:
@@ -286,7 +289,7 @@ class MoTImageTokenizer:
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
     def _preprocess_for_chameleon(self, picture: Image.Image, size: tuple[int, int] | None) -> torch.Tensor:
-        """The pixels that transformers' processor for Chameleon makes."""
+        """Make pixels as transformers' processor for Chameleon does."""
         from transformers import ChameleonImageProcessorPil
 
         # A given size is that of the picture already, so it is neither scaled nor cut.
@@ -315,7 +318,7 @@ class MoTImageTokenizer:
 
     @torch.no_grad()
     def encode(self, images: list[Any], size: tuple[int, int] | None = None, **access: bool) -> list[torch.Tensor]:
-        """The image of each picture: a grid of codes (h, w), int64, row-major.
+        """Encode each picture as an image: a grid of codes (h, w), int64, row-major.
 
         Args:
             images: pictures in any form that `load_picture` takes.
@@ -338,7 +341,7 @@ class MoTImageTokenizer:
     @without_autocast()
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The codes of pixels in [-1, 1].  (N, 3, H, W) -> (N, h, w)"""
+        """Encode pixels in [-1, 1] as codes.  (N, 3, H, W) -> (N, h, w)"""
         latents = self.latents(pixels.to(self.device))
         count, channels, h, w = latents.shape
         flat = latents.permute(0, 2, 3, 1).reshape(-1, channels)
@@ -346,16 +349,16 @@ class MoTImageTokenizer:
 
     @without_autocast()
     def latents(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The output of the encoder before it is rounded to codes.  (N, 3, H, W) -> (N, C, h, w)"""
+        """Return the output of the encoder before it is rounded to codes.  (N, 3, H, W) -> (N, C, h, w)"""
         if self.config.backend == "chameleon":
             return self.model.quant_conv(self.model.encoder(pixels))
         return self.model.encode(fold(pixels, self.config.patch_size)).latents
 
-    # -- decoding -----------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------- decoding
 
     @torch.no_grad()
     def decode(self, grids: list[torch.Tensor]) -> list[Image.Image]:
-        """The picture of each grid of codes (h, w); grids may differ in size.
+        """Decode each grid of codes (h, w) to a picture; grids may differ in size.
 
         Raises:
             ValueError: a grid of another shape, or codes outside of [0, num_codes).
@@ -363,6 +366,7 @@ class MoTImageTokenizer:
         """
         pictures = []
         for grid in grids:
+            # Refuse codes before they index the codebook, on a device or not.
             grid = torch.as_tensor(grid, dtype=torch.long)
             if grid.ndim != 2 or grid.numel() == 0:
                 raise ValueError(f"a grid of codes must have shape (h, w), not {tuple(grid.shape)}")
@@ -370,6 +374,8 @@ class MoTImageTokenizer:
                 raise ValueError(
                     f"image codes lie in [0, {self.num_codes}), not [{int(grid.min())}, {int(grid.max())}]"
                 )
+
+            # Round the pixels to the nearest of 256 values.
             pixels = self.decode_codes(grid[None].to(self.device))[0].clamp(-1, 1)
             array = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
             pictures.append(Image.fromarray(array))
@@ -377,7 +383,7 @@ class MoTImageTokenizer:
 
     @without_autocast()
     def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """The pixels of codes, around [-1, 1] and not clamped.  (N, h, w) -> (N, 3, H, W)"""
+        """Decode codes to pixels, around [-1, 1] and not clamped.  (N, h, w) -> (N, 3, H, W)"""
         if not self.can_decode:
             raise NotImplementedError(
                 "transformers' ChameleonVQVAE holds no decoder, so its codes cannot be turned back into pictures; give "
@@ -388,15 +394,15 @@ class MoTImageTokenizer:
         return unfold(self.model.decode(quantised, force_not_quantize=True).sample, self.config.patch_size)
 
     def blank_codes(self, grid: tuple[int, int]) -> list[int]:
-        """The codes of a picture of background alone, row by row, for a grid of (h, w) codes."""
+        """Return the codes of a picture of background alone, row by row, for a grid of (h, w) codes."""
         height, width = (side * self.downsampling for side in grid)
         blank = np.broadcast_to(np.array(self.config.background, np.uint8), (height, width, 3))
         return self.encode([blank], size=(height, width))[0].flatten().tolist()
 
-    # -- saving and loading -------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------- saving and loading
 
     def fingerprint(self) -> str:
-        """sha256 of the configuration and the weights."""
+        """Return the sha256 of the configuration and the weights."""
         return fingerprint(self.config.to_dict(), self.model.state_dict())
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
@@ -428,7 +434,7 @@ class MoTImageTokenizer:
     def from_backend(
         cls, name_or_path: str, backend: str, config: ImageTokenizerConfig, **kwargs
     ) -> "MoTImageTokenizer":
-        """A tokenizer around existing weights.
+        """Make a tokenizer around existing weights.
 
         Args:
             name_or_path: a folder or Hub repository of the model's own library.
@@ -439,11 +445,11 @@ class MoTImageTokenizer:
         return cls(ImageTokenizerConfig.from_dict(values), load_model(backend, name_or_path, **kwargs))
 
 
-# -- codes and models -------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------- codes and models
 
 
 def nearest_code(latents: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Index of the nearest row of the codebook by Euclidean distance, the lowest of equals.  (M, C), (K, C) -> (M,)"""
+    """Find the nearest row of the codebook by Euclidean distance, the first of equals.  (M, C), (K, C) -> (M,)"""
     # |x - c|^2 without |x|^2, which is the same for all codes; in chunks, so that the products fit into memory.
     codebook = codebook.float()
     offsets = codebook.square().sum(1)
@@ -462,7 +468,7 @@ def unfold(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def build_model(config: ImageTokenizerConfig) -> nn.Module:
-    """An untrained model of the configured size."""
+    """Make an untrained model of the configured size."""
     if config.backend == "chameleon":
         from transformers import ChameleonVQVAE, ChameleonVQVAEConfig
 
@@ -473,7 +479,7 @@ def build_model(config: ImageTokenizerConfig) -> nn.Module:
 
 
 def load_model(backend: str, name_or_path: str | os.PathLike, subfolder: str = "", **hub_kwargs) -> nn.Module:
-    """The model in float32, from a folder or Hub repository; nothing is unpickled.
+    """Load a model in float32 from a folder or Hub repository; nothing is unpickled.
 
     Raises:
         OSError: the model is not there.
@@ -491,7 +497,7 @@ def load_model(backend: str, name_or_path: str | os.PathLike, subfolder: str = "
         return model_class.from_pretrained(str(name_or_path), **{"use_safetensors": True, **kwargs, **hub_kwargs})
 
 
-# -- settings and fingerprints, also of the tokenizer of speech and the image processor -------------------------------
+# ----------------------------------- settings and fingerprints, also of the tokenizer of speech and the image processor
 
 
 def from_known_fields(cls: type, values: dict[str, Any], what: str) -> Any:
@@ -505,7 +511,7 @@ def from_known_fields(cls: type, values: dict[str, Any], what: str) -> Any:
 
 
 def without_defaults(config: Any, *names: str) -> dict[str, Any]:
-    """The fields of a dataclass, but `names` only where they differ from their defaults.
+    """Return the fields of a dataclass, but `names` only where they differ from their defaults.
 
     These fields came later: leaving out their defaults keeps the fingerprints of older settings.
     """
@@ -514,7 +520,7 @@ def without_defaults(config: Any, *names: str) -> dict[str, Any]:
 
 
 def fingerprint(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
-    """sha256 of a configuration and named tensors."""
+    """Return the sha256 of a configuration and named tensors."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -523,7 +529,7 @@ def fingerprint(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str
 
 
 def read_hub_json(name_or_path: str | os.PathLike, filename: str, subfolder: str = "", **hub_kwargs) -> dict[str, Any]:
-    """The object of a JSON file of a local folder or Hub repository.
+    """Read the object of a JSON file from a local folder or Hub repository.
 
     Raises:
         OSError: the file is not there.

@@ -252,7 +252,7 @@ class ImagePlaces(NamedTuple):
         return cls(input_ids, document_ids, attention_mask, is_patch, blocks)
 
     def starts(self) -> torch.Tensor:
-        """The first patch of each image.  -> (B, L) bool"""
+        """Mark the first patch of each image.  -> (B, L) bool"""
         starts = self.is_patch.clone()
         starts[:, 1:] &= ~self.is_patch[:, :-1] | (self.blocks[:, 1:] != self.blocks[:, :-1])
         return starts

@@ -133,7 +133,7 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right^T; in float32 on a CPU by oneDNN, twice as fast as MKL on AMD's CPUs and elsewhere no slower."""
+    """Multiply left @ right^T; in float32 on a CPU by oneDNN, up to twice as fast as MKL and no slower."""
     if left.dtype == torch.float32 and left.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
     return left @ right.T
@@ -181,7 +181,7 @@ def _losses(
 
 
 class _Gradients:
-    """The gradients of hidden states and weight, summed over blocks; that of the weight in float32 at least."""
+    """Return the gradients of hidden states and weight, summed over blocks; that of the weight in float32 at least."""
 
     def __init__(self, hidden_states: torch.Tensor):
         self.hidden_states = torch.zeros_like(hidden_states)
@@ -253,7 +253,7 @@ def _backward(
     made_weight: torch.Tensor,
     z_loss_coefficient: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of hidden states and weight, for gradients (T,) of the losses."""
+    """Return the gradients of hidden states and weight, for gradients (T,) of the losses."""
     # The forward made them, if all tokens weigh the same.
     if len(made_weight):
         of_targets = grad_losses[targets != -100]

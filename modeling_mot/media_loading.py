@@ -3,8 +3,6 @@
 Every file, array, record or address is opened here. So it gives the same pixels or samples wherever it is used, and the
 caller's permissions (addresses, local paths) hold everywhere. Three sections: where the content comes from, pictures,
 sounds.
-
-Shapes: (H, W) pixels; S samples, C channels.
 """
 
 import base64
@@ -29,9 +27,11 @@ from PIL import ExifTags, Image
 from transformers.utils import logging
 
 
+# (H, W) pixels of a picture, S samples of a sound, C channels of it
+
 logger = logging.get_logger(__name__)
 
-# -- where the content comes from -------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------- where the content comes from
 
 # Content that is fetched or spelled out in text may hold this many bytes: ten minutes of uncompressed stereo sound.
 MAX_BYTES = 2**27
@@ -51,7 +51,8 @@ class MissingMedia(MediaError, FileNotFoundError):
 
 
 def describe_source(source: Any) -> str:
-    """A short name of a picture or sound for error messages; that of its file where it has one."""
+    """Return a short name of a picture or sound for error messages: the name of its file if it has one."""
+    # A record, by the name or content that it holds.
     if isinstance(source, dict):
         held = next(((key, source[key]) for key in (*NAME_KEYS, *CONTENT_KEYS) if source.get(key) is not None), None)
         if held is None or isinstance(held[1], dict):
@@ -74,7 +75,7 @@ def describe_source(source: Any) -> str:
 
 
 def name_within(source: Any) -> Any:
-    """The path or address under which a source is to be opened; None if the source holds its content."""
+    """Return the path or address under which a source is to be opened; None if the source holds its content."""
     if isinstance(source, dict) and all(source.get(key) is None for key in CONTENT_KEYS):
         source = next((source[key] for key in NAME_KEYS if source.get(key) is not None), None)
     return source if isinstance(source, (str, os.PathLike)) else None
@@ -87,14 +88,15 @@ def open_source(source: Any, kind: str, allow_urls: bool = False, allow_paths: b
         source: bytes, a path, an address (`https://`), a `data:` address, or a record: {"array"}, {"bytes"},
             {"base64"}, {"path"} or {"url"}, the first that is not None. `datasets` has {"bytes", "path"}.
         kind: "picture" or "sound", for messages.
-        allow_urls: whether addresses are fetched, at most `MAX_BYTES` in `MAX_SECONDS_TO_FETCH`. `data:` and base64,
+        allow_urls: True to fetch addresses, at most `MAX_BYTES` in `MAX_SECONDS_TO_FETCH`. `data:` and base64,
             which hold the content, are always read.
-        allow_paths: whether local files are opened. Turn it off for sources that strangers send.
+        allow_paths: True to open local files. Turn it off for sources that strangers send.
 
     Raises:
         MissingMedia: the file is not there.
         MediaError: the source must not be opened, cannot be fetched, or holds nothing.
     """
+    # A source that holds its content is opened already.
     if isinstance(source, dict):
         source = _of_record(source, kind)
     if source is None:
@@ -121,7 +123,7 @@ def open_source(source: Any, kind: str, allow_urls: bool = False, allow_paths: b
 
 @contextmanager
 def decoding(kind: str, name: str) -> Iterator[None]:
-    """Turn whatever a decoder raises, a MemoryError too, into a MediaError."""
+    """Turn any error of a decoder, a MemoryError too, into a MediaError."""
     try:
         yield
     except MediaError:
@@ -133,7 +135,7 @@ def decoding(kind: str, name: str) -> Iterator[None]:
 
 
 def _of_record(record: dict, kind: str) -> Any:
-    """The content of a record or, where it has none, the name of its content."""
+    """Return the content of a record or, if it has none, the name of its content."""
     for key in (*CONTENT_KEYS, *NAME_KEYS):
         value = record.get(key)
         if value is None:
@@ -160,7 +162,7 @@ def _of_base64(text: str | bytes, kind: str) -> bytes:
 
 
 def _of_data_address(text: str, kind: str) -> bytes:
-    """The content of `data:[type][;base64],content`."""
+    """Return the content of `data:[type][;base64],content`."""
     _check_spelled_length(text, kind)
     header, comma, content = text.partition(",")
     with decoding(kind, describe_source(text)):
@@ -190,7 +192,8 @@ def _of_address(address: str, kind: str, allow_urls: bool) -> bytes:
 
 
 def _fetch(address: str) -> bytes:
-    """The body of the answer; ValueError or OSError where it is too long or too slow."""
+    """Fetch the body of the answer; ValueError or OSError if it is too long or too slow."""
+    # Both limits hold for the whole answer, not for one block of it.
     seconds, most = MAX_SECONDS_TO_FETCH, MAX_BYTES
     end = time.monotonic() + seconds
     sockets: list[socket] = []
@@ -254,7 +257,7 @@ def _opener(sockets: list[socket]) -> urllib.request.OpenerDirector:
     return urllib.request.build_opener(Http, Https, Redirects)
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------- pictures
 
 RESAMPLING = {
     name: getattr(Image.Resampling, name.upper()) for name in ("bicubic", "bilinear", "lanczos", "nearest", "box")
@@ -325,7 +328,7 @@ def load_picture(
 
 
 def _picture_of_file(file: Any, name: str, max_pixels: int, limit: str) -> Image.Image:
-    """The picture of an open file; the size is checked when the header alone is read."""
+    """Read the picture of an open file; its size is checked when the header alone is read."""
     Image.init()
     try:
         picture = Image.open(file, formats=[known for known in PICTURE_FORMATS if known in Image.OPEN])
@@ -340,7 +343,7 @@ def _picture_of_file(file: Any, name: str, max_pixels: int, limit: str) -> Image
 
 
 def _upright_rgb(picture: Image.Image, name: str, max_pixels: int, limit: str) -> Image.Image:
-    """An opened picture, decoded, upright, RGB or RGBA; the same object where nothing is to be changed."""
+    """Decode an opened picture, upright, RGB or RGBA; return the same object if nothing is to be changed."""
     _check_size(picture.width, picture.height, name, max_pixels, limit)
     picture.load()
     upright = _upright(picture)
@@ -361,7 +364,7 @@ def _check_size(width: int, height: int, name: str, max_pixels: int, limit: str)
 
 
 def _upright(picture: Image.Image) -> Image.Image:
-    """Turn and mirror a picture as its EXIF or XMP data say; leave it as it is where these are broken."""
+    """Turn and mirror a picture as its EXIF or XMP data say; leave it as it is if these are broken."""
     try:
         orientation = picture.getexif().get(ExifTags.Base.Orientation)
     except Exception:
@@ -371,7 +374,7 @@ def _upright(picture: Image.Image) -> Image.Image:
 
 
 def _eight_bits(picture: Image.Image, name: str) -> Image.Image:
-    """A picture in any mode of Pillow as RGB or RGBA."""
+    """Convert a picture of any mode of Pillow to RGB or RGBA."""
     if picture.mode == "F" or picture.mode.startswith("I"):
         return _of_deep_grey(picture, name)
     mode = "RGBA" if picture.has_transparency_data else "RGB"
@@ -383,7 +386,7 @@ def _eight_bits(picture: Image.Image, name: str) -> Image.Image:
 
 
 def _of_deep_grey(picture: Image.Image, name: str) -> Image.Image:
-    """A picture of greys of more than 8 bits as RGB or RGBA."""
+    """Convert a picture of greys of more than 8 bits to RGB or RGBA."""
     # Bring integers to 16 bits.
     values = np.asarray(picture)
     if picture.mode == "I":
@@ -427,6 +430,7 @@ def _picture_of_array(array: np.ndarray | torch.Tensor, name: str, max_pixels: i
 
 def _to_uint8(values: np.ndarray, name: str) -> np.ndarray:
     """Scale values of any type that a picture may have to 0 to 255."""
+    # Types with a range of their own.
     if values.dtype == bool:
         return values.astype(np.uint8) * 255
     if values.dtype == np.uint8:
@@ -454,7 +458,7 @@ def _to_uint8(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def pixel_limit(config: Any, size: tuple[int, int] | None = None) -> tuple[int, str]:
-    """The most pixels of a picture that is read for `config` and made `size`, and the name of that setting."""
+    """Return the most pixels that a picture may have for `config` and `size`, and the name of that setting."""
     if config.fit == "keep" and size is None and config.max_kept_pixels < config.max_pixels:
         return config.max_kept_pixels, "max_kept_pixels"
     return config.max_pixels, "max_pixels"
@@ -466,9 +470,10 @@ def load_fitted(source: Any, config: Any, size: tuple[int, int] | None = None, *
 
 
 def flatten(picture: Image.Image, background: Any = (255, 255, 255)) -> Image.Image:
-    """An RGB picture, with the background in the place of transparent pixels."""
+    """Make a picture RGB, with the background in the place of transparent pixels."""
     if not picture.has_transparency_data:
         return picture if picture.mode == "RGB" else picture.convert("RGB")
+
     # In strips, so that large pictures need little memory.
     flat = Image.new("RGB", picture.size)
     rows = max(1, _STRIP_PIXELS // picture.width)
@@ -486,6 +491,7 @@ def fit_picture(picture: Image.Image, config: Any, size: tuple[int, int] | None 
         config: has the fields `background`, `fit`, `resample` and `image_size` of an `ImageTokenizerConfig`.
         size: (height, width) in the place of `image_size`.
     """
+    # A kept picture is neither scaled nor cut.
     picture = flatten(picture, tuple(config.background))
     if config.fit == "keep" and size is None:
         return np.asarray(picture)
@@ -517,7 +523,8 @@ def cut_long_side(picture: Image.Image) -> Image.Image:
 def _scaled_middle(
     picture: Image.Image, scaled: tuple[int, int], wanted: tuple[int, int], resample: Image.Resampling
 ) -> Image.Image:
-    """The middle, `wanted` (width, height), of a picture scaled to `scaled`; no other part of it is made."""
+    """Make the middle, `wanted` (width, height), of a picture scaled to `scaled`, and no other part of it."""
+    # The part of each side that the middle is made of.
     cuts, boxes = [], []
     for side, full, want in zip(picture.size, scaled, wanted, strict=True):
         first = (full - want + 1) // 2
@@ -527,12 +534,14 @@ def _scaled_middle(
         cut = max(0, math.floor(start) - reach), min(side, math.ceil(end) + reach)
         cuts.append(cut)
         boxes.append((start - cut[0], end - cut[0]))
+
+    # One cut of whole pixels, and one scaled box within it.
     (left, right), (top, bottom) = cuts
     (start_x, end_x), (start_y, end_y) = boxes
     return picture.crop((left, top, right, bottom)).resize(wanted, resample, box=(start_x, start_y, end_x, end_y))
 
 
-# -- sounds -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------- sounds
 
 MIN_RATE, MAX_RATE = 1_000, 768_000
 # Most samples of all channels in a second of sound: twice 48 kHz in stereo.
@@ -544,7 +553,7 @@ _LARGEST = 2.0**31
 
 
 def check_rate(rate: Any, name: str = "sampling_rate") -> int:
-    """A sampling rate in Hz as an int; MediaError for fractions, bool, and rates out of [1000, 768000]."""
+    """Return a sampling rate in Hz as an int; MediaError for fractions, bool, and rates out of [1000, 768000]."""
     is_number = isinstance(rate, numbers.Real) and not isinstance(rate, (bool, np.bool_))
     if not is_number or not MIN_RATE <= rate <= MAX_RATE or rate != int(rate):
         raise MediaError(
@@ -586,9 +595,12 @@ def load_sound(
         >>> samples.tolist(), rate
         ([0.0, 0.5], 8000)
     """
+    # The rate of a record comes before that of the call.
     name = describe_source(source)
     if isinstance(source, dict) and source.get("array") is not None and source.get("sampling_rate") is not None:
         sampling_rate = source["sampling_rate"]
+
+    # A file is decoded, an array is scaled.
     content = open_source(source, "sound", allow_urls, allow_paths)
     if isinstance(content, (bytes, str)):
         samples, rate = _sound_of_file(content, name, max_seconds, limit)
@@ -599,7 +611,7 @@ def load_sound(
     else:
         raise MediaError(f"the sound is no sound: {name}; give an array, bytes, a path or an address")
 
-    # Samples that a tokenizer could make nothing of.
+    # Refuse samples that no tokenizer can use.
     if not samples.size:
         raise MediaError(f"the sound holds no samples ({name})")
     if not np.isfinite(samples).all():
@@ -610,7 +622,7 @@ def load_sound(
 
 
 def _rate_of_array(sampling_rate: Any, default_rate: int | None, name: str) -> int:
-    """The rate that an array comes with, or the default with a warning."""
+    """Return the rate that an array comes with, or the default with a warning."""
     if sampling_rate is not None:
         return check_rate(sampling_rate)
     if default_rate is None:
@@ -623,7 +635,7 @@ def _rate_of_array(sampling_rate: Any, default_rate: int | None, name: str) -> i
 
 
 def _sound_of_file(content: bytes | str, name: str, max_seconds: float, limit: str) -> tuple[np.ndarray, int]:
-    """Samples and rate of a file that libsndfile reads: WAV, FLAC, OGG, MP3 and others."""
+    """Decode a file that libsndfile reads: WAV, FLAC, OGG, MP3 and others.  -> samples, rate"""
     try:
         import soundfile
     except ImportError as error:
@@ -633,6 +645,7 @@ def _sound_of_file(content: bytes | str, name: str, max_seconds: float, limit: s
         open(content, "rb", buffering=0) if isinstance(content, str) else io.BytesIO(content) as file,
         soundfile.SoundFile(_recognised(file), closefd=False) as sound,
     ):
+        # The header says the rate and the length.
         rate = sound.samplerate
         if not MIN_RATE <= rate <= MAX_RATE:
             raise MediaError(
@@ -653,7 +666,7 @@ def _sound_of_file(content: bytes | str, name: str, max_seconds: float, limit: s
 
 
 def _recognised(file: Any) -> Any:
-    """An open file in the form from which libsndfile recognises it by the content alone, never by a name."""
+    """Return an open file in a form that libsndfile recognises by the content alone, never by a name."""
     first = file.read(2)
     file.seek(0)
     if len(first) == 2 and first[0] == 0xFF and first[1] >= 0xE0:
@@ -663,7 +676,8 @@ def _recognised(file: Any) -> Any:
 
 
 def _sound_of_array(values: Any, rate: int, name: str, max_seconds: float, limit: str) -> np.ndarray:
-    """Mono samples of an array, tensor or list of numbers."""
+    """Make mono samples of an array, tensor or list of numbers."""
+    # A numpy array of one or two axes; numpy knows no bfloat16.
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()

@@ -180,21 +180,21 @@ class MoTAttention(nn.Module):
         self.has_rope = layer_idx not in config.layers_without_rope
 
         # Every projection and QK-norm is one module for each tower, or one named `shared`.
-        names = config.part_names("attention")
+        own_qkv, own_output = config.part_names("query_key_value"), config.part_names("attention")
         hidden = config.hidden_size
         queries = config.num_attention_heads * self.head_dim
         keys = config.num_key_value_heads * self.head_dim
 
-        def projection(inputs, outputs, bias):
+        def projection(names, inputs, outputs, bias):
             return PerTower({name: nn.Linear(inputs, outputs, bias=bias) for name in names})
 
-        self.q_proj = projection(hidden, queries, config.attention_bias)
-        self.k_proj = projection(hidden, keys, config.attention_bias)
-        self.v_proj = projection(hidden, keys, config.attention_bias)
-        self.o_proj = projection(queries, hidden, config.attention_output_bias)
+        self.q_proj = projection(own_qkv, hidden, queries, config.attention_bias)
+        self.k_proj = projection(own_qkv, hidden, keys, config.attention_bias)
+        self.v_proj = projection(own_qkv, hidden, keys, config.attention_bias)
+        self.o_proj = projection(own_output, queries, hidden, config.attention_output_bias)
         if config.qk_norm is not None:
-            self.q_norm = TowerNorms({name: qk_norm(config, config.num_attention_heads) for name in names})
-            self.k_norm = TowerNorms({name: qk_norm(config, config.num_key_value_heads) for name in names})
+            self.q_norm = TowerNorms({name: qk_norm(config, config.num_attention_heads) for name in own_output})
+            self.k_norm = TowerNorms({name: qk_norm(config, config.num_key_value_heads) for name in own_output})
 
     def forward(
         self,
@@ -205,7 +205,7 @@ class MoTAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(T, D) sorted by tower -> (T, D) and the weights (B, H, L, past + L) if they exist."""
+        """Attend: (T, D) sorted by tower -> (T, D) and the weights (B, H, L, past + L) if they exist."""
         # Each tower projects its own tokens (Algorithm 1, line 6); the heads then stand in the order of the sequence
         # (line 8).
         batch_size = position_embeddings[0].shape[0]
@@ -296,7 +296,7 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """(T, D) sorted by tower -> the same; or (B, L, D) in the order of the sequence -> the same."""
+        """Run the layer: (T, D) sorted by tower -> the same; or (B, L, D) in the order of the sequence -> the same."""
         # Checkpointing, offloading and hooks expect one tensor in and one tensor out. It is in the order of the
         # sequence, (B, L, D), if the model records the hidden states of its layers.
         in_sequence_order = hidden_states.dim() == 3

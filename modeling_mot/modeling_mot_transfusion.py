@@ -389,12 +389,12 @@ class LinearPatchifier(nn.Module):
         self.proj_out = nn.Linear(config.hidden_size, values)
 
     def embed(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """(N, C, h, w), (N,) -> (N, n, D), and None: the way back needs nothing"""
+        """Embed noised latents: (N, C, h, w), (N,) -> (N, n, D), and None: the way back needs nothing"""
         patches = cut_into_patches(latents, self.patch_size)
         return self.proj_in(patches + self.time_encoder(timesteps).unsqueeze(1)), None
 
     def predict(self, hidden_states: torch.Tensor, features: None, height: int, width: int) -> torch.Tensor:
-        """(N, n, D) -> (N, C, h, w)"""
+        """Predict latents: (N, n, D) -> (N, C, h, w)"""
         return join_patches(self.proj_out(hidden_states), self.patch_size, height, width)
 
 
@@ -441,7 +441,7 @@ class UNetPatchifier(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], config.latent_channels, 3, padding=1)
 
     def embed(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, tuple]:
-        """(N, C, h, w), (N,) -> (N, n, D), and the features that `predict` needs"""
+        """Embed noised latents: (N, C, h, w), (N,) -> (N, n, D), and the features that `predict` needs"""
         time = self.time_encoder(timesteps)
         features = self.conv_in(latents)
         skips = [features]
@@ -452,7 +452,7 @@ class UNetPatchifier(nn.Module):
         return self.proj_in(tokens), (tuple(skips), time)
 
     def predict(self, hidden_states: torch.Tensor, features: tuple, height: int, width: int) -> torch.Tensor:
-        """(N, n, D) -> (N, C, h, w)"""
+        """Predict latents: (N, n, D) -> (N, C, h, w)"""
         skips, time = features
         tokens = self.proj_out(hidden_states).transpose(1, 2)
         features = tokens.unflatten(2, skips[-1].shape[2:]).contiguous()

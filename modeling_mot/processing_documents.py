@@ -1,7 +1,4 @@
-"""Token ids back to documents: text, pictures, sounds.
-
-Shapes: L tokens; (h, w) codes of an image; S samples.
-"""
+"""Decode token ids to documents of text, pictures and sounds."""
 
 from reprlib import repr as shortened
 from typing import Any
@@ -12,8 +9,11 @@ from .checks_fields import MOST, is_whole
 from .configuration_mot import check_spans
 
 
+# B sequences, L tokens of a sequence, (h, w) codes of an image
+
+
 def token_rows(generated_outputs: Any) -> list:
-    """The ids that a model returned, (B, L) or one sequence, as a list.
+    """Return the ids that a model returned, (B, L) or one sequence, as a list.
 
     Raises:
         ValueError: they are no token ids.
@@ -69,13 +69,16 @@ class DocumentDecoder:
         }
 
     def decode(self, ids: Any, images: list | None, image_grids: list | None, allow_incomplete: bool) -> list[dict]:
-        """The segments of a document; see `MoTProcessor.decode_document`."""
+        """Decode a document to segments; see `MoTProcessor.decode_document`."""
+        # Check what is given, and hold grids and pictures ready for the images.
         ids = self.checked(ids)
         for name, given in (("images", images), ("image_grids", image_grids)):
             if not isinstance(given, (list, tuple, type(None))):
                 raise ValueError(f"{name}={shortened(given)} must be a list, with one for each image of the document")
         grids = iter(image_grids or [])
         pictures = iter(self.pictures(ids, images, image_grids, allow_incomplete))
+
+        # Read token by token, or span by span.
         segments: list[dict] = []
         text: list[int] = []  # tokens of text that belong to no segment yet
         position = 0
@@ -108,6 +111,7 @@ class DocumentDecoder:
             position += 1
         self.flush(text, segments)
 
+        # All grids are used.
         left = sum(1 for _ in grids)
         if left:
             raise ValueError(
@@ -116,7 +120,7 @@ class DocumentDecoder:
         return segments
 
     def checked(self, ids: Any) -> list[int]:
-        """One sequence of ids as a list; ValueError for other shapes and for ids outside the vocabulary."""
+        """Return one sequence of ids as a list; ValueError for other shapes and ids outside the vocabulary."""
         # A list, array or tensor, with or without an axis of sequences.
         try:
             ids = torch.as_tensor(ids)
@@ -129,6 +133,7 @@ class DocumentDecoder:
                 f"decode_document takes one sequence of token ids, not {ids.dtype} of shape {tuple(ids.shape)}"
             )
 
+        # Every id is one of the vocabulary.
         outside = ((ids < 0) | (ids >= self.size)).nonzero().flatten()
         if len(outside):
             position = int(outside[0])
@@ -140,7 +145,8 @@ class DocumentDecoder:
     def pictures(
         self, ids: list[int], images: list | None, image_grids: list | None, allow_incomplete: bool
     ) -> list[Any]:
-        """The picture of each image of placeholders, or None where there are fewer pictures."""
+        """Return the picture of each image of placeholders; None for the first ones if there are fewer pictures."""
+        # Pictures are given only where placeholders stand for them.
         if not self.continuous:
             if images is not None:
                 raise ValueError("images= go with an image processor; this processor decodes pictures from their codes")
@@ -164,7 +170,7 @@ class DocumentDecoder:
         return not any(first <= token < last for name, (first, last) in self.ranges.items() if name != "text")
 
     def span(self, ids: list[int], start: int, modality: str, end: int) -> tuple[list[int], int, bool]:
-        """Codes from `start`, the position behind the span, and whether its end marker was there."""
+        """Read codes from `start`.  -> the codes, the position behind the span, True if its end marker is there"""
         first, last = self.ranges.get(modality, [0, 0])
         position = start
         while position < len(ids) and first <= ids[position] < last:
@@ -180,7 +186,7 @@ class DocumentDecoder:
             text.clear()
 
     def image(self, codes: list[int], grid: Any, complete: bool, allow_incomplete: bool) -> dict | None:
-        """The segment of an image of codes; None where nothing can be shown."""
+        """Decode an image of codes to a segment; None if nothing can be shown."""
         tokenizer = self.processor.image_tokenizer
         if tokenizer is None:
             raise ValueError("the document holds an image but this processor has no image tokenizer")
@@ -203,14 +209,15 @@ class DocumentDecoder:
         return {"type": "image", "image": picture}
 
     def given_image(self, length: int, picture: Any, complete: bool, allow_incomplete: bool) -> dict | None:
-        """The segment of an image of placeholders; None where its picture was not given."""
+        """Make a segment of the picture of an image of placeholders; None if the picture was not given."""
         if not allow_incomplete and not (length and complete):
             missing = "" if complete else f" and no {self.tokenizer.eoi_token}"
             raise ValueError(f"an image has {length} placeholders{missing}; generate on, or pass allow_incomplete=True")
         return None if picture is None else {"type": "image", "image": picture}
 
     def sound(self, codes: list[int], complete: bool, allow_incomplete: bool) -> dict | None:
-        """The segment of a sound of speech units; None where there are none."""
+        """Decode a sound of speech units to a segment; None if there are no units."""
+        # A cut sound is decoded as far as it goes.
         tokenizer = self.processor.speech_tokenizer
         if tokenizer is None:
             raise ValueError("the document holds speech but this processor has no speech tokenizer")

@@ -1,10 +1,8 @@
-"""MoTProcessor: documents of text, pictures and sounds to one sequence of tokens, and back.
+"""Encode documents of text, pictures and sounds as one sequence of tokens, and decode them: `MoTProcessor`.
 
 A *picture* is what a person sees: a file, a PIL picture, pixels. An *image* is the modality inside the model: tokens,
 placeholders, latents. With an image tokenizer a picture becomes an image of codes of the vocabulary. With an image
 processor it stays pixels, and an image is a placeholder for each patch.
-
-Shapes: B sequences of L tokens; N pictures of (H, W) pixels; S samples of a sound.
 """
 
 import copy
@@ -39,6 +37,8 @@ from .processing_vocabulary import (
 )
 from .speech_tokenizer import SPEECH_TOKENIZER_CONFIG_NAME, MoTSpeechTokenizer
 
+
+# B sequences, L tokens of a sequence, N pictures of (H, W) pixels, S samples of a sound
 
 CALL_RULES = {
     "allow_urls": Typed(bool),
@@ -117,6 +117,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
 
     def _check_parts(self) -> None:
         """Raise ValueError for parts that exclude each other or do not fit the vocabulary."""
+        # Pictures are codes or pixels.
         has_codes = self.image_tokenizer is not None or "image" in self.modality_token_ranges
         if self.image_processor is not None and has_codes:
             raise ValueError(
@@ -124,6 +125,8 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
                 "tokenizer out and build the tokenizer with extend_tokenizer(tokenizer, num_image_codes=0), or take "
                 "processing_vocabulary.without_codes(tokenizer)"
             )
+
+        # The vocabulary has one token for each code and unit.
         for modality, part, size in (
             ("image", self.image_tokenizer, getattr(self.image_tokenizer, "num_codes", 0)),
             ("speech", self.speech_tokenizer, getattr(self.speech_tokenizer, "num_units", 0)),
@@ -135,7 +138,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
                     "codes; build it with extend_tokenizer(tokenizer, num_image_codes, num_speech_units)"
                 )
 
-    # -- the vocabulary -----------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------- the vocabulary
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -150,11 +153,11 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
 
     @property
     def bos_token_id(self) -> int | None:
-        """The token that documents begin with, as the tokenizer's texts do; None if it puts nothing before a text."""
+        """The token that documents and the tokenizer's texts begin with; None if texts begin with none."""
         return begin_token_id(self.tokenizer)
 
     def config_kwargs(self) -> dict[str, Any]:
-        """The arguments of a model's configuration that follow from the processor.
+        """Return the arguments of a model's configuration that follow from the processor.
 
         They are those of `MoTConfig`, or with an image processor of `MoTTransfusionConfig`. `modality_token_ranges` are
         then the ranges of text and speech, or None where text is alone.
@@ -199,7 +202,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         return kwargs
 
     def modality_ids_of(self, input_ids: Any) -> Any:
-        """Index of each token's modality in `modalities`, in the form (list, array, tensor) of `input_ids`.
+        """Return the index of each token's modality in `modalities`, in the form (list, array, tensor) of `input_ids`.
 
         Example, from the root of the repository:
             >>> processor = MoTProcessor.from_pretrained("training/assets/processor")
@@ -212,7 +215,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         return modality_ids_of(input_ids, firsts, indices, placeholder)
 
     def fingerprint(self) -> str:
-        """sha256 of all that changes tokens: the tokenizer, and the configurations and weights of the other parts."""
+        """Return the sha256 of all that changes tokens: the tokenizer, and settings and weights of the other parts."""
         # The vocabulary, without padding and truncation, which are left over from the last call.
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
         backend = {name: value for name, value in backend.items() if name not in ("padding", "truncation")}
@@ -226,7 +229,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
             digest.update(self.image_processor.fingerprint().encode())
         return digest.hexdigest()
 
-    # -- encoding -----------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------- encoding
 
     def __call__(
         self,
@@ -240,7 +243,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         allow_paths: bool = True,
         **kwargs,
     ) -> BatchFeature:
-        """Tokens of documents, or of prompts with placeholders.
+        """Encode documents, or prompts with placeholders, as tokens.
 
         Pictures and sounds come in any form that `load_picture` and `load_sound` take.
 
@@ -255,8 +258,8 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
             add_eos: False leaves the end token of documents out.
             continue_with: "text", "image" or "audio" ("speech" is the same): how the model is to continue the
                 documents. They then end with the begin token of an image or sound, or with nothing for text.
-            allow_urls: whether addresses are fetched.
-            allow_paths: whether local files are opened. False is right for content that strangers send.
+            allow_urls: True to fetch addresses.
+            allow_paths: True to open local files. False is right for content that strangers send.
             kwargs: `padding`, `padding_side`, `max_length`, `truncation`, `return_tensors` ("pt", "np" or None) are the
                 tokenizer's. But an image or sound of tokens that does not fit is left out whole, and documents are
                 never truncated: one longer than `max_length` is an error.
@@ -289,6 +292,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         if text is not None or images is not None or audio is not None:
             raise ValueError("give either documents= or text= with images= and audio=, not both")
 
+        # One document is a batch of one.
         is_single = isinstance(documents, (list, tuple)) and len(documents) > 0 and isinstance(documents[0], dict)
         rows, pixels = self.encode_documents([documents] if is_single else documents, add_eos, continue_with, **access)
         return self.pad_rows(rows, pixels, merged["text_kwargs"], is_single)
@@ -300,11 +304,14 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         continue_with: str | None = None,
         **access: bool,
     ) -> tuple[list[list[int]], list[np.ndarray]]:
-        """Token ids of each document and, with an image processor, the pixels of all pictures; see `prepare_pictures`.
+        """Encode each document as token ids and, with an image processor, return the pixels of all pictures too.
 
         Args:
             documents: a list of documents; it and the other arguments are those of `__call__`.
             access: `allow_urls` and `allow_paths` of `__call__`, here and in the other methods.
+
+        Returns:
+            The rows of ids, and the pixels of `prepare_pictures`.
 
         Example, from the root of the repository:
             >>> processor = MoTProcessor.from_pretrained("training/assets/processor")
@@ -341,7 +348,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         return rows, pixels
 
     def encode_segment(self, segment: dict, **access: bool) -> list[int]:
-        """Token ids of one segment, begin and end markers included.
+        """Encode one segment as token ids, begin and end markers included.
 
         Example, from the root of the repository:
             >>> processor = MoTProcessor.from_pretrained("training/assets/processor")
@@ -358,7 +365,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         return self.encode_text(segment["text"])
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of plain text; a spelling of a special token stays a spelling.
+        """Encode plain text as token ids; a special token that is spelled in the text stays text.
 
         Example, from the root of the repository:
             >>> processor = MoTProcessor.from_pretrained("training/assets/processor")
@@ -369,7 +376,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def encode_images(self, images: list[Any], **access: bool) -> list[list[int]]:
-        """The image of every picture as token ids: boi, codes or placeholders row by row, eoi.
+        """Encode each picture as the token ids of its image: boi, codes or placeholders row by row, eoi.
 
         Example, from the root of the repository:
             >>> processor = MoTProcessor.from_pretrained("training/assets/processor")
@@ -380,7 +387,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         return self.prepare_pictures(images, **access)[0]
 
     def prepare_pictures(self, pictures: list[Any], **access: bool) -> tuple[list[list[int]], list[np.ndarray]]:
-        """The image of every picture as token ids and, with an image processor, its pixels (3, H, W) uint8."""
+        """Encode each picture as its image's token ids and, with an image processor, its pixels (3, H, W) uint8."""
         if self.image_processor is not None:
             pixels = self.image_processor.fit_pictures(pictures, **access)
             return [self.placeholder_ids(*picture.shape[1:]) for picture in pixels], pixels
@@ -397,12 +404,12 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
     encode_pictures = prepare_pictures
 
     def placeholder_ids(self, height: int, width: int) -> list[int]:
-        """boi, a placeholder for each patch, eoi: the image of a picture of height x width pixels."""
+        """Return the image of a picture of height x width pixels: boi, a placeholder for each patch, eoi."""
         rows, columns = self.image_processor.grid(height, width)
         return [self.token_id("boi"), *[self.image_token_id] * (rows * columns), self.token_id("eoi")]
 
     def encode_audio(self, audio: list[Any], sampling_rate: int | None = None, **access: bool) -> list[list[int]]:
-        """Token ids of every sound: begin of speech, the units, end of speech.
+        """Encode each sound as token ids: begin of speech, the units, end of speech.
 
         Args:
             audio: sounds in any form that `load_sound` takes.
@@ -422,7 +429,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         return [[begin, *(units + first).tolist(), end] for units in sounds]
 
     def first_code(self, modality: str, sub_tokenizer: Any) -> int:
-        """The token id of code 0 of a modality; ValueError if the processor cannot make its codes."""
+        """Return the token id of code 0 of a modality; ValueError if the processor cannot make its codes."""
         if sub_tokenizer is None:
             or_pixels = " or MoTProcessor(..., image_processor=...)" if modality == "image" else ""
             raise ValueError(
@@ -432,30 +439,33 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         return self.modality_token_ranges[modality][0]
 
     def token_id(self, name: str) -> int:
-        """The id of a special token: "boi", "eoi", "begin_of_speech", "pad" and so on."""
+        """Return the id of a special token: "boi", "eoi", "begin_of_speech", "pad" and so on."""
         return getattr(self.tokenizer, f"{name}_token_id")
 
     def pad_rows(
         self, rows: list[list[int]], pixels: list[np.ndarray], text_kwargs: dict, is_single: bool
     ) -> BatchFeature:
-        """The batch of encoded documents; that of a single one has no axis of documents unless it is a tensor."""
+        """Pad encoded documents to a batch; a single document has no axis of documents unless it is a tensor."""
+        # The ids and what goes with them.
         return_tensors = text_kwargs.get("return_tensors")
         batch = pad_documents(self.tokenizer, rows, text_kwargs)
         batch["modality_ids"] = self.modality_ids_of(batch["input_ids"])
         if is_single and return_tensors is None:
             batch = {name: values[0] for name, values in batch.items()}
         batch |= MoTImageProcessor.stack(pixels)
+
+        # Rows of different lengths stay lists, or fail here.
         try:
             return BatchFeature(batch, tensor_type=return_tensors)
         except ValueError as error:
             raise ValueError(f"documents of different lengths make no tensor; pass padding=True ({error})") from None
 
-    # -- decoding -----------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------- decoding
 
     def decode_document(
         self, ids: Any, images: list | None = None, image_grids: list | None = None, allow_incomplete: bool = False
     ) -> list[dict]:
-        """Segments of one sequence of token ids: text, PIL pictures, float32 samples; see `DocumentDecoder`.
+        """Decode one sequence of token ids to segments: text, PIL pictures, float32 samples; see `DocumentDecoder`.
 
         Args:
             ids: (L,) or (1, L), a list, array or tensor.
@@ -477,7 +487,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
     def post_process_multimodal_output(
         self, generated_outputs, skip_special_tokens=True, generation_mode=None, **kwargs
     ):
-        """Generated ids as the content of one type, for each sequence.
+        """Decode generated ids to the content of one type, for each sequence.
 
         Args:
             generated_outputs: ids (B, L) or, where images are diffused, what `generate()` returned: an output with
@@ -491,6 +501,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
             >>> processor.post_process_multimodal_output(ids)
             ['rocket']
         """
+        # Texts alone are the tokenizer's to decode.
         images = getattr(generated_outputs, "images", None)
         rows = token_rows(getattr(generated_outputs, "sequences", generated_outputs))
         if generation_mode in (None, "text"):
@@ -505,10 +516,10 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
             return documents
         return [[segment[kind] for segment in document if segment["type"] == kind] for document in documents]
 
-    # -- saving and loading -------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------- saving and loading
 
     def to_dict(self) -> dict[str, Any]:
-        """How transformers finds this class; the parts have their own folders and the template its own file."""
+        """Return how transformers finds this class; the parts have their own folders, the template its own file."""
         output = {"processor_class": type(self).__name__}
         if self._auto_class is not None:
             module = type(self).__module__.rsplit(".", 1)[-1]
@@ -543,6 +554,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # The tokenizer, whose settings may come from a stranger.
         hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         check_tokenizer_files(pretrained_model_name_or_path, subfolder=kwargs.get("subfolder") or "", **hub_kwargs)
         with reading(
@@ -561,7 +573,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
 
 
 def _part_of(name_or_path: str | os.PathLike, name: str, subfolder: str, hub_kwargs: dict) -> Any:
-    """A part of a saved processor, or None where the folder or repository has none."""
+    """Load a part of a saved processor; None if the folder or repository has no such part."""
     part_class, config_name = PARTS[name]
     found = cached_file(
         str(name_or_path), config_name, subfolder=subfolder, _raise_exceptions_for_missing_entries=False, **hub_kwargs

@@ -1,4 +1,4 @@
-"""Prompts and chats as the rest of transformers writes them: their tokens, and the templates of chats.
+"""Encode prompts and chats, written as everywhere in transformers, and extend the templates of chats.
 
 A prompt is text with a placeholder for each picture and sound. A chat is a list of messages, which a template writes
 as a prompt. The chat template of a model of text is extended, so that messages may hold pictures and sounds.
@@ -37,11 +37,12 @@ class PromptMixin:
     def encode_prompts(
         self, text: Any, images: Any, audio: Any, merged: dict[str, dict], **access: bool
     ) -> BatchFeature:
-        """The batch of prompts, whose placeholders become the tokens of the given pictures and sounds.
+        """Encode prompts as a batch; their placeholders become the tokens of the given pictures and sounds.
 
         Args:
-            merged: transformers' arguments, sorted by what they are for.
+            merged: transformers' arguments, sorted into those of text, pictures and sounds.
         """
+        # Without a text, pictures and sounds make one of placeholders.
         pictures, sounds = leaves_of(images), sounds_of(audio)
         if text is None and not pictures and not sounds:
             raise ValueError("there is nothing to process: give documents=, text=, images= or audio=")
@@ -80,13 +81,13 @@ class PromptMixin:
         return BatchFeature(encoded, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
 
     def spelled(self, ids: list[int]) -> str:
-        """Token ids as a text that the tokenizer reads back to them."""
+        """Spell token ids as a text that the tokenizer reads back to the same ids."""
         return "".join(self.tokenizer.convert_ids_to_tokens(ids))
 
     def apply_chat_template(
         self, conversation, chat_template=None, tools=None, documents=None, processor_kwargs=None, **kwargs
     ):
-        """A chat as a prompt or, with `tokenize=True`, as tokens; arguments are those of transformers.
+        """Write a chat as a prompt or, with `tokenize=True`, as tokens; the arguments are those of transformers.
 
         With our own template nothing that users write becomes control tokens or placeholders. With the template of the
         model that this one was made of, a chat of text alone has the ids that the tokenizer of that model gives it: the
@@ -109,6 +110,7 @@ class PromptMixin:
             >>> (batch["modality_ids"] == processor.modalities.index("image")).sum().item()
             64
         """
+        # Check the arguments before a template hides what is wrong with them.
         access = {name: kwargs.pop(name) for name in ("allow_urls", "allow_paths") if name in kwargs}
         if access:
             processor_kwargs = (processor_kwargs or {}) | access
@@ -143,12 +145,12 @@ class PromptMixin:
         return {"sampling_rate": processor_kwargs.get("sampling_rate", of_audio)}
 
     def _multimodal_inputs_from_conversations(self, conversations, audio_loading_params, load_audio_from_video=False):
-        """Pictures and sounds of conversations, in order; the tokenizers of pictures and sounds decode them."""
+        """Return the pictures and sounds of conversations, in order; the tokenizers of both decode them."""
         images, sounds = media_of(conversations)
         return images, [], sounds, {}
 
 
-# -- prompts ----------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------------- prompts
 
 
 def check_text_options(options: Mapping[str, Any]) -> None:
@@ -158,7 +160,7 @@ def check_text_options(options: Mapping[str, Any]) -> None:
 
 
 def leaves_of(values: Any) -> list[Any]:
-    """Leaves of nested lists; a value that is no list is its own leaf."""
+    """Return the leaves of nested lists; a value that is no list is its own leaf."""
     if values is None:
         return []
     if isinstance(values, (list, tuple)):
@@ -167,7 +169,7 @@ def leaves_of(values: Any) -> list[Any]:
 
 
 def sounds_of(audio: Any) -> list[Any]:
-    """Sounds of nested lists, where a list of numbers is one sound."""
+    """Return the sounds in nested lists; a list of numbers is one sound."""
     if isinstance(audio, (list, tuple)) and audio and isinstance(audio[0], (int, float, np.number)):
         return [np.asarray(audio)]
     if isinstance(audio, (list, tuple)):
@@ -194,16 +196,16 @@ def check_placeholders(prompts: Any, image_token: str, pictures: list, audio_tok
 
 
 def tokenize_prompts(tokenizer: Any, prompts: list[str], begin: int | None, text_kwargs: dict) -> dict[str, list]:
-    """Token ids of prompts and what else the tokenizer returns, with one begin token each.
+    """Tokenize prompts, with one begin token each.  -> token ids, and all else that the tokenizer returns
 
     A prompt that is too long is cut, but never inside of a picture or sound.
 
     Args:
-        begin: the token that the tokenizer puts before a text; None where it puts nothing.
+        begin: the token that the tokenizer puts before a text; None if it puts none there.
         text_kwargs: arguments of the tokenizer's call, without `return_tensors`.
 
     Raises:
-        ValueError: the overflow is to be returned too, where the tokenizer does not do the cutting.
+        ValueError: the caller asks for the overflow too, but the tokenizer does not do the cutting.
     """
     # A prompt that begins with the begin token, as rendered chats do, gets no second one.
     adds = [text_kwargs.get("add_special_tokens", True)] * len(prompts)
@@ -243,15 +245,17 @@ def tokenize_prompts(tokenizer: Any, prompts: list[str], begin: int | None, text
 
 
 def places_that_fit(tokenizer: Any, ids: list[int], limit: int, before: int, behind: int) -> list[int]:
-    """The places of at most `limit` tokens, cut at the tokenizer's `truncation_side` and inside no picture or sound.
+    """Return the places of at most `limit` tokens, cut at the tokenizer's `truncation_side`, in no picture or sound.
 
     Args:
-        before, behind: tokens at the beginning and the end that stay, as those that the tokenizer adds to a text.
+        before, behind: how many tokens stay at the beginning and at the end, those that the tokenizer adds to a text.
     """
+    # begin token of a picture or sound -> its end token
     closings = {
         tokenizer.boi_token_id: tokenizer.eoi_token_id,
         tokenizer.begin_of_speech_token_id: tokenizer.end_of_speech_token_id,
     }
+
     # The cut that the tokenizer would make.
     last = len(ids) - behind
     room = max(limit - before - behind, 0)
@@ -273,7 +277,7 @@ def places_that_fit(tokenizer: Any, ids: list[int], limit: int, before: int, beh
 
 
 def pad_documents(tokenizer: Any, rows: list[list[int]], text_kwargs: dict) -> dict[str, list]:
-    """`input_ids` and `attention_mask` of documents, padded as the caller asks.
+    """Pad documents as the caller asks.  -> `input_ids` and `attention_mask`
 
     Raises:
         ValueError: a document is longer than `max_length`.
@@ -289,15 +293,15 @@ def pad_documents(tokenizer: Any, rows: list[list[int]], text_kwargs: dict) -> d
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
 
-# -- chats ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------- chats
 
 
 def checked_conversation(conversation: Any) -> list:
-    """A list of messages, or of such lists, with the blocks of every message under the names that templates know.
+    """Check a list of messages, or of such lists; the blocks of each message get the names that templates know.
 
     Raises:
-        ValueError: something else, or a message without a role and text or blocks. A block is named by its position,
-            where a template would leave it out in silence.
+        ValueError: something else, or a message without a role and text or blocks. The error names the position of a
+            block that a template would leave out in silence.
     """
     if isinstance(conversation, (list, tuple)) and conversation and isinstance(conversation[0], (list, tuple)):
         return [_checked_messages(messages) for messages in conversation]
@@ -305,14 +309,15 @@ def checked_conversation(conversation: Any) -> list:
 
 
 def _checked_messages(messages: Any) -> list:
-    """The messages of one conversation, checked one by one."""
+    """Check the messages of one conversation one by one."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"conversation={shortened(messages)} must be a list of messages, with one at least")
     return [_checked_message(message) for message in messages]
 
 
 def _checked_message(message: Any) -> Mapping:
-    """A message with a role, and with text or checked blocks."""
+    """Check that a message has a role, and text or known blocks."""
+    # A message of text needs no more than a role.
     role = message.get("role") if isinstance(message, Mapping) else None
     if not isinstance(role, str):
         raise ValueError(
@@ -336,7 +341,7 @@ def _checked_message(message: Any) -> Mapping:
 
 
 def _checked_block(block: Any, where: str) -> dict:
-    """A text, picture or sound of a message, under its usual type; `where` names it in errors."""
+    """Return a text, picture or sound of a message under its usual type; `where` names it in errors."""
     block = with_known_type(block, where, (*SEGMENT_TYPES, "image_url"))
     kind = block["type"]
     if kind in ("text", "image_url") and block.get(kind) is None:
@@ -347,7 +352,7 @@ def _checked_block(block: Any, where: str) -> dict:
 
 
 def media_of(conversations: list[list[dict]]) -> tuple[list[list[Any]], list[Any]]:
-    """The pictures of each conversation, and the sounds of all, in order."""
+    """Return the pictures of each conversation, and the sounds of all, in order."""
     images, sounds = [], []
     for conversation in conversations:
         blocks = [b for m in conversation if isinstance(m.get("content"), (list, tuple)) for b in m["content"]]
@@ -362,7 +367,7 @@ def media_of(conversations: list[list[dict]]) -> tuple[list[list[Any]], list[Any
 
 
 def _medium_of(block: dict, kind: str) -> list[Any]:
-    """The picture or sound of a block, in one of transformers' ways or OpenAI's; nothing for a mere placeholder."""
+    """Return the picture or sound of a block, in transformers' forms or OpenAI's; none for a mere placeholder."""
     for key in (kind, "url", "path", "base64", "image_url"):
         value = block.get(key)
         if value is None:
@@ -376,7 +381,7 @@ def _medium_of(block: dict, kind: str) -> list[Any]:
     return []
 
 
-# -- templates of chats -----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------- templates of chats
 
 # What a message of parts says; extended templates of other families say it too, see `with_pictures`.
 CHAT_PARTS = (
@@ -421,7 +426,7 @@ PROBE = "a text in parts"
 
 
 def with_pictures(tokenizer: PreTrainedTokenizerBase, template: str, unnamed: list[str]) -> str:
-    """The chat template of a model of text, extended for messages with pictures and sounds.
+    """Extend the chat template of a model of text for messages with pictures and sounds.
 
     Args:
         tokenizer: a tokenizer that `extend_tokenizer` returned.
@@ -442,7 +447,7 @@ def is_extended(template: Any) -> bool:
 
 
 def as_it_was(template: str) -> str:
-    """A template without the extension that `with_pictures` put before it."""
+    """Return a template without the extension that `with_pictures` put before it."""
     return template.partition(AS_IT_WAS)[2] or template
 
 
@@ -458,7 +463,7 @@ def _renders_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
 
 
 def mark_added_tokens(tokenizer: PreTrainedTokenizerBase, conversation: Any) -> Any | None:
-    """A conversation with marks around the spellings of tokens that `extend_tokenizer` added, or None without any.
+    """Mark the spellings of tokens that `extend_tokenizer` added; None if a conversation has no such spelling.
 
     To the model that the tokenizer was made of, such a spelling was text.
     """
@@ -470,7 +475,7 @@ def mark_added_tokens(tokenizer: PreTrainedTokenizerBase, conversation: Any) -> 
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """All texts of a tree of dictionaries and lists."""
+    """Yield all texts of a tree of dictionaries and lists."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (dict, list, tuple)):

@@ -1,4 +1,4 @@
-"""The vocabulary of all modalities, and the documents that are written in it.
+"""Make and read the vocabulary of all modalities, and check the documents that are written in it.
 
 The ids are text with its special tokens, then image codes, then speech units. Vocabularies of other families may hold
 the codes elsewhere, in the midst of text.
@@ -33,11 +33,11 @@ SPECIAL_TOKENS = {
 COMMON_SPECIAL_TOKENS = ("pad_token", "bos_token", "eos_token")
 
 
-# -- making the vocabulary --------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------ making the vocabulary
 
 
 def code_token(modality: str, index: int) -> str:
-    """Token of an image code or speech unit: `<|image_17|>`, `<|speech_3|>`."""
+    """Return the token of an image code or speech unit: `<|image_17|>`, `<|speech_3|>`."""
     return f"<|{modality}_{index}|>"
 
 
@@ -69,6 +69,7 @@ def extend_tokenizer(
         >>> modality_ranges(tokenizer)
         {'text': [0, 13], 'image': [13, 17]}
     """
+    # Refuse what cannot be extended before anything is added.
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer; ours needs the `tokenizers` backend")
     if min(num_image_codes, num_speech_units) < 0:
@@ -103,7 +104,7 @@ def extend_tokenizer(
 
 
 def special(token: str) -> AddedToken:
-    """An added token that is read as it is spelled, before the text is normalised."""
+    """Make an added token that is read as it is spelled, before the text is normalised."""
     return AddedToken(token, special=True, normalized=False)
 
 
@@ -122,13 +123,14 @@ def add_bos(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def without_codes(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A new tokenizer without the image and speech tokens of an extended one; special tokens stay.
+    """Make a new tokenizer without the image and speech tokens of an extended one; special tokens stay.
 
     `extend_tokenizer` can then add other codes.
 
     Raises:
         ValueError: tokens of text follow the codes, and their ids would change.
     """
+    # Without the codes, every other token must keep its id.
     ranges = modality_ranges(tokenizer)
     text_size = ranges["text"][1]
     if any(first < text_size for name, (first, _) in ranges.items() if name != "text"):
@@ -142,7 +144,7 @@ def without_codes(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase
     backend["added_tokens"] = [token for token in backend["added_tokens"] if not code.fullmatch(token["content"])]
     backend["padding"] = backend["truncation"] = None
 
-    # What transformers keeps beside that file.
+    # Take over the settings that transformers keeps beside that file.
     kept = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
     settings = {name: getattr(tokenizer, name) for name in (*COMMON_SPECIAL_TOKENS, *kept)}
     made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), **settings)
@@ -156,11 +158,11 @@ def without_codes(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase
     return made
 
 
-# -- reading the vocabulary -------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------- reading the vocabulary
 
 
 def begin_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that the tokenizer puts before a text, and that documents begin with; None if it puts nothing there.
+    """Return the token that the tokenizer puts before a text, and documents begin with; None if it puts none there.
 
     Raises:
         ValueError: it puts several tokens there.
@@ -181,7 +183,7 @@ def begin_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def modality_ranges(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """[first, last + 1] of the token ids of each modality.
+    """Return [first, last + 1] of the token ids of each modality.
 
     Tokens that were added behind the codes stand outside all ranges. Where special tokens of text follow the codes, as
     in Chameleon's vocabulary, the range of text is the whole vocabulary and encloses the others.
@@ -213,7 +215,7 @@ def modality_ranges(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
         if ids:
             ranges[modality] = [ids[0], ids[-1] + 1]
 
-    # The range of text is what stands before them, or the whole.
+    # The range of text ends where the codes begin, or is the whole vocabulary.
     first = min((start for start, _ in ranges.values()), default=len(vocabulary))
     if max(getattr(tokenizer, f"{name}_id") for name in named) > first:
         return {"text": [0, len(vocabulary)], **ranges}
@@ -223,7 +225,7 @@ def modality_ranges(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
 
 
 def stretches(ranges: dict[str, list[int]]) -> tuple[list[int], list[str]]:
-    """First ids of all stretches of one modality, ascending from 0, and the modality of each.
+    """Return the first ids of all stretches of one modality, ascending from 0, and the modality of each.
 
     Ids that lie in no range are text, as they are for the model.
     """
@@ -237,7 +239,7 @@ def stretches(ranges: dict[str, list[int]]) -> tuple[list[int], list[str]]:
 
 
 def modality_ids_of(input_ids: Any, firsts: list[int], indices: list[int], placeholder: tuple[int, int] | None) -> Any:
-    """Index of each token's modality, in the form (list, array, tensor) of `input_ids`.
+    """Return the index of each token's modality, in the form (list, array, tensor) of `input_ids`.
 
     Args:
         firsts: first id of each stretch of tokens, ascending from 0; see `stretches`.
@@ -247,6 +249,7 @@ def modality_ids_of(input_ids: Any, firsts: list[int], indices: list[int], place
     Raises:
         ValueError: `input_ids` are no token ids.
     """
+    # A tensor stays on its device.
     if isinstance(input_ids, torch.Tensor):
         places = torch.bucketize(input_ids, torch.tensor(firsts[1:], device=input_ids.device), right=True)
         ids = torch.tensor(indices, device=input_ids.device)[places]
@@ -268,7 +271,7 @@ def modality_ids_of(input_ids: Any, firsts: list[int], indices: list[int], place
     return modality_ids_of(array, firsts, indices, placeholder).tolist()
 
 
-# -- documents --------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------ documents
 
 # The types of a document's segments. The model calls the modality speech, transformers calls the medium audio: users
 # may write either.
@@ -277,7 +280,7 @@ OTHER_NAMES = {"speech": "audio"}
 
 
 def checked_document(document: list[dict], may_be_empty: bool = False) -> list[dict]:
-    """The segments of a document, each with one of `SEGMENT_TYPES`.
+    """Check a document, and return its segments, each with one of `SEGMENT_TYPES`.
 
     Raises:
         ValueError: not a list of well-formed segments; the segment is named by its position.
@@ -288,7 +291,7 @@ def checked_document(document: list[dict], may_be_empty: bool = False) -> list[d
 
 
 def _checked_segment(segment: Any, position: int) -> dict:
-    """A segment under its usual type, with content under the name of that type."""
+    """Return a segment under its usual type, with content under the name of that type."""
     segment = with_known_type(segment, f"segment {position}", SEGMENT_TYPES)
     kind = segment["type"]
     if segment.get(kind) is None:
@@ -299,11 +302,12 @@ def _checked_segment(segment: Any, position: int) -> dict:
 
 
 def with_known_type(segment: Any, where: str, valid: tuple[str, ...]) -> dict:
-    """A segment of a document, or a block of a chat, under the names of `valid`: "speech" becomes "audio".
+    """Return a segment of a document or a block of a chat under the names of `valid`: "speech" becomes "audio".
 
     Raises:
         ValueError: its type is not one of `valid`; `where` names it.
     """
+    # The type, by either of its names.
     kind = segment.get("type") if isinstance(segment, dict) else None
     kind = OTHER_NAMES.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in valid:
@@ -312,6 +316,7 @@ def with_known_type(segment: Any, where: str, valid: tuple[str, ...]) -> dict:
         raise ValueError(f"{where} has type {kind!r}; valid are {', '.join(valid)}, and speech for audio{hint}")
     if kind == segment["type"] and not (kind == "audio" and "speech" in segment):
         return segment
+
     # The content may stand under either name as well.
     named = {name: value for name, value in segment.items() if name != "speech"} | {"type": kind}
     return named if segment.get("speech") is None else named | {"audio": segment["speech"]}

@@ -248,13 +248,15 @@ class MoTServer:
             # The thread is a daemon, so that the interpreter may end while it works; `_exit` waits for its round.
             thread = threading.Thread(target=self._run, name="MoTServer", daemon=True)
             thread.start()
-            self.thread = self.runner = thread
+            self.thread = thread
+            self.runner = thread
             atexit.register(self._exit)
 
     def stop(self) -> None:
         """Finish all requests, then end the thread. No more requests are let in until the server starts again."""
         with self.changed:
-            self.stopping, thread = True, self.thread
+            self.stopping = True
+            thread = self.thread
             self.changed.notify_all()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
@@ -335,7 +337,8 @@ class MoTServer:
     def _exit(self) -> None:
         """Wait for the last round when the interpreter ends: a thread inside of torch would abort the interpreter."""
         with self.changed:
-            self.exiting, thread = True, self.thread
+            self.exiting = True
+            thread = self.thread
             self.changed.notify_all()
         if thread is not None:
             thread.join(GRACE)

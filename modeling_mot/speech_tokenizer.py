@@ -4,8 +4,6 @@ There are 25 units a second by default, as in the paper's setting with speech. T
 differences, as in HuBERT's first iteration, which need no weights; any speech encoder of transformers (HuBERT, wav2vec
 2.0, WavLM, Whisper) can take their place. Decoding is simple: every unit keeps the mean log-mel spectrogram of its 40
 ms, and Griffin-Lim finds a waveform.
-
-Shapes: S samples, T frames of 10 ms, U units, C features, K centroids, F mel bands.
 """
 
 import json
@@ -34,9 +32,10 @@ from .image_tokenizer import (
 from .media_loading import MAX_RATE, MIN_RATE, check_rate, load_sound
 
 
+# S samples, T frames of 10 ms, U units, C features, K centroids, F mel bands
+
 SPEECH_TOKENIZER_CONFIG_NAME = "speech_tokenizer_config.json"
 SPEECH_TOKENIZER_WEIGHTS_NAME = "model.safetensors"
-
 
 CONFIG_RULES = {
     "num_units": Whole(1, 2**24),
@@ -99,11 +98,11 @@ class SpeechTokenizerConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SpeechTokenizerConfig":
-        """From the content of `speech_tokenizer_config.json`; ValueError for unknown names."""
+        """Make a configuration of the content of `speech_tokenizer_config.json`; ValueError for unknown names."""
         return from_known_fields(cls, values, "speech tokenizer")
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of `speech_tokenizer_config.json`."""
+        """Return the content of `speech_tokenizer_config.json`."""
         return without_defaults(self, "max_seconds")
 
 
@@ -146,7 +145,7 @@ class MoTSpeechTokenizer:
         if self.centroids is not None and len(self.centroids) != config.num_units:
             raise ValueError(f"num_units={config.num_units} but there are {len(self.centroids)} centroids")
 
-    # -- sizes --------------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------------------------------------------ sizes
 
     @property
     def num_units(self) -> int:
@@ -173,13 +172,15 @@ class MoTSpeechTokenizer:
         """Samples that a unit stands for."""
         return self.config.sampling_rate // self.config.units_per_second
 
-    # -- encoding -----------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------- encoding
 
     def preprocess(self, audio: Any, sampling_rate: int | None = None, **access: bool) -> torch.Tensor:
         """Read one sound: mono samples at the tokenizer's rate.  -> (S,)
 
-        They are scaled to the configured loudness and padded with silence to whole units. Arguments as for `encode`.
+        The samples are scaled to the configured loudness, and padded with silence to whole units. The arguments are
+        those of `encode`.
         """
+        # Read the sound, at the tokenizer's rate.
         ours = self.config.sampling_rate
         wave, rate = load_sound(audio, sampling_rate, ours, self.config.max_seconds, **access)
         samples = resample(torch.from_numpy(wave), rate, ours)
@@ -189,13 +190,14 @@ class MoTSpeechTokenizer:
         if self.config.loudness and level > 1e-5:
             samples = samples * (self.config.loudness / level)
 
+        # Silence fills the last unit up.
         units = math.ceil(len(samples) / self.samples_per_unit)
         return nn.functional.pad(samples, (0, units * self.samples_per_unit - len(samples)))
 
     @without_autocast()
     @torch.no_grad()
     def features(self, samples: torch.Tensor) -> torch.Tensor:
-        """The features of each unit, not scaled yet.  (S,) -> (U, C)"""
+        """Compute the features of each unit, not scaled yet.  (S,) -> (U, C)"""
         units = len(samples) // self.samples_per_unit
         if self.config.features == "mfcc":
             frames = self.front_end.mfcc(self.front_end.log_mel(samples))
@@ -204,7 +206,8 @@ class MoTSpeechTokenizer:
         return frames.view(units, -1, frames.shape[-1]).mean(1)
 
     def encoder_frames(self, samples: torch.Tensor, units: int) -> torch.Tensor:
-        """Hidden states of the speech encoder, a whole number of frames for each unit.  (S,) -> (T, C)"""
+        """Return hidden states of the speech encoder, a whole number of frames for each unit.  (S,) -> (T, C)"""
+        # Encoders differ in their frames.
         encoder = self.load_encoder()
         if hasattr(encoder.config, "num_mel_bins"):
             hidden, rate = self.whisper_frames(encoder, samples)
@@ -225,7 +228,7 @@ class MoTSpeechTokenizer:
         return hidden[:wanted]
 
     def whisper_frames(self, encoder: nn.Module, samples: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Hidden states of Whisper's encoder, chunk by chunk, and how many there are a second.  (S,) -> (T, C)"""
+        """Return hidden states of Whisper's encoder, chunk by chunk, and how many come a second.  (S,) -> (T, C)"""
         from transformers import WhisperFeatureExtractor
 
         seconds = encoder.config.max_source_positions // 50
@@ -242,7 +245,7 @@ class MoTSpeechTokenizer:
         return torch.cat(parts), 50.0
 
     def load_encoder(self) -> nn.Module:
-        """The speech encoder, loaded by its name when it is first needed."""
+        """Return the speech encoder, which is loaded by its name when it is first needed."""
         if self.encoder is None:
             from transformers import AutoModel
 
@@ -252,7 +255,7 @@ class MoTSpeechTokenizer:
         return encoder.eval().requires_grad_(False)
 
     def encode(self, audio: list[Any], sampling_rate: int | None = None, **access: bool) -> list[torch.Tensor]:
-        """The units of each sound, (U,) int64.
+        """Encode each sound as units, (U,) int64.
 
         Args:
             audio: sounds in any form that `load_sound` takes.
@@ -265,7 +268,7 @@ class MoTSpeechTokenizer:
 
     @without_autocast()
     def encode_one(self, source: Any, sampling_rate: int | None = None, **access: bool) -> torch.Tensor:
-        """The units of one sound, (U,) int64; ValueError if the tokenizer is not trained yet."""
+        """Encode one sound as units, (U,) int64; ValueError if the tokenizer is not trained yet."""
         if self.centroids is None:
             raise ValueError(
                 "this speech tokenizer has no centroids yet; train it with training.tokenizers.speech or load it"
@@ -274,19 +277,19 @@ class MoTSpeechTokenizer:
         units = nearest_code(scaled, self.centroids)
         return torch.unique_consecutive(units) if self.config.deduplicate else units
 
-    # -- decoding -----------------------------------------------------------------------------------------------------
+    # --------------------------------------------------------------------------------------------------------- decoding
 
     def decode(self, units: list[torch.Tensor]) -> list[np.ndarray]:
-        """The samples of each sequence of units, float32 at `sampling_rate`.  (U,) -> (U * samples_per_unit,)
+        """Decode each sequence of units to samples, float32 at `sampling_rate`.  (U,) -> (U * samples_per_unit,)
 
-        They sound buzzy but recognisable: units carry no pitch, so Griffin-Lim finds a noisy voice.
+        The speech is recognisable but sounds buzzy: units carry no pitch, so Griffin-Lim finds a noisy voice.
         """
         return [self.decode_one(torch.as_tensor(sequence, dtype=torch.long)) for sequence in units]
 
     @without_autocast()
     @torch.no_grad()
     def decode_one(self, units: torch.Tensor) -> np.ndarray:
-        """The samples of one sequence of units; ValueError for an empty one and for units out of range."""
+        """Decode one sequence of units to samples; ValueError for an empty one and for units out of range."""
         if units.ndim != 1 or len(units) == 0:
             raise ValueError(f"speech units must have shape (units,) with at least one unit, not {tuple(units.shape)}")
         if int(units.min()) < 0 or int(units.max()) >= self.num_units:
@@ -294,18 +297,18 @@ class MoTSpeechTokenizer:
         log_mel = self.templates[units].flatten(0, 1)
         return self.front_end.griffin_lim(log_mel, self.config.griffin_lim_iterations).numpy().astype(np.float32)
 
-    # -- saving and loading -------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------- saving and loading
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The trained tensors by name, as the constructor takes them."""
+        """Return the trained tensors by name, as the constructor takes them."""
         return {"mean": self.mean, "scale": self.scale, "centroids": self.centroids, "templates": self.templates}
 
     def fingerprint(self) -> str:
-        """sha256 of the configuration and the tensors."""
+        """Return the sha256 of the configuration and the tensors."""
         return fingerprint(self.config.to_dict(), self.tensors())
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write `model.safetensors` and `speech_tokenizer_config.json`; of an encoder the name alone is written."""
+        """Write `model.safetensors` and `speech_tokenizer_config.json`, which names an encoder but does not hold it."""
         if self.centroids is None:
             raise ValueError("a speech tokenizer without centroids cannot be saved; train it first")
         directory = Path(directory)
@@ -329,7 +332,7 @@ class MoTSpeechTokenizer:
         return cls(config, tensors)
 
 
-# -- resampling -------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------- resampling
 
 # Most weights of all filters together, inputs (or products) at a time, and filters of a zero crossing.
 _MOST_WEIGHTS = 2**21
@@ -348,6 +351,7 @@ def resample(samples: torch.Tensor, source_rate: int, target_rate: int, zeros: i
     Raises:
         ValueError: a rate that `check_rate` refuses.
     """
+    # Equal rates need no filter.
     source_rate, target_rate = check_rate(source_rate, "source_rate"), check_rate(target_rate, "target_rate")
     if source_rate == target_rate:
         return samples
@@ -366,7 +370,7 @@ def resample(samples: torch.Tensor, source_rate: int, target_rate: int, zeros: i
 
 
 def _windowed_sinc(times: torch.Tensor, cutoff: float, zeros: int) -> torch.Tensor:
-    """The filter at `times`, which count zero crossings."""
+    """Compute the filter at `times`, which count zero crossings."""
     window = torch.where(times.abs() < zeros, torch.cos(times * math.pi / zeros / 2).square(), 0.0)
     return torch.sinc(times) * window * cutoff
 
@@ -375,6 +379,7 @@ def _resample_by_phases(
     padded: torch.Tensor, step: int, phases: int, cutoff: float, zeros: int, width: int, length: int
 ) -> torch.Tensor:
     """Use an exact filter for each of the `phases` outputs; the usual rates have few."""
+    # The filter of each output, shifted by its place between two inputs.
     taps = torch.arange(-width, width + step, dtype=torch.float64)
     shifts = torch.arange(phases, dtype=torch.float64)[:, None] * step / phases
     kernels = _windowed_sinc((taps - shifts) * cutoff, cutoff, zeros).to(padded.dtype)
@@ -394,6 +399,7 @@ def _resample_between(
     padded: torch.Tensor, step: int, phases: int, cutoff: float, zeros: int, width: int, length: int
 ) -> torch.Tensor:
     """Interpolate between the filters of a bounded number of phases, on a straight line; errors are below 1e-5."""
+    # Filters at even steps between two inputs.
     taps = torch.arange(-width, width + 2, dtype=torch.float64)
     steps = math.ceil(_PHASES_PER_CROSSING * cutoff)
     shifts = torch.arange(steps + 1, dtype=torch.float64)[:, None] / steps
@@ -412,7 +418,7 @@ def _resample_between(
     return torch.cat(made)
 
 
-# -- spectra ----------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------------------- spectra
 
 HOP_SECONDS = 0.010
 WINDOW_SECONDS = 0.025
@@ -442,24 +448,24 @@ class SpeechFrontEnd:
         self.cosines = dct_matrix(num_mel_bands)[:num_coefficients]
 
     def frames(self, samples: torch.Tensor) -> torch.Tensor:
-        """Spectra of windows that are centred on each 10 ms; these must divide S.  (S,) -> (T, bins)"""
+        """Compute spectra of windows that are centred on each 10 ms, which must divide S.  (S,) -> (T, bins)"""
         edge = self.window_length - self.hop
         padded = nn.functional.pad(samples, (edge // 2, edge - edge // 2))
         cut = padded.unfold(0, self.window_length, self.hop) * self.window
         return torch.fft.rfft(cut, n=self.fft_length)
 
     def log_mel(self, samples: torch.Tensor) -> torch.Tensor:
-        """The natural logarithm of the power of mel bands.  (S,) -> (T, F)"""
+        """Compute the natural logarithm of the power of mel bands.  (S,) -> (T, F)"""
         return (self.frames(samples).abs().square() @ self.filters).clamp(min=LOG_FLOOR).log()
 
     def mfcc(self, log_mel: torch.Tensor) -> torch.Tensor:
-        """The orthonormal DCT-II of log-mel bands, with its first and second differences.  (T, F) -> (T, C)"""
+        """Compute the orthonormal DCT-II of log-mel bands, and its first and second differences.  (T, F) -> (T, C)"""
         static = log_mel @ self.cosines.T
         first = deltas(static)
         return torch.cat([static, first, deltas(first)], dim=1)
 
     def griffin_lim(self, log_mel: torch.Tensor, iterations: int = 60, seed: int = 0) -> torch.Tensor:
-        """Samples whose spectrogram resembles `log_mel`.  (T, F) -> (S,)
+        """Find samples whose spectrogram resembles `log_mel`.  (T, F) -> (S,)
 
         The phases come from alternating projections: Griffin and Lim (1984), in the fast variant of Perraudin et al.
         (2013).
@@ -483,6 +489,7 @@ class SpeechFrontEnd:
 
     def overlap_add(self, spectra: torch.Tensor) -> torch.Tensor:
         """Invert `frames` by least squares.  (T, bins) -> (S,)"""
+        # Each frame back in time, under the window once more.
         cut = torch.fft.irfft(spectra, n=self.fft_length)[:, : self.window_length] * self.window
         count = len(cut)
         edge = self.window_length - self.hop
@@ -491,13 +498,14 @@ class SpeechFrontEnd:
             size, kernel = (1, count * self.hop + edge), (1, self.window_length)
             return nn.functional.fold(windows.T[None], size, kernel, stride=(1, self.hop)).flatten()
 
+        # Windows overlap: divide by the sum of their squares.
         weight = added(self.window.square().expand(count, -1))
         samples = added(cut) / weight.clamp(min=1e-3)
         return samples[edge // 2 : edge // 2 + count * self.hop]
 
 
 def dct_matrix(size: int) -> torch.Tensor:
-    """The matrix of the orthonormal DCT-II, with one coefficient a row.  -> (size, size)"""
+    """Make the matrix of the orthonormal DCT-II, with one coefficient a row.  -> (size, size)"""
     k = torch.arange(size, dtype=torch.float64)
     matrix = torch.cos(math.pi / size * (k + 0.5) * k[:, None]) * math.sqrt(2 / size)
     matrix[0] /= math.sqrt(2)
@@ -505,7 +513,7 @@ def dct_matrix(size: int) -> torch.Tensor:
 
 
 def deltas(features: torch.Tensor, width: int = 2) -> torch.Tensor:
-    """The slope of a least-squares line over 2 * width + 1 frames; the edges are repeated.  (T, C) -> (T, C)"""
+    """Compute the slope of a least-squares line over 2 * width + 1 frames; the edges repeat.  (T, C) -> (T, C)"""
     padded = torch.cat([features[:1].expand(width, -1), features, features[-1:].expand(width, -1)])
     count = len(features)
     slope = sum(n * (padded[width + n :][:count] - padded[width - n :][:count]) for n in range(1, width + 1))

@@ -33,7 +33,7 @@ class ExpertChoiceFeedForward(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, is_token: torch.Tensor | None = None, token_choice: bool = False
     ) -> torch.Tensor:
-        """(n, D) -> (n, D)
+        """Apply the experts: (n, D) -> (n, D)
 
         Args:
             is_token: (n,) bool, False for padding, which no expert chooses and which becomes zero; None where nothing

@@ -347,7 +347,7 @@ class TowerNorms(PerTower):
     """The norms of all towers, or one named `shared`, in one pass over rows sorted by tower."""
 
     def forward(self, rows: torch.Tensor, routing: ModalityRouting) -> torch.Tensor:
-        """(T, ..., D) -> the same"""
+        """Apply each tower to its rows: (T, ..., D) -> the same"""
         # One pass serves plain Llama norms only. Gemma's norms, and norms with hooks or sharded weights, run singly.
         shared = "shared" in self
         norms = [self["shared"]] if shared else [self[tower] for tower in routing.towers]
@@ -380,7 +380,7 @@ class _Batched:
         return torch.baddbmm(torch.stack([module.bias for module in modules])[:, None], rows, weight)
 
     def unpadded(self, rows: torch.Tensor) -> torch.Tensor:
-        """(K, longest, F) -> (T, F)"""
+        """Drop the padding: (K, longest, F) -> (T, F)"""
         return torch.cat([of_tower[:count] for of_tower, count in zip(rows.unbind(), self.counts)])
 
 

@@ -14,7 +14,7 @@ import re
 import reprlib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def without_secrets(value: Any) -> Any:
 
 
 def one_line(error: Exception) -> str:
-    """An error as a command prints it: on one line, without secrets, and no longer than a screen."""
+    """Format an error as a command prints it: on one line, without secrets, and no longer than a screen."""
     line = without_secrets(" ".join(str(error).split()))
     return line if len(line) <= 2000 else line[:2000] + " ..."
 
@@ -171,7 +171,7 @@ def read_yaml(path: str | Path) -> dict:
 
 
 def _nearest_file(path: Path) -> str:
-    """A hint at a configuration file of nearly this name, beside it or among the project's; or nothing."""
+    """Return a hint at a configuration file of nearly this name, beside it or among the project's; or nothing."""
     files = [file for folder in (path.parent, Path(__file__).parent / "configs") for file in folder.glob("*.y*ml")]
     by_stem = {file.stem: file for file in reversed(files)}
     match = difflib.get_close_matches(path.stem, by_stem, n=1, cutoff=0.75)
@@ -325,12 +325,16 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return value
     if origin in (typing.Union, types.UnionType):
         return _convert_union(arguments, value, path)
+
+    # One of several words.
     if origin is typing.Literal:
         if value in arguments and type(value) in {type(argument) for argument in arguments}:
             return value
         match = difflib.get_close_matches(str(value), [str(argument) for argument in arguments], n=1)
         near = f"; did you mean {match[0]}?" if match else ""
         raise ConfigError(f"{path}={_show(value)} is not one of {', '.join(map(str, arguments))}{near}")
+
+    # A section, and containers, whose items are converted in their turn.
     if dataclasses.is_dataclass(hint):
         return build(hint, value, path)
     if origin in (list, tuple, Sequence):
@@ -409,7 +413,7 @@ def digest_of(value: Any) -> str:
 
 
 def to_tree(config: Any) -> Any:
-    """A configuration as plain mappings, lists and scalars, as YAML and JSON hold them."""
+    """Return a configuration as plain mappings, lists and scalars, as YAML and JSON hold them."""
     if dataclasses.is_dataclass(config):
         return {f.name: to_tree(getattr(config, f.name)) for f in dataclasses.fields(config) if f.init}
     if isinstance(config, dict):
@@ -419,13 +423,24 @@ def to_tree(config: Any) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested mappings into one with dotted keys."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
 def dump(config: Any) -> str:
-    """A configuration as YAML that `load` reads back to an equal one."""
+    """Write a configuration as YAML that `load` reads back to an equal one."""
     return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True, width=120)
 
 
 def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """(dotted key, type and range, default, documentation) of every key; fields of list entries are `key[i].field`."""
+    """List (dotted key, type and range, default, documentation) of every key; list entries have `key[i].field`."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if not field.init:
@@ -441,7 +456,7 @@ def describe(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str, str]]
 
 
 def _nested(hint: Any) -> tuple[type | None, bool]:
-    """The dataclass inside a hint (also inside Optional, list and dict), and true if a container holds it."""
+    """Return the dataclass inside a hint (also inside Optional, list and dict), and true if a container holds it."""
     if dataclasses.is_dataclass(hint):
         return hint, False
     is_container = typing.get_origin(hint) in (list, tuple, dict, Sequence)
@@ -453,7 +468,7 @@ def _nested(hint: Any) -> tuple[type | None, bool]:
 
 
 def type_name(hint: Any) -> str:
-    """A type as a reader writes it: `int`, `float or null`, `list of str`, `"a" or "b"`."""
+    """Return a type as a reader writes it: `int`, `float or null`, `list of str`, `"a" or "b"`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(type_name(argument) for argument in arguments)

@@ -109,7 +109,7 @@ def read_model(checkpoint: Path, average: bool = False, frozen_towers: list[str]
 
 
 def _manifest(run: RunFolder, step: int | None) -> dict[str, Any]:
-    """The manifest of the checkpoint that is asked for, which is verified."""
+    """Return the manifest of the checkpoint that is asked for, which is verified."""
     if step is None:
         manifest, skipped = newest_intact(run)
         if manifest is None:
@@ -127,7 +127,7 @@ def _manifest(run: RunFolder, step: int | None) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a request that cannot be met."""
+    """Return the exit code: 0 done, 2 a request that cannot be met."""
     parser = argparse.ArgumentParser(prog="python -m training.consolidate", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest intact one)")

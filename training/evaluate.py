@@ -29,8 +29,15 @@ from training.evaluation.results import ResultsFolder
 from training.evaluation.tasks import OF_LOSSES, TASKS, Evaluation, Job, jobs_of, loss_figures, obstacle, settings_of
 from training.model.building import Planned, load_model, plan_model
 from training.recipe import ModelConfig, Recipe
-from training.run_files.checkpoints import gather_objects
-from training.world import build_accelerator, describe_world, is_sharding, leave_group, say, set_cpu_threads
+from training.world import (
+    build_accelerator,
+    describe_world,
+    gather_objects,
+    is_sharding,
+    leave_group,
+    say,
+    set_cpu_threads,
+)
 
 
 # Ranks wait for each other between jobs, and a job may draw thousands of pictures.

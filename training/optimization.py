@@ -33,7 +33,7 @@ DIFFUSION = "image_diffusion"
 
 
 def objective_names(config: MoTConfig) -> list[str]:
-    """The keys of a model's `loss_sums`: its modalities of tokens, then the diffusion of images where it has one."""
+    """List the keys of a model's `loss_sums`: its modalities of tokens, then the diffusion of images if it has one."""
     return [*config.token_modalities, *([DIFFUSION] if is_transfusion(config) else [])]
 
 
@@ -55,7 +55,7 @@ def count_targets(batch: Mapping[str, torch.Tensor], config: MoTConfig) -> torch
 def loss_scales(
     totals: Mapping[str, int], modality_weights: Mapping[str, float] | None = None, diffusion_weight: float = 1.0
 ) -> tuple[dict[str, float], float]:
-    """(the factor of each objective's loss sum, the factor of the z-loss sum) for the global `totals` of one step.
+    """Return (the factor of each objective's loss sum, that of the z-loss sum) for the global `totals` of one step.
 
     Without weights the loss of tokens is the mean over all their targets, as in Chameleon. With weights it is a
     weighted mean, in which a modality's targets count `weight` times (1 for a modality that is not named). The mean
@@ -97,7 +97,7 @@ def check_modality_weights(weights: Mapping[str, float] | None, modalities: Sequ
 def combine(
     loss_sums: Mapping[str, torch.Tensor], z_loss_sum: torch.Tensor | float, scales: Mapping[str, float], z_scale: float
 ) -> torch.Tensor:
-    """This micro-batch's share of the step's loss, in float32."""
+    """Return this micro-batch's share of the step's loss, in float32."""
     loss = sum(scales[name] * loss_sum.float() for name, loss_sum in loss_sums.items())
     return loss + z_scale * (z_loss_sum.float() if torch.is_tensor(z_loss_sum) else z_loss_sum)
 
@@ -134,17 +134,17 @@ class OptimizerConfig:
 
 
 def default_warmup(steps: int) -> int:
-    """The number of warm-up steps in a run of `steps`, if the recipe leaves it open."""
+    """Return the number of warm-up steps in a run of `steps`, if the recipe leaves it open."""
     return min(4000, steps // 10)
 
 
 def warmup_steps(config: OptimizerConfig, steps: int) -> int:
-    """The number of warm-up steps in a run of `steps`."""
+    """Return the number of warm-up steps in a run of `steps`."""
     return default_warmup(steps) if config.warmup_steps is None else config.warmup_steps
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The learning rate of update `step` (0-based) of `steps`: linear warm-up, then a half cosine down to min_lr.
+    """Return the learning rate of update `step` (0-based) of `steps`: linear warm-up, then half a cosine to min_lr.
 
     A pure function of the step, so that a resumed run needs no scheduler state and no rank can step it twice.
     """
@@ -200,7 +200,7 @@ class NotFiniteError(FloatingPointError):
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor], accelerator: Accelerator) -> list[str]:
-    """Names of the tensors, sharded or not, that hold NaN or infinity on any rank. Every rank calls it.
+    """Return the names of the tensors, sharded or not, that hold NaN or infinity on any rank. Every rank calls it.
 
     It takes one pass over the tensors and one wait for the device.
     """
@@ -277,7 +277,7 @@ class UpdateGuard:
         self.not_finite_in_a_row = 0
 
     def judge(self, loss: float, grad_norm: float) -> tuple[bool, Event | None]:
-        """(true if the update is to be made, the event to report)."""
+        """Return (true if the update is to be made, the event to report)."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.skipped += 1
             self.not_finite_in_a_row += 1

@@ -21,7 +21,7 @@ from training.train import load_recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 a storage or process failed, 2 a request or data that cannot be used, 130 interrupted."""
+    """Return the exit code: 0 done, 1 a storage or process failed, 2 unusable request or data, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m training.prepare",
         description=__doc__,
@@ -63,9 +63,12 @@ def prepare_recipe(recipe: Recipe, workers: int = 1, verify: bool = False) -> No
     from training.data.rows import prepare_sources
     from training.model.building import load_initial, plan_model
 
+    # The processor and the towers decide how the data are tokenised.
     begin = time.perf_counter()
     planned = plan_model(recipe.model, recipe.data, load_initial(recipe.model))
     data = planned.data
+
+    # All sources, found or tokenised, and what each of them holds.
     try:
         training, held_out = (
             prepare_sources(data, planned.processor, workers, validation, planned.vae, progress=True)
@@ -81,6 +84,8 @@ def prepare_recipe(recipe: Recipe, workers: int = 1, verify: bool = False) -> No
                 )
                 for line in source.left_out.lines():
                     print(f"{'':10}left out: {line}")
+
+        # How well the documents fill rows.
         report = RowStream(data, training).report()
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error

@@ -4,13 +4,14 @@
 """
 
 import difflib
+import math
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from modeling_mot import MoTConfig, MoTProcessor, MoTTransfusionConfig
-from modeling_mot.configuration_presets import VARIANTS
+from modeling_mot.configuration_presets import STYLES, VARIANTS
 from modeling_mot.decoding_pictures import DiffusionSettings
 from training.config import ConfigError, check_options, describe, option
 from training.data.config import DataConfig, Segment, SourceConfig
@@ -61,12 +62,13 @@ class TransfusionModelConfig:
             raise ConfigError(f"model.transfusion.image_size={self.image_size} must be [height, width]")
 
     def model_fields(self) -> dict[str, Any]:
-        """The fields of MoTTransfusionConfig that the recipe sets."""
+        """Return the fields of MoTTransfusionConfig that the recipe sets."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: v for name, v in values.items() if v is not None and name not in ("vae", "image_size")}
 
 
 _VARIANT = Literal[VARIANTS]
+_STYLE = Literal[tuple(STYLES)]
 
 
 @dataclass
@@ -79,6 +81,9 @@ class ModelConfig:
 
     variant: _VARIANT = option("mot", "which modalities share weights and which towers hold experts")
     preset: str | None = option(None, "a row of the paper's tables, such as chameleon-37m; null: the sizes below")
+    style: _STYLE | None = option(
+        None, "QK-norm, norm position, dropout and z-loss of that Chameleon, as one set; null: none of them"
+    )
     init_from: str | None = option(None, "folder or Hub name of a checkpoint to start from; its sizes are kept")
     processor: str | None = option(None, "folder or Hub name of a processor; null: the one carried with the project")
     modalities: list[str] | None = option(
@@ -102,7 +107,7 @@ class ModelConfig:
     tie_word_embeddings: bool | None = option(None, "one matrix for input and output embeddings")
     hidden_dropout: float | None = option(None, "dropout on the outputs of attention and feed-forward", ge=0, lt=1)
     attention_dropout: float | None = option(None, "dropout on attention probabilities", ge=0, lt=1)
-    z_loss_coefficient: float | None = option(None, "weight of log(Z)^2 (Chameleon: 1e-5)", ge=0, le=1000)
+    z_loss_coefficient: float | None = option(None, "weight of log(Z)^2", ge=0, le=1000)
     rope_theta: float | None = option(None, "base of the rotary embedding", ge=1, le=10**12)
     num_experts: int | None = option(
         None, "experts of a tower that is a mixture (moe-4x and hybrid: 4)", ge=1, le=10**4
@@ -123,6 +128,11 @@ class ModelConfig:
             raise ConfigError(f"model.preset={self.preset!r} is unknown; the presets are {names}")
         if self.preset is not None and self.init_from is not None:
             raise ConfigError(f"model.preset={self.preset!r} and model.init_from={self.init_from!r} exclude each other")
+        if self.style is not None and self.init_from is not None:
+            raise ConfigError(
+                f"model.style={self.style!r} is of a new model; leave it out with model.init_from={self.init_from!r}, "
+                "which has its own options"
+            )
         if self.modalities is not None and (self.init_from is not None or self.transfusion is not None):
             raise ConfigError(
                 f"model.modalities={self.modalities} are of a new model of tokens; leave them out with model.init_from "
@@ -136,7 +146,15 @@ class TrainConfig:
 
     steps: int = option(1000, "updates of the parameters", ge=1)
     rows: int = option(8, "rows in a micro-batch of one process", ge=1)
-    accumulation: int = option(1, "micro-batches in a step", ge=1)
+    accumulation: int | None = option(
+        None, "micro-batches in a step; null: 1, or as many as make train.tokens_per_step", ge=1
+    )
+    tokens_per_step: int | None = option(
+        None,
+        "tokens of a step of all processes, padding included, held on any number of them; null: not held",
+        ge=1,
+        le=10**12,
+    )
     precision: Literal["auto", "bf16", "float32"] = option(
         "auto", "dtype of matrix products; auto: bf16 if the device has it natively, else float32; losses are float32"
     )
@@ -200,6 +218,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_options(self)
+        if self.tokens_per_step is None and self.accumulation is None:
+            self.accumulation = 1
 
 
 @dataclass
@@ -209,6 +229,9 @@ class EvaluationConfig:
     every: int = option(0, "steps between evaluations; 0: only at the end", ge=0)
     rows: int = option(32, "most rows of each direction of each source", ge=0)
     batch_rows: int = option(8, "rows of one forward", ge=1)
+    noise_levels: int = option(
+        8, "evenly spaced levels of the diffusion validation loss, a forward for each; 0: none", ge=0, le=1000
+    )
 
     def __post_init__(self):
         check_options(self)
@@ -268,6 +291,52 @@ class Recipe:
                 "the peak learning rate would not be reached; set optimizer.warmup_steps=null for a tenth of the run"
             )
 
+    def micro_batches(self, processes: int) -> int:
+        """The micro-batches of a step on so many processes: `train.accumulation`, or what the tokens of a step need.
+
+        Raises:
+            ConfigError: the processes cannot make `train.tokens_per_step`; the message names values that would fit.
+        """
+        train, length = self.train, self.data.row_length
+        if train.tokens_per_step is None:
+            return train.accumulation
+        together = train.rows * length * processes
+        fitting, rest = divmod(train.tokens_per_step, together)
+        if rest:
+            raise ConfigError(
+                f"train.tokens_per_step={train.tokens_per_step:,} is no multiple of train.rows={train.rows} x "
+                f"data.row_length={length:,} x {processes} process{'es' * (processes > 1)} = {together:,} tokens; "
+                f"{self._what_fits(processes)}"
+            )
+        if train.accumulation not in (None, fitting):
+            raise ConfigError(
+                f"train.accumulation={train.accumulation} makes {train.accumulation * together:,} tokens a step of "
+                f"{processes} process{'es' * (processes > 1)}, but train.tokens_per_step={train.tokens_per_step:,}; "
+                f"leave train.accumulation out, or set it to {fitting}"
+            )
+        return fitting
+
+    def _what_fits(self, processes: int) -> str:
+        """Values of rows, processes and tokens that would divide each other, each with the others as they are."""
+        tokens, rows, length = self.train.tokens_per_step, self.train.rows, self.data.row_length
+        fitting = []
+        if numbers := _divisors_near(tokens, length * processes, rows):
+            fitting.append(f"train.rows={' or '.join(map(str, numbers))}")
+        if numbers := _divisors_near(tokens, length * rows, processes):
+            fitting.append(f"{' or '.join(map(str, numbers))} processes")
+        below, together = tokens // (rows * length * processes), rows * length * processes
+        multiples = [f"{number * together}" for number in (below, below + 1) if number]
+        return ", or ".join([*fitting, f"train.tokens_per_step={' or '.join(multiples)}"]) + " would fit"
+
+
+def _divisors_near(whole: int, part: int, wanted: int) -> list[int]:
+    """Up to three numbers near `wanted` that divide `whole / part`, ascending; none if that is no whole number."""
+    quotient, rest = divmod(whole, part)
+    if rest:
+        return []
+    found = {d for i in range(1, math.isqrt(quotient) + 1) if not quotient % i for d in (i, quotient // i)}
+    return sorted(sorted(found, key=lambda number: abs(number - wanted))[:3])
+
 
 def list_keys() -> str:
     """Every key of a recipe with its type, default and documentation, for `--help`."""
@@ -326,7 +395,7 @@ def check_diffusion(planned: MoTConfig, config: SamplesConfig) -> None:
 
 
 def pair_of(sources: list[SourceConfig], kind: str) -> tuple[SourceConfig, Segment, Segment] | None:
-    """The first source with a template of one text and one segment of `kind`: (source, text, other segment)."""
+    """Return the first source with a template of one text and one segment of `kind`: (source, text, other segment)."""
     for source in sources:
         for template in source.templates:
             segments = template.parsed
@@ -337,7 +406,7 @@ def pair_of(sources: list[SourceConfig], kind: str) -> tuple[SourceConfig, Segme
 
 
 def text_of_sources(sources: list[SourceConfig]) -> tuple[SourceConfig, Segment] | None:
-    """The first source with a template of text alone."""
+    """Return the first source with a template of text alone."""
     for source in sources:
         for template in source.templates:
             if [segment.type for segment in template.parsed] == ["text"]:
@@ -351,5 +420,5 @@ def has_edits(source: SourceConfig) -> bool:
 
 
 def texts_of(source: SourceConfig, text: Segment) -> Iterator[str]:
-    """The texts of a segment, one for each record of the source."""
+    """Return the texts of a segment, one for each record of the source."""
     return open_source(source).each(lambda record: text_of(text, record))

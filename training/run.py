@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from modeling_mot import MoTPreTrainedModel
-from training.config import dump, to_tree, without_secrets
+from training.config import dump, flatten, to_tree, without_secrets
 from training.data import collate
 from training.data.collate import TOWER_ROWS
 from training.data.reading.sources import data_cards
@@ -36,14 +36,7 @@ from training.model.building import (
 from training.model.costs import Budget, describe_choice, forward_flops_per_token, leaves_size_open, peak_flops
 from training.optimization import NotFiniteError, freeze_towers
 from training.recipe import Recipe, TrainConfig, check_decoder, check_diffusion, check_subjects
-from training.run_files.checkpoints import (
-    Checkpointer,
-    find_checkpoint,
-    flatten,
-    gather_objects,
-    refuse_changes,
-    refuse_different,
-)
+from training.run_files.checkpoints import Checkpointer, find_checkpoint, refuse_changes
 from training.run_files.folder import RunFolder, RunLock, environment, write_json
 from training.run_files.metrics import Metrics, check_tracker
 from training.trainer import Trainer
@@ -53,10 +46,12 @@ from training.world import (
     build_accelerator,
     describe_world,
     device_memory,
+    gather_objects,
     is_sharding,
     keep_freed_memory,
     leave_group,
     make_room,
+    refuse_different,
     say,
     set_cpu_threads,
     shard_model,
@@ -129,7 +124,7 @@ class Session:
         torch.set_float32_matmul_precision(recipe.train.float32_matmul_precision)
         model = make_model(recipe, accelerator, planned, initial, checkpoint)
         batch = partial(collate, config=model.config, multiple_of=TOWER_ROWS)
-        batches = make_batches(recipe.train, accelerator, stream, batch)
+        batches = make_batches(recipe, accelerator, stream, batch)
 
         # What must be the same when the run goes on.
         same = {
@@ -206,7 +201,7 @@ def take_folder(train: TrainConfig, accelerator: Accelerator, lock: RunLock) -> 
 
 
 def find_last_checkpoint(run: RunFolder, train: TrainConfig, accelerator: Accelerator) -> dict[str, Any] | None:
-    """The manifest of the checkpoint to go on from, or None; says which damaged ones are passed over."""
+    """Return the manifest of the checkpoint to go on from, or None; say which damaged ones are passed over."""
     checkpoint, passed_over = find_checkpoint(run, train.resume, accelerator)
     for line in passed_over:
         say(accelerator, line)
@@ -219,7 +214,7 @@ def makes_weights(accelerator: Accelerator, checkpoint: Mapping | None) -> bool:
 
 
 def find_peak(accelerator: Accelerator) -> tuple[float, str]:
-    """(FLOP/s of this device in the precision of training, source of the figure)."""
+    """Return (FLOP/s of this device in the precision of training, source of the figure)."""
     return peak_flops(accelerator.device, torch.bfloat16 if precision_of(accelerator) == "bf16" else torch.float32)
 
 
@@ -255,7 +250,7 @@ def refuse_different_data(accelerator: Accelerator, data_fingerprint: str, plann
 
 
 def precision_of(accelerator: Accelerator) -> str:
-    """`bf16` or `float32`."""
+    """Return the precision of training: `bf16` or `float32`."""
     return "bf16" if accelerator.mixed_precision == "bf16" else "float32"
 
 
@@ -285,13 +280,13 @@ def make_model(
     return model
 
 
-def make_batches(train: TrainConfig, accelerator: Accelerator, stream: RowStream, batch: partial) -> StepBatches:
-    """This process's share of the rows of each step."""
+def make_batches(recipe: Recipe, accelerator: Accelerator, stream: RowStream, batch: partial) -> StepBatches:
+    """Make this process's share of the rows of each step."""
     return StepBatches(
         stream,
-        partial(batch, noise_seed=train.seed),
-        train.rows,
-        train.accumulation,
+        partial(batch, noise_seed=recipe.train.seed),
+        recipe.train.rows,
+        recipe.micro_batches(accelerator.num_processes),
         accelerator.process_index,
         accelerator.num_processes,
     )
@@ -313,7 +308,7 @@ def check_resume(
 def make_checkpointer(
     recipe: Recipe, accelerator: Accelerator, run: RunFolder, planned: Planned, same: Mapping
 ) -> Checkpointer:
-    """The writer of checkpoints, with everything that their manifests say of the run."""
+    """Make the writer of checkpoints, with everything that their manifests say of the run."""
     train, source = recipe.train, recipe.model.init_from
     describe = {
         **same,
@@ -330,6 +325,8 @@ def write_down(recipe: Recipe, trainer: Trainer, planned: Planned, same: Mapping
     accelerator, run, config = trainer.accelerator, trainer.run, trainer.raw_model.config
     active, total = config.num_parameters(active=True), config.num_parameters(active=False)
     peak = trainer.metrics.peak_flops
+
+    # The folder becomes this run's; what the run is made of is written before its first step.
     if accelerator.is_main_process:
         run.claim(recipe.train.resume, recipe.train.overwrite)
         run.config.write_text(dump(same["config"]), encoding="utf-8")
@@ -350,6 +347,8 @@ def write_down(recipe: Recipe, trainer: Trainer, planned: Planned, same: Mapping
             config=same["config"],
         )
         write_json(run.manifest, facts | {"launches": _launches(run, facts, trainer.step)})
+
+    # The tracker and the screen.
     if recipe.train.tracker != "none":
         trainer.metrics.trackers.start("mixture-of-transformers", _as_trackers_take(same["config"]))
     say(
@@ -362,7 +361,7 @@ def write_down(recipe: Recipe, trainer: Trainer, planned: Planned, same: Mapping
 
 
 def _launches(run: RunFolder, facts: Mapping, step: int) -> list[dict]:
-    """When and from which step the run was begun and gone on with, this time the last."""
+    """List when and from which step the run was begun or gone on with; the last entry is this launch."""
     try:
         earlier = json.loads(run.manifest.read_text(encoding="utf-8"))["launches"]
     except (OSError, ValueError, KeyError):
@@ -372,5 +371,5 @@ def _launches(run: RunFolder, facts: Mapping, step: int) -> list[dict]:
 
 
 def _as_trackers_take(tree: dict) -> dict:
-    """Dotted keys and plain values."""
+    """Flatten a tree to dotted keys and plain values."""
     return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in flatten(tree).items()}

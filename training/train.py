@@ -45,9 +45,10 @@ eval/<source>/<direction>/loss, and eval/<direction>/loss over the sources."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: see above."""
+    """Return the exit code: see above."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        # Help, and what needs no torch: its import takes seconds.
         path, keys, options = split_words(words)
         if "--help" in options:
             from training.recipe import list_keys
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if "--print-config" not in options:
             refuse_held_folder(path, keys)
+
+        # The recipe, shown or run.
         recipe = load_recipe(words)
         if "--print-config" in options:
             print(dump(recipe), end="")
@@ -84,7 +87,7 @@ def load_recipe(words: Sequence[str]):
 
 
 def split_words(words: Sequence[str]) -> tuple[str | Path, list[str], set[str]]:
-    """(the configuration file, the `key=value` words, the options) of a command line."""
+    """Return (the configuration file, the `key=value` words, the options) of a command line."""
     names = {"--help": "--help", "-h": "--help", "--print-config": "--print-config"}
     options = {names[word] for word in words if word in names}
     keys = [word for word in words if "=" in word]

@@ -191,7 +191,7 @@ class Trainer:
         return {**counts, "row_length": row_length, "stop": stop, "stalled": False}
 
     def accumulating(self, is_last: bool) -> AbstractContextManager:
-        """The context of a micro-batch's backward; gradients are summed over ranks with the last one of a step.
+        """Return the context of a micro-batch's backward; gradients are summed over ranks with the last one of a step.
 
         Gradients of sharded models are scattered in each micro-batch, or every rank would hold all of them until the
         last; only the sum over the groups of a hybrid mesh waits for it.
@@ -202,7 +202,7 @@ class Trainer:
         return nullcontext() if is_last else self.accelerator.no_sync(self.model)
 
     def gradient_norms(self) -> tuple[torch.Tensor, dict[str, float]]:
-        """The norm of the whole gradient and of each tower's, over all ranks."""
+        """Return the norm of the whole gradient and of each tower's, over all ranks."""
         gradients = [[p.grad for p in parameters if p.grad is not None] for parameters in self.of_tower.values()]
         norms = torch.stack([whole(get_total_norm(of_tower)) for of_tower in gradients])
         return torch.linalg.vector_norm(norms), dict(zip(self.of_tower, norms.tolist(), strict=True))
@@ -410,7 +410,7 @@ def parameters_by_tower(
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor with the parts of all ranks; a collective if it is sharded."""
+    """Return a tensor with the parts of all ranks; a collective if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
@@ -31,8 +32,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.device_mesh import DeviceMesh
 
-from training.config import ConfigError, without_secrets
-from training.run_files.checkpoints import refuse_different
+from training.config import ConfigError, digest_of, flatten, without_secrets
 
 
 _RESTARTABLE = "restartable"
@@ -93,7 +93,7 @@ def keep_freed_memory() -> None:
 
 
 def device_memory(device: torch.device) -> float | None:
-    """Bytes that a process may use: its accelerator's memory, or its share of the machine's; None: not known."""
+    """Return the bytes that a process may use: of its accelerator, or its share of the machine's; None: unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type == "cpu":
@@ -102,7 +102,7 @@ def device_memory(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held so far, in the accelerator's memory or in the machine's."""
+    """Return the most bytes that this process has held so far, in the accelerator's memory or in the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -216,7 +216,7 @@ def build_accelerator(
 
 
 def _meeting(timeout_seconds: float) -> InitProcessGroupKwargs:
-    """How processes find each other: as by default, but restarted processes use keys of their own.
+    """Choose how processes find each other: as by default, but restarted processes use keys of their own.
 
     A launcher that restarts its workers (`--max_restarts`) keeps the store with the addresses of the dead ones.
     """
@@ -265,7 +265,7 @@ def _refuse_environment() -> None:
 
 
 def _fsdp_plugin(compute_dtype: torch.dtype | None) -> FullyShardedDataParallelPlugin:
-    """Accelerate's settings from its file, with the units and the precision of this trainer.
+    """Return Accelerate's settings from its file, with the units and the precision of this trainer.
 
     A unit is a layer. Products are in bf16, reductions of gradients in float32; outputs, such as losses, are not cast.
     """
@@ -305,6 +305,37 @@ def _refuse_accelerator(accelerator: Accelerator, asked: Asked, processes: int |
             f"FSDP was asked for, but Accelerate set up {kind.value} with {found} process{'es' * (found > 1)}; launch "
             f"with --config_file {_CONFIGS}/cpu-2-fsdp.yaml on CPUs or {_CONFIGS}/gpu-8.yaml on GPUs"
         )
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Return the values of all ranks of a group, in order; only this rank's where there is no group."""
+    if group is None:
+        return [value]
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def refuse_different(accelerator: Accelerator, values: Mapping[str, Any]) -> None:
+    """Refuse ranks that were started with different values; they would train on, each towards something else.
+
+    Args:
+        values: JSON values, nested or not. Digests are compared; the values travel only if the digests differ.
+
+    Raises:
+        ConfigError: on every rank, with the keys that differ, and their values on the first ranks that differ.
+    """
+    if accelerator.num_processes == 1:
+        return
+    if len(set(gather_objects(digest_of(values), dist.group.WORLD))) == 1:
+        return
+    of_ranks = [flatten(of_rank) for of_rank in gather_objects(values, dist.group.WORLD)]
+    different = []
+    for key in dict.fromkeys(key for of_rank in of_ranks for key in of_rank):
+        found = [of_rank.get(key) for of_rank in of_ranks]
+        if (rank := next((rank for rank, value in enumerate(found) if value != found[0]), None)) is not None:
+            different.append(f"{key} is {found[0]!r} on rank 0, {found[rank]!r} on rank {rank}")
+    raise ConfigError(f"ranks differ: {'; '.join(different)}. Start all of them with the same recipe and the same data")
 
 
 def leave_group() -> None:

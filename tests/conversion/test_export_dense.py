@@ -85,7 +85,9 @@ def test_the_architecture_it_was_made_of_is_preferred_where_it_fits(tmp_path):
 
 
 @pytest.mark.parametrize(("tower", "modality"), [("text", 0), ("image", 1), ("speech", 2)])
-@pytest.mark.parametrize("untied", [["attention", "feed_forward", "norm"], ["feed_forward"]])
+@pytest.mark.parametrize(
+    "untied", [["attention", "feed_forward", "norm"], ["feed_forward"], ["feed_forward", "query_key_value"]]
+)
 @torch.no_grad()
 def test_one_tower_has_the_logits_of_its_tokens(untied, tower, modality, tmp_path):
     _, model = dense_and_mot("qwen3", untied=untied)

@@ -50,7 +50,7 @@ def small_source(tmp_path_factory):
 # ------------------------------------------------------------------------------------------------------------- logits
 
 
-@pytest.mark.parametrize("variant", ["mot", "dense", "untied-feed-forward-attention"])
+@pytest.mark.parametrize("variant", ["mot", "dense", "untied-feed-forward-qkv", "untied-feed-forward-attention"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @torch.no_grad()
 def test_logits_equal_transformers_bit_for_bit(source, tmp_path, variant, attention):

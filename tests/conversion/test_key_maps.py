@@ -92,7 +92,9 @@ def test_a_field_without_values_makes_nothing():
     assert key_map.forward("a") == [] and key_map.backward("b.text") is None
 
 
-@pytest.mark.parametrize("untied", [[], ["feed_forward"], ["attention", "feed_forward", "norm"]])
+@pytest.mark.parametrize(
+    "untied", [[], ["feed_forward"], ["feed_forward", "query_key_value"], ["attention", "feed_forward", "norm"]]
+)
 @pytest.mark.parametrize("name", SOURCES)
 def test_forward_and_back_is_the_identity_for_every_architecture(name, untied):
     dense = dense_model(name)

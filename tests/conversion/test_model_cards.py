@@ -19,11 +19,10 @@ from tests.conversion.sources import save_source
 from tests.modeling_mot.naive_transfusion import VAE, tiny_model
 from tests.modeling_mot.test_continuous_processor import build_continuous
 from tests.modeling_mot.test_processor import build_processor
-from training.config import to_tree
+from training.config import flatten, to_tree
 from training.data.config import carried_path
 from training.data.reading.sources import data_cards
 from training.plan.parameters import meta_model
-from training.run_files.checkpoints import flatten
 from training.train import load_recipe
 
 
@@ -208,6 +207,15 @@ def test_a_short_run_has_its_last_losses_and_what_was_not_measured_is_said(run):
     rewrite(run / "summary.json", training={}, held_out={})
     text = model_card(run / "final", run).text
     assert "| text | 5 | not measured |" in text and "| image | 7 | not measured |" in text
+
+
+def test_the_diffusion_validation_loss_is_one_result_without_its_levels(run):
+    name = "eval/text-to-image/diffusion_validation_loss"
+    rewrite(run / "summary.json", held_out=SUMMARY["held_out"] | {name: 0.5, f"{name}@250": 0.4, f"{name}@750": 0.6})
+    card = model_card(run / "final", run)
+    found = {(result.task_type, result.metric_type): result.metric_value for result in card.data.eval_results}
+    assert found["text-to-image", "diffusion_validation_loss"] == 0.5 and found["text-to-image", "loss"] == 4.25
+    assert not any("@" in metric for _, metric in found)
 
 
 def test_no_section_leaves_two_blank_lines(run, monkeypatch):

@@ -227,14 +227,16 @@ class NaiveTransfusion:
 
         def part(kind, module):
             """Each token through the module of its tower, or of all towers where this kind is not untied."""
-            names = towers if kind in config.untied else ["shared"] * len(towers)
+            is_untied = kind in config.untied or (kind == "query_key_value" and "attention" in config.untied)
+            names = towers if is_untied else ["shared"] * len(towers)
             return lambda x: by_modality(x, modality_ids, names, module)
 
         def norm(which):
             return part("norm", lambda x, tower: rms_norm(x, w[f"{name}.{which}.{tower}.weight"], config.rms_norm_eps))
 
         def linear(which):
-            return part("attention", lambda x, tower: x @ w[f"{name}.self_attn.{which}_proj.{tower}.weight"].T)
+            kind = "attention" if which == "o" else "query_key_value"
+            return part(kind, lambda x, tower: x @ w[f"{name}.self_attn.{which}_proj.{tower}.weight"].T)
 
         normed, theta = norm("input_layernorm")(x), config.rope_parameters["rope_theta"]
         q, k, v = (linear(which)(normed).unflatten(-1, (-1, config.head_dim)) for which in "qkv")

@@ -1,11 +1,13 @@
 """Experts that choose tokens, and tokens that choose experts, against loops."""
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
 from modeling_mot import ModalityRouting
 from modeling_mot.tower_experts import ExpertChoiceFeedForward
+from training.data import collate
 
 
 def mixture(tiny_config, num_experts=4):
@@ -174,6 +176,32 @@ def test_padding_needs_nothing_from_the_data(tiny_config):
         output = mixture(tiny_config)(torch.randn(9, 32), torch.randint(0, 2, (9,)).bool())
         output.sum().backward()  # a value read back would raise DataDependentOutputException
     assert output.shape == (9, 32)
+
+
+def test_one_compiled_graph_serves_every_amount_of_padding(tiny_config):
+    torch._dynamo.reset()
+    feed_forward, rows = mixture(tiny_config), torch.randn(11, 32)
+    compiled = torch.compile(feed_forward, fullgraph=True, backend="eager")  # a break in the graph would raise
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for number in (11, 7, 2, 0):
+            is_token = torch.arange(11) >= 11 - number
+            torch.testing.assert_close(compiled(rows, is_token), feed_forward(rows, is_token))
+
+
+def test_sixteen_padded_positions_move_no_logit_of_a_trained_row(tiny_model):
+    """The rows of the trainer mark padding by documents, and routing and plan are made ahead."""
+    for name in PADDED:
+        model, (documents_, _) = padded_model(tiny_model, name), documents()
+        ids = torch.cat(documents_, 1)[0].numpy()
+        modality_ids = model.model.modality_ids_of(torch.from_numpy(ids)[None])[0].numpy()
+        row = {"input_ids": ids, "modality_ids": modality_ids, "labels": ids}
+        row |= {"position_ids": np.arange(len(ids)), "document_ids": np.zeros_like(ids)}
+        fill = dict.fromkeys(row, 0) | {"labels": -100, "document_ids": -1}
+        padded = {key: np.pad(value, (0, 16), constant_values=fill[key]) for key, value in row.items()}
+        with torch.no_grad():
+            expected = model(**collate([row], model.config, multiple_of=16)).logits
+            logits = model(**collate([padded], model.config, multiple_of=16)).logits[:, : len(ids)]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -107,12 +107,47 @@ def test_active_parameters_of_the_compared_models_differ_by_the_router_only(vari
     assert config.num_parameters(active=True) == dense + router
 
 
-def documented_names(attention, feed_forward, norm, moe, qk_norm):
+# ------------------------------------------------------------------------------------------- Chameleon's own options
+
+STYLED = ("qk_norm", "norm_position", "hidden_dropout", "z_loss_coefficient")
+
+
+def styled(config):
+    return tuple(getattr(config, field) for field in STYLED)
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_presets_have_none_of_chameleons_options(name):
+    assert styled(MoTConfig.from_preset(name)) == styled(MoTConfig()) == (None, "pre", 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("style", "expected"),
+    [("chameleon-7b", ("layer", "pre", 0.1, 1e-5)), ("chameleon-34b", ("layer", "post", 0.0, 1e-5))],
+)
+def test_a_style_sets_all_of_chameleons_options(style, expected):
+    assert styled(MoTConfig.from_preset("chameleon-7b", "dense", style=style)) == expected
+    assert styled(MoTConfig.from_variant("hybrid", style=style, hidden_size=32, num_attention_heads=4)) == expected
+
+
+def test_a_style_is_taken_whole():
+    assert MoTConfig.from_variant(style="chameleon-7b", hidden_dropout=0.1).hidden_dropout == 0.1
+    with pytest.raises(ValueError, match="style='chameleon-7b' has hidden_dropout=0.1, but hidden_dropout=0 was set"):
+        MoTConfig.from_variant(style="chameleon-7b", hidden_dropout=0)
+    with pytest.raises(ValueError, match="unknown style chameleon-8b.*chameleon-7b"):
+        MoTConfig.from_preset("chameleon-7b", style="chameleon-8b")
+
+
+# ---------------------------------------------------------------------------------------------------- names of tensors
+
+
+def documented_names(qkv, attention, feed_forward, norm, moe, qk_norm):
     """The contract: Llama's names with the tower as the last module."""
     names = {"model.embed_tokens.weight", "lm_head.weight"} | {f"model.norm.{t}.weight" for t in norm}
     for i in range(2):
         layer = f"model.layers.{i}"
-        names |= {f"{layer}.self_attn.{p}_proj.{t}.weight" for p in "qkvo" for t in attention}
+        names |= {f"{layer}.self_attn.{p}_proj.{t}.weight" for p in "qkv" for t in qkv}
+        names |= {f"{layer}.self_attn.o_proj.{t}.weight" for t in attention}
         if qk_norm:
             names |= {f"{layer}.self_attn.{p}_norm.{t}.weight" for p in "qk" for t in attention}
         norms = ("input_layernorm", "post_attention_layernorm")
@@ -127,13 +162,37 @@ def documented_names(attention, feed_forward, norm, moe, qk_norm):
 
 ALL, SHARED = ["text", "image", "speech"], ["shared"]
 LAYOUTS = {
-    "dense": (SHARED, SHARED, SHARED, []),
-    "moe-4x": (SHARED, SHARED, SHARED, SHARED),
-    "mot": (ALL, ALL, ALL, []),
-    "hybrid": (ALL, ALL, ALL, ["text"]),
-    "untied-feed-forward": (SHARED, ALL, SHARED, []),
-    "untied-feed-forward-attention": (ALL, ALL, SHARED, []),
+    "dense": (SHARED, SHARED, SHARED, SHARED, []),
+    "moe-4x": (SHARED, SHARED, SHARED, SHARED, SHARED),
+    "mot": (ALL, ALL, ALL, ALL, []),
+    "hybrid": (ALL, ALL, ALL, ALL, ["text"]),
+    "untied-feed-forward": (SHARED, SHARED, ALL, SHARED, []),
+    "untied-feed-forward-qkv": (ALL, SHARED, ALL, SHARED, []),
+    "untied-feed-forward-attention": (ALL, ALL, ALL, SHARED, []),
 }
+
+
+@pytest.mark.parametrize("qk_norm", [None, "layer"])
+def test_rows_of_the_ablation_untie_what_section_3_5_names(qk_norm):
+    d, layers, ffn = 1536, 24, 4096  # Table 5
+    norms = layers * 2 * d + d
+    of_heads = 0 if qk_norm is None else layers * 4 * d
+    rows = {"dense": 0, "untied-feed-forward": layers * 3 * d * ffn}
+    rows["untied-feed-forward-qkv"] = rows["untied-feed-forward"] + layers * 3 * d * d
+    rows["mot"] = rows["untied-feed-forward-qkv"] + layers * d * d + norms + of_heads
+    counts = {row: MoTConfig.from_preset("ablation-880m", row, qk_norm=qk_norm).num_parameters() for row in rows}
+    assert {row: count - counts["dense"] for row, count in counts.items()} == rows
+    for row in rows:
+        config = MoTConfig.from_preset("ablation-880m", row, qk_norm=qk_norm)
+        assert sum(p.numel() for p in on_meta(config).parameters()) == counts[row]
+
+
+def test_the_ablation_saves_and_loads_what_is_untied(tiny_model, tmp_path):
+    model, ids = tiny_model("untied-feed-forward-qkv", qk_norm="layer"), torch.randint(7, 60, (1, 9))
+    model.save_pretrained(tmp_path)
+    loaded = MoTForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.untied == ["feed_forward", "query_key_value"]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("qk_norm", [None, "rms"])

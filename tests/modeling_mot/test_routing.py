@@ -100,7 +100,7 @@ def test_routing_made_ahead_equals_routing_made_inside(tiny_model, variant):
 
 # ---------------------------------------------------------------------- nothing depends on the data
 
-VARIANTS = ["dense", "moe-4x", "mot", "hybrid", "loo-text", "untied-feed-forward"]
+VARIANTS = ["dense", "moe-4x", "mot", "hybrid", "loo-text", "untied-feed-forward", "untied-feed-forward-qkv"]
 
 
 def ahead_of(config, text_only, packed):

@@ -21,7 +21,7 @@ from .naive_transfusion import (
 )
 
 
-VARIANTS = ["dense", "moe-4x", "mot", "hybrid", "untied-feed-forward", "untied-feed-forward-attention"]
+VARIANTS = ["dense", "moe-4x", "mot", "hybrid", "untied-feed-forward", "untied-feed-forward-qkv"]
 # Three rows: two documents and padding; image first; text alone.
 ROWS = [
     [BOS, 10, 11, *image(4, 4), 12, EOS, BOS, 13, *image(2, 4), EOS, 0],

@@ -11,7 +11,7 @@ from .tiny import tiny_config
 
 VARIANTS = [
     "dense", "moe-4x", "mot", "hybrid", "loo-text", "loo-image", "loo-speech", "untied-feed-forward",
-    "untied-feed-forward-attention",
+    "untied-feed-forward-qkv", "untied-feed-forward-attention",
 ]  # fmt: skip
 LENGTH, ROWS = 24, 3
 

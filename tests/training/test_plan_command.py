@@ -72,9 +72,10 @@ def test_processes_on_this_machine_share_it():
 
 
 def test_a_plan_needs_no_data_and_adds_up(tmp_path, capsys):
-    words = ["data.sources.0.path=/nowhere", "data.cache_dir=" + str(tmp_path / "cache"), "train.accumulation=2"]
+    words = ["data.sources.0.path=/nowhere", "data.cache_dir=" + str(tmp_path / "cache"), "train.tokens_per_step=null"]
+    words.append("train.accumulation=2")
     path = tmp_path / "plan.json"
-    assert plan.main([str(CONFIGS / "chameleon-443m.yaml"), "--world", "16", *words, "--json", str(path)]) == 0
+    assert plan.main([str(CONFIGS / "chameleon-speech-443m.yaml"), "--world", "16", *words, "--json", str(path)]) == 0
     assert not (tmp_path / "cache").exists()
     figures = json.loads(path.read_text(encoding="utf-8"))
     time, flops = figures["time"], figures["flops"]

@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from training.config import ConfigError, without_secrets
+from training.config import ConfigError, flatten, without_secrets
 from training.consolidate import main
-from training.run_files.checkpoints import find_checkpoint, flatten, refuse_changes, verify
+from training.run_files.checkpoints import find_checkpoint, refuse_changes, verify
 from training.run_files.folder import RunFolder, RunLock
 from training.run_files.metrics import MetricsLog, Trackers, check_tracker, read_metrics
 from training.world import StopSignal

@@ -145,3 +145,15 @@ def test_a_picture_longer_than_a_row_is_refused_before_anything_is_encoded():
     recipe = load(Recipe, CONFIGS / "transfusion-emoji.yaml", ["model.transfusion.image_size=[100000, 100000]"])
     with pytest.raises(ConfigError, match="image_size"):
         plan_model(recipe.model, recipe.data)
+
+
+def test_a_recipe_takes_chameleons_options_whole():
+    recipe = recipe_of(PICTURES, preset="chameleon-37m", style="chameleon-7b")
+    planned = plan_model(recipe.model, recipe.data).config
+    found = (planned.qk_norm, planned.norm_position, planned.hidden_dropout, planned.z_loss_coefficient)
+    assert found == ("layer", "pre", 0.1, 1e-5)
+    recipe = recipe_of(PICTURES, preset="chameleon-37m", style="chameleon-34b", z_loss_coefficient=0)
+    with pytest.raises(ConfigError, match="style='chameleon-34b' has z_loss_coefficient=1e-05"):
+        plan_model(recipe.model, recipe.data)
+    with pytest.raises(ConfigError, match="model.style='chameleon-7b'.*model.init_from='somewhere'"):
+        recipe_of(PICTURES, init_from="somewhere", style="chameleon-7b")

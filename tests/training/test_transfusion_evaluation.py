@@ -1,6 +1,8 @@
 """Held-out losses of a Transfusion model, what it draws, reads and edits at the end of a run, and how near that is."""
 
+import hashlib
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -17,7 +19,7 @@ from training.data.documents import IGNORED, build_row, compose
 from training.evaluation.edits import Edit
 from training.evaluation.end_of_run import describe_measures, make_samples
 from training.evaluation.fidelity import mean_psnr, psnr
-from training.evaluation.losses import evaluate_losses, target_objective
+from training.evaluation.losses import batches_at_levels, evaluate_losses, noise_levels, target_objective
 from training.evaluation.sampling import Sampler
 from training.evaluation.subjects import NamedPicture, SampleSubjects
 from training.recipe import EvaluationConfig, SamplesConfig
@@ -49,10 +51,11 @@ ROWS = {
 }
 
 
-def evaluate(model, batch_rows=2, seed="held out", rows=ROWS):
+def evaluate(model, batch_rows=2, seed="held out", rows=ROWS, levels=0, accelerator=None):
     AcceleratorState._reset_state(reset_partial_state=True)
     together = partial(collate, config=model.config, noise_seed=seed)
-    return evaluate_losses(model.eval(), rows, together, EvaluationConfig(batch_rows=batch_rows), Accelerator(cpu=True))
+    config = EvaluationConfig(batch_rows=batch_rows, noise_levels=levels)
+    return evaluate_losses(model.eval(), rows, together, config, accelerator or Accelerator(cpu=True))
 
 
 def test_each_direction_has_the_loss_of_its_target():
@@ -125,6 +128,99 @@ def test_perplexity_is_the_exponential_of_the_loss_of_text():
                 if row["labels"][place] != -100:
                     counts.append(-log_probabilities[place - 1, row["labels"][place]].item())
     assert figures["eval/loss_text"] == pytest.approx(np.mean(counts), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------ diffusion at fixed noise levels
+
+VALIDATION = "eval/text-to-image/diffusion_validation_loss"
+
+
+def naive_losses_at_levels(model, levels, rows) -> list[float]:
+    """Row by row and level by level, each image with the noise of its own digest."""
+    losses = []
+    for level in levels:
+        errors = []
+        for row in rows:
+            latents = torch.stack([torch.from_numpy(image["values"]).float() for image in row["images"]])
+            noise = []
+            for image in row["images"]:
+                values = image["values"]
+                digest = hashlib.sha256(f"{values.shape} {values.dtype} ".encode() + values.tobytes()).hexdigest()
+                words = f"diffusion validation/{digest}"
+                seed = int(hashlib.sha256(words.encode()).hexdigest()[:14], 16)
+                noise.append(torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(seed)))
+            noise, timesteps = torch.stack(noise), torch.full((len(latents),), level)
+            inputs = {name: torch.from_numpy(row[name])[None] for name in ("input_ids", "position_ids", "document_ids")}
+            with torch.no_grad():
+                prediction = model(**inputs, latents=latents, timesteps=timesteps, noise=noise).prediction
+            target = noise - latents if model.config.prediction_type == "flow" else noise
+            errors.extend((prediction - target).square().flatten().tolist())
+        losses.append(np.mean(errors))
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("fields", "levels"),
+    [({}, [125, 375, 625, 875]), ({"prediction_type": "flow"}, [125.0, 375.0, 625.0, 875.0])],
+)
+def test_the_diffusion_validation_loss_is_the_mean_over_fixed_evenly_spaced_levels(fields, levels):
+    model = tiny_model(**fields).eval()
+    assert noise_levels(model.config, 4) == levels
+    expected = naive_losses_at_levels(model, levels, ROWS["text-to-image"])
+    figures = evaluate(model, levels=4)
+    assert figures[VALIDATION] == pytest.approx(np.mean(expected), rel=1e-5)
+    at_levels = [figures[f"{VALIDATION}@{int(level)}"] for level in levels]
+    assert at_levels == pytest.approx(expected, rel=1e-5)
+    assert len(set(np.round(at_levels, 4))) == 4
+    # It stands beside the other figures and changes none of them.
+    assert {key: value for key, value in figures.items() if VALIDATION not in key} == evaluate(model)
+
+
+class OneOfTwo:
+    """A rank of two that adds nothing of the other."""
+
+    device, num_processes, autocast = torch.device("cpu"), 2, nullcontext
+
+    def __init__(self, rank, others=0):
+        self.process_index, self.others = rank, others
+
+    def reduce(self, sums):
+        self.sums = sums
+        return sums + self.others
+
+
+def test_the_diffusion_validation_loss_depends_on_no_batch_order_seed_or_number_of_processes():
+    model, names = tiny_model(), [VALIDATION, *(f"{VALIDATION}@{level}" for level in (166, 500, 833))]
+    once = [evaluate(model, levels=3)[name] for name in names]
+    backwards = {name: rows[::-1] for name, rows in reversed(ROWS.items())}
+    for options in ({"batch_rows": 1}, {"batch_rows": 8}, {"seed": 5}, {"rows": backwards}):
+        assert [evaluate(model, levels=3, **options)[name] for name in names] == pytest.approx(once, rel=1e-5)
+    first = OneOfTwo(0)
+    evaluate(model, levels=3, accelerator=first)
+    both = evaluate(model, levels=3, accelerator=OneOfTwo(1, first.sums))
+    assert [both[name] for name in names] == pytest.approx(once, rel=1e-5)
+
+
+def test_all_models_are_measured_on_the_same_noisy_images():
+    rows, seen = ROWS["text-to-image"], []
+    for fields in ({"variant": "mot"}, {"variant": "dense"}, {"prediction_type": "v_prediction"}):
+        model = tiny_model(**fields)
+        batch = collate(rows, model.config, noise_seed="any", row_numbers=range(len(rows)))
+        seen.append(list(batches_at_levels(rows, batch, model.config, noise_levels(model.config, 8))))
+    for batches in seen[1:]:
+        for batch, other in zip(seen[0], batches, strict=True):
+            assert torch.equal(batch["noise"], other["noise"])
+            assert torch.equal(batch["timesteps"], other["timesteps"])
+    noises = seen[0][0]["noise"].flatten(1)
+    assert len(noises.unique(dim=0)) == len(noises)
+
+
+def test_a_picture_that_is_given_stays_clean_at_every_level():
+    model, rows = tiny_model(), ROWS["image-to-text"]
+    batch = collate(rows, model.config, noise_seed=0, row_numbers=range(len(rows)))
+    for noised in batches_at_levels(rows, batch, model.config, [500]):
+        assert not noised["timesteps"].any() and not noised["noise"].any()
+    assert not any("image-to-text/diffusion" in key for key in evaluate(model, levels=2))
 
 
 # ---------------------------------------------------------------------------------------------------------- fidelity

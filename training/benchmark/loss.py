@@ -31,7 +31,7 @@ def in_blocks_with_z_loss(hidden_states: torch.Tensor, weight: torch.Tensor, tar
 
 
 def all_logits(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The loss as transformers computes it."""
+    """Return the loss as transformers computes it."""
     return F.cross_entropy(F.linear(hidden_states, weight).float(), targets)
 
 

@@ -363,5 +363,5 @@ class DataConfig:
 
 
 def carried_path() -> Path:
-    """The folder of the carried data set; `datasets.load_dataset(str(carried_path()), "emoji")` loads it."""
+    """Return the folder of the carried data set; `datasets.load_dataset(str(carried_path()), "emoji")` loads it."""
     return Path(__file__).parent / "carried"

@@ -122,8 +122,12 @@ def describe_summary(summary: dict, recipe: Recipe) -> list[str]:
     lines = []
     for kind in ("training", "held_out"):
         # A direction that one source alone has is said once, without the name of the source.
-        shown = {key: value for key, value in summary[kind].items() if not is_repeated(key, summary[kind])}
-        figures = ", ".join(f"{key.removeprefix('eval/')} {value:.3f}" for key, value in shown.items())
+        shown = {
+            key.removeprefix("eval/"): value
+            for key, value in summary[kind].items()
+            if "@" not in key and not is_repeated(key, summary[kind])
+        }
+        figures = ", ".join(f"{key} {value:.3f}" for key, value in shown.items())
         lines.append(f"{kind.replace('_', ' ')}: {figures or 'nothing measured'}")
     if not summary["held_out"]:
         missing = "evaluation.rows is 0" if recipe.data.validation_sources else "there are no data.validation_sources"

@@ -23,7 +23,6 @@ from training.data.collate import TOWER_ROWS
 from training.data.config import SourceConfig
 from training.data.reading.records import decode_picture, decode_sound, text_of
 from training.data.reading.sources import open_source
-from training.data.rows import INTERLEAVED
 from training.evaluation.end_of_run import make_samples
 from training.evaluation.losses import evaluate_losses, target_objective
 from training.evaluation.sampling import Sampler
@@ -163,7 +162,7 @@ def obstacle(task: str, evaluation: Evaluation) -> str | None:
 
 def _is_perplexing(name: str, evaluation: Evaluation) -> bool:
     """True if the targets of these rows are tokens of one modality."""
-    return not name.endswith(INTERLEAVED) and target_objective(name, evaluation.model.config) != DIFFUSION
+    return target_objective(name, evaluation.model.config) not in (None, DIFFUSION)
 
 
 def _obstacle_of_quality() -> str | None:
@@ -208,11 +207,9 @@ def loss_figures(task: str, evaluation: Evaluation) -> dict[str, float]:
             if loss is not None
         }
     if task == "diffusion":
-        diffused = {f"eval/{name}/loss" for name in evaluation.rows}
-        diffused = {
-            k for k in diffused if target_objective(k.removesuffix("/loss"), evaluation.model.config) == DIFFUSION
-        }
-        return {key: loss for key, loss in losses.items() if key in diffused or DIFFUSION in key}
+        config = evaluation.model.config
+        diffused = {f"eval/{name}/loss" for name in evaluation.rows if target_objective(name, config) == DIFFUSION}
+        return {k: v for k, v in losses.items() if k in diffused or DIFFUSION in k or "diffusion_validation" in k}
     return losses
 
 

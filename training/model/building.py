@@ -130,13 +130,13 @@ def load_model(source: str, attn_implementation: str | None = None) -> MoTPreTra
 
 
 def stored_dtype(source: str) -> str | None:
-    """The precision that a checkpoint of ours says it is stored in, such as `bfloat16`."""
+    """Return the precision that a checkpoint of ours says it is stored in, such as `bfloat16`."""
     dtype = MODEL_CLASSES[model_type(source)].config_class.from_pretrained(source).dtype
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def model_type(source: str) -> str:
-    """The model type of a folder or a repository on the Hub, read before anything is built from it.
+    """Return the model type of a folder or a repository on the Hub, read before anything is built from it.
 
     Raises:
         ConfigError: it is none of ours.
@@ -325,10 +325,17 @@ def plan_model(
     """
     vae = find_vae(model, initial)
 
-    # Modalities: a recipe that names no size gets those of its data alone.
+    # Modalities: a recipe that names no size gets those of its data, a row of the paper's tables has its own.
     is_open = leaves_size_open(model)
     if is_open and model.modalities is None and vae is None and model.processor is None:
         model = replace(model, modalities=modalities_of(data))
+    elif model.modalities is None and model.preset is not None and vae is None:
+        model = replace(model, modalities=list(MoTConfig.from_preset(model.preset).modalities))
+        if lacking := set(modalities_of(data) or ()) - set(model.modalities):
+            raise ConfigError(
+                f"model.preset={model.preset!r} has {', '.join(model.modalities)}, but data has "
+                f"{', '.join(sorted(lacking))} as well; take a preset of these modalities, or set model.modalities"
+            )
     elif model.modalities is not None and (lacking := set(modalities_of(data) or ()) - set(model.modalities)):
         raise ConfigError(f"model.modalities={model.modalities} lack {', '.join(sorted(lacking))}, which data has")
     processor = load_processor(model, vae, has_sound(data))
@@ -353,7 +360,7 @@ def plan_model(
 def choose_size(
     model: ModelConfig, processor: MoTProcessor, row_length: int, vae: Autoencoder | None, budget: Budget | None
 ) -> ModelConfig:
-    """The model section with the largest of `SIZES` up to which each is within the budget; at least the smallest."""
+    """Choose the largest of `SIZES` up to which each is within the budget; the smallest at least."""
     chosen, *larger = (replace(model, **sizes) for sizes in SIZES.values())
     for candidate in larger if budget is not None else ():
         if not budget.is_enough_for(planned_config(candidate, processor, row_length, vae)):
@@ -376,7 +383,7 @@ def _check_attention(model: ModelConfig, config: MoTConfig, vae: Autoencoder | N
 
 
 def fill_from_checkpoint(model: ModelConfig, stored: Mapping[str, Any]) -> ModelConfig:
-    """The model section with the size and the modalities that its run began with."""
+    """Return the model section with the size and the modalities that its run began with."""
     return replace(model, **{name: stored.get(name) for name in (*SIZE_FIELDS, "modalities")})
 
 
@@ -421,7 +428,7 @@ def planned_config(
     vae: Autoencoder | None = None,
     initial: MoTPreTrainedModel | None = None,
 ) -> MoTConfig:
-    """The configuration of the model that a recipe trains: a new one, or `initial`'s with the recipe's objective.
+    """Return the configuration that a recipe trains: a new one, or `initial`'s with the recipe's objective.
 
     Raises:
         ConfigError: model, processor, VAE and rows do not fit each other.
@@ -451,7 +458,7 @@ def planned_config(
 def model_config(
     config: ModelConfig, processor: MoTProcessor, row_length: int, vae: Autoencoder | None = None
 ) -> MoTConfig:
-    """The configuration of a new model: sizes from the recipe, vocabulary from the processor, latents from the VAE.
+    """Make the configuration of a new model: sizes from the recipe, vocabulary of the processor, latents of the VAE.
 
     A preset keeps its own vocabulary size if the processor's fits in; the rows beyond are never used.
     """
@@ -491,7 +498,7 @@ _NOT_FIELDS_OF_MOT = {
 
 
 def size_overrides(config: ModelConfig) -> dict[str, Any]:
-    """The fields of MoTConfig that the recipe sets."""
+    """Return the fields of MoTConfig that the recipe sets."""
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _NOT_FIELDS_OF_MOT}
     values = {name: value for name, value in values.items() if value is not None}
     if config.rope_theta is not None:
@@ -561,7 +568,7 @@ def set_objective(config: MoTTransfusionConfig, recipe: TransfusionModelConfig, 
 
 
 def caption_dropout(data: DataConfig) -> float:
-    """The share of captions that are dropped, the most of any template; without it guidance makes no sense."""
+    """Return the share of captions that are dropped, the most of any template; without it guidance makes no sense."""
     return max((template.caption_dropout for source in data.sources for template in source.templates), default=0.0)
 
 

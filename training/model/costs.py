@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def _projection(config: MoTConfig) -> int:
-    """FLOPs of Q, K, V and O for one token in one layer."""
+    """Count the FLOPs of Q, K, V and O for one token in one layer."""
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     return 2 * config.hidden_size * (2 * queries + 2 * keys)
@@ -48,7 +48,7 @@ def _feed_forward_of(config: MoTConfig, modality: str) -> str:
 
 
 def patchifier_flops(config: MoTTransfusionConfig, size: tuple[int, int] | None = None) -> int:
-    """FLOPs of the patchifier's way in and out, for an image of `size` latents (default: `latent_size`).
+    """Count the FLOPs of the patchifier's way in and out, for an image of `size` latents (default: `latent_size`).
 
     Torch counts them on tensors without data. The frozen VAE is not counted, since latents are encoded once.
     """
@@ -69,7 +69,7 @@ def _patchifier_flops(config_json: str, height: int, width: int) -> int:
 
 
 def forward_flops_per_token(config: MoTConfig, row_length: int) -> dict[str, int]:
-    """FLOPs of one token's forward, by modality, in a row of `row_length`.
+    """Count the FLOPs of one token's forward, by modality, in a row of `row_length`.
 
     The output layer is included, and for images that are diffused a token's share of the patchifier at `latent_size`.
     Experts choose exactly as many tokens as there are, so a mixture costs one expert a token plus its router; the
@@ -90,12 +90,12 @@ def forward_flops_per_token(config: MoTConfig, row_length: int) -> dict[str, int
 
 
 def head_flops(config: MoTConfig) -> int:
-    """The output layer's share of `forward_flops_per_token`."""
+    """Count the output layer's share of `forward_flops_per_token`."""
     return 2 * config.hidden_size * config.vocab_size
 
 
 def forward_flops(config: MoTConfig, tokens: Mapping[str, int], row_length: int) -> int:
-    """FLOPs of a forward over `tokens` (modality -> number) in rows of `row_length`.
+    """Count the FLOPs of a forward over `tokens` (modality -> number) in rows of `row_length`.
 
     Images that are diffused count as if all had `latent_size`.
     """
@@ -109,7 +109,7 @@ def forward_flops(config: MoTConfig, tokens: Mapping[str, int], row_length: int)
 
 
 def training_flops(config: MoTConfig, tokens: Mapping[str, int], row_length: int) -> int:
-    """FLOPs of a forward and backward: for each product of the forward, the backward makes two."""
+    """Count the FLOPs of a forward and backward: for each product of the forward, the backward makes two."""
     return 3 * forward_flops(config, tokens, row_length)
 
 
@@ -158,7 +158,7 @@ GPUS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> tuple[float, str]:
-    """(FLOP/s, source of the figure) of a device, of which MFU is a share.
+    """Return (FLOP/s, source of the figure) of a device, of which MFU is a share.
 
     A known accelerator has its data sheet's figure for 16-bit products. Any other device, such as a CPU, is measured by
     square matrix products in `dtype`, for `seconds`; the fastest counts.
@@ -217,16 +217,17 @@ class Budget:
     def of(
         cls, recipe: "Recipe", memory: float | None, peak: float, processes: int, shards: int, utilisation: float = 0.4
     ) -> "Budget":
-        """The budget of a recipe on `processes` devices of `peak` FLOP/s, which reach the share `utilisation`."""
+        """Return the budget of a recipe on `processes` devices of `peak` FLOP/s, used to the share `utilisation`."""
         train = recipe.train
         tokens = train.rows * recipe.data.row_length
+        accumulation = recipe.micro_batches(processes)
         return cls(
             memory=memory,
             flops=utilisation * peak,
             shards=shards,
             tokens_of_forward=tokens,
-            tokens_of_step=tokens * train.accumulation,
-            tokens_of_run=tokens * train.accumulation * processes * train.steps,
+            tokens_of_step=tokens * accumulation,
+            tokens_of_run=tokens * accumulation * processes * train.steps,
             state_bytes=_STATE_BYTES // 4 if train.frozen_towers else _STATE_BYTES,
         )
 
@@ -269,7 +270,7 @@ class Budget:
 
 
 def describe_choice(config: MoTConfig, budget: Budget) -> str:
-    """Lines that say which size was chosen, and how to choose another."""
+    """Say which size was chosen, and how to choose another."""
     return (
         f"no size is named: {config.hidden_size} wide, {config.num_hidden_layers} layers, "
         f"{config.num_attention_heads} heads, modalities {', '.join(config.modalities)},\n"

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ COMPARED = ("dense", "moe-4x", "mot")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a request that cannot be met."""
+    """Return the exit code: 0 done, 2 a request that cannot be met."""
     options = _parser().parse_intermixed_args(arguments)
     try:
         plan = make_plan(load_recipe(options.words), options)
@@ -107,6 +108,7 @@ def make_plan(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
 
     # Where the run takes place decides how large a model of open size is; the model decides everything else.
     mesh, checkpointing = _mesh(recipe, options)
+    recipe = replace(recipe, train=replace(recipe.train, accumulation=recipe.micro_batches(mesh.world)))
     device = find_device(options.device, recipe.train.precision, mesh.world)
     config = _config(recipe, mesh, device, options.utilisation)
     tokens = _tokens(config, recipe, options.shares)

@@ -65,7 +65,7 @@ def report(folders: Sequence[str], output: str, smooth: int | None, axis: str, o
 
 
 def _matched(match: Mapping[str, Any]) -> str:
-    """One step match as a sentence; `match` is an item of `compare`'s `step_matching`."""
+    """Return one step match as a sentence; `match` is an item of `compare`'s `step_matching`."""
     goal = f"the last {match['split']} loss of {match['reference']} ({match['loss']:.4g})"
     if match["step"] is None:
         return f"{match['objective']}: {match['run']} does not reach {goal}; its lowest is {match['lowest']:.4g}"

@@ -274,6 +274,7 @@ def _matching(runs: Sequence[Run], view: View, matches: Sequence[StepMatch]) -> 
     objective, split = matches[0].objective, matches[0].split
 
     def draw(axes: Axes) -> bool:
+        # A line for each run: its step of the same loss, over the reference's step; a dot where the reference ends.
         reference = loss_curves(runs[0], objective, view.window)[split]
         indices = {run.name: index for index, run in enumerate(runs)}
         for line, match in enumerate(matches):
@@ -282,6 +283,8 @@ def _matching(runs: Sequence[Run], view: View, matches: Sequence[StepMatch]) -> 
             axes.plot(*matched_curve(reference, curve), color=colour_of(index), linewidth=1.6, drawstyle="steps-post")
             if match.step is not None:
                 axes.plot(match.reference_step, match.step, "o", color=colour_of(index), clip_on=False, zorder=3)
+
+            # The share of steps, written in the corner, a line for each run.
             words = "last loss not reached" if match.share is None else f"{match.share:.1%} of the steps"
             place = {
                 "x": 0.97,
@@ -290,6 +293,8 @@ def _matching(runs: Sequence[Run], view: View, matches: Sequence[StepMatch]) -> 
                 "ha": "right",
             }
             axes.text(**place, s=words, color=colour_of(index), fontsize=8.5, backgroundcolor="#ffffffcc")
+
+        # The diagonal is a run that is as fast as the reference.
         last = int(reference[0][-1])
         axes.plot([0, last], [0, last], color="#999999", linestyle=":")
         axes.set(xlim=(0, last), ylim=(0, None), xlabel=f"steps of {_plain(runs[0].name)}", ylabel="steps to that loss")

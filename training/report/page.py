@@ -45,7 +45,7 @@ def write_page(runs: Sequence[Run], figures: Mapping[str, Any], pictures: Mappin
 
 
 def _at_a_glance(runs: Sequence[Run], figures: Mapping[str, Any]) -> list[Row]:
-    """What each run came to and what it cost; a dash stands for a figure that the run does not record."""
+    """Tabulate what each run came to and what it cost; a dash stands for a figure that the run does not record."""
     losses = _losses(objectives_of(runs), [run["at_end"] for run in figures["runs"]])
     rows = []
     for run, figure, loss in zip(runs, figures["runs"], losses, strict=True):
@@ -75,7 +75,7 @@ def _at_the_same_step(runs: Sequence[Run], figures: Mapping[str, Any]) -> list[R
 
 
 def _losses(objectives: Sequence[str], losses: Sequence[Mapping]) -> list[Row]:
-    """One column for each objective, `training / held out`. Of several runs, the lowest loss of each split is bold."""
+    """Tabulate the objectives as columns, `training / held out`; of several runs, the lowest of each is bold."""
     rows: list[Row] = [{} for _ in losses]
     for objective in objectives:
         lowest = {}
@@ -114,7 +114,7 @@ def _step_matching(runs: Sequence[Run], figures: Mapping[str, Any]) -> list[Row]
 
 
 def _describe(run: Run) -> dict[str, Any]:
-    """What the page says of one run, by the names that the template uses."""
+    """Return what the page says of one run, by the names that the template uses."""
     last = run.evaluation[-1] if run.evaluation else {"step": 0}
     held_out = [(key.removeprefix("eval/"), value) for key, value in last.items() if key.startswith("eval/")]
     left_out = len(run.events) - _EVENT_LIMIT
@@ -139,7 +139,7 @@ def _describe(run: Run) -> dict[str, Any]:
 
 
 def _saves(run: Run) -> str:
-    """The checkpoints that the folder holds, and how long saving held training up."""
+    """Return the checkpoints that the folder holds, and how long saving held training up."""
     kept = ", ".join(f"{step:,}" for step in run.saved_steps) or "none"
     totals = run.totals()
     saves = int((run.column("checkpoint_seconds") > 0).sum())

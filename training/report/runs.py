@@ -105,20 +105,20 @@ class Run:
         return self.training[-1].get("skipped_steps")
 
     def column(self, key: str) -> np.ndarray:
-        """The values of a key in the training rows, NaN where a row lacks it.  -> (rows,)"""
+        """Return the values of a key in the training rows, NaN where a row lacks it.  -> (rows,)"""
         if key not in self._columns:
             values = [np.nan if row.get(key) is None else row[key] for row in self.training]
             self._columns[key] = np.array(values, dtype=np.float64)
         return self._columns[key]
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps, values) of a key, without the training rows that lack it."""
+        """Return (steps, values) of a key, without the training rows that lack it."""
         values = self.column(key)
         known = ~np.isnan(values)
         return self.steps[known], values[known]
 
     def held_out(self, objective: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps, held-out losses) of an objective."""
+        """Return (steps, held-out losses) of an objective."""
         return series(self.evaluation, f"eval/loss_{objective}")
 
     # ------------------------------------------------------------------------------------- what a step has cost so far

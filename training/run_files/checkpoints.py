@@ -40,9 +40,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
-from training.config import ConfigError, digest_of
+from training.config import ConfigError, digest_of, flatten
 from training.optimization import default_warmup
 from training.run_files.folder import RunFolder, sync_folder, sync_tree, write_json
+from training.world import gather_objects
 
 
 FORMAT = 1
@@ -63,7 +64,7 @@ class DamagedError(ValueError):
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a model that are stored, by name: parameters, tied ones once, and the buffers of its state."""
+    """List the stored tensors of a model, by name: parameters, tied ones once, and the buffers of its state."""
     stored = set(model.state_dict())
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return tensors | {name: buffer for name, buffer in model.named_buffers() if name in stored}
@@ -72,7 +73,7 @@ def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def state_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None = None
 ) -> dict[str, torch.Tensor]:
-    """Every tensor that a run goes on with, as `model.<name>`, `optimizer.<kind>.<name>` and `average.<name>`.
+    """List every tensor that a run goes on with, as `model.<name>`, `optimizer.<kind>.<name>` and `average.<name>`.
 
     The tensors share memory with the model and are sharded where the model is.
     """
@@ -89,7 +90,7 @@ def state_tensors(
 
 
 def optimizer_scalars(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What AdamW keeps beside its tensors: its count of updates, which is the same for all parameters."""
+    """Collect what AdamW keeps beside its tensors: its count of updates, which is the same for all parameters."""
     scalars: dict[str, set[float]] = {}
     kinds: set[str] = set()
     for state in optimizer.state.values():
@@ -237,15 +238,6 @@ class Checkpointer:
         return [result for _, result in outcomes]
 
 
-def gather_objects(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """The values of all ranks of a group, in order; of this one where there is no group."""
-    if group is None:
-        return [value]
-    values = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
 @contextmanager
 def _system_errors() -> Iterator[None]:
     """Raise OSError where a disk is full: safetensors and tokenizers, in Rust, raise SafetensorError and Exception."""
@@ -258,7 +250,7 @@ def _system_errors() -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> tuple[int | None, BaseException]:
-    """(the rank that failed, where torch.distributed.checkpoint tells it, and its error)."""
+    """Find (the rank that failed, where torch.distributed.checkpoint tells it, and its error)."""
     if not isinstance(error, CheckpointException):
         return None, error
     failures = [(rank, failure) for rank, (failure, _) in error.failures.items()]
@@ -334,7 +326,7 @@ def verify(folder: Path, rank: int = 0, processes: int = 1) -> dict[str, Any]:
 def newest_intact(
     run: RunFolder, rank: int = 0, processes: int = 1
 ) -> tuple[dict[str, Any] | None, list[tuple[Path, str]]]:
-    """(the manifest of the newest intact checkpoint or None, the damaged ones and why). Every rank calls it."""
+    """Find (the manifest of the newest intact checkpoint or None, the damaged ones and why). Every rank calls it."""
     skipped = []
     group = dist.group.WORLD if processes > 1 else None
     for step in reversed(run.saved_steps()):
@@ -449,46 +441,14 @@ _FREE = (
     "data.", "evaluation.", "samples.", "model.gradient_checkpointing", "train.output_dir", "train.resume",
     "train.overwrite", "train.save_", "train.keep_checkpoints", "train.not_finite_limit", "train.tracker",
     "train.progress_bar", "train.processes", "train.timeout_seconds", "train.cpu", "train.rows", "train.accumulation",
+    "train.tokens_per_step",
 )  # fmt: skip
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested mappings into one with dotted keys."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def refuse_different(accelerator: Accelerator, values: Mapping[str, Any]) -> None:
-    """Refuse ranks that were started with different values; they would train on, each towards something else.
-
-    Args:
-        values: JSON values, nested or not. Digests are compared; the values travel only if the digests differ.
-
-    Raises:
-        ConfigError: on every rank, with the keys that differ, and their values on the first ranks that differ.
-    """
-    if accelerator.num_processes == 1:
-        return
-    if len(set(gather_objects(digest_of(values), dist.group.WORLD))) == 1:
-        return
-    of_ranks = [flatten(of_rank) for of_rank in gather_objects(values, dist.group.WORLD)]
-    different = []
-    for key in dict.fromkeys(key for of_rank in of_ranks for key in of_rank):
-        found = [of_rank.get(key) for of_rank in of_ranks]
-        if (rank := next((rank for rank, value in enumerate(found) if value != found[0]), None)) is not None:
-            different.append(f"{key} is {found[0]!r} on rank 0, {found[rank]!r} on rank {rank}")
-    raise ConfigError(f"ranks differ: {'; '.join(different)}. Start all of them with the same recipe and the same data")
 
 
 def find_checkpoint(
     run: RunFolder, resume: bool | str, accelerator: Accelerator
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """(the manifest of the newest intact checkpoint or None, lines about damaged ones). Every rank calls it.
+    """Find (the manifest of the newest intact checkpoint or None, lines about damaged ones). Every rank calls it.
 
     Newer checkpoints that are damaged are renamed, so that they are not in the way of later ones.
 
@@ -568,7 +528,7 @@ _DERIVED = {"optimizer.warmup_steps": ("train.steps", default_warmup)}
 
 
 def _origin(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The key that both values of `key` follow from; `key` itself if one of them was chosen."""
+    """Find the key that both values of `key` follow from; `key` itself if one of them was chosen."""
     if key not in _DERIVED:
         return key
     origin, rule = _DERIVED[key]

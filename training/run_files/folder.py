@@ -109,7 +109,7 @@ class RunFolder:
         return self.checkpoints / f"step-{step:08d}"
 
     def saved_steps(self) -> list[int]:
-        """Steps of the finished checkpoints, ascending. `checkpoints.verify` tells if they still are as written."""
+        """List the steps of the finished checkpoints, ascending. `checkpoints.verify` tells if they are as written."""
         if not self.checkpoints.is_dir():
             return []
         matches = (re.fullmatch(r"step-(\d{8,})", entry.name) for entry in self.checkpoints.iterdir())
@@ -162,7 +162,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def environment(**more: Any) -> dict[str, Any]:
-    """The circumstances of a run: versions, command, commit and machine, and `more`; no environment variables."""
+    """Collect the circumstances of a run: versions, command, commit, machine and `more`; no environment variables."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -182,7 +182,7 @@ def environment(**more: Any) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this file is in, with `-dirty` if files differ from it."""
+    """Return the commit of the checkout that this file is in, with `-dirty` if files differ from it."""
     try:
         root = Path(__file__).resolve().parents[1]
         run = lambda *words: subprocess.run(  # noqa: E731

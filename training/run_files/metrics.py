@@ -64,7 +64,7 @@ class Metrics:
     def step_row(
         self, figures: Mapping[str, Any], seconds: float, data_seconds: float, checkpoint_seconds: float
     ) -> dict[str, Any]:
-        """The row of one step, from the figures of `Trainer.train_step`; the top of this file says what it holds."""
+        """Make the row of one step, from the figures of `Trainer.train_step`; the top of this file lists its keys."""
         flops = training_flops(self.config, figures["positions"], figures["row_length"])
         return {
             "step": figures["step"],
@@ -93,7 +93,7 @@ class Metrics:
 
 
 def count_key(objective: str) -> str:
-    """The key of an objective's number of targets: `tokens_text`, `elements_image_diffusion`."""
+    """Return the key of an objective's number of targets: `tokens_text`, `elements_image_diffusion`."""
     return f"{'elements' if objective == DIFFUSION else 'tokens'}_{objective}"
 
 
@@ -189,7 +189,7 @@ class Trackers:
 
 
 def iterate_rows(path: str | Path) -> Iterator[dict]:
-    """Whole rows of a metrics file in the order written; a torn line is skipped."""
+    """Read the whole rows of a metrics file in the order written; a torn line is skipped."""
     with open(path, encoding="utf-8") as file:
         for line in file:
             try:
@@ -201,7 +201,7 @@ def iterate_rows(path: str | Path) -> Iterator[dict]:
 
 
 def read_metrics(path: str | Path) -> tuple[list[dict], list[dict]]:
-    """(training rows, evaluation rows), one of each step, by step; of a repeated step the later row."""
+    """Return (training rows, evaluation rows), one of each step, by step; of a repeated step the later row."""
     training, evaluation = {}, {}
     for row in iterate_rows(path):
         is_evaluation = any(key.startswith("eval/") for key in row)
@@ -210,7 +210,7 @@ def read_metrics(path: str | Path) -> tuple[list[dict], list[dict]]:
 
 
 def series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of one key, without the rows that lack it."""
+    """Return (steps, values) of one key, without the rows that lack it."""
     pairs = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     return np.array([step for step, _ in pairs], dtype=np.int64), np.array(
         [value for _, value in pairs], dtype=np.float64
@@ -218,7 +218,7 @@ def series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over the last `window` values (fewer at the beginning)."""
+    """Average over the last `window` values (fewer at the beginning)."""
     total = np.cumsum(np.concatenate([[0.0], values]))
     index = np.arange(1, len(values) + 1)
     begin = np.maximum(0, index - window)

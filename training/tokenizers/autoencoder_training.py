@@ -110,7 +110,7 @@ class Progress:
 def reconstruction_loss(
     predicted: torch.Tensor, pixels: torch.Tensor, config: AutoencoderTrainingConfig
 ) -> torch.Tensor:
-    """L1 of pixels, their differences (sharp edges) and two coarser scales (right colours).  (B, 3, H, W) twice"""
+    """Sum L1 of pixels, their differences (sharp edges) and two coarser scales (right colours).  (B, 3, H, W) twice"""
     error = predicted - pixels
     loss = config.l1 * error.abs().mean()
     horizontal, vertical = error.diff(dim=-1), error.diff(dim=-2)

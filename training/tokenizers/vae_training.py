@@ -62,7 +62,7 @@ class MuonAdamW:
 
     @staticmethod
     def as_matrix(kernel: torch.Tensor) -> torch.Tensor:
-        """(O, I, kh, kw) -> (O, kh * kw * I)"""
+        """Return (O, I, kh, kw) -> (O, kh * kw * I)"""
         return kernel.permute(0, 2, 3, 1).flatten(1)
 
     def step(self, factor: float) -> None:
@@ -109,7 +109,7 @@ def train_vae(
 
 
 def normal_divergence(mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, as the mean over elements.  (B, C, h, w) twice"""
+    """Return KL(N(mean, exp(logvar)) || N(0, 1)) in nats, as the mean over elements.  (B, C, h, w) twice"""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 

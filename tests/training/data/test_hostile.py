@@ -225,7 +225,7 @@ def paths_outside(folder, name):
 
 
 @pytest.mark.parametrize("number", range(5))
-@pytest.mark.parametrize("manifest", ["shards", "documents", "parquet"])
+@pytest.mark.parametrize("manifest", ["shards", "documents", "documents of speech", "parquet"])
 def test_records_cannot_name_files_outside_their_folder(secret, prepare, number, manifest):
     picture, sound = (paths_outside(secret, f"secret.{kind}")[number] for kind in ("png", "wav"))
     template, good = ["image:png"], {"png": "good.png"}
@@ -233,9 +233,10 @@ def test_records_cannot_name_files_outside_their_folder(secret, prepare, number,
     pattern = f"{secret}/*.jsonl"
     if manifest == "shards":
         (secret / "0.jsonl").write_bytes(lines(good, {"png": picture}))
-    elif manifest == "documents":
+    elif manifest.startswith("documents"):
         template = ["document:segments"]
-        bad = [{"type": "text", "text": "a"}, {"type": "audio", "audio": sound}]
+        name = "speech" if manifest.endswith("speech") else "audio"
+        bad = [{"type": "text", "text": "a"}, {"type": name, name: sound}]
         (secret / "0.jsonl").write_bytes(
             lines({"segments": [{"type": "image", "image": "good.png"}]}, {"segments": bad})
         )

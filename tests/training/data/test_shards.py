@@ -90,8 +90,13 @@ def test_limit_and_match_go_over_the_shards(tmp_path, prepare, processor):
     ]
 
 
-def test_interleaved_documents_of_a_webdataset_name_its_members(tmp_path, prepare, processor):
-    segments = [{"type": "text", "text": "see"}, {"type": "image", "image": "1.png"}, {"type": "audio", "audio": "wav"}]
+@pytest.mark.parametrize("sound", [("audio", "audio"), ("speech", "speech"), ("speech", "audio"), ("audio", "speech")])
+def test_interleaved_documents_of_a_webdataset_name_its_members(tmp_path, prepare, processor, sound):
+    segments = [
+        {"type": "text", "text": "see"},
+        {"type": "image", "image": "1.png"},
+        {"type": sound[0], sound[1]: "wav"},
+    ]
     members = [("a.json", lines({"segments": segments})), ("a.1.png", png((80, 80, 80))), ("a.wav", wav(0.5))]
     source = prepare(SourceConfig("s", str(tar(tmp_path / "a.tar", members)), [TemplateConfig(["document:segments"])]))
     (ids,) = source[0]["document:segments"]

@@ -38,6 +38,8 @@ from training.data.reading.records import SHARD_RECORDS, BadRecord, LeftOut, Sou
 from training.data.reading.sources import file_digest, open_source
 
 
+logger = logging.getLogger(__name__)
+
 # --------------------------------------------------------------------------------------------------------------- chunks
 
 # A segment's images are in two columns: the name of the segment with one of these endings.
@@ -192,8 +194,6 @@ def write_whole(path: Path, data) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- parts
 
-logger = logging.getLogger(__name__)
-
 # The records of a batch, the bytes of a batch, and the bytes of a chunk in memory and on disk.
 BATCH_SIZE, BATCH_BYTES, CHUNK_BYTES = 64, 2**27, 2**25
 
@@ -277,7 +277,7 @@ def prepare(place: Path, made_from: dict, tokenizer: BatchTokenizer) -> None:
 
 
 def _alone(place: Path):
-    """A context in which no other process prepares this source. The wait for it has no limit.
+    """Make a context in which no other process prepares this source. The wait for it has no limit.
 
     Raises:
         ValueError: the folder cannot be written to.
@@ -419,6 +419,7 @@ def origin_of(config: SourceConfig) -> dict:
 
 def warn_of_change(place: Path, made_from: dict, source: Source) -> None:
     """Say what has changed since a source was prepared last, where that is known."""
+    # The newest earlier preparation of this source.
     prefix = place.name.rpartition("-")[0]
     notes = sorted(place.parent.glob(f"{prefix}-*/meta.json"), key=lambda path: path.stat().st_mtime)
     for path in reversed(notes):
@@ -428,6 +429,8 @@ def warn_of_change(place: Path, made_from: dict, source: Source) -> None:
             continue
         if "made_from" not in meta or meta["origin"] != origin_of(source.config):
             continue
+
+        # Changed files are worth a warning; another tokenizer or other segments were chosen on purpose.
         before, now = set(meta["shards"]), set(source.shards)
         changed = [name for name, value in made_from.items() if meta["made_from"].get(name) != digest_of(value)]
         if "source" in changed and ("segments" not in changed or before != now):
@@ -483,6 +486,8 @@ def _bytes_in(value) -> int:
             size += 16
     return size
 
+
+# ------------------------------------------------------------------------------------------------- the tokenised source
 
 # A part of every fingerprint. Raise it when the same records must give other tokens than before.
 FORMAT_VERSION = 4

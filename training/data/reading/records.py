@@ -25,6 +25,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
 from modeling_mot.media_loading import MediaError, load_picture, load_sound, name_within
+from modeling_mot.processing_vocabulary import SEGMENT_TYPES, with_known_type
 from training.data.config import Limits, Segment, SourceConfig
 
 
@@ -64,7 +65,7 @@ class BrokenShard(BadRecord):
 
 @contextmanager
 def blaming(where: str, file: str | None = None) -> Iterator[None]:
-    """A context in which a `ValueError` becomes a `BadRecord` of the place `where`.
+    """Make a context in which a `ValueError` becomes a `BadRecord` of the place `where`.
 
     Args:
         file: the file to blame, if there is one.
@@ -114,7 +115,7 @@ class LeftOut:
             self._count(reason, count, other.names(reason))
 
     def names(self, reason: str) -> list[str]:
-        """The names of the first few records of a reason."""
+        """Return the names of the first few records of a reason."""
         return [self.first[reason], *self.more.get(reason, ())]
 
     def lines(self) -> list[str]:
@@ -257,6 +258,7 @@ def check_parts(parts, column: str) -> list[dict]:
     """
     if not isinstance(parts, list) or not parts:
         raise BadRecord(f"column {column!r}: it has no segments: {reprlib.repr(parts)}")
+    parts = [with_known_name(part) for part in parts]
     for place, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
         if not isinstance(kind, str) or kind not in ("text", "image", "audio"):
@@ -270,6 +272,14 @@ def check_parts(parts, column: str) -> list[dict]:
         if kind == "text" and not is_unicode(text):
             raise BadRecord(f"column {column!r}: the text of a segment is no Unicode: a lone surrogate in {place}")
     return parts
+
+
+def with_known_name(part):
+    """Return a part of a document with "audio" for "speech", as the processors do; anything unknown as it is."""
+    try:
+        return with_known_type(part, "", SEGMENT_TYPES)
+    except ValueError:
+        return part
 
 
 def _plain(value, column: str) -> str:
@@ -300,6 +310,8 @@ def is_unicode(text: str) -> bool:
         return False
     return True
 
+
+# -------------------------------------------------------------------------------------------------- records of a source
 
 # Errors that are no fault of a shard; the last is the base of all errors of the HTTP library under huggingface_hub.
 UNREACHABLE = (ConnectionError, TimeoutError, HfHubHTTPError.__bases__[0])
@@ -425,7 +437,7 @@ class Source:
             part | {kind: confined(part.get(kind), self.roots) for kind in ("image", "audio") if kind in part}
             if isinstance(part, dict)
             else part
-            for part in value
+            for part in map(with_known_name, value)
         ]
 
     def leave_out(self, number: int, error: BadRecord, left_out: LeftOut) -> None:

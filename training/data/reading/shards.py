@@ -32,6 +32,7 @@ from training.data.reading.records import (
     printable,
     readable_rows,
     resolved,
+    with_known_name,
 )
 
 
@@ -82,6 +83,7 @@ def find_shards(path: str, kind: str) -> list[Shard]:
     Raises:
         ValueError: a storage or a compression whose package is not installed.
     """
+    # The storage, and the files in it.
     try:
         storage, place = fsspec.core.url_to_fs(path)
     except ImportError as error:
@@ -95,6 +97,8 @@ def find_shards(path: str, kind: str) -> list[Shard]:
     files = {name: info for name, info in found.items() if info["type"] == "file"}
     if not files:
         return []
+
+    # Names relative to the common folder stay the same when the folder is moved.
     if any(name.endswith(".zst") for name in files) and "zstd" not in fsspec.compression.compr:
         raise ValueError("reading .zst needs zstandard: pip install zstandard")
     root = posixpath.commonpath([posixpath.dirname(name) for name in files])
@@ -295,6 +299,8 @@ def _webdataset_record(key: str, members: dict[str, bytes], problem: str | None)
         described = columns.get("json")
         if isinstance(described, dict):
             columns = {**described, **{name: value for name, value in columns.items() if name != "json"}}
+            if columns.get("segments"):
+                columns["segments"] = [with_known_name(part) for part in columns["segments"]]
             for part in columns.get("segments") or []:
                 if part["type"] != "text":
                     part[part["type"]] = members[part[part["type"]].lower()]
@@ -305,6 +311,9 @@ def _webdataset_record(key: str, members: dict[str, bytes], problem: str | None)
     return {"__key__": key, **columns}
 
 
+# ------------------------------------------------------------------------------------------ folders of pictures, sounds
+
+# Pillow then knows the endings of all formats that it reads.
 Image.init()
 
 

@@ -168,11 +168,14 @@ def _is_whole_file(path: Path) -> bool:
 def _format(config: SourceConfig, path: Path) -> str:
     if config.path == "carried":
         return "dataset"
+    # A format that the recipe names.
     remote, globbed = is_remote(config.path), bool(re.search(r"[*?\[]", config.path))
     if config.format != "auto":
         if config.format != "dataset" and not remote and not globbed and not path.exists():
             raise ValueError(f"source {config.name!r}: path {config.path} does not exist")
         return config.format
+
+    # Remote files and globs show their format by their ending, local ones by what lies there.
     if remote or globbed:
         if kind := shard_format(config.path):
             return kind
@@ -184,6 +187,8 @@ def _format(config: SourceConfig, path: Path) -> str:
         return _format_of_folder(config, path)
     if path.exists():
         return shard_format(path.name) or _refuse_file(config, path)
+
+    # Nothing lies there: a name on the Hub, unless it looks like a path.
     if (
         config.path.startswith(("/", ".", "~"))
         or config.path.count("/") > 1
@@ -356,6 +361,7 @@ def _data_files(config: SourceConfig, path: Path) -> list[Path]:
 
 
 def _load(config: SourceConfig, path: Path):
+    # What `save_to_disk` wrote.
     if is_saved(path):
         saved = datasets.load_from_disk(str(path))
         if isinstance(saved, datasets.Dataset):
@@ -365,6 +371,8 @@ def _load(config: SourceConfig, path: Path):
         return saved[config.split]
     if path.is_file():
         raise ValueError(f"source {config.name!r}: path {config.path} is a file; format: dataset is of a folder")
+
+    # A folder that `datasets` knows how to read, or a name on the Hub. Without an answer of the Hub its cache serves.
     local = str(path) if path.exists() else config.path
     try:
         with nullcontext() if path.exists() or _hub_answers(config) else _without_hub():
@@ -424,7 +432,7 @@ def _hub_answers(config: SourceConfig) -> bool:
 
 @contextmanager
 def _without_hub() -> Iterator[None]:
-    """A context in which `datasets` takes what it has loaded before, and asks nobody."""
+    """Make a context in which `datasets` takes what it has loaded before, and asks nobody."""
     before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
     try:
         yield
