@@ -1,6 +1,6 @@
 """Measure what a model makes: captions, pictures and speech, and look at its feature space by modality.
 
-The figures are computed by the modules of `evaluate` under `metrics/`; the table of README.md names what is behind each.
+The figures are computed by the modules of `evaluate` under `metrics/`; README.md says what is behind each.
 A record is {"texts": [references], "image": PIL picture or None, "audio": (waveform, samples a second) or None}.
 """
 
