@@ -300,8 +300,8 @@ def feature_space(
         raise ValueError(f"the records have positions of {counts}, and a comparison needs two modalities")
 
     # A panel for each layer.
-    columns = min(8, len(states))
-    rows = -(-len(states) // columns)
+    rows = -(-len(states) // 8)
+    columns = -(-len(states) // rows)
     figure = Figure(figsize=(2.2 * columns, 2.3 * rows + 0.4), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     figures: dict[str, Any] = {}
