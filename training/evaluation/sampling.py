@@ -136,6 +136,14 @@ class Sampler:
             texts.extend(self._text(ids[ids.index(eoi) + 1 :]).strip() for ids in output.sequences.tolist())
         return texts
 
+    def hear(self, sounds: Sequence[tuple[np.ndarray, int]]) -> list[str]:
+        """The text of each sound, (waveform in [-1, 1], samples a second)."""
+        documents = [[{"type": "audio", "audio": audio, "sampling_rate": rate}] for audio, rate in sounds]
+        no_pictures = {"generation_mode": "text"} if is_transfusion(self.mot) else {}
+        prompts = self._prompts(documents, "text")
+        heard = self._generate("hearing", prompts, self.config.max_text_tokens, 0.0, **no_pictures)
+        return [self._text(ids).strip() for ids in heard]
+
     def speak(self, names: Sequence[str]) -> list[tuple[np.ndarray, int]]:
         """(waveform in [-1, 1], samples a second) of each name."""
         prompts = self._prompts([[{"type": "text", "text": name}] for name in names], "audio")
