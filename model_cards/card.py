@@ -501,7 +501,7 @@ def _training(facts: RunFacts, weights: str) -> Iterator[tuple[str, str]]:
 
 
 def _flops_of_positions(facts: RunFacts) -> int | None:
-    """3 x forward FLOPs of all positions; None if positions of different modalities cost differently."""
+    """Return 3 x forward FLOPs of all positions, or None if positions of different modalities cost differently."""
     per_token, train = set((facts.manifest.get("forward_flops_per_token") or {}).values()), facts.section("train")
     if len(per_token) != 1 or not train or facts.step is None or "rows_in_a_step" not in facts.manifest:
         return None
@@ -596,7 +596,7 @@ def _result(facts: RunFacts, sources: list[dict], task: str | None, metric: str,
 
 
 def _all_results(facts: RunFacts, evaluation: dict) -> list[tuple[EvalResult, bool | None]]:
-    """The results of a run and of an evaluation, which replaces the run's own of the same task and metric."""
+    """Join the results of a run and of an evaluation, which replaces the run's own of the same task and metric."""
     measured = list(evaluation_results(evaluation))
     anew = {(result.task_type, result.metric_type) for result, _ in measured}
     kept = [pair for pair in _results(facts) if (pair[0].task_type, pair[0].metric_type) not in anew]
@@ -605,7 +605,7 @@ def _all_results(facts: RunFacts, evaluation: dict) -> list[tuple[EvalResult, bo
 
 
 def evaluation_results(evaluation: Mapping[str, Any]) -> Iterator[tuple[EvalResult, bool | None]]:
-    """The results of `python -m training.evaluate`, as `_results` gives those of a run; none of an empty mapping.
+    """Yield the results of `python -m training.evaluate`, as `_results` gives those of a run; none of an empty mapping.
 
     Args:
         evaluation: what results.json holds.
@@ -633,7 +633,7 @@ def evaluation_results(evaluation: Mapping[str, Any]) -> Iterator[tuple[EvalResu
 
 
 def weights_digest(folder: Path) -> str | None:
-    """A digest that tells the weights of a folder from others: names, sizes, and both ends of each file of tensors.
+    """Digest the names, the sizes and both ends of a folder's files of tensors, to tell its weights from others.
 
     Returns None if the folder holds none, as where a model is named by its name on the Hub.
     """
@@ -650,7 +650,7 @@ def weights_digest(folder: Path) -> str | None:
 
 
 def _evaluation(folder: Path, run: Path | None, named: str | Path | None) -> dict:
-    """The content of results.json of the named folder, or of one that is of these weights; empty without any."""
+    """Read results.json of the named folder, or of one that is of these weights; empty without any."""
     if named is not None:
         if not (found := read_json(Path(named), "results.json")):
             raise ValueError(f"{named} has no results.json; give the folder that training.evaluate wrote to")

@@ -57,7 +57,7 @@ _QUALITY = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: see above."""
+    """Evaluate as the command line says, and return the exit code."""
     options = _parser().parse_intermixed_args(arguments)
     quality = {name: value for name in _QUALITY if (value := getattr(options, name)) is not None}
     try:
@@ -203,7 +203,7 @@ def _do(tasks: Sequence[str], evaluation: Evaluation, folder: ResultsFolder, set
     # The losses are computed by all ranks together, so a rank on which they fail must end the others.
     processes = accelerator.num_processes
     for task in (task for task in OF_LOSSES if task in tasks):
-        job = Job((task,), "", lambda task=task: {task: loss_figures(task, evaluation)})
+        job = Job((task,), "", lambda task=task: {task: {"figures": loss_figures(task, evaluation)}})
         folder.add(_attempt(job, catches=processes == 1), settings)
 
     # The other tasks are shared out. After each round the results of all ranks are written.
@@ -219,10 +219,10 @@ def _do(tasks: Sequence[str], evaluation: Evaluation, folder: ResultsFolder, set
 
 
 def _attempt(job: Job, catches: bool = True) -> dict[str, dict]:
-    """Do a job: task -> figures and seconds, or the reason of its failure, which `catches` keeps from being raised."""
+    """Do a job: task -> its parts and seconds. A job that fails has the reason there; without `catches` it raises."""
     begin = time.perf_counter()
     try:
-        done = {task: {"figures": figures} for task, figures in job.run().items()}
+        done = job.run()
     except Exception as error:  # whatever it is, the other tasks have figures
         if not catches:
             raise

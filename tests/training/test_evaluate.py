@@ -223,20 +223,24 @@ class Settings:
     samples: int = 4
     guidance: float = 3.0
 
+    def described(self):
+        return vars(self)
+
 
 @pytest.fixture
 def quality(monkeypatch):
     """A made-up `training.evaluation.quality` that counts what it is given; pictures fail."""
 
     def count(model, processor, records, settings, progress=None):
-        return {"cider": float(len(records)), "samples": len(records), "texts": sum(len(r["texts"]) for r in records)}
+        figures = {"cider": float(len(records)), "samples": len(records)}
+        return figures | {"left_out": {"spice": "no Java"}, "settings": settings.described()}
 
     def fail(*_, **__):
         raise RuntimeError("out of paint")
 
     def features(model, processor, records, out, progress=None):
         Image.new("RGB", (8, 8)).save(out)
-        return {"records": len(records)}
+        return {"records": len(records), "settings": {"seed": 0}}
 
     fake = SimpleNamespace(
         QualitySettings=Settings,
@@ -260,12 +264,16 @@ def test_a_task_that_fails_leaves_the_others_their_results(place, quality, capsy
         tasks["captions"]["figures"]["emoji/cider"] == 2.0 and tasks["captions"]["figures"]["more emoji/cider"] == 2.0
     )
     assert tasks["captions"]["settings"] == {"samples": 2, "guidance": 1.0}
+    assert tasks["captions"]["left_out"] == {"emoji/spice": "no Java", "more emoji/spice": "no Java"}
     assert tasks["pictures"]["failed"] == [
         "emoji: RuntimeError: out of paint",
         "more emoji: RuntimeError: out of paint",
     ]
-    assert tasks["features"]["figures"] == {"records": 3} and "Hidden states" in (out / "results.html").read_text()
-    assert "pictures failed: emoji: RuntimeError: out of paint" in capsys.readouterr().err
+    assert tasks["features"]["figures"] == {"records": 3} and tasks["features"]["settings"] == {"seed": 0}
+    assert "Hidden states" in (out / "results.html").read_text()
+    printed = capsys.readouterr().err
+    assert "pictures failed: emoji: RuntimeError: out of paint" in printed
+    assert "captions has no emoji/spice: no Java" in printed
     found = [r for r in results_of(out)["results"] if r["metric_type"] == "cider"]
     assert [r["task_type"] for r in found] == ["image-to-text"] * 2
 

@@ -275,7 +275,7 @@ def directions_of(source: SourceConfig) -> dict[str, tuple[str, ...]]:
 
 
 def interleaved_template(source: SourceConfig) -> TemplateConfig | None:
-    """The first template of a source that no direction comes from, see `directions_of`; None without one."""
+    """Find the first template of a source that no direction comes from, see `directions_of`; None without one."""
     alone = (replace(source, templates=[template]) for template in source.templates)
     return next((one.templates[0] for one in alone if not directions_of(one)), None)
 

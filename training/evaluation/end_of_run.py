@@ -89,7 +89,7 @@ def report_interruption(trainer: Trainer, interrupted: Interrupted) -> None:
 
 
 def summarise(trainer: Trainer) -> dict:
-    """The figures of a run as JSON values: losses of its last fortieth, held-out losses, speed."""
+    """Collect the figures of a run as JSON values: losses of its last fortieth, held-out losses, speed."""
     training, evaluation = read_metrics(trainer.run.metrics)
 
     # Means over the targets of the last steps.
@@ -118,7 +118,7 @@ def summarise(trainer: Trainer) -> dict:
 
 
 def describe_summary(summary: dict, recipe: Recipe) -> list[str]:
-    """The lines of a summary for people."""
+    """Write a summary as lines for people."""
     lines = []
     for kind in ("training", "held_out"):
         # A direction that one source alone has is said once, without the name of the source.
@@ -264,7 +264,7 @@ def _pictures(
 
 
 def describe_measures(measures: dict[str, float | int]) -> list[tuple[str, str]]:
-    """The measures as lines for people."""
+    """Write the measures as lines for people."""
     lines = []
     for prefix, what in (("", "held-in"), ("held_out_", "held-out")):
         if prefix + "drawn" not in measures:
@@ -294,6 +294,6 @@ def describe_measures(measures: dict[str, float | int]) -> list[tuple[str, str]]
 
 
 def _file_name(name: str) -> str:
-    """A name that is safe as part of a file name."""
+    """Make a name safe as part of a file name."""
     safe = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name.strip().lower())
     return "-".join(part for part in safe.split("-") if part)[:60] or "unnamed"

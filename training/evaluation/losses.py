@@ -210,7 +210,7 @@ def batches_at_levels(
 
 
 def evaluation_note(config: MoTConfig) -> str | None:
-    """The remark that belongs beside the held-out losses of this model, or None."""
+    """Return the remark that belongs beside the held-out losses of this model, or None."""
     if not config.moe_towers:
         return None
     return (

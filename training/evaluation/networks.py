@@ -52,7 +52,7 @@ class PictureDescriptor:
     name = DESCRIPTOR
 
     def __call__(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        """(N, D) float64"""
+        """Return the vectors, (N, D) float64."""
         return torch.from_numpy(np.stack([descriptor(picture) for picture in pictures]))
 
 
@@ -78,14 +78,14 @@ class SqueezeNet:
         }
 
     def __call__(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        """(N, 512) float32"""
+        """Return the vectors, (N, 512) float32."""
         # As in the training of these weights: blue first, and without the means of ImageNet's colours.
         sized = [picture.convert("RGB").resize((227, 227), Image.Resampling.BICUBIC) for picture in pictures]
         pixels = torch.from_numpy(np.stack([np.asarray(picture, dtype=np.float32)[..., ::-1] for picture in sized]))
         return self.features((pixels - torch.tensor([103.939, 116.779, 123.68])).to(self.device)).mean((2, 3))
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The activations of the last fire module.  (N, H, W, 3) -> (N, 512, h, w)"""
+        """Compute the activations of the last fire module.  (N, H, W, 3) -> (N, 512, h, w)"""
         # Odd sides need the same padding on both sides; the sides are odd (227).
         hidden = F.relu(F.conv2d(pixels.permute(0, 3, 1, 2), *self.layers["conv1"], stride=2, padding=1))
         for number in range(2, 10):
@@ -133,5 +133,5 @@ def _faster_whisper(folder: str) -> Callable[[np.ndarray, int], str]:
 
 
 def at_rate(samples: np.ndarray, given: int, rate: int) -> np.ndarray:
-    """The waveform at another number of samples a second, as float32."""
+    """Return the waveform at another number of samples a second, as float32."""
     return resample(torch.as_tensor(np.asarray(samples, dtype=np.float32)), given, rate).numpy()

@@ -92,7 +92,7 @@ class QualitySettings:
         )
 
     def described(self) -> dict[str, Any]:
-        """The settings as JSON values: a callable by its name."""
+        """Return the settings as JSON values: a callable by its name."""
         return {
             name: getattr(value, "name", type(value).__name__) if callable(value) else value
             for name, value in asdict(self).items()
@@ -226,7 +226,7 @@ def _metric(name: str) -> evaluate.Metric:
 
 
 def _with(kind: str, records: Sequence[Mapping], settings: QualitySettings) -> list[Mapping]:
-    """The first `samples` records that have a text and an `image` or `audio`."""
+    """Choose the first `samples` records that have a text and an `image` or `audio`."""
     chosen = [record for record in records if record.get(kind) is not None and record["texts"]][: settings.samples]
     if not chosen:
         raise ValueError(f"none of the {len(records)} records has a text and an {kind}, so there is nothing to measure")
@@ -234,7 +234,7 @@ def _with(kind: str, records: Sequence[Mapping], settings: QualitySettings) -> l
 
 
 def _named(found: Mapping[str, Any], keys: Sequence[str]) -> dict[str, float]:
-    """The figures under their keys; those of other networks than Inception have its name behind them."""
+    """Name the figures by their keys; those of other networks than Inception have its name behind them."""
     network = _slug(found["feature_network"])
     own = ("fid", "kid", "kid_std")
     return {key if key in own else f"{key}_{network}": found[key] for key in keys if key in found}
@@ -248,7 +248,7 @@ def _slug(name: str) -> str:
 def _sampler(
     model: MoTPreTrainedModel, processor: MoTProcessor, settings: QualitySettings, progress: bool | None
 ) -> Iterator[Sampler]:
-    """A context with a `Sampler` of the model in evaluation mode.
+    """Give a context with a `Sampler` of the model in evaluation mode.
 
     An autocast around it goes on in the model's generation alone: the networks that judge keep their own precision.
     """
@@ -327,7 +327,7 @@ def feature_space(
 
 
 def principal_plane(values: np.ndarray) -> tuple[np.ndarray, float]:
-    """The first two principal components.  (N, D) -> (N, 2), their share of the variance"""
+    """Find the first two principal components.  (N, D) -> (N, 2), their share of the variance"""
     centred = values - values.mean(0)
     # Through the products of positions, which are fewer than the features of large models.
     variances, vectors = np.linalg.eigh(centred @ centred.T)
@@ -336,7 +336,7 @@ def principal_plane(values: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def separation(values: np.ndarray, groups: np.ndarray) -> float:
-    """The share of the variance that is between the means of the groups.  (N, D), (N,) -> from 0 to 1"""
+    """Return the share of the variance between the means of the groups.  (N, D), (N,) -> from 0 to 1"""
     centred = values - values.mean(0)
     means = [(centred[groups == group], int((groups == group).sum())) for group in np.unique(groups)]
     between = sum(count * np.square(of_group.mean(0)).sum() for of_group, count in means)
@@ -382,7 +382,7 @@ def _hidden_states(
 
 
 def _segments(record: Mapping, modalities: Sequence[str]) -> list[dict]:
-    """A record as one document: its first text, its picture and its sound, as far as the model has the modality."""
+    """Make one document of a record: its first text, picture and sound, as far as the model has the modality."""
     segments = [{"type": "text", "text": text} for text in record["texts"][:1]]
     if record.get("image") is not None and "image" in modalities:
         segments.append({"type": "image", "image": record["image"]})

@@ -64,11 +64,13 @@ class ResultsFolder:
     def add(self, done: Mapping[str, Mapping], settings: Mapping[str, Mapping]) -> None:
         """Add what a job has done, see `training.evaluate`, and write everything so far: whole or not at all."""
         for task, new in done.items():
-            nothing = {"figures": {}, "failed": [], "seconds": 0.0, "settings": settings[task]}
+            nothing = {"figures": {}, "left_out": {}, "failed": [], "seconds": 0.0, "settings": settings[task]}
             one = self.results["tasks"].setdefault(task, nothing)
             one["figures"] |= new.get("figures", {})
+            one["left_out"] |= new.get("left_out", {})
             one["failed"] += new.get("failed", [])
             one["seconds"] += new["seconds"]
+            one["settings"] = new.get("settings") or one["settings"]
         # Without a task a result is about the tokenizer of pictures, and not about the model.
         found = [one for one, _ in evaluation_results(self.results) if one.task_type]
         self.results["results"] = [{k: v for k, v in vars(one).items() if v is not None} for one in found]
@@ -81,21 +83,24 @@ class ResultsFolder:
             (self.path / PAGE).write_text(self._page(), encoding="utf-8")
 
     def table(self) -> list[str]:
-        """The lines for the screen."""
+        """Write the lines for the screen."""
         rows = [(task, name, _shown(value)) for task, one in self._tasks() for name, value in one["figures"].items()]
         widths = [max((len(row[place]) for row in rows), default=0) for place in (0, 1)]
         lines = [f"{task:{widths[0]}}  {name:{widths[1]}}  {value:>10}" for task, name, value in rows]
+        lines += [
+            f"{task} has no {name}: {reason}" for task, one in self._tasks() for name, reason in one["left_out"].items()
+        ]
         lines += [f"{task} failed: {reason}" for task, one in self._tasks() for reason in one["failed"]]
         if self.results["note"]:
             lines.append(self.results["note"])
         return [*lines, f"wrote {self.path.resolve() / PAGE}, and beside it {RESULTS}"]
 
     def _tasks(self) -> list[tuple[str, dict]]:
-        """(task, what it has) in the order of `TASKS`."""
+        """List (task, what it has) in the order of `TASKS`."""
         return [(task, self.results["tasks"][task]) for task in TASKS if task in self.results["tasks"]]
 
     def _plotted(self, task: str, figures: Mapping[str, float]) -> Mapping[str, float]:
-        """The figures of a plot: losses of tokens apart from those of diffusion, which have another unit."""
+        """Choose the figures of a plot: losses of tokens apart from those of diffusion, which have another unit."""
         diffused = self.results["tasks"].get("diffusion", {"figures": ()})["figures"] if task == "loss" else ()
         return {key: value for key, value in figures.items() if key not in diffused}
 
@@ -111,6 +116,7 @@ class ResultsFolder:
                 "figures": [(name, _shown(value)) for name, value in one["figures"].items()],
                 "plot": _bars(self._plotted(task, one["figures"])) if task in OF_LOSSES else None,
                 "settings": one["settings"],
+                "left_out": one["left_out"],
                 "failed": one["failed"],
                 "seconds": f"{one['seconds']:.1f}",
             }

@@ -125,7 +125,8 @@ class Job:
     Attributes:
         tasks: the tasks that it has figures for.
         source: the name of the data set; empty: of all.
-        run: makes them: task -> figures.
+        run: makes them: task -> {"figures": {...}}, where it applies with "left_out", figure -> reason, and with the
+            "settings" of its own.
     """
 
     tasks: tuple[str, ...]
@@ -137,7 +138,7 @@ class Job:
 
 
 def obstacle(task: str, evaluation: Evaluation) -> str | None:
-    """The reason why a task cannot be done with this model and these data; None if it can."""
+    """Return the reason why a task cannot be done with this model and these data; None if it can."""
     config, sources = evaluation.model.config, evaluation.sources
     if task == "loss":
         return None if evaluation.rows else "evaluation.rows is 0"
@@ -169,7 +170,7 @@ def _obstacle_of_quality() -> str | None:
     try:
         import_module(QUALITY)
     except ImportError as error:
-        return f"{QUALITY}, which measures it, cannot be imported: {error}"
+        return f'{error}: install the packages that measure it with pip install -e ".[evaluation]"'
     return None
 
 
@@ -197,7 +198,7 @@ def _obstacle_of_drawing(evaluation: Evaluation) -> str | None:
 
 
 def loss_figures(task: str, evaluation: Evaluation) -> dict[str, float]:
-    """The figures of a task of `OF_LOSSES`, by the keys that training writes to metrics.jsonl."""
+    """Return the figures of a task of `OF_LOSSES`, by the keys that training writes to metrics.jsonl."""
     losses = evaluation.losses
     if task == "perplexity":
         named = {name: losses.get(f"eval/{name}/loss") for name in evaluation.rows if _is_perplexing(name, evaluation)}
@@ -217,7 +218,7 @@ def loss_figures(task: str, evaluation: Evaluation) -> dict[str, float]:
 
 
 def jobs_of(tasks: Sequence[str], evaluation: Evaluation) -> list[Job]:
-    """The jobs of the tasks that are not losses, in order; each is the same whichever process does it."""
+    """List the jobs of the tasks that are not losses, in order; each is the same whichever process does it."""
     jobs = []
     if sampled := tuple(task for task in ("retrieval", "psnr") if task in tasks):
         jobs.append(Job(sampled, "", partial(_sampled, sampled, evaluation)))
@@ -233,7 +234,7 @@ def jobs_of(tasks: Sequence[str], evaluation: Evaluation) -> list[Job]:
 
 
 def _sampled(tasks: Sequence[str], evaluation: Evaluation) -> dict[str, dict[str, Any]]:
-    """Retrieval and PSNR, as at the end of training; the sheet is written beside the results."""
+    """Measure retrieval and PSNR, as at the end of training; the sheet is written beside the results."""
     recipe, folder = evaluation.recipe, evaluation.folder
     subjects = find_subjects(recipe.data, recipe.samples)
     subjects = replace(subjects, spoken=[], texts=[])
@@ -250,11 +251,11 @@ def _sampled(tasks: Sequence[str], evaluation: Evaluation) -> dict[str, dict[str
     sheet.write_html(folder / "samples.html")
     sheet.write_png(folder / "samples.png")
     is_psnr = lambda name: name.endswith("_psnr")  # noqa: E731
-    return {task: {k: v for k, v in measures.items() if is_psnr(k) == (task == "psnr")} for task in tasks}
+    return {task: {"figures": {k: v for k, v in measures.items() if is_psnr(k) == (task == "psnr")}} for task in tasks}
 
 
 def _of_quality(task: str, source: SourceConfig, kind: str, evaluation: Evaluation) -> dict[str, dict[str, Any]]:
-    """Captions, pictures or speech of one source."""
+    """Measure captions, pictures or speech of one source."""
     from training.evaluation import quality
 
     measure = {
@@ -265,12 +266,20 @@ def _of_quality(task: str, source: SourceConfig, kind: str, evaluation: Evaluati
     settings = evaluation.quality_settings
     records = list(islice(records_of(source, kind, evaluation.recipe.data.limits), settings.samples))
     with evaluation.accelerator.autocast():
-        figures = measure(evaluation.model, evaluation.processor, records, settings)
-    return {task: {f"{source.name}/{name}": value for name, value in figures.items()}}
+        found = measure(evaluation.model, evaluation.processor, records, settings, evaluation.shows_bar)
+    return {task: _parts(found, f"{source.name}/")}
+
+
+def _parts(found: dict[str, Any], prefix: str = "") -> dict[str, dict[str, Any]]:
+    """Split what a function of `quality` returns into the parts of a job's task."""
+    beside = {name: found.get(name, {}) for name in ("settings", "left_out")}
+    figures = {f"{prefix}{name}": value for name, value in found.items() if name not in beside}
+    left_out = {f"{prefix}{name}": reason for name, reason in beside["left_out"].items()}
+    return {"figures": figures, "left_out": left_out, "settings": beside["settings"]}
 
 
 def _features(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
-    """The feature space of records of all sources and kinds, as a picture beside the results."""
+    """Draw the feature space of records of all sources and kinds, as a picture beside the results."""
     from training.evaluation import quality
 
     # Equal shares of the sources and kinds.
@@ -287,19 +296,18 @@ def _features(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
     share = -(-settings.samples // max(1, len(groups)))
     records = [record for group in groups for record in islice(group, share)]
     with evaluation.accelerator.autocast():
-        figures = quality.feature_space(
-            evaluation.model, evaluation.processor, records, evaluation.folder / "features.png"
-        )
-    return {"features": figures}
+        picture = evaluation.folder / "features.png"
+        found = quality.feature_space(evaluation.model, evaluation.processor, records, picture, evaluation.shows_bar)
+    return {"features": _parts(found)}
 
 
 def settings_of(task: str, evaluation: Evaluation) -> dict[str, Any]:
-    """The settings that the figures of a task depend on, as JSON values."""
+    """Return the settings that the figures of a task depend on, as JSON values."""
     if task in OF_LOSSES:
         return asdict(evaluation.recipe.evaluation)
     if task in ("retrieval", "psnr"):
         return asdict(evaluation.recipe.samples)
-    return asdict(evaluation.quality_settings)
+    return evaluation.quality_settings.described()
 
 
 # --------------------------------------------------------------------------------------------------------- the records
@@ -339,7 +347,7 @@ def _texts(source: SourceConfig, limits: Any) -> Iterator[dict]:
 
 
 def _texts_in(record: dict, text: Any) -> list[str]:
-    """The texts of a record: each item of a list of texts, or one text."""
+    """Return the texts of a record: each item of a list of texts, or one text."""
     value = record.get(text.column)
     if isinstance(value, list) and value and all(isinstance(item, str) and item.strip() for item in value):
         return [item.strip() for item in value]

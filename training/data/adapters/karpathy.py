@@ -82,7 +82,7 @@ def find_pictures(entries: Sequence[dict], images: Path) -> list[Path]:
 
 
 def _find(entry: dict, images: Path) -> Path | None:
-    """The file of an entry: in the folder that COCO names beside it, or in the folder of pictures itself."""
+    """Find the file of an entry: in the folder that COCO names beside it, or in the folder of pictures itself."""
     names = [f"{entry.get('filepath', '')}/{entry['filename']}".lstrip("/"), entry["filename"]]
     paths = [resolve_inside(images, name) for name in names]
     return next((path for path in paths if path.is_file()), None)
@@ -114,7 +114,7 @@ def _link(path: Path, target: Path) -> None:
 
 
 def split_name(splits: Sequence[str]) -> str:
-    """The split that a source names: train (of train and restval), test, or else validation."""
+    """Return the split that a source names: train (of train and restval), test, or else validation."""
     if set(splits) <= {"train", "restval"}:
         return "train"
     return "test" if set(splits) == {"test"} else "validation"

@@ -97,7 +97,7 @@ def features_of(pictures: list, network: str | Callable, batch_size: int, device
 
 
 def name_of(network: str | Callable) -> str:
-    """The name of a network: a name on the Hub as it is, a folder's last part, `name` or the class of a callable."""
+    """Name a network: by its name on the Hub, a folder's last part, or `name` or the class of a callable."""
     if callable(network):
         return getattr(network, "name", type(network).__name__)
     return os.path.basename(os.path.normpath(network)) if os.path.isdir(network) else network
