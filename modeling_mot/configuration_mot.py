@@ -474,6 +474,7 @@ class MoTConfig(PreTrainedConfig):
         ranges = self.modality_token_ranges
         if ranges is None:
             return
+        # A pair of numbers for each modality.
         if set(ranges) != set(self.token_modalities):
             raise ValueError(
                 f"modality_token_ranges={ranges} must give a range to each of {self.token_modalities} and nothing else"
@@ -482,6 +483,7 @@ class MoTConfig(PreTrainedConfig):
             raise ValueError(
                 f"modality_token_ranges[{wrong[0]!r}]={ranges[wrong[0]]} must be [first, last + 1] of its tokens"
             )
+        # Each pair lies in the vocabulary, and no two overlap.
         spans = sorted((first, end, name) for name, (first, end) in ranges.items())
         for first, end, name in spans:
             if not 0 <= first < end <= self.vocab_size:

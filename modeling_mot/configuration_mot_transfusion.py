@@ -217,6 +217,7 @@ class MoTTransfusionConfig(MoTConfig):
     def _validate_images(self):
         if "image" not in self.modalities:
             raise ValueError(f"modalities={self.modalities} has no 'image', which a Transfusion model diffuses")
+        # The tokens around and in an image.
         for field in ("image_token_id", "boi_token_id", "eoi_token_id"):
             value = getattr(self, field)
             if value is None or not 0 <= value < self.vocab_size:
@@ -226,6 +227,7 @@ class MoTTransfusionConfig(MoTConfig):
                 )
         if self.image_grid is not None:
             raise ValueError(f"image_grid={self.image_grid} is of discrete images; set latent_size instead")
+        # The autoencoder, and latents of its shape.
         if self.vae_config is not None:
             if self.vae_config.get("_class_name") not in VAE_CLASS_NAMES:
                 raise ValueError(
@@ -239,6 +241,7 @@ class MoTTransfusionConfig(MoTConfig):
         self.image_length(*self.latent_size)
 
     def _validate_diffusion(self):
+        # The patchifier: its blocks divide the sides and the channels.
         if self.patchifier == "unet":
             if 2 ** (len(self.unet_channels) - 1) != self.patch_size:
                 raise ValueError(
@@ -251,6 +254,7 @@ class MoTTransfusionConfig(MoTConfig):
                     f"unet_channels={self.unet_channels}: {wrong[0]} is not a multiple of "
                     f"unet_norm_groups={self.unet_norm_groups}"
                 )
+        # The noise levels.
         if self.image_first_max_timestep is not None and not (
             0 <= self.image_first_max_timestep < self.num_train_timesteps
         ):
@@ -263,6 +267,7 @@ class MoTTransfusionConfig(MoTConfig):
                 f"timestep_shift={self.timestep_shift} shifts the fractions of flow matching; "
                 f"prediction_type={self.prediction_type!r} needs 1.0"
             )
+        # The positions of patches.
         if self.latent_position_table is not None and self.hidden_size % 4:
             raise ValueError(
                 f"latent_position_table={self.latent_position_table!r} splits hidden_size={self.hidden_size} into sine "

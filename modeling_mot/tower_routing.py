@@ -326,7 +326,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, _):
         rows, scale, *weights = ctx.saved_tensors
-        with without_autocast(rows.device.type):
+        with autocast_off(rows.device.type):
             grad = grad.to(scale.dtype, copy=True)
             normalised = rows.to(scale.dtype) * scale
             products = grad * normalised
@@ -507,7 +507,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-def without_autocast(device_type: str) -> AbstractContextManager:
+def autocast_off(device_type: str) -> AbstractContextManager:
     """Switch autocast off for such a device, if it has autocast."""
     if not torch.amp.is_autocast_available(device_type):
         return nullcontext()

@@ -70,6 +70,7 @@ def run(recipe: Recipe) -> int:
         try:
             session = Session(recipe, stop_signal, lock)
             trainer = session.trainer
+            # Train and write what a run leaves. Each way to end has its exit code.
             try:
                 if trainer.step:
                     say(session.accelerator, f"going on from step {trainer.step}")

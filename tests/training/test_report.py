@@ -22,7 +22,7 @@ from training.report.figures import View, mark_events
 from training.report.output import ReportFolder
 from training.report.runs import read_runs
 from training.report.step_matching import first_steps, match_steps, whole_windows
-from training.report.tables import compare, count, duration
+from training.report.tables import compare, count, hours_in_words
 
 
 PEAK = 1e12
@@ -224,7 +224,7 @@ def test_counts_have_three_digits(value, words):
     "hours, words", [(None, ""), (0.01, "36 s"), (0.5, "30 min"), (3.25, "3.25 h"), (240, "10 days")]
 )
 def test_durations_have_the_unit_of_their_size(hours, words):
-    assert duration(hours) == words
+    assert hours_in_words(hours) == words
 
 
 # ------------------------------------------------------------------------------------------------------------ the page

@@ -223,7 +223,7 @@ def make_samples(
     # Names spoken, and texts continued.
     if spoken := subjects.spoken[: config.spoken]:
         for place, (name, (audio, rate)) in enumerate(zip(spoken, sampler.speak(spoken), strict=True)):
-            path = folder / f"spoken-{place:04d}-{_file_name(name)}.wav"
+            path = folder / f"spoken-{place:04d}-{_slug(name)}.wav"
             write_wav(path, audio, rate)
             sheet.spoken.append((name, path))
     if texts := subjects.texts[: config.texts]:
@@ -248,7 +248,7 @@ def _pictures(
     lines = []
     ranks = gallery.ranks(drawn, indices)
     for place, (name, image, text, rank) in enumerate(zip(names, drawn, read, ranks, strict=True)):
-        image.save(folder / f"{prefix.replace('_', '-')}drawn-{place:04d}-{_file_name(name)}.png")
+        image.save(folder / f"{prefix.replace('_', '-')}drawn-{place:04d}-{_slug(name)}.png")
         lines.append(f"{name}\t{text}\t{rank}\n")
     header = "name\tread off the original\tgallery pictures nearer to the drawn one than the named\n"
     (folder / f"{prefix.replace('_', '-')}names.tsv").write_text(header + "".join(lines), encoding="utf-8")
@@ -293,7 +293,7 @@ def describe_measures(measures: dict[str, float | int]) -> list[tuple[str, str]]
     return lines
 
 
-def _file_name(name: str) -> str:
+def _slug(name: str) -> str:
     """Make a name safe as part of a file name."""
     safe = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name.strip().lower())
     return "-".join(part for part in safe.split("-") if part)[:60] or "unnamed"

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0 done, 2 a request that cannot be met."""
     options = _parser().parse_intermixed_args(arguments)
     try:
-        plan = make_plan(load_recipe(options.words), options)
+        plan = plan_figures(load_recipe(options.words), options)
         if options.json is not None:
             write_new(Path(options.json), json.dumps(plan, indent=2) + "\n")
     except ConfigError as error:
@@ -93,7 +93,7 @@ def write_new(path: Path, text: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- the plan
 
 
-def make_plan(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
+def plan_figures(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     """Return all figures of a recipe, as JSON values.
 
     Raises:

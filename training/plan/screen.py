@@ -7,7 +7,7 @@ from training.model.costs import GPUS
 
 
 def render(plan: dict[str, Any]) -> str:
-    """Return the tables that `python -m training.plan` prints; `plan` is the result of `make_plan`."""
+    """Return the tables that `python -m training.plan` prints; `plan` is the result of `plan_figures`."""
     sections = (_parameters, _flops, _memory, _traffic, _time, _comparison)
     return "\n\n".join([_heading(plan), *("\n".join(section(plan)) for section in sections)])
 
@@ -97,7 +97,7 @@ def _time(plan: dict) -> Iterable[str]:
         ["step, nothing hidden", f"{time['step_seconds_nothing_hidden']:.4g} s"],
         ["MFU", f"{time['mfu']:.1%}"],
         ["tokens/s", f"{time['tokens_per_second']:,.0f}"],
-        [f"{time['steps']:,} steps", duration(time["run_seconds"])],
+        [f"{time['steps']:,} steps", seconds_in_words(time["run_seconds"])],
     ]
     yield from table([f"time on {plan['device']['name']}, estimated", ""], rows)
     yield "small models take longer: the time to start each operation on the device is not counted"
@@ -145,7 +145,7 @@ def in_bytes(number: float) -> str:
     return f"{number:.0f} B"
 
 
-def duration(seconds: float) -> str:
+def seconds_in_words(seconds: float) -> str:
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

@@ -10,7 +10,7 @@ import yaml
 from training.evaluation.sheet import page_template
 from training.report.figures import View, colour_of
 from training.report.runs import AXES, EVENTS, Run
-from training.report.tables import count, describe_launches, describe_run, duration, objectives_of, percent
+from training.report.tables import count, describe_launches, describe_run, hours_in_words, objectives_of, percent
 
 
 _EVENT_LIMIT = 50
@@ -56,7 +56,7 @@ def _at_a_glance(runs: Sequence[Run], figures: Mapping[str, Any]) -> list[Row]:
             "step": f"{figure['step']:,}" + (f" of {planned:,}" if planned else ""),
             **loss,
             "tokens": count(figure["tokens"]),
-            "time": duration(figure["hours"]),
+            "time": hours_in_words(figure["hours"]),
             "tokens/s": count(figure["tokens_per_second"]),
             "MFU": percent(figure["mfu"]),
             "data wait": percent(figure["data_share"]),

@@ -85,6 +85,7 @@ def match_steps(runs: Sequence[Run], window: int) -> list[StepMatch]:
                 curve = loss_curves(run, objective, window)[split]
                 if not len(target[0]) or not len(curve[0]):
                     continue
+                # The first step at which the run's curve is as low as the reference's last loss; NaN: never.
                 step = first_steps(curve, target[1][-1:])[0]
                 matches.append(
                     StepMatch(

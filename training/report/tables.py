@@ -39,6 +39,7 @@ def compare(runs: Sequence[Run], window: int) -> dict[str, Any]:
     objectives = objectives_of(runs)
     figures: dict[str, Any] = {"running_mean_steps": window, "runs": [], "same_step": step}
     figures["same_step_held_out"] = held_out_step
+    # Each run on its own, at its end and at the step that all have reached.
     for run in runs:
         last_evaluation = run.evaluation[-1]["step"] if run.evaluation else None
         figures["runs"].append(
@@ -55,6 +56,7 @@ def compare(runs: Sequence[Run], window: int) -> dict[str, Any]:
                 "at_same_step": {name: losses_at(run, name, step, window, held_out_step) for name in objectives},
             }
         )
+    # Each run against the first: how many steps it needs for the same loss.
     matches = match_steps(runs, window)
     figures["step_matching"] = [{**asdict(match), "share": match.share} for match in matches]
     return figures
@@ -67,6 +69,7 @@ def describe_run(run: Run) -> list[tuple[str, str]]:
     per_token = section(manifest, "forward_flops_per_token")
     versions = {"python": manifest.get("python"), **section(manifest, "versions")}
     peak, source = manifest.get("peak_flops"), manifest.get("peak_flops_source")
+    # What was trained, how it ran, on what machine, from which code and data. Facts without a value are left out.
     described = [
         ("folder", run.path),
         ("variant", model.get("variant")),
@@ -122,7 +125,7 @@ def count(value: Any, unit: str = "") -> str:
     return f"{value:.3g}" + (f" {unit}" if unit else "")
 
 
-def duration(hours: float | None) -> str:
+def hours_in_words(hours: float | None) -> str:
     """Write hours as `41 s`, `12.5 min`, `3.2 h` or `4.1 days`; None as ""."""
     if hours is None:
         return ""

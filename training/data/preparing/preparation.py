@@ -115,7 +115,7 @@ def write_chunk(folder: Path, part: int, number: int, tables: list[pa.Table], de
         digest = hashlib.sha256(data).hexdigest()
         described |= {"file": f"{name}.arrow", "records": len(table), "size": data.size, "sha256": digest}
         write_whole(folder / described["file"], data)
-    write_description(folder / f"{name}.json", described)
+    write_with_digest(folder / f"{name}.json", described)
 
 
 def written_chunks(folder: Path, part: int) -> Iterator[dict]:
@@ -123,7 +123,7 @@ def written_chunks(folder: Path, part: int) -> Iterator[dict]:
     number = 0
     while (path := folder / f"{part:05d}-{number:05d}.json").is_file():
         try:
-            described = read_description(path)
+            described = read_with_digest(path)
         except ValueError:
             return
         if "file" in described and chunk_damage(folder, described):
@@ -132,13 +132,13 @@ def written_chunks(folder: Path, part: int) -> Iterator[dict]:
         number += 1
 
 
-def write_description(path: Path, described: dict) -> None:
+def write_with_digest(path: Path, described: dict) -> None:
     """Write a JSON object with its own hash."""
     write_whole(path, json.dumps(described | {"digest": digest_of(described)}, indent=1).encode())
 
 
-def read_description(path: Path) -> dict:
-    """Read a JSON object that `write_description` wrote.
+def read_with_digest(path: Path) -> dict:
+    """Read a JSON object that `write_with_digest` wrote.
 
     Raises:
         ValueError: the file has changed since.
@@ -406,7 +406,7 @@ def _finish(work: Preparation, made_from: dict) -> None:
         "channels": preparing.vae.config.latent_channels if preparing.images == "latents" else 3,
         "chunks": chunks,
     }
-    write_description(work.folder / "meta.json", meta)
+    write_with_digest(work.folder / "meta.json", meta)
     for line in left_out.lines():
         logger.warning("source %r: left out: %s", source.config.name, line)
 
@@ -424,7 +424,7 @@ def warn_of_change(place: Path, made_from: dict, source: Source) -> None:
     notes = sorted(place.parent.glob(f"{prefix}-*/meta.json"), key=lambda path: path.stat().st_mtime)
     for path in reversed(notes):
         try:
-            meta = read_description(path)
+            meta = read_with_digest(path)
         except ValueError:  # of an earlier version, or damaged
             continue
         if "made_from" not in meta or meta["origin"] != origin_of(source.config):
@@ -513,7 +513,7 @@ class TokenizedSource:
         self.folder = Path(folder)
         # The description, and the chunks that it names.
         try:
-            meta = read_description(self.folder / "meta.json")
+            meta = read_with_digest(self.folder / "meta.json")
         except ValueError as error:
             raise ValueError(self._damaged([str(error)])) from error
         self.fingerprint = meta["fingerprint"]
@@ -599,7 +599,7 @@ class TokenizedSource:
         config.validate()
         source = open_source(config, preparing.limits)
         made_from = _made_from(source, preparing)
-        folder = Path(preparing.cache) / f"{_file_name(config.name)}-{digest_of(made_from)[:16]}"
+        folder = Path(preparing.cache) / f"{_safe_name(config.name)}-{digest_of(made_from)[:16]}"
         if not os.path.isfile(folder / "meta.json"):
             prepare(folder, made_from, BatchTokenizer(source, preparing))
         prepared = cls(config, folder)
@@ -627,5 +627,5 @@ def _made_from(source: Source, preparing: Preparing) -> dict:
     return made_from
 
 
-def _file_name(name: str) -> str:
+def _safe_name(name: str) -> str:
     return "".join(character if character.isalnum() or character in "-_" else "_" for character in name)[:50]

@@ -288,6 +288,7 @@ def _escape(member: tarfile.TarInfo) -> str | None:
 def _webdataset_record(key: str, members: dict[str, bytes], problem: str | None) -> dict | BadRecord:
     if problem is not None:
         return BadRecord(problem)
+    # A column for each member: bytes, or text and JSON as values.
     columns: dict = dict(members)
     try:
         for name, value in members.items():
@@ -296,6 +297,7 @@ def _webdataset_record(key: str, members: dict[str, bytes], problem: str | None)
                 columns[name] = value.decode("utf-8-sig")
             elif suffix == "json":
                 columns[name] = parse_json(value)
+        # The keys of the JSON are columns too. The segments of a document in it name other members.
         described = columns.get("json")
         if isinstance(described, dict):
             columns = {**described, **{name: value for name, value in columns.items() if name != "json"}}
