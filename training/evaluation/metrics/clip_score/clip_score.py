@@ -68,7 +68,8 @@ class ClipScore(evaluate.Metric):
     ) -> dict:
         model = Embeddings(AutoModel.from_pretrained(clip).to(device or "cpu").eval())
         processor = AutoProcessor.from_pretrained(clip)
-        score = CLIPScore(model_name_or_path=lambda: (model, processor)).to(device or "cpu")
+        # A module of `evaluate` computes the figure of what it is given: never of other processes' pictures too.
+        score = CLIPScore(model_name_or_path=lambda: (model, processor), sync_on_compute=False).to(device or "cpu")
         for start in range(0, len(predictions), batch_size):
             some = [picture.convert("RGB") for picture in predictions[start : start + batch_size]]
             pixels = [torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(device or "cpu") for picture in some]

@@ -76,7 +76,8 @@ class FrechetDistance(evaluate.Metric):
         drawn, real = (features_of(some, feature_network, batch_size, device) for some in (predictions, references))
         given = torch.nn.Identity()
         given.num_features = drawn.shape[1]
-        distance = FrechetInceptionDistance(feature=given)
+        # A module of `evaluate` computes the figure of what it is given: never of other processes' pictures too.
+        distance = FrechetInceptionDistance(feature=given, sync_on_compute=False)
         distance.update(real, real=True)
         distance.update(drawn, real=False)
         key = "fid" if feature_network == INCEPTION else "frechet_distance"

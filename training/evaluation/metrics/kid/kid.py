@@ -83,9 +83,12 @@ class KernelDistance(evaluate.Metric):
             raise ValueError(f"a kernel distance needs at least 2 pictures, and there are {len(predictions)}")
         subset_size = min(subset_size, len(predictions))
         drawn, real = (features_of(some, feature_network, batch_size, device) for some in (predictions, references))
+        # A module of `evaluate` computes the figure of what it is given: never of other processes' pictures too.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*will save all extracted features")
-            distance = KernelInceptionDistance(torch.nn.Identity(), subsets=subsets, subset_size=subset_size)
+            distance = KernelInceptionDistance(
+                torch.nn.Identity(), subsets=subsets, subset_size=subset_size, sync_on_compute=False
+            )
         distance.update(real, real=True)
         distance.update(drawn, real=False)
 
