@@ -1,6 +1,6 @@
 """Write the model card of a saved checkpoint, or of a run and its final checkpoint, from their files.
 
-    python -m conversion.card FOLDER [--run RUN] [--repo OWNER/NAME] [--license ID] [--output FILE] [--overwrite]
+    python -m conversion.card FOLDER [--run RUN] [--repo OWNER/NAME] [--license ID] [--evaluation DIR] [--output FILE]
 
 FOLDER is a run, or was written by save_pretrained, a run (RUN/final), python -m training.consolidate or a conversion.
 The card goes to the screen or into a file. A card that somebody has changed is not replaced without --overwrite.
@@ -35,7 +35,9 @@ def find_folders(folder: Path, run: Path | None = None) -> tuple[Path, Path | No
     return folder, run or next((place for place in places if (place / "manifest.json").is_file()), None)
 
 
-def write_card(folder: Path, run: Path | None, output: Path, overwrite: bool = False, **options: str) -> list[Path]:
+def write_card(
+    folder: Path, run: Path | None, output: Path, overwrite: bool = False, **options: str | Path
+) -> list[Path]:
     """Write the card and, beside it, the pictures that it shows.  -> the files that were written
 
     Raises:
@@ -67,10 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repo", help="owner/name on the Hub, for the title and the example")
     parser.add_argument("--license", help="the weights' licence, in the Hub's spelling (default: the data's own)")
     parser.add_argument("--base-model", help="the model on the Hub that this one was made from")
+    parser.add_argument("--evaluation", type=Path, metavar="DIR", help="results of python -m training.evaluate")
     parser.add_argument("--output", type=Path, help="file, such as FOLDER/README.md (default: the screen)")
     parser.add_argument("--overwrite", action="store_true", help="replace a card that was changed by hand")
     options = parser.parse_args(arguments)
     named = {"repo": options.repo, "license": options.license, "base_model": options.base_model}
+    named |= {"evaluation": options.evaluation}
     given = {name: value for name, value in named.items() if value is not None}
     try:
         folder, run = find_folders(options.folder, options.run)

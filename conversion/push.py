@@ -38,6 +38,7 @@ def push(
     keep_code: bool = False,
     skip_validation: bool = False,
     dry_run: bool = False,
+    evaluation: Path | None = None,
 ) -> str | None:
     """Publish a folder, and print each step.
 
@@ -52,6 +53,7 @@ def push(
         keep_code: see `repository_files`.
         skip_validation: do not try the folder; for a folder that a dry run or an interrupted upload has tried.
         dry_run: check and try the folder, and print the files of the upload; the Hub is not asked.
+        evaluation: the folder of results that the card takes up, see `model_card`.
 
     Returns:
         The commit, or None with `dry_run`.
@@ -81,7 +83,7 @@ def push(
     # The card, then one commit with everything.
     with tempfile.TemporaryDirectory() as workspace:
         if new_card or not (keeper := _keeper_of_card(api, repo, branch, files)):
-            files |= _card_files(folder, repo, run, files, Path(workspace))
+            files |= _card_files(folder, repo, run, files, Path(workspace), evaluation)
         else:
             print(f"the card {keeper}, which somebody wrote, is kept (--new-card writes another)")
             files = files if keeper == _HERE else {path: file for path, file in files.items() if path != CARD}
@@ -139,12 +141,14 @@ def _keeper_of_card(api: HfApi, repo: str, branch: Branch, files: dict[str, Path
     return None
 
 
-def _card_files(folder: Path, repo: str, run: Path | None, files: dict[str, Path], workspace: Path) -> dict[str, Path]:
+def _card_files(
+    folder: Path, repo: str, run: Path | None, files: dict[str, Path], workspace: Path, evaluation: Path | None
+) -> dict[str, Path]:
     """Write a new card, and add the run's pictures that it shows."""
     from model_cards.card import PICTURES, model_card
 
     with reading("the card could not be written"):
-        card = model_card(folder, run=run, repo=repo)
+        card = model_card(folder, run=run, repo=repo, evaluation=evaluation)
     card.save(workspace / CARD)
     shown = [name for name in PICTURES if name not in files and f"({name})" in card.text]
     added = {CARD: workspace / CARD} | {name: run / name for name in shown}
@@ -177,6 +181,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--private", action="store_true", help="make a new repository private (default: public)")
     parser.add_argument("--revision", metavar="BRANCH", help="branch, made where there is none (default: main)")
     parser.add_argument("--run", type=Path, help="the run that the card describes (default: the run that holds FOLDER)")
+    parser.add_argument(
+        "--evaluation",
+        type=Path,
+        metavar="DIR",
+        help="results of python -m training.evaluate (default: RUN/evaluation)",
+    )
     parser.add_argument("--exist-ok", action="store_true", help="add a commit to a repository that holds a model")
     parser.add_argument("--new-card", action="store_true", help="replace a README.md that somebody wrote")
     parser.add_argument("--keep-code", action="store_true", help="publish FOLDER's own code, not this version's")

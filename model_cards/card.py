@@ -61,8 +61,13 @@ _MEASURES = {
     ),
     "distance_ratio": ("image-to-image", "distance_ratio", "median distance to the target over that to the source"),
 }
+# Task of `training.evaluate` -> its name on the Hub.
+_QUALITY = {"captions": "image-to-text", "pictures": "text-to-image", "speech": "text-to-speech"}
+# So much of either end of a file of tensors tells it from others: names and shapes stand first.
+_DIGEST_BYTES = 2**20
 # Task of an evaluation, as the trainer names it -> its name on the Hub, where that is another.
 _TASKS = {
+    "interleaved": "any-to-any",
     "text": "text-generation",
     "text-to-speech": "text-to-speech",
     "speech-to-text": "automatic-speech-recognition",
@@ -80,6 +85,7 @@ def model_card(
     step: int | None = None,
     weights: str | None = None,
     revision: str | None = None,
+    evaluation: str | Path | None = None,
     **metadata: Any,
 ) -> ModelCard:
     """Make the card of a saved checkpoint.
@@ -93,11 +99,15 @@ def model_card(
         weights: `trained`, or their moving `average`; default: the word of an earlier card in `folder`, or `average`
             if the run kept one.
         revision: the commit that the example loads; without it the example says where to find one.
+        evaluation: the folder that `python -m training.evaluate` wrote its results to; default: a folder `evaluation`
+            in the run or beside the checkpoint, if its results are of these weights. A figure of the evaluation
+            replaces the run's own figure of the same task and metric.
         metadata: fields of `huggingface_hub.ModelCardData`, such as `license` or `base_model`. They replace the fields
             that were found in the files.
 
     Raises:
-        ValueError: `folder` holds no configuration of a MoT, or a file of the run cannot be read.
+        ValueError: `folder` holds no configuration of a MoT, a file of the run cannot be read, or `evaluation` has no
+            results.
         FileNotFoundError: the template is not beside this module.
     """
     folder, run = Path(folder), None if run is None else Path(run)
@@ -113,7 +123,7 @@ def model_card(
     # The head is for the Hub, the body is for people.
     name = repo.split("/")[-1] if repo else (run or folder).resolve().name
     made_from = read_json(folder, "conversion.json")
-    results = list(_results(facts))
+    results = _all_results(facts, _evaluation(folder, run, evaluation))
     card = ModelCard.from_template(
         ModelCardData(**(_head(config, facts, made_from, name, results) | metadata)),
         template_path=str(TEMPLATE),
@@ -491,7 +501,7 @@ def _training(facts: RunFacts, weights: str) -> Iterator[tuple[str, str]]:
 
 
 def _flops_of_positions(facts: RunFacts) -> int | None:
-    """3 x forward FLOPs of all positions; None if positions of different modalities cost differently."""
+    """Return 3 x forward FLOPs of all positions, or None if positions of different modalities cost differently."""
     per_token, train = set((facts.manifest.get("forward_flops_per_token") or {}).values()), facts.section("train")
     if len(per_token) != 1 or not train or facts.step is None or "rows_in_a_step" not in facts.manifest:
         return None
@@ -529,19 +539,23 @@ def _results(facts: RunFacts) -> Iterator[tuple[EvalResult, bool | None]]:
 
     A result without a task is about the image tokenizer and not about the model; the metadata leave it out.
     """
-    # Held-out losses, by task and by objective.
+    # Held-out losses, by data set and direction, and by objective.
+    of_sources = [key for key in facts.held_out if key.count("/") > 2]
     for key, value in facts.held_out.items():
-        name = key.removeprefix("eval/")
-        if value is None or "@" in name:  # at one noise level
+        name, _, figure = key.removeprefix("eval/").rpartition("/")
+        source, _, direction = name.rpartition("/")
+        # A direction's figure over all data sets says less than that of each of them.
+        is_repeated = not source and any(other.endswith(f"/{direction}/{figure}") for other in of_sources)
+        if value is None or is_repeated or "@" in figure:  # @: at one noise level
             continue
-        if "/" in name:
-            task, _, metric = name.rpartition("/")
-            what = f"held-out {metric.replace('_', ' ')}, {task}"
-            yield _result(facts, True, _TASKS.get(task, task), metric, value, what), None
-        else:
-            metric, _, objective = name.partition("_")
-            what = f"held-out {metric} of {objective.replace('_', ' ')}"
-            yield _result(facts, True, "any-to-any", metric, value, what), None
+        is_of_one = figure.startswith(("loss_", "perplexity_"))
+        metric, _, objective = figure.partition("_") if is_of_one else (figure, "", "")
+        what = f"held-out {metric.replace('_', ' ')}{objective and f' of {objective}'.replace('_', ' ')}"
+        if direction:
+            what += f", {direction}{source and f' of {source}'}"
+        sources = [found for found in facts.validation_sources if found["name"] == source] or _held_out(facts)
+        task = _TASKS.get(direction, direction) if direction else "any-to-any"
+        yield _result(facts, sources, task, metric, value, what), None
 
     # Measures of the samples, first of learnt names and then of held-out ones.
     measures = facts.summary.get("samples") or {}
@@ -551,15 +565,19 @@ def _results(facts: RunFacts) -> Iterator[tuple[EvalResult, bool | None]]:
         for name, (task, metric, what) in _MEASURES.items():
             if (value := measures.get(prefix + name)) is not None:
                 is_share = metric in ("accuracy", "exact_match")
-                yield _result(facts, bool(prefix), task, metric, value, what.format(**numbers)), is_share
+                sources = _held_out(facts) if prefix else facts.sources
+                yield _result(facts, sources, task, metric, value, what.format(**numbers)), is_share
 
 
-def _result(facts: RunFacts, held_out: bool, task: str | None, metric: str, value: float, what: str) -> EvalResult:
+def _held_out(facts: RunFacts) -> list[dict]:
+    return facts.validation_sources or facts.sources
+
+
+def _result(facts: RunFacts, sources: list[dict], task: str | None, metric: str, value: float, what: str) -> EvalResult:
     """Return a result with the data that it was measured on.
 
     The Hub reads `owner/name` as the id of a data set, so local files get a type that is no id.
     """
-    sources = (held_out and facts.validation_sources) or facts.sources
     paths = list(dict.fromkeys(source["path"] for source in sources))
     types = [hub_name({"path": path}, facts) or f"local files ({path})" for path in paths]
     splits = set(source["split"] for source in sources)
@@ -572,6 +590,77 @@ def _result(facts: RunFacts, held_out: bool, task: str | None, metric: str, valu
         metric_name=what,
         metric_value=float(f"{value:.6g}"),
     )
+
+
+# ------------------------------------------------------------------------------------------------------- an evaluation
+
+
+def _all_results(facts: RunFacts, evaluation: dict) -> list[tuple[EvalResult, bool | None]]:
+    """Join the results of a run and of an evaluation, which replaces the run's own of the same task and metric."""
+    measured = list(evaluation_results(evaluation))
+    anew = {(result.task_type, result.metric_type) for result, _ in measured}
+    kept = [pair for pair in _results(facts) if (pair[0].task_type, pair[0].metric_type) not in anew]
+    # Losses of an evaluation stand among the figures: the table of losses is that of the run.
+    return kept + [(result, bool(is_share)) for result, is_share in measured]
+
+
+def evaluation_results(evaluation: Mapping[str, Any]) -> Iterator[tuple[EvalResult, bool | None]]:
+    """Yield the results of `python -m training.evaluate`, as `_results` gives those of a run; none of an empty mapping.
+
+    Args:
+        evaluation: what results.json holds.
+    """
+    if not evaluation:
+        return
+    figures = {task: one["figures"] for task, one in evaluation["tasks"].items()}
+
+    # Losses and samples, as those of a run on the same data.
+    facts = RunFacts(None, None)
+    facts.sources, facts.validation_sources = evaluation["data"]["sources"], evaluation["data"]["validation_sources"]
+    for task in ("loss", "perplexity", "diffusion"):
+        facts.held_out = facts.held_out | figures.get(task, {})
+    facts.summary = {"samples": figures.get("retrieval", {}) | figures.get("psnr", {})}
+    yield from _results(facts)
+
+    # Captions, pictures and speech: `<source>/<metric>`. Counts and settings among the figures are no results.
+    for task, hub_task in _QUALITY.items():
+        for key, value in figures.get(task, {}).items():
+            source, _, metric = key.rpartition("/")
+            if isinstance(value, float):
+                of = [found for found in facts.validation_sources if found["name"] == source]
+                what = f"{metric.replace('_', ' ')} of {source}, held out"
+                yield _result(facts, of, hub_task, metric, value, what), False
+
+
+def weights_digest(folder: Path) -> str | None:
+    """Digest the names, the sizes and both ends of a folder's files of tensors, to tell its weights from others.
+
+    Returns None if the folder holds none, as where a model is named by its name on the Hub.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(_DIGEST_BYTES))
+            file.seek(max(0, size - _DIGEST_BYTES))
+            digest.update(file.read(_DIGEST_BYTES))
+    return digest.hexdigest() if files else None
+
+
+def _evaluation(folder: Path, run: Path | None, named: str | Path | None) -> dict:
+    """Read results.json of the named folder, or of one that is of these weights; empty without any."""
+    if named is not None:
+        if not (found := read_json(Path(named), "results.json")):
+            raise ValueError(f"{named} has no results.json; give the folder that training.evaluate wrote to")
+        return found
+    digest = weights_digest(folder)
+    for place in dict.fromkeys(filter(None, (run, folder, folder.resolve().parent))):
+        found = read_json(place / "evaluation", "results.json")
+        if found and digest is not None and found.get("weights") == digest:
+            return found
+    return {}
 
 
 def _figure(value: float, is_share: bool) -> str:

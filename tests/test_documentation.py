@@ -29,13 +29,18 @@ FOLDERS = ("training", "modeling_mot", "conversion", "model_cards", "tests")
 PAGES = {
     "README.md": ".",
     "training/README.md": ".",
+    "training/evaluation/README.md": ".",
     "conversion/README.md": ".",
     "training/benchmark/README.md": ".",
     "training/data/carried/README.md": ".",
     "model_cards/emoji/README.md": "runs/emoji/final",
     "model_cards/transfusion-emoji/README.md": "runs/transfusion-emoji/final",
 }
-EXTRAS = {".[quantization]": ("torchao", "bitsandbytes"), ".[tests]": ("peft",)}
+EXTRAS = {
+    ".[evaluation]": ("evaluate", "jiwer", "pycocoevalcap", "torchmetrics"),
+    ".[quantization]": ("torchao", "bitsandbytes"),
+    ".[tests]": ("peft",),
+}
 BLOCK = re.compile(r"((?:<!-- [^\n]* -->\n)*)```(\w+)\n(.*?)```", re.DOTALL)
 
 

@@ -241,7 +241,7 @@ class EvaluationConfig:
     """When, and on how many rows, the held-out losses are measured."""
 
     every: int = option(0, "steps between evaluations; 0: only at the end", ge=0)
-    rows: int = option(32, "most rows of each direction", ge=0)
+    rows: int = option(32, "most rows of each direction of each source", ge=0)
     batch_rows: int = option(8, "rows of one forward", ge=1)
     noise_levels: int = option(
         8, "evenly spaced levels of the diffusion validation loss, a forward for each; 0: none", ge=0, le=1000

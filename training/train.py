@@ -40,7 +40,8 @@ _METRICS_HELP = """metrics.jsonl, one object a step: step, loss, loss_<modality>
 images are diffused loss_image_diffusion and elements_image_diffusion (of latents), grad_norm (before clipping), lr,
 tokens_per_second (positions that are not padding, over the whole step), mfu, step_seconds, data_seconds. mfu is 3 x
 forward FLOPs over the peak of the device: its data sheet's where it is known, else, and on every CPU, the fastest of a
-few square matrix products timed at the start. Held-out losses are rows of eval/... keys."""
+few square matrix products timed at the start. Held-out losses are rows of their own: eval/loss_<modality>,
+eval/<source>/<direction>/loss, and eval/<direction>/loss over the sources."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

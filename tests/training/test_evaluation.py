@@ -18,7 +18,7 @@ from training.data.config import carried_path
 from training.data.reading.sources import open_source
 from training.data.rows import directions_of
 from training.evaluation.end_of_run import describe_measures, make_samples
-from training.evaluation.losses import evaluate_losses, evaluation_note, target_objective
+from training.evaluation.losses import evaluate_losses, evaluation_note, is_repeated, target_objective
 from training.evaluation.retrieval import PictureGallery, descriptor, retrieval_share, rgb_to_lab
 from training.evaluation.sampling import Sampler, write_wav
 from training.evaluation.sheet import SampleSheet, plot_losses
@@ -146,6 +146,28 @@ def test_each_direction_has_the_loss_of_its_target():
     ]
     _, figures = held_out(tiny_model())
     assert {"eval/text-to-image/loss", "eval/text/loss"} <= set(figures)
+
+
+def test_every_source_has_the_loss_of_its_direction_and_the_direction_that_of_all():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model, stream = tiny_model().eval(), MadeUpStream()
+    rows = {"a/text": [stream.row(0)], "b/c/text": [stream.row(1), stream.row(2)], "b/c/interleaved": [stream.row(3)]}
+    arguments = collate, EvaluationConfig(batch_rows=2), Accelerator(cpu=True)
+    figures = evaluate_losses(model, rows, *arguments)
+    alone = {name: evaluate_losses(model, {"text": rows[name]}, *arguments)["eval/text/loss"] for name in rows}
+    assert figures["eval/a/text/loss"] == pytest.approx(alone["a/text"], rel=1e-6)
+    assert figures["eval/b/c/text/loss"] == pytest.approx(alone["b/c/text"], rel=1e-6)
+    together = evaluate_losses(model, {"text": [*rows["a/text"], *rows["b/c/text"]]}, *arguments)
+    assert figures["eval/text/loss"] == pytest.approx(together["eval/text/loss"], rel=1e-6)
+    assert figures["eval/b/c/interleaved/loss_text"] == pytest.approx(alone["b/c/interleaved"], rel=1e-6)
+
+    # Interleaved documents: every token that has a label, of whichever modality.
+    [row] = rows["b/c/interleaved"]
+    logits = model(**{k: v for k, v in collate([row]).items() if k != "labels"}).logits[0].log_softmax(-1)
+    losses = [-logits[p - 1, row["labels"][p]].item() for p in range(1, len(row["labels"])) if row["labels"][p] != -100]
+    assert figures["eval/b/c/interleaved/loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert {is_repeated(key, figures) for key in figures} == {False}
+    assert is_repeated("eval/a/text/loss", {"eval/a/text/loss": 1.0, "eval/text/loss": 1.0})
 
 
 def test_expert_choice_is_stated_where_it_is_used():

@@ -23,6 +23,8 @@ SHRUNK = {
     "model.intermediate_size": 64,
     "model.num_hidden_layers": 1,
     "model.num_attention_heads": 2,
+    "model.image_tokens": None,  # the carried processor's pictures
+    "model.image_size": None,
     "model.transfusion.image_size": [64, 64],
     "model.transfusion.unet_channels": [8, 16],
     "model.transfusion.unet_layers": 1,

@@ -129,8 +129,9 @@ def test_the_summary_has_figures_of_both_objectives_and_of_the_samples(finished)
     summary = json.loads((finished / "summary.json").read_text())
     assert set(summary["training"]) == {"loss_text", "loss_image_diffusion"}
     keys = {"loss_text", "perplexity_text", "loss_image_diffusion", "text-to-image/loss", "image-to-text/loss"}
-    name = "text-to-image/diffusion_validation_loss"
-    keys |= {name, *(f"{name}@{level}" for level in (62, 187, 312, 437, 562, 687, 812, 937))}
+    keys |= {"emoji/text-to-image/loss", "emoji/image-to-text/loss"}
+    levels = ("", *(f"@{level}" for level in (62, 187, 312, 437, 562, 687, 812, 937)))
+    keys |= {f"{of}text-to-image/diffusion_validation_loss{level}" for of in ("", "emoji/") for level in levels}
     assert set(summary["held_out"]) == {f"eval/{key}" for key in keys}
     samples = summary["samples"]
     assert samples["drawn"] == 6 and samples["held_out_drawn"] == 2 and samples["gallery_size"] == 2 * 16

@@ -1,21 +1,25 @@
-"""The rows of a run: the training stream, and held-out rows in one direction each."""
+"""The rows of a run: the training stream, and held-out rows by source and direction."""
 
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 
 import numpy as np
 
 from modeling_mot import MoTProcessor
 from training.config import ConfigError, digest_of
 from training.data.config import MODALITY_OF_TYPE, DataConfig, Segment, SourceConfig, TemplateConfig
-from training.data.documents import IGNORED, build_row, compose, images_of, pack
+from training.data.documents import IGNORED, Document, Vocabulary, build_row, document_lengths, pack
 from training.data.preparing.batch_tokenizer import Preparing
 from training.data.preparing.preparation import TokenizedSource
-from training.data.stream import RowStream
+from training.data.stream import RowStream, check_row_length, compose_record
 
 
 # L tokens of a row
 
 MODALITIES = tuple(MODALITY_OF_TYPE.values())
+# The name that documents without a direction have among directions.
+INTERLEAVED = "interleaved"
 
 
 def single_direction_rows(
@@ -63,20 +67,51 @@ def single_direction_rows(
             f"{source.config.name!r}; set row_length to {longest} or more"
         )
 
-    # The documents, packed; a picture or a sound that is the target has no labels at its markers.
-    rows = []
-    for pieces in pack(lengths, row_length):
-        documents = []
-        for piece in pieces:
-            record = start + piece.document
-            spans = [column.ids(record, 0) for column in columns]
-            images = images_of(source.image_columns, chosen, record, 0)
-            document = compose(spans, images, vocabulary, targets="last")
-            if chosen[-1].type != "text":
-                document.labels[vocabulary.modality_ids(document.ids) == 0] = IGNORED
-            documents.append(document.cut(piece.start, piece.stop))
-        rows.append(build_row(documents, row_length, vocabulary))
-    return rows
+    # A picture or a sound that is the target has no labels at its markers.
+    def document(record: int) -> Document:
+        document = compose_record(source, chosen, record, 0, targets="last")
+        if chosen[-1].type != "text":
+            document.labels[vocabulary.modality_ids(document.ids) == 0] = IGNORED
+        return document
+
+    return _packed(document, lengths, row_length, vocabulary, start)
+
+
+def interleaved_rows(
+    source: TokenizedSource, template: TemplateConfig, row_length: int, clean_copies: bool = False
+) -> list[dict]:
+    """Pack the records of a source as documents that are learnt as in training: in the order as written.
+
+    Args:
+        source: a tokenised source; variant 0, the unchanged one, is used.
+        template: one of the source's, such as a document column.
+        row_length: tokens of a row.
+        clean_copies: see `compose`; as in the training data.
+
+    Returns:
+        Rows as of a `RowStream`, each array (L,). Every token that training learns has a label.
+
+    Raises:
+        ValueError: a document with a picture or a sound that is longer than a row.
+    """
+    check_row_length(source, row_length, clean_copies)
+    vocabulary, segments = source.vocabulary, template.parsed
+    lengths = document_lengths(source.columns, vocabulary, segments, template.targets, clean_copies)[:, 0]
+
+    def document(record: int) -> Document:
+        return compose_record(source, segments, record, 0, template.targets, clean_copies)
+
+    return _packed(document, lengths, row_length, vocabulary)
+
+
+def _packed(
+    document: Callable[[int], Document], lengths: np.ndarray, row_length: int, vocabulary: Vocabulary, start: int = 0
+) -> list[dict]:
+    """Pack `document(start)`, `document(start + 1)`, ... into rows; `lengths` are their numbers of tokens."""
+    return [
+        build_row([document(start + p.document).cut(p.start, p.stop) for p in pieces], row_length, vocabulary)
+        for pieces in pack(lengths, row_length)
+    ]
 
 
 def _choose(source: TokenizedSource, direction: str, segments: tuple[str, ...] | None) -> list[Segment]:
@@ -149,26 +184,57 @@ def prepare_rows(
         vae: a diffusers autoencoder for continuous images, see `prepare_sources`.
 
     Returns:
-        The stream; direction -> at most `held_out_rows` packed held-out rows; a fingerprint of the training data and of
-        how it is mixed, which a resumed run must share.
+        The stream; the held-out rows, see `prepare_held_out`; a fingerprint of the training data and of how it is
+        mixed, which a resumed run must share.
 
     Raises:
         ConfigError: a source that cannot be used, with the source, the record and the way out.
     """
-    try:
+    with _naming_data(data):
         sources = prepare_sources(data, processor, vae=vae)
         stream = RowStream(data, sources)
-        held_out: dict[str, list[dict]] = {}
-        for source in prepare_sources(data, processor, validation=True, vae=vae) if held_out_rows else []:
+    held_out = prepare_held_out(data, processor, held_out_rows, vae)
+    return stream, held_out, _fingerprint(data, sources)
+
+
+def prepare_held_out(
+    data: DataConfig, processor: MoTProcessor, most: int, vae=None, progress: bool = False
+) -> dict[str, list[dict]]:
+    """Tokenise the held-out sources, or find them in the cache, and pack their rows by source and direction.
+
+    Args:
+        most: rows of each direction of each source; 0: nothing is tokenised.
+        vae, progress: see `prepare_sources`.
+
+    Returns:
+        `<source>/<direction>` -> packed rows. A template that no direction comes from, such as a document column, gives
+        `<source>/interleaved`: the first such template of a source.
+
+    Raises:
+        ConfigError: a source that cannot be used, with the source, the record and the way out.
+    """
+    held_out = {}
+    with _naming_data(data):
+        for source in prepare_sources(data, processor, 1, True, vae, progress) if most else []:
+            name = source.config.name
             for direction, segments in directions_of(source.config).items():
-                if direction not in held_out:
-                    rows = single_direction_rows(source, direction, data.row_length, segments)
-                    held_out[direction] = rows[:held_out_rows]
+                rows = single_direction_rows(source, direction, data.row_length, segments)
+                held_out[f"{name}/{direction}"] = rows[:most]
+            if (template := interleaved_template(source.config)) is not None:
+                rows = interleaved_rows(source, template, data.row_length, data.clean_copies)
+                held_out[f"{name}/{INTERLEAVED}"] = rows[:most]
+    return held_out
+
+
+@contextmanager
+def _naming_data(data: DataConfig) -> Iterator[None]:
+    """Turn errors of data into a ConfigError that names the section, and the cache if it cannot be written."""
+    try:
+        yield
     except ValueError as error:
         raise ConfigError(f"data: {error}") from error
     except OSError as error:
         raise ConfigError(f"data: {error}; what is prepared is kept in data.cache_dir={data.cache_path}") from error
-    return stream, held_out, _fingerprint(data, sources)
 
 
 def directions_of(source: SourceConfig) -> dict[str, tuple[str, ...]]:
@@ -193,6 +259,12 @@ def directions_of(source: SourceConfig) -> dict[str, tuple[str, ...]]:
             directions.setdefault(f"text-to-{modality}", (str(text), str(other)))
             directions.setdefault(f"{modality}-to-text", (str(other), str(text)))
     return directions
+
+
+def interleaved_template(source: SourceConfig) -> TemplateConfig | None:
+    """Find the first template of a source that no direction comes from, see `directions_of`; None without one."""
+    alone = (replace(source, templates=[template]) for template in source.templates)
+    return next((one.templates[0] for one in alone if not directions_of(one)), None)
 
 
 def _fingerprint(data: DataConfig, sources: list[TokenizedSource]) -> str:

@@ -11,7 +11,7 @@ from modeling_mot import MoTPreTrainedModel, MoTProcessor
 from training.consolidate import complete_card, consolidate
 from training.evaluation.edits import edit_figures
 from training.evaluation.fidelity import fitting_of, mean_psnr
-from training.evaluation.losses import evaluation_note
+from training.evaluation.losses import evaluation_note, is_repeated
 from training.evaluation.retrieval import PictureGallery, retrieval_share
 from training.evaluation.sampling import Sampler, write_wav
 from training.evaluation.sheet import SampleSheet, plot_losses
@@ -89,7 +89,7 @@ def report_interruption(trainer: Trainer, interrupted: Interrupted) -> None:
 
 
 def summarise(trainer: Trainer) -> dict:
-    """The figures of a run as JSON values: losses of its last fortieth, held-out losses, speed."""
+    """Collect the figures of a run as JSON values: losses of its last fortieth, held-out losses, speed."""
     training, evaluation = read_metrics(trainer.run.metrics)
 
     # Means over the targets of the last steps.
@@ -118,10 +118,15 @@ def summarise(trainer: Trainer) -> dict:
 
 
 def describe_summary(summary: dict, recipe: Recipe) -> list[str]:
-    """The lines of a summary for people."""
+    """Write a summary as lines for people."""
     lines = []
     for kind in ("training", "held_out"):
-        shown = {key.removeprefix("eval/"): value for key, value in summary[kind].items() if "@" not in key}
+        # A direction that one source alone has is said once, without the name of the source.
+        shown = {
+            key.removeprefix("eval/"): value
+            for key, value in summary[kind].items()
+            if "@" not in key and not is_repeated(key, summary[kind])
+        }
         figures = ", ".join(f"{key} {value:.3f}" for key, value in shown.items())
         lines.append(f"{kind.replace('_', ' ')}: {figures or 'nothing measured'}")
     if not summary["held_out"]:
@@ -196,7 +201,7 @@ def make_samples(
     # Pictures drawn from names, and names read off pictures.
     held_in = subjects.held_in[: config.measured]
     held_out = subjects.held_out[: config.held_out]
-    if held_in and sampler.can_draw:
+    if (held_in or held_out) and sampler.can_draw:
         pictures = [*subjects.held_in, *subjects.held_out]
         gallery = PictureGallery([p.image for p in pictures] + subjects.distractors)
         measures["gallery_size"] = len(gallery.descriptors)
@@ -259,7 +264,7 @@ def _pictures(
 
 
 def describe_measures(measures: dict[str, float | int]) -> list[tuple[str, str]]:
-    """The measures as lines for people."""
+    """Write the measures as lines for people."""
     lines = []
     for prefix, what in (("", "held-in"), ("held_out_", "held-out")):
         if prefix + "drawn" not in measures:
@@ -289,6 +294,6 @@ def describe_measures(measures: dict[str, float | int]) -> list[tuple[str, str]]
 
 
 def _slug(name: str) -> str:
-    """A name that is safe as part of a file name."""
+    """Make a name safe as part of a file name."""
     safe = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name.strip().lower())
     return "-".join(part for part in safe.split("-") if part)[:60] or "unnamed"

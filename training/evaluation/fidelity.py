@@ -11,7 +11,7 @@ from modeling_mot.media_loading import fit_picture
 
 
 def fitting_of(processor) -> Any:
-    """The settings by which a processor scales and cuts pictures; see `fit_picture`."""
+    """Return the settings by which a processor scales and cuts pictures; see `fit_picture`."""
     of_codes = getattr(getattr(processor, "image_tokenizer", None), "config", None)
     return getattr(processor, "image_processor", None) or of_codes or ImageTokenizerConfig()
 
@@ -29,5 +29,5 @@ def psnr(picture: Image.Image, original: Image.Image, fitting: Any) -> float:
 
 
 def mean_psnr(pictures: Sequence[Image.Image], originals: Sequence[Image.Image], fitting: Any) -> float:
-    """The mean of the pictures' peak signal-to-noise ratios, in dB."""
+    """Return the mean of the pictures' peak signal-to-noise ratios, in dB."""
     return float(np.mean([psnr(*pair, fitting) for pair in zip(pictures, originals, strict=True)]))

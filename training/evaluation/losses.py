@@ -1,4 +1,4 @@
-"""Measure held-out losses by modality and by direction.
+"""Measure held-out losses by modality, by source and by direction.
 
 Each direction holds documents of one order (text then image, image then text, ...) with targets on the second segment
 only. So a figure means one thing: how well pictures are predicted from names, names from pictures, and so on.
@@ -19,13 +19,20 @@ from accelerate.utils import send_to_device
 from modeling_mot import MoTConfig, MoTPreTrainedModel
 from training.data.collate import latent_sizes, seed_of
 from training.data.documents import is_transfusion
+from training.data.rows import INTERLEAVED
 from training.optimization import DIFFUSION, objective_names
 from training.recipe import EvaluationConfig
 
 
-def target_objective(direction: str, config: MoTConfig) -> str:
-    """The objective of a direction: `image` of "text-to-image" (or `image_diffusion`), `text` of "text"."""
-    modality = direction.rpartition("-to-")[2]
+def target_objective(direction: str, config: MoTConfig) -> str | None:
+    """Return the objective of a direction: `image` of "text-to-image" (or `image_diffusion`), `text` of "text".
+
+    The name of a source may stand before the direction: "emoji/text-to-image". Interleaved documents have several
+    objectives, and None is returned.
+    """
+    if direction.rpartition("/")[2] == INTERLEAVED:
+        return None
+    modality = direction.rpartition("/")[2].rpartition("-to-")[2]
     return modality if modality in config.token_modalities else DIFFUSION
 
 
@@ -40,14 +47,20 @@ def evaluate_losses(
 ) -> dict[str, float] | None:
     """Measure the mean loss in nats per target, over all directions and of each.
 
-    The keys are `eval/loss_<modality>`, `eval/<direction>/loss` and, for text, `eval/perplexity_text`. For images that
-    are diffused `eval/loss_image_diffusion` is the mean squared error per element, at drawn noise levels. Their
-    direction also has `eval/<direction>/diffusion_validation_loss`, the mean of the losses at the fixed levels of
-    `noise_levels`, and each of these with its level, such as `eval/text-to-image/diffusion_validation_loss@62`.
+    The keys are `eval/loss_<modality>`, `eval/<source>/<direction>/loss`, `eval/<direction>/loss` (over the sources
+    that have the direction) and, for text, `eval/perplexity_text`. Interleaved documents have several targets:
+    `eval/<source>/interleaved/loss_<modality>` is the loss of one modality, and `eval/<source>/interleaved/loss` is
+    that of all tokens.
+
+    For images that are diffused `eval/loss_image_diffusion` is the mean squared error per element, at drawn noise
+    levels. Their direction also has `eval/<direction>/diffusion_validation_loss`, the mean of the losses at the fixed
+    levels of `noise_levels`, and each of these with its level, such as
+    `eval/text-to-image/diffusion_validation_loss@62`; each source of the direction has the same.
 
     Args:
         model: in evaluation mode.
-        rows: direction -> packed rows, the same on every rank; the batches are shared out between ranks.
+        rows: `<source>/<direction>`, or `<direction>`, -> packed rows, the same on every rank; the batches are shared
+            out between ranks.
         collate: (rows, row_numbers=) -> a batch of tensors. Noise and noise levels follow from the numbers, so that two
             evaluations, or two runs on the same rows, see the same noisy images.
         stops: asked before each batch, on all ranks together; if it is true, the evaluation ends with None.
@@ -100,18 +113,54 @@ def _figures(
             figures[f"eval/loss_{objective}"] = total / count
     if "eval/loss_text" in figures:
         figures["eval/perplexity_text"] = math.exp(min(figures["eval/loss_text"], 700.0))
+    return figures | _losses_of_directions(dict(zip(directions, sums, strict=True)), levels, config)
 
-    # By direction, and there by noise level.
-    for direction, of_direction in zip(directions, sums):
-        total, count = of_direction[objectives.index(target_objective(direction, config))].tolist()
-        if count:
-            figures[f"eval/{direction}/loss"] = total / count
-        at_levels = [total / count for total, count in of_direction[len(objectives) :].tolist() if count]
+
+def _losses_of_directions(
+    sums: Mapping[str, torch.Tensor], levels: list[int | float], config: MoTConfig
+) -> dict[str, float]:
+    """Name the figures of each source and direction, then those of each direction over its sources.
+
+    Args:
+        sums: `<source>/<direction>`, or `<direction>`, -> sums of losses and counts of targets,
+            (objectives + levels, 2).
+    """
+    objectives = objective_names(config)
+
+    # Of each direction: the sources together.
+    together: dict[str, torch.Tensor] = {}
+    for name, of_source in sums.items():
+        direction = name.rpartition("/")[2]
+        if direction not in (name, INTERLEAVED):
+            together[direction] = together.get(direction, 0) + of_source
+
+    figures = {}
+    for name, part in (dict(sums) | together).items():
+        of_objectives, of_levels = part[: len(objectives)], part[len(objectives) :]
+        target = target_objective(name, config)
+        if target is None:  # interleaved documents: each objective, and all tokens
+            means = {f"loss_{one}": sums for one, sums in zip(objectives, of_objectives, strict=True)}
+            means["loss"] = of_objectives[[one != DIFFUSION for one in objectives]].sum(dim=0)
+        else:
+            means = {"loss": of_objectives[objectives.index(target)]}
+        figures |= {f"eval/{name}/{key}": float(total / count) for key, (total, count) in means.items() if count}
+
+        # By noise level.
+        at_levels = [total / count for total, count in of_levels.tolist() if count]
         if at_levels:
-            name = f"eval/{direction}/diffusion_validation_loss"
-            figures[name] = sum(at_levels) / len(at_levels)
-            figures |= {f"{name}@{int(level)}": loss for level, loss in zip(levels, at_levels)}
+            key = f"eval/{name}/diffusion_validation_loss"
+            figures[key] = sum(at_levels) / len(at_levels)
+            figures |= {f"{key}@{int(level)}": loss for level, loss in zip(levels, at_levels)}
     return figures
+
+
+def is_repeated(key: str, figures: Mapping[str, float]) -> bool:
+    """Return True if a figure of `evaluate_losses` is one source's, and no other source has its direction."""
+    if key.count("/") < 3:
+        return False
+    _, direction, figure = key.rsplit("/", 2)
+    of_sources = [other for other in figures if other.count("/") > 2 and other.endswith(f"/{direction}/{figure}")]
+    return f"eval/{direction}/{figure}" in figures and len(of_sources) == 1
 
 
 # ------------------------------------------------------------------------------------ diffusion at fixed noise levels
@@ -161,7 +210,7 @@ def batches_at_levels(
 
 
 def evaluation_note(config: MoTConfig) -> str | None:
-    """The remark that belongs beside the held-out losses of this model, or None."""
+    """Return the remark that belongs beside the held-out losses of this model, or None."""
     if not config.moe_towers:
         return None
     return (

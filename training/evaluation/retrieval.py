@@ -49,7 +49,7 @@ def rgb_to_lab(rgb: np.ndarray) -> np.ndarray:
 
 
 def _cell_means(values: np.ndarray) -> np.ndarray:
-    """The means of the cells.  (SIDE, SIDE, C) -> (CELLS, CELLS, C)"""
+    """Average each cell.  (SIDE, SIDE, C) -> (CELLS, CELLS, C)"""
     width = SIDE // CELLS
     return values.reshape(CELLS, width, CELLS, width, -1).mean(axis=(1, 3))
 
@@ -80,5 +80,5 @@ class PictureGallery:
 
 
 def retrieval_share(ranks: np.ndarray) -> float:
-    """The share of pictures whose nearest neighbour is the named one."""
+    """Return the share of pictures whose nearest neighbour is the named one."""
     return float(np.mean(ranks == 0)) if len(ranks) else float("nan")

@@ -59,7 +59,7 @@ class Sampler:
         return is_transfusion(self.mot)
 
     def draw(self, names: Sequence[str]) -> list[Image.Image]:
-        """A picture of each name, of the size that the model's configuration has."""
+        """Draw a picture of each name, of the size that the model's configuration has."""
         if is_transfusion(self.mot):
             return self._diffuse("drawing", [[{"type": "text", "text": name}] for name in names])
         rows, columns = self.mot.image_grid
@@ -80,7 +80,7 @@ class Sampler:
         return self._diffuse("editing", documents)
 
     def _diffuse(self, what: str, documents: list) -> list[Image.Image]:
-        """The picture that follows each document; its noise depends on its place in the list alone."""
+        """Draw the picture that follows each document; its noise depends on its place in the list alone."""
         pictures = []
         for start, some in self._batches(what, documents):
             seeds = range(self.config.seed + start, self.config.seed + start + len(some))
@@ -99,7 +99,7 @@ class Sampler:
         return pictures
 
     def picture(self, codes: Sequence[int]) -> Image.Image:
-        """The picture of a grid of image tokens, without markers."""
+        """Decode the picture of a grid of image tokens, without markers."""
         ids = [self.mot.boi_token_id, *codes, self.mot.eoi_token_id]
         return next(s["image"] for s in self.processor.decode_document(ids) if s["type"] == "image")
 
@@ -112,7 +112,7 @@ class Sampler:
         return [self.picture(ids[1:-1]) for ids in self.processor.encode_images(list(images))]
 
     def read(self, images: Sequence[Image.Image]) -> list[str]:
-        """The name of each picture."""
+        """Read the name off each picture."""
         documents = [[{"type": "image", "image": image}] for image in images]
         if is_transfusion(self.mot):
             return self._read_continuous(documents)
@@ -136,8 +136,16 @@ class Sampler:
             texts.extend(self._text(ids[ids.index(eoi) + 1 :]).strip() for ids in output.sequences.tolist())
         return texts
 
+    def hear(self, sounds: Sequence[tuple[np.ndarray, int]]) -> list[str]:
+        """Write down the text of each sound, (waveform in [-1, 1], samples a second)."""
+        documents = [[{"type": "audio", "audio": audio, "sampling_rate": rate}] for audio, rate in sounds]
+        no_pictures = {"generation_mode": "text"} if is_transfusion(self.mot) else {}
+        prompts = self._prompts(documents, "text")
+        heard = self._generate("hearing", prompts, self.config.max_text_tokens, 0.0, **no_pictures)
+        return [self._text(ids).strip() for ids in heard]
+
     def speak(self, names: Sequence[str]) -> list[tuple[np.ndarray, int]]:
-        """(waveform in [-1, 1], samples a second) of each name."""
+        """Speak each name: (waveform in [-1, 1], samples a second)."""
         prompts = self._prompts([[{"type": "text", "text": name}] for name in names], "audio")
         limit = self.mot.max_speech_tokens or self.config.max_speech_tokens
         begin, end = self.mot.begin_of_speech_token_id, self.mot.end_of_speech_token_id
@@ -150,7 +158,7 @@ class Sampler:
         return clips
 
     def continue_text(self, prompts: Sequence[str]) -> list[str]:
-        """What the model writes after each prompt."""
+        """Return what the model writes after each prompt."""
         ids = self._prompts([[{"type": "text", "text": prompt}] for prompt in prompts], "text")
         no_pictures = {"generation_mode": "text"} if is_transfusion(self.mot) else {}
         written = self._generate("writing", ids, self.config.max_text_tokens, 0.0, **no_pictures)
@@ -189,7 +197,7 @@ class Sampler:
         negative: list[int] | None = None,
         **kwargs,
     ) -> list[list[int]]:
-        """The new tokens of each prompt, in batches padded on the left."""
+        """Generate the new tokens of each prompt, in batches padded on the left."""
         sampling = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": self.config.top_k}
@@ -218,7 +226,7 @@ class Sampler:
         return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
 
     def _text(self, ids: list[int]) -> str:
-        """The text before the first token that ends it or opens another modality."""
+        """Return the text before the first token that ends it or opens another modality."""
         ends = (self.mot.eos_token_id, self.mot.pad_token_id, self.mot.boi_token_id, self.mot.begin_of_speech_token_id)
         stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
         segments = self.processor.decode_document(ids[:stop]) if stop else []
@@ -226,7 +234,7 @@ class Sampler:
 
 
 def write_wav(path: Path, audio: np.ndarray, sampling_rate: int) -> None:
-    """16-bit mono WAV of a waveform in [-1, 1]."""
+    """Write a waveform in [-1, 1] as 16-bit mono WAV."""
     samples = (np.clip(np.asarray(audio, dtype=np.float64), -1, 1) * 32767).astype("<i2")
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)

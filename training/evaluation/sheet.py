@@ -149,7 +149,7 @@ class SampleSheet:
 
 
 def page_template(path: Path) -> jinja2.Template:
-    """The Jinja template of an HTML page: it escapes every text, and knows the filters `base64` and `png`."""
+    """Load the Jinja template of an HTML page: it escapes every text, and knows the filters `base64` and `png`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(path.parent),
         autoescape=True,
@@ -172,7 +172,7 @@ def _base64(content: bytes) -> str:
 
 
 def _fit(text: str, width: int, font: ImageFont.ImageFont) -> str:
-    """The text, cut to `width` pixels with three dots at its end if it is longer."""
+    """Cut a text that is wider than `width` pixels, with three dots at its end."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

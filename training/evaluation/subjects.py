@@ -47,7 +47,7 @@ class SampleSubjects:
     held_out_edits: list[Edit] = field(default_factory=list)
 
     def describe(self, config: SamplesConfig) -> str:
-        """How many of them `config` asks for, in words."""
+        """Say in words how many of them `config` asks for."""
         numbers = {
             "pictures": len(self.held_in[: config.measured]) + len(self.held_out[: config.held_out]),
             "edits": len(self.edits) + len(self.held_out_edits),
@@ -90,7 +90,7 @@ def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
 def _named_pictures(
     source: SourceConfig, text: Segment, image: Segment, gallery: int
 ) -> tuple[list[NamedPicture], list[Image.Image]]:
-    """The named pictures that a source's limit lets through, and the pictures beyond, up to `gallery` in all."""
+    """Return the named pictures that a source's limit lets through, and the pictures beyond, up to `gallery` in all."""
     unlimited = dataclasses.replace(source, limit=None)
     named, rest = [], []
     for index, record in enumerate(islice(_records(unlimited), gallery)):

@@ -1,9 +1,13 @@
 """Rows of one direction: every record once, in order, labels on the target alone."""
 
+import json
+
 import numpy as np
 import pytest
 
-from training.data import single_direction_rows
+from training.config import ConfigError
+from training.data import DataConfig, SourceConfig, TemplateConfig, single_direction_rows
+from training.data.rows import interleaved_rows, prepare_held_out, prepare_rows
 
 from .conftest import ToyProcessor
 
@@ -97,3 +101,47 @@ def test_a_direction_without_its_segment_is_refused(prepare, text_source):
 def test_rows_are_int64_and_padded(source):
     for row in single_direction_rows(source, "image-to-text", 100):
         assert all(value.shape == (100,) and value.dtype == np.int64 for value in row.values())
+
+
+# -------------------------------------------------------------------------------------- by source, and interleaved
+
+
+@pytest.fixture
+def interleaved(tmp_path):
+    """A source of three documents of words and pictures by turns."""
+    from .conftest import png
+
+    (tmp_path / "a.png").write_bytes(png("red"))
+    picture = {"type": "image", "image": "a.png"}
+    documents = [[{"type": "text", "text": "ab" * n}, picture, {"type": "text", "text": "c"}] for n in (1, 2, 3)]
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"segments": document}) + "\n" for document in documents))
+    return SourceConfig("documents", str(path), [TemplateConfig(["document:segments"])])
+
+
+def test_every_held_out_source_has_rows_of_each_of_its_directions(pair_source, interleaved, processor, tmp_path):
+    template = [TemplateConfig(["text:name", "image:picture"])]
+    pairs = pair_source(("text:name", "image:picture"))
+    others = SourceConfig("others", pairs.path, template, limit=4)
+    data = DataConfig(64, sources=[pairs], validation_sources=[pairs, others, interleaved], cache_dir=str(tmp_path))
+    held_out = prepare_held_out(data, processor, 3)
+    directions = [f"{name}/{way}" for name in (pairs.name, "others") for way in ("text-to-image", "image-to-text")]
+    assert list(held_out) == [*directions, "documents/interleaved"]
+    assert all(0 < len(rows) <= 3 for rows in held_out.values())
+    assert list(prepare_rows(data, processor, 3)[1]) == list(held_out)
+    assert prepare_held_out(data, processor, 0) == {}
+
+
+def test_interleaved_rows_learn_what_training_learns(interleaved, prepare):
+    source = prepare(interleaved)
+    expected = [[BOS, *source[i]["document:segments"][0], EOS] for i in range(3)]
+    rows = interleaved_rows(source, interleaved.templates[0], 64)
+    assert documents_of(rows) == sorted((ids, [-100, *ids[1:]]) for ids in expected)
+
+
+def test_an_interleaved_document_that_is_longer_than_a_row_is_refused_by_name(interleaved, processor, tmp_path):
+    short = [TemplateConfig(["text:segments"])]
+    sources = [SourceConfig("texts", interleaved.path, short)]
+    data = DataConfig(8, sources=sources, validation_sources=[interleaved], cache_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match="data: row_length=8 is shorter than the document of .*'documents'"):
+        prepare_held_out(data, processor, 3)

@@ -1,0 +1,157 @@
+"""Kernel distance of drawn pictures from real ones, as a module of `evaluate`; with Inception it is KID.
+
+`evaluate.load("training/evaluation/metrics/kid")`. `torchmetrics` computes it. This file imports public packages only,
+so that it can be pushed to the Hub as it is.
+"""
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from torchmetrics.image.fid import NoTrainInceptionV3
+from torchmetrics.image.kid import KernelInceptionDistance
+from transformers import AutoImageProcessor, AutoModel
+
+
+_DESCRIPTION = """
+The kernel distance between two sets of pictures: the squared maximum mean discrepancy of their feature vectors under
+the kernel (x y / D + 1)^3, as the mean over random subsets. Unlike the Frechet distance it has no bias from the number
+of pictures, and can be below 0. It is KID with the vectors of Inception v3 alone.
+"""
+_KWARGS_DESCRIPTION = """
+Args:
+    predictions: drawn pictures.
+    references: as many real pictures.
+    feature_network: `inception-v3` (default; it needs torch-fidelity), a vision model of transformers by folder or Hub
+        name, or a callable: list of RGB pictures -> (N, D).
+    subsets: the number of random subsets.
+    subset_size: the pictures of a subset; at most all of them.
+    seed: draws the subsets.
+    batch_size: pictures that go through the network together.
+    device: where the network runs; default: the CPU.
+
+Returns:
+    kid, kid_std: mean and standard deviation over the subsets, with `inception-v3`.
+    kernel_distance, kernel_distance_std: the same with any other network; never comparable with KID.
+    feature_network: its name.
+    pictures, subsets, subset_size: the numbers that were used.
+
+Examples:
+    >>> kid = evaluate.load("training/evaluation/metrics/kid")
+    >>> results = kid.compute(predictions=drawn, references=real, feature_network="google/vit-base-patch16-224")
+"""
+_CITATION = """
+@inproceedings{binkowski2018demystifying,
+    title = {Demystifying MMD GANs},
+    author = {Mikolaj Binkowski and Danica J. Sutherland and Michael Arbel and Arthur Gretton},
+    booktitle = {ICLR},
+    year = {2018}
+}
+"""
+INCEPTION = "inception-v3"
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+class KernelDistance(evaluate.Metric):
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features(predictions=datasets.Image(), references=datasets.Image()),
+            codebase_urls=["https://github.com/Lightning-AI/torchmetrics"],
+            reference_urls=["https://arxiv.org/abs/1801.01401"],
+        )
+
+    def _compute(
+        self,
+        predictions: list,
+        references: list,
+        feature_network: str | Callable = INCEPTION,
+        subsets: int = 100,
+        subset_size: int = 1000,
+        seed: int = 0,
+        batch_size: int = 32,
+        device: str | None = None,
+    ) -> dict:
+        if len(predictions) < 2:
+            raise ValueError(f"a kernel distance needs at least 2 pictures, and there are {len(predictions)}")
+        subset_size = min(subset_size, len(predictions))
+        drawn, real = (features_of(some, feature_network, batch_size, device) for some in (predictions, references))
+        # A module of `evaluate` computes the figure of what it is given: never of other processes' pictures too.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*will save all extracted features")
+            distance = KernelInceptionDistance(
+                torch.nn.Identity(), subsets=subsets, subset_size=subset_size, sync_on_compute=False
+            )
+        distance.update(real, real=True)
+        distance.update(drawn, real=False)
+
+        # torchmetrics draws the subsets from torch's global state, which is left as it was.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            mean, deviation = distance.compute()
+        key = "kid" if feature_network == INCEPTION else "kernel_distance"
+        numbers = {"pictures": len(predictions), "subsets": subsets, "subset_size": subset_size}
+        name = name_of(feature_network)
+        return {key: float(mean), f"{key}_std": float(deviation), "feature_network": name} | numbers
+
+
+# ------------------------------------------------------- the network: the same lines stand in fid.py and kid.py
+
+
+def features_of(pictures: list, network: str | Callable, batch_size: int, device: str | None) -> torch.Tensor:
+    """Turn pictures into vectors by a network.  -> (N, D) float64"""
+    embed = network if callable(network) else _inception(device) if network == INCEPTION else _vision(network, device)
+    rgb = [picture.convert("RGB") for picture in pictures]
+    with torch.inference_mode():
+        parts = [embed(rgb[start : start + batch_size]) for start in range(0, len(rgb), batch_size)]
+    return torch.cat([part.detach().double().cpu() for part in parts])
+
+
+def name_of(network: str | Callable) -> str:
+    """Name a network: by its name on the Hub, a folder's last part, or `name` or the class of a callable."""
+    if callable(network):
+        return getattr(network, "name", type(network).__name__)
+    return os.path.basename(os.path.normpath(network)) if os.path.isdir(network) else network
+
+
+def _inception(device: str | None) -> Callable:
+    """Load the network of published figures; torch-fidelity holds it, and fetches its weights once."""
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise ValueError(
+            "feature_network='inception-v3' needs torch-fidelity (pip install torch-fidelity); or give a vision model "
+            "of transformers, whose figures then have another name"
+        )
+    # Without anti-aliasing, pictures are scaled as in the code of the published figures.
+    network = NoTrainInceptionV3("inception-v3-compat", ["2048"], antialias=False).to(device or "cpu").eval()
+
+    def embed(pictures: list) -> torch.Tensor:
+        pixels = [torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(device or "cpu") for picture in pictures]
+        alike = len({one.shape for one in pixels}) == 1
+        batches = [torch.stack(pixels)] if alike else [one[None] for one in pixels]
+        return torch.cat([network(batch) for batch in batches])
+
+    return embed
+
+
+def _vision(name: str, device: str | None) -> Callable:
+    """Load a vision model of transformers: its image features, pooled output, or the mean over its tokens."""
+    processor = AutoImageProcessor.from_pretrained(name)
+    model = AutoModel.from_pretrained(name).to(device or "cpu").eval()
+
+    def embed(pictures: list) -> torch.Tensor:
+        pixels = processor(images=pictures, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+        if hasattr(model, "get_image_features"):
+            output = model.get_image_features(pixel_values=pixels)
+            return output if isinstance(output, torch.Tensor) else output.pooler_output
+        output = model(pixel_values=pixels)
+        pooled = getattr(output, "pooler_output", None)
+        return (output.last_hidden_state.mean(1) if pooled is None else pooled).flatten(1)
+
+    return embed
