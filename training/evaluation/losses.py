@@ -143,7 +143,8 @@ def _losses_of_directions(
             means["loss"] = of_objectives[[one != DIFFUSION for one in objectives]].sum(dim=0)
         else:
             means = {"loss": of_objectives[objectives.index(target)]}
-        figures |= {f"eval/{name}/{key}": float(total / count) for key, (total, count) in means.items() if count}
+        pairs = {key: mean.tolist() for key, mean in means.items()}
+        figures |= {f"eval/{name}/{key}": total / count for key, (total, count) in pairs.items() if count}
 
         # By noise level.
         at_levels = [total / count for total, count in of_levels.tolist() if count]

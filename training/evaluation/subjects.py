@@ -1,7 +1,7 @@
 """The names, pictures and texts that a run is asked for at its end, from the data section of its recipe."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -66,7 +66,7 @@ def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
         subjects.held_in, rest = _named_pictures(*pair, config.gallery)
         subjects.distractors.extend(rest)
     if (pair := pair_of(data.validation_sources, "image")) is not None:
-        subjects.held_out, rest = _named_pictures(*pair, config.gallery)
+        subjects.held_out, rest = _named_pictures(*pair, config.gallery, config.held_out_names or ())
         if config.held_out_names is not None:
             by_name = {picture.name.strip(): picture for picture in subjects.held_out}
             chosen = [by_name[name] for name in config.held_out_names]
@@ -88,16 +88,27 @@ def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
 
 
 def _named_pictures(
-    source: SourceConfig, text: Segment, image: Segment, gallery: int
+    source: SourceConfig, text: Segment, image: Segment, gallery: int, names: Sequence[str] = ()
 ) -> tuple[list[NamedPicture], list[Image.Image]]:
-    """Return the named pictures that a source's limit lets through, and the pictures beyond, up to `gallery` in all."""
+    """Return the named pictures that a source's limit lets through, and the pictures beyond, up to `gallery` in all.
+
+    Pictures of these `names` are found wherever they stand, beyond `gallery` as well.
+    """
     unlimited = dataclasses.replace(source, limit=None)
+    missing = set(names)
     named, rest = [], []
-    for index, record in enumerate(islice(_records(unlimited), gallery)):
+    for index, record in enumerate(_records(unlimited)):
+        if index >= gallery and not missing:
+            break
         try:
+            is_named = source.limit is None or index < source.limit
+            name = text_of(text, record) if is_named else ""
+            if index >= gallery and name.strip() not in missing:
+                continue
+            missing.discard(name.strip())
             picture = decode_picture(record[image.column])
-            if source.limit is None or index < source.limit:
-                named.append(NamedPicture(text_of(text, record), picture))
+            if is_named:
+                named.append(NamedPicture(name, picture))
             else:
                 rest.append(picture)
         except ValueError:
