@@ -140,8 +140,8 @@ def test_two_processes_find_what_one_finds(place, done):
         found, expected = (of["tasks"][task]["figures"] for of in (two, one))
         assert found.keys() == expected.keys()
         for key, value in expected.items():
-            # The standard deviation of equal distances is rounding alone.
-            assert found[key] == (pytest.approx(value, rel=1e-5, abs=1e-9) if isinstance(value, float) else value), key
+            # A kernel distance is a difference of float32 sums near 1, and threads change their order.
+            assert found[key] == (pytest.approx(value, rel=1e-5, abs=1e-7) if isinstance(value, float) else value), key
 
 
 # -------------------------------------------------------------------------------------------------------- the refusals

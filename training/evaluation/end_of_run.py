@@ -217,6 +217,9 @@ def make_samples(
             if edits:
                 drawn = sampler.edit([(edit.source, edit.instruction) for edit in edits])
                 measures.update({prefix + key: value for key, value in edit_figures(edits, drawn).items()})
+                for place, (edit, picture) in enumerate(zip(edits, drawn, strict=True)):
+                    name = f"{prefix.replace('_', '-')}edited-{place:04d}-{_slug(edit.instruction)}.png"
+                    picture.save(folder / name)
                 shown = [(e.instruction, e.source, e.target, picture) for e, picture in zip(edits, drawn, strict=True)]
                 (sheet.held_out_edits if prefix else sheet.edits).extend(shown[: config.shown])
 
