@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
 
 from conversion import import_chameleon
 from tests.conversion import chameleon_sources
@@ -158,6 +159,7 @@ def test_the_refusal_comes_before_data_are_tokenised(tmp_path, capsys):
     assert prepare.main([*words, "--workers", "1"]) == 2
     assert "model.image_tokens=1024" in capsys.readouterr().err
     words += ["train.tokens_per_step=null", "train.cpu=true", f"train.output_dir={tmp_path / 'run'}"]
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert train.main([*words, "model.num_hidden_layers=1", "train.rows=1"]) == 2
     assert "model.image_tokens=1024" in capsys.readouterr().err
     assert not (tmp_path / "cache").exists()

@@ -159,6 +159,21 @@ def test_a_data_set_saved_to_disk_is_read(tmp_path, prepare):
     assert len(prepare(SourceConfig("s", str(tmp_path / "saved"), [TemplateConfig(["text:text"])]))) == 2
 
 
+def test_a_folder_that_is_made_again_under_its_name_is_read_anew(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: train.parquet\n---\n# A set\n"
+    )
+    config, found = SourceConfig("set", str(folder), [TemplateConfig(["text:word"])], format="dataset"), []
+    for words in (["a", "b"], ["c", "d", "e"]):
+        Dataset.from_dict({"word": words}).to_parquet(folder / "train.parquet")
+        source = open_source(config)
+        assert [record["word"] for record in source] == words
+        found.append(source.fingerprint)
+    assert found[0] != found[1]
+
+
 def test_unknown_names_are_refused_with_the_nearest(trimodal_folder, carried):
     with pytest.raises(ValueError, match=r"no column of text:nane 'nane'; did you mean 'name'"):
         open_source(SourceConfig("x", str(trimodal_folder), [TemplateConfig(["text:nane"])]))

@@ -354,10 +354,20 @@ def _data_files(config: SourceConfig, path: Path) -> list[Path]:
         folder = path / config.split if (path / "dataset_dict.json").is_file() else path
         state = json.loads((folder / "state.json").read_bytes())
         return [folder / name for name in ("dataset_info.json", *(file["filename"] for file in state["_data_files"]))]
-    files = datasets.load_dataset_builder(str(path), config.config).config.data_files
-    return [
-        Path(file) for file in files.get(config.split) or [file for of_split in files.values() for file in of_split]
-    ]
+    files = _files_by_split(config, path)
+    return files.get(config.split) or [file for of_split in files.values() for file in of_split]
+
+
+def _files_by_split(config: SourceConfig, path: Path) -> dict[str, list[Path]]:
+    """Return split -> files of a folder that `datasets` knows how to read."""
+    found = datasets.load_dataset_builder(str(path), config.config).config.data_files
+    return {split: [Path(file) for file in files] for split, files in found.items()}
+
+
+def _cache_of(config: SourceConfig, path: Path) -> str:
+    """Return the cache of a local folder as it is now: `datasets` does not notice new files behind the same card."""
+    files = [file for of_split in _files_by_split(config, path).values() for file in of_split]
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "local" / files_fingerprint(path.resolve(), files)[:16])
 
 
 def _load(config: SourceConfig, path: Path):
@@ -379,9 +389,10 @@ def _load(config: SourceConfig, path: Path):
             names = datasets.get_dataset_config_names(local, revision=config.revision)
             if config.config is not None and config.config not in names:
                 raise ValueError(_unknown(config, "config", config.config, names))
-            return datasets.load_dataset(
-                local, config.config, split=config.split, revision=config.revision, streaming=config.streaming
-            )
+            options = {"split": config.split, "revision": config.revision, "streaming": config.streaming}
+            if path.exists() and not config.streaming:
+                options["cache_dir"] = _cache_of(config, path)
+            return datasets.load_dataset(local, config.config, **options)
     except ValueError as error:
         if "split" in str(error).lower() and "source" not in str(error):
             splits = datasets.get_dataset_split_names(local, config.config, revision=config.revision)
