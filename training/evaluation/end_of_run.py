@@ -134,7 +134,7 @@ def describe_summary(summary: dict, recipe: Recipe) -> list[str]:
         lines[-1] += f" ({missing})"
     if summary["note"]:
         lines.append(summary["note"])
-    lines.extend(f"{what}: {value}" for what, value in describe_measures(summary.get("samples", {})))
+    lines.extend(f"{what}: {value}" for what, value in describe_measures(summary.get("samples", {}), recipe.samples))
     lines.append(
         f"{summary['tokens_per_second']:.0f} tokens/s, {summary['mfu']:.0%} of the peak, "
         f"{summary['seconds']['total']:.0f} s in all; see {recipe.train.output_dir}"
@@ -184,7 +184,9 @@ def make_samples(
 
     Every measure also exists as `held_out_...`. `edit_figures` describes the measures of edits. The others are:
 
-    - `drawn_right`: the share of drawn pictures whose nearest neighbour among `gallery_size` pictures is the named one.
+    - `drawn_right`: the share of drawn pictures whose nearest neighbour among `gallery_size` pictures is the named one,
+      or with `config.concept` one of its concept.
+    - `drawn_same`: the same share for the very picture; only with `config.concept`.
     - `reconstructed_right`: the same share for originals that the image tokenizer or the VAE encoded and decoded. It is
       the ceiling of `drawn_right`.
     - `read_right`: the share of pictures whose name is read off letter by letter.
@@ -195,15 +197,16 @@ def make_samples(
     was_training = model.training
     model.eval()
     sampler = Sampler(model, processor, config, check_stop, autocast, progress_bar)
-    sheet = SampleSheet(title)
+    sheet = SampleSheet(title, held_out_label=config.held_out_label)
     measures: dict[str, float | int] = {}
 
     # Pictures drawn from names, and names read off pictures.
     held_in = subjects.held_in[: config.measured]
     held_out = subjects.held_out[: config.held_out]
     if (held_in or held_out) and sampler.can_draw:
-        pictures = [*subjects.held_in, *subjects.held_out]
-        gallery = PictureGallery([p.image for p in pictures] + subjects.distractors)
+        pictures = [*subjects.held_in, *subjects.held_out, *subjects.distractors]
+        concepts = None if config.concept is None else [picture.concept for picture in pictures]
+        gallery = PictureGallery([picture.image for picture in pictures], concepts)
         measures["gallery_size"] = len(gallery.descriptors)
         for prefix, group, first in (("", held_in, 0), ("held_out_", held_out, len(subjects.held_in))):
             if group:
@@ -232,7 +235,7 @@ def make_samples(
     if texts := subjects.texts[: config.texts]:
         sheet.texts = list(zip(texts, sampler.continue_text(texts), strict=True))
         (folder / "texts.txt").write_text("".join(f"{a}|{b}\n" for a, b in sheet.texts), encoding="utf-8")
-    sheet.figures = describe_measures(measures)
+    sheet.figures = describe_measures(measures, config)
     model.train(was_training)
     return sheet, measures
 
@@ -263,33 +266,40 @@ def _pictures(
         "drawn_psnr": mean_psnr(drawn, originals, fitting_of(sampler.processor)),
         "reconstructed_psnr": mean_psnr(rebuilt, originals, fitting_of(sampler.processor)),
     }
+    if gallery.has_concepts:
+        figures["drawn_same"] = retrieval_share(gallery.ranks(drawn, indices, by_concept=False))
     return list(zip(names, originals, rebuilt, drawn, read, strict=True)), figures
 
 
-def describe_measures(measures: dict[str, float | int]) -> list[tuple[str, str]]:
+def describe_measures(measures: dict[str, float | int], config: SamplesConfig) -> list[tuple[str, str]]:
     """Write the measures as lines for people."""
     lines = []
-    for prefix, what in (("", "held-in"), ("held_out_", "held-out")):
+    groups = (("", "seen in training"), ("held_out_", config.held_out_label))
+    what_is_right = "is the named one" if config.concept is None else "shows what was named"
+    for prefix, label in groups:
         if prefix + "drawn" not in measures:
             continue
-        count, size = measures[prefix + "drawn"], measures["gallery_size"]
-        lines.append((
-            f"pictures drawn from {count} {what} names whose nearest of {size} pictures is the named one",
-            f"{measures[prefix + 'drawn_right']:.1%} (encoded and decoded originals, the ceiling: "
-            f"{measures[prefix + 'reconstructed_right']:.1%})",
-        ))  # fmt: skip
-        lines.append(
-            (f"names read off {count} {what} pictures, letter by letter", f"{measures[prefix + 'read_right']:.1%}")
-        )
-        lines.append((
-            f"mean peak signal-to-noise ratio of {count} {what} drawn pictures against the originals",
-            f"{measures[prefix + 'drawn_psnr']:.1f} dB (encoded and decoded originals: "
-            f"{measures[prefix + 'reconstructed_psnr']:.1f} dB)",
-        ))  # fmt: skip
-    for prefix, what in (("", "held-in"), ("held_out_", "held-out")):
+        figures = {key.removeprefix(prefix): value for key, value in measures.items() if key.startswith(prefix)}
+        count = figures["drawn"]
+        same = f"; {figures['drawn_same']:.1%} are nearest to the very picture" if "drawn_same" in figures else ""
+        lines += [
+            (
+                f"{count} pictures drawn from names {label}: the nearest of {measures['gallery_size']} pictures "
+                f"{what_is_right}",
+                f"{figures['drawn_right']:.1%} (encoded and decoded originals, the ceiling: "
+                f"{figures['reconstructed_right']:.1%}){same}",
+            ),
+            (f"{count} pictures read whose names are {label}: right letter by letter", f"{figures['read_right']:.1%}"),
+            (
+                f"{count} pictures drawn from names {label}: mean peak signal-to-noise ratio against the originals",
+                f"{figures['drawn_psnr']:.1f} dB (encoded and decoded originals: "
+                f"{figures['reconstructed_psnr']:.1f} dB)",
+            ),
+        ]
+    for prefix, label in groups:
         if prefix + "edited" in measures:
             lines.append((
-                f"edits of {measures[prefix + 'edited']} {what} pictures nearer to the target than to the source",
+                f"{measures[prefix + 'edited']} edits of pictures {label}: nearer to the target than to the source",
                 f"{measures[prefix + 'nearer_to_target']:.1%} (median ratio of the two distances: "
                 f"{measures[prefix + 'distance_ratio']:.2f})",
             ))  # fmt: skip

@@ -5,7 +5,7 @@ and by its colours (CIELAB means of 8 x 8 cells, as the difference from white), 
 weights, reads no tokens, and gives the same figures on every machine.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -60,22 +60,36 @@ def _unit(values: np.ndarray) -> np.ndarray:
 
 
 class PictureGallery:
-    """The pictures among which a drawn picture must find the one that it was named after."""
+    """The pictures among which a drawn picture must find the one that it was named after.
 
-    def __init__(self, pictures: Sequence[Image.Image]):
+    Args:
+        pictures: the gallery.
+        concepts: what each picture shows. A drawn picture may find any picture of the named concept. By default each
+            picture is a concept of its own.
+    """
+
+    def __init__(self, pictures: Sequence[Image.Image], concepts: Sequence[Hashable] | None = None):
         self.descriptors = np.stack([descriptor(picture) for picture in pictures])
+        self.has_concepts = concepts is not None
+        concepts = range(len(pictures)) if concepts is None else concepts
+        numbers = {concept: number for number, concept in enumerate(dict.fromkeys(concepts))}
+        self.concepts = np.array([numbers[concept] for concept in concepts])
 
-    def ranks(self, pictures: Sequence[Image.Image], named: Sequence[int]) -> np.ndarray:
-        """Count for each picture the gallery pictures that are nearer than the named one; 0 is right.
+    def ranks(self, pictures: Sequence[Image.Image], named: Sequence[int], by_concept: bool = True) -> np.ndarray:
+        """Count for each picture the gallery pictures that are nearer than all of the named concept; 0 is right.
 
         Args:
             pictures: drawn pictures.
             named: the index of each picture's named one in the gallery. A gallery picture that equals the named one
                 (flags of dependencies do) does not count as nearer.
+            by_concept: False to ask for the very picture, whatever the others show.
         """
         queries = np.stack([descriptor(picture) for picture in pictures])
         distances = 2 - queries @ self.descriptors.T  # half of the squared distance, since both parts have length 1
         own = distances[np.arange(len(queries)), np.asarray(named)]
+        if by_concept:
+            others = self.concepts != self.concepts[np.asarray(named)][:, None]
+            own = np.where(others, np.inf, distances).min(axis=1)
         return (distances < own[:, None] - _TIE).sum(axis=1)
 
 

@@ -94,6 +94,7 @@ class SampleSheet:
         spoken: (name, path of a WAV file).
         texts: (prompt, continuation).
         edits, held_out_edits: (instruction, source, target, drawn picture).
+        held_out_label: what is said of the held-out names.
     """
 
     title: str
@@ -104,6 +105,7 @@ class SampleSheet:
     texts: list[tuple[str, str]] = field(default_factory=list)
     edits: list[tuple[str, Image.Image, Image.Image, Image.Image]] = field(default_factory=list)
     held_out_edits: list[tuple[str, Image.Image, Image.Image, Image.Image]] = field(default_factory=list)
+    held_out_label: str = "held out"
 
     def write_html(self, output: Path) -> None:
         """Write one file with pictures and sound inside; it needs no network and no other file."""
@@ -122,7 +124,7 @@ class SampleSheet:
         edited = "source | target | drawn"
         groups = [
             (f"Names seen in training: {named}", self.pictures),
-            (f"Names held out: {named}", self.held_out),
+            (f"Names {self.held_out_label}: {named}", self.held_out),
             (f"Edits of pictures seen: {edited}", self.edits),
             (f"Edits of others: {edited}", self.held_out_edits),
         ]

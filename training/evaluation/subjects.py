@@ -1,7 +1,7 @@
 """The names, pictures and texts that a run is asked for at its end, from the data section of its recipe."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -19,10 +19,11 @@ _TEXT_PROMPT_WORDS = 4
 
 @dataclass
 class NamedPicture:
-    """A picture and the text that goes with it."""
+    """A picture, the text that goes with it, and what it shows: None if no other picture shows the same."""
 
     name: str
     image: Image.Image
+    concept: Hashable = None
 
 
 @dataclass
@@ -40,7 +41,7 @@ class SampleSubjects:
 
     held_in: list[NamedPicture] = field(default_factory=list)
     held_out: list[NamedPicture] = field(default_factory=list)
-    distractors: list[Image.Image] = field(default_factory=list)
+    distractors: list[NamedPicture] = field(default_factory=list)
     spoken: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
@@ -63,14 +64,14 @@ def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
 
     # Named pictures, those trained on and those held out.
     if (pair := pair_of(data.sources, "image")) is not None:
-        subjects.held_in, rest = _named_pictures(*pair, config.gallery)
+        subjects.held_in, rest = _named_pictures(*pair, config)
         subjects.distractors.extend(rest)
     if (pair := pair_of(data.validation_sources, "image")) is not None:
-        subjects.held_out, rest = _named_pictures(*pair, config.gallery, config.held_out_names or ())
+        subjects.held_out, rest = _named_pictures(*pair, config, config.held_out_names or ())
         if config.held_out_names is not None:
             by_name = {picture.name.strip(): picture for picture in subjects.held_out}
             chosen = [by_name[name] for name in config.held_out_names]
-            rest += [picture.image for picture in subjects.held_out if picture not in chosen]
+            rest += [picture for picture in subjects.held_out if picture not in chosen]
             subjects.held_out = chosen
         subjects.distractors.extend(rest)
 
@@ -88,29 +89,26 @@ def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
 
 
 def _named_pictures(
-    source: SourceConfig, text: Segment, image: Segment, gallery: int, names: Sequence[str] = ()
-) -> tuple[list[NamedPicture], list[Image.Image]]:
-    """Return the named pictures that a source's limit lets through, and the pictures beyond, up to `gallery` in all.
+    source: SourceConfig, text: Segment, image: Segment, config: SamplesConfig, names: Sequence[str] = ()
+) -> tuple[list[NamedPicture], list[NamedPicture]]:
+    """Return the named pictures that a source's limit lets through, and those beyond without their names.
 
-    Pictures of these `names` are found wherever they stand, beyond `gallery` as well.
+    They are the first `config.gallery` in all. Pictures of these `names` are found wherever they stand.
     """
     unlimited = dataclasses.replace(source, limit=None)
     missing = set(names)
     named, rest = [], []
     for index, record in enumerate(_records(unlimited)):
-        if index >= gallery and not missing:
+        if index >= config.gallery and not missing:
             break
         try:
             is_named = source.limit is None or index < source.limit
             name = text_of(text, record) if is_named else ""
-            if index >= gallery and name.strip() not in missing:
+            if index >= config.gallery and name.strip() not in missing:
                 continue
             missing.discard(name.strip())
-            picture = decode_picture(record[image.column])
-            if is_named:
-                named.append(NamedPicture(name, picture))
-            else:
-                rest.append(picture)
+            concept = None if config.concept is None else record[config.concept]
+            (named if is_named else rest).append(NamedPicture(name, decode_picture(record[image.column]), concept))
         except ValueError:
             # The source has been tokenised, so such a record is here only with `on_error: skip`.
             continue

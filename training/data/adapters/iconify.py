@@ -364,15 +364,23 @@ def read_sets(package: Path, sets: dict[str, dict], max_body: int, left_out: Cou
 
 def make_card(sets: dict[str, dict], splits: dict[str, list[dict]], left_out: Counter, size: int) -> str:
     """Write the data card: the splits, and the licence and author of each set."""
-    # One line of each split.
     split_lines = [
         f"| `{split}` | {len(rows):,} | {len({row['name'] for row in rows}):,} | {SPLITS[split]} |"
         for split, rows in splits.items()
     ]
 
-    # One line of each set.
-    counts = Counter(row["id"].partition(":")[0] for rows in splits.values() for row in rows)
-    set_lines = []
+    return CARD.format(
+        size=size,
+        splits="\n".join(split_lines),
+        left_out="\n".join(f"- {count:,} {reason}" for reason, count in sorted(left_out.items())),
+        sets=set_lines(sets, [row for rows in splits.values() for row in rows]),
+    )
+
+
+def set_lines(sets: dict[str, dict], rows: list[dict]) -> str:
+    """Write a line of a table for each set: its title, the number of its pictures, its licence and its author."""
+    counts = Counter(row["id"].partition(":")[0] for row in rows)
+    lines = []
     for name, info in sets.items():
         licence, author = info["license"], info["author"]
         cells = [
@@ -382,18 +390,40 @@ def make_card(sets: dict[str, dict], splits: dict[str, list[dict]], left_out: Co
             f"{licence_of(info)}, {licence.get('url', '')}".removesuffix(", "),
             f"{author['name']}, {author.get('url', '')}".removesuffix(", "),
         ]
-        set_lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return CARD.format(
-        size=size,
-        splits="\n".join(split_lines),
-        left_out="\n".join(f"- {count:,} {reason}" for reason, count in sorted(left_out.items())),
-        sets="\n".join(set_lines),
-    )
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
 
 
 def licence_of(info: dict) -> str:
     """Return the licence of a set: its SPDX identifier, or else its title."""
     return info["license"].get("spdx") or info["license"]["title"]
+
+
+def picture_rows(package: Path, sets: dict[str, dict], size: int, max_body: int, left_out: Counter) -> list[dict]:
+    """Render the icons of `sets` (name -> its entry in collections.json); return a row of each picture.
+
+    Icons that are left out are counted by their reason.
+
+    Raises:
+        ValueError: a set's file cannot be used.
+        ImportError: resvg-py is not installed.
+    """
+    icons, concepts = read_sets(package, sets, max_body, left_out)
+    rows = []
+    for icon, picture in draw(tqdm(icons, unit=" icons", disable=None), size, left_out):
+        name, info = concepts[letters(icon.name)], sets[icon.set]
+        rows.append(
+            {
+                "id": f"{icon.set}:{icon.key}",
+                "name": name,
+                "style": icon.style,
+                "caption": f"{name}, {icon.style.replace('-', ' ')}",
+                "license": licence_of(info),
+                "author": info["author"]["name"],
+                "image": {"bytes": picture, "path": f"{icon.set}-{icon.key}.png"},
+            }
+        )
+    return rows
 
 
 def make(options: argparse.Namespace) -> tuple[dict[str, int], Counter]:
@@ -407,28 +437,11 @@ def make(options: argparse.Namespace) -> tuple[dict[str, int], Counter]:
     refuse_full_folder(options.out)
     collections = read_json(options.package / "collections.json")
     sets = {name: collections[name] for name in choose_sets(collections, options.sets)}
-    left_out: Counter = Counter()
-    icons, concepts = read_sets(options.package, sets, options.max_body, left_out)
 
-    # One row of each picture.
-    rows = []
-    for icon, picture in draw(tqdm(icons, unit=" icons", disable=None), options.size, left_out):
-        name, info = concepts[letters(icon.name)], sets[icon.set]
-        rows.append(
-            {
-                "id": f"{icon.set}:{icon.key}",
-                "name": name,
-                "style": icon.style,
-                "caption": f"{name}, {icon.style.replace('-', ' ')}",
-                "license": licence_of(info),
-                "author": info["author"]["name"],
-                "image": {"bytes": picture, "path": f"{icon.set}-{icon.key}.png"},
-            }
-        )
+    left_out: Counter = Counter()
+    rows = picture_rows(options.package, sets, options.size, options.max_body, left_out)
     if not rows:
         raise ValueError(f"no icon of --sets {' '.join(sets)} is left ({dict(left_out)}); name other sets")
-
-    # Splits and card.
     splits = split_rows(rows)
     card = make_card(sets, splits, left_out, options.size)
     return write_folder(options.out, {"default": (FEATURES, splits)}, card, head=HEAD), left_out
