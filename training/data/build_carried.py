@@ -46,6 +46,25 @@ license_name: by-part
 pretty_name: Emoji in many styles, words and speech, and English definitions
 tags: [image, audio, text, synthetic-speech]"""
 
+# The licence of the set fluent-emoji-flat, which asks for its text; the package of the icons names licences only.
+FLUENT_LICENCE = """MIT License
+
+Copyright (c) Microsoft Corporation.
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+persons to whom the Software is furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
+
 EMOJI_FEATURES = Features(
     id=Value("string"),
     name=Value("string"),
@@ -280,6 +299,7 @@ def build(
     )
     licences = {
         "licenses/emoji-data.txt": licence_of(emoji_tarball),
+        "licenses/fluent-emoji.txt": FLUENT_LICENCE.encode(),
         "licenses/wordnet.txt": licence_of(wordnet_tarball),
     }
     return write_folder(out, configs, card, licences, CARD_HEAD)

@@ -26,8 +26,9 @@ def definitions(carried):
     return datasets.load_dataset(carried, "definitions")
 
 
-def test_it_stays_under_sixteen_megabytes():
-    assert sum(path.stat().st_size for path in carried_path().rglob("*") if path.is_file()) < 16e6
+def test_data_and_weights_stay_under_24_megabytes():
+    folders = [carried_path(), carried_path().parents[1] / "assets"]
+    assert sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file()) < 24e6
 
 
 def test_it_holds_every_concept_once(emoji):
@@ -93,6 +94,26 @@ def test_names_are_plain_lower_case(emoji):
     assert not any("ideograph" in name or "fitzpatrick" in name for name in names)
 
 
+def test_each_train_concept_is_unseen_in_one_style_and_known_from_others(carried, emoji):
+    styles = datasets.load_dataset(carried, "styles").cast_column("image", datasets.Image(decode=False))
+    pairs = {split: set(zip(rows["name"], rows["style"], strict=True)) for split, rows in styles.items()}
+    assert sum(map(len, pairs.values())) == sum(map(len, styles.values())) == len(set.union(*pairs.values()))
+    unseen = Counter(name for name, _ in pairs["unseen_pairs"])
+    assert set(unseen.values()) == {1} and len(unseen) == 400
+    known = Counter(name for name, _ in pairs["train"])
+    assert known.keys() == unseen.keys() and min(known.values()) >= 3
+    drawn = Counter(style for _, style in pairs["train"])
+    assert len(drawn) == 6 and min(drawn.values()) > 200
+    # Names, order and held-out concepts are those of the emoji.
+    order = [name for name in emoji["train"]["name"] if name in unseen]
+    assert styles["unseen_pairs"]["name"] == order == list(dict.fromkeys(styles["train"]["name"]))
+    assert set(styles["unseen_concepts"]["name"]) < set(emoji["validation"]["name"])
+    assert {"MIT", "Apache-2.0", "CC-BY-4.0"} == set(styles["train"]["license"])
+    for record in styles["unseen_pairs"]:
+        picture = decode_picture(record["image"])
+        assert picture.size == (64, 64) and picture.mode == "RGB"
+
+
 def test_definitions_are_whole(definitions):
     row = next(row for row in definitions["train"] if row["word"] == "entity")
     assert row["definition"].startswith("that which is perceived or known or inferred")
@@ -150,4 +171,4 @@ def test_an_unpinned_package_is_refused(tmp_path):
 def test_a_folder_that_holds_something_is_not_overwritten(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="is not an empty folder"):
-        build_carried.build(tmp_path, tmp_path / "a.tgz", tmp_path / "b.tgz")
+        build_carried.build(tmp_path, tmp_path / "a.tgz", tmp_path / "b.tgz", tmp_path / "c.tgz")
