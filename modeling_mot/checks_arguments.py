@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
+from transformers import __version__ as transformers_version
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -61,6 +62,13 @@ def check_keywords(model, kwargs: dict) -> None:
     attention = ALL_ATTENTION_FUNCTIONS.get(model.config._attn_implementation)
     of_attention = set() if attention is None else set(inspect.signature(attention).parameters)
     for name in unknown:
+        # transformers 5.24 renamed past_key_values, and its generate() hands the cache over under the new name.
+        if name == "cache":
+            raise TypeError(
+                f"{type(model).__name__}.forward() got an unknown argument 'cache'; its name here is past_key_values. "
+                'generate() of transformers 5.24 and newer says cache: run pip install "transformers<5.24" '
+                f"(installed: {transformers_version})"
+            )
         if name not in of_attention:
             known = [*inspect.signature(type(model).forward).parameters, *KEYWORDS]
             raise TypeError(

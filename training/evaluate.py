@@ -158,9 +158,12 @@ def prepare(
     try:
         MoTProcessor.from_pretrained(processor or source)
     except Exception as error:  # transformers raises anything for a folder that holds something else
-        raise ConfigError(
-            f"no processor could be loaded from {processor or source!r}: {error}; name one with --processor"
-        ) from error
+        name = processor or source
+        if not Path(name).exists():
+            raise ConfigError(
+                f"{name!r} is no folder here, and no processor could be loaded from the Hub by this name: {error}"
+            ) from error
+        raise ConfigError(f"no processor could be loaded from {name!r}: {error}; name one with --processor") from error
     model = load_model(source, recipe.model.attn_implementation).eval()
     planned = plan_model(settings, recipe.data, model)
     recipe = copy(recipe)

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from training.config import ConfigError
+from training.config import ConfigError, one_line
 from training.recipe import Recipe
 from training.train import load_recipe
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--workers {options.workers} must be at least 1")
         prepare_recipe(load_recipe(options.words), options.workers, options.verify)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except (OSError, RuntimeError) as error:
         print(f"error: {error}; what is finished is kept, and the same command goes on from there", file=sys.stderr)

@@ -256,7 +256,7 @@ class SamplesConfig:
     """The samples at the end of a run: how many are drawn, read and spoken, and how."""
 
     enabled: bool = option(True, "make samples, the sheet and the nearest-neighbour measure at the end")
-    measured: int | None = option(None, "held-in names that are drawn and measured; null: all the run trained on", ge=1)
+    measured: int | None = option(None, "trained names that are drawn and measured; null: all the run trained on", ge=1)
     held_out: int = option(48, "held-out names that are drawn and read", ge=0)
     held_out_names: list[str] | None = option(None, "which held-out names; null: the first `held_out` of them")
     shown: int = option(24, "pictures of each kind on the sheet", ge=0)

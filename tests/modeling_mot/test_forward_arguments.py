@@ -107,6 +107,12 @@ def test_unknown_argument_is_refused_with_the_nearest(tiny_model, misspelt, righ
             model.generate(IDS, max_new_tokens=2, **{misspelt: ONES})
 
 
+def test_cache_of_newer_transformers_is_refused_with_the_version_to_install(tiny_model):
+    for model in (tiny_model(), tiny_transfusion().eval()):
+        with pytest.raises(TypeError, match="past_key_values.*transformers<5.24"):
+            model(IDS, cache=DynamicCache())
+
+
 @pytest.mark.parametrize(
     "name", [*sorted(TransformersKwargs.__optional_keys__), "return_dict", "cache_position", "any"]
 )

@@ -209,6 +209,11 @@ def test_a_model_without_its_processor_or_with_another_is_refused(place, capsys)
     assert "vocab" in refused(place, capsys, "--processor", str(CARRIED_PROCESSOR)).lower()
 
 
+def test_a_model_that_is_no_folder_is_refused_as_such(place, capsys):
+    message = refused(place, capsys, model="mode")
+    assert "is no folder here" in message and "--processor" not in message
+
+
 def test_results_are_not_replaced_unasked(place, done, capsys):
     before = (done / "results.json").read_bytes()
     assert evaluate(place, "--out", str(done)) == 2

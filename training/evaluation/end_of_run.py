@@ -269,7 +269,7 @@ def _pictures(
 def describe_measures(measures: dict[str, float | int]) -> list[tuple[str, str]]:
     """Write the measures as lines for people."""
     lines = []
-    for prefix, what in (("", "held-in"), ("held_out_", "held-out")):
+    for prefix, what in (("", "trained"), ("held_out_", "held-out")):
         if prefix + "drawn" not in measures:
             continue
         count, size = measures[prefix + "drawn"], measures["gallery_size"]
@@ -286,7 +286,7 @@ def describe_measures(measures: dict[str, float | int]) -> list[tuple[str, str]]
             f"{measures[prefix + 'drawn_psnr']:.1f} dB (encoded and decoded originals: "
             f"{measures[prefix + 'reconstructed_psnr']:.1f} dB)",
         ))  # fmt: skip
-    for prefix, what in (("", "held-in"), ("held_out_", "held-out")):
+    for prefix, what in (("", "trained"), ("held_out_", "held-out")):
         if prefix + "edited" in measures:
             lines.append((
                 f"edits of {measures[prefix + 'edited']} {what} pictures nearer to the target than to the source",

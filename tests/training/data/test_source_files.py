@@ -230,6 +230,8 @@ def test_a_name_that_is_not_there_is_first_looked_for_here(tmp_path, monkeypatch
         open_source(source_of("my/nope", ["text:text"]))
     with pytest.raises(ValueError, match="'other/nope' is neither a local .* the Hub is out of reach"):
         open_source(source_of("other/nope", ["text:text"]))
-    assert time.perf_counter() - begin < 10 and len(asked) == 4
+    with pytest.raises(ValueError, match="'mye' is neither a local .*; did you mean my?"):
+        open_source(source_of("mye", ["text:text"]))
+    assert time.perf_counter() - begin < 10 and len(asked) == 6
     assert "Retry" not in capfd.readouterr().err
     assert os.listdir(tmp_path) == ["my"]
