@@ -203,6 +203,10 @@ def test_a_model_that_diffuses_has_the_loss_of_its_training(place, tmp_path):
         (["data.row_length=16"], "row_length=16 is shorter than"),
         (["--processor", "nowhere"], "no processor could be loaded"),
         (["evaluation.row=3"], "evaluation.row"),
+        (
+            ["--tasks", "loss,perplexity", "evaluation.rows=0"],
+            "evaluation.rows is 0; task perplexity: evaluation.rows is",
+        ),
         (["--tasks", ","], "no task is named; the tasks are loss"),
         (["--tasks", "pictures", "--clip", "/no/clip"], "task pictures: clip='/no/clip' cannot be loaded"),
         (["--tasks", "pictures", "--feature-network", "/no/net"], "feature_network='/no/net' cannot be loaded"),

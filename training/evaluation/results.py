@@ -178,6 +178,7 @@ def _bars(figures: Mapping[str, float]) -> bytes | None:
     axes.bar_label(drawn, fmt="%.4g", padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120, format="png")

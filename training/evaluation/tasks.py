@@ -144,8 +144,10 @@ class Job:
 def obstacle(task: str, evaluation: Evaluation) -> str | None:
     """Return the reason why a task cannot be done with this model and these data; None if it can."""
     config, sources = evaluation.model.config, evaluation.sources
+    if task in OF_LOSSES and not evaluation.rows:
+        return "evaluation.rows is 0"
     if task == "loss":
-        return None if evaluation.rows else "evaluation.rows is 0"
+        return None
     if task == "perplexity":
         has_tokens = any(_is_perplexing(name, evaluation) for name in evaluation.rows)
         return None if has_tokens else "no held-out source has a direction whose target is tokens"
