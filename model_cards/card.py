@@ -618,7 +618,8 @@ def evaluation_results(evaluation: Mapping[str, Any]) -> Iterator[tuple[EvalResu
 
     # Losses and samples, as those of a run on the same data.
     facts = RunFacts(None, None)
-    facts.sources, facts.validation_sources = evaluation["data"]["sources"], evaluation["data"]["validation_sources"]
+    data = _without_places(evaluation["data"])
+    facts.sources, facts.validation_sources = data["sources"], data["validation_sources"]
     for task in ("loss", "perplexity", "diffusion"):
         facts.held_out = facts.held_out | figures.get(task, {})
     facts.summary = {"samples": figures.get("retrieval", {}) | figures.get("psnr", {})}

@@ -23,6 +23,7 @@ import torch
 
 from modeling_mot import MoTProcessor
 from training.config import ConfigError, build, one_line, override, read_yaml, to_tree
+from training.data.config import MODALITY_OF_TYPE, SourceConfig
 from training.data.rows import prepare_held_out
 from training.evaluation.losses import evaluation_note
 from training.evaluation.results import ResultsFolder
@@ -170,6 +171,7 @@ def prepare(
             f"no processor could be loaded from {processor or source!r}: {error}; name one with --processor"
         ) from error
     model = load_model(source, recipe.model.attn_implementation).eval()
+    _check_modalities(model.config.modalities, recipe.data.validation_sources)
     planned = plan_model(settings, recipe.data, model)
     recipe = copy(recipe)
     recipe.data = planned.data
@@ -193,6 +195,17 @@ def _check_model(source: str) -> None:
         final = Path(source) / "final"
         named = f"{final}, the model of this run" if final.is_dir() else "a folder such as RUN/final, or a Hub name"
         raise ConfigError(f"MODEL {source!r} is no model: {str(error).rstrip('.')}; give {named}") from error
+
+
+def _check_modalities(modalities: Sequence[str], sources: Sequence[SourceConfig]) -> None:
+    """Raise ConfigError if a source has a segment of a modality that the model lacks."""
+    for source in sources:
+        kinds = {MODALITY_OF_TYPE.get(segment.type, "text") for segment in source.segments}
+        if lacking := sorted(kinds - set(modalities)):
+            raise ConfigError(
+                f"data.validation_sources: {source.name!r} has {' and '.join(lacking)}, but the model has "
+                f"{', '.join(modalities)} alone; leave the source or the template out"
+            )
 
 
 def read_data(path: str | Path, words: Sequence[str] = ()) -> Recipe:
