@@ -211,6 +211,7 @@ def test_a_model_that_diffuses_has_the_loss_of_its_training(place, tmp_path):
             ["data.validation_sources.0.templates.0.segments=[text:name, audio:audio]"],
             "'emoji' has speech, but the model has text, image alone; leave the source or the template out",
         ),
+        (["--tasks", "retrieval", "samples.held_out_names=[nobody]"], "samples.held_out_names has 'nobody', which no"),
         (["--tasks", ","], "no task is named; the tasks are loss"),
         (["--tasks", "pictures", "--clip", "/no/clip"], "task pictures: clip='/no/clip' cannot be loaded"),
         (["--tasks", "pictures", "--feature-network", "/no/net"], "feature_network='/no/net' cannot be loaded"),
@@ -391,11 +392,10 @@ def test_the_card_takes_up_the_results_of_its_weights(place, done):
         model_card(place / "model", evaluation=beside.parent)
 
 
-def test_word_error_rates_are_results_of_hearing_and_of_speaking(done):
+def test_word_error_rates_are_results_of_hearing_and_of_speaking():
     figures = {"emoji/heard_wer": 0.5, "emoji/heard_cer": 0.25, "emoji/spoken_wer": 0.75, "emoji/samples": 3}
-    speech = {"speech": {"figures": figures}}
-    results = results_of(done) | {"tasks": speech}
-    results["data"]["validation_sources"][0]["path"] = "/home/me/sounds"
+    held_out = [{"name": "emoji", "path": "/home/me/sounds", "split": "validation"}]
+    results = {"data": {"sources": [], "validation_sources": held_out}, "tasks": {"speech": {"figures": figures}}}
     found = [result for result, _ in evaluation_results(results)]
     assert [(one.task_type, one.metric_type, one.metric_value) for one in found] == [
         ("automatic-speech-recognition", "wer", 0.5),

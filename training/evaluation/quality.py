@@ -91,11 +91,12 @@ class QualitySettings:
             max_speech_tokens=self.max_speech_tokens,
         )
 
-    def described(self) -> dict[str, Any]:
-        """Return the settings as JSON values: a callable by its name."""
+    def described(self, *names: str) -> dict[str, Any]:
+        """Return the settings, or those of these names, as JSON values: a callable by its name."""
         return {
             name: getattr(value, "name", type(value).__name__) if callable(value) else value
             for name, value in asdict(self).items()
+            if not names or name in names
         }
 
 
@@ -130,7 +131,7 @@ def caption_quality(
         "cider": found["cider"],
         "tokenizer": found["tokenizer"],
         "samples": len(chosen),
-        "settings": settings.described(),
+        "settings": settings.described("samples", "batch_size", "max_new_tokens", "tokenizer"),
         "texts": [{"caption": a, "references": b} for a, b in zip(captions, references, strict=True)],
     }
 
@@ -184,7 +185,8 @@ def picture_quality(
             figures[f"clip_score_{_slug(found['clip'])}"] = found["clip_score"]
     unnamed = "no CLIP model is named; try --clip openai/clip-vit-large-patch14"
     left_out = {} if settings.clip else {"clip_score": unnamed}
-    return figures | {"samples": len(chosen), "left_out": left_out, "settings": settings.described()}
+    told = ("samples", "guidance", "steps", "scheduler", "seed", "batch_size", "temperature", "feature_network", "clip")
+    return figures | {"samples": len(chosen), "left_out": left_out, "settings": settings.described(*told)}
 
 
 def speech_quality(
@@ -222,7 +224,8 @@ def speech_quality(
         figures |= {f"{kind}_wer": found["wer"], f"{kind}_cer": found["cer"]}
     lines = [{"text": text} | {kind: t[i] for kind, t in transcripts.items()} for i, text in enumerate(texts)]
     left_out = {} if settings.asr else {"spoken_wer": "no judge is named; try --asr openai/whisper-large-v3"}
-    numbers = {"samples": len(chosen), "left_out": left_out, "settings": settings.described()}
+    told = ("samples", "seed", "batch_size", "temperature", "max_new_tokens", "max_speech_tokens", "asr")
+    numbers = {"samples": len(chosen), "left_out": left_out, "settings": settings.described(*told)}
     return figures | numbers | {"texts": lines}
 
 

@@ -28,7 +28,16 @@ from training.evaluation.losses import evaluate_losses, target_objective
 from training.evaluation.sampling import Sampler
 from training.evaluation.subjects import find_subjects
 from training.optimization import DIFFUSION
-from training.recipe import Recipe, SamplesConfig, check_decoder, check_diffusion, has_edits, pair_of, text_of_sources
+from training.recipe import (
+    Recipe,
+    SamplesConfig,
+    check_decoder,
+    check_diffusion,
+    check_names,
+    has_edits,
+    pair_of,
+    text_of_sources,
+)
 
 
 QUALITY = "training.evaluation.quality"
@@ -188,6 +197,10 @@ def _obstacle_of_samples(task: str, evaluation: Evaluation) -> str | None:
     sources = [*data.sources, *data.validation_sources]
     if pair_of(sources, "image") is None and not (task == "retrieval" and any(map(has_edits, sources))):
         return "no source has a template of a text and an image"
+    try:
+        check_names(data, evaluation.recipe.samples)
+    except ConfigError as error:
+        return str(error)
     return _obstacle_of_drawing(evaluation, replace(evaluation.recipe.samples, enabled=True))
 
 
