@@ -388,7 +388,7 @@ def test_the_card_takes_up_the_results_of_its_weights(place, done):
     with pytest.raises(ValueError, match=r"has no results.json"):
         model_card(place / "model", evaluation=place / "model")
     beside.write_text('{"loss": 1}')
-    with pytest.raises(ValueError, match="has no tasks and data, so training.evaluate"):
+    with pytest.raises(ValueError, match="has no tasks and data; training.evaluate did not write it"):
         model_card(place / "model", evaluation=beside.parent)
 
 
