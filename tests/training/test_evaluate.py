@@ -243,8 +243,9 @@ def test_results_are_not_replaced_unasked(place, done, capsys):
     assert "--overwrite" in capsys.readouterr().err and (done / "results.json").read_bytes() == before
     again = place / "again"
     for words in ([], ["--overwrite"]):
+        (again / "captions.jsonl").write_text("{}") if words else None
         assert evaluate(place, "--out", str(again), "--tasks", "loss", *words) == 0
-    assert list(results_of(again)["tasks"]) == ["loss"]
+    assert list(results_of(again)["tasks"]) == ["loss"] and not (again / "captions.jsonl").exists()
 
 
 # ------------------------------------------------------------------------------------- captions and pictures, by a fake

@@ -61,6 +61,9 @@ class ResultsFolder:
         self.results = {**known, "environment": environment(), "tasks": {}, "results": []}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            # Texts of results that are replaced would be taken for those of the new ones.
+            for task in TASKS if writes else ():
+                (self.path / f"{task}.jsonl").unlink(missing_ok=True)
             self._write()
         except OSError as error:
             raise ConfigError(f"--out {self.path} cannot be written: {error}") from error
