@@ -378,7 +378,13 @@ def check_subjects(data: DataConfig, config: SamplesConfig) -> None:
             "samples.enabled=true, but no source has a template of a text and an image, a text and a sound, an image, "
             "a text and an image, or a text alone to ask for; set samples.enabled=false"
         )
-    if config.enabled and config.held_out_names is not None:
+    if config.enabled:
+        check_names(data, config)
+
+
+def check_names(data: DataConfig, config: SamplesConfig) -> None:
+    """Refuse names in `samples.held_out_names` that no held-out picture has."""
+    if config.held_out_names is not None:
         pair = pair_of(data.validation_sources, "image")
         names = [name.strip() for name in texts_of(*pair[:2])] if pair is not None else []
         if missing := [name for name in config.held_out_names if name not in names]:
