@@ -1,7 +1,8 @@
 """Evaluate a model on held-out data: losses, perplexities, pictures, captions and speech, in one command.
 
     python -m training.evaluate MODEL --data CONFIG.yaml [key=value ...] [--tasks loss,psnr,...] [--out DIR]
-    torchrun --nproc_per_node 8 -m training.evaluate MODEL --data CONFIG.yaml ...    in several processes
+    accelerate launch --multi_gpu -m training.evaluate MODEL --data CONFIG.yaml ...  in several processes, on GPUs
+    torchrun --nproc_per_node 2 -m training.evaluate MODEL --data CONFIG.yaml ...    in several processes, on CPUs too
 
 MODEL is a folder (RUN/final) or a name on the Hub. CONFIG.yaml is a recipe, or holds `data:` alone; its
 `validation_sources` are evaluated. `key=value` changes it: evaluation.rows=1000 samples.guidance_scale=1.6
@@ -168,10 +169,6 @@ def prepare(
         MoTProcessor.from_pretrained(processor or source)
     except Exception as error:  # transformers raises anything for a folder that holds something else
         name = processor or source
-        if not Path(name).exists():
-            raise ConfigError(
-                f"{name!r} is no folder here, and no processor could be loaded from the Hub by this name: {error}"
-            ) from error
         raise ConfigError(f"no processor could be loaded from {name!r}: {error}; name one with --processor") from error
     model = load_model(source, recipe.model.attn_implementation).eval()
     _check_modalities(model.config.modalities, recipe.data.validation_sources)

@@ -232,7 +232,7 @@ def test_a_model_without_its_processor_or_with_another_is_refused(place, capsys)
 
 def test_a_model_that_is_no_folder_is_refused_as_such(place, capsys):
     message = refused(place, capsys, model="mode")
-    assert "is no folder here" in message and "--processor" not in message
+    assert "mode' is no model" in message and "--processor" not in message
 
 
 def test_a_folder_without_a_model_is_refused_with_the_place_of_one(place, capsys):
