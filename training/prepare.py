@@ -95,7 +95,7 @@ def prepare_recipe(recipe: Recipe, workers: int = 1, verify: bool = False) -> No
     shares = ", ".join(f"{name} {share:.1%}" for name, share in report["shares_of_modalities"].items())
     print(
         f"a row holds {report['row_length']} tokens and is filled to {report['fill_rate']:.2%} on average, the rest is "
-        f"padding; {report['block_documents']:,} documents make about {report['rows_per_block']:,.0f} rows\n"
+        f"padding; {report['block_documents']:,} drawn documents make about {report['rows_per_block']:,.0f} rows\n"
         f"of their tokens: {shares}\n"
         f"ready after {time.perf_counter() - begin:.1f} s in {data.cache_path}"
     )
