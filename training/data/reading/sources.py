@@ -412,9 +412,9 @@ def _load(config: SourceConfig, path: Path):
 def _not_found(config: SourceConfig, path: Path, error: Exception | str) -> str:
     """Say why nothing was loaded. Causes on this machine come before causes on the Hub."""
     if path.exists():
-        return (
-            f"path {config.path} is a folder without files of a format that is read: {error}; mend path, or set format"
-        )
+        # `datasets` goes on with each of the 150 extensions that it reads.
+        missing = str(error).partition(" with any supported extension")[0]
+        return f"path {config.path} is a folder without files of a format that is read: {missing}; mend path, or set format"
     if isinstance(error, ConnectionError):
         error = "the Hub is out of reach, and this machine keeps no copy"
     first = Path(path.parts[0])
