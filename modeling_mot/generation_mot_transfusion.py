@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 from .attention_masks import find_image_blocks, image_positions
-from .checks_arguments import negative_prompt
+from .checks_arguments import CACHE, cache_as, negative_prompt
 from .decoding_loop import IMAGE_INPUTS, InterleavedDecoding, Request
 from .decoding_pictures import DiffusionSettings
 from .generation_mot import MoTGenerationMixin
@@ -21,7 +21,7 @@ from .serving_rounds import PictureSequence, Studio
 
 logger = logging.get_logger(__name__)
 
-PROMPT_INPUTS = ("attention_mask", "modality_ids", "position_ids", *IMAGE_INPUTS, "past_key_values", "use_cache")
+PROMPT_INPUTS = ("attention_mask", "modality_ids", "position_ids", *IMAGE_INPUTS, CACHE, "use_cache")
 SETTINGS = tuple(setting.name for setting in fields(DiffusionSettings))
 
 
@@ -102,6 +102,7 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
             torch.Size([2, 4, 4])
         """
         # Documents become token ids.
+        kwargs = cache_as(CACHE, kwargs)
         config = kwargs.get("generation_config") or next(iter(args), None) or self.generation_config
         mode = kwargs.get("generation_mode") or getattr(config, "generation_mode", None)
         kwargs["generation_mode"] = mode
@@ -222,7 +223,7 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
     _beam_search = _assisted_decoding = _refuse
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if model_kwargs.get("past_key_values") is not None:
+        if model_kwargs.get(CACHE) is not None:
             raise ValueError("past_key_values came, but a Transfusion model begins from the prompt: leave it out")
         if generation_config.cache_implementation not in (None, "dynamic") or generation_config.use_cache is False:
             raise ValueError(
