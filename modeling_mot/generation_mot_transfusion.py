@@ -102,7 +102,6 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
             torch.Size([2, 4, 4])
         """
         # Documents become token ids.
-        kwargs = cache_as(CACHE, kwargs)
         config = kwargs.get("generation_config") or next(iter(args), None) or self.generation_config
         mode = kwargs.get("generation_mode") or getattr(config, "generation_mode", None)
         kwargs["generation_mode"] = mode
@@ -136,7 +135,7 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         # Not through `MoTGenerationMixin.generate`, which asks for the ranges that modalities of tokens need.
         if len(self.config.token_modalities) > 1 and self.config.modality_token_ranges is None:
             raise ValueError("generate() needs config.modality_token_ranges for the modalities beside text and image")
-        return super(MoTGenerationMixin, self).generate(input_ids, *args, **kwargs)
+        return super(MoTGenerationMixin, self).generate(input_ids, *args, **cache_as(CACHE, kwargs))
 
     @staticmethod
     def _encoded(documents, processor, mode, allowed) -> dict:
