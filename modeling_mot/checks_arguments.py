@@ -33,7 +33,7 @@ from .tower_routing import ModalityRouting
 
 # Forwards here take `past_key_values`, the cache's name in transformers up to 5.23. Version 5.24 renamed it to `cache`:
 # in its outputs, and in the arguments that `generate()` passes.
-CACHE_NAMES = ("past_key_values", "cache")
+OTHER_NAME = {"past_key_values": "cache", "cache": "past_key_values"}
 # The name in the outputs of the installed transformers, and in its `model_kwargs`.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
@@ -47,24 +47,27 @@ def cache_as(name: str, arguments: dict) -> dict:
     Raises:
         ValueError: the arguments hold two caches.
     """
-    given = [arguments[other] for other in CACHE_NAMES if other in arguments]
-    caches = [cache for cache in given if cache is not None]
-    if len(caches) == 2 and caches[0] is not caches[1]:
+    other = OTHER_NAME[name]
+    if other not in arguments:
+        return arguments
+    arguments = dict(arguments)
+    cache = arguments.pop(other)
+    if arguments.get(name) is None:
+        arguments[name] = cache
+    elif cache is not None and cache is not arguments[name]:
         raise ValueError("past_key_values and cache are two names of one argument, but two caches came: pass one")
-    rest = {other: value for other, value in arguments.items() if other not in CACHE_NAMES}
-    return rest | {name: caches[0] if caches else None} if given else rest
+    return arguments
 
 
 def takes_both_names(method: Callable) -> Callable:
     """Let a method that has a parameter for the cache, by one of its names, take it by the other name as well."""
-    own = [name for name in CACHE_NAMES if name in inspect.signature(method).parameters]
-    if len(own) != 1:
+    names = [name for name in OTHER_NAME if name in inspect.signature(method).parameters]
+    if len(names) != 1:
         return method
-    (other,) = set(CACHE_NAMES).difference(own)
 
     @wraps(method)
     def with_both_names(*args, **kwargs):
-        return method(*args, **(cache_as(own[0], kwargs) if other in kwargs else kwargs))
+        return method(*args, **cache_as(names[0], kwargs))
 
     return with_both_names
 
