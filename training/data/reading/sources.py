@@ -414,7 +414,7 @@ def _not_found(config: SourceConfig, path: Path, error: Exception | str) -> str:
     if path.exists():
         # `datasets` goes on with each of the 150 extensions that it reads.
         missing = str(error).partition(" with any supported extension")[0]
-        return f"path {config.path} is a folder without files of a format that is read: {missing}; mend path, or set format"
+        return f"path {config.path} is a folder without files of a format that is read: {missing}; mend path or format"
     if isinstance(error, ConnectionError):
         error = "the Hub is out of reach, and this machine keeps no copy"
     first = Path(path.parts[0])
