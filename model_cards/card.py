@@ -62,7 +62,9 @@ _MEASURES = {
     "distance_ratio": ("image-to-image", "distance_ratio", "median distance to the target over that to the source"),
 }
 # Task of `training.evaluate` -> its name on the Hub.
-_QUALITY = {"captions": "image-to-text", "pictures": "text-to-image", "speech": "text-to-speech"}
+_QUALITY = {"captions": "image-to-text", "pictures": "text-to-image", "speech": None}
+# What is measured of speech -> its task on the Hub: what the model has heard, and what a judge has of its speech.
+_SPEECH = {"heard": "automatic-speech-recognition", "spoken": "text-to-speech"}
 # So much of either end of a file of tensors tells it from others: names and shapes stand first.
 _DIGEST_BYTES = 2**20
 # Task of an evaluation, as the trainer names it -> its name on the Hub, where that is another.
@@ -616,7 +618,8 @@ def evaluation_results(evaluation: Mapping[str, Any]) -> Iterator[tuple[EvalResu
 
     # Losses and samples, as those of a run on the same data.
     facts = RunFacts(None, None)
-    facts.sources, facts.validation_sources = evaluation["data"]["sources"], evaluation["data"]["validation_sources"]
+    data = _without_places(evaluation["data"])
+    facts.sources, facts.validation_sources = data["sources"], data["validation_sources"]
     for task in ("loss", "perplexity", "diffusion"):
         facts.held_out = facts.held_out | figures.get(task, {})
     facts.summary = {"samples": figures.get("retrieval", {}) | figures.get("psnr", {})}
@@ -629,7 +632,9 @@ def evaluation_results(evaluation: Mapping[str, Any]) -> Iterator[tuple[EvalResu
             if isinstance(value, float):
                 of = [found for found in facts.validation_sources if found["name"] == source]
                 what = f"{metric.replace('_', ' ')} of {source}, held out"
-                yield _result(facts, of, hub_task, metric, value, what), False
+                kind, _, rate = metric.partition("_")
+                named = (_SPEECH[kind], rate) if kind in _SPEECH else (hub_task, metric)
+                yield _result(facts, of, *named, value, what), False
 
 
 def weights_digest(folder: Path) -> str | None:
@@ -654,6 +659,10 @@ def _evaluation(folder: Path, run: Path | None, named: str | Path | None) -> dic
     if named is not None:
         if not (found := read_json(Path(named), "results.json")):
             raise ValueError(f"{named} has no results.json; give the folder that training.evaluate wrote to")
+        if not isinstance(found.get("tasks"), dict) or not isinstance(found.get("data"), dict):
+            raise ValueError(
+                f"{Path(named) / 'results.json'} has no tasks and data; training.evaluate did not write it"
+            )
         return found
     digest = weights_digest(folder)
     for place in dict.fromkeys(filter(None, (run, folder, folder.resolve().parent))):

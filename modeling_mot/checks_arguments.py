@@ -1,10 +1,12 @@
 """Check the arguments of `forward` and `generate()`, on the host and by name; those of a forward without a wait for it.
 
-In reading order: the arguments of a forward, labels and logits, then prompts and settings of `generate()`, then the
-rows of tokens that negative prompts and a server's requests have.
+In reading order: the two names of the cache, the arguments of a forward, labels and logits, then prompts and settings
+of `generate()`, then the rows of tokens that negative prompts and a server's requests have.
 """
 
 import inspect
+from collections.abc import Callable
+from functools import wraps
 from reprlib import repr as shortened
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import TransformersKwargs
 
@@ -23,6 +26,60 @@ from .tower_routing import ModalityRouting
 
 
 # B batch, L row length, D hidden size, H heads, V vocabulary, R rows
+
+
+# ------------------------------------------------------------------------------------------ the two names of the cache
+
+
+# Forwards here take `past_key_values`, the cache's name in transformers up to 5.23. Version 5.24 renamed it to `cache`:
+# in its outputs, and in the arguments that `generate()` passes.
+OTHER_NAME = {"past_key_values": "cache", "cache": "past_key_values"}
+# The name in the outputs of the installed transformers, and in its `model_kwargs`.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def cache_as(name: str, arguments: dict) -> dict:
+    """Give the cache one name among arguments that may hold it by either name.
+
+    Args:
+        name: `CACHE` for transformers, "past_key_values" for forwards of this package.
+
+    Raises:
+        ValueError: the arguments hold two caches.
+    """
+    other = OTHER_NAME[name]
+    if other not in arguments:
+        return arguments
+    arguments = dict(arguments)
+    cache = arguments.pop(other)
+    if arguments.get(name) is None:
+        arguments[name] = cache
+    elif cache is not None and cache is not arguments[name]:
+        raise ValueError("past_key_values and cache are two names of one argument, but two caches came: pass one")
+    return arguments
+
+
+def takes_both_names(method: Callable) -> Callable:
+    """Let a method that has a parameter for the cache, by one of its names, take it by the other name as well."""
+    names = [name for name in OTHER_NAME if name in inspect.signature(method).parameters]
+    if len(names) != 1:
+        return method
+
+    @wraps(method)
+    def with_both_names(*args, **kwargs):
+        return method(*args, **cache_as(names[0], kwargs))
+
+    return with_both_names
+
+
+class CacheNamesMixin:
+    """Lets this package's models, and classes that are derived from them, take the cache by both of its names."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name in ("forward", "prepare_inputs_for_generation"):
+            if name in vars(cls):
+                setattr(cls, name, takes_both_names(vars(cls)[name]))
 
 
 # ------------------------------------------------------------------------------------------ the arguments of a forward
@@ -357,7 +414,7 @@ def check_prompt(prompt: torch.Tensor, model_kwargs: dict) -> None:
     """
     shape = tuple(prompt.shape[:2])
     # With a cache, masks and ids may cover cached and new tokens, or new tokens alone: their length is not checked.
-    continues = model_kwargs.get("past_key_values") is not None
+    continues = model_kwargs.get(CACHE) is not None
     for name in ("attention_mask", "modality_ids", "position_ids"):
         given = model_kwargs.get(name)
         if not isinstance(given, torch.Tensor) or given.dim() != 2:

@@ -117,7 +117,7 @@ class MoTConfig(PreTrainedConfig):
 
     field_rules = CONFIG_RULES
     model_type = "mixture_of_transformers"
-    keys_to_ignore_at_inference = ["past_key_values", "loss_sums", "loss_counts", "z_loss_sum"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "loss_sums", "loss_counts", "z_loss_sum"]
     default_theta = 10000.0
     auto_classes = {
         "AutoConfig": "configuration_mot.MoTConfig",

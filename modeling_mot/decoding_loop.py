@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .checks_arguments import CACHE
 from .decoding_lean import DecodingCache, LeanDecoder, Prefix, decoder_of
 from .decoding_pictures import Denoising, Generators, check_finite, commit, denoise
 from .image_processing import MoTImageProcessor
@@ -197,7 +198,7 @@ class Sampling(TokenLoop):
         """
         # The prompts, and who runs the steps behind them.
         outputs = self.prefill()
-        cache = outputs.past_key_values
+        cache = getattr(outputs, CACHE)
         if lean is None:
             steps = ModelSteps(self.model, outputs, self.request.model_kwargs)
         else:
@@ -213,7 +214,7 @@ class Sampling(TokenLoop):
 
         # The cache is worth a copy only if somebody can see it.
         wants_cache = self.generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
-        return self.output(steps.past_key_values(wants_cache))
+        return self.output(steps.filled_cache(wants_cache))
 
     def prefill(self):
         """Run the prompts.  -> the model's outputs"""
@@ -246,7 +247,7 @@ class Sampling(TokenLoop):
         self.unfinished = self.unfinished & ~done
         self.is_done = not self.unfinished.any()
 
-    def output(self, past_key_values=None):
+    def output(self, cache=None):
         """Return what `generate()` returns."""
         if not self.generation_config.return_dict_in_generate:
             return self.input_ids
@@ -254,7 +255,7 @@ class Sampling(TokenLoop):
             sequences=self.input_ids,
             scores=self.kept_scores,
             logits=self.kept_logits,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
         )
 
 
@@ -278,7 +279,7 @@ class LeanSteps:
         self.positions = [position + 1 for position in self.positions]
         return self.lean.step(input_ids[:, -1], self.positions, self.cache)
 
-    def past_key_values(self, is_wanted: bool):
+    def filled_cache(self, is_wanted: bool):
         """Return the prompts' cache. It is brought up to date if it is wanted."""
         if is_wanted:
             self.cache.write_back(self.filled)
@@ -304,9 +305,9 @@ class ModelSteps:
         self._update(outputs)
         return outputs.logits[:, -1]
 
-    def past_key_values(self, is_wanted: bool):
+    def filled_cache(self, is_wanted: bool):
         """Return the cache, which is up to date."""
-        return self.model_kwargs.get("past_key_values")
+        return self.model_kwargs.get(CACHE)
 
 
 # ------------------------------------------------------------------------------------ sequences of tokens and pictures
@@ -430,7 +431,7 @@ class InterleavedDecoding(TokenLoop):
             return_dict=True,
             **images,
         )
-        cache = DecodingCache.of(outputs.past_key_values, attention_mask, self.decoder.cache_dtype)
+        cache = DecodingCache.of(getattr(outputs, CACHE), attention_mask, self.decoder.cache_dtype)
         return outputs.logits[:, -1].float(), cache, (position_ids[:, -1] + 1).tolist()
 
     def run(self) -> MoTTransfusionGenerateOutput:

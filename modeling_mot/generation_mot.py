@@ -21,6 +21,8 @@ from transformers.generation import (
 )
 
 from .checks_arguments import (
+    CACHE,
+    cache_as,
     check_call,
     check_called,
     check_config,
@@ -85,6 +87,7 @@ class MoTGenerationMixin(GenerationMixin):
             >>> bool((codes >= 24).all()), int(tokens[0, 5])
             (True, 4)
         """
+        kwargs = cache_as(CACHE, kwargs)
         self._check_call(inputs, args, kwargs)
         if len(self.config.tower_names) > 1 and self.config.modality_token_ranges is None:
             raise ValueError(
@@ -150,6 +153,7 @@ class MoTGenerationMixin(GenerationMixin):
     # -------------------------------------------------------------------------------------- hooks: checks and settings
 
     def _validate_model_kwargs(self, model_kwargs):
+        model_kwargs = cache_as("past_key_values", model_kwargs)  # as the forward has it
         check_prompt_keywords(self, model_kwargs)
         super()._validate_model_kwargs(model_kwargs)
 
@@ -281,7 +285,7 @@ class MoTGenerationMixin(GenerationMixin):
     def _lean_decoder(self, request: Request) -> LeanDecoder | None:
         """Return the decoder of the steps behind the prompt, or None where the model's own forward must run them."""
         given = request.model_kwargs
-        cache, mask, modality_ids = given.get("past_key_values"), given.get("attention_mask"), given.get("modality_ids")
+        cache, mask, modality_ids = given.get(CACHE), given.get("attention_mask"), given.get("modality_ids")
         if self._shows_insides(request.generation_config) or not given.get("use_cache") or not is_plain_dynamic(cache):
             return None
         # A mask no longer than the cache, or modalities of tokens that are still to come, are the forward's to read.
@@ -356,7 +360,9 @@ class MoTGenerationMixin(GenerationMixin):
     # ------------------------------------------------------------------------------------------------ inputs of a step
 
     def prepare_inputs_for_generation(self, input_ids, *args, modality_ids=None, inputs_embeds=None, **kwargs):
+        kwargs = cache_as(CACHE, kwargs)
         inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        inputs = cache_as("past_key_values", inputs)  # as the forward has it, and adapters look for it
         if len(self.config.tower_names) > 1:
             inputs["modality_ids"] = self._modality_ids_of_step(input_ids, inputs, modality_ids, inputs_embeds)
             # Routing is made outside of the forward, so that a compiled forward has no data-dependent step. An adapter

@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 from .attention_masks import find_image_blocks, image_positions
-from .checks_arguments import negative_prompt
+from .checks_arguments import CACHE, cache_as, negative_prompt
 from .decoding_loop import IMAGE_INPUTS, InterleavedDecoding, Request
 from .decoding_pictures import DiffusionSettings
 from .generation_mot import MoTGenerationMixin
@@ -21,7 +21,7 @@ from .serving_rounds import PictureSequence, Studio
 
 logger = logging.get_logger(__name__)
 
-PROMPT_INPUTS = ("attention_mask", "modality_ids", "position_ids", *IMAGE_INPUTS, "past_key_values", "use_cache")
+PROMPT_INPUTS = ("attention_mask", "modality_ids", "position_ids", *IMAGE_INPUTS, CACHE, "use_cache")
 SETTINGS = tuple(setting.name for setting in fields(DiffusionSettings))
 
 
@@ -135,7 +135,7 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         # Not through `MoTGenerationMixin.generate`, which asks for the ranges that modalities of tokens need.
         if len(self.config.token_modalities) > 1 and self.config.modality_token_ranges is None:
             raise ValueError("generate() needs config.modality_token_ranges for the modalities beside text and image")
-        return super(MoTGenerationMixin, self).generate(input_ids, *args, **kwargs)
+        return super(MoTGenerationMixin, self).generate(input_ids, *args, **cache_as(CACHE, kwargs))
 
     @staticmethod
     def _encoded(documents, processor, mode, allowed) -> dict:
@@ -222,7 +222,7 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
     _beam_search = _assisted_decoding = _refuse
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if model_kwargs.get("past_key_values") is not None:
+        if model_kwargs.get(CACHE) is not None:
             raise ValueError("past_key_values came, but a Transfusion model begins from the prompt: leave it out")
         if generation_config.cache_implementation not in (None, "dynamic") or generation_config.use_cache is False:
             raise ValueError(

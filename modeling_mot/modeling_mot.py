@@ -64,6 +64,8 @@ from .attention_masks import (
     tokens_of,
 )
 from .checks_arguments import (
+    CACHE,
+    CacheNamesMixin,
     behind_virtual_tokens,
     check_forward,
     check_ids,
@@ -73,6 +75,7 @@ from .checks_arguments import (
     check_logits_to_keep,
     check_plans,
     check_tokens,
+    takes_both_names,
 )
 from .configuration_mot import MoTConfig
 from .generation_mot import MoTGenerationMixin
@@ -287,6 +290,7 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = norm()
         self.dropout = nn.Dropout(config.hidden_dropout)
 
+    @takes_both_names
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -323,10 +327,11 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
 # ------------------------------------------------------------------------------------------------------------ 4. model
 
 
-class MoTPreTrainedModel(CheckpointMixin, PreTrainedModel):
+class MoTPreTrainedModel(CacheNamesMixin, CheckpointMixin, PreTrainedModel):
     """The base class of all MoT models: flags for transformers, initial weights, and the choice of tower products.
 
-    Loading and saving is in `CheckpointMixin` (hub_push.py).
+    Loading and saving is in `CheckpointMixin` (hub_push.py). `CacheNamesMixin` (checks_arguments.py) lets forwards take
+    `past_key_values` by the name `cache` too, as transformers has called it since 5.24.
 
     Examples:
 
@@ -341,7 +346,7 @@ class MoTPreTrainedModel(CheckpointMixin, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MoTDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -516,8 +521,8 @@ class MoTModel(MoTPreTrainedModel):
                 routing,
                 position_embeddings,
                 attention_mask=mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE: past_key_values},  # by this name gradient checkpointing leaves the cache out
                 **kwargs,
             )
 
@@ -525,7 +530,7 @@ class MoTModel(MoTPreTrainedModel):
         if record:
             hidden_states = routing.sort(hidden_states)
         hidden_states = routing.restore(self.norm(hidden_states, routing), batch_size)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: past_key_values})
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embed tokens; all towers share the table.  (B, L) -> (B, L, D)
@@ -709,9 +714,9 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
         )
         return MoTCausalLMOutputWithPast(
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
             **losses,
         )
 

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
 from .attention_masks import ImageBlocks, documents_of, image_positions
-from .checks_arguments import check_forward, check_ids, check_tokens
+from .checks_arguments import CACHE, check_forward, check_ids, check_tokens
 from .configuration_mot_transfusion import MoTTransfusionConfig
 from .generation_mot_transfusion import MoTTransfusionGenerationMixin
 from .latent_images import (
@@ -233,9 +233,9 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         return MoTTransfusionOutput(
             logits=logits,
             prediction=prediction,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
             **losses,
         )
 

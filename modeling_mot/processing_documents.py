@@ -12,16 +12,17 @@ from .configuration_mot import check_spans
 # B sequences, L tokens of a sequence, (h, w) codes of an image
 
 
-def token_rows(generated_outputs: Any, size: int) -> list:
+def token_rows(ids: Any, size: int, name: str = "generated_outputs") -> list:
     """Return the ids that a model returned, (B, L) or one sequence, as a list.
 
     Args:
         size: the number of tokens.
+        name: what an error calls the ids.
 
     Raises:
         ValueError: they are no token ids.
     """
-    rows = generated_outputs.tolist() if hasattr(generated_outputs, "tolist") else generated_outputs
+    rows = ids.tolist() if hasattr(ids, "tolist") else ids
     if isinstance(rows, (list, tuple)):
         rows = [row.tolist() if hasattr(row, "tolist") else row for row in rows]
     checked = rows if isinstance(rows, (list, tuple)) else [rows]
@@ -29,7 +30,7 @@ def token_rows(generated_outputs: Any, size: int) -> list:
         for token in row if isinstance(row, (list, tuple)) and checked is rows else [row]:
             if not is_whole(token, 0) or token >= size:
                 raise ValueError(
-                    f"generated_outputs has {shortened(token)}, and must be token ids, (batch, length), in [0, {size})"
+                    f"{name} has {shortened(token)}, and must be token ids, (batch, length), in [0, {size})"
                 )
     return rows
 

@@ -488,6 +488,23 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         """
         return DocumentDecoder(self).decode(ids, images, image_grids, allow_incomplete)
 
+    def decode(self, token_ids: Any, *args, **kwargs) -> str | list[str]:
+        """Decode one sequence of token ids, or several, as text, as the tokenizer does.
+
+        Raises:
+            ValueError: ids that stand for no token; the tokenizer would leave them out.
+        """
+        return super().decode(token_rows(token_ids, len(self.tokenizer), "token_ids"), *args, **kwargs)
+
+    def batch_decode(self, sequences: Any, *args, **kwargs) -> list[str]:
+        """Decode several sequences of token ids as text; see `decode`."""
+        return super().batch_decode(token_rows(sequences, len(self.tokenizer), "sequences"), *args, **kwargs)
+
+    def post_process_image_text_to_text(self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs):
+        """Decode generated ids as text; see `decode`."""
+        rows = token_rows(generated_outputs, len(self.tokenizer))
+        return super().post_process_image_text_to_text(rows, skip_special_tokens=skip_special_tokens, **kwargs)
+
     def post_process_multimodal_output(
         self, generated_outputs, skip_special_tokens=True, generation_mode=None, **kwargs
     ):
@@ -507,9 +524,10 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         """
         # Texts alone are the tokenizer's to decode.
         images = getattr(generated_outputs, "images", None)
-        rows = token_rows(getattr(generated_outputs, "sequences", generated_outputs), len(self.tokenizer))
+        sequences = getattr(generated_outputs, "sequences", generated_outputs)
         if generation_mode in (None, "text"):
-            return self.post_process_image_text_to_text(rows, skip_special_tokens=skip_special_tokens, **kwargs)
+            return self.post_process_image_text_to_text(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
+        rows = token_rows(sequences, len(self.tokenizer))
         check_fields({"generation_mode": generation_mode}, OUTPUT_RULES)
         kind = OTHER_NAMES.get(generation_mode, generation_mode)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.generation import GenerationMode
 
-from .checks_arguments import mask_rows, whole_rows
+from .checks_arguments import CACHE, mask_rows, whole_rows
 from .decoding_lean import DecodingCache, Prefix, is_plain_dynamic
 from .decoding_loop import Request, Sampling
 
@@ -169,7 +169,7 @@ def prepared(model, request_id: str, arguments: dict, terms: Terms) -> Request:
 
     # The server runs one sequence for each request, with a cache that it can copy.
     _check_one(len(request.input_ids))
-    cache = request.model_kwargs.get("past_key_values")
+    cache = request.model_kwargs.get(CACHE)
     if cache is not None and not is_plain_dynamic(cache):
         raise ValueError(f"a request is served from a DynamicCache, not a {type(cache).__name__}: leave its cache out")
     request.model_kwargs["use_cache"] = True
@@ -245,7 +245,7 @@ class TextSequence:
         """Run the prompt, and choose the first token.  -> the keys and values to cache"""
         outputs = self.sampling.prefill()
         mask = self.request.model_kwargs.get("attention_mask")
-        cache = DecodingCache.of(outputs.past_key_values, mask, self.decoder.cache_dtype)
+        cache = DecodingCache.of(getattr(outputs, CACHE), mask, self.decoder.cache_dtype)
         self.position = self.sampling.positions()[0] + 1
         self.take(outputs.logits[:, -1])
         return cache.prefix(0, self.position)

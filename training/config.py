@@ -219,7 +219,8 @@ def _assign(tree: dict, key: str, value: Any) -> None:
 
 def _index(items: list, part: str, path: str) -> int:
     if not part.isdecimal() or len(part) > 9 or int(part) >= len(items):
-        raise ConfigError(f"{path}: the list holds {len(items)} entries; use a number from 0 to {len(items) - 1}")
+        way_out = f"the last of its entries is {len(items) - 1}" if items else "the list is empty"
+        raise ConfigError(f"{path}: the list has no entry {part[:20]}; {way_out}")
     return int(part)
 
 
@@ -262,7 +263,7 @@ def build(cls: type, tree: Any, path: str = "") -> Any:
     known = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in tree:
         if key not in known:
-            raise ConfigError(_unknown(key, list(known), path))
+            raise ConfigError(_unknown(key, list(known), path, _keys_below(hints)))
     values = {name: _convert(hints[name], value, _join(path, name)) for name, value in tree.items()}
     for name, field in known.items():
         if name not in values and _default(field) is dataclasses.MISSING:
@@ -312,10 +313,20 @@ def _check(value: Any, path: str, field: dataclasses.Field, hint: Any) -> None:
             raise ConfigError(f"{path}={value} must be {allowed}{way_out}")
 
 
-def _unknown(key: Any, known: list[str], path: str) -> str:
+def _keys_below(hints: dict[str, Any]) -> list[str]:
+    """Keys of the sections among the fields, with the section's name: `train.steps`."""
+    sections = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    return [f"{name}.{field.name}" for name, hint in sections.items() for field in dataclasses.fields(hint)]
+
+
+def _unknown(key: Any, known: list[str], path: str, below: list[str]) -> str:
     name = str(key)[:120]
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {_join(path, match[0])}?" if match else f"; the keys are {', '.join(known)}"
+    # A near key of this level, then the same key of a section (steps: train.steps), then anything similar.
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    near = near or [key for key in below if key.split(".")[-1] == name][:3]
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    meant = " or ".join(_join(path, match) for match in near)
+    hint = f"; did you mean {meant}?" if near else f"; the keys are {', '.join(known)}"
     return f"unknown key {_join(path, name)}{hint}"
 
 

@@ -1,7 +1,8 @@
 """Evaluate a model on held-out data: losses, perplexities, pictures, captions and speech, in one command.
 
     python -m training.evaluate MODEL --data CONFIG.yaml [key=value ...] [--tasks loss,psnr,...] [--out DIR]
-    accelerate launch -m training.evaluate MODEL --data CONFIG.yaml ...          in several processes
+    accelerate launch --multi_gpu -m training.evaluate MODEL --data CONFIG.yaml ...  in several processes, on GPUs
+    torchrun --nproc_per_node 2 -m training.evaluate MODEL --data CONFIG.yaml ...    in several processes, on CPUs too
 
 MODEL is a folder (RUN/final) or a name on the Hub. CONFIG.yaml is a recipe, or holds `data:` alone; its
 `validation_sources` are evaluated. `key=value` changes it: evaluation.rows=1000 samples.guidance_scale=1.6
@@ -23,11 +24,12 @@ import torch
 
 from modeling_mot import MoTProcessor
 from training.config import ConfigError, build, one_line, override, read_yaml, to_tree
+from training.data.config import MODALITY_OF_TYPE, SourceConfig
 from training.data.rows import prepare_held_out
 from training.evaluation.losses import evaluation_note
 from training.evaluation.results import ResultsFolder
 from training.evaluation.tasks import OF_LOSSES, TASKS, Evaluation, Job, jobs_of, loss_figures, obstacle, settings_of
-from training.model.building import Planned, load_model, plan_model
+from training.model.building import Planned, load_model, model_type, plan_model
 from training.recipe import ModelConfig, Recipe
 from training.world import (
     build_accelerator,
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ended by SIGINT; the tasks that were done are in results.json", file=sys.stderr)
+        print("ended by SIGINT", file=sys.stderr)
         return 130
     finally:
         leave_group()
@@ -101,6 +103,8 @@ def evaluate(
         ConfigError: something that was asked for cannot be done; nothing has been written.
     """
     # Everything that can be refused is refused before the model is loaded, or before anything is computed.
+    if tasks is not None and not tasks:
+        raise ConfigError(f"no task is named; the tasks are {', '.join(TASKS)}")
     if unknown := [task for task in tasks or () if task not in TASKS]:
         raise ConfigError(f"there is no task {unknown[0]!r}; the tasks are {', '.join(TASKS)}")
     folder = ResultsFolder(out, overwrite)
@@ -117,6 +121,8 @@ def evaluate(
         model=source,
         revision=getattr(planned.config, "_commit_hash", None),
         world=describe_world(accelerator),
+        device=str(evaluation.model.device),
+        precision="bf16" if accelerator.mixed_precision == "bf16" else "float32",
         note=evaluation_note(planned.config),
         data=to_tree(recipe.data),
         left_out={task: reason for task, reason in obstacles.items() if reason},
@@ -125,12 +131,13 @@ def evaluate(
     for task, reason in folder.results["left_out"].items():
         say(accelerator, f"left out {task}: {reason}")
 
-    _do(chosen, evaluation, folder, settings)
-
-    # What a person reads.
-    folder.finish()
-    for line in folder.table():
-        say(accelerator, line)
+    # What a person reads is written and said even if the tasks are interrupted.
+    try:
+        _do(chosen, evaluation, folder, settings)
+    finally:
+        folder.finish()
+        for line in folder.table():
+            say(accelerator, line)
     return 1 if folder.failed else 0
 
 
@@ -148,20 +155,23 @@ def prepare(
         train.precision, cpu=train.cpu, timeout_seconds=_TIMEOUT_SECONDS, alike={"model": source, **to_tree(recipe)}
     )
     if is_sharding(accelerator):
-        raise ConfigError("evaluation has the whole model in every process; launch it without FSDP")
+        raise ConfigError(
+            "evaluation has the whole model in every process; launch it without FSDP, by torchrun --nproc_per_node N"
+        )
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.ERROR)
     if accelerator.device.type == "cpu":
         set_cpu_threads(train.cpu_threads)
 
     # The model, and what must fit it.
+    _check_model(source)
     settings = ModelConfig(init_from=source, processor=processor)
     try:
         MoTProcessor.from_pretrained(processor or source)
     except Exception as error:  # transformers raises anything for a folder that holds something else
-        raise ConfigError(
-            f"no processor could be loaded from {processor or source!r}: {error}; name one with --processor"
-        ) from error
+        name = processor or source
+        raise ConfigError(f"no processor could be loaded from {name!r}: {error}; name one with --processor") from error
     model = load_model(source, recipe.model.attn_implementation).eval()
+    _check_modalities(model.config.modalities, recipe.data.validation_sources)
     planned = plan_model(settings, recipe.data, model)
     recipe = copy(recipe)
     recipe.data = planned.data
@@ -175,6 +185,27 @@ def prepare(
         raise ConfigError("the validation sources hold no records, so there is nothing to evaluate")
     model = model.to(accelerator.device)
     return Evaluation(model, planned.processor, recipe, rows, accelerator, folder, quality), planned
+
+
+def _check_model(source: str) -> None:
+    """Raise ConfigError if there is no model of ours at `source`, with the place where one may be."""
+    try:
+        model_type(source)
+    except (OSError, ValueError) as error:
+        final = Path(source) / "final"
+        named = f"{final}, the model of this run" if final.is_dir() else "a folder such as RUN/final, or a Hub name"
+        raise ConfigError(f"MODEL {source!r} is no model: {str(error).rstrip('.')}; give {named}") from error
+
+
+def _check_modalities(modalities: Sequence[str], sources: Sequence[SourceConfig]) -> None:
+    """Raise ConfigError if a source has a segment of a modality that the model lacks."""
+    for source in sources:
+        kinds = {MODALITY_OF_TYPE.get(segment.type, "text") for segment in source.segments}
+        if lacking := sorted(kinds - set(modalities)):
+            raise ConfigError(
+                f"data.validation_sources: {source.name!r} has {' and '.join(lacking)}, but the model has "
+                f"{', '.join(modalities)} alone; leave the source or the template out"
+            )
 
 
 def read_data(path: str | Path, words: Sequence[str] = ()) -> Recipe:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from training.config import ConfigError
+from training.config import ConfigError, one_line
 from training.recipe import Recipe
 from training.train import load_recipe
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--workers {options.workers} must be at least 1")
         prepare_recipe(load_recipe(options.words), options.workers, options.verify)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except (OSError, RuntimeError) as error:
         print(f"error: {error}; what is finished is kept, and the same command goes on from there", file=sys.stderr)
@@ -95,7 +95,7 @@ def prepare_recipe(recipe: Recipe, workers: int = 1, verify: bool = False) -> No
     shares = ", ".join(f"{name} {share:.1%}" for name, share in report["shares_of_modalities"].items())
     print(
         f"a row holds {report['row_length']} tokens and is filled to {report['fill_rate']:.2%} on average, the rest is "
-        f"padding; {report['block_documents']:,} documents make about {report['rows_per_block']:,.0f} rows\n"
+        f"padding; {report['block_documents']:,} drawn documents make about {report['rows_per_block']:,.0f} rows\n"
         f"of their tokens: {shares}\n"
         f"ready after {time.perf_counter() - begin:.1f} s in {data.cache_path}"
     )

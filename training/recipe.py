@@ -256,7 +256,7 @@ class SamplesConfig:
     """The samples at the end of a run: how many are drawn, read and spoken, and how."""
 
     enabled: bool = option(True, "make samples, the sheet and the nearest-neighbour measure at the end")
-    measured: int | None = option(None, "held-in names that are drawn and measured; null: all the run trained on", ge=1)
+    measured: int | None = option(None, "trained names that are drawn and measured; null: all the run trained on", ge=1)
     held_out: int = option(48, "held-out names that are drawn and read", ge=0)
     held_out_names: list[str] | None = option(None, "which held-out names; null: the first `held_out` of them")
     held_out_label: str = option("held out", "what the sheet says of the held-out names: `never seen in this style`")
@@ -382,7 +382,13 @@ def check_subjects(data: DataConfig, config: SamplesConfig) -> None:
             "samples.enabled=true, but no source has a template of a text and an image, a text and a sound, an image, "
             "a text and an image, or a text alone to ask for; set samples.enabled=false"
         )
-    if config.enabled and config.held_out_names is not None:
+    if config.enabled:
+        check_names(data, config)
+
+
+def check_names(data: DataConfig, config: SamplesConfig) -> None:
+    """Refuse names in `samples.held_out_names` that no held-out picture has."""
+    if config.held_out_names is not None:
         pair = pair_of(data.validation_sources, "image")
         names = [name.strip() for name in texts_of(*pair[:2])] if pair is not None else []
         if missing := [name for name in config.held_out_names if name not in names]:

@@ -1,6 +1,7 @@
 """The training loop: one step for every objective, on any device and number of processes that Accelerate knows."""
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -326,6 +327,10 @@ class Trainer:
             self.interrupt()
         self.metrics.write({"step": self.step, **figures})
         self.evaluated_step = self.step
+        # The end of the run says the last losses.
+        losses = _losses({name: figures.get(f"eval/loss_{name}") for name in self.objectives})
+        if losses and self.step < self.config.steps and self.accelerator.is_main_process:
+            tqdm.write(f"step {self.step}: held out {' '.join(losses)}", file=sys.stderr)
         return figures
 
     # ------------------------------------------------------------------------------------------------ checkpoints
@@ -415,5 +420,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _postfix(row: dict, objectives: list[str]) -> str:
-    losses = (f"{name} {row[f'loss_{name}']:#.3g}" for name in objectives if row[f"loss_{name}"] is not None)
+    losses = _losses({name: row[f"loss_{name}"] for name in objectives})
     return " ".join([*losses, f"{tqdm.format_sizeof(row['tokens_per_second'])} tok/s", f"{row['mfu']:.0%} MFU"])
+
+
+def _losses(losses: dict[str, float | None]) -> list[str]:
+    return [f"{name} {loss:#.3g}" for name, loss in losses.items() if loss is not None]

@@ -1,5 +1,6 @@
 """What forwards and generate take: in Llama's order, of the tokens' shapes, and nothing that nobody reads."""
 
+import copy
 import inspect
 import math
 
@@ -31,6 +32,7 @@ def cache_of(model, ids=IDS):
 )
 def test_parameters_begin_as_llamas(ours, llamas):
     expected = list(inspect.signature(llamas.forward).parameters)[:-1]  # but for its kwargs
+    expected = ["past_key_values" if name == "cache" else name for name in expected]  # renamed in transformers 5.24
     assert list(inspect.signature(ours.forward).parameters)[: len(expected)] == expected
 
 
@@ -223,6 +225,27 @@ def test_a_cache_that_is_empty_fits_any_batch(tiny_model):
     model = tiny_model()
     out = model(IDS, past_key_values=DynamicCache(config=model.config), use_cache=True)
     assert out.past_key_values.get_seq_length() == 5
+
+
+def embedded(model, ids):
+    return {"inputs_embeds": model.get_input_embeddings()(ids), "modality_ids": torch.zeros_like(ids)}
+
+
+@pytest.mark.parametrize("make", ["tiny_model", "transfusion"])
+@pytest.mark.parametrize("part", ["whole", "model"])
+def test_cache_is_another_name_of_past_key_values(tiny_model, make, part):
+    model = tiny_model() if make == "tiny_model" else tiny_transfusion().eval()
+    cache, other = cache_of(model, PREFIX), cache_of(model, PREFIX)
+    called, rest = (model, {"input_ids": IDS[:, 3:]}) if part == "whole" else (model.model, embedded(model, IDS[:, 3:]))
+    with torch.no_grad():
+        expected = called(**rest, past_key_values=copy.deepcopy(cache))
+        for names in ({"cache": cache}, {"cache": other, "past_key_values": other}):
+            out = called(**rest, **names)
+            assert torch.equal(out[0], expected[0])
+            assert out.past_key_values is out["past_key_values"] is names["cache"]
+        assert torch.equal(called(**rest, cache=None)[0], called(**rest)[0])
+    with pytest.raises(ValueError, match="past_key_values and cache are two names of one argument"):
+        called(**rest, past_key_values=cache, cache=other)
 
 
 NO_TENSORS = ("text", 3, [[1, 2]], {}, b"x")

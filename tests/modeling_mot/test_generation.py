@@ -554,6 +554,53 @@ def test_a_subclass_prepares_the_inputs_of_every_step(tiny_config):
         model.generate_batch([prompt], max_new_tokens=2)
 
 
+def test_generate_takes_the_cache_by_both_of_its_names(tiny_model):
+    model, prompt = tiny_model(), PROMPTS["text"]
+    with torch.no_grad():
+        cache, other = (model(row(prompt[:3]), use_cache=True).past_key_values for _ in range(2))
+    settings = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    for names in ({"cache": copy.deepcopy(cache)}, {"past_key_values": copy.deepcopy(cache)}, {"cache": None}):
+        out = model.generate(row(prompt), **names, **settings)
+        assert out.sequences[0].tolist() == naive.greedy(model, prompt, 6)
+        assert out.past_key_values.get_seq_length() == len(prompt) + 5
+    with pytest.raises(ValueError, match="past_key_values and cache are two names of one argument"):
+        model.generate(row(prompt), cache=cache, past_key_values=other, **settings)
+
+
+class OfOldName(MoTForCausalLM):
+    """Written for a transformers that calls the cache `past_key_values`."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
+        self.seen = past_key_values
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+        assert past_key_values is not None
+        return super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+
+
+class OfNewName(MoTForCausalLM):
+    """Written for a transformers that calls the cache `cache`."""
+
+    def forward(self, input_ids=None, cache=None, **kwargs):
+        self.seen = cache
+        return super().forward(input_ids, cache=cache, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, cache=None, **kwargs):
+        assert cache is not None
+        return super().prepare_inputs_for_generation(input_ids, cache=cache, **kwargs)
+
+
+@pytest.mark.parametrize("derived", [OfOldName, OfNewName])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_subclass_gets_the_cache_by_the_name_that_it_has(tiny_config, derived, beams):
+    model, prompt = derived(tiny_config(initializer_range=0.3)).eval(), PROMPTS["text"]
+    out = model.generate(row(prompt), max_new_tokens=6, do_sample=False, num_beams=beams)
+    assert model.seen.get_seq_length() == len(prompt) + 5
+    expected = naive.greedy(model, prompt, 6) if beams == 1 else naive.beam_search(model, prompt, 6, beams)[0]
+    assert out[0].tolist() == expected
+
+
 def test_packed_rows_are_refused(tiny_model):
     with pytest.raises(ValueError, match="document_ids"):
         tiny_model().generate(row([1, 9]), document_ids=row([0, 0]), max_new_tokens=1)

@@ -310,6 +310,26 @@ def test_outputs_with_ids_of_no_token_are_refused(processor, mode):
         processor.post_process_multimodal_output(torch.tensor([[1, size]]), generation_mode=mode)
 
 
+@pytest.mark.parametrize("form", [list, np.array, torch.tensor])
+def test_decoding_to_text_is_the_tokenizers_and_refuses_ids_of_no_token(processor, form):
+    tokenizer, size = processor.tokenizer, len(processor.tokenizer)
+    rows = tokenizer(TEXTS[:1] * 2).input_ids
+    single, several = form(rows[0]), form(rows)
+    skip = {"skip_special_tokens": True}
+    assert processor.decode(single) == processor.decode(token_ids=single) == tokenizer.decode(rows[0])
+    assert processor.decode(several, **skip) == tokenizer.batch_decode(rows, **skip) == TEXTS[:1] * 2
+    assert (
+        processor.batch_decode(several, **skip) == processor.post_process_image_text_to_text(several) == TEXTS[:1] * 2
+    )
+    assert processor.decode(rows[0][1]) == tokenizer.decode(rows[0][1])
+    for decode in (processor.decode, processor.batch_decode, processor.post_process_image_text_to_text):
+        for wrong in (size, -100):
+            with pytest.raises(
+                ValueError, match=rf"has {wrong}, and must be token ids, \(batch, length\), in \[0, {size}"
+            ):
+                decode(form([rows[0][:3] + [wrong], rows[0][:4]]))
+
+
 def test_truncated_image_is_refused_or_filled_up(processor):
     ids = processor([text("a"), IMAGE])["input_ids"][:-8]
     with pytest.raises(ValueError, match="an image has 10 codes.*needs 16"):

@@ -68,6 +68,14 @@ def test_unknown_section_is_refused_with_the_nearest_name():
     assert "did you mean section" in refused({"sectoin": {}})
 
 
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [("steps", "did you mean section.steps?"), ("sections", "did you mean section?"), ("zzz", "the keys are section")],
+)
+def test_key_without_its_section_is_refused_with_the_section(key, hint):
+    assert hint in refused({key: 5})
+
+
 def test_unknown_key_inside_a_list_names_the_entry():
     assert "section.leaves.1.wieght" in refused({"section": {"leaves": [{"name": "a"}, {"name": "b", "wieght": 1}]}})
 
@@ -206,7 +214,9 @@ def test_a_word_can_fill_a_section_that_is_null():
 
 
 def test_a_list_index_outside_the_list_is_refused():
-    assert "holds 1 entries" in refused({"section": {"leaves": [{"name": "a"}]}}, "section.leaves.3.weight=1")
+    message = refused({"section": {"leaves": [{"name": "a"}]}}, "section.leaves.3.weight=1")
+    assert "section.leaves.3: the list has no entry 3; the last of its entries is 0" in message
+    assert "the list is empty" in refused({"section": {"leaves": []}}, "section.leaves.0.weight=1")
 
 
 def test_a_word_without_an_equals_sign_is_refused():

@@ -14,7 +14,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from model_cards.card import model_card
+from model_cards.card import evaluation_results, model_card
 from modeling_mot import MoTProcessor
 from training.data import DataConfig, SourceConfig, TemplateConfig
 from training.data.reading.records import Limits
@@ -22,7 +22,7 @@ from training.data.rows import prepare_held_out
 from training.evaluate import main
 from training.evaluation.tasks import QUALITY, records_of
 from training.model.building import CARRIED_PROCESSOR, build_model, plan_model
-from training.recipe import ModelConfig
+from training.recipe import ModelConfig, SamplesConfig
 
 from .data.conftest import png
 from .ranks import lost, start_ranks
@@ -189,11 +189,32 @@ def test_a_model_that_diffuses_has_the_loss_of_its_training(place, tmp_path):
         (["--tasks", "loss,psrn"], "there is no task 'psrn'; the tasks are loss"),
         (["--tasks", "diffusion"], "task diffusion: no held-out source has a direction to pictures"),
         (["--tasks", "speech"], "task speech: "),
+        (
+            [
+                "--tasks",
+                "features",
+                "data.validation_sources.0.templates.0.segments=[text:name]",
+                "data.validation_sources.1.templates.0.segments=[text:name]",
+            ],
+            "task features: no held-out source has",
+        ),
         (["data.validation_sources=[]"], "data.validation_sources is empty"),
         (["data=null"], "has no section data:"),
         (["data.row_length=16"], "row_length=16 is shorter than"),
         (["--processor", "nowhere"], "no processor could be loaded"),
         (["evaluation.row=3"], "evaluation.row"),
+        (
+            ["--tasks", "loss,perplexity", "evaluation.rows=0"],
+            "evaluation.rows is 0; task perplexity: evaluation.rows is",
+        ),
+        (
+            ["data.validation_sources.0.templates.0.segments=[text:name, audio:audio]"],
+            "'emoji' has speech, but the model has text, image alone; leave the source or the template out",
+        ),
+        (["--tasks", "retrieval", "samples.held_out_names=[nobody]"], "samples.held_out_names has 'nobody', which no"),
+        (["--tasks", ","], "no task is named; the tasks are loss"),
+        (["--tasks", "pictures", "--clip", "/no/clip"], "task pictures: clip='/no/clip' cannot be loaded"),
+        (["--tasks", "pictures", "--feature-network", "/no/net"], "feature_network='/no/net' cannot be loaded"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(place, capsys, words, message):
@@ -209,14 +230,27 @@ def test_a_model_without_its_processor_or_with_another_is_refused(place, capsys)
     assert "vocab" in refused(place, capsys, "--processor", str(CARRIED_PROCESSOR)).lower()
 
 
+def test_a_model_that_is_no_folder_is_refused_as_such(place, capsys):
+    message = refused(place, capsys, model="mode")
+    assert "mode' is no model" in message and "--processor" not in message
+
+
+def test_a_folder_without_a_model_is_refused_with_the_place_of_one(place, capsys):
+    (place / "run" / "final").mkdir(parents=True)
+    (place / "elsewhere").mkdir()
+    assert f"give {place / 'run' / 'final'}, the model of this run" in refused(place, capsys, model="run")
+    assert "give a folder such as RUN/final, or a Hub name" in refused(place, capsys, model="elsewhere")
+
+
 def test_results_are_not_replaced_unasked(place, done, capsys):
     before = (done / "results.json").read_bytes()
     assert evaluate(place, "--out", str(done)) == 2
     assert "--overwrite" in capsys.readouterr().err and (done / "results.json").read_bytes() == before
     again = place / "again"
     for words in ([], ["--overwrite"]):
+        (again / "captions.jsonl").write_text("{}") if words else None
         assert evaluate(place, "--out", str(again), "--tasks", "loss", *words) == 0
-    assert list(results_of(again)["tasks"]) == ["loss"]
+    assert list(results_of(again)["tasks"]) == ["loss"] and not (again / "captions.jsonl").exists()
 
 
 # ------------------------------------------------------------------------------------- captions and pictures, by a fake
@@ -232,6 +266,9 @@ class Settings:
     def described(self):
         return vars(self)
 
+    def of_sampler(self):
+        return SamplesConfig()
+
 
 @pytest.fixture
 def quality(monkeypatch):
@@ -239,7 +276,8 @@ def quality(monkeypatch):
 
     def count(model, processor, records, settings, progress=None):
         figures = {"cider": float(len(records)), "samples": len(records)}
-        return figures | {"left_out": {"spice": "no Java"}, "settings": settings.described()}
+        texts = [{"caption": "ein Café", "references": record["texts"]} for record in records]
+        return figures | {"left_out": {"spice": "no Java"}, "settings": settings.described(), "texts": texts}
 
     def fail(*_, **__):
         raise RuntimeError("out of paint")
@@ -277,11 +315,50 @@ def test_a_task_that_fails_leaves_the_others_their_results(place, quality, capsy
     ]
     assert tasks["features"]["figures"] == {"records": 3} and tasks["features"]["settings"] == {"seed": 0}
     assert "Hidden states" in (out / "results.html").read_text()
+    lines = [json.loads(line) for line in (out / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["source"] for line in lines] == ["emoji"] * 2 + ["more emoji"] * 2
+    assert lines[0]["caption"] == "ein Café" and lines[0]["references"] and "texts" not in tasks["captions"]
     printed = capsys.readouterr().err
     assert "pictures failed: emoji: RuntimeError: out of paint" in printed
     assert "captions has no emoji/spice: no Java" in printed
     found = [r for r in results_of(out)["results"] if r["metric_type"] == "cider"]
     assert [r["task_type"] for r in found] == ["image-to-text"] * 2
+
+
+def test_an_interruption_leaves_the_results_and_the_page_of_what_was_done(place, quality, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules[QUALITY], "picture_quality", interrupt)
+    out = place / "interrupted"
+    assert evaluate(place, "--out", str(out), "--tasks", "loss,captions,pictures", "--samples", "2") == 130
+    assert list(results_of(out)["tasks"]) == ["loss", "captions"]
+    assert "emoji/cider" in (out / "results.html").read_text()
+    printed = capsys.readouterr().err
+    assert f"wrote {out / 'results.html'}" in printed and "ended by SIGINT" in printed
+
+
+def test_the_screen_has_figures_and_settings_within_80_columns(place, quality, capsys):
+    assert evaluate(place, "--out", str(place / "screen"), "--tasks", "loss,captions,pictures", "--samples", "2") == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if str(place) not in line]
+    table = lines[lines.index("loss: held-out losses by modality, and by data set and direction") :]
+    assert max(map(len, table)) <= 80
+    assert "  settings: rows 6, batch_rows 2, noise_levels 8" in table and "  settings: samples 2, guidance 1" in table
+
+
+def test_records_that_cannot_be_decoded_are_left_out_as_the_source_says(tmp_path):
+    for name, content in (("a", png("red")), ("b", png("red")[:40]), ("c", png("blue"))):
+        (tmp_path / f"{name}.png").write_bytes(content)
+    lines = [("a.png", "one"), ("b.png", "two"), ("b.png", "three"), ("c.png", "four")]
+    text = "".join(json.dumps({"image": file, "caption": caption}) + "\n" for file, caption in lines)
+    (tmp_path / "records.jsonl").write_text(text)
+    source = SourceConfig("r", str(tmp_path / "records.jsonl"), [TemplateConfig(["text:caption", "image:image"])])
+    with pytest.raises(ValueError, match="record 1"):
+        list(records_of(source, "image", Limits()))
+    source.on_error = "skip"
+    found = list(records_of(source, "image", Limits()))
+    assert [record["texts"] for record in found] == [["one"], ["four"]]
+    assert [record["image"].getpixel((0, 0)) for record in found] == [(255, 0, 0), (0, 0, 255)]
 
 
 def test_records_with_the_same_picture_have_several_references(tmp_path):
@@ -316,6 +393,23 @@ def test_the_card_takes_up_the_results_of_its_weights(place, done):
     assert model_card(place / "model").data.eval_results is None
     with pytest.raises(ValueError, match=r"has no results.json"):
         model_card(place / "model", evaluation=place / "model")
+    beside.write_text('{"loss": 1}')
+    with pytest.raises(ValueError, match="has no tasks and data; training.evaluate did not write it"):
+        model_card(place / "model", evaluation=beside.parent)
+
+
+def test_word_error_rates_are_results_of_hearing_and_of_speaking():
+    figures = {"emoji/heard_wer": 0.5, "emoji/heard_cer": 0.25, "emoji/spoken_wer": 0.75, "emoji/samples": 3}
+    held_out = [{"name": "emoji", "path": "/home/me/sounds", "split": "validation"}]
+    results = {"data": {"sources": [], "validation_sources": held_out}, "tasks": {"speech": {"figures": figures}}}
+    found = [result for result, _ in evaluation_results(results)]
+    assert [(one.task_type, one.metric_type, one.metric_value) for one in found] == [
+        ("automatic-speech-recognition", "wer", 0.5),
+        ("automatic-speech-recognition", "cer", 0.25),
+        ("text-to-speech", "wer", 0.75),
+    ]
+    # Strangers read a card, so the folders of a machine are not in it.
+    assert found[0].metric_name == "heard wer of emoji, held out" and found[0].dataset_name == "sounds"
 
 
 def test_help_names_every_task():

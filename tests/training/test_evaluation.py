@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 from modeling_mot import MoTForCausalLM
 from training.config import ConfigError
 from training.data import DataConfig, SourceConfig, TemplateConfig, collate
-from training.data.config import carried_path
+from training.data.config import InterleavingConfig, carried_path
 from training.data.reading.sources import open_source
 from training.data.rows import directions_of
 from training.evaluation.end_of_run import describe_measures, make_samples
@@ -195,6 +195,13 @@ def test_directions_follow_from_the_templates():
         "text-to-image": ("text:name", "image:image"),
         "image-to-text": ("image:image", "text:name"),
         "text": ("text:{name}!",),
+    }
+    alone = [TemplateConfig(["audio:audio"]), TemplateConfig(["image:image"])]
+    turns = TemplateConfig(["text:name", "audio:audio"], interleaving=InterleavingConfig())
+    assert directions_of(emoji_source(templates=[turns])) == {}
+    assert directions_of(emoji_source(templates=[turns, *alone])) == {
+        "speech": ("audio:audio",),
+        "image": ("image:image",),
     }
 
 

@@ -153,7 +153,7 @@ def test_cider_without_java_names_its_tokenizer_and_refuses_ptb(monkeypatch):
 
 
 def test_a_picture_without_references_is_refused():
-    with pytest.raises(ValueError, match="1 pictures have no reference, the first is number 1"):
+    with pytest.raises(ValueError, match="pictures without a reference: 1, the first is number 1"):
         load("cider").compute(predictions=["a", "b"], references=[["a"], []], tokenizer="simple")
 
 
@@ -172,6 +172,18 @@ def test_word_error_rate_is_that_of_jiwer():
 def test_letters_and_punctuation_count_only_when_asked():
     texts = {"predictions": ["hello world"], "references": ["Hello, world!"]}
     assert load("wer").compute(**texts)["wer"] == 0 and load("wer").compute(**texts, normalise=False)["wer"] == 1
+
+
+@pytest.mark.parametrize("name", ["wer", "cider", "clip_score"])
+def test_a_figure_of_nothing_is_refused(name):
+    with pytest.raises(ValueError, match="so there is no"):
+        load(name).compute(predictions=[], references=[])
+
+
+def test_references_without_words_have_no_rate_and_some_among_others_count_their_insertions():
+    with pytest.raises(ValueError, match="the references hold no words"):
+        load("wer").compute(predictions=["a"], references=["!"])
+    assert load("wer").compute(predictions=["a", "b c"], references=["", "b d"])["wer"] == 2 / 2
 
 
 def test_a_transcript_of_nothing_is_all_deletions():
@@ -252,6 +264,14 @@ def test_inception_without_its_package_is_refused(name, pictures, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install torch-fidelity"):
         load(name).compute(predictions=pictures[0], references=pictures[1])
+
+
+@pytest.mark.parametrize("name", ["fid", "kid", "clip_score"])
+def test_a_batch_of_no_picture_is_refused(name, pictures):
+    network = {"feature_network": mean_colours} if name != "clip_score" else {}
+    references = pictures[1] if name != "clip_score" else ["a picture"] * len(pictures[0])
+    with pytest.raises(ValueError, match="batch_size=0; at least one"):
+        load(name).compute(predictions=pictures[0], references=references, batch_size=0, **network)
 
 
 @pytest.mark.parametrize("name", ["fid", "kid"])

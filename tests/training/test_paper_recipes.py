@@ -19,6 +19,7 @@ from training.data.config import carried_path
 from training.data.rows import prepare_sources
 from training.model.building import check_image_codes, load_processor, plan_model
 from training.plan import __main__ as plan
+from training.recipe import check_decoder
 from training.tokenizers import image as image_command
 from training.tokenizers import processor as processor_command
 from training.train import load_recipe
@@ -190,6 +191,7 @@ def test_the_named_commands_make_a_processor_that_the_recipe_takes(tmp_path, mon
     recipe = recipe_of(name, f"model.processor={tmp_path / 'processor'}")
     planned = plan_model(recipe.model, recipe.data)
     check_image_codes(recipe.model, planned.processor)
+    check_decoder(planned.processor, recipe.samples)
     codes, ids = planned.processor.image_tokenizer, load_processor(recipe_of("smoke").model)
     assert (codes.num_codes, codes.image_grid, planned.config.vocab_size) == (8192, [32, 32], 65536)
     assert planned.processor.tokenizer("a red apple").input_ids == ids.tokenizer("a red apple").input_ids
@@ -215,3 +217,9 @@ def test_an_imported_chameleon_is_a_processor_for_the_recipe(tmp_path, monkeypat
         check_image_codes(recipe.model, planned.processor)
     grid = planned.processor.image_tokenizer.image_grid
     check_image_codes(replace(recipe.model, image_tokens=grid[0] * grid[1], image_size=[16, 16]), planned.processor)
+    # It has no decoder, as the recipe says.
+    with pytest.raises(ConfigError, match="samples.enabled=true, but the processor's image tokenizer has no decoder"):
+        check_decoder(planned.processor, recipe.samples)
+    head = (CONFIGS / f"{name}.yaml").read_text().partition("\nmodel:")[0]
+    assert "without a decoder" in head and "set samples.enabled=false" in head
+    check_decoder(planned.processor, recipe_of(name, "samples.enabled=false").samples)

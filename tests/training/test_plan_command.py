@@ -144,6 +144,7 @@ def test_every_recipe_of_the_project_can_be_planned(path):
         (["--accelerate", str(CONFIGS / "accelerate" / "gpu-8.yaml"), "--world", "8"], "leave out --world"),
         (["model.hidden_size=31"], "model: "),
         (["model.init_from=/nowhere"], "could be loaded from '/nowhere'"),
+        (["model.init_from=runs/not/there"], "could be loaded from 'runs/not/there': there is no such folder"),
         (["model.hiden_size=32"], "did you mean model.hidden_size"),
         (["--json", str(ROOT / "README.md")], "exists; name a new file"),
     ],

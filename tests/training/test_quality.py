@@ -106,6 +106,7 @@ def test_captions_are_compared_with_all_references(of_tokens, monkeypatch):
     assert found["cider"] == pytest.approx(score) and found["cider"] > 0
     assert [image.tobytes() for image in seen[0]] == [record["image"].tobytes() for record in records()[:3]]
     assert found["samples"] == 3 and found["tokenizer"] == "simple" and found["settings"]["max_new_tokens"] == 4
+    assert found["texts"][2] == {"caption": captions[2], "references": records()[2]["texts"]}
 
 
 def test_a_model_of_either_kind_captions(either):
@@ -179,12 +180,13 @@ def test_a_judge_that_hears_right_finds_no_error(of_tokens):
     heard = Sampler(*of_tokens, settings.of_sampler()).hear([record["audio"] for record in records(sounds=True)])
     plain = jiwer.Compose([jiwer.ToLowerCase(), jiwer.RemovePunctuation(), jiwer.Strip()])
     assert found["spoken_wer"] == found["spoken_cer"] == 0 and found["left_out"] == {}
+    assert [line["spoken"] for line in found["texts"]] == [f"{line['text'].upper()}!" for line in found["texts"]]
     assert found["heard_wer"] == pytest.approx(jiwer.wer(list(NAMES), [plain(text) for text in heard]))
 
 
 def test_without_a_judge_spoken_texts_are_left_out(of_tokens):
     found = speech_quality(*of_tokens, records(sounds=True), QualitySettings(**QUICK))
-    assert "spoken_wer" not in found and "asr=" in found["left_out"]["spoken_wer"] and "heard_wer" in found
+    assert "spoken_wer" not in found and "--asr" in found["left_out"]["spoken_wer"] and "heard_wer" in found
 
 
 def test_a_model_of_transformers_judges(tmp_path):

@@ -104,6 +104,8 @@ def test_the_measures_are_printed(finished):
     folder, printed = finished
     assert "nearest of 64 pictures is the named one" in printed and "letter by letter" in printed
     assert "expert choice" not in printed
+    evaluation = read_metrics(folder / "metrics.jsonl")[1]
+    assert f"step 2: held out text {evaluation[0]['eval/loss_text']:#.3g} image" in printed
     samples = json.loads((folder / "summary.json").read_text())["samples"]
     assert samples["drawn"] == 6 and 0 <= samples["drawn_right"] <= samples["reconstructed_right"] <= 1
 

@@ -17,7 +17,7 @@ import yaml
 from training.config import read_yaml
 from training.run_files.metrics import read_metrics
 from training.study.__main__ import main
-from training.study.results import read_trained, spread, study_results
+from training.study.results import _name, read_trained, spread, study_results
 from training.study.specification import read_study, runs_of
 
 
@@ -160,6 +160,12 @@ def test_shares_equal_a_search_step_by_step(made_up, at):
             expected = naive_share(seed, row["variant"], values[row["objective"]], steps, mean, part)
             assert row["seeds"][str(seed)] == pytest.approx(expected), row
     assert {row["variant"] for row in found if row["mean"] is None} == {"bad"}
+
+
+def test_directions_are_named_after_what_is_measured():
+    directions = ["text", "a/speech", "text-to-image", "a/image+text-to-image", "text-to-b/interleaved"]
+    names = ["text only", "a/speech only", *directions[2:]]
+    assert [_name(direction, "loss") for direction in directions] == names
 
 
 def test_losses_before_the_end_and_hours_equal_their_definition(made_up):

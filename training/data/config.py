@@ -44,7 +44,7 @@ class Segment:
         kind = "audio" if kind == "speech" else kind
         if kind not in SEGMENT_TYPES or not separator or not column.strip():
             raise ValueError(
-                f"segments has {written!r}; write type:column with a type of {', '.join(SEGMENT_TYPES)}, "
+                f"segments has {written!r}; write type:column with a type of {', '.join(SEGMENT_TYPES)} (or speech), "
                 "such as image:picture or text:{word}: {definition}"
             )
         if "{" in column and kind != "text":

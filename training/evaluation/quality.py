@@ -91,11 +91,12 @@ class QualitySettings:
             max_speech_tokens=self.max_speech_tokens,
         )
 
-    def described(self) -> dict[str, Any]:
-        """Return the settings as JSON values: a callable by its name."""
+    def described(self, *names: str) -> dict[str, Any]:
+        """Return the settings, or those of these names, as JSON values: a callable by its name."""
         return {
             name: getattr(value, "name", type(value).__name__) if callable(value) else value
             for name, value in asdict(self).items()
+            if not names or name in names
         }
 
 
@@ -115,7 +116,8 @@ def caption_quality(
         progress: show a bar.
 
     Returns:
-        `cider` (1.0 is often written as 100), `tokenizer`, the number of `samples`, and the `settings`.
+        `cider` (1.0 is often written as 100), `tokenizer`, the number of `samples`, the `settings`, and the `texts`:
+        each `caption` with its `references`.
 
     Raises:
         ValueError: no record has a picture and a text.
@@ -129,7 +131,8 @@ def caption_quality(
         "cider": found["cider"],
         "tokenizer": found["tokenizer"],
         "samples": len(chosen),
-        "settings": settings.described(),
+        "settings": settings.described("samples", "batch_size", "max_new_tokens", "tokenizer"),
+        "texts": [{"caption": a, "references": b} for a, b in zip(captions, references, strict=True)],
     }
 
 
@@ -180,8 +183,10 @@ def picture_quality(
             pairs = {"predictions": drawn, "references": prompts, "clip": settings.clip} | shared
             found = _metric("clip_score").compute(**pairs)
             figures[f"clip_score_{_slug(found['clip'])}"] = found["clip_score"]
-    left_out = {} if settings.clip else {"clip_score": "no CLIP model is named; try clip=openai/clip-vit-large-patch14"}
-    return figures | {"samples": len(chosen), "left_out": left_out, "settings": settings.described()}
+    unnamed = "no CLIP model is named; try --clip openai/clip-vit-large-patch14"
+    left_out = {} if settings.clip else {"clip_score": unnamed}
+    told = ("samples", "guidance", "steps", "scheduler", "seed", "batch_size", "temperature", "feature_network", "clip")
+    return figures | {"samples": len(chosen), "left_out": left_out, "settings": settings.described(*told)}
 
 
 def speech_quality(
@@ -196,7 +201,8 @@ def speech_quality(
     Returns:
         `heard_wer`, `heard_cer`: word and character error rate of the model's transcripts of the records' sounds.
         `spoken_wer`, `spoken_cer`: the same of a judge's transcripts of what the model spoke, with `settings.asr`.
-        The number of `samples`, the `settings`, and `left_out`: why a figure is missing.
+        The number of `samples`, the `settings`, and `left_out`: why a figure is missing. The `texts`: each `text` with
+        what was `heard` and, with a judge, `spoken`.
 
     Raises:
         ValueError: no record has a sound and a text.
@@ -204,20 +210,23 @@ def speech_quality(
     chosen = _with("audio", records, settings)
     texts = [record["texts"][0] for record in chosen]
     with _sampler(model, processor, settings, progress) as sampler:
-        figures = _error_rates("heard", sampler.hear([record["audio"] for record in chosen]), texts)
+        transcripts = {"heard": sampler.hear([record["audio"] for record in chosen])}
         if settings.asr is not None:
             judge = speech_judge(settings.asr, str(model.device))
             sounds = tqdm(sampler.speak(texts), "listening", unit="sound", disable=not progress)
             # A sound without samples says nothing, and networks refuse it.
-            heard = [judge(samples, rate) if len(samples) else "" for samples, rate in sounds]
-            figures |= _error_rates("spoken", heard, texts)
-    left_out = {} if settings.asr else {"spoken_wer": "no judge is named; try asr=openai/whisper-large-v3"}
-    return figures | {"samples": len(chosen), "left_out": left_out, "settings": settings.described()}
+            transcripts["spoken"] = [judge(samples, rate) if len(samples) else "" for samples, rate in sounds]
 
-
-def _error_rates(prefix: str, predictions: list[str], references: list[str]) -> dict[str, float]:
-    found = _metric("wer").compute(predictions=predictions, references=references)
-    return {f"{prefix}_wer": found["wer"], f"{prefix}_cer": found["cer"]}
+    # The error rates of each kind of transcript.
+    figures: dict[str, Any] = {}
+    for kind, written in transcripts.items():
+        found = _metric("wer").compute(predictions=written, references=texts)
+        figures |= {f"{kind}_wer": found["wer"], f"{kind}_cer": found["cer"]}
+    lines = [{"text": text} | {kind: t[i] for kind, t in transcripts.items()} for i, text in enumerate(texts)]
+    left_out = {} if settings.asr else {"spoken_wer": "no judge is named; try --asr openai/whisper-large-v3"}
+    told = ("samples", "seed", "batch_size", "temperature", "max_new_tokens", "max_speech_tokens", "asr")
+    numbers = {"samples": len(chosen), "left_out": left_out, "settings": settings.described(*told)}
+    return figures | numbers | {"texts": lines}
 
 
 def _metric(name: str) -> evaluate.Metric:

@@ -1,6 +1,8 @@
 """The folder of an evaluation: results.json, the table on the screen, and a page with plots."""
 
 import io
+import json
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from matplotlib.figure import Figure
 
 from model_cards.card import evaluation_results, weights_digest
 from training.config import ConfigError, without_secrets
+from training.evaluation.losses import is_repeated
 from training.evaluation.sheet import page_template
 from training.evaluation.tasks import OF_LOSSES, TASKS
 from training.run_files.folder import environment, write_json
@@ -20,7 +23,7 @@ _PICTURES = {"features.png": "Hidden states of each layer by modality", "samples
 
 
 class ResultsFolder:
-    """A folder for the results of one evaluation. `results` is what results.json holds.
+    """A folder for the results of one evaluation. `results` is what results.json holds; `texts` are in TASK.jsonl.
 
     Args:
         path: the folder; it need not exist.
@@ -33,6 +36,7 @@ class ResultsFolder:
     def __init__(self, path: str | Path, overwrite: bool = False):
         self.path = Path(path)
         self.results: dict[str, Any] = {}
+        self.texts: dict[str, list[dict]] = {}
         self.writes = False
         if (self.path / RESULTS).exists() and not overwrite:
             raise ConfigError(f"{self.path} holds {RESULTS} already; choose another --out, or replace with --overwrite")
@@ -57,6 +61,9 @@ class ResultsFolder:
         self.results = {**known, "environment": environment(), "tasks": {}, "results": []}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            # Texts of results that are replaced would be taken for those of the new ones.
+            for task in TASKS if writes else ():
+                (self.path / f"{task}.jsonl").unlink(missing_ok=True)
             self._write()
         except OSError as error:
             raise ConfigError(f"--out {self.path} cannot be written: {error}") from error
@@ -71,6 +78,7 @@ class ResultsFolder:
             one["failed"] += new.get("failed", [])
             one["seconds"] += new["seconds"]
             one["settings"] = new.get("settings") or one["settings"]
+            self.texts.setdefault(task, []).extend(new.get("texts", []))
         # Without a task a result is about the tokenizer of pictures, and not about the model.
         found = [one for one, _ in evaluation_results(self.results) if one.task_type]
         self.results["results"] = [{k: v for k, v in vars(one).items() if v is not None} for one in found]
@@ -83,16 +91,25 @@ class ResultsFolder:
             (self.path / PAGE).write_text(self._page(), encoding="utf-8")
 
     def table(self) -> list[str]:
-        """Write the lines for the screen."""
-        rows = [(task, name, _shown(value)) for task, one in self._tasks() for name, value in one["figures"].items()]
-        widths = [max((len(row[place]) for row in rows), default=0) for place in (0, 1)]
-        lines = [f"{task:{widths[0]}}  {name:{widths[1]}}  {value:>10}" for task, name, value in rows]
-        lines += [
-            f"{task} has no {name}: {reason}" for task, one in self._tasks() for name, reason in one["left_out"].items()
-        ]
-        lines += [f"{task} failed: {reason}" for task, one in self._tasks() for reason in one["failed"]]
-        if self.results["note"]:
-            lines.append(self.results["note"])
+        """Write the lines for the screen: the figures of each task, with its settings.
+
+        A loss that a direction has of one source alone is said once, without the name of the source.
+        """
+        shown = {
+            task: {name: value for name, value in one["figures"].items() if not is_repeated(name, one["figures"])}
+            for task, one in self._tasks()
+        }
+        width = max((len(name) for figures in shown.values() for name in figures), default=0)
+        lines = []
+        for task, one in self._tasks():
+            lines += ["", *_wrapped(f"{task}: {TASKS[task]}")]
+            lines += [f"  {name:{width}}  {_shown(value):>10}" for name, value in shown[task].items()]
+            lines += _wrapped(f"  settings: {_listed(one['settings'])}")
+            for name, reason in one["left_out"].items():
+                lines += _wrapped(f"  {task} has no {name}: {reason}")
+            for reason in one["failed"]:
+                lines += _wrapped(f"  {task} failed: {reason}")
+        lines += ["", *_wrapped(self.results["note"] or "")]
         return [*lines, f"wrote {self.path.resolve() / PAGE}, and beside it {RESULTS}"]
 
     def _tasks(self) -> list[tuple[str, dict]]:
@@ -107,6 +124,10 @@ class ResultsFolder:
     def _write(self) -> None:
         if self.writes:
             write_json(self.path / RESULTS, self.results)
+            for task, texts in self.texts.items():
+                if texts:
+                    lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in texts)
+                    (self.path / f"{task}.jsonl").write_text(lines, encoding="utf-8")
 
     def _page(self) -> str:
         tasks = [
@@ -115,7 +136,7 @@ class ResultsFolder:
                 "what": TASKS[task],
                 "figures": [(name, _shown(value)) for name, value in one["figures"].items()],
                 "plot": _bars(self._plotted(task, one["figures"])) if task in OF_LOSSES else None,
-                "settings": one["settings"],
+                "settings": _listed(one["settings"]),
                 "left_out": one["left_out"],
                 "failed": one["failed"],
                 "seconds": f"{one['seconds']:.1f}",
@@ -139,6 +160,16 @@ def _shown(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
+def _listed(settings: Mapping[str, Any]) -> str:
+    """Write settings in one line, without those that are not set."""
+    return ", ".join(f"{name} {_shown(value)}" for name, value in settings.items() if value is not None)
+
+
+def _wrapped(line: str) -> list[str]:
+    """Wrap a line at the width of most screens; what follows the first line is indented further."""
+    return textwrap.wrap(line, 80, subsequent_indent=" " * 4, break_long_words=False, break_on_hyphens=False)
+
+
 def _bars(figures: Mapping[str, float]) -> bytes | None:
     """Draw a bar for each figure of a data set and direction.  -> PNG"""
     bars = {key.removeprefix("eval/"): value for key, value in figures.items() if key.count("/") > 2}
@@ -150,6 +181,7 @@ def _bars(figures: Mapping[str, float]) -> bytes | None:
     axes.bar_label(drawn, fmt="%.4g", padding=3, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120, format="png")

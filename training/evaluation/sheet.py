@@ -30,7 +30,9 @@ def plot_losses(metrics: Path, output: Path, objectives: Sequence[str], title: s
     for axes, objective in zip(figure.subplots(1, len(objectives), squeeze=False)[0], objectives, strict=True):
         curve, held_out = series(training, f"loss_{objective}"), series(evaluation, f"eval/loss_{objective}")
         window = max(1, len(curve[0]) // 40)
-        draw_loss(axes, curve, window, TRAINING_COLOUR, f"training (mean of {window} steps)")
+        draw_loss(
+            axes, curve, window, TRAINING_COLOUR, f"training (mean of {window} steps)" if window > 1 else "training"
+        )
         draw_held_out(axes, held_out, HELD_OUT_COLOUR, "held out")
         frame_losses(axes, [curve[1]], [held_out[1]])
         if axes.get_legend_handles_labels()[0]:

@@ -28,10 +28,23 @@ from training.evaluation.losses import evaluate_losses, target_objective
 from training.evaluation.sampling import Sampler
 from training.evaluation.subjects import find_subjects
 from training.optimization import DIFFUSION
-from training.recipe import Recipe, check_decoder, check_diffusion, has_edits, pair_of, text_of_sources
+from training.recipe import (
+    Recipe,
+    SamplesConfig,
+    check_decoder,
+    check_diffusion,
+    check_names,
+    has_edits,
+    pair_of,
+    text_of_sources,
+)
 
 
 QUALITY = "training.evaluation.quality"
+# Options of samples that no figure depends on.
+_OF_THE_SHEET = ("enabled", "shown", "spoken", "texts", "max_speech_tokens")
+# Task -> the options that name its networks.
+_NETWORKS = {"pictures": ("feature_network", "clip"), "speech": ("asr",)}
 # Tasks whose figures are losses: all ranks compute them together.
 OF_LOSSES = ("loss", "perplexity", "diffusion")
 # Task -> what it measures, in the order in which tasks are done and shown.
@@ -125,8 +138,8 @@ class Job:
     Attributes:
         tasks: the tasks that it has figures for.
         source: the name of the data set; empty: of all.
-        run: makes them: task -> {"figures": {...}}, where it applies with "left_out", figure -> reason, and with the
-            "settings" of its own.
+        run: makes them: task -> {"figures": {...}}, where it applies with "left_out", figure -> reason, with the
+            "settings" of its own, and with "texts", the lines of a file that the figures can be computed from.
     """
 
     tasks: tuple[str, ...]
@@ -140,8 +153,10 @@ class Job:
 def obstacle(task: str, evaluation: Evaluation) -> str | None:
     """Return the reason why a task cannot be done with this model and these data; None if it can."""
     config, sources = evaluation.model.config, evaluation.sources
+    if task in OF_LOSSES and not evaluation.rows:
+        return "evaluation.rows is 0"
     if task == "loss":
-        return None if evaluation.rows else "evaluation.rows is 0"
+        return None
     if task == "perplexity":
         has_tokens = any(_is_perplexing(name, evaluation) for name in evaluation.rows)
         return None if has_tokens else "no held-out source has a direction whose target is tokens"
@@ -156,9 +171,12 @@ def obstacle(task: str, evaluation: Evaluation) -> str | None:
             return f"the model has no {modality}: its modalities are {', '.join(config.modalities)}"
         if not any(pair_of([source], kind) for source in sources):
             return f"no held-out source has a template of a text and one segment of {kind}"
-    if task == "pictures" and (reason := _obstacle_of_drawing(evaluation)):
-        return reason
-    return _obstacle_of_quality() if task in ("captions", "pictures", "speech", "features") else None
+    if task == "features" and not _groups_of_pairs(evaluation):
+        return "no held-out source has a template of a text and a picture or sound of the model's modalities"
+    reason = _obstacle_of_quality()
+    if task == "pictures" and reason is None:
+        reason = _obstacle_of_drawing(evaluation, evaluation.quality_settings.of_sampler())
+    return reason
 
 
 def _is_perplexing(name: str, evaluation: Evaluation) -> bool:
@@ -179,13 +197,16 @@ def _obstacle_of_samples(task: str, evaluation: Evaluation) -> str | None:
     sources = [*data.sources, *data.validation_sources]
     if pair_of(sources, "image") is None and not (task == "retrieval" and any(map(has_edits, sources))):
         return "no source has a template of a text and an image"
-    return _obstacle_of_drawing(evaluation)
+    try:
+        check_names(data, evaluation.recipe.samples)
+    except ConfigError as error:
+        return str(error)
+    return _obstacle_of_drawing(evaluation, replace(evaluation.recipe.samples, enabled=True))
 
 
-def _obstacle_of_drawing(evaluation: Evaluation) -> str | None:
-    if not Sampler(evaluation.model, evaluation.processor, evaluation.recipe.samples).can_draw:
+def _obstacle_of_drawing(evaluation: Evaluation, samples: SamplesConfig) -> str | None:
+    if not Sampler(evaluation.model, evaluation.processor, samples).can_draw:
         return "the model draws no pictures"
-    samples = replace(evaluation.recipe.samples, enabled=True)
     try:
         check_decoder(evaluation.processor, samples)
         check_diffusion(evaluation.model.config, samples)
@@ -267,15 +288,19 @@ def _of_quality(task: str, source: SourceConfig, kind: str, evaluation: Evaluati
     records = list(islice(records_of(source, kind, evaluation.recipe.data.limits), settings.samples))
     with evaluation.accelerator.autocast():
         found = measure(evaluation.model, evaluation.processor, records, settings, evaluation.shows_bar)
-    return {task: _parts(found, f"{source.name}/")}
+
+    # The texts of all sources lie in one file.
+    parts = _parts(found, f"{source.name}/")
+    return {task: parts | {"texts": [{"source": source.name} | one for one in parts["texts"]]}}
 
 
 def _parts(found: dict[str, Any], prefix: str = "") -> dict[str, dict[str, Any]]:
     """Split what a function of `quality` returns into the parts of a job's task."""
-    beside = {name: found.get(name, {}) for name in ("settings", "left_out")}
+    beside = {"settings": {}, "left_out": {}, "texts": []}
+    beside |= {name: found[name] for name in beside if name in found}
     figures = {f"{prefix}{name}": value for name, value in found.items() if name not in beside}
     left_out = {f"{prefix}{name}": reason for name, reason in beside["left_out"].items()}
-    return {"figures": figures, "left_out": left_out, "settings": beside["settings"]}
+    return {"figures": figures, "left_out": left_out, "settings": beside["settings"], "texts": beside["texts"]}
 
 
 def _features(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
@@ -284,13 +309,7 @@ def _features(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
 
     # Equal shares of the sources and kinds.
     limits = evaluation.recipe.data.limits
-    kinds = {"image": "image", "audio": "speech"}
-    groups = [
-        records_of(source, kind, limits)
-        for kind, modality in kinds.items()
-        for source in evaluation.sources
-        if modality in evaluation.model.config.modalities and pair_of([source], kind) is not None
-    ]
+    groups = [records_of(source, kind, limits) for source, kind in _groups_of_pairs(evaluation)]
     groups += [_texts(source, limits) for source in evaluation.sources if text_of_sources([source]) is not None]
     settings = evaluation.quality_settings
     share = -(-settings.samples // max(1, len(groups)))
@@ -301,12 +320,34 @@ def _features(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
     return {"features": _parts(found)}
 
 
+def _groups_of_pairs(evaluation: Evaluation) -> list[tuple[SourceConfig, str]]:
+    """List (source, kind) of the sources with a text beside an `image` or `audio` of the model's modalities."""
+    return [
+        (source, kind)
+        for kind, modality in (("image", "image"), ("audio", "speech"))
+        for source in evaluation.sources
+        if modality in evaluation.model.config.modalities and pair_of([source], kind) is not None
+    ]
+
+
 def settings_of(task: str, evaluation: Evaluation) -> dict[str, Any]:
-    """Return the settings that the figures of a task depend on, as JSON values."""
+    """Return the settings that the figures of a task depend on, as JSON values.
+
+    Raises:
+        ConfigError: an option that is refused, or that names a network that is not at hand.
+    """
+    recipe = evaluation.recipe
     if task in OF_LOSSES:
-        return asdict(evaluation.recipe.evaluation)
+        return {name: value for name, value in asdict(recipe.evaluation).items() if name != "every"}
     if task in ("retrieval", "psnr"):
-        return asdict(evaluation.recipe.samples)
+        return {name: value for name, value in asdict(recipe.samples).items() if name not in _OF_THE_SHEET}
+    from training.evaluation.networks import check_network
+
+    try:
+        for option in _NETWORKS.get(task, ()):
+            check_network(option, evaluation.quality.get(option))
+    except ValueError as error:
+        raise ConfigError(f"task {task}: {error}") from error
     return evaluation.quality_settings.described()
 
 
@@ -322,22 +363,28 @@ def records_of(source: SourceConfig, kind: str, limits: Any) -> Iterator[dict]:
         {"texts": [references], "image": PIL picture or None, "audio": (samples, rate) or None} of each.
     """
     _, text, other = pair_of([source], kind)
-    last, texts = None, []
+    decode = decode_picture if kind == "image" else decode_sound
+    last: Any = None
 
-    def whole() -> dict:
-        decoded = (decode_picture if kind == "image" else decode_sound)(last, limits)
-        return {"texts": texts, "image": decoded if kind == "image" else None} | {
-            "audio": decoded if kind == "audio" else None
-        }
+    def read(record: dict) -> tuple[list[str], Any]:
+        """Read the texts, and the picture or sound unless it is that of the record before."""
+        nonlocal last
+        texts, value = _texts_in(record, text), record[other.column]
+        if _is_same(value, last):
+            return texts, None
+        decoded, last = decode(value, limits), value
+        return texts, decoded
 
-    opened = open_source(source, limits)
-    for found, value in opened.each(lambda record: (_texts_in(record, text), record[other.column])):
-        if texts and not _is_same(value, last):
-            yield whole()
-            texts = []
-        last, texts = value, [*texts, *found]
-    if texts:
-        yield whole()
+    whole: dict[str, Any] = {}
+    for texts, decoded in open_source(source, limits).each(read):
+        if decoded is None:
+            whole["texts"] += texts
+            continue
+        if whole:
+            yield whole
+        whole = {"texts": texts, "image": None, "audio": None} | {kind: decoded}
+    if whole:
+        yield whole
 
 
 def _texts(source: SourceConfig, limits: Any) -> Iterator[dict]:

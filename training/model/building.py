@@ -141,7 +141,11 @@ def model_type(source: str) -> str:
 
     Raises:
         ConfigError: it is none of ours.
+        OSError: there is no such folder or repository.
     """
+    # A repository is called `name` or `owner/name`; anything else can only be a folder.
+    if (source.count("/") > 1 or source.startswith(("/", "."))) and not Path(source).is_dir():
+        raise FileNotFoundError("there is no such folder; train or convert that model first")
     path = cached_file(source, "config.json")
     if path is None:
         raise ConfigError(f"{source} has no config.json")

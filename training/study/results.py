@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from modeling_mot import MoTTransfusionConfig
+from training.data.config import MODALITY_OF_TYPE
 from training.optimization import DIFFUSION
 from training.report.runs import Run, read_runs, section
 from training.report.step_matching import Curve, first_steps, whole_windows
@@ -88,8 +89,9 @@ def curves_of(run: Run, window: int) -> dict[tuple[str, str], Curve]:
 
 
 def _name(direction: str, kind: str) -> str:
-    """Name what a held-out direction measures; running text is told from the text of all directions."""
-    name = direction if "-to-" in direction else f"{direction} only"
+    """Name what a held-out direction measures; one modality alone is told from that modality in all directions."""
+    is_alone = direction.rpartition("/")[2] in MODALITY_OF_TYPE.values()
+    name = f"{direction} only" if is_alone else direction
     return f"{name}, fixed noise levels" if kind == _VALIDATION else name
 
 

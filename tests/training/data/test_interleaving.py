@@ -3,25 +3,31 @@
 import itertools
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
+from modeling_mot import MoTConfig, MoTForCausalLM
 from modeling_mot.processing_mot import MoTProcessor
 from modeling_mot.processing_vocabulary import extend_tokenizer
 from tests.modeling_mot.test_speech_tokenizer import tokenizer_with_random_units
 from training.config import ConfigError, build, digest_of
-from training.data import AugmentationConfig, DataConfig, Preparing, RowStream, SourceConfig, TemplateConfig
+from training.data import AugmentationConfig, DataConfig, Preparing, RowStream, SourceConfig, TemplateConfig, collate
 from training.data import TokenizedSource as Tokenized
 from training.data.config import InterleavingConfig, Segment
 from training.data.preparing.batch_tokenizer import change_sound, generator
 from training.data.preparing.interleaving import timed
 from training.data.reading.records import BadRecord
-from training.data.rows import _fingerprint
+from training.data.rows import _fingerprint, prepare_held_out
+from training.evaluation.losses import evaluate_losses
+from training.recipe import EvaluationConfig
 from training.tokenizers.text import train_text_tokenizer
 
 
@@ -307,6 +313,49 @@ def test_a_document_longer_than_a_row_is_refused(folder, tmp_path):
     source = Tokenized.prepare(source_of(folder), Preparing(processor(), tmp_path))
     with pytest.raises(ValueError, match=r"row_length=64 is shorter than the document of record \d of shard 0\.jsonl"):
         RowStream(DataConfig(row_length=64), [source])
+
+
+# ------------------------------------------------------------------------------------------------------------- held out
+
+
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_held_out_losses_are_those_of_the_first_draws(folder, tmp_path, deduplicate):
+    """Against the naive protocol's documents, one by one without padding, and the model's own logits."""
+    config, mine = source_of(folder, three()), processor(deduplicate)
+    data = DataConfig(512, sources=[config], validation_sources=[config], cache_dir=str(tmp_path))
+    held_out = prepare_held_out(data, mine, 100)
+    assert list(held_out) == ["spoken/text", "spoken/speech", "spoken/interleaved"]
+    torch.manual_seed(0)
+    ranges = mine.modality_token_ranges
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"vocab_size": ranges["speech"][1], "modality_token_ranges": ranges, "modalities": list(ranges)}
+    model = MoTForCausalLM(MoTConfig(**sizes)).eval()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    arguments = collate, EvaluationConfig(batch_rows=2), Accelerator(cpu=True)
+    figures = evaluate_losses(model, held_out, *arguments)
+
+    losses = {"text": [], "speech": []}
+    settings = InterleavingConfig(**SHORT)
+    begin, end = (mine.token_id(f"{name}_of_speech") for name in ("begin", "end"))
+    for record in records_of(folder):
+        units = mine.encode_audio([record["wave"]], 16_000, deduplicate=False)[0][1:-1]
+        ids = [mine.bos_token_id]
+        for span in naive(record, 0, settings, mine.encode_text, units, deduplicate):
+            ids += [begin, *span, end] if span[0] >= ranges["speech"][0] else span
+        ids = torch.tensor([[*ids, mine.tokenizer.eos_token_id]])
+        with torch.no_grad():
+            found = -model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        for loss, token in zip(found.flatten().tolist(), ids[0, 1:].tolist(), strict=True):
+            losses["speech" if token >= ranges["speech"][0] else "text"].append(loss)
+    for name, of_tokens in losses.items():
+        assert figures[f"eval/spoken/interleaved/loss_{name}"] == pytest.approx(np.mean(of_tokens), rel=1e-5)
+    assert figures["eval/spoken/interleaved/loss"] == pytest.approx(np.mean(sum(losses.values(), [])), rel=1e-5)
+    assert {"eval/spoken/text/loss", "eval/spoken/speech/loss"} <= figures.keys()
+
+    # The next evaluation, also one that draws more of each record, has the same figures.
+    more = source_of(folder, three(variants=9))
+    again = prepare_held_out(replace(data, validation_sources=[more]), mine, 100)
+    assert evaluate_losses(model, again, *arguments) == figures
 
 
 # --------------------------------------------------------------------------------------------------------- fingerprints

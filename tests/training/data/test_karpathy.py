@@ -4,6 +4,7 @@ import json
 
 import datasets
 import pytest
+from huggingface_hub import DatasetCard
 
 from training.data import SourceConfig, TemplateConfig
 from training.data.adapters import karpathy
@@ -45,7 +46,8 @@ def test_a_source_reads_the_pictures_with_all_captions(coco, tmp_path, capsys):
     assert [record["captions"] for record in found] == [["A cat.", "the cat sits"]] * 2
     assert [decode_picture(record["image"]).size for record in found] == [(11, 8), (13, 8)]
     assert text_of(templates[1].parsed[0], found[0]) == "A cat."
-    assert "terms of coco" in (tmp_path / "out" / "README.md").read_text()
+    card = DatasetCard.load(tmp_path / "out" / "README.md")
+    assert "terms of coco" in card.text and card.data.pretty_name == "coco, Karpathy's split test"
 
 
 def test_several_splits_become_one_and_a_limit_cuts(coco, tmp_path):

@@ -230,6 +230,16 @@ def test_a_name_that_is_not_there_is_first_looked_for_here(tmp_path, monkeypatch
         open_source(source_of("my/nope", ["text:text"]))
     with pytest.raises(ValueError, match="'other/nope' is neither a local .* the Hub is out of reach"):
         open_source(source_of("other/nope", ["text:text"]))
-    assert time.perf_counter() - begin < 10 and len(asked) == 4
+    with pytest.raises(ValueError, match="'mye' is neither a local .*; did you mean my?"):
+        open_source(source_of("mye", ["text:text"]))
+    assert time.perf_counter() - begin < 10 and len(asked) == 6
     assert "Retry" not in capfd.readouterr().err
     assert os.listdir(tmp_path) == ["my"]
+
+
+def test_a_card_that_names_a_missing_file_is_refused_in_one_short_line(tmp_path):
+    head = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: gone/train.parquet\n"
+    (tmp_path / "README.md").write_text(f"---\n{head}---\n")
+    with pytest.raises(ValueError, match="gone/train.parquet") as refused:
+        open_source(source_of(tmp_path, PAIR))
+    assert len(str(refused.value)) < 300 + 2 * len(str(tmp_path)) and "\n" not in str(refused.value)

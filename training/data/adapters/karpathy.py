@@ -25,7 +25,11 @@ from training.data.reading.records import decode_picture
 from training.data.reading.shards import METADATA, resolve_inside
 
 
-CARD = """# {name}: pictures of Karpathy's split {splits}, with all captions
+CARD = """---
+pretty_name: {title}
+---
+
+# {name}: pictures of Karpathy's split {splits}, with all captions
 
 `text` is the first caption of a picture, `captions` has all of them. The split is that of Karpathy and Fei-Fei (2015);
 pictures and captions are under the terms of {name}. Made by `python -m training.data.adapters.karpathy`.
@@ -140,7 +144,9 @@ def main(arguments: list[str] | None = None) -> None:
         entries = entries[: options.limit]
         paths = find_pictures(entries, options.images)
         split = split_name(options.split)
-        write_pictures(options.out, split, entries, paths, CARD.format(name=name, splits=", ".join(options.split)))
+        splits = ", ".join(options.split)
+        card = CARD.format(name=name, splits=splits, title=json.dumps(f"{name}, Karpathy's split {splits}"))
+        write_pictures(options.out, split, entries, paths, card)
     except ValueError as error:
         parser.exit(1, f"error: {error}\n")
     print_counts(options.out, {split: len(entries)})

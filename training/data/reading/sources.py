@@ -412,9 +412,9 @@ def _load(config: SourceConfig, path: Path):
 def _not_found(config: SourceConfig, path: Path, error: Exception | str) -> str:
     """Say why nothing was loaded. Causes on this machine come before causes on the Hub."""
     if path.exists():
-        return (
-            f"path {config.path} is a folder without files of a format that is read: {error}; mend path, or set format"
-        )
+        # `datasets` goes on with each of the 150 extensions that it reads.
+        missing = str(error).partition(" with any supported extension")[0]
+        return f"path {config.path} is a folder without files of a format that is read: {missing}; mend path or format"
     if isinstance(error, ConnectionError):
         error = "the Hub is out of reach, and this machine keeps no copy"
     first = Path(path.parts[0])
@@ -425,7 +425,10 @@ def _not_found(config: SourceConfig, path: Path, error: Exception | str) -> str:
             f"path {config.path} does not exist here (the folder {first} does, and holds {listed or 'nothing'}), "
             f"nor can a data set of this name be reached: {error}"
         )
-    return f"{config.path!r} is neither a local path nor a reachable data set: {error}"
+    here = [printable(file.name) for file in Path().iterdir()] if len(path.parts) == 1 else []
+    near = difflib.get_close_matches(config.path, here, n=1, cutoff=0.7)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{config.path!r} is neither a local path nor a reachable data set: {error}{hint}"
 
 
 def _hub_answers(config: SourceConfig) -> bool:

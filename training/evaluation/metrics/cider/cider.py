@@ -66,8 +66,10 @@ class Cider(evaluate.Metric):
             raise ValueError(
                 "tokenizer='ptb' runs in Java, and there is no java on the PATH; install it, or use 'auto'"
             )
+        if not predictions:
+            raise ValueError("there are no captions, so there is no CIDEr")
         if without := [place for place, texts in enumerate(references) if not texts]:
-            raise ValueError(f"{len(without)} pictures have no reference, the first is number {without[0]}")
+            raise ValueError(f"pictures without a reference: {len(without)}, the first is number {without[0]}")
         if tokenizer == "auto":
             tokenizer = "ptb" if shutil.which("java") else "simple"
 

@@ -66,6 +66,10 @@ class ClipScore(evaluate.Metric):
         batch_size: int = 32,
         device: str | None = None,
     ) -> dict:
+        if not predictions:
+            raise ValueError("there are no pictures, so there is no CLIP score")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}; at least one picture goes through the model")
         model = Embeddings(AutoModel.from_pretrained(clip).to(device or "cpu").eval())
         processor = AutoProcessor.from_pretrained(clip)
         # A module of `evaluate` computes the figure of what it is given: never of other processes' pictures too.

@@ -90,6 +90,8 @@ class FrechetDistance(evaluate.Metric):
 
 def features_of(pictures: list, network: str | Callable, batch_size: int, device: str | None) -> torch.Tensor:
     """Turn pictures into vectors by a network.  -> (N, D) float64"""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}; at least one picture goes through the network")
     embed = network if callable(network) else _inception(device) if network == INCEPTION else _vision(network, device)
     rgb = [picture.convert("RGB") for picture in pictures]
     with torch.inference_mode():

@@ -52,11 +52,15 @@ class WordErrorRate(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[str], normalise: bool = True) -> dict:
+        if not predictions:
+            raise ValueError("there are no texts, so there is no word error rate")
         plain = [jiwer.ToLowerCase(), jiwer.RemovePunctuation()] if normalise else []
         tidy = [*plain, jiwer.RemoveMultipleSpaces(), jiwer.Strip()]
         words = jiwer.Compose([*tidy, jiwer.ReduceToListOfListOfWords()])
         letters = jiwer.Compose([*tidy, jiwer.ReduceToListOfListOfChars()])
         found = jiwer.process_words(list(references), list(predictions), words, words)
+        if not found.hits + found.substitutions + found.deletions:
+            raise ValueError("the references hold no words, so there is no rate; `normalise` leaves punctuation out")
         spelled = jiwer.process_characters(list(references), list(predictions), letters, letters)
         return {
             "wer": float(found.wer),
