@@ -44,8 +44,9 @@ _MEASURES = {
     "drawn_right": (
         "text-to-image",
         "accuracy",
-        "pictures drawn from {drawn} {which} names whose nearest of {gallery_size} pictures is the named one",
+        "pictures drawn from {drawn} {which} names whose nearest of {gallery_size} pictures {is_right}",
     ),
+    "drawn_same": (None, "accuracy", "the same, where it must be the very picture"),
     "reconstructed_right": (
         None,
         "accuracy",
@@ -563,7 +564,9 @@ def _results(facts: RunFacts) -> Iterator[tuple[EvalResult, bool | None]]:
     measures = facts.summary.get("samples") or {}
     for prefix in ("", "held_out_"):
         numbers = {name: measures.get(prefix + name) for name in ("drawn", "edited")}
-        numbers |= {"which": "held-out" if prefix else "learnt", "gallery_size": measures.get("gallery_size")}
+        is_right = "shows what was named" if prefix + "drawn_same" in measures else "is the named one"
+        numbers |= {"which": "held-out" if prefix else "learnt", "is_right": is_right}
+        numbers["gallery_size"] = measures.get("gallery_size")
         for name, (task, metric, what) in _MEASURES.items():
             if (value := measures.get(prefix + name)) is not None:
                 is_share = metric in ("accuracy", "exact_match")

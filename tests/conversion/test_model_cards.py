@@ -152,6 +152,15 @@ def test_the_hub_reads_licence_and_results_from_the_head(name):
 # -------------------------------------------------------------------------------------------------------------- a run
 
 
+def test_a_run_that_draws_concepts_says_so(run):
+    summary = json.loads((run / "summary.json").read_text())
+    summary["samples"]["drawn_same"] = 0.25
+    (run / "summary.json").write_text(json.dumps(summary))
+    card = model_card(run / "final", run).text
+    assert "| pictures drawn from 4 learnt names whose nearest of 9 pictures shows what was named | 75.0% |" in card
+    assert "| the same, where it must be the very picture | 25.0% |" in card
+
+
 def test_figures_are_those_of_the_files(run):
     card = model_card(run / "final", run)
     for line in (
