@@ -13,7 +13,7 @@ def config_of(*paths):
 
 def test_the_carried_data_declare_their_licences_and_whom_to_name():
     card = data_cards(config_of("carried", "carried"))["carried"]
-    assert (card["license"], card["license_name"], card["language"]) == ("other", "apache-2.0-and-wordnet", "en")
+    assert (card["license"], card["license_name"], card["language"]) == ("other", "by-part", "en")
     assert card["attribution"].startswith("- Pictures: Noto Emoji, Copyright Google Inc., Apache-2.0")
     assert "Princeton University" in card["attribution"] and "## Rebuilding" not in card["attribution"]
 
