@@ -71,7 +71,7 @@ def test_the_card_of_the_final_folder_has_the_runs_figures_pictures_and_licence(
     assert f"| text | {summary['training']['loss_text']:.4g} | {summary['held_out']['eval/loss_text']:.4g} |" in text
     for picture in ("samples.png", "losses.png"):
         assert f"({picture})" in text and (folder / "final" / picture).read_bytes() == (folder / picture).read_bytes()
-    assert "license_name: apache-2.0-and-wordnet" in text and "WordNet 3.1, Copyright 2011" in text
+    assert "license_name: by-part" in text and "WordNet 3.1, Copyright 2011" in text
 
 
 def test_metrics_rows_have_the_promised_keys(finished):
