@@ -177,7 +177,8 @@ def test_losses_before_the_end_and_hours_equal_their_definition(made_up):
         if (row["variant"], row["objective"], row["split"], row["at"]) == ("mot", "image", "held out", 0.558)
     )
     for seed in range(3):
-        assert ahead["seeds"][str(seed)] == pytest.approx(curves(seed, "mot", 30)[1] - curves(seed, "dense", 60)[1])
+        difference = curves(seed, "mot", 30)[1] - curves(seed, "dense", 60)[1]
+        assert ahead["seeds"][str(seed)] == pytest.approx(difference, abs=1e-6)  # of losses of seven digits
     # A step of `dense` takes 1.5 s, one of `mot` 1.3 s.
     for steps, hours in zip(results["step_shares"], results["wall_clock"], strict=True):
         if steps["variant"] == "mot":
@@ -282,6 +283,41 @@ def test_a_study_that_is_interrupted_and_killed_ends_as_an_undisturbed_one(finis
     for results in (expected, found):
         del results["wall_clock"]
     assert found == expected | {"study": found["study"]}
+
+
+def test_records_stand_for_the_folders_of_finished_runs(finished, place, capfd):
+    shutil.copytree(finished, place / "carried", ignore=shutil.ignore_patterns("runs", "logs", "recipes", "*.png"))
+    (place / "carried" / "results.json").unlink()
+    before = {path.name: path.read_bytes() for path in (place / "carried" / "records").iterdir()}
+    assert sorted(before) == ["dense-seed0.json", "mot-seed0.json"]
+
+    # Nothing is started, and the figures are those of the folders, hours too.
+    assert main(["tiny.yaml", "--out", "carried"]) == 0
+    assert "2 runs, 2 of them finished" in capfd.readouterr().out
+    assert not (place / "carried" / "runs").exists()
+    assert results_of(place / "carried") == results_of(finished)
+    assert before == {path.name: path.read_bytes() for path in (place / "carried" / "records").iterdir()}
+    assert main(["tiny.yaml", "--out", "carried", "--plan"]) == 0
+    assert "mot: 1 runs of 24 steps, 1 finished" in (printed := capfd.readouterr().out) and "(measured)" in printed
+
+    # A record holds for its own recipe alone, keys that are newer than it apart.
+    record = place / "carried" / "records" / "mot-seed0.json"
+    tree = json.loads(record.read_text())
+    del tree["recipe"]["samples"]["concept"]
+    record.write_text(json.dumps(tree))
+    assert main(["tiny.yaml", "--out", "carried"]) == 0
+    assert main([write_study("other.yaml", overrides={"optimizer.lr": 2e-2}), "--out", "carried"]) == 2
+    assert "optimizer.lr was 0.01, is 0.02" in (printed := capfd.readouterr().err) and "records" in printed
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"recipe": 3}'])
+def test_a_record_that_is_none_is_named(finished, place, capfd, text):
+    shutil.rmtree(place / "broken", ignore_errors=True)
+    shutil.copytree(finished / "records", place / "broken" / "records")
+    (place / "broken" / "records" / "mot-seed0.json").write_text(text)
+    assert main(["tiny.yaml", "--out", "broken"]) == 2
+    printed = capfd.readouterr().err
+    assert "mot-seed0.json is no record of a run" in printed and "remove it" in printed
 
 
 TRAINER = """# In the place of the trainer: a run of the variant `moe-4x` fails, all others are finished at once.

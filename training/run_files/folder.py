@@ -128,9 +128,14 @@ class RunFolder:
 
 def write_json(path: Path, tree: Any) -> None:
     """Write JSON so that the file is there whole or not at all, also after a loss of power."""
+    write_whole(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write text so that the file is there whole or not at all, also after a loss of power."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+        file.write(text)
         _flush(file)
     os.replace(temporary, path)
 

@@ -5,9 +5,10 @@
     ... --report     draw the page of the runs that are there; nothing is started
 
 NAME is a folder of training/studies; training/study/specification.py describes the YAML. DIR (default: runs/NAME) gets
-index.html, results.json and PNGs, drawn anew after each run; runs/, the folders of the runs; recipes/ and logs/. The
-same command goes on with a study that was stopped or killed: finished runs are skipped, begun ones resume, failed ones
-are tried again. Ctrl-C (or SIGTERM) lets the running ones write a checkpoint; a second one ends at once.
+index.html, results.json and PNGs, drawn anew after each run; runs/, the folders of the runs; records/, the figures of
+the finished ones, a small file each, which stand for their folders from then on; recipes/ and logs/. The same command
+goes on with a study that was stopped or killed: finished runs are skipped, begun ones resume, failed ones are tried
+again. Ctrl-C (or SIGTERM) lets the running ones write a checkpoint; a second one ends at once.
 
 Exit code: 0 all runs are finished, 1 a run failed, 2 what was asked for cannot be met, 130 or 143 interrupted.
 """
@@ -24,7 +25,7 @@ from training.config import ConfigError, one_line
 from training.report.tables import percent
 from training.run_files.folder import write_json
 from training.study.page import draw_pictures, write_page
-from training.study.results import HELD_OUT, default_window, read_trained, study_results
+from training.study.results import HELD_OUT, default_window, read_trained, study_results, write_record
 from training.study.running import run_all
 from training.study.specification import Study, StudyRun, find_study, read_study, runs_of, study_name
 from training.world import StopSignal
@@ -115,6 +116,9 @@ def report(study: Study, name: str, runs: Sequence[StudyRun], out: Path, quiet: 
     page = write_page(study, name, results, trained, pictures)
     files = {"index.html": page.encode(), **{f"{picture}.png": png for picture, png in pictures.items()}}
     try:
+        for one in trained:
+            if one.is_finished and not one.of.record.is_file():
+                write_record(one, window)
         for file, content in files.items():
             temporary = out / f"{file}.tmp"
             temporary.write_bytes(content)

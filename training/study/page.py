@@ -225,7 +225,7 @@ def _or_not_reached(share: float | None) -> str:
 
 
 def _table_of_runs(results: Mapping[str, Any], trained: Sequence[Trained]) -> Iterator[Row]:
-    hours = {one.of.name: one.run.totals()["hours"] for one in trained}
+    hours = {one.of.name: one.hours[1][-1] for one in trained}
     for run in results["runs"]:
         held_out = run["losses"][HELD_OUT]
         state = "finished" if run["finished"] else f"step {run['step']:,} of {run['steps']:,}"

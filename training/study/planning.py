@@ -28,7 +28,7 @@ def describe_plan(study: Study, runs: Sequence[StudyRun], workers: int) -> Itera
     options = make_parser().parse_args(["--device", "cpu"])
     for (variant, size), some in kinds.items():
         plan = plan_figures(some[0].recipe, options)
-        seconds = [row["step_seconds"] for run in some for row in _rows(run)]
+        seconds = [second for run in some for second in _step_seconds(run)]
         step = float(np.median(seconds)) if seconds else plan["time"]["step_seconds"]
         left = sum(run.steps - len(_rows(run)) for run in some if not run.is_finished())
         bytes_of_run = _disk(some[0], plan["parameters"]["total"], plan["parameters"]["frozen"])
@@ -49,6 +49,13 @@ def describe_plan(study: Study, runs: Sequence[StudyRun], workers: int) -> Itera
         f"{workers} at a time, without evaluations and samples; step times are {source}"
     )
     yield f"disk: {disk / 2**30:.3g} GiB at most, of checkpoints and final folders"
+
+
+def _step_seconds(run: StudyRun) -> list[float]:
+    """Return the seconds of the steps that are done; of a run that has a record, their mean."""
+    if run.record.is_file():
+        return [run.read_record()["hours"]["hours"][-1] * 3600 / run.steps]
+    return [row["step_seconds"] for row in _rows(run)]
 
 
 def _rows(run: StudyRun) -> list[dict]:

@@ -20,6 +20,7 @@ Objectives are `total`, the modalities of the targets (`text`, `image`, ...) and
 (`text-to-image`, `text only`, ...). The held-out total weighs the modalities as training does.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,10 +29,12 @@ from typing import Any
 import numpy as np
 
 from modeling_mot import MoTTransfusionConfig
+from training.config import ConfigError, to_tree
 from training.data.config import MODALITY_OF_TYPE
 from training.optimization import DIFFUSION
 from training.report.runs import Run, read_runs, section
 from training.report.step_matching import Curve, first_steps, whole_windows
+from training.run_files.folder import write_whole
 from training.run_files.metrics import count_key, iterate_rows, series
 from training.study.specification import Study, StudyRun
 
@@ -41,6 +44,8 @@ PARTS = {"two thirds": 2 / 3, "end": 1.0}
 TRAINING, HELD_OUT = "training", "held out"
 TOTAL = "total"
 _VALIDATION = "diffusion_validation_loss"
+# What is compared of the manifests of two runs.
+_COMPARED = ("data_fingerprint", "rows_in_a_step", "forward_flops_per_token")
 
 # (objective, split) -> its curve
 Curves = Mapping[tuple[str, str], Curve]
@@ -48,22 +53,93 @@ Curves = Mapping[tuple[str, str], Curve]
 
 @dataclass(frozen=True)
 class Trained:
-    """A run of a study that has begun: what it is, what its folder records, and its curves."""
+    """The figures of a run of a study that has begun: all that results and page are made of.
+
+    Attributes:
+        curves: of each objective and split. Losses have seven digits, training curves eight values a window.
+        hours: hours of training by the steps of the curves.
+        manifest: what the run's manifest says of its rows and its FLOPs.
+    """
 
     of: StudyRun
-    run: Run
+    last_step: int
     curves: Curves
+    hours: Curve
+    manifest: Mapping[str, Any]
 
     @cached_property
     def is_finished(self) -> bool:
         return self.of.is_finished()
 
+    def hours_by(self, step: float) -> float:
+        """Return the hours of training by a step of the curves."""
+        steps, hours = self.hours
+        return float(hours[np.searchsorted(steps, step)])
+
 
 def read_trained(runs: Sequence[StudyRun], window: int) -> list[Trained]:
-    """Read the runs that have done a step."""
-    begun = [run for run in runs if run.folder.metrics.is_file() and any(iterate_rows(run.folder.metrics))]
-    read = read_runs([run.folder.path for run in begun])
-    return [Trained(of, run, curves_of(run, window)) for of, run in zip(begun, read, strict=True)]
+    """Read the runs that have done a step: from their records where they have one, else from their folders.
+
+    Raises:
+        ConfigError: naming a record that cannot be read, or that has running means of another window.
+    """
+    recorded = {run.name: _from_record(run, window) for run in runs if run.record.is_file()}
+    begun = [run for run in runs if run.name not in recorded and run.folder.metrics.is_file()]
+    begun = [run for run in begun if any(iterate_rows(run.folder.metrics))]
+    read = zip(begun, read_runs([run.folder.path for run in begun]), strict=True)
+    known = recorded | {of.name: _from_folder(of, run, window) for of, run in read}
+    return [known[run.name] for run in runs if run.name in known]
+
+
+def _from_folder(of: StudyRun, run: Run, window: int) -> Trained:
+    curves = curves_of(run, window)
+    steps = np.unique(np.concatenate([run.steps[-1:], *(at for at, _ in curves.values())]))
+    manifest = {key: run.manifest[key] for key in _COMPARED if key in run.manifest}
+    return Trained(of, run.last_step, curves, (steps, _rounded(run.places("hours", steps))), manifest)
+
+
+def write_record(trained: Trained, window: int) -> None:
+    """Write the record of a finished run: with it, a study goes on and draws its page without the run's folder."""
+    (steps, hours), curves = trained.hours, trained.curves
+    record = {
+        "recipe": to_tree(trained.of.recipe),
+        "steps_of_the_mean": window,
+        "manifest": dict(trained.manifest),
+        "hours": {"steps": steps.tolist(), "hours": hours.tolist()},
+        "curves": [
+            {"objective": objective, "split": split, "steps": at.tolist(), "losses": losses.tolist()}
+            for (objective, split), (at, losses) in curves.items()
+        ],
+    }
+    trained.of.record.parent.mkdir(parents=True, exist_ok=True)
+    # A line for each curve: the file is kept in repositories.
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items() if key != "curves"]
+    lines.append('"curves": [\n' + ",\n".join(map(json.dumps, record["curves"])) + "\n]")
+    write_whole(trained.of.record, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _from_record(run: StudyRun, window: int) -> Trained:
+    record = run.read_record()
+    if record.get("steps_of_the_mean") != window:
+        raise ConfigError(
+            f"{run.record} has running means over {record.get('steps_of_the_mean')} steps, but the study now takes "
+            f"{window}; remove it to run {run.name} anew"
+        )
+    try:
+        curves = {(row["objective"], row["split"]): _curve(row["steps"], row["losses"]) for row in record["curves"]}
+        hours = _curve(record["hours"]["steps"], record["hours"]["hours"])
+        return Trained(run, int(hours[0][-1]), curves, hours, record["manifest"])
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ConfigError(f"{run.record} is no record of a run: {error!r}; remove it to run {run.name} anew") from error
+
+
+def _curve(steps: Sequence[int], values: Sequence[float]) -> Curve:
+    return np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64)
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """Round to seven digits, which is what a float32 holds."""
+    return np.array([float(f"{value:.7g}") for value in values])
 
 
 def default_window(runs: Sequence[StudyRun]) -> int:
@@ -78,14 +154,21 @@ def curves_of(run: Run, window: int) -> dict[tuple[str, str], Curve]:
     """Return the curves of a run that are compared, of training and then held out."""
     curves = {(TOTAL, TRAINING): run.curve("loss")}
     curves |= {(objective, TRAINING): run.curve(f"loss_{objective}") for objective in run.objectives}
-    curves = {key: whole_windows(curve, window) for key, curve in curves.items() if len(curve[0])}
+    curves = {key: _thinned(whole_windows(curve, window), window) for key, curve in curves.items() if len(curve[0])}
     curves[TOTAL, HELD_OUT] = _held_out_total(run)
     curves |= {(objective, HELD_OUT): run.held_out(objective) for objective in run.objectives}
     for key in dict.fromkeys(key for row in run.evaluation for key in row):
         direction, _, kind = key.removeprefix("eval/").rpartition("/")
         if direction and kind in ("loss", _VALIDATION):
             curves[_name(direction, kind), HELD_OUT] = series(run.evaluation, key)
-    return {key: curve for key, curve in curves.items() if len(curve[0])}
+    return {key: (steps, _rounded(losses)) for key, (steps, losses) in curves.items() if len(steps)}
+
+
+def _thinned(curve: Curve, window: int) -> Curve:
+    """Keep eight values a window, counted back from the last."""
+    every = max(1, window // 8)
+    kept = np.arange(len(curve[0]) - 1, -1, -every)[::-1]
+    return curve[0][kept], curve[1][kept]
 
 
 def _name(direction: str, kind: str) -> str:
@@ -127,8 +210,8 @@ def loss_by(curve: Curve, step: float) -> tuple[int, float] | None:
 Figure = Callable[[Trained, Trained, tuple[str, str]], float | None]
 
 
-def step_share(part: float, axis: str = "step") -> Figure:
-    """Return the function that finds the share of the baseline's steps (or of its hours, by `axis`) at a part of it."""
+def step_share(part: float, of_hours: bool = False) -> Figure:
+    """Return the function that finds the share of the baseline's steps, or of its hours, at a part of its steps."""
 
     def share(baseline: Trained, other: Trained, key: tuple[str, str]) -> float | None:
         end = part * baseline.of.steps
@@ -139,7 +222,9 @@ def step_share(part: float, axis: str = "step") -> Figure:
         first = first_steps(other.curves[key], np.array([loss]))
         if np.isnan(first[0]):
             return None if other.is_finished else np.nan
-        return float(other.run.places(axis, first)[0] / baseline.run.places(axis, np.array([step]))[0])
+        if of_hours:
+            return other.hours_by(first[0]) / baseline.hours_by(step)
+        return float(first[0] / step)
 
     return share
 
@@ -158,7 +243,7 @@ def loss_ahead(part: float) -> Figure:
 
 
 def _has_come_to(trained: Trained, part: float) -> bool:
-    return trained.is_finished if part == 1 else trained.run.last_step >= part * trained.of.steps
+    return trained.is_finished if part == 1 else trained.last_step >= part * trained.of.steps
 
 
 # ------------------------------------------------------------------------------------------------------------- a study
@@ -174,7 +259,7 @@ def study_results(study: Study, name: str, runs: Sequence[StudyRun], trained: Se
         "problems": list(_problems(study, trained)),
         "step_shares": [row for at, part in PARTS.items() for row in _compare(study, trained, at, step_share(part))],
         "wall_clock": [
-            row for at, part in PARTS.items() for row in _compare(study, trained, at, step_share(part, "hours"))
+            row for at, part in PARTS.items() for row in _compare(study, trained, at, step_share(part, of_hours=True))
         ],
         "ahead": [row for part in study.shares for row in _compare(study, trained, part, loss_ahead(part))],
     }
@@ -189,7 +274,7 @@ def _run_figures(run: StudyRun, trained: Trained | None) -> dict[str, Any]:
         "variant": run.variant,
         "size": run.size,
         "seed": run.seed,
-        "step": trained.run.last_step if trained else 0,
+        "step": trained.last_step if trained else 0,
         "steps": run.steps,
         "finished": run.is_finished(),
         "losses": losses,
@@ -242,10 +327,10 @@ def _problems(study: Study, trained: Sequence[Trained]) -> Iterator[str]:
         if baseline is None or baseline is one:
             continue
         for key in ("data_fingerprint", "rows_in_a_step"):
-            ours, theirs = one.run.manifest.get(key), baseline.run.manifest.get(key)
+            ours, theirs = one.manifest.get(key), baseline.manifest.get(key)
             if ours != theirs:
                 yield f"{one.of.name} has {key} {str(ours)[:12]}, {baseline.of.name} {str(theirs)[:12]}: other rows"
-        ours, theirs = (section(of.run.manifest, "forward_flops_per_token") for of in (one, baseline))
+        ours, theirs = (section(of.manifest, "forward_flops_per_token") for of in (one, baseline))
         for name, flops in theirs.items():
             if abs(ours.get(name, 0) / flops - 1) > 0.01:
                 times = f"{ours.get(name, 0) / flops:.3g} times"

@@ -95,6 +95,7 @@ class StudyRun:
 
     Attributes:
         size: None in a study without sizes.
+        record: the file that keeps the figures of the run when it is finished; the folder is not needed from then on.
         recipe: as the trainer gets it, from the file `recipe_file`.
     """
 
@@ -103,6 +104,7 @@ class StudyRun:
     seed: int
     folder: RunFolder
     recipe_file: Path
+    record: Path
     recipe: Recipe = field(repr=False, compare=False)
 
     @property
@@ -118,7 +120,9 @@ class StudyRun:
         return flatten(to_tree(self.recipe))
 
     def is_finished(self) -> bool:
-        """True if the run has reached its last step and has written all that a run leaves."""
+        """True if the run has a record, or has reached its last step and has written all that a run leaves."""
+        if self.record.is_file():
+            return True
         try:
             return json.loads(self.folder.summary.read_text(encoding="utf-8"))["step"] == self.steps
         except (OSError, ValueError, KeyError):
@@ -132,19 +136,38 @@ class StudyRun:
         """Refuse to go on with a run that began with another recipe, or to take it for finished.
 
         Raises:
-            ConfigError: naming the run and the keys.
+            ConfigError: naming the run and the keys, or the record that cannot be read.
         """
-        if not (self.recipe_file.is_file() and self.folder.path.is_dir()):
+        if self.record.is_file():
+            before, there = self.read_record()["recipe"], self.record
+        elif self.recipe_file.is_file() and self.folder.path.is_dir():
+            before, there = read_yaml(self.recipe_file), self.folder.path
+        else:
             return
-        before, now = flatten(read_yaml(self.recipe_file)), self.flat_recipe
-        changed = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
-        changed = [key for key in changed if key != "train.output_dir"]
+        # A key that the project did not have then had its default.
+        before, now = flatten(to_tree(build(Recipe, before))), self.flat_recipe
+        changed = [key for key in now if before[key] != now[key] and key != "train.output_dir"]
         if changed:
-            told = (f"{key} was {_short(before.get(key))}, is {_short(now.get(key))}" for key in changed)
+            told = (f"{key} was {_short(before[key])}, is {_short(now[key])}" for key in changed)
             raise ConfigError(
                 f"{self.name} began with another recipe: {'; '.join(told)}. Restore it, give another --out, or remove "
-                f"{self.folder.path} to run it anew"
+                f"{there} to run it anew"
             )
+
+    def read_record(self) -> dict[str, Any]:
+        """Read the record of a finished run, as `training.study.results.write_record` made it.
+
+        Raises:
+            ConfigError: naming the file.
+        """
+        try:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+            if isinstance(record, dict) and isinstance(record.get("recipe"), dict):
+                return record
+            why = "it holds no recipe"
+        except (OSError, ValueError) as error:
+            why = str(error)
+        raise ConfigError(f"{self.record} is no record of a run ({why}); remove it to run {self.name} anew")
 
 
 def _short(value: Any) -> str:
@@ -243,7 +266,8 @@ def _make_run(study: Study, base: dict, out: Path, variant: str, size: str | Non
     often = max(1, recipe.train.steps // _EVALUATIONS)
     recipe.train.save_every = recipe.train.save_every or often
     recipe.evaluation.every = recipe.evaluation.every or often
-    return StudyRun(variant, size, seed, folder, out / "recipes" / f"{name}.yaml", recipe)
+    files = (out / "recipes" / f"{name}.yaml", out / "records" / f"{name}.json")
+    return StudyRun(variant, size, seed, folder, *files, recipe)
 
 
 def _own_keys(folder: Path, seed: int) -> dict[str, Any]:
