@@ -268,6 +268,9 @@ class SamplesConfig:
     spoken: int = option(6, "names spoken into WAV files", ge=0)
     texts: int = option(4, "running texts continued", ge=0)
     gallery: int = option(5000, "most pictures of a split among which a drawn one must find its own", ge=1)
+    distractors: list[SourceConfig] = option(
+        factory=list, doc="sources of further pictures among which a drawn one must find its own"
+    )
     temperature: float = option(0.0, "of picture codes and speech units; 0: the likeliest one each time", ge=0, le=1000)
     top_k: int = option(0, "sample among the likeliest so many; 0: all", ge=0)
     guidance_scale: float = option(
@@ -387,7 +390,7 @@ def check_subjects(data: DataConfig, config: SamplesConfig) -> None:
 
 
 def check_names(data: DataConfig, config: SamplesConfig) -> None:
-    """Refuse names in `samples.held_out_names` that no held-out picture has."""
+    """Refuse held-out names that no held-out picture has, and columns and sources that say of no picture what it is."""
     if config.held_out_names is not None:
         pair = pair_of(data.validation_sources, "image")
         names = [name.strip() for name in texts_of(*pair[:2])] if pair is not None else []
@@ -395,8 +398,16 @@ def check_names(data: DataConfig, config: SamplesConfig) -> None:
             near = difflib.get_close_matches(missing[0], names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"samples.held_out_names has {missing[0]!r}, which no held-out picture is called{hint}")
+    for source in config.distractors:
+        if pair_of([source], "image") is None:
+            raise ConfigError(f"samples.distractors: {source.name!r} has no template of a text and an image; give one")
+        try:
+            open_source(source)
+        except ValueError as error:
+            raise ConfigError(f"samples.distractors: {error}") from error
     if config.enabled and config.concept is not None:
         pairs = [pair_of(sources, "image") for sources in (data.sources, data.validation_sources)]
+        pairs += [pair_of([source], "image") for source in config.distractors]
         for source, text, _ in filter(None, pairs):
             if config.concept not in text.columns:
                 raise ConfigError(

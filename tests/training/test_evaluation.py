@@ -398,6 +398,23 @@ def test_subjects_know_what_they_show_and_a_concept_is_a_column_of_the_captions(
         check_subjects(data, SamplesConfig(concept="style"))
 
 
+def test_distractors_come_from_their_own_sources_too(tmp_path):
+    data = DataConfig(sources=[emoji_source(limit=5)])
+    further = [emoji_source(split="validation", name="further"), emoji_source(split="validation", limit=3)]
+    config = SamplesConfig(concept="name", distractors=further)
+    check_subjects(data, config)
+    subjects = find_subjects(data, config)
+    names, held_out = open_source(emoji_source()).records["name"], open_source(further[0]).records["name"]
+    assert [p.concept for p in subjects.held_in] == names[:5] and subjects.held_out == []
+    assert [p.concept for p in subjects.distractors] == [*names[5:], *held_out, *held_out]
+
+    texts = emoji_source(name="texts", templates=[TemplateConfig(["text:name"])])
+    with pytest.raises(ConfigError, match="samples.distractors: 'texts' has no template of a text and an image"):
+        check_subjects(data, SamplesConfig(distractors=[texts]))
+    with pytest.raises(ConfigError, match="samples.distractors: .*validaton"):
+        check_subjects(data, SamplesConfig(distractors=[emoji_source(split="validaton")]))
+
+
 # ------------------------------------------------------------------------------------------------------------- sheets
 
 

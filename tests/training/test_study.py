@@ -310,6 +310,17 @@ def test_records_stand_for_the_folders_of_finished_runs(finished, place, capfd):
     assert "optimizer.lr was 0.01, is 0.02" in (printed := capfd.readouterr().err) and "records" in printed
 
 
+def test_equal_runs_of_another_study_are_not_done_again(finished, place, capfd):
+    variants = {"plain": {"model.variant": "dense"}, "untied": {"model.variant": "untied-feed-forward"}}
+    study = write_study("rows.yaml", baseline="plain", variants=variants, paper=[])
+    assert main([study, "--out", "rows", "--records", str(finished / "records")]) == 0
+    printed = capfd.readouterr().out
+    assert "plain-seed0: an equal run has been done" in printed and "2 runs, 1 of them finished" in printed
+    assert {path.name for path in (place / "rows" / "runs").iterdir()} == {"untied-seed0"}
+    losses = {run["name"]: run["losses"] for run in results_of(place / "rows")["runs"]}
+    assert losses["plain-seed0"] == {run["name"]: run["losses"] for run in results_of(finished)["runs"]}["dense-seed0"]
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"recipe": 3}'])
 def test_a_record_that_is_none_is_named(finished, place, capfd, text):
     shutil.rmtree(place / "broken", ignore_errors=True)

@@ -74,6 +74,9 @@ def find_subjects(data: DataConfig, config: SamplesConfig) -> SampleSubjects:
             rest += [picture for picture in subjects.held_out if picture not in chosen]
             subjects.held_out = chosen
         subjects.distractors.extend(rest)
+    for source in config.distractors:
+        for pictures in _named_pictures(*pair_of([source], "image"), config):
+            subjects.distractors.extend(pictures)
 
     # Edits, sounds and texts.
     subjects.edits = find_edits(data.sources, config.edits)

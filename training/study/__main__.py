@@ -1,6 +1,6 @@
 """Run a study, compare its variants with the baseline, and draw its page.
 
-    python -m training.study NAME_OR_YAML [--out DIR] [--workers N] [--seeds N]
+    python -m training.study NAME_OR_YAML [--out DIR] [--workers N] [--seeds N] [--records DIR ...]
     ... --plan       print runs, hours and disk; nothing is started or written
     ... --report     draw the page of the runs that are there; nothing is started
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.report:
             report(study, name, runs, out)
             return 0
-        return run_study(study, name, runs, out, options.workers)
+        return run_study(study, name, runs, out, options.workers, options.records)
     except ConfigError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -60,8 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def run_study(study: Study, name: str, runs: Sequence[StudyRun], out: Path, workers: int) -> int:
+def run_study(
+    study: Study, name: str, runs: Sequence[StudyRun], out: Path, workers: int, records: Sequence[Path] = ()
+) -> int:
     """Run what is not finished, and report; return the exit code.
+
+    Args:
+        records: folders of records; a run that has an equal one there is taken for finished.
 
     Raises:
         ConfigError: another process runs the study in this folder, or the folder cannot be written.
@@ -76,6 +81,9 @@ def run_study(study: Study, name: str, runs: Sequence[StudyRun], out: Path, work
         raise ConfigError(f"--out {out} cannot be written: {error}") from error
 
     with lock, StopSignal() as stop_signal:
+        for run in runs:
+            if not run.is_finished() and any(map(run.take_record, records)):
+                print(f"{run.name}: an equal run has been done, its record is taken", flush=True)
         left = [run for run in runs if not run.is_finished()]
         print(f"{name}: {len(runs)} runs, {len(runs) - len(left)} of them finished, {workers} at a time", flush=True)
         failed = run_all(
@@ -147,9 +155,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", metavar="DIR", help="folder of runs and results (default: runs/NAME)")
     parser.add_argument("--workers", type=_positive, default=cores, metavar="N", help="runs at once (default: cores)")
     parser.add_argument("--seeds", type=_positive, metavar="N", help="seeds of each variant (default: the study's)")
+    parser.add_argument(
+        "--records",
+        type=_folder,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="take the records of equal runs from these folders: records/ of other studies",
+    )
     parser.add_argument("--plan", action="store_true", help="print runs, hours and disk alone")
     parser.add_argument("--report", action="store_true", help="draw the page alone")
     return parser
+
+
+def _folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder")
+    return Path(text)
 
 
 def _positive(text: str) -> int:

@@ -18,6 +18,7 @@ the same rows in the same order with the same noise: keys of other sections than
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -144,15 +145,18 @@ class StudyRun:
             before, there = read_yaml(self.recipe_file), self.folder.path
         else:
             return
-        # A key that the project did not have then had its default.
-        before, now = flatten(to_tree(build(Recipe, before))), self.flat_recipe
-        changed = [key for key in now if before[key] != now[key] and key != "train.output_dir"]
-        if changed:
-            told = (f"{key} was {_short(before[key])}, is {_short(now[key])}" for key in changed)
+        if changed := self._changes(before):
+            told = (f"{key} was {_short(then)}, is {_short(now)}" for key, (then, now) in changed.items())
             raise ConfigError(
                 f"{self.name} began with another recipe: {'; '.join(told)}. Restore it, give another --out, or remove "
                 f"{there} to run it anew"
             )
+
+    def _changes(self, recipe: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Return key -> (its value in `recipe`, ours) where they differ, but for the folder of the run."""
+        # A key that the project did not have then had its default.
+        then, now = flatten(to_tree(build(Recipe, recipe))), self.flat_recipe
+        return {key: (then[key], now[key]) for key in now if then[key] != now[key] and key != "train.output_dir"}
 
     def read_record(self) -> dict[str, Any]:
         """Read the record of a finished run, as `training.study.results.write_record` made it.
@@ -160,14 +164,31 @@ class StudyRun:
         Raises:
             ConfigError: naming the file.
         """
-        try:
-            record = json.loads(self.record.read_text(encoding="utf-8"))
-            if isinstance(record, dict) and isinstance(record.get("recipe"), dict):
-                return record
-            why = "it holds no recipe"
-        except (OSError, ValueError) as error:
-            why = str(error)
-        raise ConfigError(f"{self.record} is no record of a run ({why}); remove it to run {self.name} anew")
+        return _read_record(self.record)
+
+    def take_record(self, folder: Path) -> bool:
+        """Copy the record of an equal run, whatever its name and study, from a folder of records; False if none is.
+
+        Raises:
+            ConfigError: a file there is no record.
+        """
+        for path in sorted(folder.glob("*.json")):
+            if not self._changes(_read_record(path)["recipe"]):
+                self.record.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, self.record)
+                return True
+        return False
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record, dict) and isinstance(record.get("recipe"), dict):
+            return record
+        why = "it holds no recipe"
+    except (OSError, ValueError) as error:
+        why = str(error)
+    raise ConfigError(f"{path} is no record of a run ({why}); remove it to run the run anew")
 
 
 def _short(value: Any) -> str:
