@@ -1,6 +1,6 @@
 """Time the project beside the models and the code that it replaces.
 
-    python -m training.benchmark {train,loss,attention,scaling,decode,sample,serve,distributed}
+    python -m training.benchmark {train,loss,attention,scaling,decode,sample,serve,distributed,worlds}
 
 Every figure is a ratio of medians that were taken side by side in one run. README.md in this folder explains how.
 """
@@ -17,7 +17,7 @@ import transformers
 from modeling_mot.tower_routing import TOWER_PRODUCTS
 from training.benchmark.attention import time_attention
 from training.benchmark.decode import time_decode
-from training.benchmark.distributed import time_distributed
+from training.benchmark.distributed import time_distributed, time_worlds
 from training.benchmark.loss import memory_of_loss, time_loss
 from training.benchmark.peers import SIZES
 from training.benchmark.rounds import print_ratios
@@ -119,6 +119,19 @@ def _distributed(options) -> dict:
     return figures
 
 
+def _worlds(options) -> dict:
+    figures = time_worlds(options.worlds, options.variants, options.rounds, options.steps, options.rows)
+    for step in figures["steps"]:
+        print(
+            f"{step['world']} processes, {step['variant']:8} {step['measured_seconds']:.3f} s a step measured, "
+            f"{step['planned_seconds']:.3f} s planned, {step['received_bytes'] / 2**20:,.0f} MiB of messages"
+        )
+    for world, compared in figures["worlds"].items():
+        print(f"{world} processes:")
+        print_ratios(compared)
+    return figures
+
+
 def parser() -> argparse.ArgumentParser:
     """Build the command line: a sub-command for each benchmark, with the options that all share."""
     main_parser = argparse.ArgumentParser(
@@ -199,6 +212,12 @@ def _add_training(commands: argparse._SubParsersAction) -> None:
     distributed.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
     distributed.add_argument("--steps", type=int, default=20, help="of each run (default: 20)")
     distributed.add_argument("--save-every", type=int, default=4, help="steps between saves (default: 4)")
+    about = "dense and MoT in worlds of several sizes, against the planner's arithmetic"
+    worlds = _add(commands, "worlds", _worlds, 2, about, sized=False)
+    worlds.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4], help="processes (default: 1 2 4)")
+    worlds.add_argument("--variants", nargs="+", default=["dense", "mot"], help="(default: dense mot)")
+    worlds.add_argument("--steps", type=int, default=16, help="of each run (default: 16)")
+    worlds.add_argument("--rows", type=int, default=10, help="of each process (default: 10)")
 
 
 def _add_generation(commands: argparse._SubParsersAction) -> None:
@@ -227,6 +246,8 @@ def main(arguments=None) -> None:
         parser().error("--soak must be a number of minutes above 0")
     if options.command == "distributed" and (options.ranks < 2 or 20 % options.ranks or options.steps < 8):
         parser().error("--ranks must be at least 2 and divide the recipe's 20 rows, --steps be at least 8")
+    if options.command == "worlds" and (len(options.worlds) < 2 or min(options.worlds) < 1 or options.steps < 8):
+        parser().error("--worlds must be two at least, each of 1 process at least, --steps at least 8")
 
     # The machine is set up as the training command sets it up.
     if options.keep_freed_memory:
