@@ -257,11 +257,13 @@ def documents_of(position_ids: torch.Tensor) -> torch.Tensor:
 def positions_of(
     rows: torch.Tensor, position_ids: torch.Tensor | None, document_ids: torch.Tensor | None, past_key_values
 ) -> torch.Tensor:
-    """Find the positions of all tokens: as given, or from 0 in each document, or behind the cache.  -> (B, L)
+    """Find the positions of all tokens: as given, or from 0 in each document, or behind the cache.
+
+    -> (B, L), or (3, B, L) as given
 
     Args:
         rows: (B, L, any size), read for its shape and device only.
-        position_ids: (B, L) or (1, L), or None.
+        position_ids: (B, L) or (1, L), or of three axes (3, B, L), or None.
         document_ids: (B, L) or None.
         past_key_values: a cache, or None.
     """
@@ -270,7 +272,7 @@ def positions_of(
     elif position_ids is None:
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         position_ids = (torch.arange(rows.shape[1], device=rows.device) + past).unsqueeze(0)
-    return position_ids.expand(rows.shape[0], -1)
+    return position_ids if position_ids.dim() == 3 else position_ids.expand(rows.shape[0], -1)
 
 
 def tokens_of(attention_mask, document_ids: torch.Tensor | None, length: int) -> torch.Tensor | None:

@@ -224,7 +224,7 @@ def check_rows(config, shape, attention_mask, position_ids, past_key_values, doc
         config: a `MoTConfig`.
         shape: (B, L) of the tokens.
         attention_mask: (B, past + L), or a 4-D mask (1 or B, 1 or H, L, keys), or a `BlockMask` of flex attention.
-        position_ids: (B, L) or (1, L).
+        position_ids: (B, L) or (1, L), or with RoPE of three axes (3, B, L).
         document_ids: (B, L)
 
     Raises:
@@ -242,7 +242,9 @@ def check_rows(config, shape, attention_mask, position_ids, past_key_values, doc
     # Ids of documents and positions.
     if document_ids is not None:
         check_ids("document_ids", document_ids, shape)
-    if position_ids is not None:
+    if isinstance(position_ids, torch.Tensor) and position_ids.dim() == 3:
+        _check_grid(config, position_ids, tuple(shape))
+    elif position_ids is not None:
         check_whole("position_ids", position_ids)
         check_ids(
             "position_ids", position_ids, position_ids.shape if tuple(position_ids.shape) == (1, length) else shape
@@ -256,6 +258,17 @@ def check_rows(config, shape, attention_mask, position_ids, past_key_values, doc
         # The length of a static cache is a tensor, which may be on a device: it is not waited for.
         keys = past + length if isinstance(past, int) else None
         _check_mask(config, attention_mask, batch, length, keys)
+
+
+def _check_grid(config, position_ids: torch.Tensor, shape: tuple[int, int]) -> None:
+    """Refuse positions of three axes that do not fit; a time may be a fraction."""
+    if not config.has_grid_positions or tuple(position_ids.shape) != (3, *shape):
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}, and must be {shape}, or {(3, *shape)} of time, row "
+            "and column where rope_parameters has mrope_section"
+        )
+    if position_ids.dtype == torch.bool or position_ids.is_complex():
+        raise ValueError(f"position_ids is {position_ids.dtype}, and must be a tensor of numbers")
 
 
 def _check_mask(config, mask: torch.Tensor, batch: int, length: int, keys: int | None) -> None:
@@ -391,8 +404,10 @@ def check_call(inputs: Any, arguments: dict) -> None:
         is_served = arguments.get("cache_implementation") == "paged"
         if ids.dim() not in ((1, 2) if is_served else (2,)) or not len(ids):
             raise ValueError(f"{name} has shape {tuple(ids.shape)}, and must be (batch, length), with a row at least")
-    if arguments.get("position_ids") is not None:
-        check_whole("position_ids", arguments["position_ids"])
+    if (positions := arguments.get("position_ids")) is not None:
+        check_whole("position_ids", positions)
+        if positions.dim() != 2:
+            raise ValueError(f"position_ids has shape {tuple(positions.shape)}, and must be (batch, length)")
     for name in ("attention_mask", "inputs_embeds", "latents", "pixel_values"):
         if arguments.get(name) is not None and not isinstance(arguments[name], BlockMask):
             check_tensor(name, arguments[name])

@@ -55,6 +55,9 @@ class MoTConfig(PreTrainedConfig):
         norm_offset (`bool`, defaults to `False`): RMSNorms multiply by 1 + weight, and start at 0, as Gemma's do.
         embedding_multiplier (`float`, defaults to 1.0):
             Factor of the embeddings of tokens, rounded to their dtype (Gemma: the square root of `hidden_size`).
+        rope_parameters (`dict`, *optional*):
+            As in transformers; with `mrope_section` of three numbers and `mrope_interleaved=True` (Qwen3-VL) RoPE has
+            three axes, and `position_ids` may be (3, B, L): time, row and column of each token.
         layers_without_rope (`list[int]`, defaults to none):
             Indices of layers whose attention has no RoPE (SmolLM3: each fourth).
         modalities (`list[str]`, defaults to `["text", "image"]`):
@@ -277,6 +280,11 @@ class MoTConfig(PreTrainedConfig):
     def token_modalities(self) -> list[str]:
         """The modalities whose tokens are entries of the vocabulary."""
         return self.modalities
+
+    @property
+    def has_grid_positions(self) -> bool:
+        """True if RoPE has three axes: time, row and column of a token."""
+        return "mrope_section" in self.rope_parameters
 
     @property
     def tower_of_modality(self) -> list[int]:

@@ -118,6 +118,21 @@ class MoTRotaryEmbedding(LlamaRotaryEmbedding):
         torch.Size([1, 5, 8])
     """
 
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute cosines and sines: (B, L), or (3, B, L) of time, row and column -> (B, L, d) twice"""
+        if position_ids.dim() == 2:  # on three axes, all three are the same
+            return super().forward(x, position_ids)
+        frequencies = self.inv_freq.to(x.device, torch.float32)
+        time, *others = position_ids.float().unsqueeze(-1)
+        # Rows and columns take two of three frequencies, as far as their sections go; time has all others (Qwen3-VL).
+        angles = time * frequencies
+        for axis, (positions, count) in enumerate(zip(others, self.config.rope_parameters["mrope_section"][1:]), 1):
+            taken = slice(axis, 3 * count, 3)
+            angles[..., taken] = positions * frequencies[taken]
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
     def _apply(self, function, recurse=True):
         return super()._apply(without_cast(function), recurse)
 
@@ -446,7 +461,8 @@ class MoTModel(MoTPreTrainedModel):
         Args:
             input_ids: (B, L); or `inputs_embeds`: (B, L, D).
             attention_mask: (B, past + L) 1 for tokens, 0 for padding; or a 4-D mask.
-            position_ids: (B, L); consecutive by default, from 0 in each document when `document_ids` are given.
+            position_ids: (B, L); consecutive by default, from 0 in each document when `document_ids` are given. With
+                RoPE of three axes also (3, B, L), which may be floats: time, row and column of each token.
             modality_ids: (B, L) indices into `config.modalities`; derived from `config.modality_token_ranges` when
                 absent. Beside `inputs_embeds` they may be those of the last embeddings: the embeddings before these are
                 virtual tokens, as prompt tuning makes them, and count as text.
@@ -489,15 +505,17 @@ class MoTModel(MoTPreTrainedModel):
 
         # Make the attention mask, or the plan that stands for it. `rows` carries shape, dtype and device only.
         rows = hidden_states.new_empty(0).expand(batch_size, length, 0)
+        # A jump of positions may begin a document; positions of three axes jump where an image begins.
+        steps = position_ids if position_ids is not None and position_ids.dim() == 2 else None
         may_wait = may_wait and rows.device.type != "meta"  # where nothing can be read
         if attention_plan is None and may_wait and takes_plan(self.config, attention_mask, past_key_values):
-            attention_plan = plan_attention(shape, position_ids, document_ids, image_blocks)
+            attention_plan = plan_attention(shape, steps, document_ids, image_blocks)
         mask = attention_mask_for(
             self.config,
             rows,
             attention_mask,
             past_key_values,
-            position_ids,
+            steps,
             document_ids,
             image_blocks,
             attention_plan,
@@ -521,7 +539,7 @@ class MoTModel(MoTPreTrainedModel):
                 routing,
                 position_embeddings,
                 attention_mask=mask,
-                position_ids=position_ids,
+                position_ids=position_ids if position_ids.dim() == 2 else None,  # attention that packs rows reads them
                 **{CACHE: past_key_values},  # by this name gradient checkpointing leaves the cache out
                 **kwargs,
             )

@@ -192,7 +192,8 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         is_filled = past_key_values is not None and past_key_values.get_seq_length() > 0
 
         # 1. The images: where they stand, their latents, and their noise.
-        if document_ids is None and attention_mask is None and past_key_values is None and position_ids is not None:
+        has_steps = position_ids is not None and position_ids.dim() == 2  # positions of three axes are no steps
+        if document_ids is None and attention_mask is None and past_key_values is None and has_steps:
             document_ids = documents_of(position_ids.expand_as(input_ids))
         places = ImagePlaces.find(self.config, input_ids, document_ids, attention_mask)
         given = ImageInputs(latents, pixel_values, image_sizes, timesteps, noise, clean_images, image_first, generator)
