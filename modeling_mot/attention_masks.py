@@ -4,12 +4,14 @@
 implementation, `"mot_ranges"`, runs from an `AttentionPlan`: every query sees one range of keys, so blocks of queries
 can be planned once per forward, or ahead of it by a collator (`plan_rows`).
 
-In reading order: the plan, images, documents and positions, the mask of a forward, the attention function.
+In reading order: the plan, images, towers that do not see each other, documents and positions, the mask of a forward,
+the attention function.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -70,20 +72,27 @@ class AttentionPlan(NamedTuple):
 
     @classmethod
     def from_ids(
-        cls, document_ids: torch.Tensor | None, block_ids: torch.Tensor | None = None
+        cls,
+        document_ids: torch.Tensor | None,
+        block_ids: torch.Tensor | None = None,
+        sight: "TowerSight | None" = None,
     ) -> "AttentionPlan | None":
         """Plan packed rows with images that see themselves in both directions; waits for the device.
 
         Args:
             document_ids: (B, L); tokens whose ids differ do not see each other. None: one document a row.
             block_ids: (B, L) of `find_image_blocks`, or None.
+            sight: which towers see which; None where all see all.
 
         Returns:
-            The plan; None where a document stands in several pieces, so that its tokens see no single range.
+            The plan; None where a token sees no single range: a document stands in several pieces, or tokens of a tower
+            that it does not see stand among the others.
         """
-        if document_ids is None and block_ids is None:
+        towers = None if sight is None else sight.towers
+        given = [ids for ids in (document_ids, block_ids, towers) if ids is not None]
+        if not given:
             return cls()
-        like = block_ids if document_ids is None else document_ids
+        like = given[0]
         places = torch.arange(like.shape[1], device=like.device).expand_as(like)
         first, last = torch.zeros_like(places), places
 
@@ -101,6 +110,8 @@ class AttentionPlan(NamedTuple):
             ends[:, :-1] = block_ids[:, 1:] != block_ids[:, :-1]
             end = torch.where(ends, places, like.shape[1]).flip(1).cummin(dim=1).values.flip(1)
             last = torch.where(block_ids >= 0, end, places)
+        if sight is not None and sight.cuts(first, last):
+            return None
         return cls.from_ranges(first, last)
 
     @property
@@ -228,6 +239,43 @@ def image_positions(
     return counted - torch.where(document_starts(document_ids), counted, 0).cummax(dim=1).values
 
 
+# ------------------------------------------------------------------------------------------------------------- towers
+
+
+class TowerSight(NamedTuple):
+    """Which towers see which: `config.unseen_towers` for the tokens of a forward.
+
+    Attributes:
+        towers: (B, past + L) the index of each key's tower in `config.tower_names`.
+        unseen: (K, K) bool, at [reader, key] True if a token of the first tower never sees a key of the second.
+    """
+
+    towers: torch.Tensor
+    unseen: torch.Tensor
+
+    @classmethod
+    def of(cls, config, towers: torch.Tensor) -> "TowerSight | None":
+        """Look up `config.unseen_towers` for the towers of keys, (B, past + L); None if all towers see each other."""
+        if not config.unseen_towers:
+            return None
+        names = config.tower_names
+        unseen = [[key in config.unseen_towers.get(reader, ()) for key in names] for reader in names]
+        return cls(towers, torch.tensor(unseen, device=towers.device))
+
+    def visible(self, batch, head, query, key):
+        """True if the tower of `query` sees that of `key`: a mask function for transformers and flex attention."""
+        return ~self.unseen[self.towers[batch, query], self.towers[batch, key]]
+
+    def cuts(self, first: torch.Tensor, last: torch.Tensor) -> bool:
+        """True if an unseen key stands within any query's range of keys; waits for the device.  (B, L) twice"""
+        for reader, unseen in enumerate(self.unseen):
+            counted = F.pad(unseen[self.towers].long().cumsum(dim=1), (1, 0))
+            within = counted.gather(1, last + 1) - counted.gather(1, first)
+            if bool(((self.towers == reader) & (within > 0)).any()):
+                return True
+        return False
+
+
 # ---------------------------------------------------------------------------------------------- documents and positions
 
 
@@ -317,6 +365,7 @@ def attention_mask_for(
     document_ids: torch.Tensor | None,
     image_blocks: ImageBlocks | None = None,
     plan: AttentionPlan | None = None,
+    sight: TowerSight | None = None,
 ):
     """Make the mask in the form that the configured attention implementation takes, without a wait for the device.
 
@@ -328,25 +377,36 @@ def attention_mask_for(
         document_ids: (B, L); tokens whose ids differ do not see each other.
         image_blocks: the images of all keys.
         plan: all this, made ahead, with the keys of the cache; attention that runs from plans then needs nothing else.
+        sight: which towers see which, for all keys; None where all see all.
 
     Raises:
-        ValueError: `document_ids` together with keys of an earlier forward, whose documents are unknown.
+        ValueError: `document_ids` together with keys of an earlier forward, whose documents are unknown; or flash
+            attention where a tower does not see another.
     """
     # Attention that runs from a plan.
     if takes_plan(config, attention_mask, past_key_values, plan):
         if plan is None:
-            plan = _known_plan(position_ids, document_ids, image_blocks)
+            plan = _known_plan(position_ids, document_ids, image_blocks, sight)
         if plan is not None:
             return plan.for_device(rows.device)
 
     # Every other implementation takes a mask, which transformers makes of functions of queries and keys.
-    functions = {}
+    functions, allowed = {}, []
     if image_blocks is not None:
         functions["or_mask_function"] = image_blocks.same
         if image_blocks.hidden is not None:
-            functions["and_mask_function"] = image_blocks.visible
+            allowed.append(image_blocks.visible)
         position_ids = None  # shared positions are no new documents
+    if sight is not None:
+        if config._attn_implementation.startswith("flash"):
+            raise ValueError(
+                f"unseen_towers={config.unseen_towers} hides keys that flash attention cannot hide: load the model "
+                "with another attn_implementation, such as 'sdpa'"
+            )
+        allowed.append(sight.visible)
     if document_ids is None:
+        if allowed:
+            functions["and_mask_function"] = and_masks(*allowed)
         return create_causal_mask(config, rows, attention_mask, past_key_values, position_ids, **functions)
 
     # Packed documents.
@@ -361,9 +421,8 @@ def attention_mask_for(
     def same_document(batch, head, query, key):
         return document_ids[batch, query] == document_ids[batch, key]
 
-    both = functions.pop("and_mask_function", None)
-    allowed = same_document if both is None else and_masks(same_document, both)
-    return create_causal_mask(config, rows, attention_mask, None, and_mask_function=allowed, **functions)
+    functions["and_mask_function"] = and_masks(same_document, *allowed)
+    return create_causal_mask(config, rows, attention_mask, None, **functions)
 
 
 def takes_plan(config, attention_mask, past_key_values, plan: AttentionPlan | None = None) -> bool:
@@ -387,12 +446,13 @@ def plan_attention(
     position_ids: torch.Tensor | None,
     document_ids: torch.Tensor | None,
     image_blocks: ImageBlocks | None,
+    sight: TowerSight | None = None,
 ) -> AttentionPlan | None:
     """Plan rows without padding and cache; waits for the device.
 
     Args:
         shape: (B, L).
-        position_ids, document_ids, image_blocks: as `attention_mask_for` takes them.
+        position_ids, document_ids, image_blocks, sight: as `attention_mask_for` takes them.
 
     Returns:
         The plan; None if the keys that some token sees are not one range.
@@ -404,29 +464,35 @@ def plan_attention(
         # Positions that are not consecutive begin a document, as in transformers.
         position_ids = position_ids.expand(shape)
         document_ids = (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(dim=1)
-    return AttentionPlan.from_ids(document_ids, block_ids)
+    return AttentionPlan.from_ids(document_ids, block_ids, sight)
 
 
-def _known_plan(position_ids, document_ids, image_blocks) -> AttentionPlan | None:
-    """Return the plan of rows of one document and no image, which is known without looking at the device."""
-    return AttentionPlan() if position_ids is None and document_ids is None and image_blocks is None else None
+def _known_plan(*given) -> AttentionPlan | None:
+    """Return the plan of rows where nothing but causality is given: it is known without looking at the device."""
+    return AttentionPlan() if all(one is None for one in given) else None
 
 
-def plan_rows(config, input_ids, document_ids, clean_images=None) -> AttentionPlan | None:
+def plan_rows(config, input_ids, document_ids, clean_images=None, modality_ids=None) -> AttentionPlan | None:
     """Plan a training batch, for a collator; None where what tokens see is no range of keys.
 
     Args:
         config: the configuration of the model.
         input_ids, document_ids: (B, L).
         clean_images: (N,) bool of the images in the rows; None where there are none.
+        modality_ids: (B, L), which `config.unseen_towers` needs; without it such rows have no plan.
     """
+    sight = None
+    if config.unseen_towers:
+        if modality_ids is None:
+            return None
+        sight = TowerSight.of(config, torch.tensor(config.tower_of_modality)[modality_ids])
     blocks = None
     if clean_images is not None and hasattr(config, "markers_in_image_block"):
         if not (config.noised_images_visible or bool(clean_images.all())):
             return None
         is_patch = input_ids == config.image_token_id
         blocks = find_image_blocks(is_patch, document_ids, config.markers_in_image_block)
-    return AttentionPlan.from_ids(document_ids, blocks)
+    return AttentionPlan.from_ids(document_ids, blocks, sight)
 
 
 # ----------------------------------------------------------------------------------------------- the attention function

@@ -287,6 +287,18 @@ def _check_mask(config, mask: torch.Tensor, batch: int, length: int, keys: int |
         )
 
 
+def own_modalities(config, modality_ids: torch.Tensor | None, length: int, past_key_values) -> torch.Tensor | None:
+    """Cut the modalities of cached keys off, which `config.unseen_towers` needs.  (B, past + L) or (B, L) -> (B, L)
+
+    Raises:
+        ValueError: `modality_ids` is no tensor of whole numbers.
+    """
+    if modality_ids is None or not config.unseen_towers or past_key_values is None:
+        return modality_ids
+    check_whole("modality_ids", modality_ids)
+    return modality_ids[:, -length:]
+
+
 def behind_virtual_tokens(modality_ids: torch.Tensor, length: int) -> torch.Tensor:
     """Put text before the modalities of rows that begin with virtual tokens.  (B, real tokens) -> (B, L)
 

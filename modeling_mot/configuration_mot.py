@@ -69,6 +69,13 @@ class MoTConfig(PreTrainedConfig):
             The parts of a layer that each tower has for itself; each other part is one module named `shared` (the rows
             of the paper's ablation, section 3.5). `"attention"` is Q, K, V, O and the QK-norms; `"query_key_value"` is
             Q, K and V alone, the ablation's third row. The final norm belongs to `"norm"`.
+        unseen_towers (`dict[str, list[str]]`, defaults to none):
+            Tower -> towers whose tokens its own tokens never see, wherever they stand. With {"text": ["image"]} the
+            text before, between and behind images is computed as if they were not there (Cosmos 3), and so its keys and
+            values are the same at every step of a diffusion.
+        cross_key_norm (`list[str]`, defaults to none):
+            Towers whose keys pass another RMSNorm, `k_norm_cross`, where tokens of other towers read them (Cosmos 3
+            Edge).
         moe_towers (`list[str]`, defaults to none):
             Towers whose feed-forward is an expert-choice mixture of `num_experts` (section 3.2.1); `"shared"` if the
             feed-forward is shared.
@@ -162,6 +169,8 @@ class MoTConfig(PreTrainedConfig):
     modalities: list[str] | tuple[str, ...] = ("text", "image")
     towers: dict[str, str] | None = None
     untied: list[str] | tuple[str, ...] = UNTIED_PARTS
+    unseen_towers: dict[str, list[str] | tuple[str, ...]] | None = None
+    cross_key_norm: list[str] | tuple[str, ...] = ()
     moe_towers: list[str] | tuple[str, ...] = ()
     num_experts: int = 4
     norm_position: str = "pre"
@@ -195,6 +204,8 @@ class MoTConfig(PreTrainedConfig):
         self.modalities = list(self.modalities)
         self.untied = list(self.untied)
         self.moe_towers = list(self.moe_towers)
+        self.cross_key_norm = list(self.cross_key_norm)
+        self.unseen_towers = {name: list(unseen) for name, unseen in (self.unseen_towers or {}).items() if unseen}
         self.layers_without_rope = sorted(set(self.layers_without_rope))
         if self.image_grid is not None:
             self.image_grid = list(self.image_grid)
@@ -287,6 +298,13 @@ class MoTConfig(PreTrainedConfig):
         return "mrope_section" in self.rope_parameters
 
     @property
+    def hides_tokens(self) -> bool:
+        """True if `unseen_towers` hides some tokens of the vocabulary from others, or differs among them."""
+        towers = {self.towers[modality] for modality in self.token_modalities}
+        unseen = {frozenset(self.unseen_towers.get(tower, ())) for tower in towers}
+        return len(unseen) > 1 or not towers.isdisjoint(*unseen)
+
+    @property
     def tower_of_modality(self) -> list[int]:
         """The index of each modality's tower in `tower_names`."""
         names = self.tower_names
@@ -318,6 +336,8 @@ class MoTConfig(PreTrainedConfig):
             if self.qk_norm == "rms":
                 for projection in "qk":
                     plan[f"layers.*.self_attn.{projection}_norm.{tower}"] = "replicated_with_grad_allreduce"
+        for tower in self.cross_key_norm:
+            plan[f"layers.*.self_attn.k_norm_cross.{tower}"] = "replicated_with_grad_allreduce"
         for tower in self.part_names("feed_forward"):
             mlp = f"layers.*.mlp.{tower}" + (".experts.*" if tower in self.moe_towers else "")
             for projection, style in (("gate", "colwise"), ("up", "colwise"), ("down", "rowwise")):
@@ -348,8 +368,10 @@ class MoTConfig(PreTrainedConfig):
         # As many of each part as there are towers, or one.
         total = max if active else sum
         feed_forwards = total(feed_forward(name) for name in self.part_names("feed_forward"))
+        cross_norms = self.head_dim * (1 if active and self.cross_key_norm else len(self.cross_key_norm))
         copies = {part: 1 if active else len(self.part_names(part)) for part in (QUERY_KEY_VALUE, "attention", "norm")}
         layer = copies[QUERY_KEY_VALUE] * qkv + copies["attention"] * attention + feed_forwards + copies["norm"] * 2 * d
+        layer += cross_norms
         embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * layer + copies["norm"] * d + embeddings
 
@@ -474,8 +496,25 @@ class MoTConfig(PreTrainedConfig):
                 f"moe_towers={self.moe_towers} names {unknown[0]!r}, an unknown tower; the feed-forwards are "
                 f"{self.part_names('feed_forward')}"
             )
+        self._validate_visibility()
         if self.moe_towers and self.num_experts < 2:
             raise ValueError(f"num_experts={self.num_experts} must be at least 2 where moe_towers={self.moe_towers}")
+
+    def _validate_visibility(self):
+        named = [*self.unseen_towers, *(name for unseen in self.unseen_towers.values() for name in unseen)]
+        for field, names in (("unseen_towers", named), ("cross_key_norm", self.cross_key_norm)):
+            if unknown := [name for name in names if name not in self.tower_names]:
+                raise ValueError(
+                    f"{field}={getattr(self, field)} names {unknown[0]!r}, which is not one of the towers "
+                    f"{self.tower_names}"
+                )
+        if blind := [name for name, unseen in self.unseen_towers.items() if name in unseen]:
+            raise ValueError(f"unseen_towers={self.unseen_towers}: tokens of tower {blind[0]!r} must see each other")
+        if self.cross_key_norm and "attention" not in self.untied:
+            raise ValueError(
+                f"cross_key_norm={self.cross_key_norm} is of towers with keys of their own; untied={self.untied} lacks "
+                "'attention'"
+            )
 
     def _validate_tokens(self):
         if self.tokenizer_vocab_size is not None and self.tokenizer_vocab_size > self.vocab_size:

@@ -165,6 +165,11 @@ class MoTTransfusionConfig(MoTConfig):
         return self.modalities.index("image")
 
     @property
+    def hides_images(self) -> bool:
+        """True if text never sees images (`unseen_towers`)."""
+        return self.towers["image"] in self.unseen_towers.get(self.towers["text"], ())
+
+    @property
     def vae_downsampling(self) -> int:
         """Pixels of one latent's side; 1 without a VAE."""
         return 1 if self.vae_config is None else vae_downsampling(self.vae_config)
@@ -217,6 +222,11 @@ class MoTTransfusionConfig(MoTConfig):
     def _validate_images(self):
         if "image" not in self.modalities:
             raise ValueError(f"modalities={self.modalities} has no 'image', which a Transfusion model diffuses")
+        if unseen := self.unseen_towers.get(self.towers["image"]):
+            raise ValueError(
+                f"unseen_towers hides {unseen} from {self.towers['image']!r}, the tower of images, which are drawn "
+                "from all that stands before them: leave it out"
+            )
         # The tokens around and in an image.
         end, size = self._end_of_tokens()
         for field in ("image_token_id", "boi_token_id", "eoi_token_id"):

@@ -60,11 +60,14 @@ class Prefix(NamedTuple):
     Attributes:
         keys, values: of each layer, (K, L, d).
         position: the position of the next token.
+        hidden: (L,) bool, the columns of images where text does not see them (`config.unseen_towers`); None where it
+            sees all columns.
     """
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     position: int
+    hidden: torch.Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -76,7 +79,7 @@ class DecodingCache:
 
     Args:
         keys, values: of each layer, (R, K, L, d).
-        mask: (R, L) 1 for tokens, 0 for padding; None for no padding.
+        mask: (R, L) 1 for tokens, 0 for padding, and for images that text does not see; None for no such columns.
         dtype: to keep them in; default: their own.
 
     Attributes:
@@ -110,9 +113,13 @@ class DecodingCache:
     @classmethod
     def empty(cls, config, count: int, dtype: torch.dtype, device) -> "DecodingCache":
         """Make room for so many sequences without tokens."""
-        shape = (count, config.num_key_value_heads, 0, config.head_dim)
-        tensors = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        cache = cls(tensors, tensors)
+
+        def room(width):
+            shape = (count, config.num_key_value_heads, 0, width)
+            return [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+
+        readers = len(config.tower_names) if config.cross_key_norm else 1  # each tower reads keys of its own
+        cache = cls(room(config.head_dim * readers), room(config.head_dim))
         cache.mask = cache._hidden(count, 0)
         return cache
 
@@ -162,23 +169,34 @@ class DecodingCache:
             first = int((self.mask[row, 0, 0, :stop] == 0).long().argmax())
         keys = [tensor[row, :, first:stop] for tensor in self.keys]
         values = [tensor[row, :, first:stop] for tensor in self.values]
-        return Prefix(keys, values, position - drop_last)
+        hidden = None if self.mask is None else self.mask[row, 0, 0, first:stop] != 0
+        return Prefix(keys, values, position - drop_last, hidden)
 
-    def extend(self, row: int, keys: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    def extend(
+        self,
+        row: int,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+        hidden: torch.Tensor | None = None,
+    ) -> None:
         """Append columns to one sequence: of each layer, (K, m, d)
+
+        Args:
+            hidden: (m,) bool, columns that text does not see; None if it sees all.
 
         Raises:
             ValueError: the columns are of another shape; the cache stays as it was.
         """
         start = self.lengths[row]
         stop = start + keys[0].shape[1]
-        _, heads, _, head_dim = self.keys[0].shape
-        shapes = {tuple(tensor.shape) for tensor in (*keys, *values)}
-        if shapes != {(heads, stop - start, head_dim)} or not len(keys) == len(values) == len(self.keys):
-            raise ValueError(
-                f"{len(keys)} layers of keys and values of shape {sorted(shapes)} do not fit into a cache of "
-                f"{len(self.keys)} layers of {heads} heads of {head_dim}"
-            )
+        for mine, others in ((self.keys, keys), (self.values, values)):
+            _, heads, _, head_dim = mine[0].shape
+            shapes = {tuple(tensor.shape) for tensor in others}
+            if shapes != {(heads, stop - start, head_dim)} or len(others) != len(mine):
+                raise ValueError(
+                    f"{len(others)} layers of keys or values of shape {sorted(shapes)} do not fit into a cache of "
+                    f"{len(mine)} layers of {heads} heads of {head_dim}"
+                )
 
         # Copy them, and show them.
         self._tell_lengths_apart()
@@ -187,6 +205,8 @@ class DecodingCache:
             for tensor, other in zip(mine, others):
                 tensor[row, :, start:stop] = other
         self.mask[row, 0, 0, start:stop] = 0
+        if hidden is not None:
+            self.mask[row, 0, 0, start:stop].masked_fill_(hidden, -float("inf"))
         self.lengths[row] = stop
 
     def cut(self, row: int, length: int) -> None:
@@ -259,6 +279,11 @@ class Columns:
     def visible(self) -> torch.Tensor | None:
         """Return the mask in the form of `attention_mask`.  -> (n, stop) 1 for tokens; None if all are"""
         return None if self.mask is None else (self.mask[:, 0, 0] == 0).long()
+
+    def whole_mask(self) -> torch.Tensor:
+        """Return the mask as attention functions take it.  -> (n, 1, 1, stop)"""
+        keys = self.cache.keys[0]
+        return keys.new_zeros(self.count, 1, 1, self.stop) if self.mask is None else self.mask
 
     def as_cache(self) -> Cache:
         """Return a cache for the model's own forward of one token."""
@@ -479,6 +504,8 @@ class LeanDecoder:
         if not keeps_methods(_ours(model), *STEP_METHODS) or not keeps_methods(_ours(transformer), "modality_ids_of"):
             raise _NotPlain
         self.config = config
+        if config.cross_key_norm or config.hides_tokens:
+            raise _NotPlain
         self.rotary = _ours(transformer.rotary_emb)
         if not isinstance(self.rotary, LlamaRotaryEmbedding):
             raise _NotPlain
@@ -693,12 +720,14 @@ class ForwardDecoder:
     @torch.no_grad()
     def step(self, tokens: torch.Tensor, positions: list[int], cache: DecodingCache) -> torch.Tensor:
         """Run one token for each of the first n sequences of a cache.  (n,) -> logits (n, V)"""
-        columns = cache.open(len(positions))
+        columns, config = cache.open(len(positions)), self.model.config
         ids = tokens[:, None]
+        # The columns know what text sees, and not which tower each key is of: the mask is taken as it is.
+        mask = columns.whole_mask() if config.unseen_towers else columns.visible()
         outputs = self.model.model(
             input_ids=ids,
-            modality_ids=self.model.model.modality_ids_of(ids) if len(self.model.config.modalities) > 1 else None,
-            attention_mask=columns.visible(),
+            modality_ids=self.model.model.modality_ids_of(ids) if len(config.modalities) > 1 else None,
+            attention_mask=mask,
             position_ids=torch.tensor(positions, device=ids.device)[:, None],
             past_key_values=columns.as_cache(),
         )
@@ -709,7 +738,8 @@ def decoder_of(model: nn.Module) -> LeanDecoder | ForwardDecoder:
     """Return the decoder for steps of several sequences that may differ in length: a lean one if the model allows it.
 
     Raises:
-        ValueError: a derived class, or an adapter, prepares the inputs of each step, and these steps do not call it.
+        ValueError: a derived class, or an adapter, prepares the inputs of each step, and these steps do not call it; or
+            tokens of the vocabulary do not see each other.
     """
     for name in STEP_METHODS:
         if not keeps_methods(model, name):
@@ -718,6 +748,11 @@ def decoder_of(model: nn.Module) -> LeanDecoder | ForwardDecoder:
                 "diffused nor served requests ask it at each step; leave it as it is, or use generate() of a model of "
                 "tokens"
             )
+    if model.config.hides_tokens:
+        raise ValueError(
+            f"unseen_towers={model.config.unseen_towers} hides tokens of the vocabulary from others, which these steps "
+            "do not know; use generate() of a model of tokens"
+        )
     return LeanDecoder.of(model) or ForwardDecoder(model)
 
 

@@ -431,6 +431,8 @@ class InterleavedDecoding(TokenLoop):
             return_dict=True,
             **images,
         )
+        if self.config.hides_images:
+            attention_mask = attention_mask * (ids != self.config.image_token_id)
         cache = DecodingCache.of(getattr(outputs, CACHE), attention_mask, self.decoder.cache_dtype)
         return outputs.logits[:, -1].float(), cache, (position_ids[:, -1] + 1).tolist()
 

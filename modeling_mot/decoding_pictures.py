@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import logging
 
-from .attention_masks import RANGES, AttentionPlan, ImageBlocks, attention_mask_for
+from .attention_masks import RANGES, AttentionPlan, ImageBlocks, TowerSight, attention_mask_for
 from .checks_arguments import MOST_SCALE, check_generator
 from .checks_fields import is_real, is_whole
 from .decoding_lean import DecodingCache, Prefix
@@ -289,6 +289,7 @@ class ImageForward:
         with_end: True to run EOI even if it does not belong to the block: the pass that commits the image.
 
     Attributes:
+        hidden: (R, T) bool, the tokens that text does not see; None where it sees all.
         seen: the arguments of `_seen`, the same in all forwards.
     """
 
@@ -328,9 +329,25 @@ class ImageForward:
             values = [prefix.values[layer] for prefix in prefixes]
             self.layers.append(ScratchLayer(keys, values, total, embeds.dtype))
         missing = torch.tensor([self.layers[0].length - prefix.length for prefix in prefixes], device=device)
-        self.seen = self._seen(embeds, is_patch, missing)
+        self.hidden = is_patch if config.hides_images else None
+        self.seen = self._seen(embeds, is_patch, missing, self._sight(prefixes))
 
-    def _seen(self, embeds: torch.Tensor, is_patch: torch.Tensor, missing: torch.Tensor) -> dict:
+    def _sight(self, prefixes: list[Prefix]) -> TowerSight | None:
+        """Find which towers see which: of the prefixes' columns, text does not see those of images."""
+        if not self.config.unseen_towers:
+            return None
+        longest, device = self.layers[0].length, self.begin.device
+        of_text, of_image = (self.config.tower_of_modality[modality] for modality in (0, self.config.image_modality))
+        towers = torch.full((len(prefixes), longest), of_text, device=device)
+        for row, prefix in enumerate(prefixes):
+            if prefix.hidden is not None:
+                towers[row, longest - prefix.length :].masked_fill_(prefix.hidden, of_image)
+        own = self.routing.tower_ids(len(prefixes), device)
+        return TowerSight.of(self.config, torch.cat([towers, own], dim=1))
+
+    def _seen(
+        self, embeds: torch.Tensor, is_patch: torch.Tensor, missing: torch.Tensor, sight: TowerSight | None
+    ) -> dict:
         """Return the cache and the visibility of its keys, as arguments of the model's forward.
 
         All tokens of the block see each other, EOI behind the block sees them, and padding before prefixes is hidden.
@@ -339,11 +356,13 @@ class ImageForward:
             embeds: (R, T, D), read for its shape, dtype and device.
             is_patch: (R, T) bool.
             missing: (R,) how much shorter each prefix is than the longest.
+            sight: which towers see which; None where all see all.
         """
         config, longest, total = self.config, self.layers[0].length, is_patch.shape[1]
         cache = Cache(layers=self.layers)
         in_block = torch.ones_like(is_patch) if config.markers_in_image_block else is_patch
-        if config._attn_implementation == RANGES and embeds.device.type == "cpu" and embeds.dtype != torch.float32:
+        on_ranges = config._attn_implementation == RANGES and embeds.device.type == "cpu" and sight is None
+        if on_ranges and embeds.dtype != torch.float32:
             # Each token sees a range of keys. In float32 torch's own kernel with a mask is as fast.
             last = longest + torch.where(in_block, int(in_block[0].sum()) - 1, total - 1)
             plan = AttentionPlan.from_ranges(missing[:, None].expand_as(last), last)
@@ -352,7 +371,7 @@ class ImageForward:
         # Elsewhere it is a mask, made once and not in each forward.
         blocks = ImageBlocks(F.pad(torch.where(in_block, 0, -1), (longest, 0), value=-1))
         mask = (torch.arange(longest + total, device=embeds.device) >= missing[:, None]).long()
-        mask = attention_mask_for(config, embeds, mask, cache, None, None, blocks)
+        mask = attention_mask_for(config, embeds, mask, cache, None, None, blocks, sight=sight)
         return {"past_key_values": cache, "attention_mask": mask}
 
     def __call__(
@@ -385,11 +404,14 @@ class ImageForward:
         image = hidden_states[:, self.before : self.before + self.length]
         return self.model.patchifier.predict(image, features, *self.size).float()
 
-    def written(self, row: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return the keys and values that the last forward made for one sequence: of each layer, (K, T, d)"""
+    def written(self, row: int) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
+        """Return what the last forward made for one sequence: `DecodingCache.extend` appends it
+
+        -> keys and values of each layer, (K, T, d), and `hidden`, (T,) bool or None
+        """
         keys = [layer.keys[row, :, layer.length :] for layer in self.layers]
         values = [layer.values[row, :, layer.length :] for layer in self.layers]
-        return keys, values
+        return keys, values, None if self.hidden is None else self.hidden[row]
 
 
 class ScratchLayer(DynamicLayer):
@@ -405,9 +427,8 @@ class ScratchLayer(DynamicLayer):
     def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], room: int, dtype: torch.dtype):
         super().__init__()
         self.length = max(tensor.shape[1] for tensor in keys)
-        heads, _, head_dim = keys[0].shape
-        shape = (len(keys), heads, self.length + room, head_dim)
-        filled = [keys[0].new_zeros(shape, dtype=dtype) for _ in range(2)]
+        shape = (len(keys), keys[0].shape[0], self.length + room)
+        filled = [tensors[0].new_zeros(*shape, tensors[0].shape[2], dtype=dtype) for tensors in (keys, values)]
         self.lazy_initialization(*filled)
         self.keys = filled[0]
         self.values = filled[1]

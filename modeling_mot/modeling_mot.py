@@ -56,6 +56,7 @@ from .attention_masks import (
     RANGES,
     AttentionPlan,
     ImageBlocks,
+    TowerSight,
     attention_mask_for,
     flash_documents,
     plan_attention,
@@ -75,6 +76,7 @@ from .checks_arguments import (
     check_logits_to_keep,
     check_plans,
     check_tokens,
+    own_modalities,
     takes_both_names,
 )
 from .configuration_mot import MoTConfig
@@ -213,6 +215,11 @@ class MoTAttention(nn.Module):
         if config.qk_norm is not None:
             self.q_norm = TowerNorms({name: qk_norm(config, config.num_attention_heads) for name in own_output})
             self.k_norm = TowerNorms({name: qk_norm(config, config.num_key_value_heads) for name in own_output})
+        if config.cross_key_norm:
+            cross = {name: nn.Identity() for name in own_output}
+            self.k_norm_cross = PerTower(
+                cross | {name: rms_norm(config, self.head_dim) for name in config.cross_key_norm}
+            )
 
     def forward(
         self,
@@ -230,9 +237,13 @@ class MoTAttention(nn.Module):
         query = self._heads(self.q_proj(hidden_states, routing), getattr(self, "q_norm", None), routing, batch_size)
         key = self._heads(self.k_proj(hidden_states, routing), getattr(self, "k_norm", None), routing, batch_size)
         value = self._heads(self.v_proj(hidden_states, routing), None, routing, batch_size)
+        crossing = self._crossing(key, routing) if self.config.cross_key_norm else None
         if self.has_rope:
             angles = [of_head.unsqueeze(1) for of_head in position_embeddings]
             query, key = Rotary.apply(query, *angles), Rotary.apply(key, *angles)
+            crossing = None if crossing is None else Rotary.apply(crossing, *angles)
+        if crossing is not None:
+            key = self._of_readers(key, crossing, routing)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -240,16 +251,11 @@ class MoTAttention(nn.Module):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        kwargs |= {"dropout": self.config.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        if crossing is None:
+            output, weights = attend(self, query, key, value, attention_mask, **kwargs)
+        else:
+            output, weights = self._read(attend, query, key, value, attention_mask, routing, **kwargs)
 
         # Sorted by tower again, each tower projects its own tokens (line 11).
         # Engines that keep the keys themselves, as vLLM does, give the rows back without the batch.
@@ -263,6 +269,30 @@ class MoTAttention(nn.Module):
             heads = projected.unflatten(-1, (-1, self.head_dim)) if per_head else projected
             projected = norm(heads, routing).flatten(1)
         return routing.restore(projected, batch_size).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    # With `cross_key_norm` each tower reads keys of its own: those of its tokens as they are, the others normed again.
+
+    def _crossing(self, key, routing):
+        """Norm keys for the tokens of other towers.  (B, H, L, d) -> the same"""
+        normed = self.k_norm_cross(routing.sort(key.transpose(1, 2)), routing)
+        return routing.restore(normed, len(key)).transpose(1, 2)
+
+    def _of_readers(self, key, crossing, routing):
+        """Join the keys that each tower reads, as a cache keeps them.  (B, H, L, d) twice -> (B, H, L, towers * d)"""
+        towers = routing.tower_ids(len(key), key.device)[:, None, :, None]
+        return torch.cat([torch.where(towers == tower, key, crossing) for tower in range(len(routing.towers))], dim=-1)
+
+    def _read(self, attend, query, key, value, attention_mask, routing, **kwargs):
+        """Attend once for each tower, with the keys that it reads.  -> (B, L, H, d), and the weights if they exist"""
+        output = weights = None
+        towers = routing.tower_ids(len(query), query.device)
+        for tower, (count, keys) in enumerate(zip(routing.counts, key.chunk(len(routing.towers), dim=-1))):
+            if count or torch.is_grad_enabled():
+                outputs, of_keys = attend(self, query, keys.contiguous(), value, attention_mask, **kwargs)
+                mine = towers == tower
+                output = outputs if output is None else torch.where(mine[:, :, None, None], outputs, output)
+                weights = of_keys if weights is None else torch.where(mine[:, None, :, None], of_keys, weights)
+        return output, weights
 
 
 # ------------------------------------------------------------------------------------------------------------ 3. layer
@@ -465,7 +495,8 @@ class MoTModel(MoTPreTrainedModel):
                 RoPE of three axes also (3, B, L), which may be floats: time, row and column of each token.
             modality_ids: (B, L) indices into `config.modalities`; derived from `config.modality_token_ranges` when
                 absent. Beside `inputs_embeds` they may be those of the last embeddings: the embeddings before these are
-                virtual tokens, as prompt tuning makes them, and count as text.
+                virtual tokens, as prompt tuning makes them, and count as text. With `config.unseen_towers` and a
+                filled cache they are needed for its keys as well: (B, past + L).
             document_ids: (B, L); tokens whose ids differ never see each other. Negative ids mark padding.
             routing: a `ModalityRouting` made ahead of the forward; `modality_ids` are then not read.
             attention_plan: an `AttentionPlan` of the same documents and images. If it is None, this forward makes it.
@@ -493,7 +524,8 @@ class MoTModel(MoTPreTrainedModel):
         # Group the tokens by modality (Algorithm 1, lines 3 to 5). This waits for the device, so a plan may wait too.
         may_wait = routing is None and not torch.compiler.is_compiling()
         if routing is None:
-            routing = self._routing(modality_ids, input_ids, shape)
+            own = own_modalities(self.config, modality_ids, length, past_key_values)
+            routing = self._routing(own, input_ids, shape)
         if routing.num_tokens != batch_size * length:
             raise ValueError(f"routing was made for {routing.num_tokens} tokens, the rows hold {batch_size * length}")
 
@@ -508,8 +540,11 @@ class MoTModel(MoTPreTrainedModel):
         # A jump of positions may begin a document; positions of three axes jump where an image begins.
         steps = position_ids if position_ids is not None and position_ids.dim() == 2 else None
         may_wait = may_wait and rows.device.type != "meta"  # where nothing can be read
+        sight = None
+        if self.config.unseen_towers and attention_plan is None:
+            sight = self._sight(routing, modality_ids, shape, attention_mask, past_key_values)
         if attention_plan is None and may_wait and takes_plan(self.config, attention_mask, past_key_values):
-            attention_plan = plan_attention(shape, steps, document_ids, image_blocks)
+            attention_plan = plan_attention(shape, steps, document_ids, image_blocks, sight)
         mask = attention_mask_for(
             self.config,
             rows,
@@ -519,6 +554,7 @@ class MoTModel(MoTPreTrainedModel):
             document_ids,
             image_blocks,
             attention_plan,
+            sight,
         )
         if document_ids is not None and self.config._attn_implementation.startswith("flash"):
             kwargs |= flash_documents(document_ids)
@@ -601,6 +637,23 @@ class MoTModel(MoTPreTrainedModel):
             modality_ids = behind_virtual_tokens(modality_ids, length=shape[1])
         check_ids("modality_ids", modality_ids, shape)
         return ModalityRouting.from_modality_ids(modality_ids, self.config)
+
+    def _sight(self, routing, modality_ids, shape, attention_mask, past_key_values) -> TowerSight | None:
+        """Find which towers see which, for the keys of the cache and of this forward; None if a 4-D mask says it."""
+        if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2):
+            return None
+        towers = routing.tower_ids(shape[0], self.embed_tokens.weight.device)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if past:
+            if modality_ids is None or modality_ids.shape[1] != past + shape[1]:
+                raise ValueError(
+                    f"past_key_values holds {past} keys whose towers are not known, and unseen_towers="
+                    f"{self.config.unseen_towers} hides some: pass modality_ids of all keys, "
+                    f"{(shape[0], past + shape[1])}"
+                )
+            of_modality = torch.tensor(self.config.tower_of_modality, device=towers.device)
+            towers = torch.cat([of_modality[modality_ids[:, :past].to(towers.device)], towers], dim=1)
+        return TowerSight.of(self.config, towers)
 
 
 # ------------------------------------------------------------------------------------- 5. head of the Chameleon setting
@@ -711,7 +764,8 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
         check_keywords(self, kwargs)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         shape = check_tokens(self.config, input_ids, inputs_embeds)
-        targets = targets_of(self, shape, labels, kwargs.pop("shift_labels", None), modality_ids)
+        own = own_modalities(self.config, modality_ids, shape[1], past_key_values)
+        targets = targets_of(self, shape, labels, kwargs.pop("shift_labels", None), own)
 
         outputs = self.model(
             input_ids=input_ids,

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
 from .attention_masks import ImageBlocks, documents_of, image_positions
-from .checks_arguments import CACHE, check_forward, check_ids, check_tokens
+from .checks_arguments import CACHE, check_forward, check_ids, check_tokens, own_modalities
 from .configuration_mot_transfusion import MoTTransfusionConfig
 from .generation_mot_transfusion import MoTTransfusionGenerationMixin
 from .latent_images import (
@@ -184,8 +184,9 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
                 "come beside it, but prompt tuning and other virtual tokens go with a MoTForCausalLM only"
             )
         check_forward(self, kwargs, input_ids, None, attention_mask, position_ids, past_key_values, document_ids)
-        if modality_ids is not None:
-            check_ids("modality_ids", modality_ids, input_ids.shape)
+        own_ids = own_modalities(self.config, modality_ids, input_ids.shape[1], past_key_values)
+        if own_ids is not None:
+            check_ids("modality_ids", own_ids, input_ids.shape)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         shift_labels = kwargs.pop("shift_labels", None)
         planned = routing is not None
@@ -206,8 +207,8 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         if position_ids is None and self.config.image_positions == "shared":
             position_ids = self._shared_positions(places, is_filled)
         if modality_ids is None and (labels is not None or not planned):
-            modality_ids = self.model.modality_ids_of(input_ids)
-        targets = self._targets(input_ids.shape, labels, shift_labels, modality_ids)
+            modality_ids = own_ids = self.model.modality_ids_of(input_ids)
+        targets = self._targets(input_ids.shape, labels, shift_labels, own_ids)
 
         # 3. The transformer.
         outputs = self.model(

@@ -47,7 +47,7 @@ class Rounds:
         """Run a prompt, and give its sequence a row. An error that this raises is the request's own."""
         sequence = self.model._served(request, self.decoder)
         prefix = sequence.begin()
-        self.cache.extend(len(self.sequences), prefix.keys, prefix.values)
+        self.cache.extend(len(self.sequences), prefix.keys, prefix.values, prefix.hidden)
         self.sequences.append(sequence)
         self._leave_finished()
 

@@ -140,6 +140,11 @@ class ModalityRouting(NamedTuple):
             rows = _Restore.apply(rows, self)
         return rows.unflatten(0, (batch_size, -1))
 
+    def tower_ids(self, batch_size: int, device: torch.device) -> torch.Tensor:
+        """Return the index of each token's tower in the order of the sequence.  -> (B, L)"""
+        of_towers = [torch.full((count,), tower, device=device) for tower, count in enumerate(self.counts)]
+        return self.restore(torch.cat(of_towers), batch_size)
+
     def for_experts(self, is_token: torch.Tensor | None, token_choice: bool) -> "ModalityRouting":
         """Add the mask of padding and the direction of choice, which mixtures of experts read.
 

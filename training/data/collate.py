@@ -65,7 +65,8 @@ def collate(
     # Everything that depends on the data is decided here, in the thread that makes batches.
     if config is not None:
         batch["routing"] = ModalityRouting.from_modality_ids(batch["modality_ids"], config, multiple_of)
-        plan = plan_rows(config, batch["input_ids"], batch["document_ids"], batch.get("clean_images"))
+        ids, documents, clean = batch["input_ids"], batch["document_ids"], batch.get("clean_images")
+        plan = plan_rows(config, ids, documents, clean, batch["modality_ids"])
         if plan is not None:
             batch["attention_plan"] = plan
         if getattr(config, "image_positions", None) == "shared":
