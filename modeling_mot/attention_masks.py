@@ -323,6 +323,11 @@ def positions_of(
     return position_ids if position_ids.dim() == 3 else position_ids.expand(rows.shape[0], -1)
 
 
+def times_of(position_ids: torch.Tensor) -> torch.Tensor:
+    """Return positions on one axis, that of time if there are three.  (B, L) or (3, B, L) -> (B, L)"""
+    return position_ids if position_ids.dim() == 2 else position_ids[0]
+
+
 def tokens_of(attention_mask, document_ids: torch.Tensor | None, length: int) -> torch.Tensor | None:
     """Mark what is no padding, without a wait for the device.  -> (B, L) bool, or None where nothing marks padding
 

@@ -12,7 +12,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
 NOISE_SCHEDULES = ("squaredcos_cap_v2", "linear", "scaled_linear")
 TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
 TIMESTEP_FORMATS = ("index", "fraction")
-IMAGE_POSITIONS = ("consecutive", "shared")
+IMAGE_POSITIONS = ("consecutive", "shared", "grid")
 LATENT_POSITION_TABLES = (None, "sincos")
 VAE_CLASS_NAMES = ("AutoencoderKL", "AutoencoderTiny")
 
@@ -33,6 +33,8 @@ TRANSFUSION_RULES = CONFIG_RULES | {
     "timestep_sampling": OneOf(TIMESTEP_SAMPLINGS),
     "timestep_format": OneOf(TIMESTEP_FORMATS),
     "image_positions": OneOf(IMAGE_POSITIONS),
+    "modality_margin": Whole(0, 2**20),
+    "base_frames_per_second": Maybe(Number(open="low")),
     "latent_position_table": OneOf(LATENT_POSITION_TABLES),
 }
 VAE_RULES = {
@@ -92,8 +94,15 @@ class MoTTransfusionConfig(MoTConfig):
             500).
         caption_dropout (`float`, defaults to 0.0):
             Share of captions that training dropped; guidance needs some.
-        image_positions (`"consecutive"` or `"shared"`, defaults to `"consecutive"`):
-            Each patch has a position of its own, in raster order, or all patches of an image share one.
+        image_positions (`"consecutive"`, `"shared"` or `"grid"`, defaults to `"consecutive"`):
+            Each patch has a position of its own, in raster order; or all patches of an image share one; or, with RoPE
+            of three axes, a patch has the time of its image, and its row and column from 0 (Cosmos 3). A run of
+            placeholders may then hold several images: the frames of a video.
+        modality_margin (`int`, defaults to 0):
+            With a grid, how far the time of an image lies behind that of the text before it (Cosmos 3: 15000).
+        base_frames_per_second (`float`, *optional*):
+            With a grid, the rate at which each frame of a video moves the time by 1 (Cosmos 3: 24). Frames of other
+            rates move it by base / rate. Default: by 1 at any rate.
         markers_in_image_block (`bool`, defaults to `False`):
             True if BOI and EOI belong to the block that sees itself in both directions (and shares a position).
         noised_images_visible (`bool`, defaults to `True`):
@@ -144,6 +153,8 @@ class MoTTransfusionConfig(MoTConfig):
     image_first_max_timestep: int | None = None
     caption_dropout: float | int = 0.0
     image_positions: str = "consecutive"
+    modality_margin: int = 0
+    base_frames_per_second: float | int | None = None
     markers_in_image_block: bool = False
     noised_images_visible: bool = True
     latent_position_table: str | None = None
@@ -279,6 +290,17 @@ class MoTTransfusionConfig(MoTConfig):
                 f"prediction_type={self.prediction_type!r} needs 1.0"
             )
         # The positions of patches.
+        is_grid = self.image_positions == "grid"
+        if is_grid and (self.markers_in_image_block or not self.has_grid_positions):
+            raise ValueError(
+                f"image_positions='grid' needs rope_parameters with mrope_section, and markers_in_image_block=False: "
+                f"rope_parameters={self.rope_parameters}, markers_in_image_block={self.markers_in_image_block}"
+            )
+        if not is_grid and (self.modality_margin or self.base_frames_per_second is not None):
+            raise ValueError(
+                f"modality_margin={self.modality_margin} and base_frames_per_second={self.base_frames_per_second} are "
+                f"of image_positions='grid', not of {self.image_positions!r}; leave them out"
+            )
         if self.latent_position_table is not None and self.hidden_size % 4:
             raise ValueError(
                 f"latent_position_table={self.latent_position_table!r} splits hidden_size={self.hidden_size} into sine "

@@ -12,10 +12,13 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .attention_masks import times_of
 from .checks_arguments import CACHE
 from .decoding_lean import DecodingCache, LeanDecoder, Prefix, decoder_of
 from .decoding_pictures import Denoising, Generators, check_finite, commit, denoise
 from .image_processing import MoTImageProcessor
+from .latent_grid import grid_positions
+from .latent_images import ImagePlaces, check_placeholders, sizes_of
 from .latent_vae import decode_latents
 
 
@@ -418,9 +421,13 @@ class InterleavedDecoding(TokenLoop):
             images |= {"timesteps": zeros, "clean_images": zeros == 0, "noise": torch.zeros_like(latents)}
 
         # One forward, of which only the last logits are computed.
-        if position_ids is None:
+        if "latents" in images and self.config.image_positions == "grid":
+            places = ImagePlaces.find(self.config, ids, None, attention_mask)
+            sizes = sizes_of(images["latents"], images.get("image_sizes"))
+            position_ids = grid_positions(self.config, places, sizes, check_placeholders(self.config, places, sizes))
+        elif position_ids is None:
             position_ids = self.model.positions_of_prompts(ids, attention_mask)
-        position_ids = position_ids.expand_as(ids)
+        position_ids = position_ids if position_ids.dim() == 3 else position_ids.expand_as(ids)
         outputs = self.model(
             ids,
             attention_mask,
@@ -434,7 +441,7 @@ class InterleavedDecoding(TokenLoop):
         if self.config.hides_images:
             attention_mask = attention_mask * (ids != self.config.image_token_id)
         cache = DecodingCache.of(getattr(outputs, CACHE), attention_mask, self.decoder.cache_dtype)
-        return outputs.logits[:, -1].float(), cache, (position_ids[:, -1] + 1).tolist()
+        return outputs.logits[:, -1].float(), cache, (times_of(position_ids)[:, -1] + 1).long().tolist()
 
     def run(self) -> MoTTransfusionGenerateOutput:
         """Go from the prompts to the last token and picture.  -> what `generate()` returns"""

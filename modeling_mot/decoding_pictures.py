@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import logging
 
-from .attention_masks import RANGES, AttentionPlan, ImageBlocks, TowerSight, attention_mask_for
+from .attention_masks import RANGES, AttentionPlan, ImageBlocks, TowerSight, attention_mask_for, times_of
 from .checks_arguments import MOST_SCALE, check_generator
 from .checks_fields import is_real, is_whole
 from .decoding_lean import DecodingCache, Prefix
+from .latent_grid import Grid
 from .latent_images import build_scheduler
 from .tower_routing import ModalityRouting
 
@@ -317,10 +318,16 @@ class ImageForward:
         self.routing = ModalityRouting.from_modality_ids(torch.where(is_patch, config.image_modality, 0), config)
 
         # The positions follow those of the prefixes.
-        steps = torch.arange(total, device=device)
-        if config.image_positions == "shared":
-            steps = torch.zeros_like(steps) if inside else (steps >= self.length).long()
-        self.position_ids = torch.tensor([prefix.position for prefix in prefixes], device=device)[:, None] + steps
+        begin = torch.tensor([prefix.position for prefix in prefixes], device=device)
+        if config.image_positions == "grid":
+            grid = Grid.of(config, size)
+            end = (begin + grid.advance).view(1, -1, 1).expand(3, -1, self.after)
+            self.position_ids = torch.cat([grid.at(config, begin), end], dim=2)
+        else:
+            steps = torch.arange(total, device=device)
+            if config.image_positions == "shared":
+                steps = torch.zeros_like(steps) if inside else (steps >= self.length).long()
+            self.position_ids = begin[:, None] + steps
 
         # The prefixes are copied once for all forwards.
         self.layers = []
@@ -476,4 +483,4 @@ def commit(
     for place, row in enumerate(rows):
         cache.cut(row, cache.lengths[row] - forward.before)  # BOI is run again where it belongs to the image's block
         cache.extend(row, *forward.written(place))
-    return logits, (forward.position_ids[:, -1] + 1).tolist()
+    return logits, (times_of(forward.position_ids)[:, -1] + 1).tolist()

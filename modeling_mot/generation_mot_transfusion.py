@@ -195,7 +195,7 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         (B, L) -> (B, L)
         """
         blocks = find_image_blocks(input_ids == self.config.image_token_id, None, self.config.markers_in_image_block)
-        if self.config.image_positions == "consecutive":
+        if self.config.image_positions != "shared":  # on a grid, prompts with images are counted where they are run
             blocks = torch.full_like(blocks, -1)
         return image_positions(blocks, None, attention_mask)
 

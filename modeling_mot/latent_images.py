@@ -17,6 +17,7 @@ from torch import nn
 
 from .attention_masks import document_positions, find_image_blocks
 from .checks_arguments import check_tensor
+from .latent_grid import frames_of_runs
 from .latent_vae import encode_pixels
 
 
@@ -267,6 +268,7 @@ class NoisyImages(NamedTuple):
         timesteps: (N,) noise levels, 0 where clean.
         clean: (N,) bool.
         sizes: (h, w) of each image.
+        frames: how many images each run of placeholders holds; None for one.
     """
 
     latents: torch.Tensor
@@ -274,6 +276,7 @@ class NoisyImages(NamedTuple):
     timesteps: torch.Tensor
     clean: torch.Tensor
     sizes: list[tuple[int, int]]
+    frames: list[int] | None = None
 
     def by_size(self) -> dict[tuple[int, int], list[int]]:
         """Group images by size: size -> their indices. The blank image has a size and no index."""
@@ -338,11 +341,16 @@ def images_first(config, places: ImagePlaces) -> torch.Tensor:
     return ((before == 0) & (total > 0))[places.starts()]
 
 
-def check_placeholders(config, places: ImagePlaces, sizes: list[tuple[int, int]]) -> None:
+def check_placeholders(config, places: ImagePlaces, sizes: list[tuple[int, int]]) -> list[int] | None:
     """Check that each image has a run of placeholders of its own, one for each patch; waits for the device.
+
+    With `image_positions="grid"` a run may hold several images, the frames of a video.
 
     Args:
         sizes: (h, w) of each image.
+
+    Returns:
+        how many images each run holds; None for one.
 
     Raises:
         ValueError: images without placeholders or the reverse, or another number of them.
@@ -351,6 +359,8 @@ def check_placeholders(config, places: ImagePlaces, sizes: list[tuple[int, int]]
     token = f"placeholders (image_token_id={config.image_token_id})"
     if runs and not sizes:
         raise ValueError(f"input_ids holds {sum(runs)} {token} but neither latents nor pixel_values came")
+    if config.image_positions == "grid":
+        return frames_of_runs(runs, [config.image_length(*size) for size in sizes])
     if len(runs) != len(sizes):
         raise ValueError(
             f"{len(sizes)} images came, but the {token} in input_ids stand in {len(runs)} places; put each image "
@@ -420,8 +430,7 @@ class LatentImagesMixin:
             sizes = sizes_of(latents, given.image_sizes)
 
         # Their places in the rows.
-        if not planned:
-            check_placeholders(config, places, sizes)
+        frames = None if planned else check_placeholders(config, places, sizes)
         if not sizes:
             return self._no_images(places.input_ids)
         if is_filled:
@@ -430,7 +439,7 @@ class LatentImagesMixin:
         # Their noise.
         if given.image_first is None and given.timesteps is None and config.image_first_max_timestep is not None:
             given = given._replace(image_first=images_first(config, places))
-        return self._noisy_images(latents, sizes, given, planned)
+        return self._noisy_images(latents, sizes, given, planned)._replace(frames=frames)
 
     def encode_images(
         self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | list | None = None

@@ -26,6 +26,7 @@ from .attention_masks import ImageBlocks, documents_of, image_positions
 from .checks_arguments import CACHE, check_forward, check_ids, check_tokens, own_modalities
 from .configuration_mot_transfusion import MoTTransfusionConfig
 from .generation_mot_transfusion import MoTTransfusionGenerationMixin
+from .latent_grid import grid_positions
 from .latent_images import (
     ImageInputs,
     ImagePlaces,
@@ -140,6 +141,7 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         noise: torch.FloatTensor | None = None,
         clean_images: torch.BoolTensor | None = None,
         image_first: torch.BoolTensor | None = None,
+        frames_per_second: float | list[float] | None = None,
         routing: ModalityRouting | None = None,
         skip_logits: bool = False,
         generator: torch.Generator | None = None,
@@ -166,6 +168,8 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
             clean_images: (N,) bool, images that are context: they get no noise, t = 0, and have no loss.
             image_first: (N,) bool, images with text of their document after and none before them, whose drawn timesteps
                 keep to `image_first_max_timestep`; found from `input_ids` when absent.
+            frames_per_second: rate of videos, of all or of each run of placeholders, with `image_positions="grid"`.
+                The frames of a video are images that follow each other in one run. Default: the base rate.
             generator: draws the timesteps and the noise that are absent.
             num_items_in_batch: divide the token loss by this instead of by the number of token targets here.
             shift_labels: (B, L) targets aligned with the logits already, instead of `labels`.
@@ -206,6 +210,8 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         # Positions, modalities and targets of that row.
         if position_ids is None and self.config.image_positions == "shared":
             position_ids = self._shared_positions(places, is_filled)
+        elif position_ids is None and self.config.image_positions == "grid" and images.sizes:
+            position_ids = grid_positions(self.config, places, images.sizes, images.frames, frames_per_second)
         if modality_ids is None and (labels is not None or not planned):
             modality_ids = own_ids = self.model.modality_ids_of(input_ids)
         targets = self._targets(input_ids.shape, labels, shift_labels, own_ids)

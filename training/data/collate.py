@@ -37,7 +37,7 @@ def collate(
         config: the model's configuration. When given, the batch carries the forward's `routing` and, where each token
             sees a range of tokens, its `attention_plan`: the forward itself then has no step that depends on the data.
             Where the images of the model share a position, `position_ids` are left to the model, except for rows with
-            clean copies, which have the positions of the images that they repeat.
+            clean copies, which have the positions of the images that they repeat. On a grid they are left to it too.
         multiple_of: pads each tower's slice, see `ModalityRouting.from_modality_ids`.
         noise_seed: with a Transfusion configuration, adds the `timesteps` (M,) and the `noise` (M, C, h, w) of the
             latents. The noise of a row depends on nothing but this seed and the row's number: not on the other rows of
@@ -71,6 +71,8 @@ def collate(
             batch["attention_plan"] = plan
         if getattr(config, "image_positions", None) == "shared":
             share_positions(batch, config)
+        elif getattr(config, "image_positions", None) == "grid":
+            del batch["position_ids"]
     # The noise of diffusion follows from the rows' numbers.
     if images and noise_seed is not None and is_transfusion(config):
         if row_numbers is None or len(row_numbers) != len(rows):
