@@ -269,10 +269,11 @@ class MoTTransfusionConfig(MoTConfig):
                 f"prediction_type={self.prediction_type!r} needs 1.0"
             )
         # The positions of patches.
-        if self.latent_position_table is not None and self.hidden_size % 4:
+        width = self.tower_config(self.towers["image"]).hidden_size
+        if self.latent_position_table is not None and width % 4:
             raise ValueError(
-                f"latent_position_table={self.latent_position_table!r} splits hidden_size={self.hidden_size} into sine "
-                "and cosine of rows and columns: it must be a multiple of 4"
+                f"latent_position_table={self.latent_position_table!r} splits hidden_size={width} into sine and cosine "
+                "of rows and columns: it must be a multiple of 4"
             )
 
 
