@@ -195,10 +195,11 @@ def check_tokens(config, input_ids, inputs_embeds) -> tuple[int, int]:
         check_ids("input_ids", input_ids)
         return input_ids.shape
     check_tensor("inputs_embeds", inputs_embeds)
-    if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != config.hidden_size or not inputs_embeds.numel():
+    if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != config.widest_hidden_size or not inputs_embeds.numel():
+        of_towers = f" of the widest of tower_widths={config.tower_widths}" if config.tower_widths else ""
         raise ValueError(
             f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, and must be (batch, length, hidden_size="
-            f"{config.hidden_size})"
+            f"{config.widest_hidden_size}{of_towers})"
         )
     if not inputs_embeds.is_floating_point():
         raise ValueError(f"inputs_embeds is {inputs_embeds.dtype}, and must be a tensor of floats")

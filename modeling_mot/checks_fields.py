@@ -212,6 +212,10 @@ CONFIG_RULES = SPAN_RULES | {
     "qk_norm": OneOf((None, "rms", "rms_all_heads", "layer")),
     "hidden_act": OneOf(tuple(ACT2FN)),
 }
+# Fields of one tower.
+TOWER_RULES = {
+    name: CONFIG_RULES[name] for name in ("hidden_size", "intermediate_size", "hidden_act", "rms_norm_eps", "qk_norm")
+} | {"gated_mlp": Typed(bool), "norm_offset": Typed(bool)}
 ROPE_RULES = {
     "rope_type": OneOf(("default", *ROPE_INIT_FUNCTIONS)),
     "rope_theta": Number(open="low"),

@@ -6,6 +6,7 @@ share a tower), `untied` (which parts of a layer each tower has for itself) and 
 experts).
 """
 
+import copy
 import json
 from itertools import combinations
 
@@ -17,6 +18,7 @@ from .checks_fields import (
     CONFIG_RULES,
     INHERITED_RULES,
     SPAN_RULES,
+    TOWER_RULES,
     Several,
     Typed,
     check_fields,
@@ -32,6 +34,16 @@ from .hub_trust import without_code
 SHARED = "shared"
 UNTIED_PARTS = ("attention", "feed_forward", "norm")
 QUERY_KEY_VALUE = "query_key_value"  # the projections of "attention" without O and QK-norms
+# The fields that a tower may have for itself (`tower_configs`), and the parts of a layer that must then be untied.
+TOWER_FIELDS = {
+    "hidden_size": UNTIED_PARTS,
+    "intermediate_size": ("feed_forward",),
+    "hidden_act": ("feed_forward",),
+    "gated_mlp": ("feed_forward",),
+    "rms_norm_eps": ("norm",),
+    "norm_offset": ("norm",),
+    "qk_norm": ("attention",),
+}
 TEXT_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 MARKERS = ("boi_token_id", "eoi_token_id", "begin_of_speech_token_id", "end_of_speech_token_id")
 SPECIAL_TOKENS = TEXT_TOKENS + MARKERS
@@ -52,6 +64,8 @@ class MoTConfig(PreTrainedConfig):
         attention_output_bias (`bool`, *optional*):
             True if the output projection of attention has a bias. Default: as `attention_bias`, which is for queries,
             keys and values (Qwen2 has a bias for those three alone).
+        gated_mlp (`bool`, defaults to `True`):
+            The feed-forward is down(act(gate(x)) * up(x)), as Llama's; without a gate it is down(act(up(x))).
         norm_offset (`bool`, defaults to `False`): RMSNorms multiply by 1 + weight, and start at 0, as Gemma's do.
         embedding_multiplier (`float`, defaults to 1.0):
             Factor of the embeddings of tokens, rounded to their dtype (Gemma: the square root of `hidden_size`).
@@ -65,6 +79,12 @@ class MoTConfig(PreTrainedConfig):
         towers (`dict[str, str]`, *optional*):
             Modality -> tower; a tower is one set of weights. Default: each modality has a tower of its own (MoT).
             With one tower for all the model is dense.
+        tower_configs (`dict[str, dict]`, *optional*):
+            Tower -> the fields in which it differs from the model: `hidden_size`, `intermediate_size`, `hidden_act`,
+            `gated_mlp`, `rms_norm_eps`, `norm_offset`, `qk_norm`. Layers, heads and their size are the same for all
+            towers, because they share one attention. The parts that a field is of must be untied. The tower of text is
+            as wide as the embeddings, so its `hidden_size` is the model's. Hidden states are as wide as the widest
+            tower, and those of a narrower tower end in zeros.
         untied (`list[str]`, defaults to all of `"attention"`, `"feed_forward"`, `"norm"`):
             The parts of a layer that each tower has for itself; each other part is one module named `shared` (the rows
             of the paper's ablation, section 3.5). `"attention"` is Q, K, V, O and the QK-norms; `"query_key_value"` is
@@ -123,6 +143,13 @@ class MoTConfig(PreTrainedConfig):
         {'text': 'text', 'image': 'image_speech', 'speech': 'image_speech'}
         >>> MoTConfig.from_preset("chameleon-443m", "dense").tower_names  # a row of the paper's Table 1
         ['shared']
+
+        A narrow tower beside the tower of text:
+
+        >>> narrow = {"hidden_size": 512, "intermediate_size": 1024}
+        >>> config = MoTConfig(modalities=["text", "action"], tower_configs={"action": narrow})
+        >>> config.tower_config("action").hidden_size, config.tower_config("text").hidden_size
+        (512, 1024)
     """
 
     field_rules = CONFIG_RULES
@@ -160,6 +187,7 @@ class MoTConfig(PreTrainedConfig):
     attention_bias: bool = False
     attention_output_bias: bool | None = None
     mlp_bias: bool = False
+    gated_mlp: bool = True
     norm_offset: bool = False
     embedding_multiplier: float | int = 1.0
     layers_without_rope: list[int] | tuple[int, ...] = ()
@@ -168,6 +196,7 @@ class MoTConfig(PreTrainedConfig):
 
     modalities: list[str] | tuple[str, ...] = ("text", "image")
     towers: dict[str, str] | None = None
+    tower_configs: dict[str, dict] | None = None
     untied: list[str] | tuple[str, ...] = UNTIED_PARTS
     unseen_towers: dict[str, list[str] | tuple[str, ...]] | None = None
     cross_key_norm: list[str] | tuple[str, ...] = ()
@@ -319,6 +348,39 @@ class MoTConfig(PreTrainedConfig):
         is_untied = part in self.untied or (part == QUERY_KEY_VALUE and "attention" in self.untied)
         return self.tower_names if is_untied else [SHARED]
 
+    def tower_config(self, name: str) -> "MoTConfig":
+        """Return the configuration that a tower's modules are built from: this one with the tower's own fields.
+
+        Args:
+            name: one of `part_names`; parts that towers share are built from this configuration.
+        """
+        own = (self.tower_configs or {}).get(name)
+        if not own:
+            return self
+        config = copy.copy(self)
+        config.tower_configs = None
+        for field, value in own.items():
+            setattr(config, field, value)
+        return config
+
+    @property
+    def tower_widths(self) -> dict[str, int]:
+        """Tower -> its hidden size; empty if all towers are of one width."""
+        if not self.tower_configs:
+            return {}
+        widths = {name: self.tower_config(name).hidden_size for name in self.tower_names}
+        return widths if len(set(widths.values())) > 1 else {}
+
+    @property
+    def widest_hidden_size(self) -> int:
+        """The width of hidden states: that of the widest tower."""
+        return max(self.tower_widths.values(), default=self.hidden_size)
+
+    @property
+    def qk_norms(self) -> set[str]:
+        """The kinds of `qk_norm` that the towers have."""
+        return {self.tower_config(name).qk_norm for name in self.part_names("attention")} - {None}
+
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
         """How tensor parallelism shards each module; `*` stands for numbers only, so towers are named."""
@@ -326,54 +388,62 @@ class MoTConfig(PreTrainedConfig):
         # Chameleon's QK-norm has weights for each head, and OLMo 2's runs over all heads: every rank must see all
         # heads.
         inward, outward = "colwise", "rowwise"
-        if self.qk_norm in ("rms_all_heads", "layer"):
+        if self.qk_norms & {"rms_all_heads", "layer"}:
             inward, outward = "colwise_gather_output", "rowwise_split_input"
         for tower in self.part_names(QUERY_KEY_VALUE):
             for projection in "qkv":
                 plan[f"layers.*.self_attn.{projection}_proj.{tower}"] = inward
         for tower in self.part_names("attention"):
             plan[f"layers.*.self_attn.o_proj.{tower}"] = outward
-            if self.qk_norm == "rms":
+            if self.tower_config(tower).qk_norm == "rms":
                 for projection in "qk":
                     plan[f"layers.*.self_attn.{projection}_norm.{tower}"] = "replicated_with_grad_allreduce"
         for tower in self.cross_key_norm:
             plan[f"layers.*.self_attn.k_norm_cross.{tower}"] = "replicated_with_grad_allreduce"
         for tower in self.part_names("feed_forward"):
             mlp = f"layers.*.mlp.{tower}" + (".experts.*" if tower in self.moe_towers else "")
-            for projection, style in (("gate", "colwise"), ("up", "colwise"), ("down", "rowwise")):
-                plan[f"{mlp}.{projection}_proj"] = style
+            inputs = ("gate_proj", "up_proj") if self.tower_config(tower).gated_mlp else ("up_proj",)
+            plan |= {f"{mlp}.{projection}": "colwise" for projection in inputs} | {f"{mlp}.down_proj": "rowwise"}
         return plan
 
     def num_parameters(self, active: bool = False) -> int:
         """Count the parameters of the causal language model, embeddings and head included.
 
         Args:
-            active: count only the parameters that one token passes through: its tower, one expert. Towers are equal in
-                shape, so the number is the same for all modalities, except for the router and the experts of
-                `moe_towers`; then the largest is returned.
+            active: count only the parameters that one token passes through: its tower, one expert. Where that depends
+                on the modality, because a tower has experts or sizes of its own, the largest number is returned.
         """
-        # The parts of one tower's layer.
-        d, heads = self.hidden_size, self.num_attention_heads
-        q, kv = heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        qkv = d * (q + 2 * kv) + (q + 2 * kv if self.attention_bias else 0)
-        attention = q * d + (d if self.attention_output_bias else 0)  # O and the QK-norms
-        attention += {None: 0, "rms": 2 * self.head_dim, "rms_all_heads": q + kv, "layer": 2 * (q + kv)}[self.qk_norm]
-        expert = 3 * d * self.intermediate_size + (2 * self.intermediate_size + d if self.mlp_bias else 0)
+        parts = {part: self.part_names(part) for part in (QUERY_KEY_VALUE, "attention", "feed_forward", "norm")}
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
 
-        def feed_forward(name):
+        def of_part(part, name):
+            """Count one part of one tower's layer."""
+            tower = self.tower_config(name)
+            d, inner = tower.hidden_size, tower.intermediate_size
+            if part == QUERY_KEY_VALUE:
+                return (d + self.attention_bias) * (queries + 2 * keys)
+            if part == "attention":  # O and the QK-norms
+                both = queries + keys
+                norms = {None: 0, "rms": 2 * self.head_dim, "rms_all_heads": both, "layer": 2 * both}[tower.qk_norm]
+                norms += self.head_dim * (name in self.cross_key_norm)
+                return queries * d + self.attention_output_bias * d + norms
+            if part == "norm":
+                return 2 * d
+            inputs = 2 if tower.gated_mlp else 1
+            expert = (inputs + 1) * d * inner + self.mlp_bias * (inputs * inner + d)
             if name not in self.moe_towers:
                 return expert
             return (1 if active else self.num_experts) * expert + d * self.num_experts
 
-        # As many of each part as there are towers, or one.
-        total = max if active else sum
-        feed_forwards = total(feed_forward(name) for name in self.part_names("feed_forward"))
-        cross_norms = self.head_dim * (1 if active and self.cross_key_norm else len(self.cross_key_norm))
-        copies = {part: 1 if active else len(self.part_names(part)) for part in (QUERY_KEY_VALUE, "attention", "norm")}
-        layer = copies[QUERY_KEY_VALUE] * qkv + copies["attention"] * attention + feed_forwards + copies["norm"] * 2 * d
-        layer += cross_norms
-        embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * layer + copies["norm"] * d + embeddings
+        def of_towers(towers):
+            """Count the modules of these towers, and the shared ones."""
+            names = {part: [name for name in of if name in (*towers, SHARED)] for part, of in parts.items()}
+            layer = sum(of_part(part, name) for part, of in names.items() for name in of)
+            return self.num_hidden_layers * layer + sum(self.tower_config(name).hidden_size for name in names["norm"])
+
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        sets = [[name] for name in self.tower_names] if active else [self.tower_names]
+        return embeddings + max(map(of_towers, sets))
 
     # ------------------------------------------------------------------ presets
 
@@ -480,7 +550,7 @@ class MoTConfig(PreTrainedConfig):
         for tower in self.tower_names:
             if not tower or "." in tower:
                 raise ValueError(f"towers names {tower!r}: a tower is part of parameter names, so no dot and not empty")
-            if hasattr(nn.ModuleDict(), tower) or tower == "products":  # that of `PerTower`
+            if hasattr(nn.ModuleDict(), tower) or tower in ("products", "mixtures", "reads", "writes"):  # of `PerTower`
                 raise ValueError(
                     f"towers names {tower!r}, which torch's modules use themselves; name the tower otherwise"
                 )
@@ -499,6 +569,31 @@ class MoTConfig(PreTrainedConfig):
         self._validate_visibility()
         if self.moe_towers and self.num_experts < 2:
             raise ValueError(f"num_experts={self.num_experts} must be at least 2 where moe_towers={self.moe_towers}")
+        self._validate_tower_configs()
+
+    def _validate_tower_configs(self):
+        """The fields of a tower are of parts that it has for itself, and fit the embeddings and the other towers."""
+        for name, own in (self.tower_configs or {}).items():
+            check_names([name], self.tower_names, "tower of tower_configs")
+            check_names(own, TOWER_FIELDS, f"field of tower_configs[{name!r}]")
+            check_fields(own, TOWER_RULES, f"tower_configs[{name!r}].")
+            for field, value in own.items():
+                if tied := [part for part in TOWER_FIELDS[field] if part not in self.untied]:
+                    raise ValueError(
+                        f"tower_configs[{name!r}].{field}={value!r} is of a part that all towers share: add {tied} to "
+                        f"untied={self.untied}, or set {field} for the whole model"
+                    )
+        text = self.towers["text"]
+        if (width := self.tower_config(text).hidden_size) != self.hidden_size:
+            raise ValueError(
+                f"tower_configs[{text!r}].hidden_size={width}: the tower of text is as wide as the embeddings, "
+                f"hidden_size={self.hidden_size}; set hidden_size={width}, and the widths of the other towers here"
+            )
+        if "rms_all_heads" in self.qk_norms and len(self.qk_norms) > 1:
+            raise ValueError(
+                f"tower_configs gives the towers qk_norm={sorted(self.qk_norms)}: 'rms_all_heads' runs over all heads "
+                "together, the others over each, so beside it a tower may only have none"
+            )
 
     def _validate_visibility(self):
         named = [*self.unseen_towers, *(name for unseen in self.unseen_towers.values() for name in unseen)]

@@ -301,10 +301,11 @@ class MoTTransfusionConfig(MoTConfig):
                 f"modality_margin={self.modality_margin} and base_frames_per_second={self.base_frames_per_second} are "
                 f"of image_positions='grid', not of {self.image_positions!r}; leave them out"
             )
-        if self.latent_position_table is not None and self.hidden_size % 4:
+        width = self.tower_config(self.towers["image"]).hidden_size
+        if self.latent_position_table is not None and width % 4:
             raise ValueError(
-                f"latent_position_table={self.latent_position_table!r} splits hidden_size={self.hidden_size} into sine "
-                "and cosine of rows and columns: it must be a multiple of 4"
+                f"latent_position_table={self.latent_position_table!r} splits hidden_size={width} into sine and cosine "
+                "of rows and columns: it must be a multiple of 4"
             )
 
 

@@ -25,6 +25,7 @@ from transformers.activations import SiLUActivation
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaTextScaledWordEmbedding
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.nemotron.modeling_nemotron import NemotronMLP
 
 from .attention_masks import RANGES
 from .tower_routing import (
@@ -402,14 +403,16 @@ class LeanHeadNorm(NamedTuple):
 
 
 class LeanFeedForward(NamedTuple):
-    """SwiGLU, of (n, D)."""
+    """SwiGLU, or a feed-forward without a gate, of (n, D)."""
 
-    gate: Callable
+    gate: Callable | None
     up: Callable
     down: Callable
     activation: Callable
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.gate is None:
+            return self.down(self.activation(self.up(rows)))
         return self.down(self.activation(self.gate(rows)) * self.up(rows))
 
 
@@ -469,7 +472,7 @@ class _Reader:
         return module
 
     def norm(self, module: nn.Module | None) -> Callable | None:
-        if module is None:
+        if module is None or is_plain(module, nn.Identity):
             return None
         if is_plain(module, MoTHeadLayerNorm) and self._takes(module.weight, module.bias):
             return LeanHeadNorm(module.weight, module.bias)
@@ -482,17 +485,18 @@ class _Reader:
     def head_norm(self, module: nn.Module | None, config) -> Callable | None:
         """Read a norm of queries or keys, as a function of (n, H * d)."""
         norm = self.norm(module)
-        if norm is None or config.qk_norm == "rms_all_heads":
+        if norm is None or "rms_all_heads" in config.qk_norms:
             return norm
         return lambda rows: norm(rows.unflatten(-1, (-1, config.head_dim))).flatten(1)
 
     def feed_forward(self, module: nn.Module, is_mixture: bool) -> Callable:
         if is_mixture:
             return partial(module, token_choice=True)
-        if not is_plain(module, LlamaMLP):
+        if not is_plain(module, LlamaMLP, NemotronMLP):
             return module
         activation = F.silu if is_plain(module.act_fn, SiLUActivation, nn.SiLU) else module.act_fn
-        return LeanFeedForward(*map(self.linear, (module.gate_proj, module.up_proj, module.down_proj)), activation)
+        gate = self.linear(module.gate_proj) if isinstance(module, LlamaMLP) else None
+        return LeanFeedForward(gate, self.linear(module.up_proj), self.linear(module.down_proj), activation)
 
 
 class LeanDecoder:
@@ -515,6 +519,9 @@ class LeanDecoder:
         table = transformer.embed_tokens
         if not is_plain(table, nn.Embedding, GemmaTextScaledWordEmbedding):
             raise _NotPlain
+        epsilons = {config.tower_config(name).rms_norm_eps for name in config.tower_names}
+        if config.tower_widths or len(epsilons) > 1:
+            raise _NotPlain  # a step joins the rows of all towers, and divides them by their RMS, at once
 
         # Read the weights.
         self.heads = config.num_attention_heads
@@ -731,7 +738,7 @@ class ForwardDecoder:
             position_ids=torch.tensor(positions, device=ids.device)[:, None],
             past_key_values=columns.as_cache(),
         )
-        return self.model.lm_head(outputs.last_hidden_state[:, -1])
+        return self.model.lm_head(outputs.last_hidden_state[:, -1, : self.model.config.hidden_size])
 
 
 def decoder_of(model: nn.Module) -> LeanDecoder | ForwardDecoder:

@@ -311,7 +311,7 @@ class ImageForward:
             ids[:, 0] = config.boi_token_id
         if self.after:
             ids[:, -1] = config.eoi_token_id
-        embeds = model.model.embed_tokens(ids)
+        embeds = model.model.embed(ids)
         self.begin = embeds[:, : self.before]
         self.end = embeds[:, self.before + self.length :]
         is_patch = ids == config.image_token_id
@@ -409,7 +409,7 @@ class ImageForward:
         """Predict the noise (or `prediction_type`) in latents; arguments as above.  -> (R, C, h, w) float32"""
         hidden_states, features = self(latents, timestep, index)
         image = hidden_states[:, self.before : self.before + self.length]
-        return self.model.patchifier.predict(image, features, *self.size).float()
+        return self.model.patchifier_latents(image, features, *self.size)
 
     def written(self, row: int) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
         """Return what the last forward made for one sequence: `DecodingCache.extend` appends it
@@ -476,7 +476,7 @@ def commit(
     """
     forward = ImageForward(model, prefixes, tuple(latents.shape[2:]), with_end=True)
     hidden_states, _ = forward(latents, 0)
-    logits = model.lm_head(hidden_states[:, -1]).float()
+    logits = model.lm_head(hidden_states[:, -1, : model.config.hidden_size]).float()
 
     # Nothing that can fail comes after the first change of the cache, because a server tries a failed commit again.
     cache.reserve(max(cache.lengths[row] for row in rows) - forward.before + hidden_states.shape[1])

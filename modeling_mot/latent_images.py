@@ -8,7 +8,7 @@ stand the noise schedule (paper, appendix A.1) and its schedulers for sampling, 
 import difflib
 import inspect
 from reprlib import repr as shortened
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
@@ -529,7 +529,12 @@ class LatentImagesMixin:
         if self.config.latent_position_table is not None:
             rows, columns = (side // self.config.patch_size for side in latents.shape[2:])
             tokens = tokens + position_table(rows, columns, tokens.shape[-1], tokens.device).to(tokens.dtype)
-        return tokens, features
+        return self.model.widen(tokens), features
+
+    def patchifier_latents(self, hidden_states: torch.Tensor, features: Any, height: int, width: int) -> torch.Tensor:
+        """Make latents of the hidden states of images of one size.  (N, n, D) -> (N, C, h, w) float32"""
+        tower = self.config.tower_config(self.config.towers["image"])
+        return self.patchifier.predict(hidden_states[..., : tower.hidden_size], features, height, width).float()
 
     def embed_latents(self, images: NoisyImages) -> tuple[torch.Tensor, list]:
         """Make tokens of images, group by group of one size.
@@ -570,7 +575,7 @@ class LatentImagesMixin:
             else:
                 rows = hidden_states.split([self.config.image_length(*size) for size in images.sizes])
                 patches = torch.stack([rows[index] for index in members])
-            part = self.patchifier.predict(patches, kept, height, width).float()
+            part = self.patchifier_latents(patches, kept, height, width)
             part = F.pad(part, (0, images.latents.shape[3] - width, 0, images.latents.shape[2] - height))
             prediction |= zip(members, part)
         if len(features) == 1:

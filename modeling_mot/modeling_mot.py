@@ -42,12 +42,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaTextScaledWordEmbedding
-from transformers.models.llama.modeling_llama import (
-    LlamaMLP,
-    LlamaRotaryEmbedding,
-    eager_attention_forward,
-    rotate_half,
-)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward, rotate_half
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -90,13 +85,15 @@ from .tower_routing import (
     MoTHeadLayerNorm,
     PerTower,
     TowerNorms,
+    feed_forward,
     qk_norm,
     rms_norm,
+    tower_norms,
     without_cast,
 )
 
 
-# B batch, L row length, T = B * L tokens, D hidden size, H heads of size d, V vocabulary
+# B batch, L row length, T = B * L tokens, D hidden size (of the widest tower), H heads of size d, V vocabulary
 
 
 # ------------------------------------------------------------------------------------------------- 1. positions (RoPE)
@@ -201,25 +198,30 @@ class MoTAttention(nn.Module):
 
         # Every projection and QK-norm is one module for each tower, or one named `shared`.
         own_qkv, own_output = config.part_names("query_key_value"), config.part_names("attention")
-        hidden = config.hidden_size
-        queries = config.num_attention_heads * self.head_dim
-        keys = config.num_key_value_heads * self.head_dim
+        heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+        widths, tower = config.tower_widths, config.tower_config
 
-        def projection(names, inputs, outputs, bias):
-            return PerTower({name: nn.Linear(inputs, outputs, bias=bias) for name in names})
+        def project(heads):
+            outputs, bias = heads * self.head_dim, config.attention_bias
+            modules = {name: nn.Linear(tower(name).hidden_size, outputs, bias=bias) for name in own_qkv}
+            return PerTower(modules, reads=widths)
 
-        self.q_proj = projection(own_qkv, hidden, queries, config.attention_bias)
-        self.k_proj = projection(own_qkv, hidden, keys, config.attention_bias)
-        self.v_proj = projection(own_qkv, hidden, keys, config.attention_bias)
-        self.o_proj = projection(own_output, queries, hidden, config.attention_output_bias)
-        if config.qk_norm is not None:
-            self.q_norm = TowerNorms({name: qk_norm(config, config.num_attention_heads) for name in own_output})
-            self.k_norm = TowerNorms({name: qk_norm(config, config.num_key_value_heads) for name in own_output})
+        def project_back(heads):
+            inputs, bias = heads * self.head_dim, config.attention_output_bias
+            modules = {name: nn.Linear(inputs, tower(name).hidden_size, bias=bias) for name in own_output}
+            return PerTower(modules, writes=widths)
+
+        self.q_proj = project(heads)
+        self.k_proj = project(key_heads)
+        self.v_proj = project(key_heads)
+        self.o_proj = project_back(heads)
+        self.norms_each_head = "rms_all_heads" not in config.qk_norms
+        if config.qk_norms:
+            self.q_norm = TowerNorms({name: qk_norm(tower(name), heads) for name in own_output})
+            self.k_norm = TowerNorms({name: qk_norm(tower(name), key_heads) for name in own_output})
         if config.cross_key_norm:
-            cross = {name: nn.Identity() for name in own_output}
-            self.k_norm_cross = PerTower(
-                cross | {name: rms_norm(config, self.head_dim) for name in config.cross_key_norm}
-            )
+            own = {name: rms_norm(tower(name), self.head_dim) for name in config.cross_key_norm}
+            self.k_norm_cross = PerTower({name: nn.Identity() for name in own_output} | own)
 
     def forward(
         self,
@@ -265,8 +267,7 @@ class MoTAttention(nn.Module):
     def _heads(self, projected, norm, routing, batch_size):
         """Cut rows sorted by tower into heads in the order of the sequence.  (T, H * d) -> (B, H, L, d)"""
         if norm is not None:
-            per_head = self.config.qk_norm != "rms_all_heads"
-            heads = projected.unflatten(-1, (-1, self.head_dim)) if per_head else projected
+            heads = projected.unflatten(-1, (-1, self.head_dim)) if self.norms_each_head else projected
             projected = norm(heads, routing).flatten(1)
         return routing.restore(projected, batch_size).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
@@ -323,16 +324,14 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.config = config
 
-        def feed_forward(name):
-            return ExpertChoiceFeedForward(config) if name in config.moe_towers else LlamaMLP(config)
-
-        def norm():
-            return TowerNorms({name: rms_norm(config, config.hidden_size) for name in config.part_names("norm")})
-
+        feed_forwards = {}
+        for name in config.part_names("feed_forward"):
+            build = ExpertChoiceFeedForward if name in config.moe_towers else feed_forward
+            feed_forwards[name] = build(config.tower_config(name))
         self.self_attn = MoTAttention(config, layer_idx)
-        self.mlp = PerTower({name: feed_forward(name) for name in config.part_names("feed_forward")}, config.moe_towers)
-        self.input_layernorm = norm()
-        self.post_attention_layernorm = norm()
+        self.mlp = PerTower(feed_forwards, config.moe_towers, reads=config.tower_widths, writes=config.tower_widths)
+        self.input_layernorm = tower_norms(config)
+        self.post_attention_layernorm = tower_norms(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     @takes_both_names
@@ -457,13 +456,14 @@ class MoTModel(MoTPreTrainedModel):
 
     def __init__(self, config: MoTConfig):
         super().__init__(config)
+        self.width = config.widest_hidden_size
         embedding = (config.vocab_size, config.hidden_size, config.pad_token_id)
         if config.embedding_multiplier == 1:
             self.embed_tokens = nn.Embedding(*embedding)
         else:
             self.embed_tokens = GemmaTextScaledWordEmbedding(*embedding, embed_scale=config.embedding_multiplier)
         self.layers = nn.ModuleList(MoTDecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = TowerNorms({name: rms_norm(config, config.hidden_size) for name in config.part_names("norm")})
+        self.norm = tower_norms(config)
         self.rotary_emb = MoTRotaryEmbedding(config)
         self.gradient_checkpointing = False
         offer_adapter_targets(config.model_type)
@@ -587,18 +587,23 @@ class MoTModel(MoTPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: past_key_values})
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embed tokens; all towers share the table.  (B, L) -> (B, L, D)
+        """Embed tokens; all towers share the table, which is as wide as the tower of text.  (B, L) -> (B, L, D)
 
         Raises:
             ValueError: an id outside of the vocabulary.
         """
         try:
-            return self.embed_tokens(input_ids)
+            return self.widen(self.embed_tokens(input_ids))
         except IndexError as error:
             raise ValueError(
                 f"input_ids holds ids from {int(input_ids.min())} to {int(input_ids.max())}, outside the vocabulary of "
                 f"vocab_size={self.config.vocab_size}; was the text tokenised for another model?"
             ) from error
+
+    def widen(self, rows: torch.Tensor) -> torch.Tensor:
+        """Put zeros behind rows that are narrower than the widest tower.  (..., width) -> (..., D)"""
+        missing = self.width - rows.shape[-1]
+        return F.pad(rows, (0, missing)) if missing else rows
 
     def modality_ids_of(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Find the modality of each token by the ranges of the vocabulary.  (B, L) -> (B, L)
@@ -835,7 +840,7 @@ def logits_and_losses(
     """Compute logits unless they are skipped, and the losses of tokens if there are targets.
 
     Args:
-        hidden_states: (B, L, D).
+        hidden_states: (B, L, D), of which the head reads as much as the tower of text is wide.
         targets: the pair of `targets_of`.
         num_items_in_batch, logits_to_keep, skip_logits: as in `MoTForCausalLM.forward`.
 
@@ -849,6 +854,7 @@ def logits_and_losses(
     check_logits_to_keep(logits_to_keep, tuple(hidden_states.shape[:2]))
     logits_to_keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else int(logits_to_keep)
     check_items(num_items_in_batch)
+    hidden_states = hidden_states[..., : model.config.hidden_size]
     targets, modality_ids = targets
     args = (targets, modality_ids, num_items_in_batch)
     if not skip_logits:

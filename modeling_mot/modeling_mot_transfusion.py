@@ -258,7 +258,7 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         elif check_tokens(self.config, None, inputs_embeds) != input_ids.shape:
             raise ValueError(
                 f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, but input_ids and hidden_size make it "
-                f"{(*input_ids.shape, self.config.hidden_size)}"
+                f"{(*input_ids.shape, self.config.widest_hidden_size)}"
             )
         tokens, features = self.embed_latents(images)
         patches = torch.argsort(~places.is_patch.flatten(), stable=True)[: len(tokens)]  # no wait for the device
@@ -472,8 +472,9 @@ class UNetPatchifier(nn.Module):
 
 
 def build_patchifier(config) -> nn.Module:
-    """Build the patchifier that `config.patchifier` names."""
-    return {"unet": UNetPatchifier, "linear": LinearPatchifier}[config.patchifier](config)
+    """Build the patchifier that `config.patchifier` names, as wide as the tower of images."""
+    tower = config.tower_config(config.towers["image"])
+    return {"unet": UNetPatchifier, "linear": LinearPatchifier}[config.patchifier](tower)
 
 
 MoTTransfusionModel.register_for_auto_class("AutoModel")

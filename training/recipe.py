@@ -108,6 +108,13 @@ class ModelConfig:
     max_position_embeddings: int | None = option(
         None, "longest row; null: the preset's, at least data.row_length", ge=1, le=10**9
     )
+    hidden_act: str | None = option(None, "activation of the feed-forward, such as relu2; null: silu")
+    gated_mlp: bool | None = option(None, "whether the feed-forward has a gate, as Llama's; null: it has")
+    tower_configs: dict[str, dict[str, Any]] | None = option(
+        None,
+        "tower -> its own hidden_size, intermediate_size, hidden_act, gated_mlp, rms_norm_eps, norm_offset or qk_norm, "
+        "such as {image: {hidden_size: 128}}; null: all towers alike",
+    )
     norm_position: Literal["pre", "post"] | None = option(None, "pre: as Llama; post: as the paper's Algorithm 1")
     qk_norm: Literal["rms", "rms_all_heads", "layer"] | None = option(None, "norm of queries and keys; null: none")
     tie_word_embeddings: bool | None = option(None, "one matrix for input and output embeddings")

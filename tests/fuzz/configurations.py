@@ -68,6 +68,13 @@ FIELDS: dict[str, tuple] = {
         {"text": "a/b", "image": "\0", "speech": "*"}, {"text": "keys", "image": "items", "speech": "training"},
         {"text": None},
     ),
+    "tower_configs": (
+        {}, {"nope": {}}, {"image": {"nope": 3}}, {"image": {"hidden_size": 0}}, {"image": {"hidden_size": 10**9}},
+        {"image": {"hidden_size": 20}}, {"text": {"hidden_size": 20}}, {"image": {"hidden_act": "nope"}}, {"image": 3},
+        {"image": {"rms_norm_eps": NAN}}, {"image": {"gated_mlp": 1}}, {"image": {"qk_norm": "layer"}}, [1], 3, "image",
+        {"image": {"hidden_size": None}}, {3: {}},
+    ),
+    "gated_mlp": (False, None, 1, "no"),
     "untied": (["nope"], ["norm", "norm"], "norm", [3], [None], {}),
     "moe_towers": (["nope"], ["text", "text"], "text", [3], [None]),
     "norm_position": ("middle", None, 3, "PRE"),
