@@ -198,29 +198,43 @@ class ImageBlocks(NamedTuple):
         return (self.ids[batch, query] == self.ids[batch, key]) & (self.ids[batch, key] >= 0)
 
 
-def find_image_blocks(is_patch: torch.Tensor, document_ids: torch.Tensor | None, with_markers: bool) -> torch.Tensor:
-    """Number the images of each row: each run of patches within a document is one.  (B, L) bool -> (B, L), -1 elsewhere
+def find_placeholders(config, input_ids: torch.Tensor) -> torch.Tensor:
+    """Mark patches with their modality, an index into `config.modalities`; 0 for all other tokens.  (B, L) -> (B, L)"""
+    kinds = torch.zeros_like(input_ids)
+    for modality, token in config.placeholder_token_ids.items():
+        kinds = kinds.masked_fill(input_ids == token, config.modalities.index(modality))
+    return kinds
+
+
+def find_image_blocks(kinds: torch.Tensor, document_ids: torch.Tensor | None, with_markers: bool) -> torch.Tensor:
+    """Number the images of each row: each run of patches within a document is one.  (B, L) -> (B, L), -1 elsewhere
 
     Args:
+        kinds: (B, L) of `find_placeholders`, or bool; patches of two kinds are of two images.
         document_ids: (B, L) or None.
         with_markers: True if the token before and the token after a run (BOI and EOI) belong to the image.
     """
-    begins_document = document_starts(torch.zeros_like(is_patch) if document_ids is None else document_ids)
+    is_patch = kinds != 0
+    begins_document = document_starts(torch.zeros_like(kinds) if document_ids is None else document_ids)
     starts = is_patch.clone()
-    starts[:, 1:] &= ~is_patch[:, :-1] | begins_document[:, 1:]
+    starts[:, 1:] &= (kinds[:, 1:] != kinds[:, :-1]) | begins_document[:, 1:]
     numbers = starts.cumsum(dim=1) - 1
     ids = torch.where(is_patch, numbers, -1)
     if with_markers:
         # The neighbours of a run in its document take its number.
         before, after = torch.full_like(ids, -1), torch.full_like(ids, -1)
-        before[:, :-1] = torch.where(starts[:, 1:] & ~begins_document[:, 1:], numbers[:, 1:], -1)
+        is_before = starts[:, 1:] & ~is_patch[:, :-1] & ~begins_document[:, 1:]
+        before[:, :-1] = torch.where(is_before, numbers[:, 1:], -1)
         after[:, 1:] = torch.where(is_patch[:, 1:] | begins_document[:, 1:], -1, ids[:, :-1])
         ids = torch.maximum(ids, torch.maximum(before, after))
     return ids
 
 
 def image_positions(
-    block_ids: torch.Tensor, document_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+    block_ids: torch.Tensor,
+    document_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    stays: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Count positions so that all tokens of an image share one, from 0 in each document.  (B, L) -> (B, L)
 
@@ -228,9 +242,12 @@ def image_positions(
         block_ids: (B, L) of `find_image_blocks`.
         document_ids: (B, L) or None.
         attention_mask: (B, L) or None; padding on the left is not counted.
+        stays: (B, L) bool, tokens of images behind which the position stays the same; None for no such image.
     """
     moves = torch.ones_like(block_ids)
     moves[:, 1:] = ((block_ids[:, 1:] < 0) | (block_ids[:, 1:] != block_ids[:, :-1])).long()
+    if stays is not None:
+        moves[:, 1:] *= ~stays[:, :-1]
     if attention_mask is not None:
         moves = moves * attention_mask
     counted = (moves.cumsum(dim=1) - 1).clamp(min=0)
@@ -492,11 +509,11 @@ def plan_rows(config, input_ids, document_ids, clean_images=None, modality_ids=N
             return None
         sight = TowerSight.of(config, torch.tensor(config.tower_of_modality)[modality_ids])
     blocks = None
-    if clean_images is not None and hasattr(config, "markers_in_image_block"):
-        if not (config.noised_images_visible or bool(clean_images.all())):
-            return None
-        is_patch = input_ids == config.image_token_id
-        blocks = find_image_blocks(is_patch, document_ids, config.markers_in_image_block)
+    has_images = clean_images is not None and "image" in config.placeholder_token_ids
+    if has_images and not (config.noised_images_visible or bool(clean_images.all())):
+        return None
+    if has_images or len(config.placeholder_token_ids) > 1:
+        blocks = find_image_blocks(find_placeholders(config, input_ids), document_ids, config.markers_in_image_block)
     return AttentionPlan.from_ids(document_ids, blocks, sight)
 
 

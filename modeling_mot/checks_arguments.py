@@ -421,7 +421,7 @@ def check_call(inputs: Any, arguments: dict) -> None:
         check_whole("position_ids", positions)
         if positions.dim() != 2:
             raise ValueError(f"position_ids has shape {tuple(positions.shape)}, and must be (batch, length)")
-    for name in ("attention_mask", "inputs_embeds", "latents", "pixel_values"):
+    for name in ("attention_mask", "inputs_embeds", "latents", "pixel_values", "encoder_pixel_values"):
         if arguments.get(name) is not None and not isinstance(arguments[name], BlockMask):
             check_tensor(name, arguments[name])
     mask, embeds = arguments.get("attention_mask"), arguments.get("inputs_embeds")
@@ -616,12 +616,12 @@ def negative_prompt(config, ids: Any, mask: Any, count: int) -> tuple[torch.Tens
     if ids is None:
         raise ValueError("negative_prompt_attention_mask came without negative_prompt_ids, whose padding it marks")
     ids = whole_rows("negative_prompt_ids", ids, config.vocab_size, "vocab_size", count)
-    placeholder = getattr(config, "image_token_id", None)  # of a Transfusion model
-    if placeholder is not None and (ids == placeholder).any():
-        raise ValueError(
-            f"negative_prompt_ids holds image_token_id={placeholder}: a negative prompt is text, so leave its pictures "
-            "out"
-        )
+    for modality, placeholder in config.placeholder_token_ids.items():  # of a Transfusion model
+        if (ids == placeholder).any():
+            field = "image_token_id" if modality == "image" else f"the placeholder of {modality!r}"
+            raise ValueError(
+                f"negative_prompt_ids holds {field}={placeholder}: a negative prompt is text, so leave its pictures out"
+            )
     if mask is None:
         return ids, torch.ones_like(ids)
     mask = mask_rows("negative_prompt_attention_mask", mask).to(ids.device)

@@ -317,6 +317,11 @@ class MoTConfig(PreTrainedConfig):
         return list(dict.fromkeys(self.towers[modality] for modality in self.modalities))
 
     @property
+    def placeholder_token_ids(self) -> dict[str, int]:
+        """Modality -> the token that stands for each of its patches, for modalities that are no tokens themselves."""
+        return {}
+
+    @property
     def token_modalities(self) -> list[str]:
         """The modalities whose tokens are entries of the vocabulary."""
         return self.modalities

@@ -24,7 +24,8 @@ from .latent_vae import decode_latents
 
 # R sequences, P tokens of a prompt, L tokens so far, V vocabulary, N images, C latent channels, (h, w) latents
 
-IMAGE_INPUTS = ("latents", "pixel_values", "image_sizes")
+ENCODER_INPUTS = ("encoder_pixel_values", "encoder_image_sizes")
+IMAGE_INPUTS = ("latents", "pixel_values", "image_sizes", *ENCODER_INPUTS)
 
 
 class Request(NamedTuple):
@@ -384,12 +385,14 @@ class InterleavedDecoding(TokenLoop):
     def _check(self, mask: torch.Tensor) -> None:
         if (mask[:, -1] == 0).any() or (mask[:, 1:] < mask[:, :-1]).any():
             raise ValueError("attention_mask has padding on the right; pad prompts on the left (padding_side='left')")
-        if (self.prompt[:, -1] == self.config.image_token_id).any():
-            raise ValueError(
-                f"a prompt ends inside of an image, with image_token_id={self.config.image_token_id}; eoi_token_id="
-                f"{self.config.eoi_token_id} must follow the image, or boi_token_id={self.config.boi_token_id} must "
-                "stand alone where one is to be drawn"
-            )
+        for modality, token in self.config.placeholder_token_ids.items():
+            if (self.prompt[:, -1] == token).any():
+                field = "image_token_id" if modality == "image" else f"the placeholder of {modality!r}"
+                raise ValueError(
+                    f"a prompt ends inside of an image, with {field}={token}; eoi_token_id={self.config.eoi_token_id} "
+                    f"must follow the image, or boi_token_id={self.config.boi_token_id} must stand alone where one is "
+                    "to be drawn"
+                )
         if self.budget <= self.length and (self.prompt[:, -1] == self.config.boi_token_id).any():
             raise ValueError(
                 f"max_new_tokens={self.budget} is shorter than the picture that boi_token_id begins: it takes "
@@ -467,7 +470,7 @@ class InterleavedDecoding(TokenLoop):
         """Process the logits of each sequence with its own prompt: (R, V) -> (R, V)."""
         # Placeholders and EOI are appended and never chosen. BOI is no choice where a picture does not fit.
         allowed = logits.clone()
-        allowed[:, [self.config.image_token_id, self.config.eoi_token_id]] = -float("inf")
+        allowed[:, [token for token in self.config.written_token_ids if token < logits.shape[1]]] = -float("inf")
         for row, tokens in enumerate(self.new_tokens):
             if self.budget - len(tokens) < self.length + 2 or self.settings.generation_mode == "text":
                 allowed[row, self.config.boi_token_id] = -float("inf")
@@ -501,7 +504,10 @@ class InterleavedDecoding(TokenLoop):
         for length in sorted({len(self.new_tokens[row]) for row in rows}):
             tokens = [(tokens + [self.pad] * length)[:length] for tokens in self.new_tokens]
             group = [row for row in rows if len(self.new_tokens[row]) == length]
-            yield group, torch.cat([self.prompt, self.prompt.new_tensor(tokens)], dim=1)
+            ids = torch.cat([self.prompt, self.prompt.new_tensor(tokens)], dim=1)
+            if self.config.num_placeholder_tokens:  # logits processors look up the scores of all ids
+                ids = ids.masked_fill(ids >= self.config.vocab_size, self.config.eoi_token_id)
+            yield group, ids
 
     def _step(self) -> None:
         """Run the last token of each sequence that goes on, padding for the others."""

@@ -306,15 +306,12 @@ class ImageForward:
         self.before = int(inside)
         self.after = int(inside or with_end)
         total = self.before + self.length + self.after
-        ids = torch.full((count, total), config.image_token_id, device=device)
-        if self.before:
-            ids[:, 0] = config.boi_token_id
-        if self.after:
-            ids[:, -1] = config.eoi_token_id
-        embeds = model.model.embed(ids)
+        markers = torch.tensor([config.boi_token_id, config.eoi_token_id], device=device).expand(count, 2)
+        embeds = model.model.embed(markers)
         self.begin = embeds[:, : self.before]
-        self.end = embeds[:, self.before + self.length :]
-        is_patch = ids == config.image_token_id
+        self.end = embeds[:, 2 - self.after :]
+        is_patch = torch.zeros(count, total, dtype=torch.bool, device=device)
+        is_patch[:, self.before : self.before + self.length] = True
         self.routing = ModalityRouting.from_modality_ids(torch.where(is_patch, config.image_modality, 0), config)
 
         # The positions follow those of the prefixes.
@@ -337,7 +334,7 @@ class ImageForward:
             self.layers.append(ScratchLayer(keys, values, total, embeds.dtype))
         missing = torch.tensor([self.layers[0].length - prefix.length for prefix in prefixes], device=device)
         self.hidden = is_patch if config.hides_images else None
-        self.seen = self._seen(embeds, is_patch, missing, self._sight(prefixes))
+        self.seen = self._seen(embeds.new_empty(0).expand(count, total, 0), is_patch, missing, self._sight(prefixes))
 
     def _sight(self, prefixes: list[Prefix]) -> TowerSight | None:
         """Find which towers see which: of the prefixes' columns, text does not see those of images."""
@@ -353,14 +350,14 @@ class ImageForward:
         return TowerSight.of(self.config, torch.cat([towers, own], dim=1))
 
     def _seen(
-        self, embeds: torch.Tensor, is_patch: torch.Tensor, missing: torch.Tensor, sight: TowerSight | None
+        self, rows: torch.Tensor, is_patch: torch.Tensor, missing: torch.Tensor, sight: TowerSight | None
     ) -> dict:
         """Return the cache and the visibility of its keys, as arguments of the model's forward.
 
         All tokens of the block see each other, EOI behind the block sees them, and padding before prefixes is hidden.
 
         Args:
-            embeds: (R, T, D), read for its shape, dtype and device.
+            rows: (R, T, any size), read for its shape, dtype and device.
             is_patch: (R, T) bool.
             missing: (R,) how much shorter each prefix is than the longest.
             sight: which towers see which; None where all see all.
@@ -368,8 +365,8 @@ class ImageForward:
         config, longest, total = self.config, self.layers[0].length, is_patch.shape[1]
         cache = Cache(layers=self.layers)
         in_block = torch.ones_like(is_patch) if config.markers_in_image_block else is_patch
-        on_ranges = config._attn_implementation == RANGES and embeds.device.type == "cpu" and sight is None
-        if on_ranges and embeds.dtype != torch.float32:
+        on_ranges = config._attn_implementation == RANGES and rows.device.type == "cpu" and sight is None
+        if on_ranges and rows.dtype != torch.float32:
             # Each token sees a range of keys. In float32 torch's own kernel with a mask is as fast.
             last = longest + torch.where(in_block, int(in_block[0].sum()) - 1, total - 1)
             plan = AttentionPlan.from_ranges(missing[:, None].expand_as(last), last)
@@ -377,12 +374,16 @@ class ImageForward:
 
         # Elsewhere it is a mask, made once and not in each forward.
         blocks = ImageBlocks(F.pad(torch.where(in_block, 0, -1), (longest, 0), value=-1))
-        mask = (torch.arange(longest + total, device=embeds.device) >= missing[:, None]).long()
-        mask = attention_mask_for(config, embeds, mask, cache, None, None, blocks, sight=sight)
+        mask = (torch.arange(longest + total, device=rows.device) >= missing[:, None]).long()
+        mask = attention_mask_for(config, rows, mask, cache, None, None, blocks, sight=sight)
         return {"past_key_values": cache, "attention_mask": mask}
 
     def __call__(
-        self, latents: torch.Tensor, timestep: torch.Tensor | float, index: torch.Tensor | None = None
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor | float,
+        index: torch.Tensor | None = None,
+        is_clean: bool = False,
     ) -> tuple[torch.Tensor, Any]:
         """Run the model over images at their timesteps.  -> hidden states (R, T, D), the patchifier's features
 
@@ -390,9 +391,11 @@ class ImageForward:
             latents: (N, C, h, w)
             timestep: of all, or (N,).
             index: (R,) the place among the latents of each sequence's image; default: N = R, in their order.
+            is_clean: True for images without noise.
         """
         timesteps = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
-        tokens, features = self.model.patchifier_tokens(latents, timesteps)
+        clean = torch.full_like(timesteps, is_clean, dtype=torch.bool)
+        tokens, features = self.model.patchifier_tokens(latents, timesteps, clean)
         if index is not None:
             tokens, features = taken(tokens, index), taken(features, index)
         outputs = self.model.model(
@@ -475,7 +478,7 @@ def commit(
         the next logits (R, V), and the positions that follow.
     """
     forward = ImageForward(model, prefixes, tuple(latents.shape[2:]), with_end=True)
-    hidden_states, _ = forward(latents, 0)
+    hidden_states, _ = forward(latents, 0, is_clean=True)
     logits = model.lm_head(hidden_states[:, -1, : model.config.hidden_size]).float()
 
     # Nothing that can fail comes after the first change of the cache, because a server tries a failed commit again.

@@ -11,9 +11,9 @@ from dataclasses import fields
 import torch
 from transformers.utils import logging
 
-from .attention_masks import find_image_blocks, image_positions
+from .attention_masks import find_image_blocks, find_placeholders, image_positions
 from .checks_arguments import CACHE, cache_as, negative_prompt
-from .decoding_loop import IMAGE_INPUTS, InterleavedDecoding, Request
+from .decoding_loop import ENCODER_INPUTS, IMAGE_INPUTS, InterleavedDecoding, Request
 from .decoding_pictures import DiffusionSettings
 from .generation_mot import MoTGenerationMixin
 from .serving_rounds import PictureSequence, Studio
@@ -54,6 +54,7 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
             documents: a document or a list of them, with the `processor` that encodes them. `allow_urls` and
                 `allow_paths` say if the documents may name addresses and files to be opened. Default: the processor's.
             latents, pixel_values, image_sizes: the images in the prompts, as in `forward`; they are clean.
+            encoder_pixel_values, encoder_image_sizes: the pictures in the prompts that encoders see, as in `forward`.
             max_new_tokens: new tokens of a sequence, those of pictures included. Default: one picture and 20.
             generation_mode: "text" draws a picture only if a prompt ends with BOI. "image" appends BOI to prompts that
                 do not end with it, and draws one picture for each and nothing after it, whatever `max_new_tokens`.
@@ -126,7 +127,9 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
 
         # As in transformers, prompts may be on the CPU.
         input_ids = input_ids.to(self.device)
-        for name in ("attention_mask", "modality_ids", "position_ids", "latents", "pixel_values"):
+        for name in (
+            "attention_mask", "modality_ids", "position_ids", "latents", "pixel_values", "encoder_pixel_values",
+        ):  # fmt: skip
             if kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name].to(self.device)
         if mode == "image":
@@ -194,7 +197,7 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
 
         (B, L) -> (B, L)
         """
-        blocks = find_image_blocks(input_ids == self.config.image_token_id, None, self.config.markers_in_image_block)
+        blocks = find_image_blocks(find_placeholders(self.config, input_ids), None, self.config.markers_in_image_block)
         if self.config.image_positions != "shared":  # on a grid, prompts with images are counted where they are run
             blocks = torch.full_like(blocks, -1)
         return image_positions(blocks, None, attention_mask)
@@ -203,15 +206,28 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         # Each prompt's images are repeated with it. Transformers would repeat each image by itself.
         images = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if model_kwargs.get(name) is not None}
         if images and expand_size > 1:
-            blocks = find_image_blocks(input_ids == self.config.image_token_id, None, with_markers=False)
-            places = torch.arange(int((blocks.amax(dim=1) + 1).sum()), device=input_ids.device)
-            rows = places.split((blocks.amax(dim=1) + 1).tolist())
-            order = torch.cat([row for row in rows for _ in range(expand_size)])
-            images = {name: torch.as_tensor(value)[order.cpu()] for name, value in images.items()}
+            kinds = find_placeholders(self.config, input_ids)
+            is_image = kinds == self.config.image_modality
+            orders = {
+                is_encoded: self._repeated(kinds.masked_fill(is_image == is_encoded, 0), expand_size)
+                for is_encoded in (False, True)
+            }
+            images = {name: torch.as_tensor(value)[orders[name in ENCODER_INPUTS]] for name, value in images.items()}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         return input_ids, model_kwargs | images
+
+    @staticmethod
+    def _repeated(kinds: torch.Tensor, times: int) -> torch.Tensor:
+        """Return the order of images, if each row with its images comes so many times.  (B, L) -> (images,) on the host
+
+        Args:
+            kinds: 0 outside of the images that are counted.
+        """
+        counts = find_image_blocks(kinds, None, with_markers=False).amax(dim=1) + 1
+        rows = torch.arange(int(counts.sum())).split(counts.tolist())
+        return torch.cat([row for row in rows for _ in range(times)])
 
     def _refuse(self, *args, **kwargs):
         raise ValueError(

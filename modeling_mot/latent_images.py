@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention_masks import document_positions, find_image_blocks
+from .attention_masks import document_positions, find_image_blocks, find_placeholders
 from .checks_arguments import check_tensor
 from .latent_grid import frames_of_runs
 from .latent_vae import encode_pixels
@@ -212,6 +212,42 @@ def position_table(height: int, width: int, dim: int, device=None) -> torch.Tens
     return torch.cat([columns, rows], dim=-1).flatten(0, 1)
 
 
+class PositionTable(nn.Module):
+    """The values of `position_table` for the largest picture, held by the checkpoint and never trained.
+
+    Args:
+        rows, columns: of patches.
+        dim: D.
+    """
+
+    def __init__(self, rows: int, columns: int, dim: int):
+        super().__init__()
+        self.size = (rows, columns)
+        self.register_buffer("weight", torch.empty(rows * columns, dim))
+        with torch.no_grad():
+            self.weight.copy_(self.values())
+
+    def values(self) -> torch.Tensor:
+        """Compute the table.  -> (rows * columns, D)"""
+        return position_table(*self.size, self.weight.shape[1], self.weight.device)
+
+    def forward(self, height: int, width: int) -> torch.Tensor:
+        """Return the positions of a picture of height x width patches.  -> (height * width, D)"""
+        return self.weight.unflatten(0, self.size)[:height, :width].flatten(0, 1)
+
+
+def cut_into_patches(latents: torch.Tensor, size: int) -> torch.Tensor:
+    """Cut latents into patches of p x p, each in (row, column, channel) order.  (N, C, h, w) -> (N, n, p * p * C)"""
+    patches = latents.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (N, C, h/p, p, w/p, p)
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def join_patches(patches: torch.Tensor, size: int, height: int, width: int) -> torch.Tensor:
+    """Join patches, the inverse of `cut_into_patches`.  (N, n, p * p * C) -> (N, C, h, w)"""
+    grid = patches.unflatten(2, (size, size, -1)).unflatten(1, (height // size, width // size))
+    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
 # ---------------------------------------------------------------------------------------------- images and their places
 
 
@@ -235,28 +271,42 @@ class ImagePlaces(NamedTuple):
         input_ids: (B, L)
         document_ids: (B, L) or None.
         attention_mask: (B, L) or None.
-        is_patch: (B, L) bool, the placeholders of images.
-        blocks: (B, L) the number of the image in its row, -1 outside of images; see `find_image_blocks`.
+        kinds: (B, L) the modality of each patch, 0 outside; see `find_placeholders`.
+        is_patch: (B, L) bool, the placeholders of images that are diffused.
+        blocks: (B, L) the number of the image in its row, whatever its modality, -1 outside; see `find_image_blocks`.
     """
 
     input_ids: torch.Tensor
     document_ids: torch.Tensor | None
     attention_mask: torch.Tensor | None
+    kinds: torch.Tensor
     is_patch: torch.Tensor
     blocks: torch.Tensor
 
     @classmethod
     def find(cls, config, input_ids, document_ids, attention_mask) -> "ImagePlaces":
         """Find the placeholders and number the images.  (B, L) each"""
-        is_patch = input_ids == config.image_token_id
-        blocks = find_image_blocks(is_patch, document_ids, config.markers_in_image_block)
-        return cls(input_ids, document_ids, attention_mask, is_patch, blocks)
+        kinds = find_placeholders(config, input_ids)
+        blocks = find_image_blocks(kinds, document_ids, config.markers_in_image_block)
+        return cls(input_ids, document_ids, attention_mask, kinds, kinds == config.image_modality, blocks)
 
-    def starts(self) -> torch.Tensor:
-        """Mark the first patch of each image.  -> (B, L) bool"""
-        starts = self.is_patch.clone()
-        starts[:, 1:] &= ~self.is_patch[:, :-1] | (self.blocks[:, 1:] != self.blocks[:, :-1])
+    def starts(self, is_patch: torch.Tensor | None = None) -> torch.Tensor:
+        """Mark the first patch of each image, by default of those that are diffused.  (B, L) bool -> (B, L) bool"""
+        is_patch = self.is_patch if is_patch is None else is_patch
+        starts = is_patch.clone()
+        starts[:, 1:] &= ~is_patch[:, :-1] | (self.blocks[:, 1:] != self.blocks[:, :-1])
         return starts
+
+    def run_lengths(self, is_patch: torch.Tensor) -> list[int]:
+        """Count the patches of each image among `is_patch`, in order; waits for the device.  (B, L) bool -> N"""
+        return torch.bincount(self.starts(is_patch).flatten().cumsum(0)[is_patch.flatten()] - 1).tolist()
+
+    def noised(self, clean: torch.Tensor) -> torch.Tensor:
+        """Mark the tokens of images that have noise, with the markers in their blocks.  (N,) bool -> (B, L) bool"""
+        starts, blocks = self.starts(), self.blocks.clamp(min=0)
+        number = (starts.flatten().cumsum(0) - 1).clamp(min=0).view_as(starts)  # of the image that starts there
+        by_block = torch.zeros_like(blocks).scatter_add(1, blocks, (starts & ~clean[number]).long())
+        return (self.blocks >= 0) & by_block.gather(1, blocks).bool()
 
 
 class NoisyImages(NamedTuple):
@@ -290,8 +340,13 @@ class NoisyImages(NamedTuple):
         return (rows[:, :, None] & columns[:, None, :]).unsqueeze(1)
 
 
-def sizes_of(images: torch.Tensor, image_sizes: torch.Tensor | list | None) -> list[tuple[int, int]]:
+def sizes_of(
+    images: torch.Tensor, image_sizes: torch.Tensor | list | None, name: str = "image_sizes"
+) -> list[tuple[int, int]]:
     """Read height and width of each image of a padded tensor, in its unit.  (N, C, h, w), (N, 2) -> N pairs
+
+    Args:
+        name: of the argument, for messages.
 
     Raises:
         ValueError: sizes of another number of images, or larger than the tensor.
@@ -302,10 +357,10 @@ def sizes_of(images: torch.Tensor, image_sizes: torch.Tensor | list | None) -> l
     try:
         sizes = [(int(h), int(w)) for h, w in (image_sizes.tolist() if torch.is_tensor(image_sizes) else image_sizes)]
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"image_sizes={shortened(image_sizes)} must be pairs of a height and a width") from None
+        raise ValueError(f"{name}={shortened(image_sizes)} must be pairs of a height and a width") from None
     if len(sizes) != len(images) or any(not (1 <= h <= height and 1 <= w <= width) for h, w in sizes):
         raise ValueError(
-            f"image_sizes={sizes} must give the height and width of each of {len(images)} images, within the "
+            f"{name}={sizes} must give the height and width of each of {len(images)} images, within the "
             f"{height} x {width} of the tensor that holds them"
         )
     return sizes
@@ -324,7 +379,7 @@ def images_first(config, places: ImagePlaces) -> torch.Tensor:
     # Text is all but patches, special tokens and padding.
     input_ids = places.input_ids
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    is_text = ~places.is_patch
+    is_text = places.kinds == 0
     for token in (config.bos_token_id, config.pad_token_id, config.boi_token_id, config.eoi_token_id, *ends):
         if token is not None:
             is_text &= input_ids != token
@@ -355,7 +410,7 @@ def check_placeholders(config, places: ImagePlaces, sizes: list[tuple[int, int]]
     Raises:
         ValueError: images without placeholders or the reverse, or another number of them.
     """
-    runs = torch.bincount(places.starts().flatten().cumsum(0)[places.is_patch.flatten()] - 1).tolist()
+    runs = places.run_lengths(places.is_patch)
     token = f"placeholders (image_token_id={config.image_token_id})"
     if runs and not sizes:
         raise ValueError(f"input_ids holds {sum(runs)} {token} but neither latents nor pixel_values came")
@@ -522,19 +577,38 @@ class LatentImagesMixin:
         timesteps = like.new_zeros(1, dtype=torch.long)
         return NoisyImages(latents, latents[:0], timesteps, timesteps[:0].bool(), [])
 
-    def patchifier_tokens(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, tuple | None]:
-        """Cut images of one size into tokens for the transformer.  (N, C, h, w), (N,) -> (N, n, D) and features"""
+    def patchifier_tokens(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, clean: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, tuple | None]:
+        """Cut images of one size into tokens for the transformer.  -> (N, n, D) and features
+
+        Args:
+            latents: (N, C, h, w)
+            timesteps: (N,)
+            clean: (N,) bool, images without noise; None for none.
+        """
         latents = latents.to(self.patchifier.proj_in.bias.dtype)
-        tokens, features = self.patchifier.embed(latents, timesteps)
+        told = (timesteps, clean) if self.config.timestep_addition == "noised_token" else (timesteps,)
+        tokens, features = self.patchifier.embed(latents, *told)
         if self.config.latent_position_table is not None:
-            rows, columns = (side // self.config.patch_size for side in latents.shape[2:])
-            tokens = tokens + position_table(rows, columns, tokens.shape[-1], tokens.device).to(tokens.dtype)
+            grid = [side // self.config.patch_size for side in latents.shape[2:]]
+            tokens = tokens + self.fixed_positions("image", *grid, tokens)
         return self.model.widen(tokens), features
 
     def patchifier_latents(self, hidden_states: torch.Tensor, features: Any, height: int, width: int) -> torch.Tensor:
         """Make latents of the hidden states of images of one size.  (N, n, D) -> (N, C, h, w) float32"""
         tower = self.config.tower_config(self.config.towers["image"])
         return self.patchifier.predict(hidden_states[..., : tower.hidden_size], features, height, width).float()
+
+    def fixed_positions(self, modality: str, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
+        """Return the positions of a picture's patches from the checkpoint's table, or computed.  -> (n, D)
+
+        Args:
+            like: (..., D), a tensor of the dtype and device that are wanted.
+        """
+        if modality in self.position_tables:
+            return self.position_tables[modality](height, width).to(like.dtype)
+        return position_table(height, width, like.shape[-1], like.device).to(like.dtype)
 
     def embed_latents(self, images: NoisyImages) -> tuple[torch.Tensor, list]:
         """Make tokens of images, group by group of one size.
@@ -545,9 +619,10 @@ class LatentImagesMixin:
         tokens, features = {}, []
         for size, members in images.by_size().items():
             latents, timesteps = images.latents[:, :, : size[0], : size[1]], images.timesteps
+            clean = images.clean if images.sizes else None
             if len(members) < len(images.sizes):
-                latents, timesteps = latents[members], timesteps[members]
-            embedded, kept = self.patchifier_tokens(latents, timesteps)
+                latents, timesteps, clean = latents[members], timesteps[members], clean[members]
+            embedded, kept = self.patchifier_tokens(latents, timesteps, clean)
             features.append((size, members, kept))
             tokens |= zip(members, embedded)
         if len(features) == 1:

@@ -612,16 +612,16 @@ class MoTModel(MoTPreTrainedModel):
             ValueError: the configuration has no ranges.
         """
         ranges = self.config.modality_token_ranges
-        image_token_id = getattr(self.config, "image_token_id", None)  # of a Transfusion model
-        if ranges is None and (image_token_id is None or len(self.config.token_modalities) > 1):
+        placeholders = self.config.placeholder_token_ids  # of a Transfusion model
+        if ranges is None and (not placeholders or len(self.config.token_modalities) > 1):
             raise ValueError(
                 "modality_ids were not passed and config.modality_token_ranges is None: pass modality_ids beside "
                 "input_ids, or set modality_token_ranges to derive them"
             )
         modality_ids = torch.zeros_like(input_ids)
         for index, modality in enumerate(self.config.modalities[1:], start=1):
-            if modality not in self.config.token_modalities:
-                modality_ids = modality_ids.masked_fill(input_ids == image_token_id, index)
+            if modality in placeholders:
+                modality_ids = modality_ids.masked_fill(input_ids == placeholders[modality], index)
             else:
                 first, end = ranges[modality]
                 modality_ids = modality_ids.masked_fill((input_ids >= first) & (input_ids < end), index)

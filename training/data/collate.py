@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from modeling_mot.attention_masks import find_image_blocks, plan_rows
+from modeling_mot.attention_masks import find_image_blocks, find_placeholders, plan_rows
 from modeling_mot.latent_images import draw_timesteps
 from modeling_mot.tower_routing import ModalityRouting
 from training.data.documents import is_transfusion
@@ -169,6 +169,8 @@ def seed_of(words: str) -> int:
 def share_positions(batch: dict, config) -> None:
     """Remove `position_ids`, so that the model gives an image one position; compute them if there are clean copies."""
     positions, documents = batch.pop("position_ids"), batch["document_ids"]
+    if not config.noised_images_advance:
+        return  # a clean copy stands behind its image, at whose position the model goes on
     # Documents follow one another and their positions grow, except at a clean copy, whose positions fall back to those
     # of its image. So the first place that reaches a token's key is the token itself, or the token that it repeats.
     keys = positions + documents * positions.shape[1]
@@ -178,7 +180,8 @@ def share_positions(batch: dict, config) -> None:
     if not is_copy.any():
         return
     # A position moves on at every token that is no copy, but only once for each image.
-    blocks = find_image_blocks(batch["input_ids"] == config.image_token_id, documents, config.markers_in_image_block)
+    kinds = find_placeholders(config, batch["input_ids"])
+    blocks = find_image_blocks(kinds, documents, config.markers_in_image_block)
     moves = (~is_copy).long()
     moves[:, 1:] *= (blocks[:, 1:] < 0) | (blocks[:, 1:] != blocks[:, :-1])
     counted = moves.cumsum(dim=1)
