@@ -387,8 +387,10 @@ class InterleavedDecoding(TokenLoop):
         self.intermediates: list[list[list[Any]]] = [[] for _ in range(count)]
         self.contexts: dict[str, list[Prefix]] = {}
         self.has_images = (self.prompt == self.config.image_token_id).any(dim=1).tolist()
-        prompts = request.model_kwargs | {"attention_mask": mask}
-        self.logits, self.cache, self.positions = self._prefill(self.prompt, **prompts)
+        self.mask = mask
+        self.clean_images = self._clean_images(request.model_kwargs)
+        given = {name: request.model_kwargs.get(name) for name in ("position_ids", "modality_ids")}
+        self.logits, self.cache, self.positions = self._prefill(self.prompt, mask, self.clean_images, **given)
 
     def _check(self, mask: torch.Tensor) -> None:
         if (mask[:, -1] == 0).any() or (mask[:, 1:] < mask[:, :-1]).any():
@@ -415,11 +417,8 @@ class InterleavedDecoding(TokenLoop):
         seeds = torch.randint(2**62, (count,), generator=generator, device=generator.device).tolist()
         return [torch.Generator(device=generator.device).manual_seed(seed) for seed in seeds]
 
-    def _prefill(
-        self, ids: torch.Tensor, attention_mask: torch.Tensor, position_ids=None, modality_ids=None, **inputs
-    ) -> tuple[torch.Tensor, DecodingCache, list[int]]:
-        """Run prompts with their images clean.  (R, P) -> the next logits (R, V), the cache, the next positions"""
-        # Images in prompts are at timestep 0, without noise.
+    def _clean_images(self, inputs: dict) -> dict:
+        """Return the images of the prompts as arguments of the model's forward: at timestep 0, without noise."""
         images = {name: inputs[name] for name in IMAGE_INPUTS if inputs.get(name) is not None}
         if "pixel_values" in images and "latents" not in images:
             encoded = self.model.encode_images(images.pop("pixel_values"), images.get("image_sizes"))
@@ -428,7 +427,12 @@ class InterleavedDecoding(TokenLoop):
             latents = images["latents"]
             zeros = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
             images |= {"timesteps": zeros, "clean_images": zeros == 0, "noise": torch.zeros_like(latents)}
+        return images
 
+    def _prefill(
+        self, ids: torch.Tensor, attention_mask: torch.Tensor, images: dict, position_ids=None, modality_ids=None
+    ) -> tuple[torch.Tensor, DecodingCache, list[int]]:
+        """Run prompts with their images clean.  (R, P) -> the next logits (R, V), the cache, the next positions"""
         # One forward, of which only the last logits are computed.
         if position_ids is None:
             position_ids = self.model.positions_of_prompts(ids, attention_mask)
@@ -452,8 +456,9 @@ class InterleavedDecoding(TokenLoop):
             # Pictures come first, so that the sequences that draw catch up with the others.
             drawing = [row for row in self.running if self.last_token(row) == self.config.boi_token_id]
             if drawing:
-                # Those with images in their prompts may need other contexts of guidance than those without.
-                self._draw([row for row in drawing if self.has_images[row] == self.has_images[drawing[0]]])
+                # A sequence with images in its prompt may need other contexts of guidance than one without.
+                contexts = [contexts_of(self.settings, self.has_images[row]) for row in drawing]
+                self._draw([row for row, own in zip(drawing, contexts) if own == contexts[0]])
                 continue
             self.choose(self.logits)
             if self.running:
@@ -535,7 +540,7 @@ class InterleavedDecoding(TokenLoop):
             self.positions[row] = position
 
     def drawing(self, rows: list[int]) -> Denoising:
-        """Begin a picture in each of these sequences, which all or none have images in their prompts."""
+        """Begin a picture in each of these sequences, which need the same contexts of guidance."""
         generators = [self.generators[row] for row in rows]
         return Denoising(self.model, self.settings, generators, rows, self.has_images[rows[0]])
 
@@ -556,20 +561,16 @@ class InterleavedDecoding(TokenLoop):
 
     def _run_context(self, name: str) -> list[Prefix]:
         """Run a context of the prompts.  -> the prefix of each prompt, or one for all"""
-        images = {}
         if name == UNCONDITIONAL:
             ids, mask = self.settings.unconditional_prompts(self.config, self.prompt.device)
         else:
             # The tokens that are kept move to the right, and BOI follows.
-            mask = self.request.model_kwargs.get("attention_mask")
-            mask = torch.ones_like(self.prompt) if mask is None else mask
-            kept = kept_tokens(self.config, name, self.prompt, mask)
+            kept = kept_tokens(self.config, name, self.prompt, self.mask)
             order = kept.long().argsort(dim=1, stable=True)[:, self.prompt.shape[1] - int(kept.sum(dim=1).max()) :]
             ids = F.pad(self.prompt.gather(1, order), (0, 1), value=self.config.boi_token_id)
             mask = F.pad(kept.long().gather(1, order), (0, 1), value=1)
-            if name == WITHOUT_TEXT:
-                images = {image: self.request.model_kwargs.get(image) for image in IMAGE_INPUTS}
-        _, cache, positions = self._prefill(ids, mask, **images)
+        images = self.clean_images if name == WITHOUT_TEXT else {}
+        _, cache, positions = self._prefill(ids, mask, images)
         drop = int(self.config.markers_in_image_block)
         return [cache.prefix(row, position, drop) for row, position in enumerate(positions)]
 

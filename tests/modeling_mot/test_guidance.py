@@ -332,6 +332,16 @@ def test_contexts_run_once_and_share_a_batch_at_the_steps_that_are_guided():
     assert shapes == [prompt, without_text, without_images, (3, 6), (3, 6), (1, 6), (1, 6)]
 
 
+@pytest.mark.parametrize(("images_scale", "groups"), [(None, 1), (1.0, 1), (2.0, 2)])
+def test_sequences_are_drawn_together_if_their_contexts_are_alike(images_scale, groups):
+    model, rows = model_of(prediction_type="flow"), []
+    model.generate(
+        **inputs_of(EDIT, DRAW, AGAIN), **ARGUMENTS, guidance_scale=3.0, image_guidance_scale=images_scale,
+        callback_on_step_end=lambda model, step, t, state: rows.append(state["rows"]),
+    )  # fmt: skip
+    assert rows[::4] == ([[0, 1, 2]] if groups == 1 else [[0, 2], [1]])
+
+
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
