@@ -124,6 +124,16 @@ class Maybe(NamedTuple):
         return found and f"{found}, or None"
 
 
+class Either(NamedTuple):
+    """Lists as one rule says, and other values as another says."""
+
+    other: Rule
+    of_lists: Rule
+
+    def problem(self, value: Any) -> str | None:
+        return (self.of_lists if isinstance(value, (list, tuple)) else self.other).problem(value)
+
+
 def check_fields(values: Any, rules: Mapping[str, Rule], where: str = "") -> None:
     """Check the fields of an object, or the entries that a mapping has, in the order of the table.
 

@@ -2,7 +2,17 @@
 
 import math
 
-from .checks_fields import CONFIG_RULES, Maybe, Number, OneOf, Several, Whole, check_fields, strict_configuration
+from .checks_fields import (
+    CONFIG_RULES,
+    Either,
+    Maybe,
+    Number,
+    OneOf,
+    Several,
+    Whole,
+    check_fields,
+    strict_configuration,
+)
 from .configuration_encoders import (
     POSITION_TABLES,
     TABLE_SIZE,
@@ -15,12 +25,13 @@ from .configuration_presets import TRANSFUSION_FIELDS, TRANSFUSION_PRESETS
 
 
 PATCHIFIERS = ("unet", "linear")
-PREDICTION_TYPES = ("epsilon", "v_prediction", "flow")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "flow", "flow_sample")
 NOISE_SCHEDULES = ("squaredcos_cap_v2", "linear", "scaled_linear")
-TIMESTEP_SAMPLINGS = ("uniform", "logit_normal")
+TIMESTEP_SAMPLINGS = ("uniform", "logit_normal", "beta")
 TIMESTEP_FORMATS = ("index", "fraction")
 IMAGE_POSITIONS = ("consecutive", "shared", "grid")
 TIMESTEP_ADDITIONS = ("patch", "token", "noised_token", None)
+TIMESTEP_DIRECTIONS = ("noise", "clean")
 VAE_CLASS_NAMES = ("AutoencoderKL", "AutoencoderTiny")
 
 TRANSFUSION_RULES = CONFIG_RULES | {
@@ -31,7 +42,10 @@ TRANSFUSION_RULES = CONFIG_RULES | {
     "unet_layers": Whole(1, 2**10),
     "unet_norm_groups": Whole(1, 2**16),
     "num_train_timesteps": Whole(1, 10**6),
-    "timestep_shift": Number(open="low"),
+    "timestep_sampling_parameters": Maybe(Several(Number(-math.inf), count=2)),
+    "timestep_range": Several(Number(0, 1), count=2),
+    "timestep_shift": Either(Number(open="low"), Several(Several(Number(open="low"), count=2))),
+    "smallest_divisor": Number(0, 1, open="low"),
     "diffusion_loss_weight": Number(),
     "caption_dropout": Number(0, 1),
     "patchifier": OneOf(PATCHIFIERS),
@@ -39,6 +53,7 @@ TRANSFUSION_RULES = CONFIG_RULES | {
     "noise_schedule": OneOf(NOISE_SCHEDULES),
     "timestep_sampling": OneOf(TIMESTEP_SAMPLINGS),
     "timestep_format": OneOf(TIMESTEP_FORMATS),
+    "timestep_direction": OneOf(TIMESTEP_DIRECTIONS),
     "image_positions": OneOf(IMAGE_POSITIONS),
     "modality_margin": Whole(0, 2**20),
     "base_frames_per_second": Maybe(Number(open="low")),
@@ -87,20 +102,32 @@ class MoTTransfusionConfig(MoTConfig):
             the up blocks mirror the down blocks. The default makes the paper's U-Net of 0.27 B parameters.
         unet_layers (`int`, defaults to 3): Residual layers of a down block; an up block has one more.
         unet_norm_groups (`int`, defaults to 32): Groups of the U-Net's group norms.
-        prediction_type (`"epsilon"`, `"v_prediction"` or `"flow"`, defaults to `"epsilon"`):
-            The target of the prediction: the noise, the velocity of arXiv 2202.00512, or noise - clean (rectified
-            flow).
+        prediction_type (`"epsilon"`, `"v_prediction"`, `"flow"` or `"flow_sample"`, defaults to `"epsilon"`):
+            The target of the prediction: the noise, the velocity of arXiv 2202.00512, or noise - clean (flow matching
+            on straight lines). With "flow_sample" it is the clean latents, and the loss is that of the velocity which
+            they imply, (noised - clean) / t (arXiv 2511.13720).
+        smallest_divisor (`float`, defaults to 0.05): The least t by which that loss divides.
         noise_schedule (`str`, defaults to `"squaredcos_cap_v2"`):
             Diffusers' name of a beta schedule. The default is the cosine schedule of Nichol & Dhariwal; flow uses none.
         num_train_timesteps (`int`, defaults to 1000): Noise levels.
-        timestep_sampling (`"uniform"` or `"logit_normal"`, defaults to `"uniform"`): How training draws noise levels.
-        timestep_shift (`float`, defaults to 1.0):
-            With flow, fractions t become s t / (1 + (s - 1) t), in training and in sampling.
+        timestep_sampling (`"uniform"`, `"logit_normal"` or `"beta"`, defaults to `"uniform"`):
+            How training draws fractions t of the noise levels; t = 1 is noise.
+        timestep_sampling_parameters (`list[float]`, *optional*):
+            Mean and deviation of the logit (default 0 and 1), or alpha and beta of the Beta distribution.
+        timestep_range (`list[float]`, defaults to `[0.0, 1.0]`):
+            Drawn fractions t become low + (high - low) t, before the shift.
+        timestep_shift (`float` or `list[list[float]]`, defaults to 1.0):
+            With flow, fractions t become s t / (1 + (s - 1) t), in training and in sampling. Pairs `[tokens, shift]`
+            give images of so many tokens a shift of their own; between and beyond the pairs log(shift) goes on along
+            straight lines over the tokens, as in diffusers' FLUX pipelines.
         timestep_format (`"index"` or `"fraction"`, defaults to `"index"`):
             The timestep embedding takes t in [0, num_train_timesteps], or in [0, 1].
         timestep_addition (`"patch"`, `"token"`, `"noised_token"` or `None`, defaults to `"patch"`):
             Where the linear patchifier adds the timestep embedding: to a patch before it becomes a token, to the token
             (BAGEL), to tokens of images with noise alone (Cosmos 3), or nowhere. The U-Net has its own way, `"patch"`.
+        timestep_direction (`"noise"` or `"clean"`, defaults to `"noise"`):
+            With flow, what the timestep embedding takes at its largest t: noise, or clean latents. `timesteps` and all
+            other settings count towards noise.
         diffusion_loss_weight (`float`, defaults to 5.0): The lambda of equation 4.
         image_first_max_timestep (`int`, *optional*):
             Largest noise level of an image with text of its document after and none before it (Transfusion's ablation:
@@ -179,9 +206,13 @@ class MoTTransfusionConfig(MoTConfig):
     noise_schedule: str = "squaredcos_cap_v2"
     num_train_timesteps: int = 1000
     timestep_sampling: str = "uniform"
-    timestep_shift: float | int = 1.0
+    timestep_sampling_parameters: list | tuple | None = None
+    timestep_range: list | tuple = (0.0, 1.0)
+    timestep_shift: float | int | list | tuple = 1.0
+    smallest_divisor: float | int = 0.05
     timestep_format: str = "index"
     timestep_addition: str | None = "patch"
+    timestep_direction: str = "noise"
     diffusion_loss_weight: float | int = 5.0
     image_first_max_timestep: int | None = None
     caption_dropout: float | int = 0.0
@@ -208,6 +239,9 @@ class MoTTransfusionConfig(MoTConfig):
             self.continuous_modalities = {name: complete_modality(fields, self) for name, fields in given}
         if self.encoders is not None:
             self.encoders = {name: complete_encoder(fields) for name, fields in self.encoders.items()}
+        self.timestep_range = list(self.timestep_range)
+        if isinstance(self.timestep_shift, tuple):
+            self.timestep_shift = list(self.timestep_shift)
         super().__post_init__(**kwargs)
 
     @property
@@ -244,6 +278,23 @@ class MoTTransfusionConfig(MoTConfig):
     def vae_downsampling(self) -> int:
         """Pixels of one latent's side; 1 without a VAE."""
         return 1 if self.vae_config is None else vae_downsampling(self.vae_config)
+
+    @property
+    def is_flow(self) -> bool:
+        """True for flow matching, whose noise levels are floats from 0 (clean) to `num_train_timesteps` (noise)."""
+        return self.prediction_type in ("flow", "flow_sample")
+
+    def shift_of(self, height: int, width: int) -> float:
+        """Return the `timestep_shift` of an image of height x width latents."""
+        if not isinstance(self.timestep_shift, list):
+            return self.timestep_shift
+        # The two pairs around the image's length, or the first or last two.
+        length, pairs = self.image_length(height, width), sorted(self.timestep_shift)
+        if len(pairs) == 1:
+            return pairs[0][1]
+        place = sum(length > tokens for tokens, _ in pairs[1:-1])
+        (low, first), (high, second) = pairs[place : place + 2]
+        return first * (second / first) ** ((length - low) / (high - low))
 
     def image_length(self, height: int, width: int) -> int:
         """Count the tokens of an image of height x width latents.
@@ -397,10 +448,30 @@ class MoTTransfusionConfig(MoTConfig):
                 f"image_first_max_timestep={self.image_first_max_timestep} must lie in "
                 f"[0, num_train_timesteps={self.num_train_timesteps})"
             )
-        if self.timestep_shift != 1 and self.prediction_type != "flow":
+        if self.timestep_shift != 1 and not self.is_flow:
             raise ValueError(
                 f"timestep_shift={self.timestep_shift} shifts the fractions of flow matching; "
                 f"prediction_type={self.prediction_type!r} needs 1.0"
+            )
+        if isinstance(self.timestep_shift, list) and len(dict(self.timestep_shift)) < len(self.timestep_shift):
+            raise ValueError(f"timestep_shift={self.timestep_shift} must name each number of tokens once")
+        if self.timestep_direction == "clean" and not self.is_flow:
+            raise ValueError(
+                f"timestep_direction='clean' turns the fractions of flow matching round; prediction_type="
+                f"{self.prediction_type!r} needs 'noise'"
+            )
+        # How fractions are drawn.
+        low, high = self.timestep_range
+        if low >= high:
+            raise ValueError(f"timestep_range={self.timestep_range} must be [low, high] with low < high")
+        given, kind = self.timestep_sampling_parameters, self.timestep_sampling
+        if given is None and kind == "beta" or given is not None and kind == "uniform":
+            needs = "takes none" if kind == "uniform" else "needs [alpha, beta], such as [1.5, 1.0]"
+            raise ValueError(f"timestep_sampling_parameters={given}, but timestep_sampling={kind!r} {needs}")
+        if given is not None and min(given[kind == "logit_normal" :]) <= 0:
+            raise ValueError(
+                f"timestep_sampling_parameters={given} of timestep_sampling={kind!r} must be "
+                f"{'[mean, deviation] with a positive deviation' if kind == 'logit_normal' else 'positive'}"
             )
         if self.patchifier == "unet" and self.timestep_addition != "patch":
             raise ValueError(

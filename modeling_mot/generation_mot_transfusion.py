@@ -14,7 +14,7 @@ from transformers.utils import logging
 from .attention_masks import find_image_blocks, find_placeholders, image_positions
 from .checks_arguments import CACHE, cache_as, negative_prompt
 from .decoding_loop import ENCODER_INPUTS, IMAGE_INPUTS, InterleavedDecoding, Request
-from .decoding_pictures import DiffusionSettings
+from .decoding_pictures import DiffusionSettings, contexts_of
 from .generation_mot import MoTGenerationMixin
 from .serving_rounds import PictureSequence, Studio
 
@@ -46,8 +46,9 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
 
         Text is sampled as `GenerationMixin.generate` does it, with its arguments. Behind BOI, sampled or at the end of
         its prompt, a sequence draws a picture while the others wait. The prefix stays in the cache, each denoising step
-        runs the image's tokens alone, and guidance is one batch of two. The clean picture is committed in one pass at
-        t = 0, EOI is appended, and text goes on. The result of a sequence does not depend on the others in its batch.
+        runs the image's tokens alone, and all contexts of guidance are one batch. The clean picture is committed in one
+        pass at t = 0, EOI is appended, and text goes on. The result of a sequence does not depend on the others in its
+        batch.
 
         Args:
             inputs, input_ids: (B, L) prompts, padded on the left; or
@@ -60,11 +61,28 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
                 do not end with it, and draws one picture for each and nothing after it, whatever `max_new_tokens`.
                 Default: both, as the model chooses.
             guidance_scale: prediction = unconditional + scale * (conditional - unconditional); 1 is none.
+            image_guidance_scale: guidance by the pictures of a prompt. With a number, `guidance_scale` leads away from
+                the prompt without its last text and not from the unconditional prompt, and this scale leads away from
+                the prompt without its pictures; 1 leads away from the text alone. Default: None.
+            guidance_form: "nested" (default; BAGEL) or "sum" (InstructPix2Pix), the formula that combines both scales;
+                see `decoding_pictures.guided`. In the nested one the image's scale has no effect where
+                `guidance_scale` is 1.
+            guidance_renorm: "none" (default), or what shrinks a guided prediction to the norm of the prediction without
+                guidance: "global" (of a picture), "channel" (of each patch), "text_channel" (of each patch, before
+                guidance by pictures). Norms are those of each picture: BAGEL's code takes "global" over a whole batch.
+            guidance_renorm_min: the smallest factor by which it shrinks (default 0).
+            guidance_interval: [low, high], the shares of noise t with low < t <= high at which there is guidance
+                (default [0, 1], always).
             negative_prompt_ids: (L,) or (1, L) for all prompts, or (B, L): the unconditional prompts, with
                 `negative_prompt_attention_mask` if padded on the left; BOI is appended. Default: `config.bos_token_id`
                 alone, or nothing if there is none, as in training when a caption is dropped.
             num_inference_steps: denoising steps of a picture (default 250).
-            scheduler: `ddpm` (default), `ddim`, `dpm`, ..., or a class name of diffusers; `scheduler_kwargs` go to it.
+            time_spacing: the times of flow matching, before the shift: "scheduler" (default; as the scheduler has
+                them), "steps", "points" (BAGEL: one evaluation fewer than `num_inference_steps`) or "levels"; see
+                `latent_images.set_times`.
+            timestep_shift: the shift of these times; default: the configuration's, for pictures of this size.
+            scheduler: `ddpm` (default; `flow` with flow matching), `ddim`, `dpm`, `unipc`, ..., or a class name of
+                diffusers; `scheduler_kwargs` go to it.
             generator: of the noise and of sampled tokens: one for each sequence; or one for all, from which one is
                 derived for each sequence.
             image_size: [height, width] of new pictures in pixels (latents without a VAE); default
@@ -176,6 +194,12 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
             logger.warning(
                 f"guidance_scale={settings.guidance_scale} with a model of caption_dropout=0: it never learnt to draw "
                 "without a prompt, so that guidance has nothing sensible to lead away from"
+            )
+        if settings.image_guidance_scale not in (None, 1) and not contexts_of(settings, has_images=True):
+            logger.warning(
+                f"image_guidance_scale={settings.image_guidance_scale} has no effect, because guidance_form='nested' "
+                "guides by pictures only where guidance_scale is not 1; take guidance_form='sum' to guide by pictures "
+                "alone"
             )
         generation_config.guidance_scale = None  # transformers' own guidance is of logits
         generation_config.diffusion = settings

@@ -2,7 +2,8 @@
 
 `LatentImagesMixin`, at the end, holds the steps of the model's forward: `_images_of` reads, checks and noises the
 images, `embed_latents` makes tokens of them, `predict_latents` makes latents of the tokens' hidden states. Before it
-stand the noise schedule (paper, appendix A.1) and its schedulers for sampling, then the places of images in rows.
+stand the noise schedule (paper, appendix A.1), its schedulers and times for sampling, then the places of images in
+rows.
 """
 
 import difflib
@@ -11,6 +12,7 @@ from reprlib import repr as shortened
 from typing import Any, NamedTuple
 
 import diffusers
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,7 +24,7 @@ from .latent_vae import encode_pixels
 
 
 # B batch, L row length, D hidden size, N images in order of appearance over the flattened rows, C latent channels,
-# (h, w) latents, n tokens of an image, P patches of all images
+# (h, w) latents, n tokens of an image, P patches of all images, R images drawn together
 
 
 # --------------------------------------------------------------------------------------------------------------- noise
@@ -38,6 +40,7 @@ SHORT_NAMES = {
     "flow": "FlowMatchEulerDiscreteScheduler",
 }
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+TIME_SPACINGS = ("scheduler", "steps", "points", "levels")
 
 
 def cumulative_alphas(config) -> torch.Tensor:
@@ -65,7 +68,7 @@ class NoiseSchedule(nn.Module):
 
     def weights(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the shares of clean latents and of noise.  (N,) -> (N, 1, 1, 1) twice"""
-        if self.config.prediction_type == "flow":
+        if self.config.is_flow:
             noise = timesteps.float() / self.config.num_train_timesteps
             clean = 1 - noise
         else:
@@ -79,16 +82,40 @@ class NoiseSchedule(nn.Module):
         return of_clean * latents + of_noise * noise
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the target of the prediction: the noise that was added, the velocity, or noise - clean.
+        """Return the target of the prediction: the noise that was added, the velocity, noise - clean, or clean latents.
 
         (N, C, h, w) twice, (N,) -> (N, C, h, w)
         """
         if self.config.prediction_type == "epsilon":
             return noise
+        if self.config.prediction_type == "flow_sample":
+            return latents
         if self.config.prediction_type == "flow":
             return noise - latents
         of_clean, of_noise = self.weights(timesteps)
         return of_clean * noise - of_noise * latents
+
+    def loss_weights(self, timesteps: torch.Tensor) -> torch.Tensor | None:
+        """Return the factors of squared errors: None, or 1 / t^2 for "flow_sample".  (N,) -> (N, 1, 1, 1)
+
+        Velocities (noised - clean) / t differ by as much as the clean latents do, divided by t.
+        """
+        if self.config.prediction_type != "flow_sample":
+            return None
+        _, of_noise = self.weights(timesteps)
+        return of_noise.clamp(min=self.config.smallest_divisor) ** -2
+
+    def velocity(self, prediction: torch.Tensor, noisy: torch.Tensor, share: float) -> torch.Tensor:
+        """Return the velocity that predicted clean latents imply; other predictions as they are.
+
+        Args:
+            prediction, noisy: (R, C, h, w).
+            share: of noise in `noisy`, above 0.
+
+        Returns:
+            (R, C, h, w).
+        """
+        return (noisy - prediction) / share if self.config.prediction_type == "flow_sample" else prediction
 
     def bounded(
         self, prediction: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor, bound: float
@@ -118,48 +145,66 @@ def draw_timesteps(
     image_first: torch.Tensor,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
+    sizes: list[tuple[int, int]] | None = None,
 ) -> torch.Tensor:
     """Draw noise levels for training.
 
     Args:
         image_first: (N,) bool, images with text after and none before them; their levels are at most
             `config.image_first_max_timestep`, where that is set.
+        sizes: (h, w) of the latents of each image, by which its shift may differ; default: `config.latent_size`.
 
     Returns:
-        (N,) integers, or floats for rectified flow.
+        (N,) integers, or floats for flow matching.
     """
     # Fractions from 0 to 1, then of the levels that an image may have.
     device = image_first.device if device is None else device
     count, levels = len(image_first), config.num_train_timesteps
-    if config.timestep_sampling == "logit_normal":
-        fractions = torch.sigmoid(torch.randn(count, generator=generator, device=device))
-    else:
-        fractions = torch.rand(count, generator=generator, device=device)
-    if config.prediction_type == "flow":
-        shift = config.timestep_shift
+    fractions = _draw_fractions(config, count, generator, device)
+    low, high = config.timestep_range
+    if (low, high) != (0, 1):
+        fractions = low + (high - low) * fractions
+    if config.is_flow:
+        shifts = [config.shift_of(*size) for size in sizes or [config.latent_size] * count]
+        shift = shifts[0] if len(set(shifts)) == 1 else torch.tensor(shifts, device=device)
         fractions = shift * fractions / (1 + (shift - 1) * fractions)
     highest = config.image_first_max_timestep
     is_limited = image_first.to(device) & (highest is not None)
-    if config.prediction_type == "flow":
+    if config.is_flow:
         return fractions * torch.where(is_limited, highest or 0, levels)
     limits = torch.where(is_limited, (highest or 0) + 1, levels)
     # A sigmoid, or its product, may round up to 1.
     return torch.minimum((fractions * limits).long(), limits - 1)
 
 
-def build_scheduler(config, name: str = "ddpm", **kwargs):
+def _draw_fractions(config, count: int, generator: torch.Generator | None, device) -> torch.Tensor:
+    """Draw from the distribution that `config.timestep_sampling` names.  -> (N,) from 0 to 1"""
+    drawing = {"generator": generator, "device": device}
+    if config.timestep_sampling == "uniform":
+        return torch.rand(count, **drawing)
+    if config.timestep_sampling == "logit_normal":
+        mean, deviation = config.timestep_sampling_parameters or (0, 1)
+        return torch.sigmoid(mean + deviation * torch.randn(count, **drawing))
+    # Of two gamma variables, the share of the first in their sum follows a Beta distribution.
+    shapes = torch.tensor(config.timestep_sampling_parameters, dtype=torch.float64, device=device)
+    gammas = torch._standard_gamma(shapes[:, None].repeat(1, count), generator=generator)
+    return (gammas[0] / gammas.sum(dim=0)).float()
+
+
+def build_scheduler(config, name: str = "ddpm", timestep_shift: float | None = None, **kwargs):
     """Build a diffusers scheduler that samples with the noise that this configuration was trained on.
 
     Args:
         name: `ddpm`, `ddim`, `dpm`, `unipc`, `euler`, `heun`, `flow`, or the name of a scheduler class of diffusers.
-            "ddpm" is the default everywhere; a model of rectified flow then samples with "flow".
+            "ddpm" is the default everywhere; a model of flow matching then samples with "flow".
+        timestep_shift: of the fractions of flow matching; default: the configuration's, for `config.latent_size`.
         kwargs: further arguments of that class.
 
     Raises:
         ValueError: an unknown name or argument, or a scheduler that does not fit `prediction_type`.
     """
     # The class.
-    is_flow = config.prediction_type == "flow"
+    is_flow = config.is_flow
     full_name = SHORT_NAMES["flow"] if is_flow and name == "ddpm" else SHORT_NAMES.get(name, name)
     scheduler_class = getattr(diffusers, full_name, None) if full_name.endswith("Scheduler") else None
     if scheduler_class is None:
@@ -167,8 +212,10 @@ def build_scheduler(config, name: str = "ddpm", **kwargs):
             f"scheduler={name!r} is unknown; there are {', '.join(SHORT_NAMES)}, and diffusers' class names such as "
             "'DPMSolverSinglestepScheduler'"
         )
-    if is_flow != (full_name in FLOW_SCHEDULERS):
-        fitting = "'flow'" if is_flow else "'ddpm', 'ddim' or 'dpm'"
+    known = inspect.signature(scheduler_class).parameters
+    fits = full_name in FLOW_SCHEDULERS or "use_flow_sigmas" in known if is_flow else full_name not in FLOW_SCHEDULERS
+    if not fits:
+        fitting = "'flow', 'unipc' or 'dpm'" if is_flow else "'ddpm', 'ddim' or 'dpm'"
         raise ValueError(
             f"scheduler={name!r} cannot sample a model of prediction_type={config.prediction_type!r}; take {fitting}"
         )
@@ -176,7 +223,9 @@ def build_scheduler(config, name: str = "ddpm", **kwargs):
     # Its settings: the noise of training, then the caller's arguments.
     settings = {"num_train_timesteps": config.num_train_timesteps}
     if is_flow:
-        settings["shift"] = config.timestep_shift
+        shift = config.shift_of(*config.latent_size) if timestep_shift is None else timestep_shift
+        settings |= {"shift": shift, "flow_shift": shift}
+        settings |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     else:
         settings |= {
             "beta_schedule": config.noise_schedule,
@@ -186,7 +235,6 @@ def build_scheduler(config, name: str = "ddpm", **kwargs):
             "clip_sample": False,  # latents have no bounds
             "timestep_spacing": "trailing",  # sampling begins where training ends, in pure noise
         }
-    known = inspect.signature(scheduler_class).parameters
     for name in kwargs:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
@@ -194,6 +242,45 @@ def build_scheduler(config, name: str = "ddpm", **kwargs):
                 f"scheduler_kwargs has {name!r}, which {full_name} does not know; did you mean {close[0]!r}?"
             )
     return scheduler_class(**({name: value for name, value in settings.items() if name in known} | kwargs))
+
+
+def set_times(scheduler, spacing: str, count: int, device=None) -> None:
+    """Give a scheduler the times of its steps.
+
+    Flow matching goes from t = 1, noise, to t = 0, and a model is evaluated at all of these times but 0. The families
+    space them differently, before the shift:
+
+    - "scheduler": as diffusers' class does; `count` evaluations.
+    - "steps": `count` equal steps, so `count` evaluations (pi0).
+    - "points": `count` equally spaced times with both ends, so `count` - 1 evaluations (BAGEL).
+    - "levels": `count` equal steps from the last noise level, 1 - 1 / num_train_timesteps (Cosmos 3, native schedule).
+
+    Raises:
+        ValueError: a scheduler that takes no times, or a single point.
+    """
+    if spacing == "scheduler":
+        scheduler.set_timesteps(count, device=device)
+        return
+    flows = type(scheduler).__name__ in FLOW_SCHEDULERS or scheduler.config.get("use_flow_sigmas")
+    if not flows or "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(
+            f"time_spacing={spacing!r} needs a scheduler of flow matching that takes times, 'flow' or 'unipc', not "
+            f"{type(scheduler).__name__}; leave it out, or take 'scheduler'"
+        )
+    if spacing == "points" and count < 2:
+        raise ValueError(
+            f"time_spacing='points' with num_inference_steps={count}: a step has two ends, give at least 2"
+        )
+    first = 1 - 1 / scheduler.config.num_train_timesteps if spacing == "levels" else 1.0
+    times = np.linspace(first, 0, count if spacing == "points" else count + 1)[:-1]
+    scheduler.set_timesteps(len(times), device=device, sigmas=times)
+
+
+def noise_shares(scheduler, config) -> list[float]:
+    """Return the share of noise in what each step of a scheduler starts from: (0, 1], counted levels from 1."""
+    if config.is_flow:
+        return scheduler.sigmas[: len(scheduler.timesteps)].tolist()
+    return ((scheduler.timesteps + 1) / config.num_train_timesteps).tolist()
 
 
 def position_table(height: int, width: int, dim: int, device=None) -> torch.Tensor:
@@ -436,7 +523,7 @@ def check_timesteps(config, timesteps: torch.Tensor, may_wait: bool) -> None:
     Raises:
         ValueError: timesteps out of range, or floats where levels are counted.
     """
-    is_flow, levels = config.prediction_type == "flow", config.num_train_timesteps
+    is_flow, levels = config.is_flow, config.num_train_timesteps
     if timesteps.is_floating_point() and not is_flow:
         raise ValueError(
             f"timesteps are {timesteps.dtype}, but the noise levels of prediction_type={config.prediction_type!r} are "
@@ -552,7 +639,7 @@ class LatentImagesMixin:
             image_first = torch.zeros(count, dtype=torch.bool)
         drawing = {"generator": generator, "device": device if generator is None else generator.device}
         if timesteps is None:
-            timesteps = draw_timesteps(self.config, image_first, **drawing)
+            timesteps = draw_timesteps(self.config, image_first, **drawing, sizes=sizes)
         if noise is None:
             noise = torch.randn(latents.shape, **drawing)
 

@@ -335,6 +335,8 @@ class MoTTransfusionModel(LatentImagesMixin, EncodedPicturesMixin, MoTPreTrained
         """Add the squared error of the prediction to the losses of tokens (equation 4)."""
         # Clean images and padding do not count.
         squared = (prediction - images.target).square()
+        if (weights := self.noise_schedule.loss_weights(images.timesteps)) is not None:
+            squared = squared * weights
         counted = (~images.clean).view(-1, 1, 1, 1).expand_as(squared)
         if any(size != tuple(squared.shape[2:]) for size in images.sizes):
             counted = counted & images.inside()
@@ -392,7 +394,8 @@ class MoTTransfusionModel(LatentImagesMixin, EncodedPicturesMixin, MoTPreTrained
 class TimestepEncoder(nn.Module):
     """Embed noise levels by sinusoids, then two linear layers.  (N,) -> (N, E)
 
-    The sinusoids take indices up to `num_train_timesteps`, or with `timestep_format="fraction"` shares of it.
+    The sinusoids take indices up to `num_train_timesteps`, or with `timestep_format="fraction"` shares of it; with
+    `timestep_direction="clean"` they take what is missing to that.
 
     Args:
         config: a `MoTTransfusionConfig`.
@@ -403,11 +406,14 @@ class TimestepEncoder(nn.Module):
     def __init__(self, config, width: int, frequencies: int = 256):
         super().__init__()
         self.scale = 1.0 if config.timestep_format == "index" else 1.0 / config.num_train_timesteps
+        self.levels = config.num_train_timesteps
+        self.is_turned = config.timestep_direction == "clean"
         self.sinusoids = Timesteps(frequencies, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.mlp = TimestepEmbedding(frequencies, width)
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        sinusoids = self.sinusoids(timesteps.float() * self.scale)
+        timesteps = self.levels - timesteps.float() if self.is_turned else timesteps.float()
+        sinusoids = self.sinusoids(timesteps * self.scale)
         return self.mlp(sinusoids.to(self.mlp.linear_1.bias.dtype))  # a quantised weight is of another type
 
 

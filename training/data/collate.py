@@ -145,7 +145,8 @@ def draw_noise(
         stop = start + len(images)
         generator = row_generator(seed, number)
         if images:
-            timesteps.append(draw_timesteps(config, batch["image_first"][start:stop], generator))
+            first = batch["image_first"][start:stop]
+            timesteps.append(draw_timesteps(config, first, generator, sizes=sizes[start:stop]))
         for place in range(start, stop):
             if not batch["clean_images"][place]:
                 height, width = sizes[place]
