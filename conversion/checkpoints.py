@@ -317,24 +317,28 @@ def write_model(
     write_tensors(folder, entries, max_shard_size)
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that exists, unless it is a checkpoint that may be replaced. Raises ConversionError."""
+def check_output(folder: Path, overwrite: bool, known_by: str = "config.json") -> None:
+    """Refuse a folder that exists, unless it is a checkpoint that may be replaced. Raises ConversionError.
+
+    Args:
+        known_by: the file that such a checkpoint has.
+    """
     if not folder.exists():
         return
     if not overwrite:
         raise ConversionError(f"{folder} exists; name another folder, or replace it with --overwrite")
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").is_file()):
-        raise ConversionError(f"{folder} holds no config.json, so --overwrite does not replace it; name another folder")
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / known_by).is_file()):
+        raise ConversionError(f"{folder} holds no {known_by}, so --overwrite does not replace it; name another folder")
 
 
 @contextmanager
-def new_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(folder: Path, overwrite: bool = False, known_by: str = "config.json") -> Iterator[Path]:
     """Give a temporary folder that becomes `folder` when the block ends without an error, and is removed otherwise.
 
     Raises:
         ConversionError: see `check_output`.
     """
-    check_output(folder, overwrite)
+    check_output(folder, overwrite, known_by)
     folder = folder.absolute()
     temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)

@@ -38,7 +38,7 @@ from modeling_mot import MoTConfig, MoTTransfusionConfig
 
 MODEL_TYPES = (MoTConfig.model_type, MoTTransfusionConfig.model_type)
 ROWS_ARE_TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
-BESIDE_THE_TRANSFORMER = ("patchifier.", "vae.")
+BESIDE_THE_TRANSFORMER = ("patchifier.", "encoders.", "position_tables.", "vae.")
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 

@@ -446,6 +446,9 @@ def _architecture(config: MoTConfig, facts: RunFacts) -> Iterator[tuple[str, str
 
     # The sizes.
     yield "layers", f"{config.num_hidden_layers} of width {config.hidden_size}, feed-forward {config.intermediate_size}"
+    for tower, own in (config.tower_configs or {}).items():
+        if own:
+            yield f"tower {tower}", ", ".join(f"{field} {value}" for field, value in own.items())
     yield "heads", f"{config.num_attention_heads}, {config.num_key_value_heads} of keys and values"
     yield "vocabulary", f"{config.vocab_size:,}"
     if isinstance(config, MoTTransfusionConfig):

@@ -4,12 +4,14 @@
 implementation, `"mot_ranges"`, runs from an `AttentionPlan`: every query sees one range of keys, so blocks of queries
 can be planned once per forward, or ahead of it by a collator (`plan_rows`).
 
-In reading order: the plan, images, documents and positions, the mask of a forward, the attention function.
+In reading order: the plan, images, towers that do not see each other, documents and positions, the mask of a forward,
+the attention function.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -70,20 +72,27 @@ class AttentionPlan(NamedTuple):
 
     @classmethod
     def from_ids(
-        cls, document_ids: torch.Tensor | None, block_ids: torch.Tensor | None = None
+        cls,
+        document_ids: torch.Tensor | None,
+        block_ids: torch.Tensor | None = None,
+        sight: "TowerSight | None" = None,
     ) -> "AttentionPlan | None":
         """Plan packed rows with images that see themselves in both directions; waits for the device.
 
         Args:
             document_ids: (B, L); tokens whose ids differ do not see each other. None: one document a row.
             block_ids: (B, L) of `find_image_blocks`, or None.
+            sight: which towers see which; None where all see all.
 
         Returns:
-            The plan; None where a document stands in several pieces, so that its tokens see no single range.
+            The plan; None where a token sees no single range: a document stands in several pieces, or tokens of a tower
+            that it does not see stand among the others.
         """
-        if document_ids is None and block_ids is None:
+        towers = None if sight is None else sight.towers
+        given = [ids for ids in (document_ids, block_ids, towers) if ids is not None]
+        if not given:
             return cls()
-        like = block_ids if document_ids is None else document_ids
+        like = given[0]
         places = torch.arange(like.shape[1], device=like.device).expand_as(like)
         first, last = torch.zeros_like(places), places
 
@@ -101,6 +110,8 @@ class AttentionPlan(NamedTuple):
             ends[:, :-1] = block_ids[:, 1:] != block_ids[:, :-1]
             end = torch.where(ends, places, like.shape[1]).flip(1).cummin(dim=1).values.flip(1)
             last = torch.where(block_ids >= 0, end, places)
+        if sight is not None and sight.cuts(first, last):
+            return None
         return cls.from_ranges(first, last)
 
     @property
@@ -187,29 +198,43 @@ class ImageBlocks(NamedTuple):
         return (self.ids[batch, query] == self.ids[batch, key]) & (self.ids[batch, key] >= 0)
 
 
-def find_image_blocks(is_patch: torch.Tensor, document_ids: torch.Tensor | None, with_markers: bool) -> torch.Tensor:
-    """Number the images of each row: each run of patches within a document is one.  (B, L) bool -> (B, L), -1 elsewhere
+def find_placeholders(config, input_ids: torch.Tensor) -> torch.Tensor:
+    """Mark patches with their modality, an index into `config.modalities`; 0 for all other tokens.  (B, L) -> (B, L)"""
+    kinds = torch.zeros_like(input_ids)
+    for modality, token in config.placeholder_token_ids.items():
+        kinds = kinds.masked_fill(input_ids == token, config.modalities.index(modality))
+    return kinds
+
+
+def find_image_blocks(kinds: torch.Tensor, document_ids: torch.Tensor | None, with_markers: bool) -> torch.Tensor:
+    """Number the images of each row: each run of patches within a document is one.  (B, L) -> (B, L), -1 elsewhere
 
     Args:
+        kinds: (B, L) of `find_placeholders`, or bool; patches of two kinds are of two images.
         document_ids: (B, L) or None.
         with_markers: True if the token before and the token after a run (BOI and EOI) belong to the image.
     """
-    begins_document = document_starts(torch.zeros_like(is_patch) if document_ids is None else document_ids)
+    is_patch = kinds != 0
+    begins_document = document_starts(torch.zeros_like(kinds) if document_ids is None else document_ids)
     starts = is_patch.clone()
-    starts[:, 1:] &= ~is_patch[:, :-1] | begins_document[:, 1:]
+    starts[:, 1:] &= (kinds[:, 1:] != kinds[:, :-1]) | begins_document[:, 1:]
     numbers = starts.cumsum(dim=1) - 1
     ids = torch.where(is_patch, numbers, -1)
     if with_markers:
         # The neighbours of a run in its document take its number.
         before, after = torch.full_like(ids, -1), torch.full_like(ids, -1)
-        before[:, :-1] = torch.where(starts[:, 1:] & ~begins_document[:, 1:], numbers[:, 1:], -1)
+        is_before = starts[:, 1:] & ~is_patch[:, :-1] & ~begins_document[:, 1:]
+        before[:, :-1] = torch.where(is_before, numbers[:, 1:], -1)
         after[:, 1:] = torch.where(is_patch[:, 1:] | begins_document[:, 1:], -1, ids[:, :-1])
         ids = torch.maximum(ids, torch.maximum(before, after))
     return ids
 
 
 def image_positions(
-    block_ids: torch.Tensor, document_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+    block_ids: torch.Tensor,
+    document_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    stays: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Count positions so that all tokens of an image share one, from 0 in each document.  (B, L) -> (B, L)
 
@@ -217,15 +242,55 @@ def image_positions(
         block_ids: (B, L) of `find_image_blocks`.
         document_ids: (B, L) or None.
         attention_mask: (B, L) or None; padding on the left is not counted.
+        stays: (B, L) bool, tokens of images behind which the position stays the same; None for no such image.
     """
     moves = torch.ones_like(block_ids)
     moves[:, 1:] = ((block_ids[:, 1:] < 0) | (block_ids[:, 1:] != block_ids[:, :-1])).long()
+    if stays is not None:
+        moves[:, 1:] *= ~stays[:, :-1]
     if attention_mask is not None:
         moves = moves * attention_mask
     counted = (moves.cumsum(dim=1) - 1).clamp(min=0)
     if document_ids is None:
         return counted
     return counted - torch.where(document_starts(document_ids), counted, 0).cummax(dim=1).values
+
+
+# ------------------------------------------------------------------------------------------------------------- towers
+
+
+class TowerSight(NamedTuple):
+    """Which towers see which: `config.unseen_towers` for the tokens of a forward.
+
+    Attributes:
+        towers: (B, past + L) the index of each key's tower in `config.tower_names`.
+        unseen: (K, K) bool, at [reader, key] True if a token of the first tower never sees a key of the second.
+    """
+
+    towers: torch.Tensor
+    unseen: torch.Tensor
+
+    @classmethod
+    def of(cls, config, towers: torch.Tensor) -> "TowerSight | None":
+        """Look up `config.unseen_towers` for the towers of keys, (B, past + L); None if all towers see each other."""
+        if not config.unseen_towers:
+            return None
+        names = config.tower_names
+        unseen = [[key in config.unseen_towers.get(reader, ()) for key in names] for reader in names]
+        return cls(towers, torch.tensor(unseen, device=towers.device))
+
+    def visible(self, batch, head, query, key):
+        """True if the tower of `query` sees that of `key`: a mask function for transformers and flex attention."""
+        return ~self.unseen[self.towers[batch, query], self.towers[batch, key]]
+
+    def cuts(self, first: torch.Tensor, last: torch.Tensor) -> bool:
+        """True if an unseen key stands within any query's range of keys; waits for the device.  (B, L) twice"""
+        for reader, unseen in enumerate(self.unseen):
+            counted = F.pad(unseen[self.towers].long().cumsum(dim=1), (1, 0))
+            within = counted.gather(1, last + 1) - counted.gather(1, first)
+            if bool(((self.towers == reader) & (within > 0)).any()):
+                return True
+        return False
 
 
 # ---------------------------------------------------------------------------------------------- documents and positions
@@ -257,11 +322,13 @@ def documents_of(position_ids: torch.Tensor) -> torch.Tensor:
 def positions_of(
     rows: torch.Tensor, position_ids: torch.Tensor | None, document_ids: torch.Tensor | None, past_key_values
 ) -> torch.Tensor:
-    """Find the positions of all tokens: as given, or from 0 in each document, or behind the cache.  -> (B, L)
+    """Find the positions of all tokens: as given, or from 0 in each document, or behind the cache.
+
+    -> (B, L), or (3, B, L) as given
 
     Args:
         rows: (B, L, any size), read for its shape and device only.
-        position_ids: (B, L) or (1, L), or None.
+        position_ids: (B, L) or (1, L), or of three axes (3, B, L), or None.
         document_ids: (B, L) or None.
         past_key_values: a cache, or None.
     """
@@ -270,7 +337,12 @@ def positions_of(
     elif position_ids is None:
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         position_ids = (torch.arange(rows.shape[1], device=rows.device) + past).unsqueeze(0)
-    return position_ids.expand(rows.shape[0], -1)
+    return position_ids if position_ids.dim() == 3 else position_ids.expand(rows.shape[0], -1)
+
+
+def times_of(position_ids: torch.Tensor) -> torch.Tensor:
+    """Return positions on one axis, that of time if there are three.  (B, L) or (3, B, L) -> (B, L)"""
+    return position_ids if position_ids.dim() == 2 else position_ids[0]
 
 
 def tokens_of(attention_mask, document_ids: torch.Tensor | None, length: int) -> torch.Tensor | None:
@@ -315,6 +387,7 @@ def attention_mask_for(
     document_ids: torch.Tensor | None,
     image_blocks: ImageBlocks | None = None,
     plan: AttentionPlan | None = None,
+    sight: TowerSight | None = None,
 ):
     """Make the mask in the form that the configured attention implementation takes, without a wait for the device.
 
@@ -326,25 +399,36 @@ def attention_mask_for(
         document_ids: (B, L); tokens whose ids differ do not see each other.
         image_blocks: the images of all keys.
         plan: all this, made ahead, with the keys of the cache; attention that runs from plans then needs nothing else.
+        sight: which towers see which, for all keys; None where all see all.
 
     Raises:
-        ValueError: `document_ids` together with keys of an earlier forward, whose documents are unknown.
+        ValueError: `document_ids` together with keys of an earlier forward, whose documents are unknown; or flash
+            attention where a tower does not see another.
     """
     # Attention that runs from a plan.
     if takes_plan(config, attention_mask, past_key_values, plan):
         if plan is None:
-            plan = _known_plan(position_ids, document_ids, image_blocks)
+            plan = _known_plan(position_ids, document_ids, image_blocks, sight)
         if plan is not None:
             return plan.for_device(rows.device)
 
     # Every other implementation takes a mask, which transformers makes of functions of queries and keys.
-    functions = {}
+    functions, allowed = {}, []
     if image_blocks is not None:
         functions["or_mask_function"] = image_blocks.same
         if image_blocks.hidden is not None:
-            functions["and_mask_function"] = image_blocks.visible
+            allowed.append(image_blocks.visible)
         position_ids = None  # shared positions are no new documents
+    if sight is not None:
+        if config._attn_implementation.startswith("flash"):
+            raise ValueError(
+                f"unseen_towers={config.unseen_towers} hides keys that flash attention cannot hide: load the model "
+                "with another attn_implementation, such as 'sdpa'"
+            )
+        allowed.append(sight.visible)
     if document_ids is None:
+        if allowed:
+            functions["and_mask_function"] = and_masks(*allowed)
         return create_causal_mask(config, rows, attention_mask, past_key_values, position_ids, **functions)
 
     # Packed documents.
@@ -359,9 +443,8 @@ def attention_mask_for(
     def same_document(batch, head, query, key):
         return document_ids[batch, query] == document_ids[batch, key]
 
-    both = functions.pop("and_mask_function", None)
-    allowed = same_document if both is None else and_masks(same_document, both)
-    return create_causal_mask(config, rows, attention_mask, None, and_mask_function=allowed, **functions)
+    functions["and_mask_function"] = and_masks(same_document, *allowed)
+    return create_causal_mask(config, rows, attention_mask, None, **functions)
 
 
 def takes_plan(config, attention_mask, past_key_values, plan: AttentionPlan | None = None) -> bool:
@@ -385,12 +468,13 @@ def plan_attention(
     position_ids: torch.Tensor | None,
     document_ids: torch.Tensor | None,
     image_blocks: ImageBlocks | None,
+    sight: TowerSight | None = None,
 ) -> AttentionPlan | None:
     """Plan rows without padding and cache; waits for the device.
 
     Args:
         shape: (B, L).
-        position_ids, document_ids, image_blocks: as `attention_mask_for` takes them.
+        position_ids, document_ids, image_blocks, sight: as `attention_mask_for` takes them.
 
     Returns:
         The plan; None if the keys that some token sees are not one range.
@@ -402,29 +486,35 @@ def plan_attention(
         # Positions that are not consecutive begin a document, as in transformers.
         position_ids = position_ids.expand(shape)
         document_ids = (position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1).cumsum(dim=1)
-    return AttentionPlan.from_ids(document_ids, block_ids)
+    return AttentionPlan.from_ids(document_ids, block_ids, sight)
 
 
-def _known_plan(position_ids, document_ids, image_blocks) -> AttentionPlan | None:
-    """Return the plan of rows of one document and no image, which is known without looking at the device."""
-    return AttentionPlan() if position_ids is None and document_ids is None and image_blocks is None else None
+def _known_plan(*given) -> AttentionPlan | None:
+    """Return the plan of rows where nothing but causality is given: it is known without looking at the device."""
+    return AttentionPlan() if all(one is None for one in given) else None
 
 
-def plan_rows(config, input_ids, document_ids, clean_images=None) -> AttentionPlan | None:
+def plan_rows(config, input_ids, document_ids, clean_images=None, modality_ids=None) -> AttentionPlan | None:
     """Plan a training batch, for a collator; None where what tokens see is no range of keys.
 
     Args:
         config: the configuration of the model.
         input_ids, document_ids: (B, L).
         clean_images: (N,) bool of the images in the rows; None where there are none.
+        modality_ids: (B, L), which `config.unseen_towers` needs; without it such rows have no plan.
     """
-    blocks = None
-    if clean_images is not None and hasattr(config, "markers_in_image_block"):
-        if not (config.noised_images_visible or bool(clean_images.all())):
+    sight = None
+    if config.unseen_towers:
+        if modality_ids is None:
             return None
-        is_patch = input_ids == config.image_token_id
-        blocks = find_image_blocks(is_patch, document_ids, config.markers_in_image_block)
-    return AttentionPlan.from_ids(document_ids, blocks)
+        sight = TowerSight.of(config, torch.tensor(config.tower_of_modality)[modality_ids])
+    blocks = None
+    has_images = clean_images is not None and "image" in config.placeholder_token_ids
+    if has_images and not (config.noised_images_visible or bool(clean_images.all())):
+        return None
+    if has_images or len(config.placeholder_token_ids) > 1:
+        blocks = find_image_blocks(find_placeholders(config, input_ids), document_ids, config.markers_in_image_block)
+    return AttentionPlan.from_ids(document_ids, blocks, sight)
 
 
 # ----------------------------------------------------------------------------------------------- the attention function

@@ -195,10 +195,11 @@ def check_tokens(config, input_ids, inputs_embeds) -> tuple[int, int]:
         check_ids("input_ids", input_ids)
         return input_ids.shape
     check_tensor("inputs_embeds", inputs_embeds)
-    if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != config.hidden_size or not inputs_embeds.numel():
+    if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != config.widest_hidden_size or not inputs_embeds.numel():
+        of_towers = f" of the widest of tower_widths={config.tower_widths}" if config.tower_widths else ""
         raise ValueError(
             f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, and must be (batch, length, hidden_size="
-            f"{config.hidden_size})"
+            f"{config.widest_hidden_size}{of_towers})"
         )
     if not inputs_embeds.is_floating_point():
         raise ValueError(f"inputs_embeds is {inputs_embeds.dtype}, and must be a tensor of floats")
@@ -224,7 +225,7 @@ def check_rows(config, shape, attention_mask, position_ids, past_key_values, doc
         config: a `MoTConfig`.
         shape: (B, L) of the tokens.
         attention_mask: (B, past + L), or a 4-D mask (1 or B, 1 or H, L, keys), or a `BlockMask` of flex attention.
-        position_ids: (B, L) or (1, L).
+        position_ids: (B, L) or (1, L), or with RoPE of three axes (3, B, L).
         document_ids: (B, L)
 
     Raises:
@@ -242,7 +243,9 @@ def check_rows(config, shape, attention_mask, position_ids, past_key_values, doc
     # Ids of documents and positions.
     if document_ids is not None:
         check_ids("document_ids", document_ids, shape)
-    if position_ids is not None:
+    if isinstance(position_ids, torch.Tensor) and position_ids.dim() == 3:
+        _check_grid(config, position_ids, tuple(shape))
+    elif position_ids is not None:
         check_whole("position_ids", position_ids)
         check_ids(
             "position_ids", position_ids, position_ids.shape if tuple(position_ids.shape) == (1, length) else shape
@@ -256,6 +259,17 @@ def check_rows(config, shape, attention_mask, position_ids, past_key_values, doc
         # The length of a static cache is a tensor, which may be on a device: it is not waited for.
         keys = past + length if isinstance(past, int) else None
         _check_mask(config, attention_mask, batch, length, keys)
+
+
+def _check_grid(config, position_ids: torch.Tensor, shape: tuple[int, int]) -> None:
+    """Refuse positions of three axes that do not fit; a time may be a fraction."""
+    if not config.has_grid_positions or tuple(position_ids.shape) != (3, *shape):
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}, and must be {shape}, or {(3, *shape)} of time, row "
+            "and column where rope_parameters has mrope_section"
+        )
+    if position_ids.dtype == torch.bool or position_ids.is_complex():
+        raise ValueError(f"position_ids is {position_ids.dtype}, and must be a tensor of numbers")
 
 
 def _check_mask(config, mask: torch.Tensor, batch: int, length: int, keys: int | None) -> None:
@@ -272,6 +286,18 @@ def _check_mask(config, mask: torch.Tensor, batch: int, length: int, keys: int |
             f"{columns} keys with those of past_key_values: it must be ({batch}, {columns}), or a 4-D mask of {length} "
             "queries"
         )
+
+
+def own_modalities(config, modality_ids: torch.Tensor | None, length: int, past_key_values) -> torch.Tensor | None:
+    """Cut the modalities of cached keys off, which `config.unseen_towers` needs.  (B, past + L) or (B, L) -> (B, L)
+
+    Raises:
+        ValueError: `modality_ids` is no tensor of whole numbers.
+    """
+    if modality_ids is None or not config.unseen_towers or past_key_values is None:
+        return modality_ids
+    check_whole("modality_ids", modality_ids)
+    return modality_ids[:, -length:]
 
 
 def behind_virtual_tokens(modality_ids: torch.Tensor, length: int) -> torch.Tensor:
@@ -391,9 +417,11 @@ def check_call(inputs: Any, arguments: dict) -> None:
         is_served = arguments.get("cache_implementation") == "paged"
         if ids.dim() not in ((1, 2) if is_served else (2,)) or not len(ids):
             raise ValueError(f"{name} has shape {tuple(ids.shape)}, and must be (batch, length), with a row at least")
-    if arguments.get("position_ids") is not None:
-        check_whole("position_ids", arguments["position_ids"])
-    for name in ("attention_mask", "inputs_embeds", "latents", "pixel_values"):
+    if (positions := arguments.get("position_ids")) is not None:
+        check_whole("position_ids", positions)
+        if positions.dim() != 2:
+            raise ValueError(f"position_ids has shape {tuple(positions.shape)}, and must be (batch, length)")
+    for name in ("attention_mask", "inputs_embeds", "latents", "pixel_values", "encoder_pixel_values"):
         if arguments.get(name) is not None and not isinstance(arguments[name], BlockMask):
             check_tensor(name, arguments[name])
     mask, embeds = arguments.get("attention_mask"), arguments.get("inputs_embeds")
@@ -588,12 +616,12 @@ def negative_prompt(config, ids: Any, mask: Any, count: int) -> tuple[torch.Tens
     if ids is None:
         raise ValueError("negative_prompt_attention_mask came without negative_prompt_ids, whose padding it marks")
     ids = whole_rows("negative_prompt_ids", ids, config.vocab_size, "vocab_size", count)
-    placeholder = getattr(config, "image_token_id", None)  # of a Transfusion model
-    if placeholder is not None and (ids == placeholder).any():
-        raise ValueError(
-            f"negative_prompt_ids holds image_token_id={placeholder}: a negative prompt is text, so leave its pictures "
-            "out"
-        )
+    for modality, placeholder in config.placeholder_token_ids.items():  # of a Transfusion model
+        if (ids == placeholder).any():
+            field = "image_token_id" if modality == "image" else f"the placeholder of {modality!r}"
+            raise ValueError(
+                f"negative_prompt_ids holds {field}={placeholder}: a negative prompt is text, so leave its pictures out"
+            )
     if mask is None:
         return ids, torch.ones_like(ids)
     mask = mask_rows("negative_prompt_attention_mask", mask).to(ids.device)

@@ -124,6 +124,16 @@ class Maybe(NamedTuple):
         return found and f"{found}, or None"
 
 
+class Either(NamedTuple):
+    """Lists as one rule says, and other values as another says."""
+
+    other: Rule
+    of_lists: Rule
+
+    def problem(self, value: Any) -> str | None:
+        return (self.of_lists if isinstance(value, (list, tuple)) else self.other).problem(value)
+
+
 def check_fields(values: Any, rules: Mapping[str, Rule], where: str = "") -> None:
     """Check the fields of an object, or the entries that a mapping has, in the order of the table.
 
@@ -212,6 +222,10 @@ CONFIG_RULES = SPAN_RULES | {
     "qk_norm": OneOf((None, "rms", "rms_all_heads", "layer")),
     "hidden_act": OneOf(tuple(ACT2FN)),
 }
+# Fields of one tower.
+TOWER_RULES = {
+    name: CONFIG_RULES[name] for name in ("hidden_size", "intermediate_size", "hidden_act", "rms_norm_eps", "qk_norm")
+} | {"gated_mlp": Typed(bool), "norm_offset": Typed(bool)}
 ROPE_RULES = {
     "rope_type": OneOf(("default", *ROPE_INIT_FUNCTIONS)),
     "rope_theta": Number(open="low"),
@@ -226,6 +240,8 @@ ROPE_RULES = {
     "mscale": Maybe(Number()),
     "mscale_all_dim": Maybe(Number()),
     "truncate": Typed(bool),
+    "mrope_section": Several(Whole(0, 2**16), count=3),  # frequencies of time, rows and columns
+    "mrope_interleaved": OneOf((True,)),  # in turns; Qwen2-VL's bands of neighbours are another layout
 }
 # Fields of transformers' own configuration, which it does not check.
 INHERITED_RULES = {"dtype": Maybe(Dtype()), "id2label": Maybe(Typed(dict))}
@@ -238,13 +254,34 @@ def check_rope_parameters(parameters: dict, head_dim: int) -> None:
         ValueError: an unknown key, with the nearest known one, or a value that breaks its rule.
     """
     # Keys, then values, then keys that do not go together.
-    known = set(RopeParameters.__annotations__) - {"mrope_section"} | {"type"}
-    check_names(parameters, known, "key of rope_parameters")
+    mrope = ("mrope_section", "mrope_interleaved")
+    check_names(parameters, {*RopeParameters.__annotations__, *mrope, "type"}, "key of rope_parameters")
     of_frequencies = dict.fromkeys(("short_factor", "long_factor"), Several(Number(open="low"), head_dim // 2))
     check_fields(parameters, ROPE_RULES | of_frequencies, "rope_parameters.")
     if parameters["rope_type"] == "default":
-        known = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+        known = ("rope_type", "type", "rope_theta", "partial_rotary_factor", *mrope)
         check_names(parameters, known, "key of rope_parameters for rope_type='default'")
+    _check_mrope(parameters, head_dim)
     low, high = (parameters.get(f"{end}_freq_factor") for end in ("low", "high"))
     if None not in (low, high) and low >= high:
         raise ValueError(f"rope_parameters.low_freq_factor={low} must be less than high_freq_factor={high}")
+
+
+def _check_mrope(parameters: dict, head_dim: int) -> None:
+    """Check the division of the frequencies among three axes, where there is one."""
+    given = [name for name in ("mrope_section", "mrope_interleaved") if name in parameters]
+    if not given:
+        return
+    if len(given) == 1 or parameters["rope_type"] != "default":
+        raise ValueError(
+            f"rope_parameters={parameters}: mrope_section=[time, rows, columns] and mrope_interleaved=True go "
+            "together, with rope_type='default'"
+        )
+    time, rows, columns = parameters["mrope_section"]
+    half = head_dim // 2
+    if time + rows + columns != half or max(3 * rows - 1, 3 * columns) > half:
+        raise ValueError(
+            f"rope_parameters.mrope_section={parameters['mrope_section']} must sum to half of head_dim={head_dim}; "
+            f"rows and columns take each third frequency, so there are at most {(half + 1) // 3} of rows and "
+            f"{half // 3} of columns"
+        )

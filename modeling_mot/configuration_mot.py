@@ -6,6 +6,7 @@ share a tower), `untied` (which parts of a layer each tower has for itself) and 
 experts).
 """
 
+import copy
 import json
 from itertools import combinations
 
@@ -17,6 +18,7 @@ from .checks_fields import (
     CONFIG_RULES,
     INHERITED_RULES,
     SPAN_RULES,
+    TOWER_RULES,
     Several,
     Typed,
     check_fields,
@@ -32,6 +34,16 @@ from .hub_trust import without_code
 SHARED = "shared"
 UNTIED_PARTS = ("attention", "feed_forward", "norm")
 QUERY_KEY_VALUE = "query_key_value"  # the projections of "attention" without O and QK-norms
+# The fields that a tower may have for itself (`tower_configs`), and the parts of a layer that must then be untied.
+TOWER_FIELDS = {
+    "hidden_size": UNTIED_PARTS,
+    "intermediate_size": ("feed_forward",),
+    "hidden_act": ("feed_forward",),
+    "gated_mlp": ("feed_forward",),
+    "rms_norm_eps": ("norm",),
+    "norm_offset": ("norm",),
+    "qk_norm": ("attention",),
+}
 TEXT_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 MARKERS = ("boi_token_id", "eoi_token_id", "begin_of_speech_token_id", "end_of_speech_token_id")
 SPECIAL_TOKENS = TEXT_TOKENS + MARKERS
@@ -52,9 +64,14 @@ class MoTConfig(PreTrainedConfig):
         attention_output_bias (`bool`, *optional*):
             True if the output projection of attention has a bias. Default: as `attention_bias`, which is for queries,
             keys and values (Qwen2 has a bias for those three alone).
+        gated_mlp (`bool`, defaults to `True`):
+            The feed-forward is down(act(gate(x)) * up(x)), as Llama's; without a gate it is down(act(up(x))).
         norm_offset (`bool`, defaults to `False`): RMSNorms multiply by 1 + weight, and start at 0, as Gemma's do.
         embedding_multiplier (`float`, defaults to 1.0):
             Factor of the embeddings of tokens, rounded to their dtype (Gemma: the square root of `hidden_size`).
+        rope_parameters (`dict`, *optional*):
+            As in transformers; with `mrope_section` of three numbers and `mrope_interleaved=True` (Qwen3-VL) RoPE has
+            three axes, and `position_ids` may be (3, B, L): time, row and column of each token.
         layers_without_rope (`list[int]`, defaults to none):
             Indices of layers whose attention has no RoPE (SmolLM3: each fourth).
         modalities (`list[str]`, defaults to `["text", "image"]`):
@@ -62,10 +79,23 @@ class MoTConfig(PreTrainedConfig):
         towers (`dict[str, str]`, *optional*):
             Modality -> tower; a tower is one set of weights. Default: each modality has a tower of its own (MoT).
             With one tower for all the model is dense.
+        tower_configs (`dict[str, dict]`, *optional*):
+            Tower -> the fields in which it differs from the model: `hidden_size`, `intermediate_size`, `hidden_act`,
+            `gated_mlp`, `rms_norm_eps`, `norm_offset`, `qk_norm`. Layers, heads and their size are the same for all
+            towers, because they share one attention. The parts that a field is of must be untied. The tower of text is
+            as wide as the embeddings, so its `hidden_size` is the model's. Hidden states are as wide as the widest
+            tower, and those of a narrower tower end in zeros.
         untied (`list[str]`, defaults to all of `"attention"`, `"feed_forward"`, `"norm"`):
             The parts of a layer that each tower has for itself; each other part is one module named `shared` (the rows
             of the paper's ablation, section 3.5). `"attention"` is Q, K, V, O and the QK-norms; `"query_key_value"` is
             Q, K and V alone, the ablation's third row. The final norm belongs to `"norm"`.
+        unseen_towers (`dict[str, list[str]]`, defaults to none):
+            Tower -> towers whose tokens its own tokens never see, wherever they stand. With {"text": ["image"]} the
+            text before, between and behind images is computed as if they were not there (Cosmos 3), and so its keys and
+            values are the same at every step of a diffusion.
+        cross_key_norm (`list[str]`, defaults to none):
+            Towers whose keys pass another RMSNorm, `k_norm_cross`, where tokens of other towers read them (Cosmos 3
+            Edge).
         moe_towers (`list[str]`, defaults to none):
             Towers whose feed-forward is an expert-choice mixture of `num_experts` (section 3.2.1); `"shared"` if the
             feed-forward is shared.
@@ -113,6 +143,13 @@ class MoTConfig(PreTrainedConfig):
         {'text': 'text', 'image': 'image_speech', 'speech': 'image_speech'}
         >>> MoTConfig.from_preset("chameleon-443m", "dense").tower_names  # a row of the paper's Table 1
         ['shared']
+
+        A narrow tower beside the tower of text:
+
+        >>> narrow = {"hidden_size": 512, "intermediate_size": 1024}
+        >>> config = MoTConfig(modalities=["text", "action"], tower_configs={"action": narrow})
+        >>> config.tower_config("action").hidden_size, config.tower_config("text").hidden_size
+        (512, 1024)
     """
 
     field_rules = CONFIG_RULES
@@ -150,6 +187,7 @@ class MoTConfig(PreTrainedConfig):
     attention_bias: bool = False
     attention_output_bias: bool | None = None
     mlp_bias: bool = False
+    gated_mlp: bool = True
     norm_offset: bool = False
     embedding_multiplier: float | int = 1.0
     layers_without_rope: list[int] | tuple[int, ...] = ()
@@ -158,7 +196,10 @@ class MoTConfig(PreTrainedConfig):
 
     modalities: list[str] | tuple[str, ...] = ("text", "image")
     towers: dict[str, str] | None = None
+    tower_configs: dict[str, dict] | None = None
     untied: list[str] | tuple[str, ...] = UNTIED_PARTS
+    unseen_towers: dict[str, list[str] | tuple[str, ...]] | None = None
+    cross_key_norm: list[str] | tuple[str, ...] = ()
     moe_towers: list[str] | tuple[str, ...] = ()
     num_experts: int = 4
     norm_position: str = "pre"
@@ -192,6 +233,8 @@ class MoTConfig(PreTrainedConfig):
         self.modalities = list(self.modalities)
         self.untied = list(self.untied)
         self.moe_towers = list(self.moe_towers)
+        self.cross_key_norm = list(self.cross_key_norm)
+        self.unseen_towers = {name: list(unseen) for name, unseen in (self.unseen_towers or {}).items() if unseen}
         self.layers_without_rope = sorted(set(self.layers_without_rope))
         if self.image_grid is not None:
             self.image_grid = list(self.image_grid)
@@ -274,9 +317,26 @@ class MoTConfig(PreTrainedConfig):
         return list(dict.fromkeys(self.towers[modality] for modality in self.modalities))
 
     @property
+    def placeholder_token_ids(self) -> dict[str, int]:
+        """Modality -> the token that stands for each of its patches, for modalities that are no tokens themselves."""
+        return {}
+
+    @property
     def token_modalities(self) -> list[str]:
         """The modalities whose tokens are entries of the vocabulary."""
         return self.modalities
+
+    @property
+    def has_grid_positions(self) -> bool:
+        """True if RoPE has three axes: time, row and column of a token."""
+        return "mrope_section" in self.rope_parameters
+
+    @property
+    def hides_tokens(self) -> bool:
+        """True if `unseen_towers` hides some tokens of the vocabulary from others, or differs among them."""
+        towers = {self.towers[modality] for modality in self.token_modalities}
+        unseen = {frozenset(self.unseen_towers.get(tower, ())) for tower in towers}
+        return len(unseen) > 1 or not towers.isdisjoint(*unseen)
 
     @property
     def tower_of_modality(self) -> list[int]:
@@ -293,6 +353,39 @@ class MoTConfig(PreTrainedConfig):
         is_untied = part in self.untied or (part == QUERY_KEY_VALUE and "attention" in self.untied)
         return self.tower_names if is_untied else [SHARED]
 
+    def tower_config(self, name: str) -> "MoTConfig":
+        """Return the configuration that a tower's modules are built from: this one with the tower's own fields.
+
+        Args:
+            name: one of `part_names`; parts that towers share are built from this configuration.
+        """
+        own = (self.tower_configs or {}).get(name)
+        if not own:
+            return self
+        config = copy.copy(self)
+        config.tower_configs = None
+        for field, value in own.items():
+            setattr(config, field, value)
+        return config
+
+    @property
+    def tower_widths(self) -> dict[str, int]:
+        """Tower -> its hidden size; empty if all towers are of one width."""
+        if not self.tower_configs:
+            return {}
+        widths = {name: self.tower_config(name).hidden_size for name in self.tower_names}
+        return widths if len(set(widths.values())) > 1 else {}
+
+    @property
+    def widest_hidden_size(self) -> int:
+        """The width of hidden states: that of the widest tower."""
+        return max(self.tower_widths.values(), default=self.hidden_size)
+
+    @property
+    def qk_norms(self) -> set[str]:
+        """The kinds of `qk_norm` that the towers have."""
+        return {self.tower_config(name).qk_norm for name in self.part_names("attention")} - {None}
+
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
         """How tensor parallelism shards each module; `*` stands for numbers only, so towers are named."""
@@ -300,50 +393,62 @@ class MoTConfig(PreTrainedConfig):
         # Chameleon's QK-norm has weights for each head, and OLMo 2's runs over all heads: every rank must see all
         # heads.
         inward, outward = "colwise", "rowwise"
-        if self.qk_norm in ("rms_all_heads", "layer"):
+        if self.qk_norms & {"rms_all_heads", "layer"}:
             inward, outward = "colwise_gather_output", "rowwise_split_input"
         for tower in self.part_names(QUERY_KEY_VALUE):
             for projection in "qkv":
                 plan[f"layers.*.self_attn.{projection}_proj.{tower}"] = inward
         for tower in self.part_names("attention"):
             plan[f"layers.*.self_attn.o_proj.{tower}"] = outward
-            if self.qk_norm == "rms":
+            if self.tower_config(tower).qk_norm == "rms":
                 for projection in "qk":
                     plan[f"layers.*.self_attn.{projection}_norm.{tower}"] = "replicated_with_grad_allreduce"
+        for tower in self.cross_key_norm:
+            plan[f"layers.*.self_attn.k_norm_cross.{tower}"] = "replicated_with_grad_allreduce"
         for tower in self.part_names("feed_forward"):
             mlp = f"layers.*.mlp.{tower}" + (".experts.*" if tower in self.moe_towers else "")
-            for projection, style in (("gate", "colwise"), ("up", "colwise"), ("down", "rowwise")):
-                plan[f"{mlp}.{projection}_proj"] = style
+            inputs = ("gate_proj", "up_proj") if self.tower_config(tower).gated_mlp else ("up_proj",)
+            plan |= {f"{mlp}.{projection}": "colwise" for projection in inputs} | {f"{mlp}.down_proj": "rowwise"}
         return plan
 
     def num_parameters(self, active: bool = False) -> int:
         """Count the parameters of the causal language model, embeddings and head included.
 
         Args:
-            active: count only the parameters that one token passes through: its tower, one expert. Towers are equal in
-                shape, so the number is the same for all modalities, except for the router and the experts of
-                `moe_towers`; then the largest is returned.
+            active: count only the parameters that one token passes through: its tower, one expert. Where that depends
+                on the modality, because a tower has experts or sizes of its own, the largest number is returned.
         """
-        # The parts of one tower's layer.
-        d, heads = self.hidden_size, self.num_attention_heads
-        q, kv = heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        qkv = d * (q + 2 * kv) + (q + 2 * kv if self.attention_bias else 0)
-        attention = q * d + (d if self.attention_output_bias else 0)  # O and the QK-norms
-        attention += {None: 0, "rms": 2 * self.head_dim, "rms_all_heads": q + kv, "layer": 2 * (q + kv)}[self.qk_norm]
-        expert = 3 * d * self.intermediate_size + (2 * self.intermediate_size + d if self.mlp_bias else 0)
+        parts = {part: self.part_names(part) for part in (QUERY_KEY_VALUE, "attention", "feed_forward", "norm")}
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
 
-        def feed_forward(name):
+        def of_part(part, name):
+            """Count one part of one tower's layer."""
+            tower = self.tower_config(name)
+            d, inner = tower.hidden_size, tower.intermediate_size
+            if part == QUERY_KEY_VALUE:
+                return (d + self.attention_bias) * (queries + 2 * keys)
+            if part == "attention":  # O and the QK-norms
+                both = queries + keys
+                norms = {None: 0, "rms": 2 * self.head_dim, "rms_all_heads": both, "layer": 2 * both}[tower.qk_norm]
+                norms += self.head_dim * (name in self.cross_key_norm)
+                return queries * d + self.attention_output_bias * d + norms
+            if part == "norm":
+                return 2 * d
+            inputs = 2 if tower.gated_mlp else 1
+            expert = (inputs + 1) * d * inner + self.mlp_bias * (inputs * inner + d)
             if name not in self.moe_towers:
                 return expert
             return (1 if active else self.num_experts) * expert + d * self.num_experts
 
-        # As many of each part as there are towers, or one.
-        total = max if active else sum
-        feed_forwards = total(feed_forward(name) for name in self.part_names("feed_forward"))
-        copies = {part: 1 if active else len(self.part_names(part)) for part in (QUERY_KEY_VALUE, "attention", "norm")}
-        layer = copies[QUERY_KEY_VALUE] * qkv + copies["attention"] * attention + feed_forwards + copies["norm"] * 2 * d
-        embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * layer + copies["norm"] * d + embeddings
+        def of_towers(towers):
+            """Count the modules of these towers, and the shared ones."""
+            names = {part: [name for name in of if name in (*towers, SHARED)] for part, of in parts.items()}
+            layer = sum(of_part(part, name) for part, of in names.items() for name in of)
+            return self.num_hidden_layers * layer + sum(self.tower_config(name).hidden_size for name in names["norm"])
+
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        sets = [[name] for name in self.tower_names] if active else [self.tower_names]
+        return embeddings + max(map(of_towers, sets))
 
     # ------------------------------------------------------------------ presets
 
@@ -450,7 +555,7 @@ class MoTConfig(PreTrainedConfig):
         for tower in self.tower_names:
             if not tower or "." in tower:
                 raise ValueError(f"towers names {tower!r}: a tower is part of parameter names, so no dot and not empty")
-            if hasattr(nn.ModuleDict(), tower) or tower == "products":  # that of `PerTower`
+            if hasattr(nn.ModuleDict(), tower) or tower in ("products", "mixtures", "reads", "writes"):  # of `PerTower`
                 raise ValueError(
                     f"towers names {tower!r}, which torch's modules use themselves; name the tower otherwise"
                 )
@@ -466,8 +571,50 @@ class MoTConfig(PreTrainedConfig):
                 f"moe_towers={self.moe_towers} names {unknown[0]!r}, an unknown tower; the feed-forwards are "
                 f"{self.part_names('feed_forward')}"
             )
+        self._validate_visibility()
         if self.moe_towers and self.num_experts < 2:
             raise ValueError(f"num_experts={self.num_experts} must be at least 2 where moe_towers={self.moe_towers}")
+        self._validate_tower_configs()
+
+    def _validate_tower_configs(self):
+        """The fields of a tower are of parts that it has for itself, and fit the embeddings and the other towers."""
+        for name, own in (self.tower_configs or {}).items():
+            check_names([name], self.tower_names, "tower of tower_configs")
+            check_names(own, TOWER_FIELDS, f"field of tower_configs[{name!r}]")
+            check_fields(own, TOWER_RULES, f"tower_configs[{name!r}].")
+            for field, value in own.items():
+                if tied := [part for part in TOWER_FIELDS[field] if part not in self.untied]:
+                    raise ValueError(
+                        f"tower_configs[{name!r}].{field}={value!r} is of a part that all towers share: add {tied} to "
+                        f"untied={self.untied}, or set {field} for the whole model"
+                    )
+        text = self.towers["text"]
+        if (width := self.tower_config(text).hidden_size) != self.hidden_size:
+            raise ValueError(
+                f"tower_configs[{text!r}].hidden_size={width}: the tower of text is as wide as the embeddings, "
+                f"hidden_size={self.hidden_size}; set hidden_size={width}, and the widths of the other towers here"
+            )
+        if "rms_all_heads" in self.qk_norms and len(self.qk_norms) > 1:
+            raise ValueError(
+                f"tower_configs gives the towers qk_norm={sorted(self.qk_norms)}: 'rms_all_heads' runs over all heads "
+                "together, the others over each, so beside it a tower may only have none"
+            )
+
+    def _validate_visibility(self):
+        named = [*self.unseen_towers, *(name for unseen in self.unseen_towers.values() for name in unseen)]
+        for field, names in (("unseen_towers", named), ("cross_key_norm", self.cross_key_norm)):
+            if unknown := [name for name in names if name not in self.tower_names]:
+                raise ValueError(
+                    f"{field}={getattr(self, field)} names {unknown[0]!r}, which is not one of the towers "
+                    f"{self.tower_names}"
+                )
+        if blind := [name for name, unseen in self.unseen_towers.items() if name in unseen]:
+            raise ValueError(f"unseen_towers={self.unseen_towers}: tokens of tower {blind[0]!r} must see each other")
+        if self.cross_key_norm and "attention" not in self.untied:
+            raise ValueError(
+                f"cross_key_norm={self.cross_key_norm} is of towers with keys of their own; untied={self.untied} lacks "
+                "'attention'"
+            )
 
     def _validate_tokens(self):
         if self.tokenizer_vocab_size is not None and self.tokenizer_vocab_size > self.vocab_size:

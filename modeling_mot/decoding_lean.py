@@ -25,6 +25,7 @@ from transformers.activations import SiLUActivation
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaTextScaledWordEmbedding
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.nemotron.modeling_nemotron import NemotronMLP
 
 from .attention_masks import RANGES
 from .tower_routing import (
@@ -60,11 +61,14 @@ class Prefix(NamedTuple):
     Attributes:
         keys, values: of each layer, (K, L, d).
         position: the position of the next token.
+        hidden: (L,) bool, the columns of images where text does not see them (`config.unseen_towers`); None where it
+            sees all columns.
     """
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     position: int
+    hidden: torch.Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -76,7 +80,7 @@ class DecodingCache:
 
     Args:
         keys, values: of each layer, (R, K, L, d).
-        mask: (R, L) 1 for tokens, 0 for padding; None for no padding.
+        mask: (R, L) 1 for tokens, 0 for padding, and for images that text does not see; None for no such columns.
         dtype: to keep them in; default: their own.
 
     Attributes:
@@ -110,9 +114,13 @@ class DecodingCache:
     @classmethod
     def empty(cls, config, count: int, dtype: torch.dtype, device) -> "DecodingCache":
         """Make room for so many sequences without tokens."""
-        shape = (count, config.num_key_value_heads, 0, config.head_dim)
-        tensors = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        cache = cls(tensors, tensors)
+
+        def room(width):
+            shape = (count, config.num_key_value_heads, 0, width)
+            return [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+
+        readers = len(config.tower_names) if config.cross_key_norm else 1  # each tower reads keys of its own
+        cache = cls(room(config.head_dim * readers), room(config.head_dim))
         cache.mask = cache._hidden(count, 0)
         return cache
 
@@ -162,23 +170,34 @@ class DecodingCache:
             first = int((self.mask[row, 0, 0, :stop] == 0).long().argmax())
         keys = [tensor[row, :, first:stop] for tensor in self.keys]
         values = [tensor[row, :, first:stop] for tensor in self.values]
-        return Prefix(keys, values, position - drop_last)
+        hidden = None if self.mask is None else self.mask[row, 0, 0, first:stop] != 0
+        return Prefix(keys, values, position - drop_last, hidden)
 
-    def extend(self, row: int, keys: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    def extend(
+        self,
+        row: int,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+        hidden: torch.Tensor | None = None,
+    ) -> None:
         """Append columns to one sequence: of each layer, (K, m, d)
+
+        Args:
+            hidden: (m,) bool, columns that text does not see; None if it sees all.
 
         Raises:
             ValueError: the columns are of another shape; the cache stays as it was.
         """
         start = self.lengths[row]
         stop = start + keys[0].shape[1]
-        _, heads, _, head_dim = self.keys[0].shape
-        shapes = {tuple(tensor.shape) for tensor in (*keys, *values)}
-        if shapes != {(heads, stop - start, head_dim)} or not len(keys) == len(values) == len(self.keys):
-            raise ValueError(
-                f"{len(keys)} layers of keys and values of shape {sorted(shapes)} do not fit into a cache of "
-                f"{len(self.keys)} layers of {heads} heads of {head_dim}"
-            )
+        for mine, others in ((self.keys, keys), (self.values, values)):
+            _, heads, _, head_dim = mine[0].shape
+            shapes = {tuple(tensor.shape) for tensor in others}
+            if shapes != {(heads, stop - start, head_dim)} or len(others) != len(mine):
+                raise ValueError(
+                    f"{len(others)} layers of keys or values of shape {sorted(shapes)} do not fit into a cache of "
+                    f"{len(mine)} layers of {heads} heads of {head_dim}"
+                )
 
         # Copy them, and show them.
         self._tell_lengths_apart()
@@ -187,6 +206,8 @@ class DecodingCache:
             for tensor, other in zip(mine, others):
                 tensor[row, :, start:stop] = other
         self.mask[row, 0, 0, start:stop] = 0
+        if hidden is not None:
+            self.mask[row, 0, 0, start:stop].masked_fill_(hidden, -float("inf"))
         self.lengths[row] = stop
 
     def cut(self, row: int, length: int) -> None:
@@ -259,6 +280,11 @@ class Columns:
     def visible(self) -> torch.Tensor | None:
         """Return the mask in the form of `attention_mask`.  -> (n, stop) 1 for tokens; None if all are"""
         return None if self.mask is None else (self.mask[:, 0, 0] == 0).long()
+
+    def whole_mask(self) -> torch.Tensor:
+        """Return the mask as attention functions take it.  -> (n, 1, 1, stop)"""
+        keys = self.cache.keys[0]
+        return keys.new_zeros(self.count, 1, 1, self.stop) if self.mask is None else self.mask
 
     def as_cache(self) -> Cache:
         """Return a cache for the model's own forward of one token."""
@@ -377,14 +403,16 @@ class LeanHeadNorm(NamedTuple):
 
 
 class LeanFeedForward(NamedTuple):
-    """SwiGLU, of (n, D)."""
+    """SwiGLU, or a feed-forward without a gate, of (n, D)."""
 
-    gate: Callable
+    gate: Callable | None
     up: Callable
     down: Callable
     activation: Callable
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        if self.gate is None:
+            return self.down(self.activation(self.up(rows)))
         return self.down(self.activation(self.gate(rows)) * self.up(rows))
 
 
@@ -444,7 +472,7 @@ class _Reader:
         return module
 
     def norm(self, module: nn.Module | None) -> Callable | None:
-        if module is None:
+        if module is None or is_plain(module, nn.Identity):
             return None
         if is_plain(module, MoTHeadLayerNorm) and self._takes(module.weight, module.bias):
             return LeanHeadNorm(module.weight, module.bias)
@@ -457,17 +485,18 @@ class _Reader:
     def head_norm(self, module: nn.Module | None, config) -> Callable | None:
         """Read a norm of queries or keys, as a function of (n, H * d)."""
         norm = self.norm(module)
-        if norm is None or config.qk_norm == "rms_all_heads":
+        if norm is None or "rms_all_heads" in config.qk_norms:
             return norm
         return lambda rows: norm(rows.unflatten(-1, (-1, config.head_dim))).flatten(1)
 
     def feed_forward(self, module: nn.Module, is_mixture: bool) -> Callable:
         if is_mixture:
             return partial(module, token_choice=True)
-        if not is_plain(module, LlamaMLP):
+        if not is_plain(module, LlamaMLP, NemotronMLP):
             return module
         activation = F.silu if is_plain(module.act_fn, SiLUActivation, nn.SiLU) else module.act_fn
-        return LeanFeedForward(*map(self.linear, (module.gate_proj, module.up_proj, module.down_proj)), activation)
+        gate = self.linear(module.gate_proj) if isinstance(module, LlamaMLP) else None
+        return LeanFeedForward(gate, self.linear(module.up_proj), self.linear(module.down_proj), activation)
 
 
 class LeanDecoder:
@@ -479,6 +508,8 @@ class LeanDecoder:
         if not keeps_methods(_ours(model), *STEP_METHODS) or not keeps_methods(_ours(transformer), "modality_ids_of"):
             raise _NotPlain
         self.config = config
+        if config.cross_key_norm or config.hides_tokens:
+            raise _NotPlain
         self.rotary = _ours(transformer.rotary_emb)
         if not isinstance(self.rotary, LlamaRotaryEmbedding):
             raise _NotPlain
@@ -488,6 +519,9 @@ class LeanDecoder:
         table = transformer.embed_tokens
         if not is_plain(table, nn.Embedding, GemmaTextScaledWordEmbedding):
             raise _NotPlain
+        epsilons = {config.tower_config(name).rms_norm_eps for name in config.tower_names}
+        if config.tower_widths or len(epsilons) > 1:
+            raise _NotPlain  # a step joins the rows of all towers, and divides them by their RMS, at once
 
         # Read the weights.
         self.heads = config.num_attention_heads
@@ -693,23 +727,26 @@ class ForwardDecoder:
     @torch.no_grad()
     def step(self, tokens: torch.Tensor, positions: list[int], cache: DecodingCache) -> torch.Tensor:
         """Run one token for each of the first n sequences of a cache.  (n,) -> logits (n, V)"""
-        columns = cache.open(len(positions))
+        columns, config = cache.open(len(positions)), self.model.config
         ids = tokens[:, None]
+        # The columns know what text sees, and not which tower each key is of: the mask is taken as it is.
+        mask = columns.whole_mask() if config.unseen_towers else columns.visible()
         outputs = self.model.model(
             input_ids=ids,
-            modality_ids=self.model.model.modality_ids_of(ids) if len(self.model.config.modalities) > 1 else None,
-            attention_mask=columns.visible(),
+            modality_ids=self.model.model.modality_ids_of(ids) if len(config.modalities) > 1 else None,
+            attention_mask=mask,
             position_ids=torch.tensor(positions, device=ids.device)[:, None],
             past_key_values=columns.as_cache(),
         )
-        return self.model.lm_head(outputs.last_hidden_state[:, -1])
+        return self.model.lm_head(outputs.last_hidden_state[:, -1, : self.model.config.hidden_size])
 
 
 def decoder_of(model: nn.Module) -> LeanDecoder | ForwardDecoder:
     """Return the decoder for steps of several sequences that may differ in length: a lean one if the model allows it.
 
     Raises:
-        ValueError: a derived class, or an adapter, prepares the inputs of each step, and these steps do not call it.
+        ValueError: a derived class, or an adapter, prepares the inputs of each step, and these steps do not call it; or
+            tokens of the vocabulary do not see each other.
     """
     for name in STEP_METHODS:
         if not keeps_methods(model, name):
@@ -718,6 +755,11 @@ def decoder_of(model: nn.Module) -> LeanDecoder | ForwardDecoder:
                 "diffused nor served requests ask it at each step; leave it as it is, or use generate() of a model of "
                 "tokens"
             )
+    if model.config.hides_tokens:
+        raise ValueError(
+            f"unseen_towers={model.config.unseen_towers} hides tokens of the vocabulary from others, which these steps "
+            "do not know; use generate() of a model of tokens"
+        )
     return LeanDecoder.of(model) or ForwardDecoder(model)
 
 

@@ -8,20 +8,35 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .attention_masks import times_of
 from .checks_arguments import CACHE
 from .decoding_lean import DecodingCache, LeanDecoder, Prefix, decoder_of
-from .decoding_pictures import Denoising, Generators, check_finite, commit, denoise
+from .decoding_pictures import (
+    UNCONDITIONAL,
+    WITHOUT_TEXT,
+    Denoising,
+    Generators,
+    check_finite,
+    commit,
+    contexts_of,
+    denoise,
+    kept_tokens,
+)
 from .image_processing import MoTImageProcessor
+from .latent_grid import grid_positions
+from .latent_images import ImagePlaces, check_placeholders, sizes_of
 from .latent_vae import decode_latents
 
 
 # R sequences, P tokens of a prompt, L tokens so far, V vocabulary, N images, C latent channels, (h, w) latents
 
-IMAGE_INPUTS = ("latents", "pixel_values", "image_sizes")
+ENCODER_INPUTS = ("encoder_pixel_values", "encoder_image_sizes")
+IMAGE_INPUTS = ("latents", "pixel_values", "image_sizes", *ENCODER_INPUTS)
 
 
 class Request(NamedTuple):
@@ -374,19 +389,24 @@ class InterleavedDecoding(TokenLoop):
         self.latents: list[list[torch.Tensor]] = [[] for _ in range(count)]
         self.images: list[list[Any]] = [[] for _ in range(count)]
         self.intermediates: list[list[list[Any]]] = [[] for _ in range(count)]
-        self.unconditional: list[Prefix] | None = None
-        prompts = request.model_kwargs | {"attention_mask": mask}
-        self.logits, self.cache, self.positions = self._prefill(self.prompt, **prompts)
+        self.contexts: dict[str, list[Prefix]] = {}
+        self.has_images = (self.prompt == self.config.image_token_id).any(dim=1).tolist()
+        self.mask = mask
+        self.clean_images = self._clean_images(request.model_kwargs)
+        given = {name: request.model_kwargs.get(name) for name in ("position_ids", "modality_ids")}
+        self.logits, self.cache, self.positions = self._prefill(self.prompt, mask, self.clean_images, **given)
 
     def _check(self, mask: torch.Tensor) -> None:
         if (mask[:, -1] == 0).any() or (mask[:, 1:] < mask[:, :-1]).any():
             raise ValueError("attention_mask has padding on the right; pad prompts on the left (padding_side='left')")
-        if (self.prompt[:, -1] == self.config.image_token_id).any():
-            raise ValueError(
-                f"a prompt ends inside of an image, with image_token_id={self.config.image_token_id}; eoi_token_id="
-                f"{self.config.eoi_token_id} must follow the image, or boi_token_id={self.config.boi_token_id} must "
-                "stand alone where one is to be drawn"
-            )
+        for modality, token in self.config.placeholder_token_ids.items():
+            if (self.prompt[:, -1] == token).any():
+                field = "image_token_id" if modality == "image" else f"the placeholder of {modality!r}"
+                raise ValueError(
+                    f"a prompt ends inside of an image, with {field}={token}; eoi_token_id={self.config.eoi_token_id} "
+                    f"must follow the image, or boi_token_id={self.config.boi_token_id} must stand alone where one is "
+                    "to be drawn"
+                )
         if self.budget <= self.length and (self.prompt[:, -1] == self.config.boi_token_id).any():
             raise ValueError(
                 f"max_new_tokens={self.budget} is shorter than the picture that boi_token_id begins: it takes "
@@ -403,11 +423,8 @@ class InterleavedDecoding(TokenLoop):
         seeds = torch.randint(2**62, (count,), generator=generator, device=generator.device).tolist()
         return [torch.Generator(device=generator.device).manual_seed(seed) for seed in seeds]
 
-    def _prefill(
-        self, ids: torch.Tensor, attention_mask: torch.Tensor, position_ids=None, modality_ids=None, **inputs
-    ) -> tuple[torch.Tensor, DecodingCache, list[int]]:
-        """Run prompts with their images clean.  (R, P) -> the next logits (R, V), the cache, the next positions"""
-        # Images in prompts are at timestep 0, without noise.
+    def _clean_images(self, inputs: dict) -> dict:
+        """Return the images of the prompts as arguments of the model's forward: at timestep 0, without noise."""
         images = {name: inputs[name] for name in IMAGE_INPUTS if inputs.get(name) is not None}
         if "pixel_values" in images and "latents" not in images:
             encoded = self.model.encode_images(images.pop("pixel_values"), images.get("image_sizes"))
@@ -416,11 +433,20 @@ class InterleavedDecoding(TokenLoop):
             latents = images["latents"]
             zeros = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
             images |= {"timesteps": zeros, "clean_images": zeros == 0, "noise": torch.zeros_like(latents)}
+        return images
 
+    def _prefill(
+        self, ids: torch.Tensor, attention_mask: torch.Tensor, images: dict, position_ids=None, modality_ids=None
+    ) -> tuple[torch.Tensor, DecodingCache, list[int]]:
+        """Run prompts with their images clean.  (R, P) -> the next logits (R, V), the cache, the next positions"""
         # One forward, of which only the last logits are computed.
-        if position_ids is None:
+        if "latents" in images and self.config.image_positions == "grid":
+            places = ImagePlaces.find(self.config, ids, None, attention_mask)
+            sizes = sizes_of(images["latents"], images.get("image_sizes"))
+            position_ids = grid_positions(self.config, places, sizes, check_placeholders(self.config, places, sizes))
+        elif position_ids is None:
             position_ids = self.model.positions_of_prompts(ids, attention_mask)
-        position_ids = position_ids.expand_as(ids)
+        position_ids = position_ids if position_ids.dim() == 3 else position_ids.expand_as(ids)
         outputs = self.model(
             ids,
             attention_mask,
@@ -431,8 +457,10 @@ class InterleavedDecoding(TokenLoop):
             return_dict=True,
             **images,
         )
+        if self.config.hides_images:
+            attention_mask = attention_mask * (ids != self.config.image_token_id)
         cache = DecodingCache.of(getattr(outputs, CACHE), attention_mask, self.decoder.cache_dtype)
-        return outputs.logits[:, -1].float(), cache, (position_ids[:, -1] + 1).tolist()
+        return outputs.logits[:, -1].float(), cache, (times_of(position_ids)[:, -1] + 1).long().tolist()
 
     def run(self) -> MoTTransfusionGenerateOutput:
         """Go from the prompts to the last token and picture.  -> what `generate()` returns"""
@@ -440,7 +468,9 @@ class InterleavedDecoding(TokenLoop):
             # Pictures come first, so that the sequences that draw catch up with the others.
             drawing = [row for row in self.running if self.last_token(row) == self.config.boi_token_id]
             if drawing:
-                self._draw(drawing)
+                # A sequence with images in its prompt may need other contexts of guidance than one without.
+                contexts = [contexts_of(self.settings, self.has_images[row]) for row in drawing]
+                self._draw([row for row, own in zip(drawing, contexts) if own == contexts[0]])
                 continue
             self.choose(self.logits)
             if self.running:
@@ -458,7 +488,7 @@ class InterleavedDecoding(TokenLoop):
         """Process the logits of each sequence with its own prompt: (R, V) -> (R, V)."""
         # Placeholders and EOI are appended and never chosen. BOI is no choice where a picture does not fit.
         allowed = logits.clone()
-        allowed[:, [self.config.image_token_id, self.config.eoi_token_id]] = -float("inf")
+        allowed[:, [token for token in self.config.written_token_ids if token < logits.shape[1]]] = -float("inf")
         for row, tokens in enumerate(self.new_tokens):
             if self.budget - len(tokens) < self.length + 2 or self.settings.generation_mode == "text":
                 allowed[row, self.config.boi_token_id] = -float("inf")
@@ -492,7 +522,10 @@ class InterleavedDecoding(TokenLoop):
         for length in sorted({len(self.new_tokens[row]) for row in rows}):
             tokens = [(tokens + [self.pad] * length)[:length] for tokens in self.new_tokens]
             group = [row for row in rows if len(self.new_tokens[row]) == length]
-            yield group, torch.cat([self.prompt, self.prompt.new_tensor(tokens)], dim=1)
+            ids = torch.cat([self.prompt, self.prompt.new_tensor(tokens)], dim=1)
+            if self.config.num_placeholder_tokens:  # logits processors look up the scores of all ids
+                ids = ids.masked_fill(ids >= self.config.vocab_size, self.config.eoi_token_id)
+            yield group, ids
 
     def _step(self) -> None:
         """Run the last token of each sequence that goes on, padding for the others."""
@@ -507,8 +540,8 @@ class InterleavedDecoding(TokenLoop):
         # A BOI that belongs to the image's block is run again with it, and is no part of the prefix.
         drop = int(self.config.markers_in_image_block)
         prefixes = [self.cache.prefix(row, self.positions[row], drop) for row in rows]
-        drawing = Denoising(self.model, self.settings, [self.generators[row] for row in rows], rows)
-        denoise(drawing, prefixes, self.unconditional_prefixes(rows))
+        drawing = self.drawing(rows)
+        denoise(drawing, prefixes, self.context_prefixes(rows))
         self.keep(rows, drawing)
 
         # Only a sequence that goes on needs its picture in the cache.
@@ -521,18 +554,40 @@ class InterleavedDecoding(TokenLoop):
         for row, position in zip(going_on, positions):
             self.positions[row] = position
 
-    def unconditional_prefixes(self, rows: list[int]) -> list[Prefix]:
-        """Return the prefixes that guidance leads these sequences away from, run once; none without guidance."""
-        if self.settings.guidance_scale == 1:
-            return []
-        if self.unconditional is None:
+    def drawing(self, rows: list[int]) -> Denoising:
+        """Begin a picture in each of these sequences, which need the same contexts of guidance."""
+        generators = [self.generators[row] for row in rows]
+        return Denoising(self.model, self.settings, generators, rows, self.has_images[rows[0]])
+
+    def context_prefixes(self, rows: list[int]) -> list[Prefix]:
+        """Return the prefixes that guidance leads these sequences away from: those of one context, then of the next.
+
+        Contexts are parts of the prompts, and are run once. What a sequence wrote and drew behind its prompt stands in
+        none of them.
+        """
+        prefixes = []
+        for name in contexts_of(self.settings, self.has_images[rows[0]]):
+            if name not in self.contexts:
+                self.contexts[name] = self._run_context(name)
+            # There is one for all, or one for each prompt, whose sequences stand together.
+            own = self.contexts[name]
+            prefixes += [own[row // (len(self.prompt) // len(own))] for row in rows]
+        return prefixes
+
+    def _run_context(self, name: str) -> list[Prefix]:
+        """Run a context of the prompts.  -> the prefix of each prompt, or one for all"""
+        if name == UNCONDITIONAL:
             ids, mask = self.settings.unconditional_prompts(self.config, self.prompt.device)
-            _, cache, positions = self._prefill(ids, mask)
-            drop = int(self.config.markers_in_image_block)
-            self.unconditional = [cache.prefix(row, position, drop) for row, position in enumerate(positions)]
-        # There is one for all, or one for each prompt, whose sequences stand together.
-        repeats = len(self.prompt) // len(self.unconditional)
-        return [self.unconditional[row // repeats] for row in rows]
+        else:
+            # The tokens that are kept move to the right, and BOI follows.
+            kept = kept_tokens(self.config, name, self.prompt, self.mask)
+            order = kept.long().argsort(dim=1, stable=True)[:, self.prompt.shape[1] - int(kept.sum(dim=1).max()) :]
+            ids = F.pad(self.prompt.gather(1, order), (0, 1), value=self.config.boi_token_id)
+            mask = F.pad(kept.long().gather(1, order), (0, 1), value=1)
+        images = self.clean_images if name == WITHOUT_TEXT else {}
+        _, cache, positions = self._prefill(ids, mask, images)
+        drop = int(self.config.markers_in_image_block)
+        return [cache.prefix(row, position, drop) for row, position in enumerate(positions)]
 
     def keep(self, rows: list[int], drawing: Denoising) -> None:
         """Append finished pictures and EOI to these sequences. Some sequences may end here.

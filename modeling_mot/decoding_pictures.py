@@ -2,7 +2,8 @@
 
 The paper's appendix A.2 describes the mode. `DiffusionSettings` holds the options, `Denoising` the latents on their way
 from noise to clean, `ImageForward` runs the model over an image behind cached prefixes, and `commit` puts the clean
-image into the cache.
+image into the cache. Guidance predicts an image behind other contexts too, which are parts of the prompt:
+`contexts_of` names them, `kept_tokens` says which tokens they keep, and `guided` combines the predictions.
 """
 
 import inspect
@@ -16,11 +17,20 @@ import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import logging
 
-from .attention_masks import RANGES, AttentionPlan, ImageBlocks, attention_mask_for
+from .attention_masks import (
+    RANGES,
+    AttentionPlan,
+    ImageBlocks,
+    TowerSight,
+    attention_mask_for,
+    find_image_blocks,
+    times_of,
+)
 from .checks_arguments import MOST_SCALE, check_generator
-from .checks_fields import is_real, is_whole
+from .checks_fields import Maybe, Number, OneOf, Several, check_fields, is_real, is_whole
 from .decoding_lean import DecodingCache, Prefix
-from .latent_images import build_scheduler
+from .latent_grid import Grid
+from .latent_images import TIME_SPACINGS, build_scheduler, noise_shares, set_times
 from .tower_routing import ModalityRouting
 
 
@@ -29,6 +39,20 @@ from .tower_routing import ModalityRouting
 
 Generators = list[torch.Generator | None]  # one for each sequence
 SCHEDULER_NUMBERS = 10**6  # the largest whole number among the arguments of a scheduler
+EDGE = 1e-6  # times as near as this to an end of `guidance_interval` are at it, because both were rounded
+SETTINGS_RULES = {
+    "image_guidance_scale": Maybe(Number(0, MOST_SCALE)),
+    "guidance_form": OneOf(("nested", "sum")),
+    "guidance_renorm": OneOf(("none", "global", "channel", "text_channel")),
+    "guidance_renorm_min": Number(0, 1),
+    "guidance_interval": Several(Number(0, 1), count=2),
+    "time_spacing": OneOf(TIME_SPACINGS),
+    "timestep_shift": Maybe(Number(0, SCHEDULER_NUMBERS, open="low")),
+}
+# The contexts of guidance beside the whole prompt.
+UNCONDITIONAL = "unconditional"  # nothing of the prompt, or a negative prompt
+WITHOUT_TEXT = "without_text"  # the prompt without its last text
+WITHOUT_IMAGES = "without_images"  # the texts of the prompt
 
 
 @dataclass
@@ -36,7 +60,14 @@ class DiffusionSettings:
     """The options of drawing; `MoTTransfusionGenerationMixin.generate` describes each."""
 
     guidance_scale: float = 1.0
+    image_guidance_scale: float | None = None
+    guidance_form: str = "nested"
+    guidance_renorm: str = "none"
+    guidance_renorm_min: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     num_inference_steps: int = 250
+    time_spacing: str = "scheduler"
+    timestep_shift: float | None = None
     scheduler: str = "ddpm"
     scheduler_kwargs: dict = field(default_factory=dict)
     generator: torch.Generator | list[torch.Generator] | None = None
@@ -84,10 +115,27 @@ class DiffusionSettings:
         if not isinstance(self.progress_bar, bool):
             raise ValueError(f"progress_bar={self.progress_bar!r} must be True or False")
         check_generator(self.generator)
-        self._check_scheduler(config)
-        self.latent_size(config)
+        check_fields(self, SETTINGS_RULES)
+        self._check_guidance()
+        size = self.latent_size(config)
+        self._check_scheduler(config, size)
 
-    def _check_scheduler(self, config) -> None:
+    def _check_guidance(self) -> None:
+        low, high = self.guidance_interval
+        if low >= high:
+            raise ValueError(f"guidance_interval={self.guidance_interval!r} must be [low, high] with low < high")
+        if self.guidance_renorm == "text_channel" and self.guidance_form == "sum":
+            raise ValueError(
+                "guidance_renorm='text_channel' renormalises the inner step of guidance_form='nested', and "
+                "guidance_form='sum' has none; take 'global' or 'channel'"
+            )
+        if self.image_guidance_scale is not None and self.unconditional_prompt is not None:
+            raise ValueError(
+                f"negative_prompt_ids came with image_guidance_scale={self.image_guidance_scale!r}, which leads away "
+                "from the prompt without its text and not from another text; leave one of them out"
+            )
+
+    def _check_scheduler(self, config, size: tuple[int, int]) -> None:
         if not isinstance(self.scheduler, str):
             raise ValueError(f"scheduler={self.scheduler!r} must be a name, such as 'ddpm'")
         if not isinstance(self.scheduler_kwargs, Mapping):
@@ -96,7 +144,21 @@ class DiffusionSettings:
             # Some schedulers build lists or tables of that length.
             if is_whole(value) and value > SCHEDULER_NUMBERS or isinstance(value, float) and math.isnan(value):
                 raise ValueError(f"scheduler_kwargs has {name}={value!r}; numbers may be at most {SCHEDULER_NUMBERS}")
-        build_scheduler(config, self.scheduler, **self.scheduler_kwargs)
+        if self.timestep_shift is not None and not config.is_flow:
+            raise ValueError(
+                f"timestep_shift={self.timestep_shift!r} shifts the times of flow matching, not those of "
+                f"prediction_type={config.prediction_type!r}; leave it out"
+            )
+        scheduler = self.built_scheduler(config, size)
+        if self.time_spacing != "scheduler":
+            set_times(scheduler, self.time_spacing, self.num_inference_steps)
+
+    def built_scheduler(self, config, size: tuple[int, int]):
+        """Build the scheduler of images of h x w latents."""
+        shift = self.timestep_shift
+        if shift is None and config.is_flow:
+            shift = config.shift_of(*size)
+        return build_scheduler(config, self.scheduler, shift, **self.scheduler_kwargs)
 
     def latent_size(self, config) -> tuple[int, int]:
         """Return the rows and columns of an image's latents; `image_size` is in pixels.
@@ -131,6 +193,111 @@ class DiffusionSettings:
         return ids, mask
 
 
+# ------------------------------------------------------------------------------------------------------------ guidance
+
+
+def contexts_of(settings, has_images: bool) -> tuple[str, ...]:
+    """Name the contexts beside the whole prompt that guidance needs, in the order that `guided` takes them.
+
+    Args:
+        settings: `DiffusionSettings`.
+        has_images: True if images stand in the prompt. Without them there is no guidance by images.
+    """
+    images = settings.image_guidance_scale
+    by_images = has_images and images not in (None, 1)
+    is_nested = settings.guidance_form == "nested"
+    if settings.guidance_scale == 1 and (is_nested or not by_images):
+        return ()
+    if images is None:
+        return (UNCONDITIONAL,)
+    if not by_images:
+        return (WITHOUT_TEXT,)
+    return (WITHOUT_TEXT, WITHOUT_IMAGES if is_nested else UNCONDITIONAL)
+
+
+def kept_tokens(config, context: str, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mark the tokens of prompts that a context keeps; a BOI at the end is none of them.  (R, L) twice -> (R, L) bool
+
+    The last text of a prompt is what stands behind its last image, or before it if nothing stands behind. A text also
+    ends at EOS, and BOS at the beginning belongs to no text.
+    """
+    in_prompt = mask.bool()
+    in_prompt[:, -1] &= ids[:, -1] != config.boi_token_id
+    is_text = in_prompt & (find_image_blocks(ids == config.image_token_id, None, with_markers=True) < 0)
+    if context == WITHOUT_IMAGES:
+        return is_text
+
+    # The last of the runs of text, numbered from 1; 0 elsewhere.
+    if config.bos_token_id is not None:
+        is_text &= ~((in_prompt.cumsum(dim=1) == 1) & (ids == config.bos_token_id))
+    ends = [] if config.eos_token_id is None else config.eos_token_id
+    is_end = torch.isin(ids, torch.tensor(ends, dtype=ids.dtype, device=ids.device))
+    begins = is_text.clone()
+    begins[:, 1:] &= ~is_text[:, :-1] | is_end[:, :-1]
+    runs = begins.cumsum(dim=1) * is_text
+    return in_prompt & ((runs == 0) | (runs < runs.amax(dim=1, keepdim=True)))
+
+
+def guided(settings, patch_size: int, whole: torch.Tensor, *contexts: torch.Tensor) -> torch.Tensor:
+    """Combine the predictions of pictures behind their prompts with those behind other contexts.
+
+    With a the `guidance_scale` and b the `image_guidance_scale`, and predictions v behind the whole prompt:
+
+        g = without_text + a (v - without_text)
+        nested: without_images + b (g - without_images)                         (BAGEL, arXiv 2505.14683)
+        sum: unconditional + b (without_text - unconditional) + a (v - without_text)
+                                                              (InstructPix2Pix, arXiv 2211.09800, equation 3)
+
+    Both are g if b is 1. Renormalisation multiplies the result by |v| / |result|, bounded by `guidance_renorm_min` and
+    1. The norms are those of each picture ("global") or of each patch ("channel"); "text_channel" renormalises the
+    patches of g, and not the result.
+
+    Args:
+        settings: `DiffusionSettings`.
+        whole, contexts: (R, C, h, w) each, the contexts in the order of `contexts_of`.
+
+    Returns:
+        (R, C, h, w).
+    """
+    if not contexts:
+        return whole
+    scale, least = settings.guidance_scale, settings.guidance_renorm_min
+    without_text, *others = contexts
+    result = without_text + scale * (whole - without_text)
+    if settings.guidance_renorm == "text_channel":
+        result = _renormalised(result, whole, least, patch_size)
+    if others:
+        # Both formulas, solved for what the second scale adds to g.
+        base = result if settings.guidance_form == "nested" else without_text
+        result = result + (settings.image_guidance_scale - 1) * (base - others[0])
+    if settings.guidance_renorm == "global":
+        result = _renormalised(result, whole, least, None)
+    elif settings.guidance_renorm == "channel":
+        result = _renormalised(result, whole, least, patch_size)
+    return result
+
+
+def _renormalised(result: torch.Tensor, whole: torch.Tensor, least: float, patch_size: int | None) -> torch.Tensor:
+    """Shrink a guided prediction to the norm of the prediction behind the whole prompt.
+
+    Args:
+        result, whole: (R, C, h, w).
+        least: the smallest factor.
+        patch_size: p, for the norms of patches; None for the norms of whole pictures.
+    """
+
+    def norms(prediction):
+        squares = prediction.square().sum(dim=1, keepdim=True)  # (R, 1, h, w)
+        if patch_size is None:
+            return squares.sum(dim=(2, 3), keepdim=True).sqrt()
+        return F.avg_pool2d(squares, patch_size, divisor_override=1).sqrt()  # (R, 1, h/p, w/p)
+
+    factors = (norms(whole) / (norms(result) + 1e-8)).clamp(least, 1)
+    if patch_size is not None:
+        factors = factors.repeat_interleave(patch_size, dim=2).repeat_interleave(patch_size, dim=3)
+    return result * factors
+
+
 # ------------------------------------------------------------------------------------------------- from noise to clean
 
 
@@ -140,14 +307,17 @@ class Denoising:
     Args:
         generators: of each image's noise; None for the global one.
         rows: the places of the images' sequences in the batch, for the callback.
+        has_images: True if images stand in the prompts, by which guidance may lead too.
 
     Attributes:
         latents: (R, C, h, w)
         step: how many steps are done.
+        shares: of noise, of what each step starts from.
+        contexts: beside the prompts, behind which the images are predicted at guided steps.
         estimates: of the clean latents, every `intermediate_every` steps.
     """
 
-    def __init__(self, model, settings: DiffusionSettings, generators: Generators, rows: list[int]):
+    def __init__(self, model, settings: DiffusionSettings, generators: Generators, rows: list[int], has_images: bool):
         config, device = model.config, model.device
         self.model = model
         self.settings = settings
@@ -155,8 +325,10 @@ class Denoising:
         self.size = settings.latent_size(config)
         self.step = 0
         self.estimates: list[torch.Tensor] = []
-        self.scheduler = build_scheduler(config, settings.scheduler, **settings.scheduler_kwargs)
-        self.scheduler.set_timesteps(settings.num_inference_steps, device=device)
+        self.contexts = contexts_of(settings, has_images)
+        self.scheduler = settings.built_scheduler(config, self.size)
+        set_times(self.scheduler, settings.time_spacing, settings.num_inference_steps, device)
+        self.shares = noise_shares(self.scheduler, config)
 
         # Each image begins as noise of its own generator, from which a scheduler with random steps draws too.
         shape = (1, config.latent_channels, *self.size)
@@ -176,7 +348,9 @@ class Denoising:
 
     @property
     def is_guided(self) -> bool:
-        return self.settings.guidance_scale != 1
+        """True if the next step needs predictions behind `contexts`."""
+        low, high = self.settings.guidance_interval
+        return bool(self.contexts) and low < self.shares[self.step] - EDGE and self.shares[self.step] <= high + EDGE
 
     @property
     def timestep(self) -> torch.Tensor:
@@ -187,24 +361,23 @@ class Denoising:
         scale = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
         return scale(self.latents, self.timestep)
 
-    def advance(self, noisy: torch.Tensor, prediction: torch.Tensor, free: torch.Tensor | None = None) -> None:
+    def advance(self, noisy: torch.Tensor, *predictions: torch.Tensor) -> None:
         """Take one step.
 
         Args:
             noisy: (R, C, h, w) of `noisy()`.
-            prediction: (R, C, h, w) of the model for them.
-            free: (R, C, h, w) of the model without the prompt, for guidance; None without guidance.
+            predictions: (R, C, h, w) of the model for them, behind the prompts and, if the step `is_guided`, behind
+                each of `contexts`.
 
         Raises:
             ValueError: the callback left no finite latents of the same shape.
         """
-        # Guidance: unconditional + scale * (conditional - unconditional).
-        settings, timestep = self.settings, self.timestep
-        if free is not None:
-            prediction = free + settings.guidance_scale * (prediction - free)
+        settings, timestep, schedule = self.settings, self.timestep, self.model.noise_schedule
+        velocities = (schedule.velocity(prediction, noisy, self.shares[self.step]) for prediction in predictions)
+        prediction = guided(settings, self.model.config.patch_size, *velocities)
 
         # The scheduler's step, from a prediction that implies no clean latent beyond the bound.
-        prediction = self.model.noise_schedule.bounded(prediction, noisy, timestep, settings.latent_bound)
+        prediction = schedule.bounded(prediction, noisy, timestep, settings.latent_bound)
         stepped = self.scheduler.step(prediction, timestep, self.latents, **self.step_kwargs)
         self.latents = stepped.prev_sample
         if settings.intermediate_every is not None and (self.step + 1) % settings.intermediate_every == 0:
@@ -246,17 +419,23 @@ class Denoising:
 
 
 @torch.no_grad()
-def denoise(drawing: Denoising, prefixes: list[Prefix], unconditional: list[Prefix]) -> None:
+def denoise(drawing: Denoising, prefixes: list[Prefix], contexts: list[Prefix]) -> None:
     """Take all steps of R images.
 
     Args:
         prefixes: of the R sequences.
-        unconditional: R prefixes for guidance, which run in the same batch; or none.
+        contexts: R prefixes for each of the drawing's contexts, which run in the same batch at the steps that are
+            guided.
     """
-    forward = ImageForward(drawing.model, prefixes + unconditional, drawing.size)
+    forward, was_guided = None, None
     places = torch.arange(len(prefixes), device=drawing.latents.device)
-    index = torch.cat([places, places]) if unconditional else None
     while not drawing.is_done:
+        if drawing.is_guided != was_guided:
+            forward = None  # its memory is free before more is taken
+            was_guided = drawing.is_guided
+            behind = prefixes + contexts if was_guided else prefixes
+            forward = ImageForward(drawing.model, behind, drawing.size)
+            index = places.repeat(len(behind) // len(prefixes)) if was_guided else None
         noisy = drawing.noisy()
         drawing.advance(noisy, *forward.predict(noisy, drawing.timestep, index).split(len(prefixes)))
 
@@ -289,6 +468,7 @@ class ImageForward:
         with_end: True to run EOI even if it does not belong to the block: the pass that commits the image.
 
     Attributes:
+        hidden: (R, T) bool, the tokens that text does not see; None where it sees all.
         seen: the arguments of `_seen`, the same in all forwards.
     """
 
@@ -304,22 +484,25 @@ class ImageForward:
         self.before = int(inside)
         self.after = int(inside or with_end)
         total = self.before + self.length + self.after
-        ids = torch.full((count, total), config.image_token_id, device=device)
-        if self.before:
-            ids[:, 0] = config.boi_token_id
-        if self.after:
-            ids[:, -1] = config.eoi_token_id
-        embeds = model.model.embed_tokens(ids)
+        markers = torch.tensor([config.boi_token_id, config.eoi_token_id], device=device).expand(count, 2)
+        embeds = model.model.embed(markers)
         self.begin = embeds[:, : self.before]
-        self.end = embeds[:, self.before + self.length :]
-        is_patch = ids == config.image_token_id
+        self.end = embeds[:, 2 - self.after :]
+        is_patch = torch.zeros(count, total, dtype=torch.bool, device=device)
+        is_patch[:, self.before : self.before + self.length] = True
         self.routing = ModalityRouting.from_modality_ids(torch.where(is_patch, config.image_modality, 0), config)
 
         # The positions follow those of the prefixes.
-        steps = torch.arange(total, device=device)
-        if config.image_positions == "shared":
-            steps = torch.zeros_like(steps) if inside else (steps >= self.length).long()
-        self.position_ids = torch.tensor([prefix.position for prefix in prefixes], device=device)[:, None] + steps
+        begin = torch.tensor([prefix.position for prefix in prefixes], device=device)
+        if config.image_positions == "grid":
+            grid = Grid.of(config, size)
+            end = (begin + grid.advance).view(1, -1, 1).expand(3, -1, self.after)
+            self.position_ids = torch.cat([grid.at(config, begin), end], dim=2)
+        else:
+            steps = torch.arange(total, device=device)
+            if config.image_positions == "shared":
+                steps = torch.zeros_like(steps) if inside else (steps >= self.length).long()
+            self.position_ids = begin[:, None] + steps
 
         # The prefixes are copied once for all forwards.
         self.layers = []
@@ -328,22 +511,40 @@ class ImageForward:
             values = [prefix.values[layer] for prefix in prefixes]
             self.layers.append(ScratchLayer(keys, values, total, embeds.dtype))
         missing = torch.tensor([self.layers[0].length - prefix.length for prefix in prefixes], device=device)
-        self.seen = self._seen(embeds, is_patch, missing)
+        self.hidden = is_patch if config.hides_images else None
+        self.seen = self._seen(embeds.new_empty(0).expand(count, total, 0), is_patch, missing, self._sight(prefixes))
 
-    def _seen(self, embeds: torch.Tensor, is_patch: torch.Tensor, missing: torch.Tensor) -> dict:
+    def _sight(self, prefixes: list[Prefix]) -> TowerSight | None:
+        """Find which towers see which: of the prefixes' columns, text does not see those of images."""
+        if not self.config.unseen_towers:
+            return None
+        longest, device = self.layers[0].length, self.begin.device
+        of_text, of_image = (self.config.tower_of_modality[modality] for modality in (0, self.config.image_modality))
+        towers = torch.full((len(prefixes), longest), of_text, device=device)
+        for row, prefix in enumerate(prefixes):
+            if prefix.hidden is not None:
+                towers[row, longest - prefix.length :].masked_fill_(prefix.hidden, of_image)
+        own = self.routing.tower_ids(len(prefixes), device)
+        return TowerSight.of(self.config, torch.cat([towers, own], dim=1))
+
+    def _seen(
+        self, rows: torch.Tensor, is_patch: torch.Tensor, missing: torch.Tensor, sight: TowerSight | None
+    ) -> dict:
         """Return the cache and the visibility of its keys, as arguments of the model's forward.
 
         All tokens of the block see each other, EOI behind the block sees them, and padding before prefixes is hidden.
 
         Args:
-            embeds: (R, T, D), read for its shape, dtype and device.
+            rows: (R, T, any size), read for its shape, dtype and device.
             is_patch: (R, T) bool.
             missing: (R,) how much shorter each prefix is than the longest.
+            sight: which towers see which; None where all see all.
         """
         config, longest, total = self.config, self.layers[0].length, is_patch.shape[1]
         cache = Cache(layers=self.layers)
         in_block = torch.ones_like(is_patch) if config.markers_in_image_block else is_patch
-        if config._attn_implementation == RANGES and embeds.device.type == "cpu" and embeds.dtype != torch.float32:
+        on_ranges = config._attn_implementation == RANGES and rows.device.type == "cpu" and sight is None
+        if on_ranges and rows.dtype != torch.float32:
             # Each token sees a range of keys. In float32 torch's own kernel with a mask is as fast.
             last = longest + torch.where(in_block, int(in_block[0].sum()) - 1, total - 1)
             plan = AttentionPlan.from_ranges(missing[:, None].expand_as(last), last)
@@ -351,12 +552,16 @@ class ImageForward:
 
         # Elsewhere it is a mask, made once and not in each forward.
         blocks = ImageBlocks(F.pad(torch.where(in_block, 0, -1), (longest, 0), value=-1))
-        mask = (torch.arange(longest + total, device=embeds.device) >= missing[:, None]).long()
-        mask = attention_mask_for(config, embeds, mask, cache, None, None, blocks)
+        mask = (torch.arange(longest + total, device=rows.device) >= missing[:, None]).long()
+        mask = attention_mask_for(config, rows, mask, cache, None, None, blocks, sight=sight)
         return {"past_key_values": cache, "attention_mask": mask}
 
     def __call__(
-        self, latents: torch.Tensor, timestep: torch.Tensor | float, index: torch.Tensor | None = None
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor | float,
+        index: torch.Tensor | None = None,
+        is_clean: bool = False,
     ) -> tuple[torch.Tensor, Any]:
         """Run the model over images at their timesteps.  -> hidden states (R, T, D), the patchifier's features
 
@@ -364,9 +569,11 @@ class ImageForward:
             latents: (N, C, h, w)
             timestep: of all, or (N,).
             index: (R,) the place among the latents of each sequence's image; default: N = R, in their order.
+            is_clean: True for images without noise.
         """
         timesteps = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
-        tokens, features = self.model.patchifier_tokens(latents, timesteps)
+        clean = torch.full_like(timesteps, is_clean, dtype=torch.bool)
+        tokens, features = self.model.patchifier_tokens(latents, timesteps, clean)
         if index is not None:
             tokens, features = taken(tokens, index), taken(features, index)
         outputs = self.model.model(
@@ -383,13 +590,16 @@ class ImageForward:
         """Predict the noise (or `prediction_type`) in latents; arguments as above.  -> (R, C, h, w) float32"""
         hidden_states, features = self(latents, timestep, index)
         image = hidden_states[:, self.before : self.before + self.length]
-        return self.model.patchifier.predict(image, features, *self.size).float()
+        return self.model.patchifier_latents(image, features, *self.size)
 
-    def written(self, row: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return the keys and values that the last forward made for one sequence: of each layer, (K, T, d)"""
+    def written(self, row: int) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
+        """Return what the last forward made for one sequence: `DecodingCache.extend` appends it
+
+        -> keys and values of each layer, (K, T, d), and `hidden`, (T,) bool or None
+        """
         keys = [layer.keys[row, :, layer.length :] for layer in self.layers]
         values = [layer.values[row, :, layer.length :] for layer in self.layers]
-        return keys, values
+        return keys, values, None if self.hidden is None else self.hidden[row]
 
 
 class ScratchLayer(DynamicLayer):
@@ -405,9 +615,8 @@ class ScratchLayer(DynamicLayer):
     def __init__(self, keys: list[torch.Tensor], values: list[torch.Tensor], room: int, dtype: torch.dtype):
         super().__init__()
         self.length = max(tensor.shape[1] for tensor in keys)
-        heads, _, head_dim = keys[0].shape
-        shape = (len(keys), heads, self.length + room, head_dim)
-        filled = [keys[0].new_zeros(shape, dtype=dtype) for _ in range(2)]
+        shape = (len(keys), keys[0].shape[0], self.length + room)
+        filled = [tensors[0].new_zeros(*shape, tensors[0].shape[2], dtype=dtype) for tensors in (keys, values)]
         self.lazy_initialization(*filled)
         self.keys = filled[0]
         self.values = filled[1]
@@ -447,12 +656,12 @@ def commit(
         the next logits (R, V), and the positions that follow.
     """
     forward = ImageForward(model, prefixes, tuple(latents.shape[2:]), with_end=True)
-    hidden_states, _ = forward(latents, 0)
-    logits = model.lm_head(hidden_states[:, -1]).float()
+    hidden_states, _ = forward(latents, 0, is_clean=True)
+    logits = model.lm_head(hidden_states[:, -1, : model.config.hidden_size]).float()
 
     # Nothing that can fail comes after the first change of the cache, because a server tries a failed commit again.
     cache.reserve(max(cache.lengths[row] for row in rows) - forward.before + hidden_states.shape[1])
     for place, row in enumerate(rows):
         cache.cut(row, cache.lengths[row] - forward.before)  # BOI is run again where it belongs to the image's block
         cache.extend(row, *forward.written(place))
-    return logits, (forward.position_ids[:, -1] + 1).tolist()
+    return logits, (times_of(forward.position_ids)[:, -1] + 1).tolist()

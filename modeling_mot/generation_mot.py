@@ -369,6 +369,8 @@ class MoTGenerationMixin(GenerationMixin):
             # that prepares inputs may add virtual tokens, for which it would not fit.
             if keeps_methods(self, "prepare_inputs_for_generation"):
                 inputs["routing"] = ModalityRouting.from_modality_ids(inputs.pop("modality_ids"), self.config)
+        if self.config.unseen_towers:
+            inputs["modality_ids"] = self._modality_ids_so_far(input_ids, inputs, modality_ids)
         if self.config.moe_towers:
             # Expert choice looks at later tokens; generation takes each token's own choice.
             inputs["token_choice"] = True
@@ -405,6 +407,20 @@ class MoTGenerationMixin(GenerationMixin):
             first = 0 if cache is None else int(cache.get_seq_length())
         given = modality_ids[:, first : first + length]
         return torch.cat([given, derived[:, given.shape[1] :]], dim=1)
+
+    def _modality_ids_so_far(self, input_ids, inputs, modality_ids):
+        """Return the modalities of all keys that a step may see, for `config.unseen_towers`.  -> (B, past + L)"""
+        step = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        past = inputs.get("past_key_values")
+        length = step.shape[1] + (0 if past is None else int(past.get_seq_length()))
+        if input_ids.shape[1] < length:
+            raise ValueError(
+                f"unseen_towers={self.config.unseen_towers} needs the tokens of all keys: pass input_ids to generate() "
+                "instead of inputs_embeds"
+            )
+        derived = self.model.modality_ids_of(input_ids)
+        given = derived[:, :0] if modality_ids is None else modality_ids
+        return torch.cat([given, derived[:, given.shape[1] :]], dim=1)[:, :length]
 
 
 # ---------------------------------------------------------------------------------------------- tokens that may follow

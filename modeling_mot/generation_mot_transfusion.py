@@ -11,10 +11,10 @@ from dataclasses import fields
 import torch
 from transformers.utils import logging
 
-from .attention_masks import find_image_blocks, image_positions
+from .attention_masks import find_image_blocks, find_placeholders, image_positions
 from .checks_arguments import CACHE, cache_as, negative_prompt
-from .decoding_loop import IMAGE_INPUTS, InterleavedDecoding, Request
-from .decoding_pictures import DiffusionSettings
+from .decoding_loop import ENCODER_INPUTS, IMAGE_INPUTS, InterleavedDecoding, Request
+from .decoding_pictures import DiffusionSettings, contexts_of
 from .generation_mot import MoTGenerationMixin
 from .serving_rounds import PictureSequence, Studio
 
@@ -46,24 +46,43 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
 
         Text is sampled as `GenerationMixin.generate` does it, with its arguments. Behind BOI, sampled or at the end of
         its prompt, a sequence draws a picture while the others wait. The prefix stays in the cache, each denoising step
-        runs the image's tokens alone, and guidance is one batch of two. The clean picture is committed in one pass at
-        t = 0, EOI is appended, and text goes on. The result of a sequence does not depend on the others in its batch.
+        runs the image's tokens alone, and all contexts of guidance are one batch. The clean picture is committed in one
+        pass at t = 0, EOI is appended, and text goes on. The result of a sequence does not depend on the others in its
+        batch.
 
         Args:
             inputs, input_ids: (B, L) prompts, padded on the left; or
             documents: a document or a list of them, with the `processor` that encodes them. `allow_urls` and
                 `allow_paths` say if the documents may name addresses and files to be opened. Default: the processor's.
             latents, pixel_values, image_sizes: the images in the prompts, as in `forward`; they are clean.
+            encoder_pixel_values, encoder_image_sizes: the pictures in the prompts that encoders see, as in `forward`.
             max_new_tokens: new tokens of a sequence, those of pictures included. Default: one picture and 20.
             generation_mode: "text" draws a picture only if a prompt ends with BOI. "image" appends BOI to prompts that
                 do not end with it, and draws one picture for each and nothing after it, whatever `max_new_tokens`.
                 Default: both, as the model chooses.
             guidance_scale: prediction = unconditional + scale * (conditional - unconditional); 1 is none.
+            image_guidance_scale: guidance by the pictures of a prompt. With a number, `guidance_scale` leads away from
+                the prompt without its last text and not from the unconditional prompt, and this scale leads away from
+                the prompt without its pictures; 1 leads away from the text alone. Default: None.
+            guidance_form: "nested" (default; BAGEL) or "sum" (InstructPix2Pix), the formula that combines both scales;
+                see `decoding_pictures.guided`. In the nested one the image's scale has no effect where
+                `guidance_scale` is 1.
+            guidance_renorm: "none" (default), or what shrinks a guided prediction to the norm of the prediction without
+                guidance: "global" (of a picture), "channel" (of each patch), "text_channel" (of each patch, before
+                guidance by pictures). Norms are those of each picture: BAGEL's code takes "global" over a whole batch.
+            guidance_renorm_min: the smallest factor by which it shrinks (default 0).
+            guidance_interval: [low, high], the shares of noise t with low < t <= high at which there is guidance
+                (default [0, 1], always).
             negative_prompt_ids: (L,) or (1, L) for all prompts, or (B, L): the unconditional prompts, with
                 `negative_prompt_attention_mask` if padded on the left; BOI is appended. Default: `config.bos_token_id`
                 alone, or nothing if there is none, as in training when a caption is dropped.
             num_inference_steps: denoising steps of a picture (default 250).
-            scheduler: `ddpm` (default), `ddim`, `dpm`, ..., or a class name of diffusers; `scheduler_kwargs` go to it.
+            time_spacing: the times of flow matching, before the shift: "scheduler" (default; as the scheduler has
+                them), "steps", "points" (BAGEL: one evaluation fewer than `num_inference_steps`) or "levels"; see
+                `latent_images.set_times`.
+            timestep_shift: the shift of these times; default: the configuration's, for pictures of this size.
+            scheduler: `ddpm` (default; `flow` with flow matching), `ddim`, `dpm`, `unipc`, ..., or a class name of
+                diffusers; `scheduler_kwargs` go to it.
             generator: of the noise and of sampled tokens: one for each sequence; or one for all, from which one is
                 derived for each sequence.
             image_size: [height, width] of new pictures in pixels (latents without a VAE); default
@@ -126,7 +145,9 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
 
         # As in transformers, prompts may be on the CPU.
         input_ids = input_ids.to(self.device)
-        for name in ("attention_mask", "modality_ids", "position_ids", "latents", "pixel_values"):
+        for name in (
+            "attention_mask", "modality_ids", "position_ids", "latents", "pixel_values", "encoder_pixel_values",
+        ):  # fmt: skip
             if kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name].to(self.device)
         if mode == "image":
@@ -174,6 +195,12 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
                 f"guidance_scale={settings.guidance_scale} with a model of caption_dropout=0: it never learnt to draw "
                 "without a prompt, so that guidance has nothing sensible to lead away from"
             )
+        if settings.image_guidance_scale not in (None, 1) and not contexts_of(settings, has_images=True):
+            logger.warning(
+                f"image_guidance_scale={settings.image_guidance_scale} has no effect, because guidance_form='nested' "
+                "guides by pictures only where guidance_scale is not 1; take guidance_form='sum' to guide by pictures "
+                "alone"
+            )
         generation_config.guidance_scale = None  # transformers' own guidance is of logits
         generation_config.diffusion = settings
         return generation_config, model_kwargs
@@ -194,8 +221,8 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
 
         (B, L) -> (B, L)
         """
-        blocks = find_image_blocks(input_ids == self.config.image_token_id, None, self.config.markers_in_image_block)
-        if self.config.image_positions == "consecutive":
+        blocks = find_image_blocks(find_placeholders(self.config, input_ids), None, self.config.markers_in_image_block)
+        if self.config.image_positions != "shared":  # on a grid, prompts with images are counted where they are run
             blocks = torch.full_like(blocks, -1)
         return image_positions(blocks, None, attention_mask)
 
@@ -203,15 +230,28 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         # Each prompt's images are repeated with it. Transformers would repeat each image by itself.
         images = {name: model_kwargs.pop(name) for name in IMAGE_INPUTS if model_kwargs.get(name) is not None}
         if images and expand_size > 1:
-            blocks = find_image_blocks(input_ids == self.config.image_token_id, None, with_markers=False)
-            places = torch.arange(int((blocks.amax(dim=1) + 1).sum()), device=input_ids.device)
-            rows = places.split((blocks.amax(dim=1) + 1).tolist())
-            order = torch.cat([row for row in rows for _ in range(expand_size)])
-            images = {name: torch.as_tensor(value)[order.cpu()] for name, value in images.items()}
+            kinds = find_placeholders(self.config, input_ids)
+            is_image = kinds == self.config.image_modality
+            orders = {
+                is_encoded: self._repeated(kinds.masked_fill(is_image == is_encoded, 0), expand_size)
+                for is_encoded in (False, True)
+            }
+            images = {name: torch.as_tensor(value)[orders[name in ENCODER_INPUTS]] for name, value in images.items()}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         return input_ids, model_kwargs | images
+
+    @staticmethod
+    def _repeated(kinds: torch.Tensor, times: int) -> torch.Tensor:
+        """Return the order of images, if each row with its images comes so many times.  (B, L) -> (images,) on the host
+
+        Args:
+            kinds: 0 outside of the images that are counted.
+        """
+        counts = find_image_blocks(kinds, None, with_markers=False).amax(dim=1) + 1
+        rows = torch.arange(int(counts.sum())).split(counts.tolist())
+        return torch.cat([row for row in rows for _ in range(times)])
 
     def _refuse(self, *args, **kwargs):
         raise ValueError(

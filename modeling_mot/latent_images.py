@@ -2,26 +2,29 @@
 
 `LatentImagesMixin`, at the end, holds the steps of the model's forward: `_images_of` reads, checks and noises the
 images, `embed_latents` makes tokens of them, `predict_latents` makes latents of the tokens' hidden states. Before it
-stand the noise schedule (paper, appendix A.1) and its schedulers for sampling, then the places of images in rows.
+stand the noise schedule (paper, appendix A.1), its schedulers and times for sampling, then the places of images in
+rows.
 """
 
 import difflib
 import inspect
 from reprlib import repr as shortened
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffusers
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention_masks import document_positions, find_image_blocks
+from .attention_masks import document_positions, find_image_blocks, find_placeholders
 from .checks_arguments import check_tensor
+from .latent_grid import frames_of_runs
 from .latent_vae import encode_pixels
 
 
 # B batch, L row length, D hidden size, N images in order of appearance over the flattened rows, C latent channels,
-# (h, w) latents, n tokens of an image, P patches of all images
+# (h, w) latents, n tokens of an image, P patches of all images, R images drawn together
 
 
 # --------------------------------------------------------------------------------------------------------------- noise
@@ -37,6 +40,7 @@ SHORT_NAMES = {
     "flow": "FlowMatchEulerDiscreteScheduler",
 }
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+TIME_SPACINGS = ("scheduler", "steps", "points", "levels")
 
 
 def cumulative_alphas(config) -> torch.Tensor:
@@ -64,7 +68,7 @@ class NoiseSchedule(nn.Module):
 
     def weights(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the shares of clean latents and of noise.  (N,) -> (N, 1, 1, 1) twice"""
-        if self.config.prediction_type == "flow":
+        if self.config.is_flow:
             noise = timesteps.float() / self.config.num_train_timesteps
             clean = 1 - noise
         else:
@@ -78,16 +82,40 @@ class NoiseSchedule(nn.Module):
         return of_clean * latents + of_noise * noise
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the target of the prediction: the noise that was added, the velocity, or noise - clean.
+        """Return the target of the prediction: the noise that was added, the velocity, noise - clean, or clean latents.
 
         (N, C, h, w) twice, (N,) -> (N, C, h, w)
         """
         if self.config.prediction_type == "epsilon":
             return noise
+        if self.config.prediction_type == "flow_sample":
+            return latents
         if self.config.prediction_type == "flow":
             return noise - latents
         of_clean, of_noise = self.weights(timesteps)
         return of_clean * noise - of_noise * latents
+
+    def loss_weights(self, timesteps: torch.Tensor) -> torch.Tensor | None:
+        """Return the factors of squared errors: None, or 1 / t^2 for "flow_sample".  (N,) -> (N, 1, 1, 1)
+
+        Velocities (noised - clean) / t differ by as much as the clean latents do, divided by t.
+        """
+        if self.config.prediction_type != "flow_sample":
+            return None
+        _, of_noise = self.weights(timesteps)
+        return of_noise.clamp(min=self.config.smallest_divisor) ** -2
+
+    def velocity(self, prediction: torch.Tensor, noisy: torch.Tensor, share: float) -> torch.Tensor:
+        """Return the velocity that predicted clean latents imply; other predictions as they are.
+
+        Args:
+            prediction, noisy: (R, C, h, w).
+            share: of noise in `noisy`, above 0.
+
+        Returns:
+            (R, C, h, w).
+        """
+        return (noisy - prediction) / share if self.config.prediction_type == "flow_sample" else prediction
 
     def bounded(
         self, prediction: torch.Tensor, noisy: torch.Tensor, timestep: torch.Tensor, bound: float
@@ -117,48 +145,66 @@ def draw_timesteps(
     image_first: torch.Tensor,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
+    sizes: list[tuple[int, int]] | None = None,
 ) -> torch.Tensor:
     """Draw noise levels for training.
 
     Args:
         image_first: (N,) bool, images with text after and none before them; their levels are at most
             `config.image_first_max_timestep`, where that is set.
+        sizes: (h, w) of the latents of each image, by which its shift may differ; default: `config.latent_size`.
 
     Returns:
-        (N,) integers, or floats for rectified flow.
+        (N,) integers, or floats for flow matching.
     """
     # Fractions from 0 to 1, then of the levels that an image may have.
     device = image_first.device if device is None else device
     count, levels = len(image_first), config.num_train_timesteps
-    if config.timestep_sampling == "logit_normal":
-        fractions = torch.sigmoid(torch.randn(count, generator=generator, device=device))
-    else:
-        fractions = torch.rand(count, generator=generator, device=device)
-    if config.prediction_type == "flow":
-        shift = config.timestep_shift
+    fractions = _draw_fractions(config, count, generator, device)
+    low, high = config.timestep_range
+    if (low, high) != (0, 1):
+        fractions = low + (high - low) * fractions
+    if config.is_flow:
+        shifts = [config.shift_of(*size) for size in sizes or [config.latent_size] * count]
+        shift = shifts[0] if len(set(shifts)) == 1 else torch.tensor(shifts, device=device)
         fractions = shift * fractions / (1 + (shift - 1) * fractions)
     highest = config.image_first_max_timestep
     is_limited = image_first.to(device) & (highest is not None)
-    if config.prediction_type == "flow":
+    if config.is_flow:
         return fractions * torch.where(is_limited, highest or 0, levels)
     limits = torch.where(is_limited, (highest or 0) + 1, levels)
     # A sigmoid, or its product, may round up to 1.
     return torch.minimum((fractions * limits).long(), limits - 1)
 
 
-def build_scheduler(config, name: str = "ddpm", **kwargs):
+def _draw_fractions(config, count: int, generator: torch.Generator | None, device) -> torch.Tensor:
+    """Draw from the distribution that `config.timestep_sampling` names.  -> (N,) from 0 to 1"""
+    drawing = {"generator": generator, "device": device}
+    if config.timestep_sampling == "uniform":
+        return torch.rand(count, **drawing)
+    if config.timestep_sampling == "logit_normal":
+        mean, deviation = config.timestep_sampling_parameters or (0, 1)
+        return torch.sigmoid(mean + deviation * torch.randn(count, **drawing))
+    # Of two gamma variables, the share of the first in their sum follows a Beta distribution.
+    shapes = torch.tensor(config.timestep_sampling_parameters, dtype=torch.float64, device=device)
+    gammas = torch._standard_gamma(shapes[:, None].repeat(1, count), generator=generator)
+    return (gammas[0] / gammas.sum(dim=0)).float()
+
+
+def build_scheduler(config, name: str = "ddpm", timestep_shift: float | None = None, **kwargs):
     """Build a diffusers scheduler that samples with the noise that this configuration was trained on.
 
     Args:
         name: `ddpm`, `ddim`, `dpm`, `unipc`, `euler`, `heun`, `flow`, or the name of a scheduler class of diffusers.
-            "ddpm" is the default everywhere; a model of rectified flow then samples with "flow".
+            "ddpm" is the default everywhere; a model of flow matching then samples with "flow".
+        timestep_shift: of the fractions of flow matching; default: the configuration's, for `config.latent_size`.
         kwargs: further arguments of that class.
 
     Raises:
         ValueError: an unknown name or argument, or a scheduler that does not fit `prediction_type`.
     """
     # The class.
-    is_flow = config.prediction_type == "flow"
+    is_flow = config.is_flow
     full_name = SHORT_NAMES["flow"] if is_flow and name == "ddpm" else SHORT_NAMES.get(name, name)
     scheduler_class = getattr(diffusers, full_name, None) if full_name.endswith("Scheduler") else None
     if scheduler_class is None:
@@ -166,8 +212,10 @@ def build_scheduler(config, name: str = "ddpm", **kwargs):
             f"scheduler={name!r} is unknown; there are {', '.join(SHORT_NAMES)}, and diffusers' class names such as "
             "'DPMSolverSinglestepScheduler'"
         )
-    if is_flow != (full_name in FLOW_SCHEDULERS):
-        fitting = "'flow'" if is_flow else "'ddpm', 'ddim' or 'dpm'"
+    known = inspect.signature(scheduler_class).parameters
+    fits = full_name in FLOW_SCHEDULERS or "use_flow_sigmas" in known if is_flow else full_name not in FLOW_SCHEDULERS
+    if not fits:
+        fitting = "'flow', 'unipc' or 'dpm'" if is_flow else "'ddpm', 'ddim' or 'dpm'"
         raise ValueError(
             f"scheduler={name!r} cannot sample a model of prediction_type={config.prediction_type!r}; take {fitting}"
         )
@@ -175,7 +223,9 @@ def build_scheduler(config, name: str = "ddpm", **kwargs):
     # Its settings: the noise of training, then the caller's arguments.
     settings = {"num_train_timesteps": config.num_train_timesteps}
     if is_flow:
-        settings["shift"] = config.timestep_shift
+        shift = config.shift_of(*config.latent_size) if timestep_shift is None else timestep_shift
+        settings |= {"shift": shift, "flow_shift": shift}
+        settings |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
     else:
         settings |= {
             "beta_schedule": config.noise_schedule,
@@ -185,7 +235,6 @@ def build_scheduler(config, name: str = "ddpm", **kwargs):
             "clip_sample": False,  # latents have no bounds
             "timestep_spacing": "trailing",  # sampling begins where training ends, in pure noise
         }
-    known = inspect.signature(scheduler_class).parameters
     for name in kwargs:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
@@ -193,6 +242,45 @@ def build_scheduler(config, name: str = "ddpm", **kwargs):
                 f"scheduler_kwargs has {name!r}, which {full_name} does not know; did you mean {close[0]!r}?"
             )
     return scheduler_class(**({name: value for name, value in settings.items() if name in known} | kwargs))
+
+
+def set_times(scheduler, spacing: str, count: int, device=None) -> None:
+    """Give a scheduler the times of its steps.
+
+    Flow matching goes from t = 1, noise, to t = 0, and a model is evaluated at all of these times but 0. The families
+    space them differently, before the shift:
+
+    - "scheduler": as diffusers' class does; `count` evaluations.
+    - "steps": `count` equal steps, so `count` evaluations (pi0).
+    - "points": `count` equally spaced times with both ends, so `count` - 1 evaluations (BAGEL).
+    - "levels": `count` equal steps from the last noise level, 1 - 1 / num_train_timesteps (Cosmos 3, native schedule).
+
+    Raises:
+        ValueError: a scheduler that takes no times, or a single point.
+    """
+    if spacing == "scheduler":
+        scheduler.set_timesteps(count, device=device)
+        return
+    flows = type(scheduler).__name__ in FLOW_SCHEDULERS or scheduler.config.get("use_flow_sigmas")
+    if not flows or "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(
+            f"time_spacing={spacing!r} needs a scheduler of flow matching that takes times, 'flow' or 'unipc', not "
+            f"{type(scheduler).__name__}; leave it out, or take 'scheduler'"
+        )
+    if spacing == "points" and count < 2:
+        raise ValueError(
+            f"time_spacing='points' with num_inference_steps={count}: a step has two ends, give at least 2"
+        )
+    first = 1 - 1 / scheduler.config.num_train_timesteps if spacing == "levels" else 1.0
+    times = np.linspace(first, 0, count if spacing == "points" else count + 1)[:-1]
+    scheduler.set_timesteps(len(times), device=device, sigmas=times)
+
+
+def noise_shares(scheduler, config) -> list[float]:
+    """Return the share of noise in what each step of a scheduler starts from: (0, 1], counted levels from 1."""
+    if config.is_flow:
+        return scheduler.sigmas[: len(scheduler.timesteps)].tolist()
+    return ((scheduler.timesteps + 1) / config.num_train_timesteps).tolist()
 
 
 def position_table(height: int, width: int, dim: int, device=None) -> torch.Tensor:
@@ -209,6 +297,42 @@ def position_table(height: int, width: int, dim: int, device=None) -> torch.Tens
     columns = along(width).expand(height, -1, -1)
     rows = along(height).unsqueeze(1).expand(-1, width, -1)
     return torch.cat([columns, rows], dim=-1).flatten(0, 1)
+
+
+class PositionTable(nn.Module):
+    """The values of `position_table` for the largest picture, held by the checkpoint and never trained.
+
+    Args:
+        rows, columns: of patches.
+        dim: D.
+    """
+
+    def __init__(self, rows: int, columns: int, dim: int):
+        super().__init__()
+        self.size = (rows, columns)
+        self.register_buffer("weight", torch.empty(rows * columns, dim))
+        with torch.no_grad():
+            self.weight.copy_(self.values())
+
+    def values(self) -> torch.Tensor:
+        """Compute the table.  -> (rows * columns, D)"""
+        return position_table(*self.size, self.weight.shape[1], self.weight.device)
+
+    def forward(self, height: int, width: int) -> torch.Tensor:
+        """Return the positions of a picture of height x width patches.  -> (height * width, D)"""
+        return self.weight.unflatten(0, self.size)[:height, :width].flatten(0, 1)
+
+
+def cut_into_patches(latents: torch.Tensor, size: int) -> torch.Tensor:
+    """Cut latents into patches of p x p, each in (row, column, channel) order.  (N, C, h, w) -> (N, n, p * p * C)"""
+    patches = latents.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (N, C, h/p, p, w/p, p)
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def join_patches(patches: torch.Tensor, size: int, height: int, width: int) -> torch.Tensor:
+    """Join patches, the inverse of `cut_into_patches`.  (N, n, p * p * C) -> (N, C, h, w)"""
+    grid = patches.unflatten(2, (size, size, -1)).unflatten(1, (height // size, width // size))
+    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 # ---------------------------------------------------------------------------------------------- images and their places
@@ -234,28 +358,42 @@ class ImagePlaces(NamedTuple):
         input_ids: (B, L)
         document_ids: (B, L) or None.
         attention_mask: (B, L) or None.
-        is_patch: (B, L) bool, the placeholders of images.
-        blocks: (B, L) the number of the image in its row, -1 outside of images; see `find_image_blocks`.
+        kinds: (B, L) the modality of each patch, 0 outside; see `find_placeholders`.
+        is_patch: (B, L) bool, the placeholders of images that are diffused.
+        blocks: (B, L) the number of the image in its row, whatever its modality, -1 outside; see `find_image_blocks`.
     """
 
     input_ids: torch.Tensor
     document_ids: torch.Tensor | None
     attention_mask: torch.Tensor | None
+    kinds: torch.Tensor
     is_patch: torch.Tensor
     blocks: torch.Tensor
 
     @classmethod
     def find(cls, config, input_ids, document_ids, attention_mask) -> "ImagePlaces":
         """Find the placeholders and number the images.  (B, L) each"""
-        is_patch = input_ids == config.image_token_id
-        blocks = find_image_blocks(is_patch, document_ids, config.markers_in_image_block)
-        return cls(input_ids, document_ids, attention_mask, is_patch, blocks)
+        kinds = find_placeholders(config, input_ids)
+        blocks = find_image_blocks(kinds, document_ids, config.markers_in_image_block)
+        return cls(input_ids, document_ids, attention_mask, kinds, kinds == config.image_modality, blocks)
 
-    def starts(self) -> torch.Tensor:
-        """Mark the first patch of each image.  -> (B, L) bool"""
-        starts = self.is_patch.clone()
-        starts[:, 1:] &= ~self.is_patch[:, :-1] | (self.blocks[:, 1:] != self.blocks[:, :-1])
+    def starts(self, is_patch: torch.Tensor | None = None) -> torch.Tensor:
+        """Mark the first patch of each image, by default of those that are diffused.  (B, L) bool -> (B, L) bool"""
+        is_patch = self.is_patch if is_patch is None else is_patch
+        starts = is_patch.clone()
+        starts[:, 1:] &= ~is_patch[:, :-1] | (self.blocks[:, 1:] != self.blocks[:, :-1])
         return starts
+
+    def run_lengths(self, is_patch: torch.Tensor) -> list[int]:
+        """Count the patches of each image among `is_patch`, in order; waits for the device.  (B, L) bool -> N"""
+        return torch.bincount(self.starts(is_patch).flatten().cumsum(0)[is_patch.flatten()] - 1).tolist()
+
+    def noised(self, clean: torch.Tensor) -> torch.Tensor:
+        """Mark the tokens of images that have noise, with the markers in their blocks.  (N,) bool -> (B, L) bool"""
+        starts, blocks = self.starts(), self.blocks.clamp(min=0)
+        number = (starts.flatten().cumsum(0) - 1).clamp(min=0).view_as(starts)  # of the image that starts there
+        by_block = torch.zeros_like(blocks).scatter_add(1, blocks, (starts & ~clean[number]).long())
+        return (self.blocks >= 0) & by_block.gather(1, blocks).bool()
 
 
 class NoisyImages(NamedTuple):
@@ -267,6 +405,7 @@ class NoisyImages(NamedTuple):
         timesteps: (N,) noise levels, 0 where clean.
         clean: (N,) bool.
         sizes: (h, w) of each image.
+        frames: how many images each run of placeholders holds; None for one.
     """
 
     latents: torch.Tensor
@@ -274,6 +413,7 @@ class NoisyImages(NamedTuple):
     timesteps: torch.Tensor
     clean: torch.Tensor
     sizes: list[tuple[int, int]]
+    frames: list[int] | None = None
 
     def by_size(self) -> dict[tuple[int, int], list[int]]:
         """Group images by size: size -> their indices. The blank image has a size and no index."""
@@ -287,8 +427,13 @@ class NoisyImages(NamedTuple):
         return (rows[:, :, None] & columns[:, None, :]).unsqueeze(1)
 
 
-def sizes_of(images: torch.Tensor, image_sizes: torch.Tensor | list | None) -> list[tuple[int, int]]:
+def sizes_of(
+    images: torch.Tensor, image_sizes: torch.Tensor | list | None, name: str = "image_sizes"
+) -> list[tuple[int, int]]:
     """Read height and width of each image of a padded tensor, in its unit.  (N, C, h, w), (N, 2) -> N pairs
+
+    Args:
+        name: of the argument, for messages.
 
     Raises:
         ValueError: sizes of another number of images, or larger than the tensor.
@@ -299,10 +444,10 @@ def sizes_of(images: torch.Tensor, image_sizes: torch.Tensor | list | None) -> l
     try:
         sizes = [(int(h), int(w)) for h, w in (image_sizes.tolist() if torch.is_tensor(image_sizes) else image_sizes)]
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"image_sizes={shortened(image_sizes)} must be pairs of a height and a width") from None
+        raise ValueError(f"{name}={shortened(image_sizes)} must be pairs of a height and a width") from None
     if len(sizes) != len(images) or any(not (1 <= h <= height and 1 <= w <= width) for h, w in sizes):
         raise ValueError(
-            f"image_sizes={sizes} must give the height and width of each of {len(images)} images, within the "
+            f"{name}={sizes} must give the height and width of each of {len(images)} images, within the "
             f"{height} x {width} of the tensor that holds them"
         )
     return sizes
@@ -321,7 +466,7 @@ def images_first(config, places: ImagePlaces) -> torch.Tensor:
     # Text is all but patches, special tokens and padding.
     input_ids = places.input_ids
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    is_text = ~places.is_patch
+    is_text = places.kinds == 0
     for token in (config.bos_token_id, config.pad_token_id, config.boi_token_id, config.eoi_token_id, *ends):
         if token is not None:
             is_text &= input_ids != token
@@ -338,19 +483,26 @@ def images_first(config, places: ImagePlaces) -> torch.Tensor:
     return ((before == 0) & (total > 0))[places.starts()]
 
 
-def check_placeholders(config, places: ImagePlaces, sizes: list[tuple[int, int]]) -> None:
+def check_placeholders(config, places: ImagePlaces, sizes: list[tuple[int, int]]) -> list[int] | None:
     """Check that each image has a run of placeholders of its own, one for each patch; waits for the device.
+
+    With `image_positions="grid"` a run may hold several images, the frames of a video.
 
     Args:
         sizes: (h, w) of each image.
 
+    Returns:
+        how many images each run holds; None for one.
+
     Raises:
         ValueError: images without placeholders or the reverse, or another number of them.
     """
-    runs = torch.bincount(places.starts().flatten().cumsum(0)[places.is_patch.flatten()] - 1).tolist()
+    runs = places.run_lengths(places.is_patch)
     token = f"placeholders (image_token_id={config.image_token_id})"
     if runs and not sizes:
         raise ValueError(f"input_ids holds {sum(runs)} {token} but neither latents nor pixel_values came")
+    if config.image_positions == "grid":
+        return frames_of_runs(runs, [config.image_length(*size) for size in sizes])
     if len(runs) != len(sizes):
         raise ValueError(
             f"{len(sizes)} images came, but the {token} in input_ids stand in {len(runs)} places; put each image "
@@ -371,7 +523,7 @@ def check_timesteps(config, timesteps: torch.Tensor, may_wait: bool) -> None:
     Raises:
         ValueError: timesteps out of range, or floats where levels are counted.
     """
-    is_flow, levels = config.prediction_type == "flow", config.num_train_timesteps
+    is_flow, levels = config.is_flow, config.num_train_timesteps
     if timesteps.is_floating_point() and not is_flow:
         raise ValueError(
             f"timesteps are {timesteps.dtype}, but the noise levels of prediction_type={config.prediction_type!r} are "
@@ -420,8 +572,7 @@ class LatentImagesMixin:
             sizes = sizes_of(latents, given.image_sizes)
 
         # Their places in the rows.
-        if not planned:
-            check_placeholders(config, places, sizes)
+        frames = None if planned else check_placeholders(config, places, sizes)
         if not sizes:
             return self._no_images(places.input_ids)
         if is_filled:
@@ -430,7 +581,7 @@ class LatentImagesMixin:
         # Their noise.
         if given.image_first is None and given.timesteps is None and config.image_first_max_timestep is not None:
             given = given._replace(image_first=images_first(config, places))
-        return self._noisy_images(latents, sizes, given, planned)
+        return self._noisy_images(latents, sizes, given, planned)._replace(frames=frames)
 
     def encode_images(
         self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | list | None = None
@@ -488,7 +639,7 @@ class LatentImagesMixin:
             image_first = torch.zeros(count, dtype=torch.bool)
         drawing = {"generator": generator, "device": device if generator is None else generator.device}
         if timesteps is None:
-            timesteps = draw_timesteps(self.config, image_first, **drawing)
+            timesteps = draw_timesteps(self.config, image_first, **drawing, sizes=sizes)
         if noise is None:
             noise = torch.randn(latents.shape, **drawing)
 
@@ -513,14 +664,38 @@ class LatentImagesMixin:
         timesteps = like.new_zeros(1, dtype=torch.long)
         return NoisyImages(latents, latents[:0], timesteps, timesteps[:0].bool(), [])
 
-    def patchifier_tokens(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, tuple | None]:
-        """Cut images of one size into tokens for the transformer.  (N, C, h, w), (N,) -> (N, n, D) and features"""
+    def patchifier_tokens(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, clean: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, tuple | None]:
+        """Cut images of one size into tokens for the transformer.  -> (N, n, D) and features
+
+        Args:
+            latents: (N, C, h, w)
+            timesteps: (N,)
+            clean: (N,) bool, images without noise; None for none.
+        """
         latents = latents.to(self.patchifier.proj_in.bias.dtype)
-        tokens, features = self.patchifier.embed(latents, timesteps)
+        told = (timesteps, clean) if self.config.timestep_addition == "noised_token" else (timesteps,)
+        tokens, features = self.patchifier.embed(latents, *told)
         if self.config.latent_position_table is not None:
-            rows, columns = (side // self.config.patch_size for side in latents.shape[2:])
-            tokens = tokens + position_table(rows, columns, tokens.shape[-1], tokens.device).to(tokens.dtype)
-        return tokens, features
+            grid = [side // self.config.patch_size for side in latents.shape[2:]]
+            tokens = tokens + self.fixed_positions("image", *grid, tokens)
+        return self.model.widen(tokens), features
+
+    def patchifier_latents(self, hidden_states: torch.Tensor, features: Any, height: int, width: int) -> torch.Tensor:
+        """Make latents of the hidden states of images of one size.  (N, n, D) -> (N, C, h, w) float32"""
+        tower = self.config.tower_config(self.config.towers["image"])
+        return self.patchifier.predict(hidden_states[..., : tower.hidden_size], features, height, width).float()
+
+    def fixed_positions(self, modality: str, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
+        """Return the positions of a picture's patches from the checkpoint's table, or computed.  -> (n, D)
+
+        Args:
+            like: (..., D), a tensor of the dtype and device that are wanted.
+        """
+        if modality in self.position_tables:
+            return self.position_tables[modality](height, width).to(like.dtype)
+        return position_table(height, width, like.shape[-1], like.device).to(like.dtype)
 
     def embed_latents(self, images: NoisyImages) -> tuple[torch.Tensor, list]:
         """Make tokens of images, group by group of one size.
@@ -531,9 +706,10 @@ class LatentImagesMixin:
         tokens, features = {}, []
         for size, members in images.by_size().items():
             latents, timesteps = images.latents[:, :, : size[0], : size[1]], images.timesteps
+            clean = images.clean if images.sizes else None
             if len(members) < len(images.sizes):
-                latents, timesteps = latents[members], timesteps[members]
-            embedded, kept = self.patchifier_tokens(latents, timesteps)
+                latents, timesteps, clean = latents[members], timesteps[members], clean[members]
+            embedded, kept = self.patchifier_tokens(latents, timesteps, clean)
             features.append((size, members, kept))
             tokens |= zip(members, embedded)
         if len(features) == 1:
@@ -561,7 +737,7 @@ class LatentImagesMixin:
             else:
                 rows = hidden_states.split([self.config.image_length(*size) for size in images.sizes])
                 patches = torch.stack([rows[index] for index in members])
-            part = self.patchifier.predict(patches, kept, height, width).float()
+            part = self.patchifier_latents(patches, kept, height, width)
             part = F.pad(part, (0, images.latents.shape[3] - width, 0, images.latents.shape[2] - height))
             prediction |= zip(members, part)
         if len(features) == 1:

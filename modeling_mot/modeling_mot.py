@@ -42,12 +42,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaTextScaledWordEmbedding
-from transformers.models.llama.modeling_llama import (
-    LlamaMLP,
-    LlamaRotaryEmbedding,
-    eager_attention_forward,
-    rotate_half,
-)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, eager_attention_forward, rotate_half
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -56,6 +51,7 @@ from .attention_masks import (
     RANGES,
     AttentionPlan,
     ImageBlocks,
+    TowerSight,
     attention_mask_for,
     flash_documents,
     plan_attention,
@@ -75,6 +71,7 @@ from .checks_arguments import (
     check_logits_to_keep,
     check_plans,
     check_tokens,
+    own_modalities,
     takes_both_names,
 )
 from .configuration_mot import MoTConfig
@@ -88,13 +85,15 @@ from .tower_routing import (
     MoTHeadLayerNorm,
     PerTower,
     TowerNorms,
+    feed_forward,
     qk_norm,
     rms_norm,
+    tower_norms,
     without_cast,
 )
 
 
-# B batch, L row length, T = B * L tokens, D hidden size, H heads of size d, V vocabulary
+# B batch, L row length, T = B * L tokens, D hidden size (of the widest tower), H heads of size d, V vocabulary
 
 
 # ------------------------------------------------------------------------------------------------- 1. positions (RoPE)
@@ -117,6 +116,21 @@ class MoTRotaryEmbedding(LlamaRotaryEmbedding):
         >>> cosines.shape
         torch.Size([1, 5, 8])
     """
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute cosines and sines: (B, L), or (3, B, L) of time, row and column -> (B, L, d) twice"""
+        if position_ids.dim() == 2:  # on three axes, all three are the same
+            return super().forward(x, position_ids)
+        frequencies = self.inv_freq.to(x.device, torch.float32)
+        time, *others = position_ids.float().unsqueeze(-1)
+        # Rows and columns take two of three frequencies, as far as their sections go; time has all others (Qwen3-VL).
+        angles = time * frequencies
+        for axis, (positions, count) in enumerate(zip(others, self.config.rope_parameters["mrope_section"][1:]), 1):
+            taken = slice(axis, 3 * count, 3)
+            angles[..., taken] = positions * frequencies[taken]
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
     def _apply(self, function, recurse=True):
         return super()._apply(without_cast(function), recurse)
@@ -184,20 +198,30 @@ class MoTAttention(nn.Module):
 
         # Every projection and QK-norm is one module for each tower, or one named `shared`.
         own_qkv, own_output = config.part_names("query_key_value"), config.part_names("attention")
-        hidden = config.hidden_size
-        queries = config.num_attention_heads * self.head_dim
-        keys = config.num_key_value_heads * self.head_dim
+        heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+        widths, tower = config.tower_widths, config.tower_config
 
-        def projection(names, inputs, outputs, bias):
-            return PerTower({name: nn.Linear(inputs, outputs, bias=bias) for name in names})
+        def project(heads):
+            outputs, bias = heads * self.head_dim, config.attention_bias
+            modules = {name: nn.Linear(tower(name).hidden_size, outputs, bias=bias) for name in own_qkv}
+            return PerTower(modules, reads=widths)
 
-        self.q_proj = projection(own_qkv, hidden, queries, config.attention_bias)
-        self.k_proj = projection(own_qkv, hidden, keys, config.attention_bias)
-        self.v_proj = projection(own_qkv, hidden, keys, config.attention_bias)
-        self.o_proj = projection(own_output, queries, hidden, config.attention_output_bias)
-        if config.qk_norm is not None:
-            self.q_norm = TowerNorms({name: qk_norm(config, config.num_attention_heads) for name in own_output})
-            self.k_norm = TowerNorms({name: qk_norm(config, config.num_key_value_heads) for name in own_output})
+        def project_back(heads):
+            inputs, bias = heads * self.head_dim, config.attention_output_bias
+            modules = {name: nn.Linear(inputs, tower(name).hidden_size, bias=bias) for name in own_output}
+            return PerTower(modules, writes=widths)
+
+        self.q_proj = project(heads)
+        self.k_proj = project(key_heads)
+        self.v_proj = project(key_heads)
+        self.o_proj = project_back(heads)
+        self.norms_each_head = "rms_all_heads" not in config.qk_norms
+        if config.qk_norms:
+            self.q_norm = TowerNorms({name: qk_norm(tower(name), heads) for name in own_output})
+            self.k_norm = TowerNorms({name: qk_norm(tower(name), key_heads) for name in own_output})
+        if config.cross_key_norm:
+            own = {name: rms_norm(tower(name), self.head_dim) for name in config.cross_key_norm}
+            self.k_norm_cross = PerTower({name: nn.Identity() for name in own_output} | own)
 
     def forward(
         self,
@@ -215,9 +239,13 @@ class MoTAttention(nn.Module):
         query = self._heads(self.q_proj(hidden_states, routing), getattr(self, "q_norm", None), routing, batch_size)
         key = self._heads(self.k_proj(hidden_states, routing), getattr(self, "k_norm", None), routing, batch_size)
         value = self._heads(self.v_proj(hidden_states, routing), None, routing, batch_size)
+        crossing = self._crossing(key, routing) if self.config.cross_key_norm else None
         if self.has_rope:
             angles = [of_head.unsqueeze(1) for of_head in position_embeddings]
             query, key = Rotary.apply(query, *angles), Rotary.apply(key, *angles)
+            crossing = None if crossing is None else Rotary.apply(crossing, *angles)
+        if crossing is not None:
+            key = self._of_readers(key, crossing, routing)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -225,16 +253,11 @@ class MoTAttention(nn.Module):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        kwargs |= {"dropout": self.config.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        if crossing is None:
+            output, weights = attend(self, query, key, value, attention_mask, **kwargs)
+        else:
+            output, weights = self._read(attend, query, key, value, attention_mask, routing, **kwargs)
 
         # Sorted by tower again, each tower projects its own tokens (line 11).
         # Engines that keep the keys themselves, as vLLM does, give the rows back without the batch.
@@ -244,10 +267,33 @@ class MoTAttention(nn.Module):
     def _heads(self, projected, norm, routing, batch_size):
         """Cut rows sorted by tower into heads in the order of the sequence.  (T, H * d) -> (B, H, L, d)"""
         if norm is not None:
-            per_head = self.config.qk_norm != "rms_all_heads"
-            heads = projected.unflatten(-1, (-1, self.head_dim)) if per_head else projected
+            heads = projected.unflatten(-1, (-1, self.head_dim)) if self.norms_each_head else projected
             projected = norm(heads, routing).flatten(1)
         return routing.restore(projected, batch_size).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    # With `cross_key_norm` each tower reads keys of its own: those of its tokens as they are, the others normed again.
+
+    def _crossing(self, key, routing):
+        """Norm keys for the tokens of other towers.  (B, H, L, d) -> the same"""
+        normed = self.k_norm_cross(routing.sort(key.transpose(1, 2)), routing)
+        return routing.restore(normed, len(key)).transpose(1, 2)
+
+    def _of_readers(self, key, crossing, routing):
+        """Join the keys that each tower reads, as a cache keeps them.  (B, H, L, d) twice -> (B, H, L, towers * d)"""
+        towers = routing.tower_ids(len(key), key.device)[:, None, :, None]
+        return torch.cat([torch.where(towers == tower, key, crossing) for tower in range(len(routing.towers))], dim=-1)
+
+    def _read(self, attend, query, key, value, attention_mask, routing, **kwargs):
+        """Attend once for each tower, with the keys that it reads.  -> (B, L, H, d), and the weights if they exist"""
+        output = weights = None
+        towers = routing.tower_ids(len(query), query.device)
+        for tower, (count, keys) in enumerate(zip(routing.counts, key.chunk(len(routing.towers), dim=-1))):
+            if count or torch.is_grad_enabled():
+                outputs, of_keys = attend(self, query, keys.contiguous(), value, attention_mask, **kwargs)
+                mine = towers == tower
+                output = outputs if output is None else torch.where(mine[:, :, None, None], outputs, output)
+                weights = of_keys if weights is None else torch.where(mine[:, None, :, None], of_keys, weights)
+        return output, weights
 
 
 # ------------------------------------------------------------------------------------------------------------ 3. layer
@@ -278,16 +324,14 @@ class MoTDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.config = config
 
-        def feed_forward(name):
-            return ExpertChoiceFeedForward(config) if name in config.moe_towers else LlamaMLP(config)
-
-        def norm():
-            return TowerNorms({name: rms_norm(config, config.hidden_size) for name in config.part_names("norm")})
-
+        feed_forwards = {}
+        for name in config.part_names("feed_forward"):
+            build = ExpertChoiceFeedForward if name in config.moe_towers else feed_forward
+            feed_forwards[name] = build(config.tower_config(name))
         self.self_attn = MoTAttention(config, layer_idx)
-        self.mlp = PerTower({name: feed_forward(name) for name in config.part_names("feed_forward")}, config.moe_towers)
-        self.input_layernorm = norm()
-        self.post_attention_layernorm = norm()
+        self.mlp = PerTower(feed_forwards, config.moe_towers, reads=config.tower_widths, writes=config.tower_widths)
+        self.input_layernorm = tower_norms(config)
+        self.post_attention_layernorm = tower_norms(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     @takes_both_names
@@ -412,13 +456,14 @@ class MoTModel(MoTPreTrainedModel):
 
     def __init__(self, config: MoTConfig):
         super().__init__(config)
+        self.width = config.widest_hidden_size
         embedding = (config.vocab_size, config.hidden_size, config.pad_token_id)
         if config.embedding_multiplier == 1:
             self.embed_tokens = nn.Embedding(*embedding)
         else:
             self.embed_tokens = GemmaTextScaledWordEmbedding(*embedding, embed_scale=config.embedding_multiplier)
         self.layers = nn.ModuleList(MoTDecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = TowerNorms({name: rms_norm(config, config.hidden_size) for name in config.part_names("norm")})
+        self.norm = tower_norms(config)
         self.rotary_emb = MoTRotaryEmbedding(config)
         self.gradient_checkpointing = False
         offer_adapter_targets(config.model_type)
@@ -446,10 +491,12 @@ class MoTModel(MoTPreTrainedModel):
         Args:
             input_ids: (B, L); or `inputs_embeds`: (B, L, D).
             attention_mask: (B, past + L) 1 for tokens, 0 for padding; or a 4-D mask.
-            position_ids: (B, L); consecutive by default, from 0 in each document when `document_ids` are given.
+            position_ids: (B, L); consecutive by default, from 0 in each document when `document_ids` are given. With
+                RoPE of three axes also (3, B, L), which may be floats: time, row and column of each token.
             modality_ids: (B, L) indices into `config.modalities`; derived from `config.modality_token_ranges` when
                 absent. Beside `inputs_embeds` they may be those of the last embeddings: the embeddings before these are
-                virtual tokens, as prompt tuning makes them, and count as text.
+                virtual tokens, as prompt tuning makes them, and count as text. With `config.unseen_towers` and a
+                filled cache they are needed for its keys as well: (B, past + L).
             document_ids: (B, L); tokens whose ids differ never see each other. Negative ids mark padding.
             routing: a `ModalityRouting` made ahead of the forward; `modality_ids` are then not read.
             attention_plan: an `AttentionPlan` of the same documents and images. If it is None, this forward makes it.
@@ -477,7 +524,8 @@ class MoTModel(MoTPreTrainedModel):
         # Group the tokens by modality (Algorithm 1, lines 3 to 5). This waits for the device, so a plan may wait too.
         may_wait = routing is None and not torch.compiler.is_compiling()
         if routing is None:
-            routing = self._routing(modality_ids, input_ids, shape)
+            own = own_modalities(self.config, modality_ids, length, past_key_values)
+            routing = self._routing(own, input_ids, shape)
         if routing.num_tokens != batch_size * length:
             raise ValueError(f"routing was made for {routing.num_tokens} tokens, the rows hold {batch_size * length}")
 
@@ -489,18 +537,24 @@ class MoTModel(MoTPreTrainedModel):
 
         # Make the attention mask, or the plan that stands for it. `rows` carries shape, dtype and device only.
         rows = hidden_states.new_empty(0).expand(batch_size, length, 0)
+        # A jump of positions may begin a document; positions of three axes jump where an image begins.
+        steps = position_ids if position_ids is not None and position_ids.dim() == 2 else None
         may_wait = may_wait and rows.device.type != "meta"  # where nothing can be read
+        sight = None
+        if self.config.unseen_towers and attention_plan is None:
+            sight = self._sight(routing, modality_ids, shape, attention_mask, past_key_values)
         if attention_plan is None and may_wait and takes_plan(self.config, attention_mask, past_key_values):
-            attention_plan = plan_attention(shape, position_ids, document_ids, image_blocks)
+            attention_plan = plan_attention(shape, steps, document_ids, image_blocks, sight)
         mask = attention_mask_for(
             self.config,
             rows,
             attention_mask,
             past_key_values,
-            position_ids,
+            steps,
             document_ids,
             image_blocks,
             attention_plan,
+            sight,
         )
         if document_ids is not None and self.config._attn_implementation.startswith("flash"):
             kwargs |= flash_documents(document_ids)
@@ -521,7 +575,7 @@ class MoTModel(MoTPreTrainedModel):
                 routing,
                 position_embeddings,
                 attention_mask=mask,
-                position_ids=position_ids,
+                position_ids=position_ids if position_ids.dim() == 2 else None,  # attention that packs rows reads them
                 **{CACHE: past_key_values},  # by this name gradient checkpointing leaves the cache out
                 **kwargs,
             )
@@ -533,18 +587,23 @@ class MoTModel(MoTPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: past_key_values})
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embed tokens; all towers share the table.  (B, L) -> (B, L, D)
+        """Embed tokens; all towers share the table, which is as wide as the tower of text.  (B, L) -> (B, L, D)
 
         Raises:
             ValueError: an id outside of the vocabulary.
         """
         try:
-            return self.embed_tokens(input_ids)
+            return self.widen(self.embed_tokens(input_ids))
         except IndexError as error:
             raise ValueError(
                 f"input_ids holds ids from {int(input_ids.min())} to {int(input_ids.max())}, outside the vocabulary of "
                 f"vocab_size={self.config.vocab_size}; was the text tokenised for another model?"
             ) from error
+
+    def widen(self, rows: torch.Tensor) -> torch.Tensor:
+        """Put zeros behind rows that are narrower than the widest tower.  (..., width) -> (..., D)"""
+        missing = self.width - rows.shape[-1]
+        return F.pad(rows, (0, missing)) if missing else rows
 
     def modality_ids_of(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Find the modality of each token by the ranges of the vocabulary.  (B, L) -> (B, L)
@@ -553,16 +612,16 @@ class MoTModel(MoTPreTrainedModel):
             ValueError: the configuration has no ranges.
         """
         ranges = self.config.modality_token_ranges
-        image_token_id = getattr(self.config, "image_token_id", None)  # of a Transfusion model
-        if ranges is None and (image_token_id is None or len(self.config.token_modalities) > 1):
+        placeholders = self.config.placeholder_token_ids  # of a Transfusion model
+        if ranges is None and (not placeholders or len(self.config.token_modalities) > 1):
             raise ValueError(
                 "modality_ids were not passed and config.modality_token_ranges is None: pass modality_ids beside "
                 "input_ids, or set modality_token_ranges to derive them"
             )
         modality_ids = torch.zeros_like(input_ids)
         for index, modality in enumerate(self.config.modalities[1:], start=1):
-            if modality not in self.config.token_modalities:
-                modality_ids = modality_ids.masked_fill(input_ids == image_token_id, index)
+            if modality in placeholders:
+                modality_ids = modality_ids.masked_fill(input_ids == placeholders[modality], index)
             else:
                 first, end = ranges[modality]
                 modality_ids = modality_ids.masked_fill((input_ids >= first) & (input_ids < end), index)
@@ -583,6 +642,23 @@ class MoTModel(MoTPreTrainedModel):
             modality_ids = behind_virtual_tokens(modality_ids, length=shape[1])
         check_ids("modality_ids", modality_ids, shape)
         return ModalityRouting.from_modality_ids(modality_ids, self.config)
+
+    def _sight(self, routing, modality_ids, shape, attention_mask, past_key_values) -> TowerSight | None:
+        """Find which towers see which, for the keys of the cache and of this forward; None if a 4-D mask says it."""
+        if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2):
+            return None
+        towers = routing.tower_ids(shape[0], self.embed_tokens.weight.device)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if past:
+            if modality_ids is None or modality_ids.shape[1] != past + shape[1]:
+                raise ValueError(
+                    f"past_key_values holds {past} keys whose towers are not known, and unseen_towers="
+                    f"{self.config.unseen_towers} hides some: pass modality_ids of all keys, "
+                    f"{(shape[0], past + shape[1])}"
+                )
+            of_modality = torch.tensor(self.config.tower_of_modality, device=towers.device)
+            towers = torch.cat([of_modality[modality_ids[:, :past].to(towers.device)], towers], dim=1)
+        return TowerSight.of(self.config, towers)
 
 
 # ------------------------------------------------------------------------------------- 5. head of the Chameleon setting
@@ -693,7 +769,8 @@ class MoTForCausalLM(MoTPreTrainedModel, MoTGenerationMixin):
         check_keywords(self, kwargs)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         shape = check_tokens(self.config, input_ids, inputs_embeds)
-        targets = targets_of(self, shape, labels, kwargs.pop("shift_labels", None), modality_ids)
+        own = own_modalities(self.config, modality_ids, shape[1], past_key_values)
+        targets = targets_of(self, shape, labels, kwargs.pop("shift_labels", None), own)
 
         outputs = self.model(
             input_ids=input_ids,
@@ -763,7 +840,7 @@ def logits_and_losses(
     """Compute logits unless they are skipped, and the losses of tokens if there are targets.
 
     Args:
-        hidden_states: (B, L, D).
+        hidden_states: (B, L, D), of which the head reads as much as the tower of text is wide.
         targets: the pair of `targets_of`.
         num_items_in_batch, logits_to_keep, skip_logits: as in `MoTForCausalLM.forward`.
 
@@ -777,6 +854,7 @@ def logits_and_losses(
     check_logits_to_keep(logits_to_keep, tuple(hidden_states.shape[:2]))
     logits_to_keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else int(logits_to_keep)
     check_items(num_items_in_batch)
+    hidden_states = hidden_states[..., : model.config.hidden_size]
     targets, modality_ids = targets
     args = (targets, modality_ids, num_items_in_batch)
     if not skip_logits:

@@ -8,7 +8,9 @@ model predicts the next token of text and the noise in every image, and is train
 
 Read `MoTTransfusionModel.forward` first: its steps are the images (latent_images.py), one row of embeddings, the
 transformer and the losses. Then the patchifiers, between latents and hidden states. `generate()` is in
-generation_mot_transfusion.py, and the images' attention in attention_masks.py.
+generation_mot_transfusion.py, and the images' attention in attention_masks.py. A model may also look at pictures
+through encoders (encoder_pictures.py), as BAGEL does; one and the same picture may then stand in a row as noisy
+latents, as clean latents and as features.
 """
 
 from dataclasses import dataclass
@@ -23,16 +25,21 @@ from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
 from .attention_masks import ImageBlocks, documents_of, image_positions
-from .checks_arguments import CACHE, check_forward, check_ids, check_tokens
+from .checks_arguments import CACHE, check_forward, check_ids, check_tokens, own_modalities
 from .configuration_mot_transfusion import MoTTransfusionConfig
+from .encoder_pictures import EncodedPicturesMixin, PictureEncoder
 from .generation_mot_transfusion import MoTTransfusionGenerationMixin
+from .latent_grid import grid_positions
 from .latent_images import (
     ImageInputs,
     ImagePlaces,
     LatentImagesMixin,
     NoiseSchedule,
     NoisyImages,
+    PositionTable,
     cumulative_alphas,
+    cut_into_patches,
+    join_patches,
 )
 from .latent_vae import build_vae, vae_config_of
 from .modeling_mot import MoTCausalLMOutputWithPast, MoTModel, MoTPreTrainedModel, logits_and_losses, targets_of
@@ -61,7 +68,7 @@ class MoTTransfusionOutput(MoTCausalLMOutputWithPast):
     prediction: torch.Tensor | None = None
 
 
-class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionGenerationMixin):
+class MoTTransfusionModel(LatentImagesMixin, EncodedPicturesMixin, MoTPreTrainedModel, MoTTransfusionGenerationMixin):
     """One transformer that predicts text and denoises images.
 
     Args:
@@ -95,7 +102,7 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
     _fsdp_plan = {"lm_head": "keep_full_weight"}
     _keep_in_fp32_modules = ["vae"]  # for float16 and quantizers; `_get_dtype_plan` adds other precisions
     _supports_flash_attn = False  # its kernels cannot let an image see itself in both directions
-    _no_split_modules = ["MoTDecoderLayer", "AutoencoderKL", "AutoencoderTiny"]
+    _no_split_modules = ["MoTDecoderLayer", "PictureEncoderLayer", "AutoencoderKL", "AutoencoderTiny"]
     main_input_name = "input_ids"
 
     def __init__(self, config: MoTTransfusionConfig, vae: nn.Module | None = None):
@@ -108,6 +115,13 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.patchifier = build_patchifier(config)
         self.noise_schedule = NoiseSchedule(config)
+        self.encoders = nn.ModuleDict({name: PictureEncoder(config, name) for name in config.encoders or ()})
+        tables = {"image": config.latent_position_table_size} | {
+            name: fields["position_table_size"] for name, fields in (config.continuous_modalities or {}).items()
+        }
+        self.position_tables = nn.ModuleDict(
+            {name: PositionTable(*size, config.hidden_size) for name, size in tables.items() if size is not None}
+        )
         self.vae = vae
         if vae is None and config.vae_config is not None:
             self.vae = build_vae(config.vae_config)
@@ -117,7 +131,7 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
                 module.keeps_own_initialization = True  # diffusers' own; the transformer's would be far too small
         for tensor in vae.state_dict(keep_vars=True).values() if vae is not None else ():
             tensor._is_hf_initialized = True
-        self._freeze_vae()
+        self._freeze()
         self.post_init()
 
     @can_return_tuple
@@ -140,6 +154,9 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
         noise: torch.FloatTensor | None = None,
         clean_images: torch.BoolTensor | None = None,
         image_first: torch.BoolTensor | None = None,
+        encoder_pixel_values: torch.FloatTensor | None = None,
+        encoder_image_sizes: torch.LongTensor | list | None = None,
+        frames_per_second: float | list[float] | None = None,
         routing: ModalityRouting | None = None,
         skip_logits: bool = False,
         generator: torch.Generator | None = None,
@@ -166,6 +183,11 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
             clean_images: (N,) bool, images that are context: they get no noise, t = 0, and have no loss.
             image_first: (N,) bool, images with text of their document after and none before them, whose drawn timesteps
                 keep to `image_first_max_timestep`; found from `input_ids` when absent.
+            encoder_pixel_values: (M, C, H, W) pictures for encoders, in [-1, 1], in order of appearance: the
+                placeholders say which modality of `config.continuous_modalities` each is of.
+            encoder_image_sizes: (M, 2) height and width of each of them in pixels, as `image_sizes`.
+            frames_per_second: rate of videos, of all or of each run of placeholders, with `image_positions="grid"`.
+                The frames of a video are images that follow each other in one run. Default: the base rate.
             generator: draws the timesteps and the noise that are absent.
             num_items_in_batch: divide the token loss by this instead of by the number of token targets here.
             shift_labels: (B, L) targets aligned with the logits already, instead of `labels`.
@@ -184,29 +206,34 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
                 "come beside it, but prompt tuning and other virtual tokens go with a MoTForCausalLM only"
             )
         check_forward(self, kwargs, input_ids, None, attention_mask, position_ids, past_key_values, document_ids)
-        if modality_ids is not None:
-            check_ids("modality_ids", modality_ids, input_ids.shape)
+        own_ids = own_modalities(self.config, modality_ids, input_ids.shape[1], past_key_values)
+        if own_ids is not None:
+            check_ids("modality_ids", own_ids, input_ids.shape)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         shift_labels = kwargs.pop("shift_labels", None)
         planned = routing is not None
         is_filled = past_key_values is not None and past_key_values.get_seq_length() > 0
 
         # 1. The images: where they stand, their latents, and their noise.
-        if document_ids is None and attention_mask is None and past_key_values is None and position_ids is not None:
+        has_steps = position_ids is not None and position_ids.dim() == 2  # positions of three axes are no steps
+        if document_ids is None and attention_mask is None and past_key_values is None and has_steps:
             document_ids = documents_of(position_ids.expand_as(input_ids))
         places = ImagePlaces.find(self.config, input_ids, document_ids, attention_mask)
         given = ImageInputs(latents, pixel_values, image_sizes, timesteps, noise, clean_images, image_first, generator)
         images = self._images_of(given, places, planned, is_filled)
+        encoded = self.encode_pictures(encoder_pixel_values, encoder_image_sizes, places, planned, is_filled)
 
         # 2. One row of embeddings: tokens of text, and the patches of images in the places of their placeholders.
-        embeds, patches, features = self._embed(input_ids, inputs_embeds, places, images)
+        embeds, patches, features = self._embed(input_ids, inputs_embeds, places, images, encoded)
 
         # Positions, modalities and targets of that row.
         if position_ids is None and self.config.image_positions == "shared":
-            position_ids = self._shared_positions(places, is_filled)
+            position_ids = self._shared_positions(places, images, is_filled)
+        elif position_ids is None and self.config.image_positions == "grid" and images.sizes:
+            position_ids = grid_positions(self.config, places, images.sizes, images.frames, frames_per_second)
         if modality_ids is None and (labels is not None or not planned):
-            modality_ids = self.model.modality_ids_of(input_ids)
-        targets = self._targets(input_ids.shape, labels, shift_labels, modality_ids)
+            modality_ids = own_ids = self.model.modality_ids_of(input_ids)
+        targets = self._targets(input_ids.shape, labels, shift_labels, own_ids)
 
         # 3. The transformer.
         outputs = self.model(
@@ -218,7 +245,7 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
             past_key_values=past_key_values,
             use_cache=use_cache,
             routing=routing,
-            image_blocks=self._image_blocks(places.blocks, images),
+            image_blocks=self._image_blocks(places, images, has_pictures=encoder_pixel_values is not None),
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -239,60 +266,77 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
             **losses,
         )
 
-    def _embed(self, input_ids, inputs_embeds, places: ImagePlaces, images: NoisyImages) -> tuple:
-        """Put the patches of images in the places of their placeholders.
+    def _embed(self, input_ids, inputs_embeds, places: ImagePlaces, images: NoisyImages, encoded: list) -> tuple:
+        """Put the patches of images, and what encoders made of pictures, in the places of their placeholders.
+
+        Args:
+            encoded: of `encode_pictures`.
 
         Returns:
             (B, L, D); the indices (P,) of the patches in the flattened rows; and the features for `predict_latents`.
         """
         if inputs_embeds is None:
-            inputs_embeds = self.model.embed(input_ids)
+            # An id behind the vocabulary has no row.
+            has_rows = not self.config.num_placeholder_tokens
+            inputs_embeds = self.model.embed(input_ids if has_rows else input_ids.masked_fill(places.kinds != 0, 0))
         elif check_tokens(self.config, None, inputs_embeds) != input_ids.shape:
             raise ValueError(
                 f"inputs_embeds has shape {tuple(inputs_embeds.shape)}, but input_ids and hidden_size make it "
-                f"{(*input_ids.shape, self.config.hidden_size)}"
+                f"{(*input_ids.shape, self.config.widest_hidden_size)}"
             )
         tokens, features = self.embed_latents(images)
-        patches = torch.argsort(~places.is_patch.flatten(), stable=True)[: len(tokens)]  # no wait for the device
-        embeds = inputs_embeds.flatten(0, 1).index_copy(0, patches, tokens.to(inputs_embeds.dtype))
+        embeds, patches = inputs_embeds.flatten(0, 1), _places_of(places.is_patch, len(tokens))
+        embeds = embeds.index_copy(0, patches, tokens.to(embeds.dtype))
+        for is_patch, tokens in encoded:
+            tokens = self.model.widen(tokens.to(embeds.dtype))
+            embeds = embeds.index_copy(0, _places_of(is_patch, len(tokens)), tokens)
         return embeds.view_as(inputs_embeds), patches, features
 
-    def _shared_positions(self, places: ImagePlaces, is_filled: bool) -> torch.Tensor:
+    def _shared_positions(self, places: ImagePlaces, images: NoisyImages, is_filled: bool) -> torch.Tensor:
         """Positions at which the patches of an image share one.  -> (B, L)"""
         if is_filled:
             raise ValueError(
                 "position_ids are needed beside a filled past_key_values: with image_positions='shared' they do not "
                 "follow from its length"
             )
-        return image_positions(places.blocks, places.document_ids, places.attention_mask)
+        stays = places.noised(images.clean) if images.sizes and not self.config.noised_images_advance else None
+        return image_positions(places.blocks, places.document_ids, places.attention_mask, stays)
 
     def _targets(self, shape, labels, shift_labels, modality_ids) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Make the targets of text, and their modalities.  -> (B, L) twice, or None twice without labels
 
         Placeholders and EOI are no targets: the sampler writes them.
         """
+        if self.config.num_placeholder_tokens:
+            labels, shift_labels = self._with_rows(labels), self._with_rows(shift_labels)
         targets, of_targets = targets_of(self, shape, labels, shift_labels, modality_ids)
-        if targets is not None:
-            written = (targets == self.config.image_token_id) | (targets == self.config.eoi_token_id)
-            targets = targets.masked_fill(written, -100)
+        for token in self.config.written_token_ids if targets is not None else ():
+            targets = targets.masked_fill(targets == token, -100)
         return targets, of_targets
 
-    def _image_blocks(self, blocks: torch.Tensor, images: NoisyImages) -> ImageBlocks | None:
+    def _with_rows(self, labels: torch.Tensor | None) -> torch.Tensor | None:
+        """Make placeholders without a row in the vocabulary no targets; what is no tensor is refused later."""
+        if not isinstance(labels, torch.Tensor):
+            return labels
+        end = self.config.vocab_size
+        for token in self.config.placeholder_token_ids.values():
+            labels = labels.masked_fill(labels == token, -100) if token >= end else labels
+        return labels
+
+    def _image_blocks(self, places: ImagePlaces, images: NoisyImages, has_pictures: bool) -> ImageBlocks | None:
         """Mark the images, and hide noised images from later tokens if `noised_images_visible` is False."""
-        if not images.sizes:
+        if not images.sizes and not has_pictures:
             return None
-        if self.config.noised_images_visible:
-            return ImageBlocks(blocks)
-        # `blocks` counts images from 0 in each row. `images.clean` counts them through all rows.
-        first = (blocks.amax(dim=1) + 1).cumsum(0).roll(1)
-        first[0] = 0
-        number = (blocks + first[:, None]).clamp(min=0, max=len(images.clean) - 1)
-        return ImageBlocks(blocks, (blocks >= 0) & ~images.clean[number])
+        if self.config.noised_images_visible or not images.sizes:
+            return ImageBlocks(places.blocks)
+        return ImageBlocks(places.blocks, places.noised(images.clean))
 
     def _add_diffusion_loss(self, losses: dict, prediction: torch.Tensor, images: NoisyImages) -> None:
         """Add the squared error of the prediction to the losses of tokens (equation 4)."""
         # Clean images and padding do not count.
         squared = (prediction - images.target).square()
+        if (weights := self.noise_schedule.loss_weights(images.timesteps)) is not None:
+            squared = squared * weights
         counted = (~images.clean).view(-1, 1, 1, 1).expand_as(squared)
         if any(size != tuple(squared.shape[2:]) for size in images.sizes):
             counted = counted & images.inside()
@@ -302,14 +346,16 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
 
     # --------------------------------------------------------------------------------- the VAE stays frozen, in float32
 
-    def _freeze_vae(self):
+    def _freeze(self):
         if self.vae is not None:
             self.vae.float().requires_grad_(False).eval()
+        for encoder in self.encoders.values():
+            encoder.freeze()
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze_vae()
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._freeze()
         return loaded
 
     def train(self, mode: bool = True):
@@ -333,6 +379,8 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
     def _init_weights(self, module):
         if isinstance(module, NoiseSchedule):
             init.copy_(module.alphas_cumprod, cumulative_alphas(self.config))
+        elif isinstance(module, PositionTable):
+            init.copy_(module.weight, module.values())
         elif getattr(module, "keeps_own_initialization", False):
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -346,7 +394,8 @@ class MoTTransfusionModel(LatentImagesMixin, MoTPreTrainedModel, MoTTransfusionG
 class TimestepEncoder(nn.Module):
     """Embed noise levels by sinusoids, then two linear layers.  (N,) -> (N, E)
 
-    The sinusoids take indices up to `num_train_timesteps`, or with `timestep_format="fraction"` shares of it.
+    The sinusoids take indices up to `num_train_timesteps`, or with `timestep_format="fraction"` shares of it; with
+    `timestep_direction="clean"` they take what is missing to that.
 
     Args:
         config: a `MoTTransfusionConfig`.
@@ -357,41 +406,47 @@ class TimestepEncoder(nn.Module):
     def __init__(self, config, width: int, frequencies: int = 256):
         super().__init__()
         self.scale = 1.0 if config.timestep_format == "index" else 1.0 / config.num_train_timesteps
+        self.levels = config.num_train_timesteps
+        self.is_turned = config.timestep_direction == "clean"
         self.sinusoids = Timesteps(frequencies, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.mlp = TimestepEmbedding(frequencies, width)
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        sinusoids = self.sinusoids(timesteps.float() * self.scale)
+        timesteps = self.levels - timesteps.float() if self.is_turned else timesteps.float()
+        sinusoids = self.sinusoids(timesteps * self.scale)
         return self.mlp(sinusoids.to(self.mlp.linear_1.bias.dtype))  # a quantised weight is of another type
 
 
-def cut_into_patches(latents: torch.Tensor, size: int) -> torch.Tensor:
-    """Cut latents into patches of p x p, each in (row, column, channel) order.  (N, C, h, w) -> (N, n, p * p * C)"""
-    patches = latents.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (N, C, h/p, p, w/p, p)
-    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-
-
-def join_patches(patches: torch.Tensor, size: int, height: int, width: int) -> torch.Tensor:
-    """Join patches, the inverse of `cut_into_patches`.  (N, n, p * p * C) -> (N, C, h, w)"""
-    grid = patches.unflatten(2, (size, size, -1)).unflatten(1, (height // size, width // size))
-    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-
-
 class LinearPatchifier(nn.Module):
-    """A linear layer from each patch, with the timestep embedding added, to a token; a linear layer back."""
+    """A linear layer from each patch to a token, with the timestep embedding added on the way; a linear layer back."""
 
     def __init__(self, config):
         super().__init__()
         self.patch_size = config.patch_size
+        self.addition = config.timestep_addition
         values = config.patch_size**2 * config.latent_channels
-        self.time_encoder = TimestepEncoder(config, values)
+        if self.addition is not None:
+            self.time_encoder = TimestepEncoder(config, values if self.addition == "patch" else config.hidden_size)
         self.proj_in = nn.Linear(values, config.hidden_size)
         self.proj_out = nn.Linear(config.hidden_size, values)
 
-    def embed(self, latents: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Embed noised latents: (N, C, h, w), (N,) -> (N, n, D), and None: the way back needs nothing"""
+    def embed(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, clean: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, None]:
+        """Embed noised latents: (N, C, h, w), (N,) -> (N, n, D), and None: the way back needs nothing
+
+        Args:
+            clean: (N,) bool, images whose tokens are not told the time, with `timestep_addition="noised_token"`.
+        """
         patches = cut_into_patches(latents, self.patch_size)
-        return self.proj_in(patches + self.time_encoder(timesteps).unsqueeze(1)), None
+        if self.addition is None:
+            return self.proj_in(patches), None
+        time = self.time_encoder(timesteps).unsqueeze(1)
+        if self.addition == "patch":
+            return self.proj_in(patches + time), None
+        if clean is not None:
+            time = time.masked_fill(clean.view(-1, 1, 1), 0)
+        return self.proj_in(patches) + time, None
 
     def predict(self, hidden_states: torch.Tensor, features: None, height: int, width: int) -> torch.Tensor:
         """Predict latents: (N, n, D) -> (N, C, h, w)"""
@@ -463,9 +518,15 @@ class UNetPatchifier(nn.Module):
         return self.conv_out(F.silu(self.norm_out(features)))
 
 
+def _places_of(is_patch: torch.Tensor, count: int) -> torch.Tensor:
+    """Find the `count` marked tokens of rows, without a wait for the device.  (B, L) bool -> (count,) flattened"""
+    return torch.argsort(~is_patch.flatten(), stable=True)[:count]
+
+
 def build_patchifier(config) -> nn.Module:
-    """Build the patchifier that `config.patchifier` names."""
-    return {"unet": UNetPatchifier, "linear": LinearPatchifier}[config.patchifier](config)
+    """Build the patchifier that `config.patchifier` names, as wide as the tower of images."""
+    tower = config.tower_config(config.towers["image"])
+    return {"unet": UNetPatchifier, "linear": LinearPatchifier}[config.patchifier](tower)
 
 
 MoTTransfusionModel.register_for_auto_class("AutoModel")

@@ -73,6 +73,7 @@ class MoTTransfusionPipeline(DiffusionPipeline):
         image_size: int | list[int] | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
         scheduler: str | None = None,
@@ -92,8 +93,9 @@ class MoTTransfusionPipeline(DiffusionPipeline):
             generator: one for all, or one for each picture.
             output_type: "pil", "np" (N, H, W, 3) and "pt" (N, 3, H, W) in [0, 1], or "latent" (N, C, h, w).
             callback_on_step_end: called as (pipeline, step, timestep, {"latents", "rows"}).
-            num_inference_steps, guidance_scale, scheduler, kwargs: as in `MoTTransfusionModel.generate`. Default: of
-                the model's generation configuration.
+            num_inference_steps, guidance_scale, image_guidance_scale, scheduler, kwargs: as in
+                `MoTTransfusionModel.generate`, such as `guidance_renorm`. Default: of the model's generation
+                configuration.
             return_dict: False for a tuple of the pictures alone.
 
         Returns:
@@ -143,6 +145,7 @@ class MoTTransfusionPipeline(DiffusionPipeline):
             image_size=image_size,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
             scheduler=scheduler,
             generator=generator,
             output_type="pt" if output_type == "np" else output_type,

@@ -47,7 +47,7 @@ class Rounds:
         """Run a prompt, and give its sequence a row. An error that this raises is the request's own."""
         sequence = self.model._served(request, self.decoder)
         prefix = sequence.begin()
-        self.cache.extend(len(self.sequences), prefix.keys, prefix.values)
+        self.cache.extend(len(self.sequences), prefix.keys, prefix.values, prefix.hidden)
         self.sequences.append(sequence)
         self._leave_finished()
 
@@ -229,7 +229,7 @@ class PictureSequence:
         self.token = None
         self.drawing = None
         if self.decoding.last_token(0) == self.model.config.boi_token_id:
-            self.drawing = Denoising(self.model, self.decoding.settings, self.decoding.generators, [0])
+            self.drawing = self.decoding.drawing([0])
             return
         self.decoding.choose(logits.float())
         if self.decoding.running:
@@ -252,10 +252,12 @@ class Group(NamedTuple):
     """Pictures of one size that are drawn together, each from its own timestep.
 
     Attributes:
-        index: the place among the pictures of each row of the forward: R, then those that are guided once more.
+        guided: of each picture, whether its next step is guided.
+        index: the place among the pictures of each row of the forward: R, then the contexts of those that are guided.
     """
 
     drawings: list[Denoising]
+    guided: list[bool]
     forward: ImageForward
     index: torch.Tensor
 
@@ -283,26 +285,35 @@ class Studio:
         size = sequences[0].drawing.size
         drawings = [sequence.drawing for sequence in sequences]
         group = self.groups.get(size)
-        if group is None or group.drawings != drawings:
-            group = self.groups[size] = self._group(sequences, cache, rows)
+        guided = [drawing.is_guided for drawing in drawings]
+        if group is None or group.drawings != drawings or group.guided != guided:
+            group = self.groups[size] = self._group(sequences, cache, rows, guided)
 
-        # The predictions without a prompt stand behind the others, for guided pictures alone.
+        # The predictions behind other contexts stand behind the others, for guided pictures alone.
         noisy = [drawing.noisy() for drawing in drawings]
         timesteps = torch.stack([drawing.timestep.float() for drawing in drawings])
         predicted = group.forward.predict(torch.cat(noisy), timesteps, group.index).split(1)
-        free = iter(predicted[len(noisy) :])
-        without = [next(free) if drawing.is_guided else None for drawing in drawings]
-        return list(zip(noisy, predicted, without))
+        contexts = iter(predicted[len(noisy) :])
+        return [
+            (own, whole, *(next(contexts) for _ in drawing.contexts if drawing.is_guided))
+            for drawing, own, whole in zip(drawings, noisy, predicted)
+        ]
 
-    def _group(self, sequences: list[PictureSequence], cache: DecodingCache, rows: list[int]) -> Group:
-        """Copy the prefixes of sequences, and of their unconditional prompts, for a forward over their pictures."""
-        free = [sequence.decoding.unconditional_prefixes([0]) for sequence in sequences]
-        guided = [place for place, own in enumerate(free) if own]
-        prefixes = self._prefixes(sequences, cache, rows) + [prefix for own in free for prefix in own]
+    def _group(
+        self, sequences: list[PictureSequence], cache: DecodingCache, rows: list[int], guided: list[bool]
+    ) -> Group:
+        """Copy the prefixes of sequences, and of the contexts of their guidance, for a forward over their pictures."""
+        prefixes, places = self._prefixes(sequences, cache, rows), [*range(len(sequences))]
+        for place, sequence in enumerate(sequences):
+            if guided[place]:
+                contexts = sequence.decoding.context_prefixes([0])
+                prefixes += contexts
+                places += [place] * len(contexts)
         return Group(
             drawings=[sequence.drawing for sequence in sequences],
+            guided=guided,
             forward=ImageForward(self.model, prefixes, sequences[0].drawing.size),
-            index=torch.tensor([*range(len(sequences)), *guided], device=self.model.device),
+            index=torch.tensor(places, device=self.model.device),
         )
 
     def _prefixes(self, sequences: list[PictureSequence], cache: DecodingCache, rows: list[int]) -> list[Prefix]:

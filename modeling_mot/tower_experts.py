@@ -2,7 +2,8 @@
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaMLP
+
+from .tower_routing import feed_forward
 
 
 # n tokens of the tower, E experts, D hidden size
@@ -28,7 +29,7 @@ class ExpertChoiceFeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = nn.ModuleList(LlamaMLP(config) for _ in range(config.num_experts))
+        self.experts = nn.ModuleList(feed_forward(config) for _ in range(config.num_experts))
 
     def forward(
         self, hidden_states: torch.Tensor, is_token: torch.Tensor | None = None, token_choice: bool = False

@@ -9,7 +9,7 @@ one product, the tests of when such a short cut may stand in for a module, and t
 """
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import NamedTuple
@@ -20,12 +20,13 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.nemotron.modeling_nemotron import NemotronMLP
 
 from .configuration_mot import MoTConfig
 
 
-# B batch, L row length, T = B * L tokens, T' rows of all towers with padding, D size of a row, H heads, K towers,
-# F outputs of a linear map
+# B batch, L row length, T = B * L tokens, T' rows of all towers with padding, D size of a row (the hidden size, or the
+# widest tower's), H heads, K towers, F outputs of a linear map
 
 
 # --------------------------------------------------------------------------------------------------------- the routing
@@ -140,6 +141,11 @@ class ModalityRouting(NamedTuple):
             rows = _Restore.apply(rows, self)
         return rows.unflatten(0, (batch_size, -1))
 
+    def tower_ids(self, batch_size: int, device: torch.device) -> torch.Tensor:
+        """Return the index of each token's tower in the order of the sequence.  -> (B, L)"""
+        of_towers = [torch.full((count,), tower, device=device) for tower, count in enumerate(self.counts)]
+        return self.restore(torch.cat(of_towers), batch_size)
+
     def for_experts(self, is_token: torch.Tensor | None, token_choice: bool) -> "ModalityRouting":
         """Add the mask of padding and the direction of choice, which mixtures of experts read.
 
@@ -213,6 +219,8 @@ class PerTower(nn.ModuleDict):
     Args:
         modules: tower -> its module, or {"shared": the one module of all towers}.
         mixtures: names of the modules that are mixtures of experts, which also take `is_token` and `token_choice`.
+        reads, writes: tower -> its width, if towers differ in width and these modules read, or write, hidden states. A
+            narrower tower's module gets the first values of its rows, and zeros stand behind its outputs.
 
     Attributes:
         products: `"separate"`, or how linear maps of several towers are run together; see `run_together`.
@@ -234,9 +242,17 @@ class PerTower(nn.ModuleDict):
 
     products = "separate"
 
-    def __init__(self, modules: dict[str, nn.Module], mixtures: Collection[str] = ()):
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        mixtures: Collection[str] = (),
+        reads: Mapping[str, int] | None = None,
+        writes: Mapping[str, int] | None = None,
+    ):
         super().__init__(modules)
         self.mixtures = frozenset(mixtures)
+        self.reads = dict(reads or {})
+        self.writes = dict(writes or {})
 
     def __str__(self) -> str:
         """Name the modules that can be adapted, for PEFT's error about a module that cannot."""
@@ -253,7 +269,7 @@ class PerTower(nn.ModuleDict):
         if "shared" in self:
             return self._run("shared", rows, routing.is_token, routing.token_choice)
         parts = routing.split(rows)
-        if self.products != "separate" and len(parts) > 1:
+        if self.products != "separate" and len(parts) > 1 and not self.reads and not self.writes:
             together = run_together([self[tower] for tower in parts], parts, self.products)
             if together is not None:
                 return together
@@ -262,9 +278,21 @@ class PerTower(nn.ModuleDict):
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _run(self, name, rows, is_token, token_choice):
-        if name in self.mixtures:
-            return self[name](rows, is_token, token_choice)
-        return self[name](rows)
+        if self.reads:
+            rows = rows[..., : self.reads[name]]
+        out = self[name](rows, is_token, token_choice) if name in self.mixtures else self[name](rows)
+        if self.writes and (missing := max(self.writes.values()) - self.writes[name]):
+            out = F.pad(out, (0, missing))
+        return out
+
+
+def feed_forward(config: MoTConfig) -> nn.Module:
+    """Build the feed-forward of one tower: Llama's, or one without a gate.
+
+    Args:
+        config: of the tower, as `MoTConfig.tower_config` gives it.
+    """
+    return LlamaMLP(config) if config.gated_mlp else NemotronMLP(config)
 
 
 # --------------------------------------------------------------------------------------------------------------- norms
@@ -282,14 +310,21 @@ class MoTHeadLayerNorm(nn.Module):
         return F.layer_norm(heads, heads.shape[-1:], eps=1e-5) * self.weight + self.bias
 
 
-def rms_norm(config: MoTConfig, size: int) -> nn.Module:
-    """Build the norm of one tower: Llama's, or Gemma's with `norm_offset`."""
+def rms_norm(config: MoTConfig, size: int | None = None) -> nn.Module:
+    """Build the norm of one tower: Llama's, or Gemma's with `norm_offset`.
+
+    Args:
+        config: of the tower, as `MoTConfig.tower_config` gives it.
+        size: values that are normalised together; default: the tower's hidden size.
+    """
     norm = GemmaRMSNorm if config.norm_offset else LlamaRMSNorm
-    return norm(size, eps=config.rms_norm_eps)
+    return norm(size or config.hidden_size, eps=config.rms_norm_eps)
 
 
 def qk_norm(config: MoTConfig, num_heads: int) -> nn.Module:
-    """Build the norm of one tower's queries or keys, as `config.qk_norm` says."""
+    """Build the norm of one tower's queries or keys, as the tower's `config.qk_norm` says."""
+    if config.qk_norm is None:
+        return nn.Identity()  # beside towers that have one
     if config.qk_norm == "layer":
         return MoTHeadLayerNorm(num_heads, config.head_dim)
     return rms_norm(config, config.head_dim * (num_heads if config.qk_norm == "rms_all_heads" else 1))
@@ -348,16 +383,25 @@ class TowerNorms(PerTower):
 
     def forward(self, rows: torch.Tensor, routing: ModalityRouting) -> torch.Tensor:
         """Apply each tower to its rows: (T, ..., D) -> the same"""
-        # One pass serves plain Llama norms only. Gemma's norms, and norms with hooks or sharded weights, run singly.
+        # One pass serves plain Llama norms of one width and epsilon only. Gemma's norms, and norms with hooks or
+        # sharded weights, run singly.
         shared = "shared" in self
         norms = [self["shared"]] if shared else [self[tower] for tower in routing.towers]
-        if not all(is_plain(norm, LlamaRMSNorm) and has_whole_weight(norm) for norm in norms):
+        if self.reads or not all(is_plain(norm, LlamaRMSNorm) and has_whole_weight(norm) for norm in norms):
             return super().forward(rows, routing)
         counts = (len(rows),) if shared else routing.counts
         epsilon, weights = norms[0].variance_epsilon, [norm.weight for norm in norms]
+        if any(norm.variance_epsilon != epsilon for norm in norms):
+            return super().forward(rows, routing)
         if torch.is_grad_enabled():
             return _RMSNorm.apply(rows, counts, epsilon, *weights)[0]
         return _rms_norm(rows, counts, epsilon, weights)[0]
+
+
+def tower_norms(config: MoTConfig) -> TowerNorms:
+    """Build the norms of all towers' hidden states, or the one named `shared`."""
+    norms = {name: rms_norm(config.tower_config(name)) for name in config.part_names("norm")}
+    return TowerNorms(norms, reads=config.tower_widths, writes=config.tower_widths)
 
 
 # ------------------------------------------------------------------------------------ linear maps of all towers at once
@@ -426,10 +470,12 @@ def run_together(modules: list[nn.Module], parts: dict[str, torch.Tensor], produ
     first = modules[0]
     if type(first) is nn.Linear:
         layers = [modules]
-    elif hasattr(first, "gate_proj"):
-        if not all(is_plain(module, LlamaMLP) for module in modules):
+    elif type(first) in (LlamaMLP, NemotronMLP):
+        activation = type(first.act_fn)
+        if not all(is_plain(module, type(first)) and type(module.act_fn) is activation for module in modules):
             return None
-        layers = [[getattr(module, name) for module in modules] for name in ("gate_proj", "up_proj", "down_proj")]
+        names = [name for name in ("gate_proj", "up_proj", "down_proj") if hasattr(first, name)]
+        layers = [[getattr(module, name) for module in modules] for name in names]
     else:
         return None
     if not all(_can_join(of_towers, products) for of_towers in layers):
@@ -440,16 +486,20 @@ def run_together(modules: list[nn.Module], parts: dict[str, torch.Tensor], produ
     if len(layers) == 1:
         rows = joined.linear(joined.rows, modules)
     else:
-        gate, up, down = layers
-        rows = joined.linear(first.act_fn(joined.linear(joined.rows, gate)) * joined.linear(joined.rows, up), down)
+        *gate, up, down = layers
+        inner = joined.linear(joined.rows, up)
+        inner = first.act_fn(joined.linear(joined.rows, *gate)) * inner if gate else first.act_fn(inner)
+        rows = joined.linear(inner, down)
     return joined.unpadded(rows)
 
 
 def _can_join(modules: list[nn.Module], products: str) -> bool:
-    """True if these are plain linear maps with whole weights, of a kind that the product takes."""
+    """True if these are plain linear maps of one shape with whole weights, of a kind that the product takes."""
     if not all(map(is_plain_linear, modules)):
         return False
     weight, bias = modules[0].weight, modules[0].bias
+    if any(module.weight.shape != weight.shape for module in modules):
+        return False
     if products == "batched_mm":
         return True
     # Torch's grouped product takes these everywhere, also while it is traced.

@@ -35,14 +35,26 @@ class TransfusionModelConfig:
     )
     unet_layers: int | None = option(None, "residual layers of a down block", ge=1, le=1000)
     unet_norm_groups: int | None = option(None, "groups of the U-Net's group norms", ge=1, le=10**5)
-    prediction_type: Literal["epsilon", "v_prediction", "flow"] | None = option(
-        None, "what the model predicts: the noise, the v of diffusers, or the velocity of flow matching"
+    prediction_type: Literal["epsilon", "v_prediction", "flow", "flow_sample"] | None = option(
+        None,
+        "what the model predicts: the noise, the v of diffusers, the velocity of flow matching, or the clean latents "
+        "that a velocity leads to",
     )
     noise_schedule: str | None = option(None, "diffusers' name of a beta schedule; null: the cosine schedule")
     num_train_timesteps: int | None = option(None, "noise levels", ge=1, le=10**6)
-    timestep_sampling: Literal["uniform", "logit_normal"] | None = option(None, "how noise levels are drawn")
-    timestep_shift: float | None = option(None, "shift of flow matching's fractions", gt=0)
+    timestep_sampling: Literal["uniform", "logit_normal", "beta"] | None = option(None, "how noise levels are drawn")
+    timestep_sampling_parameters: list[float] | None = option(
+        None, "mean and deviation of the logit, or alpha and beta of the Beta distribution"
+    )
+    timestep_range: list[float] | None = option(None, "[low, high] onto which drawn fractions are spread", ge=0, le=1)
+    timestep_shift: float | list[list[float]] | None = option(
+        None, "shift of flow matching's fractions, or pairs [tokens of an image, shift]", gt=0
+    )
+    smallest_divisor: float | None = option(None, "least t by which the loss of flow_sample divides", gt=0, le=1)
     timestep_format: Literal["index", "fraction"] | None = option(None, "what the timestep embedding sees")
+    timestep_direction: Literal["noise", "clean"] | None = option(
+        None, "whether the timestep embedding counts towards noise or towards clean latents, with flow matching"
+    )
     diffusion_loss_weight: float | None = option(None, "lambda of equation 4", ge=0)
     image_first_max_timestep: int | None = option(
         None,
@@ -107,6 +119,13 @@ class ModelConfig:
     head_dim: int | None = option(None, "width of a head; null: hidden_size / num_attention_heads", ge=2, le=10**5)
     max_position_embeddings: int | None = option(
         None, "longest row; null: the preset's, at least data.row_length", ge=1, le=10**9
+    )
+    hidden_act: str | None = option(None, "activation of the feed-forward, such as relu2; null: silu")
+    gated_mlp: bool | None = option(None, "whether the feed-forward has a gate, as Llama's; null: it has")
+    tower_configs: dict[str, dict[str, Any]] | None = option(
+        None,
+        "tower -> its own hidden_size, intermediate_size, hidden_act, gated_mlp, rms_norm_eps, norm_offset or qk_norm, "
+        "such as {image: {hidden_size: 128}}; null: all towers alike",
     )
     norm_position: Literal["pre", "post"] | None = option(None, "pre: as Llama; post: as the paper's Algorithm 1")
     qk_norm: Literal["rms", "rms_all_heads", "layer"] | None = option(None, "norm of queries and keys; null: none")

@@ -45,7 +45,7 @@ FIELDS: dict[str, tuple] = {
     ),
     **dict.fromkeys(("attention_dropout", "hidden_dropout", "z_loss_coefficient", "caption_dropout"), SHARES),
     **dict.fromkeys(
-        ("rms_norm_eps", "initializer_range", "embedding_multiplier", "timestep_shift", "diffusion_loss_weight"), SCALES
+        ("rms_norm_eps", "initializer_range", "embedding_multiplier", "diffusion_loss_weight"), SCALES
     ),
     **dict.fromkeys(
         ("boi_token_id", "eoi_token_id", "pad_token_id", "bos_token_id", "eos_token_id", "image_token_id",
@@ -68,6 +68,13 @@ FIELDS: dict[str, tuple] = {
         {"text": "a/b", "image": "\0", "speech": "*"}, {"text": "keys", "image": "items", "speech": "training"},
         {"text": None},
     ),
+    "tower_configs": (
+        {}, {"nope": {}}, {"image": {"nope": 3}}, {"image": {"hidden_size": 0}}, {"image": {"hidden_size": 10**9}},
+        {"image": {"hidden_size": 20}}, {"text": {"hidden_size": 20}}, {"image": {"hidden_act": "nope"}}, {"image": 3},
+        {"image": {"rms_norm_eps": NAN}}, {"image": {"gated_mlp": 1}}, {"image": {"qk_norm": "layer"}}, [1], 3, "image",
+        {"image": {"hidden_size": None}}, {3: {}},
+    ),
+    "gated_mlp": (False, None, 1, "no"),
     "untied": (["nope"], ["norm", "norm"], "norm", [3], [None], {}),
     "moe_towers": (["nope"], ["text", "text"], "text", [3], [None]),
     "norm_position": ("middle", None, 3, "PRE"),
@@ -89,6 +96,12 @@ FIELDS: dict[str, tuple] = {
     "unet_layers": (0, -1, 10**9, NAN, "1"),
     "unet_norm_groups": (0, -1, 3, 10**9, NAN, "4"),
     "num_train_timesteps": (0, -1, NAN, 10**12, 2.5, "1000"),
+    "timestep_shift": (*SCALES, [], [[4]], [[4, 0.0]], [[NAN, 1.0]], [[4, 3.0], [4, 5.0]], ["43"], [4, 3.0]),
+    "timestep_sampling": ("nope", None, "beta", 3),
+    "timestep_sampling_parameters": ([], [0, 0], [1.0], [NAN, 1.0], "11", 3, [1.0, 1.0, 1.0], [True, True]),
+    "timestep_range": ([], [0.5], [1, 0], [NAN, 1.0], [-0.1, 1.0], [0.0, 2.0], "01", 0.5, None),
+    "timestep_direction": ("nope", None, "clean"),
+    "smallest_divisor": SCALES,
     "prediction_type": ("nope", None, 3),
     "patchifier": ("nope", None, ""),
     "noise_schedule": ("nope", None, ""),

@@ -171,6 +171,13 @@ OURS: dict[str, tuple] = {
 OF_PICTURES: dict[str, tuple] = {
     "latent_bound": (NAN, 0, -1, "6", INF, None),
     "num_inference_steps": (0, -1, NAN, 2.5, 10**12, "3", True),
+    "image_guidance_scale": (-1, NAN, INF, "2", True, [2.0], 0, 3.0),
+    "guidance_form": ("nope", 3, "sum"),
+    "guidance_renorm": ("nope", 3, True, "text_channel"),
+    "guidance_renorm_min": (-1, 1.5, NAN, "0", True),
+    "guidance_interval": ([], [0.5], [1, 0], [NAN, 1], [0, 2], "01", 0.5, [True, False]),
+    "time_spacing": ("nope", 3, "steps", "points"),
+    "timestep_shift": (0, -1, NAN, INF, "3", True, 3.0),
     "scheduler": ("nope", "", 3, "AutoencoderKL", "os.system", "DDPMScheduler", "__class__", "SchedulerMixin"),
     "scheduler_kwargs": (
         {"nope": 1}, {"num_train_timesteps": 0}, {"beta_start": NAN}, 3, {"trained_betas": []},

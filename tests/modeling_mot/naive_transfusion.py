@@ -171,6 +171,8 @@ class NaiveTransfusion:
             tokens, features = self.patchifier.embed(latents[None].float(), torch.as_tensor(timestep)[None])
             tokens = list(tokens[0].to(self.dtype))
         else:
+            if config.timestep_direction == "clean":
+                timestep = config.num_train_timesteps - timestep
             time = time_embedding(w, "patchifier.time_encoder", timestep * scale, 256)
             tokens = []
             for row, column in places:

@@ -15,8 +15,12 @@ def scheduler_of(config, name):
         "euler": diffusers.EulerDiscreteScheduler,
         "heun": diffusers.HeunDiscreteScheduler,
     }
-    if config.prediction_type == "flow":
-        return diffusers.FlowMatchEulerDiscreteScheduler(shift=config.timestep_shift)
+    if config.prediction_type.startswith("flow"):
+        shift = config.timestep_shift
+        if name in ("unipc", "dpm"):
+            solver = {"unipc": diffusers.UniPCMultistepScheduler, "dpm": diffusers.DPMSolverMultistepScheduler}[name]
+            return solver(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift)
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     unclipped = {"clip_sample": False} if name in ("ddpm", "ddim") else {}
     return classes[name](
         beta_schedule=config.noise_schedule,
@@ -54,6 +58,14 @@ class NaiveGeneration:
         seen = visible(self.config, row, clean=[True] * (len(images) - 1) + [False])
         return self.naive(row, images, seen)[1][-1].float()
 
+    def guided(self, tokens, images, noisy, timestep):
+        """Away from what the model says without the prompt."""
+        prediction = self.denoised(tokens, images, noisy, timestep)
+        if self.guidance_scale == 1:
+            return prediction
+        free = self.denoised([*self.negative, BOI], [], noisy, timestep)
+        return free + self.guidance_scale * (prediction - free)
+
     def plausible(self, noise, noisy, alpha, bound=6.0):
         """Noise that leaves no clean latent beyond the bound."""
         clean = (noisy - (1 - alpha).sqrt() * noise) / alpha.sqrt()
@@ -66,14 +78,13 @@ class NaiveGeneration:
         scheduler.set_timesteps(self.steps)
         latents = torch.randn(1, self.config.latent_channels, *self.size, generator=generator)
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-        for timestep in scheduler.timesteps:
+        for step, timestep in enumerate(scheduler.timesteps):
             scaled = (
                 scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
             )
-            prediction = self.denoised(tokens, images, scaled[0], timestep)
-            if self.guidance_scale != 1:
-                free = self.denoised([*self.negative, BOI], [], scaled[0], timestep)
-                prediction = free + self.guidance_scale * (prediction - free)
+            prediction = self.guided(tokens, images, scaled[0], timestep)
+            if self.config.prediction_type == "flow_sample":
+                prediction = (scaled[0] - prediction) / scheduler.sigmas[step]
             if self.config.prediction_type == "epsilon":
                 prediction = self.plausible(prediction, scaled[0], scheduler.alphas_cumprod[int(timestep)])
             random = {"generator": generator} if self.scheduler in ("ddpm", "euler") else {}

@@ -94,6 +94,8 @@ def test_contradiction_is_refused_by_name(tiny_config, case):
         ("z_loss_coefficient", "1e-5"),
         ("layers_without_rope", "1"),
         ("norm_offset", 1.0),
+        ("gated_mlp", 0),
+        ("tower_configs", {"image": 20}),
     ],
 )
 def test_mistyped_value_is_refused(field, value):

@@ -79,6 +79,13 @@ def test_a_configuration_has_no_such_numbers_either(tiny_config, field):
 DRAW = torch.tensor([[BOS, 10, BOI]])
 OF_PICTURES = [
     *each("guidance_scale", [*NO_REAL, -1, 1e308]),
+    *each("image_guidance_scale", [*NO_REAL, -1, 1e308]),
+    *each("guidance_form", ["product", 5, ["sum"]]),
+    *each("guidance_renorm", ["norm", 5, True, ["global"]]),
+    *each("guidance_renorm_min", [*NO_REAL, -1, 1.5]),
+    *each("guidance_interval", [NAN, 0.5, "ab", [0.4], [0, 2], [0.8, 0.4], [0.4, NAN], [True, False], {0: 1}]),
+    *each("time_spacing", ["linear", 5, ["steps"], "steps"]),
+    *each("timestep_shift", [*NO_REAL, 0, -1, 3.0]),
     *each("latent_bound", [NAN, -INFINITY, 0, -1, True, "6", [6.0], 1e308]),
     *each("num_inference_steps", [*NO_WHOLE, 1001]),
     *each("intermediate_every", NO_WHOLE),

@@ -108,6 +108,10 @@ DRAWINGS = [
     {"input_ids": [BOS, 17, BOI], "generator": 7, "scheduler": "ddim", "num_inference_steps": 3},
     {"input_ids": [BOS, 18, BOI], "generator": 8, "generation_mode": "image", "negative_prompt_ids": [[BOS, 19]],
      "guidance_scale": 4.0},
+    {"input_ids": [BOS, *image(), 14, 15, BOI], "latents": 9, "generator": 9, "guidance_scale": 3.0,
+     "image_guidance_scale": 2.0, "guidance_renorm": "channel", "guidance_interval": (0.3, 0.8)},
+    {"input_ids": [BOS, *image(), 14, BOI], "latents": 9, "generator": 10, "guidance_scale": 3.0,
+     "image_guidance_scale": 1.5, "guidance_form": "sum", "num_inference_steps": 5},
 ]  # fmt: skip
 BAGEL = {"image_positions": "shared", "markers_in_image_block": True, "prediction_type": "flow"}
 

@@ -154,6 +154,8 @@ def test_generation_settings_are_saved_and_used(tmp_path):
     model = tiny_model(noise_schedule="linear", caption_dropout=0.1)
     saved = {"num_inference_steps": 3, "scheduler": "ddim", "guidance_scale": 2.0, "image_size": [2, 4]}
     saved |= {"scheduler_kwargs": {"clip_sample": True}, "max_new_tokens": 3}
+    saved |= {"image_guidance_scale": 1.5, "guidance_form": "sum", "guidance_renorm": "channel"}
+    saved |= {"guidance_renorm_min": 0.5, "guidance_interval": [0.2, 0.9]}
     for name, value in saved.items():
         setattr(model.generation_config, name, value)
     model.save_pretrained(tmp_path)

@@ -103,7 +103,8 @@ def test_every_relative_equals_recompute_with_guidance(fields, prompt):
     [
         *[("epsilon", name) for name in ("ddpm", "ddim", "dpm", "euler", "heun")],
         *[("v_prediction", name) for name in ("ddpm", "ddim", "dpm", "euler")],
-        *[("flow", name) for name in ("ddpm", "flow")],
+        *[("flow", name) for name in ("ddpm", "flow", "unipc", "dpm")],
+        *[("flow_sample", name) for name in ("ddpm", "unipc")],
     ],
 )
 def test_every_scheduler_equals_recompute(kind, scheduler, guidance_scale):

@@ -54,7 +54,7 @@ def batch(rows=(0, 1, 2), prediction_type="epsilon"):
         "timesteps": torch.tensor([3, 999, 500, 250]),
         "clean_images": torch.tensor(CLEAN),
     }
-    if prediction_type == "flow":
+    if prediction_type.startswith("flow"):
         images["timesteps"] = torch.tensor([3.5, 1000.0, 500.0, 0.25])
     if own.any():
         inputs |= {name: value[own] for name, value in images.items()}
@@ -76,9 +76,10 @@ def alpha_bar(timestep, levels=1000):
 
 def noised_and_target(latents, noise, timestep, prediction_type):
     """One image -> what the model sees and what it is to say (appendix A.1, arXiv 2202.00512, rectified flow)."""
-    if prediction_type == "flow":
+    if prediction_type.startswith("flow"):
         share = timestep / 1000
-        return (1 - share) * latents + share * noise, noise - latents
+        noised = (1 - share) * latents + share * noise
+        return noised, latents if prediction_type == "flow_sample" else noise - latents
     alpha = alpha_bar(int(timestep))
     noised = math.sqrt(alpha) * latents + math.sqrt(1 - alpha) * noise
     if prediction_type == "epsilon":
@@ -92,7 +93,7 @@ def naive_losses(naive, inputs):
     sums, counts, z_sum = {"text": 0.0, "image_diffusion": 0.0}, {"text": 0, "image_diffusion": 0}, 0.0
     number = 0
     for row, tokens in enumerate(inputs["input_ids"].tolist()):
-        images, targets, clean = [], [], []
+        images, targets, clean, divisors = [], [], [], []
         while number < len(inputs.get("latents", ())) and len(clean) < tokens.count(BOI):
             height, width = inputs["image_sizes"][number]
             latents, noise = (inputs[name][number, :, :height, :width].double() for name in ("latents", "noise"))
@@ -101,6 +102,8 @@ def naive_losses(naive, inputs):
             noised, target = noised_and_target(latents, noise, timestep, config.prediction_type)
             images.append((latents, 0) if clean[-1] else (noised, timestep))
             targets.append(target)
+            # Clean latents count by the velocities that they imply, which divide by the share of noise.
+            divisors.append(max(timestep / 1000, 0.05) if config.prediction_type == "flow_sample" else 1)
             number += 1
         documents = inputs["document_ids"][row].tolist()
         seen, places = visible(config, tokens, documents, clean=clean), positions(config, tokens, documents)
@@ -111,9 +114,10 @@ def naive_losses(naive, inputs):
                 sums["text"] = sums["text"] + log_z - logits[place, target]
                 z_sum = z_sum + config.z_loss_coefficient * log_z**2
                 counts["text"] += 1
-        for prediction, target, is_clean in zip(predictions, targets, clean):
+        for prediction, target, is_clean, divisor in zip(predictions, targets, clean, divisors):
             if not is_clean:
-                sums["image_diffusion"] = sums["image_diffusion"] + ((prediction - target) ** 2).sum()
+                error = (prediction - target) / divisor
+                sums["image_diffusion"] = sums["image_diffusion"] + (error**2).sum()
                 counts["image_diffusion"] += target.numel()
     loss = (sums["text"] + z_sum) / counts["text"]
     return sums, counts, loss + config.diffusion_loss_weight * sums["image_diffusion"] / counts["image_diffusion"]
@@ -140,7 +144,7 @@ def test_loss_sums_counts_and_gradients_equal_loops(variant):
     assert_equals_naive(tiny_model(variant, initializer_range=0.1, z_loss_coefficient=0.01), batch())
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow", "flow_sample"])
 @pytest.mark.parametrize("is_bagel", [False, True])
 def test_relatives_by_configuration_equal_loops(prediction_type, is_bagel):
     fields = {"prediction_type": prediction_type, "diffusion_loss_weight": 3.0, "initializer_range": 0.1}
@@ -152,6 +156,8 @@ def test_relatives_by_configuration_equal_loops(prediction_type, is_bagel):
             "latent_position_table": "sincos",
             "timestep_format": "fraction",
         }
+    if prediction_type == "flow_sample":
+        fields["timestep_direction"] = "clean"  # as SenseNova-U1
     assert_equals_naive(tiny_model(**fields), batch(prediction_type=prediction_type))
 
 
@@ -205,7 +211,7 @@ def test_dense_transfusion_equals_transformers_llama_with_a_mask():
             torch.testing.assert_close(output.prediction[index, :, :height, :width], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow", "flow_sample"])
 def test_the_target_is_the_noise_that_was_added(monkeypatch, prediction_type):
     """A patchifier that reads the noise off what it is given has no loss; it would, were the target fresh noise."""
     model, latents = tiny_model(prediction_type=prediction_type), torch.randn(2, 2, 4, 4)

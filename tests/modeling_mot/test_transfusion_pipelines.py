@@ -120,6 +120,15 @@ def test_a_picture_to_edit_stands_before_the_prompt(parts, pipe):
     torch.testing.assert_close(both.images[1], output.images[0], rtol=1e-3, atol=1e-3)
 
 
+def test_guidance_by_the_picture_reaches_generate(parts, pipe):
+    settings = {"guidance_scale": 3.0, "image_guidance_scale": 2.0, "guidance_renorm": "channel"}
+    output = pipe("a cat", image=PICTURE, num_inference_steps=3, generator=[seeded()], output_type="pt", **settings)
+    document = [{"type": "image", "image": PICTURE}, text("a cat")]
+    assert torch.equal(output.images[0], drawn(parts, document, generator=[seeded()], **settings))
+    without = drawn(parts, document, generator=[seeded()], **(settings | {"image_guidance_scale": 1.0}))
+    assert not torch.allclose(output.images[0], without, atol=1e-3)
+
+
 def test_an_empty_prompt_draws_from_nothing(parts, pipe):
     output = pipe("", num_inference_steps=3, generator=[seeded()], output_type="pt")
     assert torch.equal(output.images[0], drawn(parts, [], generator=[seeded()]))

@@ -10,7 +10,11 @@ from .tiny import tiny_config
 from .tiny_transfusion import tiny_config as tiny_transfusion_config
 
 
-MODELS = (*VARIANTS, "tied", "transfusion-dense", "transfusion-mot", "transfusion-hybrid")
+MODELS = (
+    *VARIANTS, "tied", "towers", "transfusion-dense", "transfusion-mot", "transfusion-hybrid", "transfusion-towers"
+)  # fmt: skip
+# Of another width and kind than text.
+IMAGE_TOWER = {"hidden_size": 24, "intermediate_size": 40, "gated_mlp": False, "hidden_act": "relu2", "qk_norm": "rms"}
 ROWS, LENGTH = 2, 24
 TOKENS = {"text": 20, "image": 28}
 # Model, groups of a hybrid shard, bf16, whether layers are gathered twice, micro-batches.
@@ -21,10 +25,14 @@ FSDP_CASES = [
     ("tied", 4, False, True, 1),
     ("transfusion-mot", 2, True, True, 1),
     ("mot", 1, True, False, 1),
+    ("towers", 2, True, True, 1),
 ]
 
 
 def config_of(name: str, **fields) -> MoTConfig:
+    if name.endswith("towers"):
+        name = name.replace("towers", "mot")
+        fields["tower_configs"] = {"image": IMAGE_TOWER}
     if name == "tied":
         return tiny_config("mot", tie_word_embeddings=True, qk_norm="layer", **fields)
     if name.startswith("transfusion-"):

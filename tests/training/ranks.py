@@ -15,6 +15,7 @@ from training.run_files.checkpoints import newest_intact
 from training.trainer import whole
 from training.world import Interrupted
 
+from .plans import IMAGE_TOWER
 from .tiny import MadeUpStream, tiny_model, tiny_trainer
 from .tiny_transfusion import OPTIMIZER, transfusion_trainer
 
@@ -44,7 +45,8 @@ def make(name: str, folder: Path, rows: int, accumulation: int = 1, **options):
         trainer = transfusion_trainer(folder, ema_decay=0.5, **split, **options)
     else:
         streams = {"lopsided": Lopsided(), "text": Lopsided(all_alike=True)}
-        model = tiny_model(tie_word_embeddings=name == "tied")
+        towers = {"image": IMAGE_TOWER, "speech": {"hidden_size": 40}} if name == "towers" else None
+        model = tiny_model(tie_word_embeddings=name == "tied", tower_configs=towers)
         if name == "checkpointing":
             model.gradient_checkpointing_enable()
         split |= {"precision": "bf16"} if name == "bf16" else {}

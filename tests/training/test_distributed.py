@@ -11,7 +11,7 @@ from training.run_files.metrics import read_metrics
 from .ranks import ROWS, assert_same_but_for_rounding, go_on, make, results, run_ranks
 
 
-SCENARIOS = ["plain", "tied", "lopsided", "text", "transfusion", "checkpointing"]
+SCENARIOS = ["plain", "tied", "lopsided", "text", "transfusion", "checkpointing", "towers"]
 
 
 def alone(folder, name: str, accumulation: int = 1):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from modeling_mot.attention_masks import find_image_blocks, plan_rows
+from modeling_mot.attention_masks import find_image_blocks, find_placeholders, plan_rows
 from modeling_mot.latent_images import draw_timesteps
 from modeling_mot.tower_routing import ModalityRouting
 from training.data.documents import is_transfusion
@@ -37,7 +37,7 @@ def collate(
         config: the model's configuration. When given, the batch carries the forward's `routing` and, where each token
             sees a range of tokens, its `attention_plan`: the forward itself then has no step that depends on the data.
             Where the images of the model share a position, `position_ids` are left to the model, except for rows with
-            clean copies, which have the positions of the images that they repeat.
+            clean copies, which have the positions of the images that they repeat. On a grid they are left to it too.
         multiple_of: pads each tower's slice, see `ModalityRouting.from_modality_ids`.
         noise_seed: with a Transfusion configuration, adds the `timesteps` (M,) and the `noise` (M, C, h, w) of the
             latents. The noise of a row depends on nothing but this seed and the row's number: not on the other rows of
@@ -65,11 +65,14 @@ def collate(
     # Everything that depends on the data is decided here, in the thread that makes batches.
     if config is not None:
         batch["routing"] = ModalityRouting.from_modality_ids(batch["modality_ids"], config, multiple_of)
-        plan = plan_rows(config, batch["input_ids"], batch["document_ids"], batch.get("clean_images"))
+        ids, documents, clean = batch["input_ids"], batch["document_ids"], batch.get("clean_images")
+        plan = plan_rows(config, ids, documents, clean, batch["modality_ids"])
         if plan is not None:
             batch["attention_plan"] = plan
         if getattr(config, "image_positions", None) == "shared":
             share_positions(batch, config)
+        elif getattr(config, "image_positions", None) == "grid":
+            del batch["position_ids"]
     # The noise of diffusion follows from the rows' numbers.
     if images and noise_seed is not None and is_transfusion(config):
         if row_numbers is None or len(row_numbers) != len(rows):
@@ -142,7 +145,8 @@ def draw_noise(
         stop = start + len(images)
         generator = row_generator(seed, number)
         if images:
-            timesteps.append(draw_timesteps(config, batch["image_first"][start:stop], generator))
+            first = batch["image_first"][start:stop]
+            timesteps.append(draw_timesteps(config, first, generator, sizes=sizes[start:stop]))
         for place in range(start, stop):
             if not batch["clean_images"][place]:
                 height, width = sizes[place]
@@ -166,6 +170,8 @@ def seed_of(words: str) -> int:
 def share_positions(batch: dict, config) -> None:
     """Remove `position_ids`, so that the model gives an image one position; compute them if there are clean copies."""
     positions, documents = batch.pop("position_ids"), batch["document_ids"]
+    if not config.noised_images_advance:
+        return  # a clean copy stands behind its image, at whose position the model goes on
     # Documents follow one another and their positions grow, except at a clean copy, whose positions fall back to those
     # of its image. So the first place that reaches a token's key is the token itself, or the token that it repeats.
     keys = positions + documents * positions.shape[1]
@@ -175,7 +181,8 @@ def share_positions(batch: dict, config) -> None:
     if not is_copy.any():
         return
     # A position moves on at every token that is no copy, but only once for each image.
-    blocks = find_image_blocks(batch["input_ids"] == config.image_token_id, documents, config.markers_in_image_block)
+    kinds = find_placeholders(config, batch["input_ids"])
+    blocks = find_image_blocks(kinds, documents, config.markers_in_image_block)
     moves = (~is_copy).long()
     moves[:, 1:] *= (blocks[:, 1:] < 0) | (blocks[:, 1:] != blocks[:, :-1])
     counted = moves.cumsum(dim=1)

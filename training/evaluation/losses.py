@@ -182,7 +182,7 @@ def noise_levels(config: MoTConfig, number: int) -> list[int | float]:
     schedule = config.num_train_timesteps
     number = min(number, schedule)
     middles = [(place + 0.5) * schedule / number for place in range(number)]
-    return middles if config.prediction_type == "flow" else [int(level) for level in middles]
+    return middles if config.is_flow else [int(level) for level in middles]
 
 
 def batches_at_levels(

@@ -589,7 +589,14 @@ def _plain(value: Any) -> Any:
 
 
 # The fields of a Transfusion model that may change when it is trained further.
-OBJECTIVE_FIELDS = ("diffusion_loss_weight", "image_first_max_timestep", "timestep_sampling")
+OBJECTIVE_FIELDS = (
+    "diffusion_loss_weight",
+    "image_first_max_timestep",
+    "timestep_sampling",
+    "timestep_sampling_parameters",
+    "timestep_range",
+    "smallest_divisor",
+)
 
 
 def set_objective(config: MoTTransfusionConfig, recipe: TransfusionModelConfig, init_from: str) -> None:

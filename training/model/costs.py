@@ -26,25 +26,25 @@ if TYPE_CHECKING:
     from training.recipe import ModelConfig, Recipe
 
 
-# D hidden size, F feed-forward width, L row length, E experts
+# L row length
 
 # ------------------------------------------------------------------------------------------------- the FLOPs of a model
 
 
-def _projection(config: MoTConfig) -> int:
-    """Count the FLOPs of Q, K, V and O for one token in one layer."""
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    return 2 * config.hidden_size * (2 * queries + 2 * keys)
+def _layer_flops(config: MoTConfig, modality: str, row_length: int) -> int:
+    """Count the FLOPs of one token in one layer: in its tower, and in the attention over its row."""
+    tower = config.tower_config(config.towers[modality])
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    projections = 2 * tower.hidden_size * (2 * queries + 2 * keys)
+    feed_forward = (3 if tower.gated_mlp else 2) * 2 * tower.hidden_size * tower.intermediate_size
+    readers = len(config.tower_names) if config.cross_key_norm else 1  # each tower reads keys of its own
+    router = 2 * tower.hidden_size * config.num_experts if _is_mixture(config, modality) else 0
+    return projections + readers * 4 * row_length * queries + feed_forward + router
 
 
 def _is_mixture(config: MoTConfig, modality: str) -> bool:
-    return _feed_forward_of(config, modality) in config.moe_towers
-
-
-def _feed_forward_of(config: MoTConfig, modality: str) -> str:
     names = config.part_names("feed_forward")
-    return names[0] if len(names) == 1 else config.towers[modality]
+    return (names[0] if len(names) == 1 else config.towers[modality]) in config.moe_towers
 
 
 def patchifier_flops(config: MoTTransfusionConfig, size: tuple[int, int] | None = None) -> int:
@@ -75,16 +75,11 @@ def forward_flops_per_token(config: MoTConfig, row_length: int) -> dict[str, int
     Experts choose exactly as many tokens as there are, so a mixture costs one expert a token plus its router; the
     router's product is the only difference between the variants.
     """
-    attention = 4 * row_length * config.num_attention_heads * config.head_dim
-    feed_forward = 6 * config.hidden_size * config.intermediate_size
-    router = 2 * config.hidden_size * config.num_experts
     beside = dict.fromkeys(config.modalities, head_flops(config))
     if isinstance(config, MoTTransfusionConfig):
         beside["image"] += patchifier_flops(config) // config.image_length(*config.latent_size)
     return {
-        modality: config.num_hidden_layers
-        * (_projection(config) + attention + feed_forward + (router if _is_mixture(config, modality) else 0))
-        + beside[modality]
+        modality: config.num_hidden_layers * _layer_flops(config, modality, row_length) + beside[modality]
         for modality in config.modalities
     }
 
@@ -237,7 +232,7 @@ class Budget:
         The paper's runs have more tokens; a small set is seen many times.
         """
         active = config.num_parameters(active=True)
-        values = config.num_hidden_layers * config.hidden_size * _ACTIVATION_BYTES + 8 * config.vocab_size
+        values = config.num_hidden_layers * config.widest_hidden_size * _ACTIVATION_BYTES + 8 * config.vocab_size
         needed = self.state_bytes * config.num_parameters() / self.shards + self.tokens_of_forward * values
         return (
             (self.memory is None or needed <= 0.7 * self.memory)
@@ -254,8 +249,8 @@ class Budget:
         parameters = config.num_parameters()
         needs = {
             f"{parameters:,} parameters with what the optimizer keeps": self.state_bytes * parameters / self.shards,
-            f"train.rows x data.row_length = {self.tokens_of_forward:,} tokens of {config.hidden_size} values": (
-                4 * self.tokens_of_forward * config.hidden_size
+            f"train.rows x data.row_length = {self.tokens_of_forward:,} tokens of {config.widest_hidden_size} values": (
+                4 * self.tokens_of_forward * config.widest_hidden_size
             ),
             f"train.rows x train.accumulation x data.row_length = {self.tokens_of_step:,} tokens": (
                 _BATCH_BYTES * self.tokens_of_step
@@ -282,4 +277,5 @@ def describe_choice(config: MoTConfig, budget: Budget) -> str:
 
 def leaves_size_open(model: "ModelConfig") -> bool:
     """True if the model section names no size and nothing that has a size."""
-    return all(getattr(model, name) is None for name in ("preset", "init_from", "intermediate_size", *SIZE_FIELDS))
+    named = ("preset", "init_from", "intermediate_size", "tower_configs", *SIZE_FIELDS)
+    return all(getattr(model, name) is None for name in named)

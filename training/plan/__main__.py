@@ -124,6 +124,7 @@ def plan_figures(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
             "experts": dict.fromkeys(config.moe_towers, config.num_experts),
             "layers": config.num_hidden_layers,
             "hidden_size": config.hidden_size,
+            "tower_widths": config.tower_widths,
         },
         "batch": {
             "rows": recipe.train.rows,
@@ -287,11 +288,14 @@ def _traffic(traffic: Traffic) -> dict[str, int]:
 
 
 def _comparison(config: MoTConfig, mesh: Mesh, bf16: bool, accumulation: int) -> dict[str, dict]:
-    """Compare the variants of `COMPARED` at the same sizes: parameters, and bytes of training state and of messages."""
+    """Compare the variants of `COMPARED` at the same sizes: parameters, and bytes of training state and of messages.
+
+    The sizes are those of the model, which a tower may differ from.
+    """
     rows = {}
     for variant in COMPARED:
         fields = config.to_dict()
-        for name in ("towers", "untied", "moe_towers"):
+        for name in ("towers", "tower_configs", "untied", "moe_towers"):
             fields.pop(name)
         other = type(config).from_dict(fields | variant_fields(variant, config.modalities))
         units = fsdp_units(meta_model(other), mesh.reshard)

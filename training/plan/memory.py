@@ -62,8 +62,10 @@ def plan_memory(
     loss = loss_bytes(config, tokens, bf16)
     if checkpointing:
         # When a layer is recomputed, only the logits are left of the loss, since the model's output holds them. The
-        # widest gradients are then those of a SwiGLU's three inner tensors.
-        recomputed = kept.layer + tokens * (config.vocab_size + 3 * config.intermediate_size) * compute
+        # widest gradients are then those of a SwiGLU's three inner tensors, or of the two of one without a gate.
+        towers = map(config.tower_config, config.part_names("feed_forward"))
+        inner = max((3 if tower.gated_mlp else 2) * tower.intermediate_size for tower in towers)
+        recomputed = kept.layer + tokens * (config.vocab_size + inner) * compute
         parts["loss, or the layer recomputed"] = max(loss, recomputed)
     else:
         parts["logits and loss"] = loss

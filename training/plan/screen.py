@@ -16,10 +16,11 @@ def _heading(plan: dict) -> str:
     batch, mesh, model = plan["batch"], plan["mesh"], plan["model"]
     processes = f"{mesh['world']} process" + "es" * (mesh["world"] > 1)
     mixture = ", ".join(f"{name} {count}" for name, count in batch["tokens_of_a_micro_batch"].items())
+    widths = ", ".join(f"{tower} {width}" for tower, width in model["tower_widths"].items()) or model["hidden_size"]
     return "\n".join(
         [
             *_device(plan["device"]),
-            f"{model['class']}: {model['layers']} layers of {model['hidden_size']}, towers "
+            f"{model['class']}: {model['layers']} layers of {widths}, towers "
             + ", ".join(f"{modality}: {tower}" for modality, tower in model["towers"].items())
             + "".join(f", {count} experts in {tower}" for tower, count in model["experts"].items()),
             mesh["described"],
