@@ -5,8 +5,8 @@
     python -m conversion.upcycle SOURCE OUT --transfusion --vae FOLDER --freeze-text
     python -m conversion.upcycle SOURCE OUT --image-codes 8192 --init image=perturbed:0.02 --dry-run
 
-SOURCE is a checkpoint of transformers: Llama, Mistral, Ministral, Qwen2, Qwen3, SmolLM3, OLMo 2, Gemma or Seed-OSS. Its
-tensors are read and written one by one.
+SOURCE is a checkpoint of transformers: Llama, Arcee, Mistral, Ministral, Qwen2, Qwen3, SmolLM3, OLMo 2, Gemma or
+Seed-OSS. Its tensors are read and written one by one.
 """
 
 import argparse

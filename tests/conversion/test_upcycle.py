@@ -537,7 +537,7 @@ def test_options_that_do_not_go_together(tmp_path, capsys, options, message):
         ({"model_type": "gemma2"}, "caps logits"),
         ({"model_type": "phi3"}, "its projections are fused"),
         ({"model_type": "mixtral"}, "mixtures of experts with token choice"),
-        ({"model_type": "nonesuch"}, "is not known. Those that can are llama, mistral"),
+        ({"model_type": "nonesuch"}, "is not known. Those that can are llama, arcee, mistral"),
         ({"quantization_config": {"quant_method": "gptq"}}, "the weights are quantized"),
         ({"rope_parameters": LONGROPE}, "rope_type='longrope' is not one of"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
