@@ -562,8 +562,8 @@ class MoTConfig(PreTrainedConfig):
         kinds = self.qk_norm_kinds
         if "rms_all_heads" in kinds and len(kinds) > 1:
             raise ValueError(
-                f"tower_configs gives the towers qk_norm={sorted(kinds)}: 'rms_all_heads' runs over all heads together, "
-                "the others over each, so beside it a tower may only have none"
+                f"tower_configs gives the towers qk_norm={sorted(kinds)}: 'rms_all_heads' runs over all heads "
+                "together, the others over each, so beside it a tower may only have none"
             )
 
     def _validate_tokens(self):
