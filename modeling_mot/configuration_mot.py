@@ -81,7 +81,7 @@ class MoTConfig(PreTrainedConfig):
             `gated_mlp`, `rms_norm_eps`, `norm_offset`, `qk_norm`. Layers, heads and their size are the same for all
             towers, because they share one attention. The parts that a field is of must be untied. The tower of text is
             as wide as the embeddings, so its `hidden_size` is the model's. Hidden states are as wide as the widest
-            tower, and those of a narrower tower end in zeros.
+            tower; of a narrower tower nothing is read behind its width, and its last hidden states are zero there.
         untied (`list[str]`, defaults to all of `"attention"`, `"feed_forward"`, `"norm"`):
             The parts of a layer that each tower has for itself; each other part is one module named `shared` (the rows
             of the paper's ablation, section 3.5). `"attention"` is Q, K, V, O and the QK-norms; `"query_key_value"` is
