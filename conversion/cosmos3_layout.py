@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from diffusers import Cosmos3OmniTransformer
 
 from conversion.checkpoints import WEIGHTS, CheckpointReader
@@ -23,6 +24,7 @@ from modeling_mot import MoTTransfusionConfig
 CLASS_NAME = Cosmos3OmniTransformer.__name__
 REASONER, GENERATOR = "reasoner", "generator"
 TRANSFORMER, SCHEDULER, TOKENIZER = "transformer", "scheduler", "text_tokenizer"  # the folders of a pipeline
+PIPELINE = "model_index.json"
 NUM_TRAIN_TIMESTEPS = 1000
 # Of the models that they began from, Qwen3-VL and Nemotron; diffusers' configuration has no such field.
 MAX_POSITIONS = {"silu": 262144, "relu2": 131072}
@@ -226,6 +228,8 @@ def mot_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         "cross_key_norm": [REASONER] if fields["use_und_k_norm_for_gen"] and not has_text_norm else [],
         "latent_channels": fields["latent_channel"],
         "patch_size": fields["latent_patch_size"],
+        "partial_patches": True,
+        "latent_size": [45, 80],  # of 720 x 1280 pixels, what the pipeline draws by default
         "patchifier": "linear",
         "prediction_type": "flow",
         "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
@@ -243,8 +247,9 @@ def mot_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 # Our fields that follow from theirs: what an export must find as it is.
 _DECIDED = (
     "hidden_act", "gated_mlp", "attention_output_bias", "rope_parameters", "modalities", "towers", "tower_configs",
-    "qk_norm", "unseen_towers", "cross_key_norm", "patchifier", "prediction_type", "num_train_timesteps",
-    "timestep_format", "timestep_addition", "image_positions", "modality_margin", "base_frames_per_second",
+    "qk_norm", "unseen_towers", "cross_key_norm", "partial_patches", "patchifier", "prediction_type",
+    "num_train_timesteps", "timestep_format", "timestep_addition", "image_positions", "modality_margin",
+    "base_frames_per_second",
 )  # fmt: skip
 # And those that Cosmos 3 has no words for.
 _PLAIN = {
@@ -304,6 +309,38 @@ def cosmos3_fields(config: MoTTransfusionConfig, stored: Mapping[str, Any]) -> d
     if differing:
         raise ConversionError(f"Cosmos 3 cannot express {', '.join(differing)}")
     return {"_class_name": CLASS_NAME} | fields
+
+
+# Settings of a scheduler that the model's configuration decides, or that diffusers adds.
+_OF_THE_MODEL = ("num_train_timesteps", "prediction_type", "use_flow_sigmas", "flow_shift", "shift")
+
+
+def sampling_settings(scheduler: Mapping[str, Any], pipeline: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of drawing that a pipeline has, under the names of `generate()`.
+
+    Args:
+        scheduler, pipeline: the content of scheduler_config.json and model_index.json; empty without one.
+
+    Raises:
+        ConversionError: a scheduler that is none of diffusers'.
+    """
+    name = scheduler.get("_class_name", "UniPCMultistepScheduler")
+    scheduler_class = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if scheduler_class is None:
+        raise ConversionError(f"scheduler_config.json has _class_name={name!r}, which is no scheduler of diffusers")
+    known = inspect.signature(scheduler_class.__init__).parameters
+    own = {
+        option: value
+        for option, value in scheduler.items()
+        if option in known and option not in _OF_THE_MODEL and value != known[option].default
+    }
+    return {
+        "scheduler": name,
+        "scheduler_kwargs": own,
+        "time_spacing": "levels" if pipeline.get("use_native_flow_schedule") else "scheduler",
+        "num_inference_steps": 35,
+        "guidance_scale": 6.0,
+    }
 
 
 def not_run_of(layout: Layout, names: Iterable[str]) -> list[str]:

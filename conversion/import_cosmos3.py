@@ -33,6 +33,7 @@ from conversion.checkpoints import (
 )
 from conversion.commands import add_arguments, copy_licences, exit_code, merge_layers, read_json, reading
 from conversion.cosmos3_layout import (
+    PIPELINE,
     SCHEDULER,
     TOKENIZER,
     TRANSFORMER,
@@ -41,6 +42,7 @@ from conversion.cosmos3_layout import (
     mot_fields,
     not_run_of,
     read_fields,
+    sampling_settings,
 )
 from conversion.key_maps import ConversionError
 from conversion.sizes import check_sizes
@@ -154,16 +156,18 @@ def _plan(folder: Path, token_ids: Mapping[str, int], dtype: torch.dtype | None,
     layout, reader = find_layout(of_weights)
     check_sizes(stored, reader, of_weights / "config.json")
     fields = read_fields(stored, ignored)
+    scheduler = _read_if_there(folder / SCHEDULER / "scheduler_config.json")
     tokenizer = next((place for place in (folder / TOKENIZER, folder) if _has_tokenizer(place)), None)
     tokens = _tokens(tokenizer, token_ids, fields["vocab_size"], folder)
     with reading("no model of ours is what config.json says"):
-        config = MoTTransfusionConfig(**mot_fields(fields), **tokens, timestep_shift=_shift(folder))
+        config = MoTTransfusionConfig(**mot_fields(fields), **tokens, timestep_shift=scheduler.get("flow_shift", 1.0))
     config.dtype = dtype or reader.dtype(layout.rules[0].source)
 
     # A model that takes no memory, and the origin of each of its tensors.
     with torch.device("meta"):
         model = MoTTransfusionModel(config)
-    model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id)
+    settings = sampling_settings(scheduler, _read_if_there(folder / PIPELINE))
+    model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, **settings)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     entries, moves = [], {}
     for name, (origin, _) in layout.key_map.origins(reader.names, wanted).items():
@@ -183,11 +187,8 @@ def _cast(reader: CheckpointReader, name: str, dtype: torch.dtype) -> torch.Tens
     return reader.read(name).to(dtype)
 
 
-def _shift(folder: Path) -> float:
-    """Return the shift of the times that the pipeline's scheduler has, 1 without one."""
-    path = folder / SCHEDULER / "scheduler_config.json"
-    stored = read_json(path) if path.is_file() else {}
-    return stored.get("flow_shift", stored.get("shift", 1.0))
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _has_tokenizer(folder: Path) -> bool:

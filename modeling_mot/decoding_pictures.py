@@ -169,11 +169,12 @@ class DiffusionSettings:
         if self.image_size is None:
             return tuple(config.latent_size)
         size = self.image_size if isinstance(self.image_size, (list, tuple)) else [self.image_size] * 2
-        multiple = config.vae_downsampling * config.patch_size
+        patch = 1 if config.partial_patches else config.patch_size
+        multiple = config.vae_downsampling * patch
         if len(size) != 2 or not all(is_whole(side) and side % multiple == 0 for side in size):
             raise ValueError(
                 f"image_size={self.image_size!r} must be [height, width] in pixels, each a multiple of {multiple} "
-                f"(VAE {config.vae_downsampling} x patch_size {config.patch_size})"
+                f"(VAE {config.vae_downsampling} x patch_size {patch})"
             )
         return size[0] // config.vae_downsampling, size[1] // config.vae_downsampling
 
@@ -290,11 +291,13 @@ def _renormalised(result: torch.Tensor, whole: torch.Tensor, least: float, patch
         squares = prediction.square().sum(dim=1, keepdim=True)  # (R, 1, h, w)
         if patch_size is None:
             return squares.sum(dim=(2, 3), keepdim=True).sqrt()
-        return F.avg_pool2d(squares, patch_size, divisor_override=1).sqrt()  # (R, 1, h/p, w/p)
+        sums = F.avg_pool2d(squares, patch_size, ceil_mode=True, divisor_override=1)  # (R, 1, h/p, w/p)
+        return sums.sqrt()
 
     factors = (norms(whole) / (norms(result) + 1e-8)).clamp(least, 1)
     if patch_size is not None:
         factors = factors.repeat_interleave(patch_size, dim=2).repeat_interleave(patch_size, dim=3)
+        factors = factors[:, :, : result.shape[2], : result.shape[3]]  # the last patches may be partial
     return result * factors
 
 

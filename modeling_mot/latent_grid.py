@@ -34,7 +34,7 @@ class Grid(NamedTuple):
         Args:
             frames_per_second: of a video; None for the rate at which each frame moves the time by 1.
         """
-        rows, columns = (side // config.patch_size for side in size)
+        rows, columns = config.patch_grid(*size)
         times = torch.arange(frames)
         if frames > 1 and frames_per_second is not None and config.base_frames_per_second is not None:
             times = times.float() / frames_per_second * config.base_frames_per_second

@@ -2,9 +2,10 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from diffusers import Cosmos3OmniTransformer
+from diffusers import AutoencoderKLWan, Cosmos3OmniPipeline, Cosmos3OmniTransformer, UniPCMultistepScheduler
 from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import get_3d_mrope_ids_text_tokens, get_3d_mrope_ids_vae_tokens
 from safetensors.torch import load_file, save_file
 from transformers import Cosmos3OmniConfig, Cosmos3OmniForConditionalGeneration
@@ -170,6 +171,35 @@ def reasoner_logits(model, ids: torch.Tensor) -> torch.Tensor:
     assert not reasoner.eval().load_state_dict(weights, strict=False).missing_keys
     with torch.no_grad():
         return reasoner(ids).last_hidden_state @ weights["lm_head.weight"].T
+
+
+class Letters:
+    """In the place of a tokenizer, for a pipeline: a token for each letter."""
+
+    eos_token_id = EOS
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return {"<|vision_start|>": BOI}[token]
+
+    def apply_chat_template(self, conversation: list[dict], **options) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[6 + ord(letter) % 30 for letter in conversation[-1]["content"]])
+
+
+def pipeline_of(model: Cosmos3OmniTransformer, folder: Path, native: bool = False, **scheduler) -> Cosmos3OmniPipeline:
+    """Make a pipeline around a model, with a tiny autoencoder, and save what an import reads of it."""
+    vae = AutoencoderKLWan(
+        base_dim=8, z_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 3, latents_std=[1.0] * 3
+    )
+    solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, **scheduler)
+    pipeline = Cosmos3OmniPipeline(
+        model, Letters(), vae, solver, enable_safety_checker=False, use_native_flow_schedule=native
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    save_pipeline(model, folder)
+    solver.save_pretrained(folder / "scheduler")
+    index = {"_class_name": "Cosmos3OmniPipeline", "use_native_flow_schedule": native}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return pipeline
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
