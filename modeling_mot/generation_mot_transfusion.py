@@ -87,6 +87,10 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
                 derived for each sequence.
             image_size: [height, width] of new pictures in pixels (latents without a VAE); default
                 `config.latent_size`.
+            num_frames: draw videos of so many frames of latents, with `image_positions="grid"` (Cosmos 3); their
+                latents are (C, frames, h, w). Default: pictures.
+            frames_per_second: of these videos, for the positions of their frames.
+            first_frames: (1, C, k, h, w) for all prompts or (B, C, k, h, w): latents of the first k frames, which stay.
             latent_bound: the largest clean latent that a prediction of noise may imply (default 6.0; latents have about
                 unit deviation); see `NoiseSchedule.bounded`.
             callback_on_step_end: called as (model, step, timestep, {"latents", "rows"}); it may return
@@ -206,7 +210,7 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         return generation_config, model_kwargs
 
     def _prepare_generated_length(self, generation_config, has_default_max_length, *args, **kwargs):
-        length = self.config.image_length(*generation_config.diffusion.latent_size(self.config)) + 1
+        length = generation_config.diffusion.length(self.config) + 1
         if generation_config.diffusion.generation_mode == "image":
             generation_config.max_new_tokens, has_default_max_length = length, True
         elif has_default_max_length and generation_config.max_new_tokens is None:

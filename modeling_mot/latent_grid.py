@@ -16,6 +16,22 @@ from .attention_masks import document_starts
 # B batch, L row length, n patches of one run of placeholders, P patches of all runs
 
 
+class VideoSize(NamedTuple):
+    """What is drawn where a picture has several frames.
+
+    Attributes:
+        frames, height, width: of the latents.
+        given: how many frames, from the first one on, have no noise.
+        frames_per_second: None for the rate at which each frame moves the time by 1.
+    """
+
+    frames: int
+    height: int
+    width: int
+    given: int = 0
+    frames_per_second: float | None = None
+
+
 class Grid(NamedTuple):
     """The patches of one run of placeholders: an image, or the frames of a video.
 

@@ -135,6 +135,76 @@ def test_pictures_equal_the_pipeline_of_diffusers(tmp_path, kind, native, settin
     assert_close(output.latents[0][0], expected[0, :, 0])
 
 
+@pytest.mark.parametrize("kind", FAMILY)
+@pytest.mark.parametrize("given", [0, 1])
+def test_videos_equal_the_pipeline_of_diffusers(tmp_path, kind, given):
+    theirs = cosmos3_model(**FAMILY[kind])
+    pipeline = pipeline_of(theirs, tmp_path / "source", flow_shift=5.0)
+    ours = MoTTransfusionModel.from_pretrained(convert(tmp_path / "source", tmp_path / "made"))
+    frames, height, width = 3, 5, 6
+    latents = torch.randn(1, 3, frames, height, width, generator=torch.Generator().manual_seed(5))
+    first = torch.randn(1, 3, given, height, width)
+    latents[:, :, :given] = first
+    prompts = {"prompt": "a red ball", "negative_prompt": "blurred"}
+    sizes = {"num_frames": 4 * (frames - 1) + 1, "height": 8 * height, "width": 8 * width, "fps": 16.0}
+    drawing = {"num_inference_steps": 5, "guidance_scale": 6.0}
+    picture = torch.zeros(3, 8 * height, 8 * width) if given else None  # it marks the first frame as given
+    expected = pipeline(
+        **prompts, **sizes, **drawing, image=picture, latents=latents.clone(), output_type="latent"
+    ).video[0]  # fmt: skip
+    ids, negative = pipeline.tokenize_prompt(**prompts, **sizes)
+    output = ours.generate(
+        torch.tensor([ids]), negative_prompt_ids=torch.tensor([negative]), image_size=[height, width],
+        num_frames=frames, frames_per_second=16.0, first_frames=first if given else None,
+        generation_mode="image", generator=[torch.Generator().manual_seed(5)], **drawing,
+    )  # fmt: skip
+    assert output.sequences[0].tolist().count(PATCH) == frames * 9
+    assert_close(output.latents[0][0], expected)
+    assert given == 0 or torch.allclose(output.latents[0][0][:, 0], first[0, :, 0], atol=1e-5)
+
+
+def test_served_videos_and_the_text_behind_them(family):
+    _, _, ours = family
+    requests = [
+        {"input_ids": TEXT, "num_frames": 3, "frames_per_second": 16.0, "image_size": [4, 4]},
+        {"input_ids": TEXT[2:], "num_frames": 3, "frames_per_second": 16.0, "image_size": [4, 4]},
+        {"input_ids": TEXT[1:], "num_frames": 3, "frames_per_second": 30.0, "image_size": [4, 4]},
+        {"input_ids": TEXT, "image_size": [4, 4]},
+    ]
+    settings = {
+        "num_inference_steps": 3,
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "eos_token_id": [],
+        "pad_token_id": 0,
+    }
+    made = ours.generate_batch(
+        [request | settings | {"generator": torch.Generator().manual_seed(7)} for request in requests]
+    )
+    for request, result in zip(requests, made.values(), strict=True):
+        ids, request = torch.tensor([request["input_ids"]]), request | settings
+        del request["input_ids"]
+        alone = ours.generate(ids, generator=torch.Generator().manual_seed(7), **request)
+        assert result.error is None and torch.equal(result.output.sequences, alone.sequences)
+        assert_close(result.output.latents[0][0], alone.latents[0][0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"frames_per_second": 24.0}, "are of videos: give num_frames too"),
+        ({"num_frames": 2, "guidance_renorm": "global"}, "with guidance_renorm='none'"),
+        ({"num_frames": 2, "first_frames": torch.zeros(1, 3, 2, 4, 4)}, "with fewer frames than num_frames=2"),
+        ({"num_frames": 3, "first_frames": torch.zeros(2, 3, 2, 4, 4)}, "first_frames has 2 rows for 1 sequences"),
+        ({"num_frames": 0}, "num_frames=0"),
+    ],
+)
+def test_videos_that_cannot_be_drawn_are_refused(family, arguments, message):
+    _, _, ours = family
+    with pytest.raises(ValueError, match=message):
+        ours.generate(torch.tensor([TEXT]), image_size=[4, 4], generation_mode="image", **arguments)
+
+
 # ------------------------------------------------------------------------------------------------------- there and back
 
 
