@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .attention_masks import document_starts
+from .checks_fields import is_real
 
 
 # B batch, L row length, n patches of one run of placeholders, P patches of all runs
@@ -107,7 +108,7 @@ def grid_positions(
         frames_per_second: of videos, for all or for each run; see `Grid.of`.
 
     Raises:
-        ValueError: rates of another number than there are runs.
+        ValueError: rates of another number than there are runs, or that are no positive numbers.
     """
     # The grids of all runs, of which the host knows the sizes.
     frames = [1] * len(sizes) if frames is None else list(frames)
@@ -115,6 +116,8 @@ def grid_positions(
     rates = list(rates) if isinstance(rates, Sequence) else [rates] * len(frames)
     if len(rates) != len(frames):
         raise ValueError(f"frames_per_second has {len(rates)} rates for {len(frames)} images and videos; give one each")
+    if wrong := [rate for rate in rates if rate is not None and not (is_real(rate) and rate > 0)]:
+        raise ValueError(f"frames_per_second has {wrong[0]!r}; a rate is a positive number")
     firsts = [sum(frames[:run]) for run in range(len(frames))]
     grids = [Grid.of(config, sizes[first], count, rate) for first, count, rate in zip(firsts, frames, rates)]
 
