@@ -27,7 +27,7 @@ COMMON = (
 )  # fmt: skip
 # Fields of a layer that COMMON leaves open.
 LAYER = (
-    "attention_bias", "attention_output_bias", "mlp_bias", "qk_norm", "norm_position", "norm_offset",
+    "attention_bias", "attention_output_bias", "mlp_bias", "gated_mlp", "qk_norm", "norm_position", "norm_offset",
     "embedding_multiplier", "layers_without_rope", "hidden_dropout",
 )  # fmt: skip
 # Fields that change nothing in the forward of a causal language model, or that COMMON expresses in another way.
@@ -206,6 +206,7 @@ ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
         Architecture("llama", same=("attention_bias", "mlp_bias")),
+        Architecture("arcee", same=("attention_bias", "mlp_bias"), fixed={"gated_mlp": False}),
         Architecture("mistral", inverse={"sliding_window": lambda config: None}),
         Architecture(
             "ministral",

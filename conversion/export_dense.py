@@ -153,7 +153,7 @@ def _plan(
     # The configuration of the dense model, and the MoT's tensors that become each of its tensors.
     config = read_config(stored)
     modules = _modules_of(config, tower)
-    row, dense = dense_architecture(config, architecture, _recorded_architecture(folder))
+    row, dense = dense_architecture(_config_of(config, tower), architecture, _recorded_architecture(folder))
     copies, left_behind = _copies(reader, config, dense, row, modules, tower)
     generation = _generation_config(folder, dense)
     cut_off = [] if vocab_size is None else _cut_vocabulary(folder, dense, generation, vocab_size)
@@ -184,6 +184,24 @@ def _modules_of(config: MoTConfig, tower: str | None) -> dict[str, list[str]]:
             f"architecture has{'; ' * bool(way_out)}{way_out}"
         )
     return parts
+
+
+def _config_of(config: MoTConfig, tower: str | None) -> MoTConfig:
+    """Return the configuration of the tower, or of all towers, which must then be of one kind."""
+    if tower is None:
+        if config.tower_configs:
+            raise ConversionError(
+                f"the towers differ by tower_configs={config.tower_configs}; name the one to keep with --tower "
+                f"({', '.join(config.tower_names)})"
+            )
+        return config
+    own = config.tower_config(tower)
+    if own.hidden_size != config.hidden_size:
+        raise ConversionError(
+            f"tower {tower!r} is hidden_size={own.hidden_size} wide, and the embeddings are {config.hidden_size}: it "
+            f"is no language model of its own; the tower of text is {config.towers['text']!r}"
+        )
+    return own
 
 
 def dense_architecture(

@@ -200,6 +200,12 @@ def _mot_config(
     # Only now the towers have names.
     if unknown := [tower for tower in wishes.starts if tower not in config.tower_names]:
         raise ConversionError(f"--init names {unknown[0]!r}; the towers are {', '.join(config.tower_names)}")
+    for tower, own in (config.tower_configs or {}).items():
+        if own and wishes.starts.get(tower, Start()).kind != "fresh":
+            raise ConversionError(
+                f"--set tower_configs gives tower {tower!r} fields of its own, {own}, so it is no copy of the source; "
+                f"--init {tower}=fresh draws it as in a new model"
+            )
     if wishes.starts and not config.untied:
         raise ConversionError("--init is of what a tower has for itself, but --share leaves nothing; name fewer parts")
     return config
@@ -229,9 +235,12 @@ def _take_generation_config(folder: Path, model: PreTrainedModel) -> None:
 
 
 def _made_here(config: MoTConfig, targets: dict[str, torch.Tensor], wishes: Wishes) -> dict[str, Callable]:
-    """Name -> maker of each tensor that no dense model has: those of routers, patchifier and VAE."""
+    """Name -> maker of each tensor that no dense model has: those of other sizes, of routers, patchifier and VAE."""
+    own = [tower for tower, fields in (config.tower_configs or {}).items() if fields]
     made = {}
     for name, target in targets.items():
+        if (tower := next((part for part in name.split(".") if part in own), None)) is not None:
+            made[name] = partial(_fresh, name, tuple(target.shape), config.tower_config(tower), wishes.seed)
         if name.endswith(".router.weight"):
             made[name] = partial(_router, name, tuple(target.shape), config, wishes.seed)
     if wishes.vae is not None:
@@ -248,9 +257,13 @@ def _made_here(config: MoTConfig, targets: dict[str, torch.Tensor], wishes: Wish
     return made
 
 
+def _fresh(name: str, shape: tuple[int, ...], config: MoTConfig, seed: int) -> torch.Tensor:
+    return fresh(name, shape, config, generator_of(seed, name))
+
+
 def _router(name: str, shape: tuple[int, ...], config: MoTConfig, seed: int) -> torch.Tensor:
     # D inputs add up. With values this small all experts begin with about the same weight.
-    return fresh(name, shape, config, generator_of(seed, name)) / shape[1] ** 0.5
+    return _fresh(name, shape, config, seed) / shape[1] ** 0.5
 
 
 def _same(value: torch.Tensor) -> torch.Tensor:

@@ -5,8 +5,8 @@
     python -m conversion.upcycle SOURCE OUT --transfusion --vae FOLDER --freeze-text
     python -m conversion.upcycle SOURCE OUT --image-codes 8192 --init image=perturbed:0.02 --dry-run
 
-SOURCE is a checkpoint of transformers: Llama, Mistral, Ministral, Qwen2, Qwen3, SmolLM3, OLMo 2, Gemma or Seed-OSS. Its
-tensors are read and written one by one.
+SOURCE is a checkpoint of transformers: Llama, Arcee, Mistral, Ministral, Qwen2, Qwen3, SmolLM3, OLMo 2, Gemma or
+Seed-OSS. Its tensors are read and written one by one.
 """
 
 import argparse
@@ -39,7 +39,10 @@ from modeling_mot.speech_tokenizer import MoTSpeechTokenizer
 IMAGE_CODES, IMAGE_GRID = 8192, [32, 32]  # of Chameleon's image tokenizer
 
 # Fields that --set may change: neither the source nor another option decides them.
-SETTABLE = {"attention_dropout", "hidden_dropout", "z_loss_coefficient", "max_speech_tokens", "initializer_range"}
+SETTABLE = {
+    "attention_dropout", "hidden_dropout", "z_loss_coefficient", "max_speech_tokens", "initializer_range",
+    "tower_configs",
+}  # fmt: skip
 SETTABLE_TRANSFUSION = (
     {known.name for known in fields(MoTTransfusionConfig)}
     - {known.name for known in fields(MoTConfig)}

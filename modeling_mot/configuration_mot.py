@@ -383,7 +383,7 @@ class MoTConfig(PreTrainedConfig):
         return max(self.tower_widths.values(), default=self.hidden_size)
 
     @property
-    def qk_norms(self) -> set[str]:
+    def qk_norm_kinds(self) -> set[str]:
         """The kinds of `qk_norm` that the towers have."""
         return {self.tower_config(name).qk_norm for name in self.part_names("attention")} - {None}
 
@@ -394,7 +394,7 @@ class MoTConfig(PreTrainedConfig):
         # Chameleon's QK-norm has weights for each head, and OLMo 2's runs over all heads: every rank must see all
         # heads.
         inward, outward = "colwise", "rowwise"
-        if self.qk_norms & {"rms_all_heads", "layer"}:
+        if self.qk_norm_kinds & {"rms_all_heads", "layer"}:
             inward, outward = "colwise_gather_output", "rowwise_split_input"
         for tower in self.part_names(QUERY_KEY_VALUE):
             for projection in "qkv":
@@ -595,9 +595,10 @@ class MoTConfig(PreTrainedConfig):
                 f"tower_configs[{text!r}].hidden_size={width}: the tower of text is as wide as the embeddings, "
                 f"hidden_size={self.hidden_size}; set hidden_size={width}, and the widths of the other towers here"
             )
-        if "rms_all_heads" in self.qk_norms and len(self.qk_norms) > 1:
+        kinds = self.qk_norm_kinds
+        if "rms_all_heads" in kinds and len(kinds) > 1:
             raise ValueError(
-                f"tower_configs gives the towers qk_norm={sorted(self.qk_norms)}: 'rms_all_heads' runs over all heads "
+                f"tower_configs gives the towers qk_norm={sorted(kinds)}: 'rms_all_heads' runs over all heads "
                 "together, the others over each, so beside it a tower may only have none"
             )
 

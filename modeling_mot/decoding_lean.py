@@ -485,7 +485,7 @@ class _Reader:
     def head_norm(self, module: nn.Module | None, config) -> Callable | None:
         """Read a norm of queries or keys, as a function of (n, H * d)."""
         norm = self.norm(module)
-        if norm is None or "rms_all_heads" in config.qk_norms:
+        if norm is None or "rms_all_heads" in config.qk_norm_kinds:
             return norm
         return lambda rows: norm(rows.unflatten(-1, (-1, config.head_dim))).flatten(1)
 

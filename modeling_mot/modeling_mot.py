@@ -215,8 +215,8 @@ class MoTAttention(nn.Module):
         self.k_proj = project(key_heads)
         self.v_proj = project(key_heads)
         self.o_proj = project_back(heads)
-        self.norms_each_head = "rms_all_heads" not in config.qk_norms
-        if config.qk_norms:
+        self.norms_each_head = "rms_all_heads" not in config.qk_norm_kinds
+        if config.qk_norm_kinds:
             self.q_norm = TowerNorms({name: qk_norm(tower(name), heads) for name in own_output})
             self.k_norm = TowerNorms({name: qk_norm(tower(name), key_heads) for name in own_output})
         if config.cross_key_norm:

@@ -34,6 +34,7 @@ SOURCES = {
     "llama": ("llama", {}),
     "llama-biases": ("llama", {"head_dim": 16, "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
     "llama-tied": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "arcee": ("arcee", {"head_dim": 16, "mlp_bias": True}),
     "mistral": ("mistral", {"head_dim": 12, "sliding_window": None}),
     "ministral": ("ministral", {"head_dim": 8, "sliding_window": 64}),
     "qwen2": ("qwen2", {}),

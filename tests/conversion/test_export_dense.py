@@ -244,6 +244,33 @@ def test_layers_of_no_dense_architecture_are_refused_by_field(tiny_model, fields
         export_dense(str(tmp_path / "mot"), tmp_path / "dense", tower="text")
 
 
+OWN_SIZES = {"image": {"hidden_size": 20}, "speech": {"intermediate_size": 20, "rms_norm_eps": 0.1}}
+
+
+@torch.no_grad()
+def test_a_tower_with_sizes_of_its_own_becomes_a_dense_model_of_these_sizes(tiny_model, tmp_path):
+    model = tiny_model(tower_configs=OWN_SIZES)
+    model.save_pretrained(tmp_path / "mot")
+    export_dense(str(tmp_path / "mot"), tmp_path / "dense", tower="speech")
+    dense = load(tmp_path / "dense")
+    assert (dense.config.intermediate_size, dense.config.rms_norm_eps) == (20, 0.1)
+    ids = torch.randint(45, 60, (1, 9))
+    torch.testing.assert_close(dense(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tower", "message"),
+    [
+        (None, "the towers differ by tower_configs=.*--tower \\(text, image, speech\\)"),
+        ("image", "hidden_size=20 wide, and the embeddings are 32: .* tower of text is 'text'"),
+    ],
+)
+def test_towers_that_are_no_language_model_are_refused(tiny_model, tower, message, tmp_path):
+    tiny_model(tower_configs=OWN_SIZES).save_pretrained(tmp_path / "mot")
+    with pytest.raises(ConversionError, match=message):
+        export_dense(str(tmp_path / "mot"), tmp_path / "dense", tower=tower)
+
+
 def test_an_architecture_that_lacks_a_part_is_refused_by_field(tmp_path):
     saved(tmp_path / "mot", "qwen2")
     with pytest.raises(ConversionError, match="qwen3 cannot express .*qk_norm=None"):

@@ -166,6 +166,24 @@ def test_only_one_tensor_of_the_source_is_in_memory_at_a_time(tmp_path, monkeypa
     assert len(alive) > 60
 
 
+OWN_SIZES = {"hidden_size": 24, "intermediate_size": 40, "gated_mlp": False, "hidden_act": "relu2", "qk_norm": "rms"}
+SET_OWN = ["--set", f"tower_configs={json.dumps({'image': OWN_SIZES})}"]
+
+
+@pytest.mark.parametrize("source", ["gemma", "llama-biases"])
+@torch.no_grad()
+def test_a_tower_of_another_width_is_drawn_and_text_keeps_its_logits(tmp_path, source):
+    dense, out = converted(tmp_path, *ROOM, "--init", "image=fresh", *SET_OWN, source=source)
+    model = MoTForCausalLM.from_pretrained(out, attn_implementation="sdpa")
+    assert model.config.tower_configs == {"image": OWN_SIZES}
+    assert model.model.layers[0].mlp["image"].up_proj.weight.shape == (40, 24)
+    norm = model.model.norm["image"].weight
+    assert norm.shape == (24,) and (norm == (0 if source == "gemma" else 1)).all()
+    ids = text_ids()
+    assert torch.equal(model(ids).logits[..., :60], dense(ids).logits)
+    assert model(ids, modality_ids=torch.randint(0, 3, ids.shape)).logits.isfinite().all()
+
+
 def test_a_fresh_tower_begins_as_a_new_model_does(tmp_path):
     dense, out = converted(tmp_path, *ROOM, "--init", "image=fresh", source="gemma", hidden_size=64, head_dim=32)
     new = MoTForCausalLM(MoTForCausalLM.from_pretrained(out).config)
@@ -500,6 +518,8 @@ def test_what_was_made_of_what_is_recorded(tmp_path):
         (["--image-codes", "4", "--modalities", "text"], "make text image"),
         (["--image-codes", "0"], "--image-codes 0 must be at least 1"),
         (["--image-codes", "4", "--init", "image"], "is not TOWER=START"),
+        (["--image-codes", "4", *SET_OWN], "is no copy of the source; --init image=fresh draws it"),
+        (["--image-codes", "4", "--set", 'tower_configs={"video": {}}'], "unknown tower of tower_configs video"),
         (["--image-codes", "4", "--init", "image=new"], "is none of copy, fresh and perturbed:STD"),
         (["--image-codes", "4", "--init", "speech=fresh"], "--init names 'speech'; the towers are text, image"),
         (["--image-codes", "4", "--share", "feed_forward", "--moe-text", "2"], "leaves none"),
@@ -537,7 +557,7 @@ def test_options_that_do_not_go_together(tmp_path, capsys, options, message):
         ({"model_type": "gemma2"}, "caps logits"),
         ({"model_type": "phi3"}, "its projections are fused"),
         ({"model_type": "mixtral"}, "mixtures of experts with token choice"),
-        ({"model_type": "nonesuch"}, "is not known. Those that can are llama, mistral"),
+        ({"model_type": "nonesuch"}, "is not known. Those that can are llama, arcee, mistral"),
         ({"quantization_config": {"quant_method": "gptq"}}, "the weights are quantized"),
         ({"rope_parameters": LONGROPE}, "rope_type='longrope' is not one of"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),

@@ -71,6 +71,7 @@ CONTRADICTIONS = {
         "modality_token_ranges\\['text'\\]=\\[0, 10, 30\\]",
     ),
     "tower_of_torchs_name": ({"towers": {"text": "keys", "image": "a", "speech": "b"}}, "towers names 'keys'"),
+    "tower_of_our_name": ({"towers": {"text": "a", "image": "reads", "speech": "b"}}, "towers names 'reads'"),
     "dtype": ({"dtype": "float31"}, "dtype='float31'"),
 }
 

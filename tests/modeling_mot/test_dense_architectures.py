@@ -13,6 +13,7 @@ from .test_lean_decoding import forwards, ordinary
 # Name of a tiny dense model -> what a MoTConfig says of its layers.
 ARCHITECTURES = {
     "llama-biases": {"head_dim": 16, "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
+    "arcee": {"head_dim": 16, "mlp_bias": True, "gated_mlp": False, "hidden_act": "relu2"},
     "mistral": {"head_dim": 12},
     "qwen2": {"attention_bias": True, "attention_output_bias": False},
     "qwen3": {"head_dim": 16, "qk_norm": "rms"},

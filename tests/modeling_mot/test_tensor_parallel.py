@@ -10,7 +10,18 @@ from modeling_mot import MoTForCausalLM
 from tests.training.ranks import start_ranks
 
 
-QK_NORMS = (None, "rms", "rms_all_heads", "layer")
+LAYERS = {
+    "plain": {},
+    "rms": {"qk_norm": "rms"},
+    "rms_all_heads": {"qk_norm": "rms_all_heads"},
+    "layer": {"qk_norm": "layer"},
+    "towers": {
+        "tower_configs": {
+            "image": {"hidden_size": 20, "gated_mlp": False, "hidden_act": "relu2", "qk_norm": "rms"},
+            "speech": {"hidden_size": 40, "intermediate_size": 24},
+        }
+    },
+}
 IDS = torch.tensor([[9, 12, 35, 40, 7, 50, 51, 8, 31, 11], [8, 8, 30, 31, 32, 33, 9, 59, 58, 10]])
 
 
@@ -35,9 +46,9 @@ def compare(folder: str) -> None:
 
 
 def test_shared_layers_have_the_logits_and_gradients_of_whole_ones(tiny_model, tmp_path):
-    folders = [str(tmp_path / str(qk_norm)) for qk_norm in QK_NORMS]
-    for folder, qk_norm in zip(folders, QK_NORMS):
-        tiny_model(qk_norm=qk_norm).save_pretrained(folder)
+    folders = [str(tmp_path / name) for name in LAYERS]
+    for folder, fields in zip(folders, LAYERS.values()):
+        tiny_model(**fields).save_pretrained(folder)
     ranks = start_ranks("tests.modeling_mot.test_tensor_parallel", folders, fsdp=False)
     try:
         outputs = [rank.communicate(timeout=240)[0] for rank in ranks]

@@ -104,6 +104,19 @@ def test_shares_of_modalities_decide_what_is_spent(tmp_path):
     assert text["parameters"]["frozen"] > 0
 
 
+def test_a_plan_names_the_widths_of_towers_and_compares_towers_of_one_width(capsys):
+    words = [str(CONFIGS / "emoji.yaml"), "model.tower_configs={image: {hidden_size: 64, intermediate_size: 128}}"]
+    assert plan.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "6 layers of text 256, image 64, speech 256, towers" in printed
+    figures = plan.plan_figures(load_recipe(words), plan.make_parser().parse_args([]))
+    alike = plan.plan_figures(load_recipe(words[:1]), plan.make_parser().parse_args([]))
+    assert figures["comparison"] == alike["comparison"]
+    by_part = figures["parameters"]["by_part"]
+    assert by_part["attention"]["image"] * 4 == by_part["attention"]["text"]
+    assert figures["flops"]["forward_per_token"]["image"] < figures["flops"]["forward_per_token"]["text"]
+
+
 def test_a_plan_goes_on_from_a_checkpoint(tmp_path, capsys):
     sizes = ["model.hidden_size=32", "model.num_hidden_layers=1", "model.num_attention_heads=2", "data.row_length=64"]
     recipe = load_recipe([str(CONFIGS / "transfusion-emoji.yaml"), *sizes])

@@ -137,6 +137,22 @@ def test_what_no_memory_holds_is_refused_before_it_is_made(limits, named):
         plan_model(recipe.model, recipe.data, budget=replace(PLENTY, **limits))
 
 
+def test_a_recipe_gives_towers_sizes_of_their_own():
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "gated_mlp": False}
+    recipe = recipe_of(PICTURES, **sizes, tower_configs={"image": {"hidden_size": 24}}, hidden_act="relu2")
+    config = plan_model(recipe.model, recipe.data).config
+    assert config.tower_widths == {"text": 32, "image": 24, "speech": 32}
+    assert config.tower_config("image").hidden_act == "relu2" and not config.tower_config("image").gated_mlp
+    assert not leaves_size_open(recipe_of(PICTURES, tower_configs={"image": {"hidden_size": 24}}).model)
+    for towers, message in (
+        ({"picture": {}}, "model: unknown tower of tower_configs picture; known are image"),
+        ({"image": {"hidden_size": 0}}, "hidden_size.*=0 must be at least 1"),
+    ):
+        recipe = recipe_of(PICTURES, **sizes, tower_configs=towers)
+        with pytest.raises(ConfigError, match=message):
+            plan_model(recipe.model, recipe.data)
+
+
 def test_every_recipe_of_the_project_names_its_size():
     assert not any(leaves_size_open(load(Recipe, path).model) for path in CONFIGS.glob("*.yaml"))
 
