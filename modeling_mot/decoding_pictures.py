@@ -9,7 +9,7 @@ image into the cache. Guidance predicts an image behind other contexts too, whic
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from .attention_masks import RANGES, AttentionPlan, ImageBlocks, attention_mask_for, find_image_blocks
 from .checks_arguments import MOST_SCALE, check_generator
-from .checks_fields import Maybe, Number, OneOf, Several, check_fields, is_real, is_whole
+from .checks_fields import Maybe, Number, OneOf, Several, Typed, check_fields, check_names, is_real, is_whole
 from .decoding_lean import DecodingCache, Prefix
 from .latent_images import TIME_SPACINGS, build_scheduler, noise_shares, set_times
 from .tower_routing import ModalityRouting
@@ -37,9 +37,18 @@ SETTINGS_RULES = {
     "guidance_renorm": OneOf(("none", "global", "channel", "text_channel")),
     "guidance_renorm_min": Number(0, 1),
     "guidance_interval": Several(Number(0, 1), count=2),
+    "guidance_with_images": Typed(dict),
     "time_spacing": OneOf(TIME_SPACINGS),
     "timestep_shift": Maybe(Number(0, SCHEDULER_NUMBERS, open="low")),
 }
+OF_GUIDANCE = (
+    "guidance_scale",
+    "image_guidance_scale",
+    "guidance_form",
+    "guidance_renorm",
+    "guidance_renorm_min",
+    "guidance_interval",
+)
 # The contexts of guidance beside the whole prompt.
 UNCONDITIONAL = "unconditional"  # nothing of the prompt, or a negative prompt
 WITHOUT_TEXT = "without_text"  # the prompt without its last text
@@ -56,6 +65,7 @@ class DiffusionSettings:
     guidance_renorm: str = "none"
     guidance_renorm_min: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_with_images: dict = field(default_factory=dict)
     num_inference_steps: int = 250
     time_spacing: str = "scheduler"
     timestep_shift: float | None = None
@@ -70,6 +80,10 @@ class DiffusionSettings:
     output_type: str = "pil"
     progress_bar: bool = False
     generation_mode: str | None = None
+
+    def of_prompt(self, has_images: bool) -> "DiffusionSettings":
+        """Return the settings of a prompt: with images, `guidance_with_images` goes before the others."""
+        return replace(self, **self.guidance_with_images) if has_images and self.guidance_with_images else self
 
     def validate(self, config) -> None:
         """Refuse options that cannot be drawn by, before anything is drawn.
@@ -108,6 +122,9 @@ class DiffusionSettings:
         check_generator(self.generator)
         check_fields(self, SETTINGS_RULES)
         self._check_guidance()
+        if self.guidance_with_images:
+            check_names(self.guidance_with_images, OF_GUIDANCE, "setting in guidance_with_images:")
+            replace(self, **self.guidance_with_images, guidance_with_images={}).validate(config)
         size = self.latent_size(config)
         self._check_scheduler(config, size)
 
@@ -194,6 +211,7 @@ def contexts_of(settings, has_images: bool) -> tuple[str, ...]:
         settings: `DiffusionSettings`.
         has_images: True if images stand in the prompt. Without them there is no guidance by images.
     """
+    settings = settings.of_prompt(has_images)
     images = settings.image_guidance_scale
     by_images = has_images and images not in (None, 1)
     is_nested = settings.guidance_form == "nested"
@@ -311,7 +329,7 @@ class Denoising:
     def __init__(self, model, settings: DiffusionSettings, generators: Generators, rows: list[int], has_images: bool):
         config, device = model.config, model.device
         self.model = model
-        self.settings = settings
+        self.settings = settings = settings.of_prompt(has_images)
         self.rows = rows
         self.size = settings.latent_size(config)
         self.step = 0
