@@ -230,7 +230,7 @@ def kept_tokens(config, context: str, ids: torch.Tensor, mask: torch.Tensor) -> 
     The last text of a prompt is what stands behind its last image, or before it if nothing stands behind. A text also
     ends at EOS, and BOS at the beginning belongs to no text.
     """
-    in_prompt = mask.bool()
+    in_prompt = mask != 0
     in_prompt[:, -1] &= ids[:, -1] != config.boi_token_id
     is_text = in_prompt & (find_image_blocks(ids == config.image_token_id, None, with_markers=True) < 0)
     if context == WITHOUT_IMAGES:
