@@ -360,6 +360,7 @@ def test_placeholders_may_lie_behind_the_vocabulary():
         ({"encoders": {"eye": EYE | {"drop_last_layers": 3}}}, "drop_last_layers=3 leaves none of num_hidden_layers=3"),
         ({"encoders": {"eye": EYE | {"connector": {"act": "relu"}}}}, "field of encoders['eye'].connector act"),
         ({"encoders": {"eye": EYE, "ear": EYE}}, "encoders has 'ear', which no entry of continuous_modalities names"),
+        ({"encoders": {"a.b": EYE}}, "names 'a.b': it is part of parameter names"),
         ({"encoders": None}, "unknown encoder of continuous_modalities['vision'] eye"),
         ({"continuous_modalities": None}, "encoders has 'eye'"),
         (
