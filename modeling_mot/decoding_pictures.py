@@ -551,7 +551,7 @@ class ImageForward:
         model: a `MoTTransfusionModel`.
         prefixes: of the R sequences that get an image; they end with BOI, unless BOI belongs to the image's block.
         size: (h, w) of the latents; or a `VideoSize`, and latents are (N, C, f, h, w) everywhere.
-        with_end: True to run EOI even if it does not belong to the block: the pass that commits the image.
+        with_end: True to run EOI even if it does not belong to the block: the pass that commits the clean image.
 
     Attributes:
         hidden: (R, T) bool, the tokens that text does not see; None where it sees all.
@@ -564,6 +564,7 @@ class ImageForward:
         self.config = config
         self.video = size if isinstance(size, VideoSize) else None
         self.size = size if self.video is None else (size.height, size.width)
+        self.is_clean = with_end
 
         # The tokens: markers have embeddings, patches are put between them in each forward.
         count, inside = len(prefixes), config.markers_in_image_block
@@ -645,11 +646,7 @@ class ImageForward:
         return {"past_key_values": cache, "attention_mask": mask}
 
     def __call__(
-        self,
-        latents: torch.Tensor,
-        timestep: torch.Tensor | float,
-        index: torch.Tensor | None = None,
-        is_clean: bool = False,
+        self, latents: torch.Tensor, timestep: torch.Tensor | float, index: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Any]:
         """Run the model over images at their timesteps.  -> hidden states (R, T, D), the patchifier's features
 
@@ -657,10 +654,9 @@ class ImageForward:
             latents: (N, C, h, w)
             timestep: of all, or (N,).
             index: (R,) the place among the latents of each sequence's image; default: N = R, in their order.
-            is_clean: True for images without noise.
         """
         timesteps = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
-        clean = torch.full_like(timesteps, is_clean, dtype=torch.bool)
+        clean = torch.full_like(timesteps, self.is_clean, dtype=torch.bool)
         if self.video is not None:
             # Each frame is an image; those that are given have no noise.
             count, frames = len(latents), self.video.frames
@@ -763,7 +759,7 @@ def commit(
         the next logits (R, V), and the positions that follow.
     """
     forward = ImageForward(model, prefixes, size, with_end=True)
-    hidden_states, _ = forward(latents, 0, is_clean=True)
+    hidden_states, _ = forward(latents, 0)
     logits = model.lm_head(hidden_states[:, -1, : model.config.hidden_size]).float()
 
     # Nothing that can fail comes after the first change of the cache, because a server tries a failed commit again.

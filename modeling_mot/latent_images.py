@@ -700,7 +700,7 @@ class LatentImagesMixin:
             like: (..., D), a tensor of the dtype and device that are wanted.
         """
         if modality in self.position_tables:
-            return self.position_tables[modality](height, width).to(like.dtype)
+            return self.position_tables[modality](height, width).to(like)
         return position_table(height, width, like.shape[-1], like.device).to(like.dtype)
 
     def embed_latents(self, images: NoisyImages) -> tuple[torch.Tensor, list]:

@@ -113,6 +113,16 @@ FIELDS: dict[str, tuple] = {
     "prediction_type": ("nope", None, 3),
     "patchifier": ("nope", None, ""),
     "noise_schedule": ("nope", None, ""),
+    "timestep_addition": ("nope", 3, True),
+    "noised_images_advance": (False, 3, "no"),
+    "latent_position_table_size": ([4, 4], [4], [0, 4], [NAN, 4], 4, "44", [10**9, 10**9]),
+    "num_placeholder_tokens": (-1, NAN, 2.5, True, 10**9, "2"),
+    "continuous_modalities": (
+        {}, {"vision": {}}, {"vision": None}, {"image": {"kind": "features"}}, [1], 3,
+        {"vision": {"kind": "features", "encoder": "eye", "placeholder_token_id": NAN}},
+        {"vision": {"kind": "os.system", "encoder": "eye", "placeholder_token_id": 40}},
+    ),
+    "encoders": ({}, {"eye": {}}, {"eye": None}, {"eye": {"type": "nope"}}, {"a.b": {}}, [1], 3, {"eye": {"a": 1}}),
     "image_first_max_timestep": (-1, 10**9, NAN, "5", 0),
     "vae_config": (
         {}, {"_class_name": "nope"}, {"_class_name": "os.system"}, VAE | {"latent_channels": 3}, VAE | {"a": 1}, [1],
