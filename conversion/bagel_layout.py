@@ -163,7 +163,8 @@ def _language_model(reader: CheckpointReader, stored: Mapping[str, Any], ignored
         "num_attention_heads": rows(f"{attention}.q_proj")[0] // head_dim,
         "num_key_value_heads": rows(f"{attention}.k_proj")[0] // head_dim,
     }
-    _check_stored(sizes, stored, LLM_CONFIG)
+    # A vocabulary may have grown by tokens that were added.
+    _check_stored({name: size for name, size in sizes.items() if name != "vocab_size"}, stored, LLM_CONFIG)
     fields = qwen2.mot_fields(config) | sizes | {"head_dim": head_dim}
     # BAGEL's loader: a norm on queries and keys, an output layer of its own. A text begins with no token by itself.
     return fields | {"qk_norm": "rms", "tie_word_embeddings": False, "pad_token_id": None, "bos_token_id": None}

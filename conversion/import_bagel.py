@@ -56,6 +56,7 @@ class Plan:
         moves: source tensor -> its name in the model, for all but the autoencoder.
         vae_tensors: how many tensors the autoencoder has.
         reader: reads the weights without the autoencoder.
+        vae_reader: reads FLUX's autoencoder, if there is one.
         token_ids: name -> id of the tokens that the model knows.
     """
 
@@ -64,6 +65,7 @@ class Plan:
     moves: dict[str, str]
     vae_tensors: int
     reader: CheckpointReader
+    vae_reader: CheckpointReader | None
     token_ids: dict[str, int]
 
     def describe(self) -> str:
@@ -126,6 +128,8 @@ def import_bagel(
         "token_ids": plan.token_ids,
         **{name.removesuffix(".json"): content for name, content in stored.items()},
     }
+    if plan.vae_reader is not None:
+        record["sha256"] |= plan.vae_reader.fingerprints()
     with new_folder(out, overwrite) as made:
         write_model(made, plan.model, plan.entries, max_shard_size)
         if _has_tokenizer(folder):
@@ -163,7 +167,7 @@ def _plan(
         moves[origin] = name
     own = {name: shape for name, shape in wanted.items() if name.startswith(VAE)}
     entries += autoencoder.entries(own)
-    return Plan(model, entries, moves, len(own), reader, tokens)
+    return Plan(model, entries, moves, len(own), reader, autoencoder.reader, tokens)
 
 
 def _cast(reader: CheckpointReader, name: str, dtype: torch.dtype) -> torch.Tensor:

@@ -30,6 +30,7 @@ SAVED = (
 )  # fmt: skip
 BESIDE = (
     CARD, "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY.md", ".gitattributes", "conversion.json",
+    "not_run.safetensors",
     "*.png", "*.jpg", "*.jpeg", "*.webp",
 )  # fmt: skip
 # Files that stay here: bookkeeping of git and of downloads, which the Hub's own client passes over too, and the recipe

@@ -7,6 +7,7 @@ is diffused, such a modality is read only: the transformer sees a picture as an 
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
 from transformers.activations import ACT2FN
 
 from .checks_fields import Maybe, Number, OneOf, Rule, Several, Typed, Whole, check_fields, check_names
@@ -74,6 +75,12 @@ def check_modalities(config) -> None:
     """
     # Each field by its rule.
     modalities, encoders = config.continuous_modalities or {}, config.encoders or {}
+    for name in (*modalities, *encoders):
+        if not name or "." in name or hasattr(nn.ModuleDict(), name):
+            raise ValueError(
+                f"continuous_modalities or encoders names {name!r}: it is part of parameter names, so it is not empty, "
+                "without a dot, and no word that torch's modules use themselves; name it otherwise"
+            )
     for name, fields in modalities.items():
         _check_entry(fields, MODALITY_RULES, f"continuous_modalities[{name!r}]")
     for name, fields in encoders.items():

@@ -156,6 +156,7 @@ class MoTConfig(PreTrainedConfig):
     model_type = "mixture_of_transformers"
     keys_to_ignore_at_inference = ["past_key_values", "cache", "loss_sums", "loss_counts", "z_loss_sum"]
     default_theta = 10000.0
+    ignore_keys_at_rope_validation = {"mrope_section", "mrope_interleaved"}  # which `check_rope_parameters` checks
     auto_classes = {
         "AutoConfig": "configuration_mot.MoTConfig",
         "AutoModel": "modeling_mot.MoTModel",

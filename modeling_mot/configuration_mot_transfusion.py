@@ -96,6 +96,9 @@ class MoTTransfusionConfig(MoTConfig):
             Rows and columns of the latents of an image that `generate()` makes by default. Training and `generate()`
             take any size that `patch_size` divides: resolution is part of the input.
         patch_size (`int`, defaults to 2): A token stands for patch_size x patch_size latents (paper: 2).
+        partial_patches (`bool`, defaults to `False`):
+            With the linear patchifier, True if `patch_size` need not divide the sides of an image: its last patches are
+            filled up with zeros, and predictions are cut (Cosmos 3).
         patchifier (`"unet"` or `"linear"`, defaults to `"unet"`): The way from latents to hidden states and back.
         unet_channels (`list[int]`, defaults to `[544, 1024]`):
             Channels of the U-Net's down blocks, log2(patch_size) + 1 of them. Each block but the last halves the sides;
@@ -198,6 +201,7 @@ class MoTTransfusionConfig(MoTConfig):
     latent_channels: int = 8
     latent_size: list[int] | tuple[int, ...] = (32, 32)
     patch_size: int = 2
+    partial_patches: bool = False
     patchifier: str = "unet"
     unet_channels: list[int] | tuple[int, ...] = (544, 1024)
     unet_layers: int = 3
@@ -297,24 +301,30 @@ class MoTTransfusionConfig(MoTConfig):
         return first * (second / first) ** ((length - low) / (high - low))
 
     def image_length(self, height: int, width: int) -> int:
-        """Count the tokens of an image of height x width latents.
+        """Count the tokens of an image of height x width latents; raises ValueError as `patch_grid` does."""
+        rows, columns = self.patch_grid(height, width)
+        return rows * columns
+
+    def patch_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Return the rows and columns of patches of an image of height x width latents.
 
         Raises:
             ValueError: `patch_size` does not divide a side, or the image exceeds the checkpoint's table of positions.
         """
-        if height % self.patch_size or width % self.patch_size or min(height, width) < 1:
+        is_whole = self.partial_patches or not (height % self.patch_size or width % self.patch_size)
+        if not is_whole or min(height, width) < 1:
             pixels = self.patch_size * self.vae_downsampling
             raise ValueError(
                 f"an image of {height} x {width} latents cannot be cut into patches of patch_size={self.patch_size}; "
                 f"its sides must be multiples of {self.patch_size} latents ({pixels} pixels)"
             )
-        grid, table = (height // self.patch_size, width // self.patch_size), self.latent_position_table_size
+        grid, table = (-(-height // self.patch_size), -(-width // self.patch_size)), self.latent_position_table_size
         if table is not None and (grid[0] > table[0] or grid[1] > table[1]):
             raise ValueError(
                 f"an image of {height} x {width} latents has {grid[0]} x {grid[1]} patches, more than "
                 f"latent_position_table_size={table}; take a smaller one"
             )
-        return grid[0] * grid[1]
+        return grid
 
     def features_grid(self, modality: str, height: int, width: int) -> tuple[int, int]:
         """Return the rows and columns of tokens of a picture of height x width pixels, as its encoder cuts it.
@@ -473,6 +483,8 @@ class MoTTransfusionConfig(MoTConfig):
                 f"timestep_sampling_parameters={given} of timestep_sampling={kind!r} must be "
                 f"{'[mean, deviation] with a positive deviation' if kind == 'logit_normal' else 'positive'}"
             )
+        if self.patchifier == "unet" and self.partial_patches:
+            raise ValueError("partial_patches=True is of patchifier='linear'; the U-Net halves sides: leave it out")
         if self.patchifier == "unet" and self.timestep_addition != "patch":
             raise ValueError(
                 f"timestep_addition={self.timestep_addition!r} is of patchifier='linear'; the U-Net adds the embedding "

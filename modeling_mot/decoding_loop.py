@@ -375,7 +375,7 @@ class InterleavedDecoding(TokenLoop):
         self.prompt = request.input_ids
         pad = request.generation_config._pad_token_tensor
         self.pad = 0 if pad is None else int(pad)
-        self.length = self.config.image_length(*self.settings.latent_size(self.config))
+        self.length = self.settings.length(self.config)
         self.budget = request.generation_config.max_length - self.prompt.shape[1]
 
         # Everything that can be refused is refused before a generator or the model is asked.
@@ -411,6 +411,12 @@ class InterleavedDecoding(TokenLoop):
             raise ValueError(
                 f"max_new_tokens={self.budget} is shorter than the picture that boi_token_id begins: it takes "
                 f"{self.length} tokens and EOI; set max_new_tokens to at least {self.length + 1}"
+            )
+        first = self.settings.first_frames
+        if first is not None and (not len(first) or len(self.prompt) % len(first)):
+            raise ValueError(
+                f"first_frames has {len(first)} rows for {len(self.prompt)} sequences; give one for all, or one for "
+                "each prompt"
             )
         if self.request.streamer is not None and len(self.prompt) > 1:
             raise ValueError(f"a streamer follows one sequence, not {len(self.prompt)}; generate them one by one")
@@ -468,9 +474,8 @@ class InterleavedDecoding(TokenLoop):
             # Pictures come first, so that the sequences that draw catch up with the others.
             drawing = [row for row in self.running if self.last_token(row) == self.config.boi_token_id]
             if drawing:
-                # A sequence with images in its prompt may need other contexts of guidance than one without.
-                contexts = [contexts_of(self.settings, self.has_images[row]) for row in drawing]
-                self._draw([row for row, own in zip(drawing, contexts) if own == contexts[0]])
+                # A sequence with images in its prompt may be guided in another way than one without.
+                self._draw([row for row in drawing if self._guidance(row) == self._guidance(drawing[0])])
                 continue
             self.choose(self.logits)
             if self.running:
@@ -550,14 +555,22 @@ class InterleavedDecoding(TokenLoop):
             return
         going_on = [rows[place] for place in places]
         behind = [prefixes[place] for place in places]
-        self.logits[going_on], positions = commit(self.model, self.cache, going_on, behind, drawing.latents[places])
+        drawn = drawing.latents[places]
+        self.logits[going_on], positions = commit(self.model, self.cache, going_on, behind, drawn, drawing.size)
         for row, position in zip(going_on, positions):
             self.positions[row] = position
 
+    def _guidance(self, row: int) -> tuple:
+        """Return what sequences must have in common to be drawn together."""
+        has_images = self.has_images[row]
+        return contexts_of(self.settings, has_images), has_images and bool(self.settings.guidance_with_images)
+
     def drawing(self, rows: list[int]) -> Denoising:
-        """Begin a picture in each of these sequences, which need the same contexts of guidance."""
-        generators = [self.generators[row] for row in rows]
-        return Denoising(self.model, self.settings, generators, rows, self.has_images[rows[0]])
+        """Begin a picture in each of these sequences, which are guided in one way."""
+        generators, first = [self.generators[row] for row in rows], self.settings.first_frames
+        if first is not None:
+            first = first[[row // (len(self.prompt) // len(first)) for row in rows]]
+        return Denoising(self.model, self.settings, generators, rows, self.has_images[rows[0]], first)
 
     def context_prefixes(self, rows: list[int]) -> list[Prefix]:
         """Return the prefixes that guidance leads these sequences away from: those of one context, then of the next.

@@ -9,7 +9,7 @@ image into the cache. Guidance predicts an image behind other contexts too, whic
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,9 +27,20 @@ from .attention_masks import (
     times_of,
 )
 from .checks_arguments import MOST_SCALE, check_generator
-from .checks_fields import Maybe, Number, OneOf, Several, check_fields, is_real, is_whole
+from .checks_fields import (
+    Maybe,
+    Number,
+    OneOf,
+    Several,
+    Typed,
+    Whole,
+    check_fields,
+    check_names,
+    is_real,
+    is_whole,
+)
 from .decoding_lean import DecodingCache, Prefix
-from .latent_grid import Grid
+from .latent_grid import Grid, VideoSize
 from .latent_images import TIME_SPACINGS, build_scheduler, noise_shares, set_times
 from .tower_routing import ModalityRouting
 
@@ -46,9 +57,20 @@ SETTINGS_RULES = {
     "guidance_renorm": OneOf(("none", "global", "channel", "text_channel")),
     "guidance_renorm_min": Number(0, 1),
     "guidance_interval": Several(Number(0, 1), count=2),
+    "guidance_with_images": Typed(dict),
     "time_spacing": OneOf(TIME_SPACINGS),
     "timestep_shift": Maybe(Number(0, SCHEDULER_NUMBERS, open="low")),
+    "num_frames": Maybe(Whole(1, 2**16)),
+    "frames_per_second": Maybe(Number(open="low")),
 }
+OF_GUIDANCE = (
+    "guidance_scale",
+    "image_guidance_scale",
+    "guidance_form",
+    "guidance_renorm",
+    "guidance_renorm_min",
+    "guidance_interval",
+)
 # The contexts of guidance beside the whole prompt.
 UNCONDITIONAL = "unconditional"  # nothing of the prompt, or a negative prompt
 WITHOUT_TEXT = "without_text"  # the prompt without its last text
@@ -65,6 +87,7 @@ class DiffusionSettings:
     guidance_renorm: str = "none"
     guidance_renorm_min: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_with_images: dict = field(default_factory=dict)
     num_inference_steps: int = 250
     time_spacing: str = "scheduler"
     timestep_shift: float | None = None
@@ -72,6 +95,9 @@ class DiffusionSettings:
     scheduler_kwargs: dict = field(default_factory=dict)
     generator: torch.Generator | list[torch.Generator] | None = None
     image_size: tuple[int, int] | None = None
+    num_frames: int | None = None
+    frames_per_second: float | None = None
+    first_frames: torch.Tensor | None = None
     latent_bound: float = 6.0
     unconditional_prompt: tuple | None = None  # ids and mask, as `negative_prompt` makes them
     callback_on_step_end: Callable | None = None
@@ -79,6 +105,10 @@ class DiffusionSettings:
     output_type: str = "pil"
     progress_bar: bool = False
     generation_mode: str | None = None
+
+    def of_prompt(self, has_images: bool) -> "DiffusionSettings":
+        """Return the settings of a prompt: with images, `guidance_with_images` goes before the others."""
+        return replace(self, **self.guidance_with_images) if has_images and self.guidance_with_images else self
 
     def validate(self, config) -> None:
         """Refuse options that cannot be drawn by, before anything is drawn.
@@ -117,8 +147,35 @@ class DiffusionSettings:
         check_generator(self.generator)
         check_fields(self, SETTINGS_RULES)
         self._check_guidance()
+        if self.guidance_with_images:
+            check_names(self.guidance_with_images, OF_GUIDANCE, "setting in guidance_with_images:")
+            replace(self, **self.guidance_with_images, guidance_with_images={}).validate(config)
         size = self.latent_size(config)
         self._check_scheduler(config, size)
+        self._check_frames(config, size)
+
+    def _check_frames(self, config, size: tuple[int, int]) -> None:
+        """Refuse a video of a model that draws none, and first frames that are not of its size."""
+        given = self.first_frames
+        if self.num_frames is None:
+            if given is not None or self.frames_per_second is not None:
+                raise ValueError("first_frames and frames_per_second are of videos: give num_frames too")
+            return
+        if config.image_positions != "grid" or config.vae_config is not None or self.guidance_renorm != "none":
+            raise ValueError(
+                f"num_frames={self.num_frames} draws a video, as latents of a model with image_positions='grid' and "
+                f"without vae_config, and with guidance_renorm='none'; here image_positions={config.image_positions!r} "
+                f"and guidance_renorm={self.guidance_renorm!r}"
+            )
+        if given is not None:
+            shape = (config.latent_channels, *size)
+            fits = isinstance(given, torch.Tensor) and given.dim() == 5 and (given.shape[1], *given.shape[3:]) == shape
+            if not fits or not 0 < given.shape[2] < self.num_frames:
+                found = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
+                raise ValueError(
+                    f"first_frames is {found}, and must be a tensor (prompts, {shape[0]}, frames, {size[0]}, {size[1]})"
+                    f" with fewer frames than num_frames={self.num_frames}"
+                )
 
     def _check_guidance(self) -> None:
         low, high = self.guidance_interval
@@ -169,13 +226,26 @@ class DiffusionSettings:
         if self.image_size is None:
             return tuple(config.latent_size)
         size = self.image_size if isinstance(self.image_size, (list, tuple)) else [self.image_size] * 2
-        multiple = config.vae_downsampling * config.patch_size
+        patch = 1 if config.partial_patches else config.patch_size
+        multiple = config.vae_downsampling * patch
         if len(size) != 2 or not all(is_whole(side) and side % multiple == 0 for side in size):
             raise ValueError(
                 f"image_size={self.image_size!r} must be [height, width] in pixels, each a multiple of {multiple} "
-                f"(VAE {config.vae_downsampling} x patch_size {config.patch_size})"
+                f"(VAE {config.vae_downsampling} x patch_size {patch})"
             )
         return size[0] // config.vae_downsampling, size[1] // config.vae_downsampling
+
+    def size(self, config) -> "tuple[int, int] | VideoSize":
+        """Return the size of what is drawn: that of an image's latents, or of a video's."""
+        size = self.latent_size(config)
+        if self.num_frames is None:
+            return size
+        given = 0 if self.first_frames is None else self.first_frames.shape[2]
+        return VideoSize(self.num_frames, *size, given, self.frames_per_second)
+
+    def length(self, config) -> int:
+        """Count the tokens of what is drawn, without markers."""
+        return config.image_length(*self.latent_size(config)) * (self.num_frames or 1)
 
     def unconditional_prompts(self, config, device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the prompts that guidance leads away from: one for all, or one for each prompt.
@@ -203,6 +273,7 @@ def contexts_of(settings, has_images: bool) -> tuple[str, ...]:
         settings: `DiffusionSettings`.
         has_images: True if images stand in the prompt. Without them there is no guidance by images.
     """
+    settings = settings.of_prompt(has_images)
     images = settings.image_guidance_scale
     by_images = has_images and images not in (None, 1)
     is_nested = settings.guidance_form == "nested"
@@ -221,7 +292,7 @@ def kept_tokens(config, context: str, ids: torch.Tensor, mask: torch.Tensor) -> 
     The last text of a prompt is what stands behind its last image, or before it if nothing stands behind. A text also
     ends at EOS, and BOS at the beginning belongs to no text.
     """
-    in_prompt = mask.bool()
+    in_prompt = mask != 0
     in_prompt[:, -1] &= ids[:, -1] != config.boi_token_id
     is_text = in_prompt & (find_image_blocks(ids == config.image_token_id, None, with_markers=True) < 0)
     if context == WITHOUT_IMAGES:
@@ -290,11 +361,13 @@ def _renormalised(result: torch.Tensor, whole: torch.Tensor, least: float, patch
         squares = prediction.square().sum(dim=1, keepdim=True)  # (R, 1, h, w)
         if patch_size is None:
             return squares.sum(dim=(2, 3), keepdim=True).sqrt()
-        return F.avg_pool2d(squares, patch_size, divisor_override=1).sqrt()  # (R, 1, h/p, w/p)
+        sums = F.avg_pool2d(squares, patch_size, ceil_mode=True, divisor_override=1)  # (R, 1, h/p, w/p)
+        return sums.sqrt()
 
     factors = (norms(whole) / (norms(result) + 1e-8)).clamp(least, 1)
     if patch_size is not None:
         factors = factors.repeat_interleave(patch_size, dim=2).repeat_interleave(patch_size, dim=3)
+        factors = factors[:, :, : result.shape[2], : result.shape[3]]  # the last patches may be partial
     return result * factors
 
 
@@ -308,32 +381,43 @@ class Denoising:
         generators: of each image's noise; None for the global one.
         rows: the places of the images' sequences in the batch, for the callback.
         has_images: True if images stand in the prompts, by which guidance may lead too.
+        first_frames: (R, C, k, h, w) of videos, without noise; None for none.
 
     Attributes:
-        latents: (R, C, h, w)
+        latents: (R, C, h, w), of videos (R, C, f, h, w)
         step: how many steps are done.
         shares: of noise, of what each step starts from.
         contexts: beside the prompts, behind which the images are predicted at guided steps.
         estimates: of the clean latents, every `intermediate_every` steps.
     """
 
-    def __init__(self, model, settings: DiffusionSettings, generators: Generators, rows: list[int], has_images: bool):
+    def __init__(
+        self,
+        model,
+        settings: DiffusionSettings,
+        generators: Generators,
+        rows: list[int],
+        has_images: bool,
+        first_frames: torch.Tensor | None = None,
+    ):
         config, device = model.config, model.device
         self.model = model
-        self.settings = settings
+        self.settings = settings = settings.of_prompt(has_images)
         self.rows = rows
-        self.size = settings.latent_size(config)
+        self.size = settings.size(config)
         self.step = 0
         self.estimates: list[torch.Tensor] = []
         self.contexts = contexts_of(settings, has_images)
-        self.scheduler = settings.built_scheduler(config, self.size)
+        self.scheduler = settings.built_scheduler(config, settings.latent_size(config))
         set_times(self.scheduler, settings.time_spacing, settings.num_inference_steps, device)
         self.shares = noise_shares(self.scheduler, config)
 
         # Each image begins as noise of its own generator, from which a scheduler with random steps draws too.
-        shape = (1, config.latent_channels, *self.size)
+        shape = (1, config.latent_channels, *self.size[:3])
         self.latents = torch.cat([_randn(shape, generator, device) for generator in generators])
         self.latents = self.latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        if first_frames is not None:
+            self.latents[:, :, : first_frames.shape[2]] = first_frames.to(self.latents)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         self.step_kwargs = {"generator": None if generators[0] is None else generators} if takes_generator else {}
         self.bar = logging.tqdm(total=self.num_steps, disable=not settings.progress_bar, desc="denoising")
@@ -375,6 +459,8 @@ class Denoising:
         settings, timestep, schedule = self.settings, self.timestep, self.model.noise_schedule
         velocities = (schedule.velocity(prediction, noisy, self.shares[self.step]) for prediction in predictions)
         prediction = guided(settings, self.model.config.patch_size, *velocities)
+        if isinstance(self.size, VideoSize):
+            prediction[:, :, : self.size.given] = 0  # given frames stay
 
         # The scheduler's step, from a prediction that implies no clean latent beyond the bound.
         prediction = schedule.bounded(prediction, noisy, timestep, settings.latent_bound)
@@ -459,13 +545,13 @@ def _randn(shape: tuple, generator: torch.Generator | None, device: torch.device
 
 
 class ImageForward:
-    """Forwards over [BOI,] an image [, EOI] behind prefixes, for images of one size.
+    """Forwards over [BOI,] an image or a video [, EOI] behind prefixes, for images of one size.
 
     Args:
         model: a `MoTTransfusionModel`.
         prefixes: of the R sequences that get an image; they end with BOI, unless BOI belongs to the image's block.
-        size: (h, w) of the latents.
-        with_end: True to run EOI even if it does not belong to the block: the pass that commits the image.
+        size: (h, w) of the latents; or a `VideoSize`, and latents are (N, C, f, h, w) everywhere.
+        with_end: True to run EOI even if it does not belong to the block: the pass that commits the clean image.
 
     Attributes:
         hidden: (R, T) bool, the tokens that text does not see; None where it sees all.
@@ -476,11 +562,13 @@ class ImageForward:
         config, device = model.config, model.device
         self.model = model
         self.config = config
-        self.size = size
+        self.video = size if isinstance(size, VideoSize) else None
+        self.size = size if self.video is None else (size.height, size.width)
+        self.is_clean = with_end
 
         # The tokens: markers have embeddings, patches are put between them in each forward.
         count, inside = len(prefixes), config.markers_in_image_block
-        self.length = config.image_length(*size)
+        self.length = config.image_length(*self.size) * (1 if self.video is None else self.video.frames)
         self.before = int(inside)
         self.after = int(inside or with_end)
         total = self.before + self.length + self.after
@@ -495,7 +583,8 @@ class ImageForward:
         # The positions follow those of the prefixes.
         begin = torch.tensor([prefix.position for prefix in prefixes], device=device)
         if config.image_positions == "grid":
-            grid = Grid.of(config, size)
+            frames = () if self.video is None else (self.video.frames, self.video.frames_per_second)
+            grid = Grid.of(config, self.size, *frames)
             end = (begin + grid.advance).view(1, -1, 1).expand(3, -1, self.after)
             self.position_ids = torch.cat([grid.at(config, begin), end], dim=2)
         else:
@@ -557,11 +646,7 @@ class ImageForward:
         return {"past_key_values": cache, "attention_mask": mask}
 
     def __call__(
-        self,
-        latents: torch.Tensor,
-        timestep: torch.Tensor | float,
-        index: torch.Tensor | None = None,
-        is_clean: bool = False,
+        self, latents: torch.Tensor, timestep: torch.Tensor | float, index: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, Any]:
         """Run the model over images at their timesteps.  -> hidden states (R, T, D), the patchifier's features
 
@@ -569,11 +654,19 @@ class ImageForward:
             latents: (N, C, h, w)
             timestep: of all, or (N,).
             index: (R,) the place among the latents of each sequence's image; default: N = R, in their order.
-            is_clean: True for images without noise.
         """
         timesteps = torch.as_tensor(timestep, device=latents.device).expand(len(latents))
-        clean = torch.full_like(timesteps, is_clean, dtype=torch.bool)
+        clean = torch.full_like(timesteps, self.is_clean, dtype=torch.bool)
+        if self.video is not None:
+            # Each frame is an image; those that are given have no noise.
+            count, frames = len(latents), self.video.frames
+            latents = latents.transpose(1, 2).flatten(0, 1)
+            timesteps = timesteps.repeat_interleave(frames)
+            is_given = torch.arange(frames, device=clean.device) < self.video.given
+            clean = (clean[:, None] | is_given).flatten()
         tokens, features = self.model.patchifier_tokens(latents, timesteps, clean)
+        if self.video is not None:
+            tokens = tokens.unflatten(0, (count, frames)).flatten(1, 2)
         if index is not None:
             tokens, features = taken(tokens, index), taken(features, index)
         outputs = self.model.model(
@@ -590,7 +683,11 @@ class ImageForward:
         """Predict the noise (or `prediction_type`) in latents; arguments as above.  -> (R, C, h, w) float32"""
         hidden_states, features = self(latents, timestep, index)
         image = hidden_states[:, self.before : self.before + self.length]
-        return self.model.patchifier_latents(image, features, *self.size)
+        if self.video is None:
+            return self.model.patchifier_latents(image, features, *self.size)
+        frames = image.unflatten(1, (self.video.frames, -1)).flatten(0, 1)
+        prediction = self.model.patchifier_latents(frames, features, *self.size)
+        return prediction.unflatten(0, (len(image), -1)).transpose(1, 2)
 
     def written(self, row: int) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
         """Return what the last forward made for one sequence: `DecodingCache.extend` appends it
@@ -644,19 +741,25 @@ def taken(features, index: torch.Tensor):
 
 
 def commit(
-    model, cache: DecodingCache, rows: list[int], prefixes: list[Prefix], latents: torch.Tensor
+    model,
+    cache: DecodingCache,
+    rows: list[int],
+    prefixes: list[Prefix],
+    latents: torch.Tensor,
+    size: "tuple[int, int] | VideoSize",
 ) -> tuple[torch.Tensor, list[int]]:
     """Run clean images of one size once, with EOI, and append them to rows of a cache.
 
     Args:
         prefixes: of these rows, behind which the images were drawn.
-        latents: (R, C, h, w)
+        latents: (R, C, h, w), or of videos.
+        size: of the drawing.
 
     Returns:
         the next logits (R, V), and the positions that follow.
     """
-    forward = ImageForward(model, prefixes, tuple(latents.shape[2:]), with_end=True)
-    hidden_states, _ = forward(latents, 0, is_clean=True)
+    forward = ImageForward(model, prefixes, size, with_end=True)
+    hidden_states, _ = forward(latents, 0)
     logits = model.lm_head(hidden_states[:, -1, : model.config.hidden_size]).float()
 
     # Nothing that can fail comes after the first change of the cache, because a server tries a failed commit again.
@@ -664,4 +767,4 @@ def commit(
     for place, row in enumerate(rows):
         cache.cut(row, cache.lengths[row] - forward.before)  # BOI is run again where it belongs to the image's block
         cache.extend(row, *forward.written(place))
-    return logits, (times_of(forward.position_ids)[:, -1] + 1).tolist()
+    return logits, (times_of(forward.position_ids)[:, -1] + 1).long().tolist()

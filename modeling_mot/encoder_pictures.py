@@ -149,9 +149,11 @@ class PictureEncoder(nn.Module):
 
     def encode(self, patches: Patches) -> torch.Tensor:
         """Run the encoder without the connector.  -> (P, W)"""
-        table = self.position_embedding.weight.unflatten(0, self.table_size)
-        positions = [table[:height, :width].flatten(0, 1) for height, width in patches.grids]
-        rows = self.patch_embedding(patches.values.to(self.patch_embedding.bias.dtype)) + torch.cat(positions)
+        rows = self.patch_embedding(patches.values.to(self.patch_embedding.bias.dtype))
+        # A picture takes the first rows and columns of the table.
+        places = torch.arange(self.position_embedding.num_embeddings, device=rows.device).view(self.table_size)
+        places = torch.cat([places[:height, :width].flatten() for height, width in patches.grids])
+        rows = rows + self.position_embedding(places)
         for layer in self.layers:
             rows = layer(rows, patches.lengths)
         return self.post_layernorm(rows)
@@ -238,8 +240,8 @@ class EncodedPicturesMixin:
             patches = Patches.of(pixel_values, [sizes[index] for index in members], encoder.patch_size)
         else:
             # One blank patch that no token sees, so that gradients are zero and not missing.
-            weight = encoder.patch_embedding.weight
-            grids, patches = [(1, 1)], Patches(weight.new_zeros(1, weight.shape[1]), [(1, 1)])
+            values = torch.zeros(1, encoder.patch_embedding.in_features, device=is_patch.device)
+            grids, patches = [(1, 1)], Patches(values, [(1, 1)])
         tokens = encoder(patches)
         if config.continuous_modalities[name]["position_table"] is not None:
             tokens = tokens + torch.cat([self.fixed_positions(name, *grid, tokens) for grid in grids])

@@ -73,6 +73,9 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
             guidance_renorm_min: the smallest factor by which it shrinks (default 0).
             guidance_interval: [low, high], the shares of noise t with low < t <= high at which there is guidance
                 (default [0, 1], always).
+            guidance_with_images: of these settings of guidance, those of prompts with pictures, such as
+                {"guidance_renorm": "text_channel"}; for a generation configuration, because settings that a call names
+                hold for all prompts.
             negative_prompt_ids: (L,) or (1, L) for all prompts, or (B, L): the unconditional prompts, with
                 `negative_prompt_attention_mask` if padded on the left; BOI is appended. Default: `config.bos_token_id`
                 alone, or nothing if there is none, as in training when a caption is dropped.
@@ -87,6 +90,10 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
                 derived for each sequence.
             image_size: [height, width] of new pictures in pixels (latents without a VAE); default
                 `config.latent_size`.
+            num_frames: draw videos of so many frames of latents, with `image_positions="grid"` (Cosmos 3); their
+                latents are (C, frames, h, w). Default: pictures.
+            frames_per_second: of these videos, for the positions of their frames.
+            first_frames: (1, C, k, h, w) for all prompts or (B, C, k, h, w): latents of the first k frames, which stay.
             latent_bound: the largest clean latent that a prediction of noise may imply (default 6.0; latents have about
                 unit deviation); see `NoiseSchedule.bounded`.
             callback_on_step_end: called as (model, step, timestep, {"latents", "rows"}); it may return
@@ -187,7 +194,13 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
 
         # They come from the call, or else from the generation configuration.
         saved = {name: getattr(generation_config, name, None) for name in SETTINGS if name != "unconditional_prompt"}
-        settings = DiffusionSettings(**({name: value for name, value in saved.items() if value is not None} | given))
+        saved = {name: value for name, value in saved.items() if value is not None}
+        if isinstance(saved.get("guidance_with_images"), dict):
+            of_images = saved["guidance_with_images"].items()
+            saved["guidance_with_images"] = {name: value for name, value in of_images if name not in given}
+        if "unconditional_prompt" in given:
+            saved.pop("image_guidance_scale", None)
+        settings = DiffusionSettings(**(saved | given))
         settings.validate(self.config)
         # Guidance needs a model that has learnt to draw without a caption.
         if settings.guidance_scale not in (0, 1) and not self.config.caption_dropout:
@@ -206,7 +219,7 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         return generation_config, model_kwargs
 
     def _prepare_generated_length(self, generation_config, has_default_max_length, *args, **kwargs):
-        length = self.config.image_length(*generation_config.diffusion.latent_size(self.config)) + 1
+        length = generation_config.diffusion.length(self.config) + 1
         if generation_config.diffusion.generation_mode == "image":
             generation_config.max_new_tokens, has_default_max_length = length, True
         elif has_default_max_length and generation_config.max_new_tokens is None:

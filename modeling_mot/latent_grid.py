@@ -11,9 +11,26 @@ from typing import NamedTuple
 import torch
 
 from .attention_masks import document_starts
+from .checks_fields import is_real
 
 
 # B batch, L row length, n patches of one run of placeholders, P patches of all runs
+
+
+class VideoSize(NamedTuple):
+    """What is drawn where a picture has several frames.
+
+    Attributes:
+        frames, height, width: of the latents.
+        given: how many frames, from the first one on, have no noise.
+        frames_per_second: None for the rate at which each frame moves the time by 1.
+    """
+
+    frames: int
+    height: int
+    width: int
+    given: int = 0
+    frames_per_second: float | None = None
 
 
 class Grid(NamedTuple):
@@ -34,7 +51,7 @@ class Grid(NamedTuple):
         Args:
             frames_per_second: of a video; None for the rate at which each frame moves the time by 1.
         """
-        rows, columns = (side // config.patch_size for side in size)
+        rows, columns = config.patch_grid(*size)
         times = torch.arange(frames)
         if frames > 1 and frames_per_second is not None and config.base_frames_per_second is not None:
             times = times.float() / frames_per_second * config.base_frames_per_second
@@ -91,7 +108,7 @@ def grid_positions(
         frames_per_second: of videos, for all or for each run; see `Grid.of`.
 
     Raises:
-        ValueError: rates of another number than there are runs.
+        ValueError: rates of another number than there are runs, or that are no positive numbers.
     """
     # The grids of all runs, of which the host knows the sizes.
     frames = [1] * len(sizes) if frames is None else list(frames)
@@ -99,6 +116,8 @@ def grid_positions(
     rates = list(rates) if isinstance(rates, Sequence) else [rates] * len(frames)
     if len(rates) != len(frames):
         raise ValueError(f"frames_per_second has {len(rates)} rates for {len(frames)} images and videos; give one each")
+    if wrong := [rate for rate in rates if rate is not None and not (is_real(rate) and rate > 0)]:
+        raise ValueError(f"frames_per_second has {wrong[0]!r}; a rate is a positive number")
     firsts = [sum(frames[:run]) for run in range(len(frames))]
     grids = [Grid.of(config, sizes[first], count, rate) for first, count, rate in zip(firsts, frames, rates)]
 

@@ -324,15 +324,21 @@ class PositionTable(nn.Module):
 
 
 def cut_into_patches(latents: torch.Tensor, size: int) -> torch.Tensor:
-    """Cut latents into patches of p x p, each in (row, column, channel) order.  (N, C, h, w) -> (N, n, p * p * C)"""
+    """Cut latents into patches of p x p, each in (row, column, channel) order.  (N, C, h, w) -> (N, n, p * p * C)
+
+    Patches at the bottom and the right are filled up with zeros where p does not divide a side.
+    """
+    missing = [-side % size for side in latents.shape[2:]]
+    if any(missing):
+        latents = F.pad(latents, (0, missing[1], 0, missing[0]))
     patches = latents.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (N, C, h/p, p, w/p, p)
     return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def join_patches(patches: torch.Tensor, size: int, height: int, width: int) -> torch.Tensor:
     """Join patches, the inverse of `cut_into_patches`.  (N, n, p * p * C) -> (N, C, h, w)"""
-    grid = patches.unflatten(2, (size, size, -1)).unflatten(1, (height // size, width // size))
-    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    grid = patches.unflatten(2, (size, size, -1)).unflatten(1, (-(-height // size), -(-width // size)))
+    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
 
 
 # ---------------------------------------------------------------------------------------------- images and their places
@@ -678,7 +684,7 @@ class LatentImagesMixin:
         told = (timesteps, clean) if self.config.timestep_addition == "noised_token" else (timesteps,)
         tokens, features = self.patchifier.embed(latents, *told)
         if self.config.latent_position_table is not None:
-            grid = [side // self.config.patch_size for side in latents.shape[2:]]
+            grid = self.config.patch_grid(*latents.shape[2:])
             tokens = tokens + self.fixed_positions("image", *grid, tokens)
         return self.model.widen(tokens), features
 
@@ -694,7 +700,7 @@ class LatentImagesMixin:
             like: (..., D), a tensor of the dtype and device that are wanted.
         """
         if modality in self.position_tables:
-            return self.position_tables[modality](height, width).to(like.dtype)
+            return self.position_tables[modality](height, width).to(like)
         return position_table(height, width, like.shape[-1], like.device).to(like.dtype)
 
     def embed_latents(self, images: NoisyImages) -> tuple[torch.Tensor, list]:

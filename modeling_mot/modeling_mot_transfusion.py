@@ -221,7 +221,9 @@ class MoTTransfusionModel(LatentImagesMixin, EncodedPicturesMixin, MoTPreTrained
         places = ImagePlaces.find(self.config, input_ids, document_ids, attention_mask)
         given = ImageInputs(latents, pixel_values, image_sizes, timesteps, noise, clean_images, image_first, generator)
         images = self._images_of(given, places, planned, is_filled)
-        encoded = self.encode_pictures(encoder_pixel_values, encoder_image_sizes, places, planned, is_filled)
+        encoded = []
+        if self.config.encoders or encoder_pixel_values is not None:
+            encoded = self.encode_pictures(encoder_pixel_values, encoder_image_sizes, places, planned, is_filled)
 
         # 2. One row of embeddings: tokens of text, and the patches of images in the places of their placeholders.
         embeds, patches, features = self._embed(input_ids, inputs_embeds, places, images, encoded)
@@ -286,9 +288,9 @@ class MoTTransfusionModel(LatentImagesMixin, EncodedPicturesMixin, MoTPreTrained
             )
         tokens, features = self.embed_latents(images)
         embeds, patches = inputs_embeds.flatten(0, 1), _places_of(places.is_patch, len(tokens))
-        embeds = embeds.index_copy(0, patches, tokens.to(embeds.dtype))
+        embeds = embeds.index_copy(0, patches, tokens.to(embeds))
         for is_patch, tokens in encoded:
-            tokens = self.model.widen(tokens.to(embeds.dtype))
+            tokens = self.model.widen(tokens.to(embeds))
             embeds = embeds.index_copy(0, _places_of(is_patch, len(tokens)), tokens)
         return embeds.view_as(inputs_embeds), patches, features
 

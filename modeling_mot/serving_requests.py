@@ -142,9 +142,11 @@ def prepared(model, request_id: str, arguments: dict, terms: Terms) -> Request:
     _refuse_what_is_not_served(model, arguments)
 
     # Requests come from strangers: their numbers become tensors of one row, inside of what the model has room for.
+    behind = getattr(model.config, "num_placeholder_tokens", 0)  # ids of placeholders, of a Transfusion model
+    vocabulary = (model.config.vocab_size + behind, "vocab_size + num_placeholder_tokens" if behind else "vocab_size")
     ends = {
-        "input_ids": (model.config.vocab_size, "vocab_size"),
-        "inputs": (model.config.vocab_size, "vocab_size"),
+        "input_ids": vocabulary,
+        "inputs": vocabulary,
         "modality_ids": (len(model.config.modalities), "number of modalities"),
         "position_ids": (terms.tokens, terms.limit),
     }

@@ -327,7 +327,7 @@ class Studio:
         """
         latents = torch.cat([sequence.drawing.latents for sequence in sequences])
         prefixes = self._prefixes(sequences, cache, rows)
-        logits, positions = commit(self.model, cache, rows, prefixes, latents)
+        logits, positions = commit(self.model, cache, rows, prefixes, latents, sequences[0].drawing.size)
         for sequence, position in zip(sequences, positions):
             sequence.position = position
         return logits

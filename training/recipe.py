@@ -55,6 +55,10 @@ class TransfusionModelConfig:
     timestep_direction: Literal["noise", "clean"] | None = option(
         None, "whether the timestep embedding counts towards noise or towards clean latents, with flow matching"
     )
+    timestep_addition: Literal["patch", "token", "noised_token"] | None = option(
+        None,
+        "what the linear patchifier adds the timestep embedding to: a patch, its token, or tokens with noise alone",
+    )
     diffusion_loss_weight: float | None = option(None, "lambda of equation 4", ge=0)
     image_first_max_timestep: int | None = option(
         None,
@@ -65,6 +69,9 @@ class TransfusionModelConfig:
     markers_in_image_block: bool | None = option(None, "BOI and EOI see their image in both directions")
     noised_images_visible: bool | None = option(
         None, "whether later tokens see noised images; false: they see a clean copy that the data repeats (BAGEL)"
+    )
+    noised_images_advance: bool | None = option(
+        None, "whether a noised image takes a position; false: its clean copy has the same one (BAGEL)"
     )
     latent_position_table: Literal["sincos"] | None = option(None, "a fixed 2-D table added to the patches; null: none")
 

@@ -56,6 +56,8 @@ FIELDS: dict[str, tuple] = {
     "rope_parameters": (
         {"a": 1}, {}, {"rope_type": "nope"}, {"rope_type": "default", "rope_theta": NAN}, {"rope_theta": 0}, [1], 3,
         {"rope_type": "linear", "factor": -1}, {"rope_type": "yarn"}, {"rope_theta": "x"},
+        {"mrope_section": [2, 1, 1]}, {"mrope_section": [4], "mrope_interleaved": True},
+        {"mrope_section": [NAN, 1, 1], "mrope_interleaved": True}, {"mrope_section": 3, "mrope_interleaved": "yes"},
     ),
     "modalities": (
         [], ["text"], ["image", "text"], ["text", "text"], ["text", 3], ["text", ""], "text", None, ["text", "a.b"],
@@ -77,6 +79,8 @@ FIELDS: dict[str, tuple] = {
     "gated_mlp": (False, None, 1, "no"),
     "untied": (["nope"], ["norm", "norm"], "norm", [3], [None], {}),
     "moe_towers": (["nope"], ["text", "text"], "text", [3], [None]),
+    "unseen_towers": ({"nope": ["text"]}, {"text": ["text"]}, {"text": "image"}, {"text": [3]}, {3: []}, ["text"], 3),
+    "cross_key_norm": (["nope"], "text", [3], [None], 3),
     "norm_position": ("middle", None, 3, "PRE"),
     "qk_norm": ("nope", 3, True, ""),
     "modality_token_ranges": (
@@ -91,6 +95,10 @@ FIELDS: dict[str, tuple] = {
         [], [4], [4, 4, 4], [0, 4], [-4, 4], [3, 3], [NAN, 4], [4.0, 4], "44", [10**9, 10**9], [True, True],
     ),
     "patch_size": (0, -1, 3, 16, NAN, 2.0, "2", 10**9),
+    "partial_patches": (3, "yes", None),
+    "image_positions": ("nope", None, 3, "grid"),
+    "modality_margin": (-1, NAN, 2.5, "3", 10**12, 5),
+    "base_frames_per_second": (0, -1.0, NAN, INF, "24", 24),
     "latent_channels": (0, -1, NAN, 2.5, 10**9, "2"),
     "unet_channels": ([], [8], [8, 16, 32], [0, 0], [-8, 16], [8.5, 16], ["8", 16], [10**9, 10**9], 8, [7, 13]),
     "unet_layers": (0, -1, 10**9, NAN, "1"),
@@ -105,6 +113,16 @@ FIELDS: dict[str, tuple] = {
     "prediction_type": ("nope", None, 3),
     "patchifier": ("nope", None, ""),
     "noise_schedule": ("nope", None, ""),
+    "timestep_addition": ("nope", 3, True),
+    "noised_images_advance": (False, 3, "no"),
+    "latent_position_table_size": ([4, 4], [4], [0, 4], [NAN, 4], 4, "44", [10**9, 10**9]),
+    "num_placeholder_tokens": (-1, NAN, 2.5, True, 10**9, "2"),
+    "continuous_modalities": (
+        {}, {"vision": {}}, {"vision": None}, {"image": {"kind": "features"}}, [1], 3,
+        {"vision": {"kind": "features", "encoder": "eye", "placeholder_token_id": NAN}},
+        {"vision": {"kind": "os.system", "encoder": "eye", "placeholder_token_id": 40}},
+    ),
+    "encoders": ({}, {"eye": {}}, {"eye": None}, {"eye": {"type": "nope"}}, {"a.b": {}}, [1], 3, {"eye": {"a": 1}}),
     "image_first_max_timestep": (-1, 10**9, NAN, "5", 0),
     "vae_config": (
         {}, {"_class_name": "nope"}, {"_class_name": "os.system"}, VAE | {"latent_channels": 3}, VAE | {"a": 1}, [1],

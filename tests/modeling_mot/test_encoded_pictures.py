@@ -315,6 +315,25 @@ def test_returned_sequences_share_their_prompts_pictures():
     torch.testing.assert_close(two.logits[0], one.logits[0].repeat_interleave(2, dim=0))
 
 
+@pytest.mark.parametrize("behind", [False, True], ids=["placeholders in the vocabulary", "behind it"])
+def test_requests_with_pictures_are_served_as_alone(behind):
+    token = 60 if behind else LOOK
+    model = model_of(
+        continuous_modalities={"vision": VISION | {"placeholder_token_id": token}}, num_placeholder_tokens=int(behind)
+    )
+    arguments = {"generation_mode": "text", "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    requests = [
+        {"input_ids": [*look(2, 1, token), TEXT], "encoder_pixel_values": torch.randn(1, 3, 8, 4)},
+        {"input_ids": [TEXT, TEXT + 1]},
+        {"input_ids": [TEXT, *look(1, 3, token), TEXT], "encoder_pixel_values": torch.randn(1, 3, 4, 12)},
+    ]
+    results = model.generate_batch(requests, **arguments)
+    for request, result in zip(requests, results.values(), strict=True):
+        ids = torch.tensor([request.pop("input_ids")])
+        assert result.error is None
+        assert torch.equal(result.output.sequences, model.generate(ids, **request, **arguments).sequences)
+
+
 # ------------------------------------------------------------------------------------------- placeholders without a row
 
 
@@ -360,6 +379,7 @@ def test_placeholders_may_lie_behind_the_vocabulary():
         ({"encoders": {"eye": EYE | {"drop_last_layers": 3}}}, "drop_last_layers=3 leaves none of num_hidden_layers=3"),
         ({"encoders": {"eye": EYE | {"connector": {"act": "relu"}}}}, "field of encoders['eye'].connector act"),
         ({"encoders": {"eye": EYE, "ear": EYE}}, "encoders has 'ear', which no entry of continuous_modalities names"),
+        ({"encoders": {"a.b": EYE}}, "names 'a.b': it is part of parameter names"),
         ({"encoders": None}, "unknown encoder of continuous_modalities['vision'] eye"),
         ({"continuous_modalities": None}, "encoders has 'eye'"),
         (

@@ -7,7 +7,7 @@ from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import get_3d_mrope_ids_te
 from transformers import Qwen3VLTextConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
-from modeling_mot import MoTConfig
+from modeling_mot import ModalityRouting, MoTConfig
 from modeling_mot.latent_grid import Grid, grid_positions
 from modeling_mot.latent_images import ImagePlaces
 from modeling_mot.modeling_mot import MoTRotaryEmbedding
@@ -152,10 +152,29 @@ def test_frames_of_a_video_see_each_other_and_rates_move_time():
     assert not torch.allclose(model(ids, **inputs, frames_per_second=[12.0]).prediction, expected, atol=1e-4)
     with pytest.raises(ValueError, match="has 2 rates for 1 images and videos"):
         model(ids, **inputs, frames_per_second=[12.0, 24.0])
+    with pytest.raises(ValueError, match="has 0; a rate is a positive number"):
+        model(ids, **inputs, frames_per_second=0)
     with pytest.raises(ValueError, match="which whole images do not fill"):
         model(ids[:, :-2], **inputs)
     with pytest.raises(ValueError, match="1 of 4 images came without placeholders"):
         model(ids, latents=torch.randn(4, 2, 4, 4))
+
+
+def test_a_batch_that_was_planned_ahead_equals_one_that_was_not():
+    model = transfusion_model(**IMAGE_GRID, unseen_towers={"text": ["image"]}, prediction_type="flow").train()
+    rows = [[BOS, 9, *run_of(1, 4, 4), 10, 11], [BOS, *run_of(1, 4, 6), 12]]
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    documents = torch.where(ids != 0, 0, -1)
+    latents = torch.randn(2, 2, 4, 6)
+    inputs = {"document_ids": documents, "labels": ids.masked_fill(ids == 0, -100), "latents": latents}
+    inputs |= {"noise": torch.randn_like(latents), "timesteps": torch.tensor([300.0, 700.0])}
+    inputs |= {"image_sizes": [[4, 4], [4, 6]]}
+    modalities = model.model.modality_ids_of(ids)
+    routing = ModalityRouting.from_modality_ids(modalities, model.config, multiple_of=16)
+    one, other = model(ids, **inputs), model(ids, **inputs, modality_ids=modalities, routing=routing)
+    torch.testing.assert_close(one.loss, other.loss)
+    torch.testing.assert_close(one.prediction, other.prediction)
 
 
 @pytest.mark.parametrize("blind", [{}, {"unseen_towers": {"text": ["image"]}}])

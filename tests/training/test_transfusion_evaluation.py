@@ -153,15 +153,21 @@ def naive_losses_at_levels(model, levels, rows) -> list[float]:
             inputs = {name: torch.from_numpy(row[name])[None] for name in ("input_ids", "position_ids", "document_ids")}
             with torch.no_grad():
                 prediction = model(**inputs, latents=latents, timesteps=timesteps, noise=noise).prediction
-            target = noise - latents if model.config.prediction_type == "flow" else noise
-            errors.extend((prediction - target).square().flatten().tolist())
+            kind = model.config.prediction_type
+            target = {"flow": noise - latents, "flow_sample": latents}.get(kind, noise)
+            divisor = level / 1000 if kind == "flow_sample" else 1
+            errors.extend(((prediction - target) / divisor).square().flatten().tolist())
         losses.append(np.mean(errors))
     return losses
 
 
 @pytest.mark.parametrize(
     ("fields", "levels"),
-    [({}, [125, 375, 625, 875]), ({"prediction_type": "flow"}, [125.0, 375.0, 625.0, 875.0])],
+    [
+        ({}, [125, 375, 625, 875]),
+        ({"prediction_type": "flow"}, [125.0, 375.0, 625.0, 875.0]),
+        ({"prediction_type": "flow_sample"}, [125.0, 375.0, 625.0, 875.0]),
+    ],
 )
 def test_the_diffusion_validation_loss_is_the_mean_over_fixed_evenly_spaced_levels(fields, levels):
     model = tiny_model(**fields).eval()

@@ -5,7 +5,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_mot import MoTTransfusionModel
+from modeling_mot import MoTTransfusionConfig, MoTTransfusionModel
+from modeling_mot.encoder_pictures import Patches, PictureEncoder
 from training.data import collate
 from training.model.costs import forward_flops, forward_flops_per_token, patchifier_flops, training_flops
 
@@ -62,6 +63,41 @@ def test_closed_form_holds_where_a_pictures_flops_are_no_multiple_of_its_tokens(
         "latents": latents,
     }
     assert forward_flops(config, by_modality(batch), ids.shape[1]) == counted(config, batch)
+
+
+@pytest.mark.parametrize("picture", [True, False], ids=["with a picture", "with an image alone"])
+def test_pictures_that_an_encoder_sees_cost_what_torch_counts(picture):
+    eye = {
+        "type": "siglip_navit", "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "patch_size": 4, "table_size": [2, 3], "drop_last_layers": 1,
+    }  # fmt: skip
+    vision = {"kind": "features", "encoder": "eye", "placeholder_token_id": 39}
+    fields = {
+        "modalities": ["text", "image", "vision"],
+        "towers": {"text": "text", "image": "image", "vision": "text"},
+        "timestep_addition": "token",
+        "encoders": {"eye": eye},
+        "continuous_modalities": {"vision": vision},
+    }
+    config = MoTTransfusionConfig.from_dict(tiny_config("mot", patchifier="linear").to_dict() | fields)
+    begin, end = config.boi_token_id, config.eoi_token_id
+    seen = [begin, *[39] * 6, end] if picture else [9] * 8
+    ids = torch.tensor([[1, *picture_tokens(4, 4), *seen, 10]] * 2)
+    batch = {"input_ids": ids, "latents": torch.randn(2, 2, 4, 4)}
+    if picture:
+        batch["encoder_pixel_values"] = torch.randn(2, 3, 8, 12)
+    tokens = {"image": int((ids == config.image_token_id).sum()), "vision": 12 if picture else 0}
+    tokens["text"] = ids.numel() - sum(tokens.values())
+    # Without a picture a blank one of a single patch runs.
+    blank = 0 if picture else _one_patch(config)
+    assert forward_flops(config, tokens, ids.shape[1]) + blank == counted(config, batch)
+
+
+def _one_patch(config):
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        encoder = PictureEncoder(config, "eye")
+        encoder(Patches(torch.zeros(1, 48), [(1, 1)]))
+    return counter.get_total_flops()
 
 
 def test_a_backward_costs_twice_a_forward_but_for_inputs_that_need_no_gradient():

@@ -68,16 +68,39 @@ def _patchifier_flops(config_json: str, height: int, width: int) -> int:
     return counter.get_total_flops()
 
 
+def encoder_flops(config: MoTTransfusionConfig, modality: str) -> int:
+    """Count the FLOPs of an encoder with its connector, for a picture that fills its table of positions."""
+    fields = config.encoders[config.continuous_modalities[modality]["encoder"]]
+    (rows, columns), width, inner = fields["table_size"], fields["hidden_size"], fields["intermediate_size"]
+    length, depth = rows * columns, fields["num_hidden_layers"] - fields["drop_last_layers"]
+    layer = 2 * width * (4 * width + 2 * inner) + 4 * length * width
+    patch = 2 * width * fields["patch_size"] ** 2 * fields["num_channels"]
+    connector = 2 * config.hidden_size * (width + config.hidden_size)
+    return length * (patch + depth * layer + connector)
+
+
+def _picture_flops(config: MoTConfig) -> dict[str, tuple[int, int]]:
+    """Modality -> (FLOPs of a picture beside the transformer, its tokens), for modalities that are no tokens."""
+    if not isinstance(config, MoTTransfusionConfig):
+        return {}
+    pictures = {"image": (patchifier_flops(config), config.image_length(*config.latent_size))}
+    for modality, fields in (config.continuous_modalities or {}).items():
+        rows, columns = config.encoders[fields["encoder"]]["table_size"]
+        pictures[modality] = encoder_flops(config, modality), rows * columns
+    return pictures
+
+
 def forward_flops_per_token(config: MoTConfig, row_length: int) -> dict[str, int]:
     """Count the FLOPs of one token's forward, by modality, in a row of `row_length`.
 
-    The output layer is included, and for images that are diffused a token's share of the patchifier at `latent_size`.
+    The output layer is included, and for images that are diffused a token's share of the patchifier at `latent_size`,
+    for features a token's share of the encoder at the largest picture.
     Experts choose exactly as many tokens as there are, so a mixture costs one expert a token plus its router; the
     router's product is the only difference between the variants.
     """
     beside = dict.fromkeys(config.modalities, head_flops(config))
-    if isinstance(config, MoTTransfusionConfig):
-        beside["image"] += patchifier_flops(config) // config.image_length(*config.latent_size)
+    for modality, (flops, length) in _picture_flops(config).items():
+        beside[modality] += flops // length
     return {
         modality: config.num_hidden_layers * _layer_flops(config, modality, row_length) + beside[modality]
         for modality in config.modalities
@@ -92,14 +115,13 @@ def head_flops(config: MoTConfig) -> int:
 def forward_flops(config: MoTConfig, tokens: Mapping[str, int], row_length: int) -> int:
     """Count the FLOPs of a forward over `tokens` (modality -> number) in rows of `row_length`.
 
-    Images that are diffused count as if all had `latent_size`.
+    Images that are diffused count as if all had `latent_size`, pictures of encoders as if all filled their table.
     """
     per_token = forward_flops_per_token(config, row_length)
     total = sum(per_token[modality] * count for modality, count in tokens.items())
-    if isinstance(config, MoTTransfusionConfig):
-        # A token's share of the patchifier was rounded down.
-        lost = patchifier_flops(config) % config.image_length(*config.latent_size)
-        total += lost * tokens.get("image", 0) // config.image_length(*config.latent_size)
+    for modality, (flops, length) in _picture_flops(config).items():
+        # A token's share was rounded down.
+        total += flops % length * tokens.get(modality, 0) // length
     return total
 
 

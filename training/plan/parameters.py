@@ -13,7 +13,7 @@ from training.model.building import MODEL_CLASSES
 
 
 SHARED = "shared"
-PARTS = ("embeddings", "attention", "feed-forward", "norms", "output layer", "patchifier")
+PARTS = ("embeddings", "attention", "feed-forward", "norms", "output layer", "patchifier", "encoders")
 FROZEN = "VAE (frozen)"
 
 
@@ -44,6 +44,8 @@ def _part_of(name: str) -> str:
         return FROZEN
     if name.startswith("patchifier."):
         return "patchifier"
+    if name.startswith("encoders."):
+        return "encoders"
     if name.startswith("lm_head."):
         return "output layer"
     if "embed_tokens." in name:

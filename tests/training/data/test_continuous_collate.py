@@ -150,6 +150,14 @@ def test_noise_of_a_row_is_drawn_from_its_own_generator(rows_of, processor, vae)
     assert batch["timesteps"][batch["image_first"]].max() <= 100 < batch["timesteps"].max()
 
 
+def test_times_are_shifted_by_the_size_of_each_image(rows_of, processor, vae):
+    """Images of 4 x 4 latents are four tokens; those of `latent_size` would be one."""
+    config = small_transfusion(processor, prediction_type="flow", timestep_shift=[[1, 1e-5], [4, 1e5]])
+    config.latent_size = [2, 2]
+    batch = noised(rows_of(vae), config, range(6))
+    assert batch["timesteps"].min() > 900
+
+
 def test_noise_follows_from_seed_and_row_number(rows_of, processor, vae):
     config, rows = small_transfusion(processor), rows_of(vae)[:2]
     once = noised(rows, config, [4, 5])
