@@ -151,17 +151,19 @@ def _language_model(reader: CheckpointReader, stored: Mapping[str, Any], ignored
     qwen2.check(
         config, {name: value for name, value in stored.items() if name not in _NOT_READ}, (*_NOT_READ, *ignored)
     )
-    rows = lambda name: _shape(reader, f"language_model.model.{name}.weight")  # noqa: E731
-    attention = "layers.0.self_attn"
-    (head_dim,) = rows(f"{attention}.q_norm")
-    vocab_size, hidden_size = rows("embed_tokens")
+
+    def shape(name: str, dimensions: int = 2) -> tuple[int, ...]:
+        return _shape(reader, f"language_model.model.{name}.weight", dimensions)
+
+    (head_dim,) = shape("layers.0.self_attn.q_norm", dimensions=1)
+    vocab_size, hidden_size = shape("embed_tokens")
     sizes = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "intermediate_size": rows("layers.0.mlp.gate_proj")[0],
+        "intermediate_size": shape("layers.0.mlp.gate_proj")[0],
         "num_hidden_layers": _count(reader, "language_model.model.layers."),
-        "num_attention_heads": rows(f"{attention}.q_proj")[0] // head_dim,
-        "num_key_value_heads": rows(f"{attention}.k_proj")[0] // head_dim,
+        "num_attention_heads": shape("layers.0.self_attn.q_proj")[0] // head_dim,
+        "num_key_value_heads": shape("layers.0.self_attn.k_proj")[0] // head_dim,
     }
     # A vocabulary may have grown by tokens that were added.
     _check_stored({name: size for name, size in sizes.items() if name != "vocab_size"}, stored, LLM_CONFIG)
@@ -185,6 +187,7 @@ def _latents(reader: CheckpointReader, vae_config: dict[str, Any] | None) -> tup
 
 def _encoder(reader: CheckpointReader, stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of the vision encoder. BAGEL's loader builds one layer less than the file says."""
+    check_sizes(dict(stored), reader, reader.folder / VIT_CONFIG)
     config = _read(SiglipVisionConfig, stored, VIT_CONFIG)
     there = "vit_model.vision_model"
     width, values = _shape(reader, f"{there}.embeddings.patch_embedding.weight")
@@ -218,10 +221,13 @@ def _read(config_class: type, stored: Mapping[str, Any], file: str) -> PreTraine
         return config_class.from_dict(dict(stored))
 
 
-def _shape(reader: CheckpointReader, name: str) -> tuple[int, ...]:
+def _shape(reader: CheckpointReader, name: str, dimensions: int = 2) -> tuple[int, ...]:
     if name not in reader:
         raise ConversionError(f"{reader.folder} holds no {name}, so it is no checkpoint of BAGEL")
-    return reader.shape(name)
+    shape = reader.shape(name)
+    if len(shape) != dimensions or not reader.has_values(name):
+        raise ConversionError(f"{name} has shape {shape}, so {reader.folder} is no checkpoint of BAGEL")
+    return shape
 
 
 def _count(reader: CheckpointReader, prefix: str) -> int:

@@ -9,6 +9,7 @@ import re
 import torch
 
 from conversion.checkpoints import CheckpointReader
+from conversion.commands import reading
 from conversion.key_maps import ConversionError, KeyMap, Rule
 from modeling_mot.latent_vae import build_vae, vae_config_of
 
@@ -25,20 +26,22 @@ def flux_vae_config(reader: CheckpointReader) -> dict:
     Raises:
         ConversionError: the tensors are of another autoencoder.
     """
-    try:
-        widths = [reader.shape(f"encoder.down.{depth}.block.0.conv2.weight")[0] for depth in range(_depth(reader))]
-        fields = {
-            "_class_name": "AutoencoderKL",
-            "in_channels": reader.shape("encoder.conv_in.weight")[1],
-            "out_channels": reader.shape("decoder.conv_out.weight")[0],
-            "latent_channels": reader.shape("decoder.conv_in.weight")[1],
-        }
-    except KeyError as error:
-        raise ConversionError(
-            f"{reader.folder / WEIGHTS} lacks {error.args[0]}: it is not the autoencoder of FLUX; give another one, a "
-            "folder of diffusers, with --vae"
-        ) from None
-    fields |= {
+
+    def sides(name: str) -> tuple[int, ...]:
+        if name not in reader or len(reader.shape(name)) != 4 or not reader.has_values(name):
+            raise ConversionError(
+                f"{reader.folder / WEIGHTS} holds no convolution {name}: it is not the autoencoder of FLUX; give "
+                "another one, a folder of diffusers, with --vae"
+            )
+        return reader.shape(name)
+
+    blocks = {match[1] for name in reader.names if (match := re.match(r"encoder\.down\.(\d+)\.", name))}
+    widths = [sides(f"encoder.down.{depth}.block.0.conv2.weight")[0] for depth in range(max(len(blocks), 1))]
+    fields = {
+        "_class_name": "AutoencoderKL",
+        "in_channels": sides("encoder.conv_in.weight")[1],
+        "out_channels": sides("decoder.conv_out.weight")[0],
+        "latent_channels": sides("decoder.conv_in.weight")[1],
         "block_out_channels": widths,
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
@@ -51,14 +54,8 @@ def flux_vae_config(reader: CheckpointReader) -> dict:
         "use_quant_conv": False,
         "use_post_quant_conv": False,
     }
-    with torch.device("meta"):
+    with torch.device("meta"), reading(f"no autoencoder has the sizes of {reader.folder / WEIGHTS}"):
         return vae_config_of(build_vae(fields))
-
-
-def _depth(reader: CheckpointReader) -> int:
-    """Count the blocks of the encoder."""
-    found = {match[1] for name in reader.names if (match := re.match(r"encoder\.down\.(\d+)\.", name))}
-    return len(found)
 
 
 def flux_vae_map(depth: int, prefix: str = "") -> KeyMap:

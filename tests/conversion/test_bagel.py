@@ -471,6 +471,19 @@ NORM = "language_model.model.norm_moe_gen.weight"
             changed_tensors("ema.safetensors", lambda t: t.pop("language_model.lm_head.weight")),
             "lm_head.weight (from language_model.lm_head.weight)",
         ),
+        (
+            changed_tensors(
+                "ema.safetensors",
+                lambda t: t.update({"language_model.model.layers.0.self_attn.q_norm.weight": torch.ones(4, 4)}),
+            ),
+            "has shape (4, 4), so",
+        ),
+        (
+            changed_tensors("ae.safetensors", lambda t: t.update({"decoder.conv_in.weight": torch.ones(3)})),
+            "no convolution decoder.conv_in.weight",
+        ),
+        (changed_json("vit_config.json", hidden_size=-1), "hidden_size=-1"),
+        (changed_json("llm_config.json", rope_theta="x"), "rope_theta='x' must be in (0, inf)"),
         (changed_json("llm_config.json", num_hidden_layers=3), "num_hidden_layers=3, but the tensors say 2"),
         (changed_json("llm_config.json", num_key_value_heads=4), "num_key_value_heads=4, but the tensors say 2"),
         (changed_json("llm_config.json", strange=1), "--ignore-fields strange"),

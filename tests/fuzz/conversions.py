@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from conversion import export_dense, import_chameleon, upcycle, vae
+from conversion import export_bagel, export_dense, import_bagel, import_chameleon, upcycle, vae
+from tests.conversion.bagel_sources import TOKEN_IDS
 
 from . import values
 from .case import Case, Place, WrongResult
@@ -58,11 +59,20 @@ CHAMELEON: dict[str, tuple[str, ...]] = {
     "--max-shard-size": _SHARDS,
     "--dtype": ("int8",),
 }
+BAGEL: dict[str, tuple[str, ...]] = {
+    "--token-ids": ("im_start", "im_start=x", "nope=1", "im_start=-1", f"im_end={10**30}", "vision=5 image=5", ""),
+    "--vae": _FOLDERS,
+    "--max-shard-size": _SHARDS,
+    "--dtype": ("int8",),
+}
+IDS = ["--token-ids", *(f"{name}={token}" for name, token in TOKEN_IDS.items())]
 UPCYCLED = ["--image-codes", "8", "--image-grid", "2", "4"]
 CONVERSIONS: dict[str, tuple[Callable, tuple[str, ...], dict, list[str]]] = {
     "upcycle": (upcycle.main, ("llama", "qwen2"), UPCYCLE, UPCYCLED),
     "export_dense": (export_dense.main, ("dense", "mot"), EXPORT, []),
     "import_chameleon": (import_chameleon.main, ("chameleon",), CHAMELEON, []),
+    "import_bagel": (import_bagel.main, ("bagel",), BAGEL, IDS),
+    "export_bagel": (export_bagel.main, ("bagel-mot",), {"--overwrite": ("x",)}, []),
     "vae": (vae.main, ("transfusion",), {"--max-shard-size": _SHARDS}, []),
 }
 
@@ -76,6 +86,8 @@ def good(folder: Path) -> None:
         (export_dense.main, [root / "dense", folder / "exported"]),
         (export_dense.main, [root / "mot", folder / "tower", "--tower", "text"]),
         (import_chameleon.main, [root / "chameleon", folder / "imported"]),
+        (import_bagel.main, [root / "bagel", folder / "bagel", *IDS]),
+        (export_bagel.main, [root / "bagel-mot", folder / "bagel-again"]),
         (vae.main, ["export", root / "transfusion", folder / "vae"]),
         (vae.main, ["import", root / "transfusion", root / "vae", folder / "with-vae", "--other-latents"]),
     ):
@@ -85,7 +97,7 @@ def good(folder: Path) -> None:
 
 def convert(rng: Random, place: Place) -> Case:
     """Make a conversion with a damaged or hostile source, or a bad option."""
-    name = rng.choice(["upcycle", "upcycle", "export_dense", "import_chameleon", "vae"])
+    name = rng.choice(["upcycle", "upcycle", "export_dense", "import_chameleon", "vae", "import_bagel", "export_bagel"])
     main, sources, options, good = CONVERSIONS[name]
     source, out = saved() / rng.choice(sources), place.inside / "out"
     words = [*good, *(["--tower", "text"] if source.name == "mot" else [])]
@@ -93,12 +105,13 @@ def convert(rng: Random, place: Place) -> Case:
     if rng.random() < 0.3:
         option = rng.choice(sorted(options))
         value = rng.choice(options[option])
-        words = [] if option in ("--image-codes", "--image-grid") and name == "upcycle" else words
+        words = [] if option in ("--image-codes", "--image-grid", "--token-ids") else words
         words, says = [*words, option, *(value.split(" ") if value else [value])], f"{option} {values.shown(value)}"
         names = (option, option.strip("-").replace("-", "_"), value[:60], value.partition("=")[2])
     else:
         copy = place.inside / "source"
-        says = rng.choice([bad_config, bad_config, bad_index, bad_tensors, damage_folder])(rng, place, source, copy)
+        ways = [bad_config, bad_config, bad_index, bad_tensors, damage_folder]
+        says = rng.choice(ways[3:] if name == "import_bagel" else ways)(rng, place, source, copy)
         source, names = copy, (*names, *words_of(says), "tokenizer.json", "the source")
     paths = [str(source), str(out)]
     if name == "vae" and (words or rng.random() < 0.5):

@@ -11,9 +11,11 @@ from random import Random
 import torch
 from safetensors.torch import load_file, save_file
 
+from conversion.import_bagel import import_bagel
 from modeling_mot import MoTConfig, MoTForCausalLM
 from modeling_mot.latent_vae import build_vae
 from tests.conversion import chameleon_sources
+from tests.conversion.bagel_sources import CHECKPOINT, TOKEN_IDS
 from tests.conversion.conftest import SIZES
 from tests.conversion.sources import save_source, words_tokenizer
 from tests.modeling_mot.naive_transfusion import VAE
@@ -29,7 +31,7 @@ from .case import Place
 
 @functools.cache
 def saved() -> Path:
-    """Make good checkpoints: `llama`, `qwen2` in shards, `chameleon`, `mot`, `dense`, `transfusion`, `vae`."""
+    """Make good checkpoints: `llama`, `qwen2` in shards, `chameleon`, `mot`, `dense`, `transfusion`, `vae`, `bagel`."""
     root = Path(tempfile.mkdtemp())
     torch.manual_seed(0)
     save_source(root / "llama", "llama", tokenizer=True)
@@ -48,6 +50,9 @@ def saved() -> Path:
     )
     pictures.save_pretrained(root / "transfusion")
     build_vae(VAE).save_pretrained(root / "vae")
+    shutil.copytree(CHECKPOINT, root / "bagel")
+    (root / "bagel" / "ema.safetensors").rename(root / "bagel" / "model.safetensors")
+    import_bagel(str(root / "bagel"), root / "bagel-mot", token_ids=TOKEN_IDS)
     return root
 
 
