@@ -474,8 +474,9 @@ class InterleavedDecoding(TokenLoop):
             # Pictures come first, so that the sequences that draw catch up with the others.
             drawing = [row for row in self.running if self.last_token(row) == self.config.boi_token_id]
             if drawing:
-                # A sequence with images in its prompt may be guided in another way than one without.
-                self._draw([row for row in drawing if self._guidance(row) == self._guidance(drawing[0])])
+                # A sequence with images in its prompt may need other contexts of guidance than one without.
+                contexts = [contexts_of(self.settings, self.has_images[row]) for row in drawing]
+                self._draw([row for row, own in zip(drawing, contexts) if own == contexts[0]])
                 continue
             self.choose(self.logits)
             if self.running:
@@ -559,11 +560,6 @@ class InterleavedDecoding(TokenLoop):
         self.logits[going_on], positions = commit(self.model, self.cache, going_on, behind, drawn, drawing.size)
         for row, position in zip(going_on, positions):
             self.positions[row] = position
-
-    def _guidance(self, row: int) -> tuple:
-        """Return what sequences must have in common to be drawn together."""
-        has_images = self.has_images[row]
-        return contexts_of(self.settings, has_images), has_images and bool(self.settings.guidance_with_images)
 
     def drawing(self, rows: list[int]) -> Denoising:
         """Begin a picture in each of these sequences, which are guided in one way."""

@@ -9,7 +9,7 @@ image into the cache. Guidance predicts an image behind other contexts too, whic
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,10 +32,8 @@ from .checks_fields import (
     Number,
     OneOf,
     Several,
-    Typed,
     Whole,
     check_fields,
-    check_names,
     is_real,
     is_whole,
 )
@@ -57,20 +55,11 @@ SETTINGS_RULES = {
     "guidance_renorm": OneOf(("none", "global", "channel", "text_channel")),
     "guidance_renorm_min": Number(0, 1),
     "guidance_interval": Several(Number(0, 1), count=2),
-    "guidance_with_images": Typed(dict),
     "time_spacing": OneOf(TIME_SPACINGS),
     "timestep_shift": Maybe(Number(0, SCHEDULER_NUMBERS, open="low")),
     "num_frames": Maybe(Whole(1, 2**16)),
     "frames_per_second": Maybe(Number(open="low")),
 }
-OF_GUIDANCE = (
-    "guidance_scale",
-    "image_guidance_scale",
-    "guidance_form",
-    "guidance_renorm",
-    "guidance_renorm_min",
-    "guidance_interval",
-)
 # The contexts of guidance beside the whole prompt.
 UNCONDITIONAL = "unconditional"  # nothing of the prompt, or a negative prompt
 WITHOUT_TEXT = "without_text"  # the prompt without its last text
@@ -87,7 +76,6 @@ class DiffusionSettings:
     guidance_renorm: str = "none"
     guidance_renorm_min: float = 0.0
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    guidance_with_images: dict = field(default_factory=dict)
     num_inference_steps: int = 250
     time_spacing: str = "scheduler"
     timestep_shift: float | None = None
@@ -105,10 +93,6 @@ class DiffusionSettings:
     output_type: str = "pil"
     progress_bar: bool = False
     generation_mode: str | None = None
-
-    def of_prompt(self, has_images: bool) -> "DiffusionSettings":
-        """Return the settings of a prompt: with images, `guidance_with_images` goes before the others."""
-        return replace(self, **self.guidance_with_images) if has_images and self.guidance_with_images else self
 
     def validate(self, config) -> None:
         """Refuse options that cannot be drawn by, before anything is drawn.
@@ -147,9 +131,6 @@ class DiffusionSettings:
         check_generator(self.generator)
         check_fields(self, SETTINGS_RULES)
         self._check_guidance()
-        if self.guidance_with_images:
-            check_names(self.guidance_with_images, OF_GUIDANCE, "setting in guidance_with_images:")
-            replace(self, **self.guidance_with_images, guidance_with_images={}).validate(config)
         size = self.latent_size(config)
         self._check_scheduler(config, size)
         self._check_frames(config, size)
@@ -273,7 +254,6 @@ def contexts_of(settings, has_images: bool) -> tuple[str, ...]:
         settings: `DiffusionSettings`.
         has_images: True if images stand in the prompt. Without them there is no guidance by images.
     """
-    settings = settings.of_prompt(has_images)
     images = settings.image_guidance_scale
     by_images = has_images and images not in (None, 1)
     is_nested = settings.guidance_form == "nested"
@@ -402,7 +382,7 @@ class Denoising:
     ):
         config, device = model.config, model.device
         self.model = model
-        self.settings = settings = settings.of_prompt(has_images)
+        self.settings = settings
         self.rows = rows
         self.size = settings.size(config)
         self.step = 0

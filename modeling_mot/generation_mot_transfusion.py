@@ -73,9 +73,6 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
             guidance_renorm_min: the smallest factor by which it shrinks (default 0).
             guidance_interval: [low, high], the shares of noise t with low < t <= high at which there is guidance
                 (default [0, 1], always).
-            guidance_with_images: of these settings of guidance, those of prompts with pictures, such as
-                {"guidance_renorm": "text_channel"}; for a generation configuration, because settings that a call names
-                hold for all prompts.
             negative_prompt_ids: (L,) or (1, L) for all prompts, or (B, L): the unconditional prompts, with
                 `negative_prompt_attention_mask` if padded on the left; BOI is appended. Default: `config.bos_token_id`
                 alone, or nothing if there is none, as in training when a caption is dropped.
@@ -194,13 +191,7 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
 
         # They come from the call, or else from the generation configuration.
         saved = {name: getattr(generation_config, name, None) for name in SETTINGS if name != "unconditional_prompt"}
-        saved = {name: value for name, value in saved.items() if value is not None}
-        if isinstance(saved.get("guidance_with_images"), dict):
-            of_images = saved["guidance_with_images"].items()
-            saved["guidance_with_images"] = {name: value for name, value in of_images if name not in given}
-        if "unconditional_prompt" in given:
-            saved.pop("image_guidance_scale", None)
-        settings = DiffusionSettings(**(saved | given))
+        settings = DiffusionSettings(**({name: value for name, value in saved.items() if value is not None} | given))
         settings.validate(self.config)
         # Guidance needs a model that has learnt to draw without a caption.
         if settings.guidance_scale not in (0, 1) and not self.config.caption_dropout:

@@ -175,7 +175,6 @@ OF_PICTURES: dict[str, tuple] = {
     "guidance_form": ("nope", 3, "sum"),
     "guidance_renorm": ("nope", 3, True, "text_channel"),
     "guidance_renorm_min": (-1, 1.5, NAN, "0", True),
-    "guidance_with_images": ([], 3, {"nope": 1}, {"guidance_scale": NAN}, {"guidance_with_images": {}}, {3: 3}),
     "guidance_interval": ([], [0.5], [1, 0], [NAN, 1], [0, 2], "01", 0.5, [True, False]),
     "time_spacing": ("nope", 3, "steps", "points"),
     "timestep_shift": (0, -1, NAN, INF, "3", True, 3.0),

@@ -342,40 +342,6 @@ def test_sequences_are_drawn_together_if_their_contexts_are_alike(images_scale, 
     assert rows[::4] == ([[0, 1, 2]] if groups == 1 else [[0, 2], [1]])
 
 
-# ------------------------------------------------------------------------------------- defaults of a checkpoint
-
-# As BAGEL's: one way to draw, and another to edit.
-SAVED = {
-    "guidance_scale": 3.0, "image_guidance_scale": 2.0, "guidance_renorm": "global", "guidance_interval": [0.4, 1.0],
-    "guidance_with_images": {"guidance_renorm": "text_channel", "guidance_interval": [0.0, 1.0]},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("given", [{}, {"guidance_renorm": "channel"}, {"guidance_interval": [0.5, 0.9]}])
-def test_prompts_with_pictures_may_have_guidance_of_their_own(given):
-    """Of a generation configuration. What a call says holds for all prompts."""
-    model = model_of(prediction_type="flow")
-    for name, value in SAVED.items():
-        setattr(model.generation_config, name, value)
-    prompts, generators = [EDIT, DRAW, AGAIN], [seeded(row) for row in range(3)]
-    output = model.generate(**inputs_of(*prompts), **ARGUMENTS, **given, generator=generators)
-    draws = {name: value for name, value in SAVED.items() if name != "guidance_with_images"} | given
-    edits = draws | SAVED["guidance_with_images"] | given
-    for row, settings in enumerate([edits, draws, edits]):
-        contexts = [EDIT_CONTEXTS, DRAW_CONTEXTS, AGAIN_CONTEXTS][row]
-        _, (expected,) = NaiveGuidance(model, contexts, settings)(*prompts[row], 5, seeded(row))
-        torch.testing.assert_close(output.latents[row][0], expected, rtol=0, atol=1e-4)
-
-
-def test_a_negative_prompt_of_a_call_goes_before_saved_guidance_by_pictures():
-    model, settings = model_of(prediction_type="flow"), {"guidance_scale": 3.0, "negative_prompt_ids": [BOS, 30]}
-    once, again = (model.generate(**inputs_of(EDIT), **ARGUMENTS, **settings, generator=[seeded()]) for _ in range(2))
-    model.generation_config.image_guidance_scale = 2.0
-    saved = model.generate(**inputs_of(EDIT), **ARGUMENTS, **settings, generator=[seeded()])
-    assert torch.equal(once.latents[0][0], again.latents[0][0])
-    assert torch.equal(once.latents[0][0], saved.latents[0][0])
-
-
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -391,10 +357,6 @@ def test_a_negative_prompt_of_a_call_goes_before_saved_guidance_by_pictures():
         ({"guidance_interval": [0.8, 0.4]}, "must be \\[low, high\\] with low < high"),
         ({"guidance_renorm": "text_channel", "guidance_form": "sum"}, "take 'global' or 'channel'"),
         ({"image_guidance_scale": 2.0, "negative_prompt_ids": [1]}, "negative_prompt_ids came with image_guidance"),
-        ({"guidance_with_images": ["guidance_scale"]}, "guidance_with_images=\\['guidance_scale'\\] must be a dict"),
-        ({"guidance_with_images": {"guidance_norm": "global"}}, "guidance_norm; did you mean 'guidance_renorm'"),
-        ({"guidance_with_images": {"guidance_renorm": "norm"}}, "guidance_renorm='norm' is not one of"),
-        ({"guidance_with_images": {"scheduler": "unipc"}}, "unknown setting in guidance_with_images: scheduler"),
         ({"timestep_shift": 0.0}, "timestep_shift=0.0 must be in"),
         ({"timestep_shift": 3.0}, "timestep_shift=3.0 shifts the times of flow matching"),
         ({"time_spacing": "linear"}, "time_spacing='linear' is not one of"),
