@@ -335,6 +335,31 @@ def freeze_towers(model: MoTPreTrainedModel, towers: list[str] | None) -> None:
             parameter.requires_grad_(False)
 
 
+# Parts beside the towers -> the beginning of their parameters' names. A connector is a part of its encoder.
+_BESIDE = {
+    "embeddings": "model.embed_tokens.",
+    "output_layer": "lm_head.",
+    "patchifier": "patchifier.",
+    "encoders": "encoders.",
+}
+
+
+def freeze_parts(model: MoTPreTrainedModel, parts: list[str] | None) -> None:
+    """Freeze the parameters of parts beside the towers, in place: embeddings, output_layer, patchifier or encoders.
+
+    Raises:
+        ConfigError: no such part in this model.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    there = [part for part, beginnings in _BESIDE.items() if any(name.startswith(beginnings) for name in names)]
+    for part in parts or ():
+        if part not in there:
+            raise ConfigError(f"train.frozen_parts names {part!r}; beside its towers the model has {', '.join(there)}")
+        for name, parameter in model.named_parameters():
+            if name.startswith(_BESIDE[part]):
+                parameter.requires_grad_(False)
+
+
 def _parts(model: MoTPreTrainedModel) -> set[str]:
     return {name for part in ("attention", "feed_forward", "norm") for name in model.config.part_names(part)}
 

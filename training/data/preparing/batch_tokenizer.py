@@ -9,6 +9,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from modeling_mot.media_loading import flatten
 from training.data.config import AugmentationConfig, Interleaved, Limits, Segment
+from training.data.documents import Vocabulary
 from training.data.preparing.interleaving import Cut, Timed, spans_of, timed, without_runs
 from training.data.reading.records import (
     BadRecord,
@@ -20,6 +21,7 @@ from training.data.reading.records import (
     decode_sound,
     text_of,
 )
+from training.data.roles import FEATURES, kept_segments
 
 
 # (H, W) a picture in pixels; N samples of a sound
@@ -85,6 +87,8 @@ def generator(config: AugmentationConfig, record: int, variant: int, segment: in
 
 # -------------------------------------------------------------------------------------------------------------- batches
 
+# The types of segments that may hold pictures.
+HOLD_IMAGES = ("image", "document", FEATURES)
 # The decoded pixels that are held at once before they are encoded.
 _GROUP_PIXELS = 2**26
 
@@ -125,6 +129,7 @@ class BatchTokenizer:
 
     A column holds the ids of a segment in a list per record and variant. Where the processor keeps pictures as pixels,
     a second column holds them beside the ids: lists of (3, H, W) uint8 arrays in the order of their placeholders.
+    Copies of pictures as features are a segment of their own, see `training.data.roles.kept_segments`.
     """
 
     def __init__(self, source: Source, preparing: Preparing):
@@ -136,7 +141,7 @@ class BatchTokenizer:
         self.variants = preparing.augmentation.variants if preparing.augmentation else 1
         self.continuous = preparing.images is not None
         # Sounds are cut before runs of a unit become one: the cuts are times.
-        self.segments = self.config.prepared_segments
+        self.segments = kept_segments(self.config, Vocabulary.of(self.processor))
         self.speech = getattr(self.processor, "speech_tokenizer", None)
         is_cut = any(isinstance(segment, Interleaved) for segment in self.segments)
         self.deduplicates_later = is_cut and self.speech is not None and self.speech.config.deduplicate
@@ -166,7 +171,7 @@ class BatchTokenizer:
         return rows, images, left_out
 
     def _holds_images(self, segment: Segment) -> bool:
-        return self.continuous and segment.type in ("image", "document")
+        return self.continuous and segment.type in HOLD_IMAGES
 
     def _encode_records(
         self, usable: list[tuple[int, dict]], rows: dict[str, list], images: dict[str, list], left_out: LeftOut
@@ -201,10 +206,14 @@ class BatchTokenizer:
         texts = {s: text_of(s, record) for s in self.config.segments if s.type == "text"}
         caption = "; ".join(texts.values())
         inputs: dict[Segment, list] = {segment: [text] for segment, text in texts.items()}
-        for place, segment in enumerate(self.segments):
-            if segment.type in ("image", "audio"):
-                where = f"column {segment.column!r}"
-                inputs[segment] = self._media(segment.type, record.get(segment.column), caption, (number, place), where)
+        for segment in self.segments:
+            if segment.type in ("image", "audio", FEATURES):
+                # All copies of a picture are changed alike.
+                medium = Segment("image", segment.column) if segment.type == FEATURES else segment
+                place, where = (number, self.config.segments.index(medium)), f"column {segment.column!r}"
+                inputs[segment] = inputs.get(medium) or self._media(
+                    medium.type, record.get(segment.column), caption, place, where
+                )
             elif segment.type == "document":
                 inputs[segment] = self._document(segment, record, number)
             elif isinstance(segment, Interleaved):
@@ -279,6 +288,8 @@ class BatchTokenizer:
         flat = [value for values in inputs for value in values]
         if segment.type == "document":
             encoded = [self._document_ids(document) for document in flat]
+        elif segment.type == FEATURES:
+            encoded = self._features(flat)
         elif segment.type == "image":
             encoded = [(ids, pixels) for ids, pixels in zip(*self._image_ids(flat), strict=True)]
         else:
@@ -324,6 +335,11 @@ class BatchTokenizer:
             return [self.processor.placeholder_ids(*pixels.shape[1:]) for pixels in pictures], [[p] for p in pictures]
         ids = self.processor.encode_images(pictures) if pictures else []
         return [list(of_picture) for of_picture in ids], [[] for _ in pictures]
+
+    def _features(self, pictures: list[np.ndarray]) -> list[tuple[list[int], list[np.ndarray]]]:
+        """Give the ids of each picture that an encoder reads, and its pixels, made of those that become latents."""
+        fitted = self.processor.encoder_processor.fit_pictures([np.moveaxis(pixels, 0, -1) for pixels in pictures])
+        return [(self.processor.features_ids(*pixels.shape[1:]), [pixels]) for pixels in fitted]
 
     def _document_ids(self, document: list[dict]) -> tuple[list[int], list[np.ndarray]]:
         # Pictures and sounds of the document are encoded together, by their places.
