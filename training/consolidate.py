@@ -20,8 +20,9 @@ from accelerate import init_empty_weights
 from model_cards.card import PICTURES, model_card
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
 from training.config import ConfigError, build, one_line
-from training.model.adapters import LoraConfig, adapters_of, merge_adapters, save_adapters, set_trained
+from training.model.adapters import LoraConfig, adapters_of, merge_adapters, save_adapters
 from training.model.building import MODEL_CLASSES, read_weights, without_bars
+from training.optimization import set_trained
 from training.run_files.checkpoints import DamagedError, model_tensors, newest_intact, read_tensors, replacing, verify
 from training.run_files.folder import RunFolder
 from training.world import make_room

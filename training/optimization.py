@@ -23,6 +23,7 @@ from modeling_mot.configuration_mot import SHARED
 from training.config import ConfigError, check_options, option
 from training.data.collate import count_noised
 from training.data.documents import is_transfusion
+from training.model.adapters import FrozenDtype, LoraConfig, add_adapters, hold_frozen
 
 
 # B batch, L row length, V vocabulary
@@ -314,6 +315,30 @@ class UpdateGuard:
 
 
 # ----------------------------------------------------------------- parameters that are kept, and their moving average
+
+
+def set_trained(
+    model: MoTPreTrainedModel,
+    frozen_towers: list[str] | None = None,
+    frozen_parts: list[str] | None = None,
+    lora: LoraConfig | None = None,
+    frozen_dtype: FrozenDtype = "float32",
+    seed: int = 0,
+) -> None:
+    """Freeze what a recipe does not train, add its adapters, and hold frozen weights in its precision; in place.
+
+    Call it before the model is sharded. The arguments are fields of `TrainConfig`; `seed` is of the adapters.
+
+    Raises:
+        ConfigError: by the name of the field.
+    """
+    freeze_towers(model, frozen_towers)
+    freeze_parts(model, frozen_parts)
+    if lora is not None:
+        torch.manual_seed(seed)
+        add_adapters(model, lora)
+    if frozen_dtype != "float32":
+        hold_frozen(model, frozen_dtype)
 
 
 def freeze_towers(model: MoTPreTrainedModel, towers: list[str] | None) -> None:

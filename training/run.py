@@ -23,7 +23,6 @@ from training.data.rows import prepare_rows
 from training.data.stream import RowStream, StepBatches
 from training.evaluation.end_of_run import end_run, report_interruption
 from training.evaluation.losses import evaluate_losses
-from training.model.adapters import set_trained
 from training.model.building import (
     Planned,
     build_model,
@@ -36,7 +35,7 @@ from training.model.building import (
     stored_dtype,
 )
 from training.model.costs import Budget, describe_choice, forward_flops_per_token, leaves_size_open, peak_flops
-from training.optimization import NotFiniteError
+from training.optimization import NotFiniteError, set_trained
 from training.recipe import Recipe, TrainConfig, check_decoder, check_diffusion, check_subjects, trained_parts
 from training.run_files.checkpoints import Checkpointer, find_checkpoint, refuse_changes
 from training.run_files.folder import RunFolder, RunLock, environment, write_json

@@ -16,8 +16,8 @@ from training.model.adapters import (
     adapters_of,
     merge_adapters,
     save_adapters,
-    set_trained,
 )
+from training.optimization import set_trained
 from training.world import Interrupted
 
 from .ranks import go_on

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_mot import MoTConfig
-from training.model.adapters import LoraConfig, set_trained
+from training.model.adapters import LoraConfig
 from training.model.costs import forward_flops, patchifier_flops, recomputed_flops, training_flops
+from training.optimization import set_trained
 from training.plan.__main__ import changed_flops
 from training.plan.activations import count_kept, loss_bytes, made_up_batch
 from training.plan.cluster import Mesh

@@ -11,6 +11,7 @@ from conversion.import_bagel import import_bagel
 from modeling_mot import MoTTransfusionModel
 from modeling_mot.image_processing import MoTImageProcessor
 from tests.conversion.bagel_sources import CHECKPOINT, TOKEN_IDS
+from training.data.config import ROLES
 from training.data.documents import Vocabulary
 
 
@@ -45,6 +46,15 @@ class ToyBagelProcessor:
 
     def encode_segment(self, segment: dict) -> list[int]:
         return [150, *(byte % 150 for byte in segment["text"].encode()), 151]
+
+    def roles_of(self, document: list[dict]) -> list[tuple[str, ...]]:
+        """As given; else all three, but for a last picture."""
+        last = len(document) - 1
+        return [
+            tuple(part.get("roles") or (ROLES if place < last else ("noised",)))
+            for place, part in enumerate(document)
+            if part["type"] == "image"
+        ]
 
     def placeholder_ids(self, height: int, width: int) -> list[int]:
         return [152, *[IMAGE] * (height * width // 16**2), 153]

@@ -104,6 +104,10 @@ def interleaved_rows(
     """
     check_row_length(source, row_length, clean_copies)
     vocabulary = source.vocabulary
+    if vocabulary.has_roles:
+        parts = parts_of(template)
+        lengths = sum(of_part[:, 0] for of_part in part_lengths(source, parts))
+        return _packed(lambda record: compose_parts(source, parts, record, 0), lengths, row_length, vocabulary)
     segments = template.parsed if template.interleaved is None else [template.interleaved]
     lengths = document_lengths(source.columns, vocabulary, segments, template.targets, clean_copies)[:, 0]
 
@@ -246,7 +250,7 @@ def prepare_held_out(
             for direction, segments in directions_of(source.config, source.vocabulary.has_roles).items():
                 rows = single_direction_rows(source, direction, data.row_length, segments)
                 held_out[f"{name}/{direction}"] = rows[:most]
-            template = None if source.vocabulary.has_roles else interleaved_template(source.config)
+            template = interleaved_template(source.config, source.vocabulary.has_roles)
             if template is not None:
                 rows = interleaved_rows(source, template, data.row_length, data.clean_copies)
                 held_out[f"{name}/{INTERLEAVED}"] = rows[:most]
@@ -295,10 +299,10 @@ def directions_of(source: SourceConfig, as_written: bool = False) -> dict[str, t
     return directions
 
 
-def interleaved_template(source: SourceConfig) -> TemplateConfig | None:
+def interleaved_template(source: SourceConfig, as_written: bool = False) -> TemplateConfig | None:
     """Find the first template of a source that no direction comes from, see `directions_of`; None without one."""
     alone = (replace(source, templates=[template]) for template in source.templates)
-    return next((one.templates[0] for one in alone if not directions_of(one)), None)
+    return next((one.templates[0] for one in alone if not directions_of(one, as_written)), None)
 
 
 def _fingerprint(data: DataConfig, sources: list[TokenizedSource]) -> str:

@@ -1,9 +1,8 @@
 """Fine-tuning large models in little memory: low-rank adapters beside frozen weights, which may be held in 8 bits.
 
-`set_trained` does to a model what the keys of a recipe say: it freezes parts, puts adapters (LoRA, arXiv 2106.09685)
-beside the linear layers of towers, and gives frozen weights less precision. It changes the model in place, on any
-device and on `meta`. `merge_adapters` makes an ordinary model of it again, and `save_adapters` writes the adapters
-alone, for PEFT.
+`add_adapters` puts adapters (LoRA, arXiv 2106.09685) beside the linear layers of towers, and `hold_frozen` gives frozen
+weights less precision. Both change a model in place, on any device and on `meta`. `merge_adapters` makes an ordinary
+model of it again, and `save_adapters` writes the adapters alone, for PEFT.
 """
 
 import json
@@ -20,7 +19,6 @@ from torch import nn
 from modeling_mot import MoTPreTrainedModel
 from modeling_mot.tower_routing import autocast_dtype
 from training.config import ConfigError, check_options, option
-from training.optimization import freeze_parts, freeze_towers
 
 
 # T tokens of a tower, I and O inputs and outputs of a layer, r rank
@@ -153,29 +151,6 @@ def _linear(weight: torch.Tensor, bias: nn.Parameter | None) -> nn.Linear:
 # -------------------------------------------------------------------------------------------------------- whole models
 
 
-def set_trained(
-    model: MoTPreTrainedModel,
-    frozen_towers: list[str] | None = None,
-    frozen_parts: list[str] | None = None,
-    lora: LoraConfig | None = None,
-    frozen_dtype: FrozenDtype = "float32",
-    seed: int = 0,
-) -> None:
-    """Freeze what a recipe does not train, add its adapters, and hold frozen weights in its precision; in place.
-
-    Call it before the model is sharded. The arguments are fields of `TrainConfig`; `seed` is of the adapters.
-
-    Raises:
-        ConfigError: by the name of the field.
-    """
-    freeze_towers(model, frozen_towers)
-    freeze_parts(model, frozen_parts)
-    if lora is not None:
-        torch.manual_seed(seed)
-        add_adapters(model, lora)
-    hold_frozen(model, frozen_dtype)
-
-
 def add_adapters(model: MoTPreTrainedModel, config: LoraConfig) -> None:
     """Freeze the towers that `config` names, and put adapters beside their linear layers.
 
@@ -203,12 +178,7 @@ def add_adapters(model: MoTPreTrainedModel, config: LoraConfig) -> None:
 
 
 def hold_frozen(model: MoTPreTrainedModel, dtype: FrozenDtype) -> None:
-    """Hold the frozen weights of linear layers of the transformer and of encoders in `dtype`, all others in float32.
-
-    With "float32", in which models are built, nothing changes.
-    """
-    if dtype == "float32":
-        return
+    """Hold the frozen weights of linear layers of the transformer and of encoders in `dtype`, all others in float32."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not name.startswith("vae.") and tensor.is_floating_point():
             tensor.data = tensor.data.float()

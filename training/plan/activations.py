@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_mot import MoTConfig, MoTPreTrainedModel, MoTTransfusionConfig
 from modeling_mot.tower_routing import ModalityRouting
-from training.model.adapters import FrozenLinear, set_trained
+from training.model.adapters import FrozenLinear
 from training.model.building import MODEL_CLASSES, set_up_layers
+from training.optimization import set_trained
 
 
 # B rows, L row length, T = B * L tokens, V vocabulary, N images, C latent channels

@@ -10,8 +10,8 @@ import torch
 
 from modeling_mot import MoTConfig, MoTPreTrainedModel
 from modeling_mot.tower_routing import PerTower
-from training.model.adapters import set_trained
 from training.model.building import MODEL_CLASSES
+from training.optimization import set_trained
 
 
 SHARED = "shared"

@@ -1,5 +1,6 @@
 """Rows in which a picture stands in several roles, against BAGEL's own rows and against documents written out."""
 
+import json
 from types import SimpleNamespace
 
 import datasets
@@ -256,6 +257,66 @@ def test_held_out_rows_are_of_the_templates_as_written(source, tmp_path):
     held_out = prepare_held_out(config, ToyBagelProcessor(), 2)
     assert list(held_out) == ["edits/text-to-image", "edits/image+text-to-image", "looks/image+text-to-text"]
     assert all(len(rows) == 2 and "pictures" in rows[0] for rows in held_out.values())
+
+
+CONVERSATION = [
+    {"type": "text", "text": "a"},
+    {"type": "image", "image": 3},
+    {"type": "text", "text": "bb"},
+    {"type": "image", "image": 4, "roles": ["latents", "features"]},
+    {"type": "image", "image": 5},
+]
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory):
+    """A prepared column of documents with several pictures."""
+    folder = tmp_path_factory.mktemp("conversations")
+    for number, colour in enumerate((3, 4, 5)):
+        (folder / f"{colour}.png").write_bytes(png((colour, number, 0), (64, 32)))
+    parts = [part | ({"image": f"{part['image']}.png"} if "image" in part else {}) for part in CONVERSATION]
+    (folder / "train.jsonl").write_text(json.dumps({"parts": parts}) + "\n")
+
+    def prepare(**template):
+        config = SourceConfig("talks", str(folder / "train.jsonl"), [TemplateConfig(["document:parts"], **template)])
+        return TokenizedSource.prepare(config, Preparing(ToyBagelProcessor(), folder / "cache"))
+
+    return prepare
+
+
+@pytest.mark.parametrize("targets", ["all", "last"])
+def test_documents_say_the_roles_of_their_pictures(conversations, targets):
+    made = conversations(targets=targets)
+    document = compose_parts(made, parts_of(made.config.templates[0]), 0, 0)
+    three = [*LATENTS_COPY, *LATENTS_COPY, *FEATURES_COPY]
+    expected = [*text("a", 1), *three, *text("b", 2), *LATENTS_COPY, *FEATURES_COPY, *LATENTS_COPY]
+    assert document.ids.tolist() == expected
+    positions = [0, 1, 2, *[3] * 20, *[4] * 10, 5, 6, 7, 8, *[9] * 10, *[10] * 10, *[11] * 10]
+    assert document.position_ids.tolist() == positions
+    copies = [(image["clean"], int(image["values"][0, 0, 0])) for image in document.images]
+    assert copies == [(False, 3), (True, 3), (True, 4), (False, 5)]
+    assert [int(picture[0, 0, 0]) for picture in document.pictures] == [3, 4]
+    learnt = [label for label in document.labels.tolist() if label != -100]
+    assert learnt == ([*text("a", 1)[1:], *text("b", 2)[1:]] if targets == "all" else [])
+
+
+def test_documents_are_packed_and_evaluated(conversations, tmp_path, model):
+    made = conversations()
+    stream = RowStream(DataConfig(row_length=160, block_documents=4), [made])
+    assert stream.report(1)["shares_of_modalities"].keys() == {"text", "vision", "image"}
+    counts = np.bincount(VOCABULARY.modality_ids(stream.row(0)["input_ids"][:67]), minlength=3)
+    assert tokens_by_modality([made])[0] == pytest.approx(counts)
+    config = DataConfig(row_length=160, validation_sources=[made.config], cache_dir=str(tmp_path))
+    held_out = prepare_held_out(config, ToyBagelProcessor(), 2)
+    assert list(held_out) == ["talks/interleaved"]
+    with torch.no_grad():
+        output = model(**collate(held_out["talks/interleaved"], model.config))
+    assert output.loss_counts["image_diffusion"] == 2 * 16 * 4 * 8
+
+
+def test_a_document_column_leaves_nothing_out(conversations):
+    with pytest.raises(ValueError, match="features_dropout=0.3 of segments=.* give a segment for each column"):
+        conversations(features_dropout=0.3)
 
 
 WRONG = {

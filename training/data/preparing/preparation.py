@@ -33,10 +33,10 @@ from modeling_mot.latent_vae import encode_pixels, vae_fingerprint
 from training.config import digest_of
 from training.data.config import Segment, SourceConfig
 from training.data.documents import ImageColumn, TokenColumn, Vocabulary
-from training.data.preparing.batch_tokenizer import HOLD_IMAGES, BatchTokenizer, Preparing
+from training.data.preparing.batch_tokenizer import HOLD_IMAGES, BatchTokenizer, Preparing, kept_segments
 from training.data.reading.records import SHARD_RECORDS, BadRecord, LeftOut, Source
 from training.data.reading.sources import file_digest, open_source
-from training.data.roles import FEATURES, kept_segments
+from training.data.roles import FEATURES
 
 
 logger = logging.getLogger(__name__)
