@@ -202,6 +202,9 @@ class TrainConfig:
     frozen_parts: list[str] | None = option(
         None, "parts beside the towers that are not trained: embeddings, output_layer, patchifier, encoders"
     )
+    gradient_stops: list[str] | None = option(
+        None, "frozen towers whose tokens pass no gradient on to what they have read, as BAGEL's freeze_und"
+    )
     lora: LoraConfig | None = option(
         None, "adapters that are trained in the place of towers, in a model that each process holds whole; null: none"
     )
@@ -269,7 +272,8 @@ class TrainConfig:
 
 def trained_parts(train: TrainConfig) -> dict[str, Any]:
     """Return the arguments of `training.model.adapters.set_trained`."""
-    return {name: getattr(train, name) for name in ("frozen_towers", "frozen_parts", "lora", "frozen_dtype", "seed")}
+    names = ("frozen_towers", "frozen_parts", "gradient_stops", "lora", "frozen_dtype", "seed")
+    return {name: getattr(train, name) for name in names}
 
 
 @dataclass

@@ -195,6 +195,7 @@ WRONG = {
         dict(frozen_parts=["encoders"]),
         "train.frozen_parts names 'encoders'; beside its towers the model has emb",
     ),
+    "stop": (dict(gradient_stops=["text"]), "train.gradient_stops names 'text', which could not learn; name it in"),
 }
 
 

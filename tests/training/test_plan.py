@@ -130,7 +130,15 @@ TUNED = {"frozen_towers": ["text"], "lora": LoraConfig(["image"], rank=4), "froz
 
 
 @pytest.mark.parametrize("name", ["mot", "transfusion-mot"])
-@pytest.mark.parametrize("trained", [TUNED, {"lora": LoraConfig(rank=8)}, {"frozen_towers": ["image"]}])
+@pytest.mark.parametrize(
+    "trained",
+    [
+        TUNED,
+        {"lora": LoraConfig(rank=8)},
+        {"frozen_towers": ["image"]},
+        {"frozen_towers": ["text"], "gradient_stops": ["text"]},
+    ],
+)
 def test_flops_of_frozen_weights_and_adapters_are_what_torch_counts(name, trained):
     planned = training_flops(config_of(name), TOKENS, LENGTH)
     changed = changed_flops(meta_model(config_of(name), **trained), TOKENS)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conversion.bagel_sources import numbers, training_batch
+from conversion.bagel_layout import bagel_map
+from tests.conversion.bagel_sources import FIXTURES, numbers, training_batch
 from tests.training.tiny_bagel import IMAGE, VISION, VOCABULARY, Column, ToyBagelProcessor, bagel_model
 from training.data import DataConfig, Preparing, RowStream, SourceConfig, TemplateConfig, TokenizedSource
 from training.data.collate import collate
@@ -17,6 +18,7 @@ from training.data.documents import build_row
 from training.data.roles import compose_parts, features_segment, parts_of
 from training.data.rows import prepare_held_out, single_direction_rows
 from training.data.stream import mean_document_length, tokens_by_modality
+from training.optimization import set_trained
 
 from .conftest import png, small_vae
 
@@ -106,6 +108,24 @@ def test_losses_of_rows_are_those_of_the_original(model, row):
     losses = {name: output.loss_sums[name] / output.loss_counts[name] for name in output.loss_sums}
     torch.testing.assert_close(losses["text"], want["ce_mean"], atol=3e-5, rtol=0)
     torch.testing.assert_close(losses["image_diffusion"], want["mse_mean"], atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("row", [1, 2])
+def test_a_frozen_tower_that_stops_gradients_is_the_originals_freeze_und(row):
+    model, want = bagel_model(), numbers(f"f_train_row{row}")
+    made, batch = composed(row, model)
+    norms = json.loads((FIXTURES / f"f_grad_norms_row{row}.json").read_text())
+    set_trained(model, ["understanding"], ["embeddings", "encoders"], gradient_stops=["understanding"])
+    output = model(**collate([made], model.config), timesteps=batch["timesteps"], noise=batch["noise"])
+    torch.testing.assert_close(output.loss, want["ce_mean"] + want["mse_mean"], atol=3e-5, rtol=0)
+    output.loss.backward()
+    reached = 0
+    for name, of_name in norms.items():
+        gradient = model.get_parameter(bagel_map().forward(name)[0]).grad
+        norm = 0.0 if gradient is None else gradient.norm().item()
+        assert norm == pytest.approx(of_name["total_freeze_und"] or 0.0, rel=1e-4, abs=1e-6), name
+        reached += norm > 0
+    assert reached == sum(bool(of_name["total_freeze_und"]) for of_name in norms.values()) > 30
 
 
 # --------------------------------------------------------------------------------------------------------- from records
