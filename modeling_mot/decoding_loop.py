@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .attention_masks import times_of
+from .attention_masks import find_placeholders, times_of
 from .checks_arguments import CACHE
 from .decoding_lean import DecodingCache, LeanDecoder, Prefix, decoder_of
 from .decoding_pictures import (
@@ -390,7 +390,7 @@ class InterleavedDecoding(TokenLoop):
         self.images: list[list[Any]] = [[] for _ in range(count)]
         self.intermediates: list[list[list[Any]]] = [[] for _ in range(count)]
         self.contexts: dict[str, list[Prefix]] = {}
-        self.has_images = (self.prompt == self.config.image_token_id).any(dim=1).tolist()
+        self.has_images = (find_placeholders(self.config, self.prompt) != 0).any(dim=1).tolist()
         self.mask = mask
         self.clean_images = self._clean_images(request.model_kwargs)
         given = {name: request.model_kwargs.get(name) for name in ("position_ids", "modality_ids")}

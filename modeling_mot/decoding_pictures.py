@@ -24,6 +24,7 @@ from .attention_masks import (
     TowerSight,
     attention_mask_for,
     find_image_blocks,
+    find_placeholders,
     times_of,
 )
 from .checks_arguments import MOST_SCALE, check_generator
@@ -223,7 +224,7 @@ def kept_tokens(config, context: str, ids: torch.Tensor, mask: torch.Tensor) -> 
     """
     in_prompt = mask.bool()
     in_prompt[:, -1] &= ids[:, -1] != config.boi_token_id
-    is_text = in_prompt & (find_image_blocks(ids == config.image_token_id, None, with_markers=True) < 0)
+    is_text = in_prompt & (find_image_blocks(find_placeholders(config, ids), None, with_markers=True) < 0)
     if context == WITHOUT_IMAGES:
         return is_text
 

@@ -20,9 +20,11 @@ from modeling_mot.decoding_pictures import ImageForward
 from modeling_mot.encoder_pictures import Patches
 from modeling_mot.latent_vae import decode_latents
 from tests.conversion.bagel_sources import (
+    CASES,
     CHECKPOINT,
     FIXTURES,
     TOKEN_IDS,
+    drawing_arguments,
     features_at,
     joined,
     latents_at,
@@ -213,6 +215,69 @@ def test_the_velocity_behind_a_cached_prefix_equals_bagel(model, kind):
         noisy = joined(want["x_t"], grid, 2)
         velocity = ImageForward(model, [prefix], tuple(noisy.shape[1:])).predict(noisy[None], want["t"] * 1000)
     close(velocity[0], joined(want["velocity"], grid, 2))
+
+
+# ---------------------------------------------------------------------------------------- (e) pictures, from noise on
+
+
+def draws(model, monkeypatch, kind, arguments, count=1):
+    """Draw from the recorded noise.  -> latents of each step (5, B, C, h, w), predictions of each step"""
+    want = numbers(f"e_sample_{kind}")
+    grid = want["grid"].tolist()
+    if kind == "text":
+        ids, inputs = want["text_ids"].tolist(), {}
+    else:
+        ids = latents_at(model.config, len(want["initial_noise"])) + features_at(model.config, len(want["vit_patches"]))
+        ids += want["text_ids"].tolist()
+        seen = joined(want["vit_patches"], want["vit_grid"].tolist(), 14)
+        inputs = {"latents": want["vae_latents"].expand(count, -1, -1, -1)}
+        inputs["encoder_pixel_values"] = seen.expand(count, -1, -1, -1)
+    noise = joined(want["initial_noise"], grid, 2)[None]
+    steps, predictions, predict = [noise.expand(count, -1, -1, -1)], [], model.patchifier_latents
+
+    def kept(*args):
+        predictions.append(predict(*args))
+        return predictions[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "randn", lambda *args, **kwargs: noise)
+        patched.setattr(model, "patchifier_latents", kept)
+        output = model.generate(
+            torch.tensor([ids] * count),
+            generation_mode="image",
+            image_size=[side * 2 * model.config.vae_downsampling for side in grid],
+            output_type="latent",
+            callback_on_step_end=lambda model, step, timestep, state: steps.append(state["latents"].clone()),
+            **inputs,
+            **arguments,
+        )
+    for row in range(count):
+        assert torch.equal(output.latents[row][0], steps[-1][row])
+    return torch.stack(steps), predictions[-4:]  # behind those of the prompts
+
+
+@pytest.mark.parametrize(("kind", "name", "case"), CASES, ids=[f"{kind}-{name}" for kind, name, _ in CASES])
+def test_pictures_equal_bagel(model, monkeypatch, kind, name, case):
+    """The latents after each step, and the velocities behind each context."""
+    want = numbers(f"e_sample_{kind}")
+    grid = want["grid"].tolist()
+    latents, predictions = draws(model, monkeypatch, kind, drawing_arguments(case))
+    assert [len(of_step) for of_step in predictions] == case[-1]
+    close(latents[:, 0], torch.stack([joined(step, grid, 2) for step in want[f"{name}.latents"]]))
+    for step, of_step in enumerate(predictions):
+        for context, velocity in zip(("v_full", "v_no_text", "v_no_img"), of_step):
+            if f"{name}.{context}" in want:
+                close(velocity, joined(want[f"{name}.{context}"][step], grid, 2))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("text", "s4_global"), ("edit", "s4_i2_global")])
+def test_pictures_of_a_batch_equal_bagel(model, monkeypatch, kind, name):
+    """Norms are those of each picture, so that every row is the original's for one picture."""
+    want = numbers(f"e_sample_{kind}")
+    cases = {of_kind: case for one, of_kind, case in CASES if one == kind}
+    latents, _ = draws(model, monkeypatch, kind, drawing_arguments(cases[name]), count=2)
+    for row in range(2):
+        close(latents[-1, row], joined(want[f"{name}.latents"][-1], want["grid"].tolist(), 2))
 
 
 # --------------------------------------------------------------------------------------------------------- (f) training
