@@ -465,6 +465,7 @@ def test_a_tokenizer_says_the_ids(tmp_path, knows):
         assert (config["boi_token_id"], config["eos_token_id"]) == (ids("<|vision_start|>"), ids("<|im_end|>"))
         assert config["image_token_id"] == ids("<|image_pad|>") and config["num_placeholder_tokens"] == 0
         assert config["continuous_modalities"]["vision"]["placeholder_token_id"] == ids("<|vision_pad|>")
+        assert config["tokenizer_vocab_size"] == size
     else:
         # BAGEL appends them, in its order.
         assert (config["eos_token_id"], config["boi_token_id"], config["eoi_token_id"]) == (
@@ -472,10 +473,13 @@ def test_a_tokenizer_says_the_ids(tmp_path, knows):
             size + 2,
             size + 3,
         )
-        assert (config["image_token_id"], config["num_placeholder_tokens"]) == (400, 2)
+        assert (config["image_token_id"], config["num_placeholder_tokens"]) == (size + 4, 0)
+        assert config["tokenizer_vocab_size"] == size + 6
     export_bagel(str(tmp_path / "mot"), tmp_path / "out")
     same_tensors(tmp_path / "out", source)
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == (source / "tokenizer.json").read_text()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((tmp_path / "out" / file).read_text()) == json.loads((source / file).read_text())
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
 
 
 def test_an_autoencoder_of_diffusers_takes_the_place(tmp_path, imported, model):

@@ -48,7 +48,8 @@ def test_four_steps_are_bagels(recorded, kind, name, case):
     config = tiny_config(prediction_type="flow", latent_channels=16, latent_size=list(latents.shape[-2:]))
     settings.validate(config)
     model = SimpleNamespace(config=config, device=torch.device("cpu"), noise_schedule=NoiseSchedule(config))
-    drawing = Denoising(model, settings, [None], [0], has_images=kind == "edit")
+    size = tuple(latents.shape[-2:])
+    drawing = Denoising(model, settings, [None], [0], has_images=kind == "edit", size=size)
     drawing.latents = latents[:1]
     torch.testing.assert_close(torch.tensor(drawing.shares), tensors["times"][:4], rtol=0, atol=1e-7)
 
@@ -243,6 +244,16 @@ def test_a_context_may_be_empty():
     model = model_of(**BAGEL, bos_token_id=None)
     for settings in ({"image_guidance_scale": 1.0}, {}):
         assert_draws(model, [prompt], [{"without_text": ([], [])}], {"guidance_scale": 3.0} | settings)
+
+
+def test_contexts_of_a_batch_may_differ_in_length_and_one_may_be_empty():
+    """What a row does not keep is padding: no placeholder stays in it, and a row of padding alone is no prefix."""
+    edit = ([*image(), 14, 15, 12, 13, BOI], [A])
+    contexts = [{"without_text": ([], [])}, {"without_text": (image(), [A]), "without_images": ([14, 15, 12, 13], [])}]
+    more = ([*image(), 14, BOI], [B]), {"without_text": (image(), [B]), "without_images": ([14], [])}
+    prompts, contexts = [([10, 11, BOI], []), edit, more[0]], [*contexts, more[1]]
+    settings = {"guidance_scale": 3.0, "image_guidance_scale": 2.0}
+    assert_draws(model_of(**BAGEL, bos_token_id=None), prompts, contexts, settings)
 
 
 def test_image_guidance_alone_is_of_the_sum():
