@@ -27,6 +27,7 @@ from conversion.bagel_layout import (
     bagel_map,
     check_expressible,
 )
+from conversion.bagel_processor import SETTINGS_FILES
 from conversion.checkpoints import CheckpointReader, Entry, check_output, fetch, new_folder, write_tensors
 from conversion.commands import copy_licences, exit_code, merge_layers, read_json, reading
 from conversion.flux_vae import WEIGHTS as VAE_WEIGHTS
@@ -44,11 +45,13 @@ class Plan:
         config: of the model.
         files: name of a file of weights -> its tensors.
         configs: name of a file -> its content.
+        record: what an import has written down; empty without one.
     """
 
     config: MoTTransfusionConfig
     files: dict[str, list[Entry]]
     configs: dict[str, dict[str, Any]]
+    record: dict[str, Any]
 
     def describe(self) -> str:
         """List every tensor with its shape, and the sums. Equal layers are one line, `layers.{0..27}`."""
@@ -82,9 +85,20 @@ def export_bagel(source: str, out: Path, overwrite: bool = False, dry_run: bool 
             write_tensors(made, entries, size, weights=file)
         for file, content in plan.configs.items():
             (made / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        copy_tokenizer(folder, made, plan.config.vocab_size)
+        _write_tokenizer(folder, made, plan)
         copy_licences(folder, made)
     return plan
+
+
+def _write_tokenizer(folder: Path, made: Path, plan: Plan) -> None:
+    """Write the tokenizer without what an import added to it, and with the settings that it had before."""
+    size = plan.record.get("tokenizer_size", plan.config.vocab_size)
+    copy_tokenizer(folder, made, min(size, plan.config.vocab_size))
+    if (kept := plan.record.get("tokenizer_files")) is not None:
+        for name in SETTINGS_FILES:
+            (made / name).unlink(missing_ok=True)
+            if name in kept:
+                (made / name).write_text(kept[name], encoding="utf-8")
 
 
 def _plan(folder: Path) -> Plan:
@@ -114,7 +128,7 @@ def _plan(folder: Path) -> Plan:
         depth = len(config.vae_config["block_out_channels"])
         vae = [name for name in reader.names if name.startswith(VAE)]
         files[VAE_WEIGHTS] = _entries(reader, vae, wanted, flux_vae_map(depth, VAE))
-    return Plan(config, files, dict(zip(names, bagel_configs(config, *read), strict=True)))
+    return Plan(config, files, dict(zip(names, bagel_configs(config, *read), strict=True)), record)
 
 
 def _entries(reader: CheckpointReader, names: list[str], wanted: dict[str, tuple], key_map: KeyMap) -> list[Entry]:

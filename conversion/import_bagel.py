@@ -19,9 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import PreTrainedTokenizerBase
 
 from conversion.bagel_layout import LLM_CONFIG, VAE, VIT_CONFIG, bagel_map, checkpoint_reader, mot_config
+from conversion.bagel_processor import (
+    PLACEHOLDERS,
+    SETTINGS_FILES,
+    TOKENS,
+    bagel_generation_config,
+    bagel_processor,
+    bagel_tokenizer,
+)
 from conversion.checkpoints import CheckpointReader, Entry, check_output, fetch, new_folder, provenance, write_model
 from conversion.commands import add_arguments, copy_licences, exit_code, merge_layers, read_json
 from conversion.flux_vae import WEIGHTS as VAE_WEIGHTS
@@ -29,21 +37,8 @@ from conversion.flux_vae import flux_vae_config, flux_vae_map, is_pointwise
 from conversion.key_maps import ConversionError
 from conversion.tokenizer_files import copy_tokenizer
 from conversion.vae import read_vae
-from conversion.vocabulary import TOKENIZER_FILES
-from modeling_mot import MoTTransfusionModel
-from modeling_mot.hub_trust import load_tokenizer
+from modeling_mot import MoTProcessor, MoTTransfusionModel
 from modeling_mot.latent_vae import vae_config_of
-
-
-# The tokens that BAGEL adds to a tokenizer that lacks them, in its order.
-TOKENS = {
-    "im_start": "<|im_start|>",
-    "im_end": "<|im_end|>",
-    "vision_start": "<|vision_start|>",
-    "vision_end": "<|vision_end|>",
-}
-# Qwen's tokens for patches, which BAGEL has no use for.
-PLACEHOLDERS = {"image": "<|image_pad|>", "vision": "<|vision_pad|>"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +53,8 @@ class Plan:
         reader: reads the weights without the autoencoder.
         vae_reader: reads FLUX's autoencoder, if there is one.
         token_ids: name -> id of the tokens that the model knows.
+        processor: of documents; None for a source without a tokenizer.
+        tokenizer_size: how many tokens the source's tokenizer has.
     """
 
     model: MoTTransfusionModel
@@ -67,6 +64,8 @@ class Plan:
     reader: CheckpointReader
     vae_reader: CheckpointReader | None
     token_ids: dict[str, int]
+    processor: MoTProcessor | None
+    tokenizer_size: int
 
     def describe(self) -> str:
         """List every tensor with its shape and target, and the sums. Equal layers are one line, `layers.{0..27}`."""
@@ -78,7 +77,8 @@ class Plan:
         return "\n".join(
             [
                 *merge_layers(lines),
-                f"towers {', '.join(config.tower_names)}; tokens {self.token_ids}; pictures are drawn as {pictures}",
+                f"towers {', '.join(config.tower_names)}; tokens {self.token_ids}; pictures are drawn as {pictures}; "
+                f"{'no processor, for lack of a tokenizer' if self.processor is None else 'with a processor'}",
                 f"{config.num_parameters():,} parameters, {config.num_parameters(active=True):,} of them active for a "
                 f"token; {size:,} bytes",
             ]
@@ -130,10 +130,16 @@ def import_bagel(
     }
     if plan.vae_reader is not None:
         record["sha256"] |= plan.vae_reader.fingerprints()
+    if plan.processor is not None:
+        settings = {name: folder / name for name in SETTINGS_FILES if (folder / name).is_file()}
+        record["tokenizer_files"] = {name: path.read_text(encoding="utf-8") for name, path in settings.items()}
+        record["tokenizer_size"] = plan.tokenizer_size
     with new_folder(out, overwrite) as made:
-        write_model(made, plan.model, plan.entries, max_shard_size)
-        if _has_tokenizer(folder):
+        if plan.processor is not None:
             copy_tokenizer(folder, made, plan.model.config.vocab_size)
+            for name in SETTINGS_FILES:
+                (made / name).unlink(missing_ok=True)
+        write_model(made, plan.model, plan.entries, max_shard_size, plan.processor)
         copy_licences(folder, made)
         (made / "conversion.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return plan
@@ -150,14 +156,18 @@ def _plan(
     # The autoencoder, and the configuration of the whole.
     reader = checkpoint_reader(folder)
     autoencoder = _Autoencoder.of(folder, vae)
-    tokens = _token_ids(folder, given_ids, reader)
+    tokenizer, tokenizer_size = bagel_tokenizer(folder)
+    tokens = _token_ids(folder, given_ids, reader, tokenizer)
     config = mot_config(reader, stored[LLM_CONFIG], stored[VIT_CONFIG], autoencoder.config, tokens, ignored_fields)
     config.dtype = dtype or reader.dtype("language_model.model.embed_tokens.weight")
+    processor = None if tokenizer is None else bagel_processor(tokenizer, config)
+    if tokenizer is not None and len(tokenizer) < config.vocab_size:
+        config.tokenizer_vocab_size = len(tokenizer)  # rows behind it stand for no token
 
     # A model that takes no memory, and the origin of each of its tensors.
     with torch.device("meta"):
         model = MoTTransfusionModel(config)
-    model.generation_config = _generation_config(tokens)
+    model.generation_config = bagel_generation_config(tokens)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     entries, moves = [], {}
     for name, (origin, _) in bagel_map().origins(reader.names, [n for n in wanted if not n.startswith(VAE)]).items():
@@ -167,7 +177,7 @@ def _plan(
         moves[origin] = name
     own = {name: shape for name, shape in wanted.items() if name.startswith(VAE)}
     entries += autoencoder.entries(own)
-    return Plan(model, entries, moves, len(own), reader, autoencoder.reader, tokens)
+    return Plan(model, entries, moves, len(own), reader, autoencoder.reader, tokens, processor, tokenizer_size)
 
 
 def _cast(reader: CheckpointReader, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -223,43 +233,34 @@ class _Autoencoder:
 # ----------------------------------------------------------------------------------------------------------- the tokens
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
-
-
-def _token_ids(folder: Path, given: Mapping[str, int], reader: CheckpointReader) -> dict[str, int]:
-    """Find the ids of `TOKENS` and `PLACEHOLDERS`: as given, or of the tokenizer, or behind it as BAGEL adds them."""
+def _token_ids(
+    folder: Path, given: Mapping[str, int], reader: CheckpointReader, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, int]:
+    """Find the ids of `TOKENS` and `PLACEHOLDERS`: of the tokenizer, or as given."""
+    if tokenizer is not None:
+        found = {name: tokenizer.convert_tokens_to_ids(token) for name, token in (TOKENS | PLACEHOLDERS).items()}
+        for name, token in given.items():
+            if token != found[name]:
+                raise ConversionError(f"--token-ids {name}={token}, but the tokenizer in {folder} says {found[name]}")
+        return found
     found = dict(given)
-    vocabulary: dict[str, int] = {}
-    if _has_tokenizer(folder):
-        vocabulary = dict(load_tokenizer(folder).get_vocab())
-        for token in TOKENS.values():
-            vocabulary.setdefault(token, max(vocabulary.values()) + 1)
-    if missing := [name for name in TOKENS if name not in found and TOKENS[name] not in vocabulary]:
+    if missing := [name for name in TOKENS if name not in found]:
         raise ConversionError(
             f"{folder} has no tokenizer, which would say the ids of {', '.join(TOKENS)}; name them: --token-ids "
             + " ".join(f"{name}=ID" for name in missing)
         )
-    found |= {name: vocabulary[token] for name, token in TOKENS.items() if name not in found}
 
-    # A patch needs a token that no text has; without one it gets an id that has no row in the vocabulary.
+    # A patch needs a token that no text has: an id that has no row in the vocabulary.
     end = reader.shape("language_model.model.embed_tokens.weight")[0] if _is_bagel(reader) else 0
-    for name, token in PLACEHOLDERS.items():
+    for name in PLACEHOLDERS:
         if name not in found:
-            found[name] = vocabulary[token] if vocabulary.get(token, end) < end else end
-            end = max(end, found[name] + 1)
+            found[name] = end
+            end += 1
     return found
 
 
 def _is_bagel(reader: CheckpointReader) -> bool:
     return "language_model.model.embed_tokens.weight" in reader
-
-
-def _generation_config(tokens: Mapping[str, int]) -> GenerationConfig:
-    """Return BAGEL's settings of generation: a text begins with `im_start` and ends with `im_end`."""
-    return GenerationConfig(
-        bos_token_id=tokens["im_start"], eos_token_id=tokens["im_end"], pad_token_id=tokens["im_end"]
-    )
 
 
 def parse_token_ids(words: Sequence[str]) -> dict[str, int]:

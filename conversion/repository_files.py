@@ -26,7 +26,7 @@ SAVED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "vocab.txt", "merges.txt",
     "image_tokenizer/*.json", "image_tokenizer/*.safetensors", "speech_tokenizer/*.json",
-    "speech_tokenizer/*.safetensors", "image_processor/*.json",
+    "speech_tokenizer/*.safetensors", "image_processor/*.json", "encoder_processor/*.json",
 )  # fmt: skip
 BESIDE = (
     CARD, "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY.md", ".gitattributes", "conversion.json",

@@ -385,9 +385,9 @@ class MoTTransfusionConfig(MoTConfig):
     def validate_architecture(self):
         super().validate_architecture()
         self._validate_images()
-        self._validate_diffusion()
         if self.continuous_modalities or self.encoders:
             check_modalities(self)
+        self._validate_diffusion()
 
     def _validate_markers(self, markers):
         super()._validate_markers((*markers, "image_token_id"))

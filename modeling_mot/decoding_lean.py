@@ -167,7 +167,8 @@ class DecodingCache:
         """
         first, stop = 0, self.lengths[row] - drop_last
         if self.mask is not None:
-            first = int((self.mask[row, 0, 0, :stop] == 0).long().argmax())
+            is_token = self.mask[row, 0, 0, :stop] == 0
+            first = int(is_token.long().argmax()) if is_token.any() else stop  # nothing but padding may be left
         keys = [tensor[row, :, first:stop] for tensor in self.keys]
         values = [tensor[row, :, first:stop] for tensor in self.values]
         hidden = None if self.mask is None else self.mask[row, 0, 0, first:stop] != 0

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .attention_masks import times_of
+from .attention_masks import find_placeholders, times_of
 from .checks_arguments import CACHE
 from .decoding_lean import DecodingCache, LeanDecoder, Prefix, decoder_of
 from .decoding_pictures import (
@@ -26,6 +26,7 @@ from .decoding_pictures import (
     contexts_of,
     denoise,
     kept_tokens,
+    length_of,
 )
 from .image_processing import MoTImageProcessor
 from .latent_grid import grid_positions
@@ -353,7 +354,8 @@ class InterleavedDecoding(TokenLoop):
 
     A sequence whose last token is BOI draws a picture, and the others wait. Sequences may therefore differ in length at
     any time. Logits processors and stopping criteria see each sequence as its own prompt with the tokens behind it, so
-    that the result of a sequence does not depend on the others.
+    that the result of a sequence does not depend on the others. A sequence that is to think first writes up to its end
+    token, and then BOI.
 
     Args:
         model: a `MoTTransfusionModel`.
@@ -361,6 +363,8 @@ class InterleavedDecoding(TokenLoop):
 
     Attributes:
         running: the sequences that go on.
+        thinking: those that write a thought, behind which a picture comes.
+        sizes, lengths: of each sequence's pictures, in latents and in tokens.
         new_tokens: the tokens of each sequence behind its prompt.
         latents, images, intermediates: of each sequence, the pictures that it drew, in order.
         logits: (R, V) of the next tokens.
@@ -375,22 +379,25 @@ class InterleavedDecoding(TokenLoop):
         self.prompt = request.input_ids
         pad = request.generation_config._pad_token_tensor
         self.pad = 0 if pad is None else int(pad)
-        self.length = self.settings.length(self.config)
+        count = len(self.prompt)
+        sizes = self.settings.sizes(self.config)
+        self.sizes = [sizes[row // (count // len(sizes))] for row in range(count)]
+        self.lengths = [length_of(self.config, size) for size in self.sizes]
         self.budget = request.generation_config.max_length - self.prompt.shape[1]
 
         # Everything that can be refused is refused before a generator or the model is asked.
         mask = request.model_kwargs.get("attention_mask")
         mask = torch.ones_like(self.prompt) if mask is None else mask
         self._check(mask)
-        count = len(self.prompt)
         self.generators = self._generators(count)
         self.running = list(range(count))
+        self.thinking = set(self.running if self.settings.writes_thoughts else ())
         self.new_tokens: list[list[int]] = [[] for _ in range(count)]
         self.latents: list[list[torch.Tensor]] = [[] for _ in range(count)]
         self.images: list[list[Any]] = [[] for _ in range(count)]
         self.intermediates: list[list[list[Any]]] = [[] for _ in range(count)]
         self.contexts: dict[str, list[Prefix]] = {}
-        self.has_images = (self.prompt == self.config.image_token_id).any(dim=1).tolist()
+        self.has_images = (find_placeholders(self.config, self.prompt) != 0).any(dim=1).tolist()
         self.mask = mask
         self.clean_images = self._clean_images(request.model_kwargs)
         given = {name: request.model_kwargs.get(name) for name in ("position_ids", "modality_ids")}
@@ -407,10 +414,12 @@ class InterleavedDecoding(TokenLoop):
                     f"must follow the image, or boi_token_id={self.config.boi_token_id} must stand alone where one is "
                     "to be drawn"
                 )
-        if self.budget <= self.length and (self.prompt[:, -1] == self.config.boi_token_id).any():
+        is_begun = (self.prompt[:, -1] == self.config.boi_token_id).tolist()
+        length = max((length for length, begun in zip(self.lengths, is_begun) if begun), default=0)
+        if any(is_begun) and self.budget <= length:
             raise ValueError(
                 f"max_new_tokens={self.budget} is shorter than the picture that boi_token_id begins: it takes "
-                f"{self.length} tokens and EOI; set max_new_tokens to at least {self.length + 1}"
+                f"{length} tokens and EOI; set max_new_tokens to at least {length + 1}"
             )
         first = self.settings.first_frames
         if first is not None and (not len(first) or len(self.prompt) % len(first)):
@@ -418,8 +427,16 @@ class InterleavedDecoding(TokenLoop):
                 f"first_frames has {len(first)} rows for {len(self.prompt)} sequences; give one for all, or one for "
                 "each prompt"
             )
+        if self.settings.writes_thoughts and self._end_token is None:
+            raise ValueError("think=True writes a thought that ends with eos_token_id, which is None: set it")
         if self.request.streamer is not None and len(self.prompt) > 1:
             raise ValueError(f"a streamer follows one sequence, not {len(self.prompt)}; generate them one by one")
+
+    @property
+    def _end_token(self) -> int | None:
+        """The token that ends a thought."""
+        ends = self.request.generation_config._eos_token_tensor
+        return None if ends is None else int(ends[0])
 
     def _generators(self, count: int) -> Generators:
         """Make a generator for each sequence. If the caller gives one generator, it seeds a generator per sequence."""
@@ -474,9 +491,11 @@ class InterleavedDecoding(TokenLoop):
             # Pictures come first, so that the sequences that draw catch up with the others.
             drawing = [row for row in self.running if self.last_token(row) == self.config.boi_token_id]
             if drawing:
-                # A sequence with images in its prompt may need other contexts of guidance than one without.
-                contexts = [contexts_of(self.settings, self.has_images[row]) for row in drawing]
-                self._draw([row for row, own in zip(drawing, contexts) if own == contexts[0]])
+                # A sequence with images in its prompt may need other settings, and contexts of guidance, than one
+                # without; and pictures may differ in size.
+                is_edited = [self.has_images[row] and self.settings.editing is not None for row in drawing]
+                kinds = [(self.contexts_of(row), self.sizes[row], own) for row, own in zip(drawing, is_edited)]
+                self._draw([row for row, kind in zip(drawing, kinds) if kind == kinds[0]])
                 continue
             self.choose(self.logits)
             if self.running:
@@ -484,6 +503,14 @@ class InterleavedDecoding(TokenLoop):
         if self.request.streamer is not None:
             self.request.streamer.end()
         return self.output()
+
+    def settings_of(self, row: int):
+        """Return the settings of the pictures of a sequence."""
+        return self.settings.for_prompt(self.has_images[row])
+
+    def contexts_of(self, row: int) -> tuple[str, ...]:
+        """Name the contexts of guidance of a sequence, beside its whole prompt."""
+        return contexts_of(self.settings_of(row), self.has_images[row])
 
     def last_token(self, row: int) -> int:
         return self.new_tokens[row][-1] if self.new_tokens[row] else int(self.prompt[row, -1])
@@ -496,22 +523,33 @@ class InterleavedDecoding(TokenLoop):
         allowed = logits.clone()
         allowed[:, [token for token in self.config.written_token_ids if token < logits.shape[1]]] = -float("inf")
         for row, tokens in enumerate(self.new_tokens):
-            if self.budget - len(tokens) < self.length + 2 or self.settings.generation_mode == "text":
+            has_room = self.budget - len(tokens) >= self.lengths[row] + 2
+            if not has_room or self.settings.generation_mode == "text" or row in self.thinking:
                 allowed[row, self.config.boi_token_id] = -float("inf")
 
         scores = allowed.clone()
         for group, ids in self._by_length(self.running):
             scores[group] = processed(self.request.logits_processor, ids, allowed.clone())[group]
+
+        # Behind the end of a thought comes BOI, and a thought that is too long ends.
+        for row in self.thinking:
+            tokens = self.new_tokens[row]
+            is_ended = bool(tokens) and tokens[-1] in self.request.generation_config._eos_token_tensor.tolist()
+            if is_ended or len(tokens) >= self.settings.max_think_tokens:
+                scores[row] = -float("inf")
+                scores[row, self.config.boi_token_id if is_ended else self._end_token] = 0.0
         return scores
 
     def _append(self, tokens: torch.Tensor) -> torch.Tensor:
         chosen = tokens.tolist()
         for row in self.running:
             self.new_tokens[row].append(chosen[row])
+            if chosen[row] == self.config.boi_token_id:
+                self.thinking.discard(row)
         return tokens
 
     def _stop(self) -> None:
-        self._end(self.running)
+        self._end([row for row in self.running if row not in self.thinking])
 
     def _end(self, rows: list[int]) -> None:
         """Ask the stopping criteria about `rows`, and take the sequences that end out of `running`."""
@@ -562,11 +600,14 @@ class InterleavedDecoding(TokenLoop):
             self.positions[row] = position
 
     def drawing(self, rows: list[int]) -> Denoising:
-        """Begin a picture in each of these sequences, which are guided in one way."""
-        generators, first = [self.generators[row] for row in rows], self.settings.first_frames
-        if first is not None:
-            first = first[[row // (len(self.prompt) // len(first)) for row in rows]]
-        return Denoising(self.model, self.settings, generators, rows, self.has_images[rows[0]], first)
+        """Begin a picture in each of these sequences, which are alike in size, contexts and settings of guidance."""
+        first, generators = rows[0], [self.generators[row] for row in rows]
+        given = self.settings.first_frames
+        if given is not None:
+            given = given[[row // (len(self.prompt) // len(given)) for row in rows]]
+        return Denoising(
+            self.model, self.settings_of(first), generators, rows, self.has_images[first], self.sizes[first], given
+        )
 
     def context_prefixes(self, rows: list[int]) -> list[Prefix]:
         """Return the prefixes that guidance leads these sequences away from: those of one context, then of the next.
@@ -575,7 +616,7 @@ class InterleavedDecoding(TokenLoop):
         none of them.
         """
         prefixes = []
-        for name in contexts_of(self.settings, self.has_images[rows[0]]):
+        for name in self.contexts_of(rows[0]):
             if name not in self.contexts:
                 self.contexts[name] = self._run_context(name)
             # There is one for all, or one for each prompt, whose sequences stand together.
@@ -588,10 +629,14 @@ class InterleavedDecoding(TokenLoop):
         if name == UNCONDITIONAL:
             ids, mask = self.settings.unconditional_prompts(self.config, self.prompt.device)
         else:
-            # The tokens that are kept move to the right, and BOI follows.
-            kept = kept_tokens(self.config, name, self.prompt, self.mask)
-            order = kept.long().argsort(dim=1, stable=True)[:, self.prompt.shape[1] - int(kept.sum(dim=1).max()) :]
-            ids = F.pad(self.prompt.gather(1, order), (0, 1), value=self.config.boi_token_id)
+            # The tokens that are kept move to the right, and BOI follows. The begin of a thought belongs to it.
+            prompt, mask = self.prompt, self.mask
+            if self.settings.writes_thoughts and (prompt[:, -1] == self.request.generation_config.bos_token_id).all():
+                prompt, mask = prompt[:, :-1], mask[:, :-1]
+            kept = kept_tokens(self.config, name, prompt, mask)
+            order = kept.long().argsort(dim=1, stable=True)[:, prompt.shape[1] - int(kept.sum(dim=1).max()) :]
+            ids = prompt.masked_fill(~kept, self.pad).gather(1, order)  # no placeholder stays in the padding
+            ids = F.pad(ids, (0, 1), value=self.config.boi_token_id)
             mask = F.pad(kept.long().gather(1, order), (0, 1), value=1)
         images = self.clean_images if name == WITHOUT_TEXT else {}
         _, cache, positions = self._prefill(ids, mask, images)
@@ -606,12 +651,12 @@ class InterleavedDecoding(TokenLoop):
         """
         # Decode everything before anything is appended.
         latents = drawing.latents
-        check_finite(latents, f"after {drawing.num_steps} steps with guidance_scale={self.settings.guidance_scale}")
+        check_finite(latents, f"after {drawing.num_steps} steps with guidance_scale={drawing.settings.guidance_scale}")
         pictures = pictures_of(self.model, latents, self.settings.output_type)
         along = [pictures_of(self.model, estimate, self.settings.output_type) for estimate in drawing.estimates]
 
         # Append placeholders and EOI, and hand out tokens and picture.
-        tokens = [self.config.image_token_id] * self.length + [self.config.eoi_token_id]
+        tokens = [self.config.image_token_id] * self.lengths[rows[0]] + [self.config.eoi_token_id]
         streamer = self.request.streamer
         for place, row in enumerate(rows):
             self.new_tokens[row].extend(tokens)
@@ -623,6 +668,8 @@ class InterleavedDecoding(TokenLoop):
                 if hasattr(streamer, "put_image"):
                     streamer.put_image(pictures[place])
         self._end(rows)
+        if self.settings.generation_mode == "image":
+            self.running = [row for row in self.running if row not in rows]
 
     # --------------------------------------------------------------------------------------------------------- results
 

@@ -9,7 +9,7 @@ image into the cache. Guidance predicts an image behind other contexts too, whic
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from .attention_masks import (
     TowerSight,
     attention_mask_for,
     find_image_blocks,
+    find_placeholders,
     times_of,
 )
 from .checks_arguments import MOST_SCALE, check_generator
@@ -32,8 +33,10 @@ from .checks_fields import (
     Number,
     OneOf,
     Several,
+    Typed,
     Whole,
     check_fields,
+    check_names,
     is_real,
     is_whole,
 )
@@ -59,7 +62,16 @@ SETTINGS_RULES = {
     "timestep_shift": Maybe(Number(0, SCHEDULER_NUMBERS, open="low")),
     "num_frames": Maybe(Whole(1, 2**16)),
     "frames_per_second": Maybe(Number(open="low")),
+    "editing": Maybe(Typed(dict)),
+    "think": Typed(bool),
+    "max_think_tokens": Whole(1, 2**20),
 }
+# The settings that `editing` may give.
+EDITING = (
+    "guidance_scale", "image_guidance_scale", "guidance_form", "guidance_renorm", "guidance_renorm_min",
+    "guidance_interval", "num_inference_steps", "time_spacing", "timestep_shift",
+)  # fmt: skip
+SIZE_OF_PROMPT = "prompt"  # the `image_size` of the last image in a prompt
 # The contexts of guidance beside the whole prompt.
 UNCONDITIONAL = "unconditional"  # nothing of the prompt, or a negative prompt
 WITHOUT_TEXT = "without_text"  # the prompt without its last text
@@ -82,12 +94,16 @@ class DiffusionSettings:
     scheduler: str = "ddpm"
     scheduler_kwargs: dict = field(default_factory=dict)
     generator: torch.Generator | list[torch.Generator] | None = None
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[int, int] | str | None = None
     num_frames: int | None = None
     frames_per_second: float | None = None
     first_frames: torch.Tensor | None = None
     latent_bound: float = 6.0
     unconditional_prompt: tuple | None = None  # ids and mask, as `negative_prompt` makes them
+    prompt_sizes: list | None = None  # of the last image in each prompt, as `sizes_of_prompts` finds them
+    editing: dict | None = None
+    think: bool = False
+    max_think_tokens: int = 1000
     callback_on_step_end: Callable | None = None
     intermediate_every: int | None = None
     output_type: str = "pil"
@@ -131,9 +147,27 @@ class DiffusionSettings:
         check_generator(self.generator)
         check_fields(self, SETTINGS_RULES)
         self._check_guidance()
-        size = self.latent_size(config)
-        self._check_scheduler(config, size)
-        self._check_frames(config, size)
+        for size in set(self.latent_sizes(config)):
+            self._check_scheduler(config, size)
+            self._check_frames(config, size)
+        if self.think and self.generation_mode is None:
+            raise ValueError(
+                "think=True needs generation_mode='text' or 'image', since a thought is asked for before an answer of "
+                "one kind"
+            )
+        # What holds for prompts with images.
+        if self.editing is not None:
+            check_names(self.editing, EDITING, "setting in editing")
+            self.for_prompt(has_images=True).validate(config)
+
+    def for_prompt(self, has_images: bool) -> "DiffusionSettings":
+        """Return the settings of a prompt with images in it, or of one without."""
+        return replace(self, editing=None, **self.editing) if has_images and self.editing is not None else self
+
+    @property
+    def writes_thoughts(self) -> bool:
+        """True if a thought is written before each picture."""
+        return self.think and self.generation_mode == "image"
 
     def _check_frames(self, config, size: tuple[int, int]) -> None:
         """Refuse a video of a model that draws none, and first frames that are not of its size."""
@@ -198,35 +232,34 @@ class DiffusionSettings:
             shift = config.shift_of(*size)
         return build_scheduler(config, self.scheduler, shift, **self.scheduler_kwargs)
 
-    def latent_size(self, config) -> tuple[int, int]:
-        """Return the rows and columns of an image's latents; `image_size` is in pixels.
+    def latent_sizes(self, config) -> list[tuple[int, int]]:
+        """Return the rows and columns of latents of the images to be drawn, for each prompt, or one for all.
 
         Raises:
             ValueError: sides that are no multiples of a patch.
         """
+        if self.image_size == SIZE_OF_PROMPT:
+            return [tuple(size or config.latent_size) for size in self.prompt_sizes or [None]]
         if self.image_size is None:
-            return tuple(config.latent_size)
+            return [tuple(config.latent_size)]
         size = self.image_size if isinstance(self.image_size, (list, tuple)) else [self.image_size] * 2
         patch = 1 if config.partial_patches else config.patch_size
         multiple = config.vae_downsampling * patch
         if len(size) != 2 or not all(is_whole(side) and side % multiple == 0 for side in size):
             raise ValueError(
                 f"image_size={self.image_size!r} must be [height, width] in pixels, each a multiple of {multiple} "
-                f"(VAE {config.vae_downsampling} x patch_size {patch})"
+                f"(VAE {config.vae_downsampling} x patch_size {patch}), or {SIZE_OF_PROMPT!r} for the size of the "
+                "last image in each prompt"
             )
-        return size[0] // config.vae_downsampling, size[1] // config.vae_downsampling
+        return [(size[0] // config.vae_downsampling, size[1] // config.vae_downsampling)]
 
-    def size(self, config) -> "tuple[int, int] | VideoSize":
-        """Return the size of what is drawn: that of an image's latents, or of a video's."""
-        size = self.latent_size(config)
+    def sizes(self, config) -> "list[tuple[int, int] | VideoSize]":
+        """Return the sizes of what is drawn, for each prompt, or one for all: of images' latents, or of videos'."""
+        sizes = self.latent_sizes(config)
         if self.num_frames is None:
-            return size
+            return sizes
         given = 0 if self.first_frames is None else self.first_frames.shape[2]
-        return VideoSize(self.num_frames, *size, given, self.frames_per_second)
-
-    def length(self, config) -> int:
-        """Count the tokens of what is drawn, without markers."""
-        return config.image_length(*self.latent_size(config)) * (self.num_frames or 1)
+        return [VideoSize(self.num_frames, *size, given, self.frames_per_second) for size in sizes]
 
     def unconditional_prompts(self, config, device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the prompts that guidance leads away from: one for all, or one for each prompt.
@@ -245,6 +278,16 @@ class DiffusionSettings:
 
 
 # ------------------------------------------------------------------------------------------------------------ guidance
+
+
+def plane_of(size: "tuple[int, int] | VideoSize") -> tuple[int, int]:
+    """Return the rows and columns of latents of an image, or of each frame of a video."""
+    return (size.height, size.width) if isinstance(size, VideoSize) else size
+
+
+def length_of(config, size: "tuple[int, int] | VideoSize") -> int:
+    """Count the tokens of an image or a video, without markers."""
+    return config.image_length(*plane_of(size)) * (size.frames if isinstance(size, VideoSize) else 1)
 
 
 def contexts_of(settings, has_images: bool) -> tuple[str, ...]:
@@ -274,7 +317,7 @@ def kept_tokens(config, context: str, ids: torch.Tensor, mask: torch.Tensor) -> 
     """
     in_prompt = mask != 0
     in_prompt[:, -1] &= ids[:, -1] != config.boi_token_id
-    is_text = in_prompt & (find_image_blocks(ids == config.image_token_id, None, with_markers=True) < 0)
+    is_text = in_prompt & (find_image_blocks(find_placeholders(config, ids), None, with_markers=True) < 0)
     if context == WITHOUT_IMAGES:
         return is_text
 
@@ -359,8 +402,10 @@ class Denoising:
 
     Args:
         generators: of each image's noise; None for the global one.
+        settings: of these images; see `DiffusionSettings.for_prompt`.
         rows: the places of the images' sequences in the batch, for the callback.
         has_images: True if images stand in the prompts, by which guidance may lead too.
+        size: (h, w) of the latents, or a `VideoSize`.
         first_frames: (R, C, k, h, w) of videos, without noise; None for none.
 
     Attributes:
@@ -378,17 +423,18 @@ class Denoising:
         generators: Generators,
         rows: list[int],
         has_images: bool,
+        size: "tuple[int, int] | VideoSize",
         first_frames: torch.Tensor | None = None,
     ):
         config, device = model.config, model.device
         self.model = model
         self.settings = settings
         self.rows = rows
-        self.size = settings.size(config)
+        self.size = size
         self.step = 0
         self.estimates: list[torch.Tensor] = []
         self.contexts = contexts_of(settings, has_images)
-        self.scheduler = settings.built_scheduler(config, settings.latent_size(config))
+        self.scheduler = settings.built_scheduler(config, plane_of(size))
         set_times(self.scheduler, settings.time_spacing, settings.num_inference_steps, device)
         self.shares = noise_shares(self.scheduler, config)
 
@@ -543,12 +589,12 @@ class ImageForward:
         self.model = model
         self.config = config
         self.video = size if isinstance(size, VideoSize) else None
-        self.size = size if self.video is None else (size.height, size.width)
+        self.size = plane_of(size)
         self.is_clean = with_end
 
         # The tokens: markers have embeddings, patches are put between them in each forward.
         count, inside = len(prefixes), config.markers_in_image_block
-        self.length = config.image_length(*self.size) * (1 if self.video is None else self.video.frames)
+        self.length = length_of(config, size)
         self.before = int(inside)
         self.after = int(inside or with_end)
         total = self.before + self.length + self.after

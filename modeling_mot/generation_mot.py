@@ -105,7 +105,7 @@ class MoTGenerationMixin(GenerationMixin):
             if mode == "image" and grid is not None:
                 kwargs["max_new_tokens"] = grid[0] * grid[1] + 1
             opening = {"image": "boi_token_id", "audio": "begin_of_speech_token_id"}[mode]
-            inputs, kwargs = self._opened(input_ids, kwargs, opening, mode)
+            inputs, kwargs = self._opened(input_ids, kwargs, opening, getattr(self.config, opening), mode)
 
         # One unconditional prompt is enough for all.
         negative = [kwargs.get(f"negative_prompt_{name}") for name in ("ids", "attention_mask")]
@@ -134,12 +134,16 @@ class MoTGenerationMixin(GenerationMixin):
         """The modalities by the names that transformers' pipelines have for them."""
         return tuple("audio" if modality == "speech" else modality for modality in self.config.modalities)
 
-    def _opened(self, input_ids, kwargs, opening, mode):
-        """Append the opening token of a span to prompts that do not end with it.  -> (B, L [+ 1]), keywords"""
+    @staticmethod
+    def _opened(input_ids, kwargs, opening, token, mode):
+        """Append the opening token of a span to prompts that do not end with it.  -> (B, L [+ 1]), keywords
+
+        Args:
+            opening: the name of the token.
+        """
         if input_ids is None or not input_ids.shape[1]:
             raise ValueError(f"generation_mode={mode!r} needs input_ids, behind which the span is opened")
         # All prompts stay of one length: all of them get the token, or none.
-        token = getattr(self.config, opening)
         ended = input_ids[:, -1] == token
         if ended.all():
             return input_ids, kwargs

@@ -14,8 +14,9 @@ from transformers.utils import logging
 from .attention_masks import find_image_blocks, find_placeholders, image_positions
 from .checks_arguments import CACHE, cache_as, negative_prompt
 from .decoding_loop import ENCODER_INPUTS, IMAGE_INPUTS, InterleavedDecoding, Request
-from .decoding_pictures import DiffusionSettings, contexts_of
+from .decoding_pictures import SIZE_OF_PROMPT, DiffusionSettings, contexts_of, length_of
 from .generation_mot import MoTGenerationMixin
+from .latent_images import sizes_of_prompts
 from .serving_rounds import PictureSequence, Studio
 
 
@@ -23,6 +24,7 @@ logger = logging.get_logger(__name__)
 
 PROMPT_INPUTS = ("attention_mask", "modality_ids", "position_ids", *IMAGE_INPUTS, CACHE, "use_cache")
 SETTINGS = tuple(setting.name for setting in fields(DiffusionSettings))
+OF_PROMPTS = ("unconditional_prompt", "prompt_sizes")  # settings that are made of a call's prompts
 
 
 class MoTTransfusionGenerationMixin(MoTGenerationMixin):
@@ -85,12 +87,17 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
                 diffusers; `scheduler_kwargs` go to it.
             generator: of the noise and of sampled tokens: one for each sequence; or one for all, from which one is
                 derived for each sequence.
-            image_size: [height, width] of new pictures in pixels (latents without a VAE); default
-                `config.latent_size`.
+            image_size: [height, width] of new pictures in pixels (latents without a VAE); or "prompt" for that of the
+                last image of latents in each prompt. Default, and without such an image: `config.latent_size`.
             num_frames: draw videos of so many frames of latents, with `image_positions="grid"` (Cosmos 3); their
                 latents are (C, frames, h, w). Default: pictures.
             frames_per_second: of these videos, for the positions of their frames.
             first_frames: (1, C, k, h, w) for all prompts or (B, C, k, h, w): latents of the first k frames, which stay.
+            editing: names of arguments of guidance and of times, and values that hold in their place for prompts with
+                images. Those that a call names itself hold for all prompts.
+            think: True to write a thought before each picture of `generation_mode="image"`: text up to EOS, of at most
+                `max_think_tokens` (default 1000). Guidance leads away from contexts without it. With `documents`, they
+                begin with the processor's text that asks for it, also before answers of "text".
             latent_bound: the largest clean latent that a prediction of noise may imply (default 6.0; latents have about
                 unit deviation); see `NoiseSchedule.bounded`.
             callback_on_step_end: called as (model, step, timestep, {"latents", "rows"}); it may return
@@ -128,20 +135,22 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         config = kwargs.get("generation_config") or next(iter(args), None) or self.generation_config
         mode = kwargs.get("generation_mode") or getattr(config, "generation_mode", None)
         kwargs["generation_mode"] = mode
+        think = getattr(config, "think", None) if kwargs.get("think") is None else kwargs["think"]
         if documents is not None:
             if processor is None or inputs is not None or kwargs.get("input_ids") is not None:
                 raise ValueError("documents= needs processor=, the MoTProcessor that encodes them, and no input_ids")
             allowed = {"allow_urls": allow_urls, "allow_paths": allow_paths}
             allowed = {name: value for name, value in allowed.items() if value is not None}
-            kwargs |= self._encoded(documents, processor, mode, allowed)
+            kwargs |= self._encoded(documents, processor, mode, allowed | ({"think": True} if think else {}))
 
         # Everything is checked before a tensor is moved.
         self._check_call(inputs, args, kwargs)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None or input_ids.shape[1] == 0:
             raise ValueError("generate() needs prompts: pass input_ids, or documents with processor")
-        if kwargs.get("unconditional_prompt") is not None:
-            raise ValueError("unconditional_prompt is not an argument: pass negative_prompt_ids")
+        for name, way_out in (("unconditional_prompt", "negative_prompt_ids"), ("prompt_sizes", "image_size='prompt'")):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is not an argument: pass {way_out}")
         if negative_prompt_ids is not None or negative_prompt_attention_mask is not None:
             kwargs["unconditional_prompt"] = negative_prompt(
                 self.config, negative_prompt_ids, negative_prompt_attention_mask, len(input_ids)
@@ -154,8 +163,24 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         ):  # fmt: skip
             if kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name].to(self.device)
-        if mode == "image":
-            input_ids, kwargs = self._opened(input_ids, kwargs, "boi_token_id", mode)
+        size = kwargs.get("image_size") or getattr(config, "image_size", None)
+        if isinstance(size, str) and size == SIZE_OF_PROMPT:
+            images = (kwargs.get(name) for name in ("latents", "pixel_values", "image_sizes"))
+            kwargs["prompt_sizes"] = sizes_of_prompts(self.config, input_ids, *images)
+
+        # A prompt that asks for a picture ends with BOI, or if a thought comes first, with the token that begins texts.
+        opening, token = "boi_token_id", self.config.boi_token_id
+        if think is True and mode == "image":
+            if (input_ids[:, -1] == token).any():
+                raise ValueError(
+                    f"think=True writes a thought before the picture, but a prompt ends with boi_token_id={token}: "
+                    "leave that token out"
+                )
+            # A begin token that documents begin with is not one of texts.
+            own = config.bos_token_id or self.generation_config.bos_token_id
+            opening, token = "bos_token_id", own if self.config.bos_token_id is None else None
+        if mode == "image" and token is not None:
+            input_ids, kwargs = self._opened(input_ids, kwargs, opening, token, mode)
 
         # Not through `MoTGenerationMixin.generate`, which asks for the ranges that modalities of tokens need.
         if len(self.config.token_modalities) > 1 and self.config.modality_token_ranges is None:
@@ -190,7 +215,11 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
             )
 
         # They come from the call, or else from the generation configuration.
-        saved = {name: getattr(generation_config, name, None) for name in SETTINGS if name != "unconditional_prompt"}
+        saved = {name: getattr(generation_config, name, None) for name in SETTINGS if name not in OF_PROMPTS}
+        if isinstance(saved["editing"], dict):
+            saved["editing"] = {name: value for name, value in saved["editing"].items() if name not in given}
+        if "unconditional_prompt" in given:
+            saved.pop("image_guidance_scale")
         settings = DiffusionSettings(**({name: value for name, value in saved.items() if value is not None} | given))
         settings.validate(self.config)
         # Guidance needs a model that has learnt to draw without a caption.
@@ -210,9 +239,11 @@ class MoTTransfusionGenerationMixin(MoTGenerationMixin):
         return generation_config, model_kwargs
 
     def _prepare_generated_length(self, generation_config, has_default_max_length, *args, **kwargs):
-        length = generation_config.diffusion.length(self.config) + 1
-        if generation_config.diffusion.generation_mode == "image":
-            generation_config.max_new_tokens, has_default_max_length = length, True
+        settings = generation_config.diffusion
+        length = max(length_of(self.config, size) for size in settings.sizes(self.config)) + 1
+        if settings.generation_mode == "image":
+            thought = settings.max_think_tokens + 2 if settings.writes_thoughts else 0  # with its end, and BOI
+            generation_config.max_new_tokens, has_default_max_length = length + thought, True
         elif has_default_max_length and generation_config.max_new_tokens is None:
             generation_config.max_new_tokens = length + 20
         return super()._prepare_generated_length(generation_config, has_default_max_length, *args, **kwargs)

@@ -12,14 +12,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .checks_fields import Whole, check_fields
-from .image_tokenizer import PICTURE_RULES, from_known_fields, read_hub_json, without_defaults
+from .checks_fields import Maybe, OneOf, Whole, check_fields
+from .image_tokenizer import FITS, PICTURE_RULES, from_known_fields, read_hub_json, without_defaults
 from .media_loading import MAX_KEPT_PIXELS, describe_source, load_fitted
 
 
 # N pictures of (H, W) pixels
 
-CONFIG_RULES = PICTURE_RULES | {"downsampling": Whole()}
+SCALE_FIELDS = ("longest_side", "shortest_side", "most_scaled_pixels")
+CONFIG_RULES = PICTURE_RULES | {
+    "downsampling": Whole(),
+    "fit": OneOf((*FITS, "scale")),
+    **dict.fromkeys(SCALE_FIELDS, Maybe(Whole(1, 2**31))),
+}
 IMAGE_PROCESSOR_CONFIG_NAME = "image_processor_config.json"
 
 
@@ -28,7 +33,9 @@ class MoTImageProcessor:
     """How a picture becomes pixels, and how many placeholder tokens stand for it.
 
     `image_size` is [height, width] in pixels, or one number for both. `fit`: "crop" scales the shorter side and cuts
-    the middle out, "pad" scales the longer side and fills with `background`, "keep" takes pictures as they are.
+    the middle out, "pad" scales the longer side and fills with `background`, "keep" takes pictures as they are, "scale"
+    keeps their shape: sides become multiples of `downsampling`, the longer one at most `longest_side`, and, where these
+    are given, the shorter one at least `shortest_side`, with at most `most_scaled_pixels`; see `scaled_size`.
     `downsampling` is the number of pixels along the side of one token: the VAE's factor times the patch size; it must
     divide both sides. Pictures of more than `max_pixels`, or of more than `max_kept_pixels` with "keep", are refused
     before they are decoded.
@@ -51,15 +58,56 @@ class MoTImageProcessor:
     background: list[int] = field(default_factory=lambda: [255, 255, 255])
     max_pixels: int = 89_478_485
     max_kept_pixels: int = MAX_KEPT_PIXELS
+    longest_side: int | None = None
+    shortest_side: int | None = None
+    most_scaled_pixels: int | None = None
 
     def __post_init__(self):
         if isinstance(self.image_size, Integral):
             self.image_size = [self.image_size, self.image_size]
         check_fields(self, CONFIG_RULES)
+        self._check_scale()
         self.image_size = [int(side) for side in self.image_size]
         self.background = [int(value) for value in self.background]
-        if self.fit != "keep":
+        if self.fit not in ("keep", "scale"):
             self.grid(*self.image_size, name=f"image_size={self.image_size}")
+
+    def _check_scale(self) -> None:
+        """Refuse bounds of "scale" with another `fit`, and bounds that contradict each other."""
+        given = {name: value for name in SCALE_FIELDS if (value := getattr(self, name)) is not None}
+        if given and self.fit != "scale":
+            name = next(iter(given))
+            raise ValueError(f"{name}={given[name]} is of fit='scale', not of fit={self.fit!r}; leave it out")
+        if self.fit == "scale" and (self.longest_side or 0) < self.downsampling:
+            raise ValueError(
+                f"longest_side={self.longest_side} with fit='scale': give one of at least downsampling="
+                f"{self.downsampling}, the side of a token"
+            )
+
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        """Return the width and height that `fit="scale"` gives a picture.
+
+        The shape of the picture is kept as well as multiples of `downsampling` allow. The longer side counts more than
+        the shorter one, and halves are rounded to even, as in BAGEL's preparation of pictures.
+
+        Example:
+            >>> MoTImageProcessor(downsampling=16, fit="scale", longest_side=64, shortest_side=32).scaled_size(91, 61)
+            (64, 48)
+        """
+        unit, longest, most = self.downsampling, self.longest_side, self.most_scaled_pixels
+
+        def scaled(sides, scale):
+            return tuple(max(unit, round(round(side * scale) / unit) * unit) for side in sides)
+
+        scale = min(longest / max(width, height), 1.0)
+        if self.shortest_side is not None:
+            scale = max(scale, self.shortest_side / min(width, height))
+        size = scaled((width, height), scale)
+        if most is not None and size[0] * size[1] > most:
+            size = scaled(size, most / (size[0] * size[1]))  # linear in the pixels, as in BAGEL
+        if max(size) > longest:
+            size = scaled(size, longest / max(size))
+        return size
 
     def grid(self, height: int, width: int, name: str = "a picture") -> tuple[int, int]:
         """Return (rows, columns) of the tokens of a picture of height x width pixels.
@@ -132,7 +180,7 @@ class MoTImageProcessor:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `image_processor_config.json`."""
-        return without_defaults(self, "max_kept_pixels")
+        return without_defaults(self, "max_kept_pixels", *SCALE_FIELDS)
 
     def fingerprint(self) -> str:
         """Return the sha256 of all settings."""

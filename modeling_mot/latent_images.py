@@ -523,6 +523,31 @@ def check_placeholders(config, places: ImagePlaces, sizes: list[tuple[int, int]]
             )
 
 
+def sizes_of_prompts(config, input_ids: torch.Tensor, latents, pixel_values, image_sizes) -> list | None:
+    """Return the size in latents of the last image of each prompt, None for a prompt without images.
+
+    Args:
+        input_ids: (R, L)
+        latents, pixel_values, image_sizes: of the forward.
+
+    Returns:
+        R pairs (h, w) or None; None for all if no images came.
+
+    Raises:
+        ValueError: images without placeholders or the reverse.
+    """
+    given, unit = (latents, 1) if latents is not None else (pixel_values, config.vae_downsampling)
+    if given is None or given.dim() != 4:  # what is no batch of images is refused later
+        return None
+    sizes = [(height // unit, width // unit) for height, width in sizes_of(given, image_sizes)]
+    places = ImagePlaces.find(config, input_ids, None, None)
+    frames = check_placeholders(config, places, sizes) or [1] * len(sizes)
+    ends = np.cumsum(frames)
+    last = places.starts().sum(dim=1).cumsum(0).tolist()
+    has_images = places.is_patch.any(dim=1).tolist()
+    return [sizes[ends[count - 1] - 1] if own else None for count, own in zip(last, has_images)]
+
+
 def check_timesteps(config, timesteps: torch.Tensor, may_wait: bool) -> None:
     """Check that timesteps are noise levels. Their values are read only if the forward `may_wait` for the device.
 

@@ -488,13 +488,16 @@ def fit_picture(picture: Image.Image, config: Any, size: tuple[int, int] | None 
     """Flatten a picture on the background, then scale and cut it: RGB pixels (H, W, 3), uint8.
 
     Args:
-        config: has the fields `background`, `fit`, `resample` and `image_size` of an `ImageTokenizerConfig`.
+        config: has the fields `background`, `fit`, `resample` and `image_size` of an `ImageTokenizerConfig`, and with
+            `fit="scale"` the method `scaled_size` of a `MoTImageProcessor`.
         size: (height, width) in the place of `image_size`.
     """
     # A kept picture is neither scaled nor cut.
     picture = flatten(picture, tuple(config.background))
     if config.fit == "keep" and size is None:
         return np.asarray(picture)
+    if config.fit == "scale" and size is None:
+        return np.asarray(picture.resize(config.scaled_size(*picture.size), RESAMPLING[config.resample]))
 
     # "crop" scales the shorter side to the size, "pad" the longer one.
     height, width = size or config.image_size

@@ -222,7 +222,7 @@ class MoTTransfusionModel(LatentImagesMixin, EncodedPicturesMixin, MoTPreTrained
         given = ImageInputs(latents, pixel_values, image_sizes, timesteps, noise, clean_images, image_first, generator)
         images = self._images_of(given, places, planned, is_filled)
         encoded = []
-        if self.config.encoders or encoder_pixel_values is not None:
+        if self.encoders or encoder_pixel_values is not None:
             encoded = self.encode_pictures(encoder_pixel_values, encoder_image_sizes, places, planned, is_filled)
 
         # 2. One row of embeddings: tokens of text, and the patches of images in the places of their placeholders.

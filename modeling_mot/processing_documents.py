@@ -7,6 +7,7 @@ import torch
 
 from .checks_fields import is_whole
 from .configuration_mot import check_spans
+from .processing_vocabulary import FEATURES
 
 
 # B sequences, L tokens of a sequence, (h, w) codes of an image
@@ -40,7 +41,8 @@ class DocumentDecoder:
 
     Padding, begin and end tokens are dropped. An image is boi, codes, eoi; its grid is the next of `image_grids`, or
     the tokenizer's own, or the square of as many codes. With an image processor an image is boi, placeholders, eoi, and
-    stands for the next of `images`.
+    stands for the next of `images`. What an encoder sees of a picture is an image like it, unless it stands directly
+    behind the image of the same picture.
 
     With `allow_incomplete` a cut image is filled up with codes of a blank picture, a cut sound is decoded as far as it
     goes, and stray codes, placeholders and images without a picture are dropped. Fewer `images` than the document has
@@ -57,21 +59,24 @@ class DocumentDecoder:
         self.tokenizer = tokenizer
         # Images are diffused: a placeholder stands for each patch, and the pictures come beside the tokens.
         self.continuous = processor.image_processor is not None
+        self.vision_token_id = processor.placeholder_token_ids.get(FEATURES)
         self.size = max(last for _, last in processor.modality_token_ranges.values())
         self.ranges = dict(processor.modality_token_ranges)
-        if self.continuous:
-            self.ranges["image"] = [tokenizer.image_token_id, tokenizer.image_token_id + 1]
+        self.ranges |= {name: [token, token + 1] for name, token in processor.placeholder_token_ids.items()}
         # begin token of a span -> (its modality, its end token)
+        begin_of_speech, end_of_speech = (
+            getattr(tokenizer, f"{name}_of_speech_token_id", None) for name in ("begin", "end")
+        )
         self.spans = {
             tokenizer.boi_token_id: ("image", tokenizer.eoi_token_id),
-            tokenizer.begin_of_speech_token_id: ("speech", tokenizer.end_of_speech_token_id),
+            begin_of_speech: ("speech", end_of_speech),
         }
         self.dropped = {
             tokenizer.pad_token_id,
             tokenizer.bos_token_id,
             tokenizer.eos_token_id,
             tokenizer.eoi_token_id,
-            tokenizer.end_of_speech_token_id,
+            end_of_speech,
         }
 
     def decode(self, ids: Any, images: list | None, image_grids: list | None, allow_incomplete: bool) -> list[dict]:
@@ -88,14 +93,20 @@ class DocumentDecoder:
         segments: list[dict] = []
         text: list[int] = []  # tokens of text that belong to no segment yet
         position = 0
+        behind_latents = -1  # the position behind the last image of latents
         while position < len(ids):
             token = ids[position]
             # A begin marker: everything to its end marker is one image or sound.
             if token in self.spans:
                 self.flush(text, segments)
                 modality, end = self.spans[token]
-                codes, position, complete = self.span(ids, position + 1, modality, end)
+                is_seen = self.vision_token_id in ids[position + 1 : position + 2]
+                is_seen_again = is_seen and position == behind_latents
+                codes, position, complete = self.span(ids, position + 1, FEATURES if is_seen else modality, end)
+                if is_seen_again:
+                    continue
                 if modality == "image" and self.continuous:
+                    behind_latents = -1 if is_seen else position
                     picture = next(pictures) if codes else None
                     segment = self.given_image(len(codes), picture, complete, allow_incomplete)
                 elif modality == "image":
@@ -161,9 +172,13 @@ class DocumentDecoder:
         if image_grids is not None:
             raise ValueError("image_grids= go with an image tokenizer; this processor takes its pictures from images=")
 
-        # An image counts where its begin token and a placeholder stand: a cut one may have no placeholder yet.
-        begin, image = self.tokenizer.boi_token_id, self.tokenizer.image_token_id
-        count = sum(one == begin and other == image for one, other in zip(ids, ids[1:]))
+        # An image counts where its begin token and a placeholder stand: a cut one may have no placeholder yet. What an
+        # encoder sees counts too, but not behind the latents of the same picture and their end token.
+        begin, image, seen = self.tokenizer.boi_token_id, self.tokenizer.image_token_id, self.vision_token_id
+        count = 0
+        for place, (one, other) in enumerate(zip(ids, ids[1:])):
+            is_seen_again = place >= 2 and ids[place - 2] == image
+            count += one == begin and (other == image or other == seen and not is_seen_again)
         given = len(images or [])
         if given > count or (given < count and not allow_incomplete):
             raise ValueError(

@@ -2,7 +2,8 @@
 
 A *picture* is what a person sees: a file, a PIL picture, pixels. An *image* is the modality inside the model: tokens,
 placeholders, latents. With an image tokenizer a picture becomes an image of codes of the vocabulary. With an image
-processor it stays pixels, and an image is a placeholder for each patch.
+processor it stays pixels, and an image is a placeholder for each patch. With an encoder processor too, a picture may
+stand in a document in several *roles*, each with placeholders of its own: as latents and as an encoder's features.
 """
 
 import copy
@@ -10,9 +11,10 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 from transformers import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
@@ -23,9 +25,17 @@ from .hub_trust import check_tokenizer_files, forget_code, reading
 from .image_processing import IMAGE_PROCESSOR_CONFIG_NAME, MoTImageProcessor
 from .image_tokenizer import IMAGE_TOKENIZER_CONFIG_NAME, MoTImageTokenizer
 from .processing_documents import DocumentDecoder, token_rows
-from .processing_prompts import CHAT_TEMPLATE, PromptMixin, check_text_options, pad_documents
+from .processing_prompts import (
+    CHAT_TEMPLATE,
+    PromptMixin,
+    check_text_options,
+    framed_chat_template,
+    pad_documents,
+)
 from .processing_vocabulary import (
+    FEATURES,
     OTHER_NAMES,
+    ROLES,
     SEGMENT_TYPES,
     begin_token_id,
     check_text,
@@ -44,6 +54,7 @@ CALL_RULES = {
     "allow_urls": Typed(bool),
     "allow_paths": Typed(bool),
     "continue_with": Maybe(OneOf((*SEGMENT_TYPES, *OTHER_NAMES))),
+    "think": Typed(bool),
 }
 OUTPUT_RULES = {"generation_mode": OneOf((*SEGMENT_TYPES, *OTHER_NAMES, "document"))}
 # The parts beside the tokenizer, in the order of the constructor's arguments. Each is saved in a folder of its name.
@@ -51,10 +62,36 @@ PARTS = {
     "image_tokenizer": (MoTImageTokenizer, IMAGE_TOKENIZER_CONFIG_NAME),
     "speech_tokenizer": (MoTSpeechTokenizer, SPEECH_TOKENIZER_CONFIG_NAME),
     "image_processor": (MoTImageProcessor, IMAGE_PROCESSOR_CONFIG_NAME),
+    "encoder_processor": (MoTImageProcessor, IMAGE_PROCESSOR_CONFIG_NAME),
 }
+SETTINGS_RULES = {"frames_texts": Typed(bool), "thinking_prompts": Maybe(Typed(dict))}
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "proxies")
 
 __all__ = ["MoTProcessor", "extend_tokenizer"]
+
+
+class Pictures(NamedTuple):
+    """The pictures of documents as a model takes them, in order of appearance.
+
+    Attributes:
+        pixels: of each image of latents, (3, H, W) uint8.
+        clean: of each of them, False where it is to be noised.
+        seen: pixels for the encoder, (3, H, W) uint8.
+    """
+
+    pixels: list[np.ndarray]
+    clean: list[bool]
+    seen: list[np.ndarray]
+
+    def stacked(self, tells_clean: bool = False) -> dict[str, np.ndarray]:
+        """Stack them as arguments of a model; see `MoTImageProcessor.stack`.
+
+        Args:
+            tells_clean: say by `clean_images` (N,) which images are clean.
+        """
+        inputs = MoTImageProcessor.stack(self.pixels)
+        inputs |= {f"encoder_{name}": values for name, values in MoTImageProcessor.stack(self.seen).items()}
+        return inputs | ({"clean_images": np.array(self.clean)} if tells_clean and self.pixels else {})
 
 
 class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
@@ -68,7 +105,12 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         speech_tokenizer: makes sounds units of the vocabulary.
         image_processor: in the place of `image_tokenizer`, keeps pictures pixels for a model that diffuses images; the
             vocabulary then holds no image codes.
+        encoder_processor: beside `image_processor`, makes pixels for an encoder of what that one has fitted; the
+            tokenizer then has a `vision_token`.
         chat_template: a template of Jinja instead of our own.
+        frames_texts: each text stands between the begin and the end token, and documents have none of their own, as in
+            BAGEL.
+        thinking_prompts: "text" and "image" -> the text that asks for a thought before an answer of that kind.
 
     Attributes:
         modalities: names in the order of `modality_ids`.
@@ -93,30 +135,67 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
     """
 
     def __init__(
-        self, tokenizer, image_tokenizer=None, speech_tokenizer=None, image_processor=None, chat_template=None
+        self,
+        tokenizer,
+        image_tokenizer=None,
+        speech_tokenizer=None,
+        image_processor=None,
+        encoder_processor=None,
+        chat_template=None,
+        frames_texts=False,
+        thinking_prompts=None,
     ):
         self.image_tokenizer = image_tokenizer
         self.speech_tokenizer = speech_tokenizer
         self.image_processor = image_processor
+        self.encoder_processor = encoder_processor
+        self.frames_texts = frames_texts
+        self.thinking_prompts = thinking_prompts
         self.modality_token_ranges = modality_ranges(tokenizer)
-        self._check_parts()
+        self._check_parts(tokenizer)
 
         # Transformers' names of the placeholders in prompts, and of the tokens that stand for pictures and sounds.
         self.image_token = tokenizer.image_token
         self.image_token_id = tokenizer.image_token_id
-        self.audio_token = tokenizer.audio_token
-        self.audio_token_id = tokenizer.audio_token_id
+        self.audio_token = getattr(tokenizer, "audio_token", None)
+        self.audio_token_id = getattr(tokenizer, "audio_token_id", None)
         self.audio_token_ids = list(range(*self.modality_token_ranges.get("speech", [0, 0])))
+        # Modality -> the token that stands for each patch of its pictures.
+        self.placeholder_token_ids = {}
         if image_processor is None:
             self.modalities = list(self.modality_token_ranges)
             self.image_token_ids = list(range(*self.modality_token_ranges.get("image", [0, 0])))
         else:
-            self.modalities = ["text", "image", *list(self.modality_token_ranges)[1:]]
-            self.image_token_ids = [self.image_token_id]
-        super().__init__(tokenizer, chat_template=CHAT_TEMPLATE if chat_template is None else chat_template)
+            if encoder_processor is not None:
+                self.placeholder_token_ids[FEATURES] = tokenizer.vision_token_id
+            self.placeholder_token_ids["image"] = self.image_token_id
+            self.modalities = ["text", *self.placeholder_token_ids, *list(self.modality_token_ranges)[1:]]
+            self.image_token_ids = list(self.placeholder_token_ids.values())
+        if chat_template is None:
+            chat_template = framed_chat_template(tokenizer) if frames_texts else CHAT_TEMPLATE
+        super().__init__(tokenizer, chat_template=chat_template)
 
-    def _check_parts(self) -> None:
+    def _check_parts(self, tokenizer) -> None:
         """Raise ValueError for parts that exclude each other or do not fit the vocabulary."""
+        # Settings.
+        check_fields(self, SETTINGS_RULES)
+        for mode, prompt in (self.thinking_prompts or {}).items():
+            if mode not in ("text", "image") or not isinstance(prompt, str) or not prompt.strip():
+                raise ValueError(
+                    f"thinking_prompts[{mode!r}]={prompt!r} must be a text, under the name 'text' or 'image' of what "
+                    "is thought about"
+                )
+        for name in ("bos_token", "eos_token") if self.frames_texts else ():
+            if getattr(tokenizer, name) is None:
+                raise ValueError(f"frames_texts=True needs a tokenizer with a {name}, which stands around texts")
+        if self.encoder_processor is not None and (
+            self.image_processor is None or getattr(tokenizer, "vision_token", None) is None
+        ):
+            raise ValueError(
+                "encoder_processor= needs image_processor=, which fits pictures before it, and a tokenizer with a "
+                "vision_token, the placeholder of what the encoder sees"
+            )
+
         # Pictures are codes or pixels.
         has_codes = self.image_tokenizer is not None or "image" in self.modality_token_ranges
         if self.image_processor is not None and has_codes:
@@ -149,7 +228,8 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """The model's inputs, without `image_sizes`, which comes only with pictures that differ in size."""
         names = ["input_ids", "attention_mask", "modality_ids"]
-        return names if self.image_processor is None else [*names, "pixel_values"]
+        names += [] if self.image_processor is None else ["pixel_values"]
+        return names + ([] if self.encoder_processor is None else ["encoder_pixel_values"])
 
     @property
     def bos_token_id(self) -> int | None:
@@ -191,8 +271,8 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
             "eos_token_id": tokenizer.eos_token_id,
             "boi_token_id": tokenizer.boi_token_id,
             "eoi_token_id": tokenizer.eoi_token_id,
-            "begin_of_speech_token_id": tokenizer.begin_of_speech_token_id,
-            "end_of_speech_token_id": tokenizer.end_of_speech_token_id,
+            "begin_of_speech_token_id": getattr(tokenizer, "begin_of_speech_token_id", None),
+            "end_of_speech_token_id": getattr(tokenizer, "end_of_speech_token_id", None),
         }
         if self.image_tokenizer is not None:
             kwargs["image_grid"] = self.image_tokenizer.image_grid
@@ -212,8 +292,8 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         """
         firsts, names = stretches(self.modality_token_ranges)
         indices = [self.modalities.index(name) for name in names]
-        placeholder = None if self.image_processor is None else (self.image_token_id, self.modalities.index("image"))
-        return modality_ids_of(input_ids, firsts, indices, placeholder)
+        placeholders = {token: self.modalities.index(name) for name, token in self.placeholder_token_ids.items()}
+        return modality_ids_of(input_ids, firsts, indices, placeholders)
 
     def fingerprint(self) -> str:
         """Return the sha256 of all that changes tokens: the tokenizer, and settings and weights of the other parts."""
@@ -226,8 +306,11 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         # The other parts. An image processor came later: processors without one keep their fingerprints.
         for sub_tokenizer in (self.image_tokenizer, self.speech_tokenizer):
             digest.update(b"none" if sub_tokenizer is None else sub_tokenizer.fingerprint().encode())
-        if self.image_processor is not None:
-            digest.update(self.image_processor.fingerprint().encode())
+        for part in (self.image_processor, self.encoder_processor):
+            if part is not None:
+                digest.update(part.fingerprint().encode())
+        if self.frames_texts:
+            digest.update(b"framed")
         return digest.hexdigest()
 
     # --------------------------------------------------------------------------------------------------------- encoding
@@ -240,6 +323,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         audio: Any = None,
         add_eos: bool | None = None,
         continue_with: str | None = None,
+        think: bool = False,
         allow_urls: bool = False,
         allow_paths: bool = True,
         **kwargs,
@@ -251,14 +335,19 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         Args:
             documents: one document or a list of them. A document is a list of segments, `{"type": "text" | "image" |
                 "audio", ...}` with the content under the name of its type; "speech" is "audio". It begins with
-                `bos_token_id` and ends with the end token. Text inside segments never becomes control tokens.
+                `bos_token_id` and ends with the end token. Text inside segments never becomes control tokens. With an
+                encoder processor a picture may have `"roles"`, a list of "noised", "latents" and "features"; see
+                `roles_of` for the default.
             text, images, audio: a prompt as elsewhere in transformers. Special tokens in the text are obeyed (chat
                 templates write them), and each `<|image|>` or `<|audio|>` stands for the next of `images` or `audio`. A
                 text that begins with the begin token, as rendered chats do, gets no second one. Give text from
                 strangers as documents, or through `apply_chat_template`.
             add_eos: False leaves the end token of documents out.
             continue_with: "text", "image" or "audio" ("speech" is the same): how the model is to continue the
-                documents. They then end with the begin token of an image or sound, or with nothing for text.
+                documents. They then end with the begin token of an image or sound, or with nothing for text (its begin
+                token, if the processor frames texts). With an encoder processor it goes with `text` too.
+            think: True to begin documents with the text of `thinking_prompts` that goes with `continue_with`. The
+                thought comes first: a document to be continued with an image ends as one to be continued with text.
             allow_urls: True to fetch addresses.
             allow_paths: True to open local files. False is right for content that strangers send.
             kwargs: `padding`, `padding_side`, `max_length`, `truncation`, `return_tensors` ("pt", "np" or None) are the
@@ -268,7 +357,8 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         Returns:
             `input_ids`, `attention_mask` and `modality_ids`, (B, L). With an image processor and pictures also, in
             order of appearance, `pixel_values` (N, 3, H, W) float32 in [-1, 1] and, where they differ in size,
-            `image_sizes` (N, 2); see `MoTImageProcessor.stack`.
+            `image_sizes` (N, 2); see `MoTImageProcessor.stack`. With an encoder processor also `encoder_pixel_values`
+            and `encoder_image_sizes`; and without `continue_with`, as in training, `clean_images` (N,).
 
         Raises:
             ValueError: an argument, segment, picture or sound that cannot be used, by name.
@@ -281,30 +371,35 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
             (torch.Size([2, 5]), True)
         """
         access = {"allow_urls": allow_urls, "allow_paths": allow_paths}
-        check_fields(access | {"continue_with": continue_with}, CALL_RULES)
+        check_fields(access | {"continue_with": continue_with, "think": think}, CALL_RULES)
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         check_text_options(merged["text_kwargs"])
 
         # Text with placeholders, or documents.
         if documents is None:
-            if add_eos is not None or continue_with is not None:
-                raise ValueError("add_eos and continue_with go with documents=; in text= write the special tokens")
-            return self.encode_prompts(text, images, audio, merged, **access)
+            if add_eos is not None or think or (continue_with is not None and self.encoder_processor is None):
+                raise ValueError(
+                    "add_eos, think and continue_with go with documents=; in text= write the special tokens"
+                )
+            return self.encode_prompts(text, images, audio, merged, continue_with, **access)
         if text is not None or images is not None or audio is not None:
             raise ValueError("give either documents= or text= with images= and audio=, not both")
 
         # One document is a batch of one.
         is_single = isinstance(documents, (list, tuple)) and len(documents) > 0 and isinstance(documents[0], dict)
-        rows, pixels = self.encode_documents([documents] if is_single else documents, add_eos, continue_with, **access)
-        return self.pad_rows(rows, pixels, merged["text_kwargs"], is_single)
+        documents = [documents] if is_single else documents
+        rows, pictures = self.encode_documents(documents, add_eos, continue_with, think, **access)
+        inputs = pictures.stacked(tells_clean=self.encoder_processor is not None and continue_with is None)
+        return self.pad_rows(rows, inputs, merged["text_kwargs"], is_single)
 
     def encode_documents(
         self,
         documents: list[list[dict]],
         add_eos: bool | None = None,
         continue_with: str | None = None,
+        think: bool = False,
         **access: bool,
-    ) -> tuple[list[list[int]], list[np.ndarray]]:
+    ) -> tuple[list[list[int]], Pictures]:
         """Encode each document as token ids and, with an image processor, return the pixels of all pictures too.
 
         Args:
@@ -312,7 +407,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
             access: `allow_urls` and `allow_paths` of `__call__`, here and in the other methods.
 
         Returns:
-            The rows of ids, and the pixels of `prepare_pictures`.
+            The rows of ids, and the pictures that go with them.
 
         Example, from the root of the repository:
             >>> processor = MoTProcessor.from_pretrained("training/assets/processor")
@@ -327,16 +422,20 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
             raise ValueError(f"add_eos=True ends the document, so it cannot continue with {continue_with!r}")
 
         # The tokens that every document begins and ends with.
-        openings = {None: [], "text": [], "image": ["boi"], "audio": ["begin_of_speech"]}
-        ending = [self.token_id(name) for name in openings[OTHER_NAMES.get(continue_with, continue_with)]]
-        if continue_with is None and add_eos is not False:
+        mode = OTHER_NAMES.get(continue_with, continue_with)
+        openings = {None: [], "text": ["bos"] * self.frames_texts, "image": ["boi"], "audio": ["begin_of_speech"]}
+        ending = [self.token_id(name) for name in openings["text" if think else mode]]
+        if continue_with is None and add_eos is not False and not self.frames_texts:
             ending = [self.tokenizer.eos_token_id]
         beginning = [] if self.bos_token_id is None else [self.bos_token_id]
 
         # All pictures at once, since the image tokenizer takes them in batches.
         checked = [checked_document(document, may_be_empty=continue_with is not None) for document in documents]
-        flat = [segment for document in checked for segment in document]
-        spans, pixels = self.prepare_pictures([s["image"] for s in flat if s["type"] == "image"], **access)
+        if think:
+            checked = [[self.thinking_prompt(mode), *document] for document in checked]
+        pictures = [s["image"] for document in checked for s in document if s["type"] == "image"]
+        roles = [roles for document in checked for roles in self.roles_of(document, mode)]
+        spans, inputs = self.encode_copies(pictures, roles, **access)
         images = iter(spans)
 
         # Texts, images and sounds in the order of the document.
@@ -346,7 +445,62 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
             for segment in document:
                 ids += next(images) if segment["type"] == "image" else self.encode_segment(segment, **access)
             rows.append(ids + ending)
-        return rows, pixels
+        return rows, inputs
+
+    def thinking_prompt(self, mode: str | None) -> dict:
+        """Return the segment that asks for a thought before an answer; ValueError if there is none."""
+        prompt = (self.thinking_prompts or {}).get(mode)
+        if prompt is None:
+            raise ValueError(
+                f"think=True with continue_with={mode!r}: this processor asks for thoughts before "
+                f"{' and '.join(self.thinking_prompts or ()) or 'nothing'} (thinking_prompts)"
+            )
+        return {"type": "text", "text": prompt}
+
+    def roles_of(self, document: list[dict], continue_with: str | None = None) -> list[tuple[str, ...]]:
+        """Return the roles of each picture of a document, as its segment says or by the rule of the processor.
+
+        Without an encoder processor pictures are latents: noised in training, clean in prompts. With one, the rule is
+        BAGEL's. A picture of a prompt is latents and features where the answer is an image, else features. In training
+        (`continue_with=None`) pictures before all text are a prompt for the last segment, and the others are learnt:
+        such a picture is noised, and if something follows it also latents and features.
+
+        Args:
+            document: of `checked_document`.
+
+        Raises:
+            ValueError: roles that the processor does not have, or a prompt with a picture to be noised.
+        """
+        last = len(document) - 1
+        ends_with_image = continue_with == "image" or continue_with is None and document[last]["type"] == "image"
+        found, is_prompt = [], True
+        for place, segment in enumerate(document):
+            is_prompt &= segment["type"] == "image" or continue_with is not None
+            if segment["type"] != "image":
+                continue
+            if (given := segment.get("roles")) is not None:
+                self._check_roles(given, f"segment {place}", continue_with)
+                roles = tuple(role for role in ROLES if role in given)
+            elif self.encoder_processor is None:
+                roles = ("noised",) if continue_with is None else ("latents",)
+            elif is_prompt and (place < last or continue_with is not None):
+                roles = ("latents", "features") if ends_with_image else ("features",)
+            else:
+                roles = ROLES if place < last else ("noised",)
+            found.append(roles)
+        return found
+
+    def _check_roles(self, roles: list[str], where: str, continue_with: str | None) -> None:
+        if self.image_processor is None or "features" in roles and self.encoder_processor is None:
+            raise ValueError(
+                f"{where} has roles={roles!r}, but this processor has no "
+                f"{'image_processor' if self.image_processor is None else 'encoder_processor'}; leave the roles out"
+            )
+        if "noised" in roles and continue_with is not None:
+            raise ValueError(
+                f"{where} has roles={roles!r}, but a noised picture is learnt, and continue_with={continue_with!r} "
+                "makes a prompt: give 'latents' or 'features'"
+            )
 
     def encode_segment(self, segment: dict, **access: bool) -> list[int]:
         """Encode one segment as token ids, begin and end markers included.
@@ -363,7 +517,8 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
             return self.encode_images([segment["image"]], **access)[0]
         if segment["type"] == "audio":
             return self.encode_audio([segment["audio"]], segment.get("sampling_rate"), **access)[0]
-        return self.encode_text(segment["text"])
+        ids = self.encode_text(segment["text"])
+        return [self.token_id("bos"), *ids, self.token_id("eos")] if self.frames_texts else ids
 
     def encode_text(self, text: str) -> list[int]:
         """Encode plain text as token ids; a special token that is spelled in the text stays text.
@@ -404,10 +559,45 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
     # The name that `prepare_pictures` had before.
     encode_pictures = prepare_pictures
 
+    def encode_copies(
+        self, pictures: list[Any], roles: list[tuple[str, ...]], **access: bool
+    ) -> tuple[list[list[int]], Pictures]:
+        """Encode each picture as the token ids of all its copies, each between markers, in the order of its roles.
+
+        What the encoder sees is made of what the image processor has fitted, as BAGEL does when it generates.
+
+        Args:
+            roles: of each picture, see `roles_of`.
+        """
+        spans, pixels = self.prepare_pictures(pictures, **access)
+        if self.image_processor is None:
+            return spans, Pictures([], [], [])
+        made, rows = Pictures([], [], []), []
+        for span, fitted, own in zip(spans, pixels, roles, strict=True):
+            ids: list[int] = []
+            for role in own:
+                if role == "features":
+                    picture = Image.fromarray(np.moveaxis(fitted, 0, -1))
+                    (seen,) = self.encoder_processor.fit_pictures([picture])
+                    made.seen.append(seen)
+                    ids += self.features_ids(*seen.shape[1:])
+                else:
+                    made.pixels.append(fitted)
+                    made.clean.append(role == "latents")
+                    ids += span
+            rows.append(ids)
+        return rows, made
+
     def placeholder_ids(self, height: int, width: int) -> list[int]:
         """Return the image of a picture of height x width pixels: boi, a placeholder for each patch, eoi."""
         rows, columns = self.image_processor.grid(height, width)
         return [self.token_id("boi"), *[self.image_token_id] * (rows * columns), self.token_id("eoi")]
+
+    def features_ids(self, height: int, width: int) -> list[int]:
+        """Return a picture of height x width pixels as the encoder sees it: boi, a placeholder for each patch, eoi."""
+        rows, columns = self.encoder_processor.grid(height, width)
+        placeholder = self.placeholder_token_ids[FEATURES]
+        return [self.token_id("boi"), *[placeholder] * (rows * columns), self.token_id("eoi")]
 
     def encode_audio(
         self, audio: list[Any], sampling_rate: int | None = None, deduplicate: bool | None = None, **access: bool
@@ -447,7 +637,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         return getattr(self.tokenizer, f"{name}_token_id")
 
     def pad_rows(
-        self, rows: list[list[int]], pixels: list[np.ndarray], text_kwargs: dict, is_single: bool
+        self, rows: list[list[int]], inputs: dict[str, np.ndarray], text_kwargs: dict, is_single: bool
     ) -> BatchFeature:
         """Pad encoded documents to a batch; a single document has no axis of documents unless it is a tensor."""
         # The ids and what goes with them.
@@ -456,7 +646,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
         batch["modality_ids"] = self.modality_ids_of(batch["input_ids"])
         if is_single and return_tensors is None:
             batch = {name: values[0] for name, values in batch.items()}
-        batch |= MoTImageProcessor.stack(pixels)
+        batch |= inputs
 
         # Rows of different lengths stay lists, or fail here.
         try:
@@ -543,6 +733,8 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
     def to_dict(self) -> dict[str, Any]:
         """Return how transformers finds this class; the parts have their own folders, the template its own file."""
         output = {"processor_class": type(self).__name__}
+        settings = {name: getattr(self, name) for name in SETTINGS_RULES}
+        output |= {name: value for name, value in settings.items() if value}
         if self._auto_class is not None:
             module = type(self).__module__.rsplit(".", 1)[-1]
             output["auto_map"] = {self._auto_class: f"{module}.{type(self).__name__}"}

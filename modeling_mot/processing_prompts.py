@@ -15,8 +15,7 @@ from transformers.processing_utils import _MARKED_RE
 from transformers.utils.chat_template_utils import mark_control_tokens
 
 from .checks_fields import Maybe, OneOf, Whole, check_fields
-from .image_processing import MoTImageProcessor
-from .processing_vocabulary import SEGMENT_TYPES, SPECIAL_TOKENS, check_text, with_known_type
+from .processing_vocabulary import OTHER_NAMES, SEGMENT_TYPES, SPECIAL_TOKENS, check_text, with_known_type
 
 
 TEXT_RULES = {
@@ -35,19 +34,26 @@ class PromptMixin:
     """The methods of `MoTProcessor` for prompts and chats."""
 
     def encode_prompts(
-        self, text: Any, images: Any, audio: Any, merged: dict[str, dict], **access: bool
+        self,
+        text: Any,
+        images: Any,
+        audio: Any,
+        merged: dict[str, dict],
+        continue_with: str | None = None,
+        **access: bool,
     ) -> BatchFeature:
         """Encode prompts as a batch; their placeholders become the tokens of the given pictures and sounds.
 
         Args:
             merged: transformers' arguments, sorted into those of text, pictures and sounds.
+            continue_with: what the prompts are to be continued with, which says the roles of pictures.
         """
         # Without a text, pictures and sounds make one of placeholders.
         pictures, sounds = leaves_of(images), sounds_of(audio)
         if text is None and not pictures and not sounds:
             raise ValueError("there is nothing to process: give documents=, text=, images= or audio=")
         if text is None:
-            text = self.image_token * len(pictures) + self.audio_token * len(sounds)
+            text = self.image_token * len(pictures) + (self.audio_token or "") * len(sounds)
         prompts = [text] if isinstance(text, str) else text
         check_placeholders(prompts, self.image_token, pictures, self.audio_token, sounds)
 
@@ -59,7 +65,14 @@ class PromptMixin:
 
         # Write pictures and sounds into the text, as tokens that the tokenizer reads back.
         sampling_rate = merged["audio_kwargs"].get("sampling_rate")
-        spans, pixels = self.prepare_pictures(pictures, **access)
+        mode = OTHER_NAMES.get(continue_with, continue_with) or "text"
+        roles = self.roles_of([{"type": "image"}] * len(pictures), mode)
+        spans, inputs = self.encode_copies(pictures, roles, **access)
+        if mode != "text":
+            # A prompt that begins a text at its end, as rendered chats do, is to be continued with a thought first.
+            opening = self.tokenizer.boi_token if mode == "image" else self.tokenizer.begin_of_speech_token
+            begin = self.tokenizer.bos_token if self.frames_texts else opening
+            prompts = [prompt if prompt.endswith(begin) else prompt + opening for prompt in prompts]
         prompts, offsets = self.get_text_with_replacements(
             list(prompts),
             images_replacements=[self.spelled(ids) for ids in spans],
@@ -77,7 +90,7 @@ class PromptMixin:
             encoded["text_replacement_offsets"] = offsets
         if isinstance(text, str) and return_tensors is None and not (pictures or sounds):
             encoded = {name: values[0] for name, values in encoded.items()}
-        encoded |= MoTImageProcessor.stack(pixels)
+        encoded |= inputs.stacked()
         return BatchFeature(encoded, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
 
     def spelled(self, ids: list[int]) -> str:
@@ -94,7 +107,10 @@ class PromptMixin:
         template writes all special tokens, and the tokens that were added here are text to it.
 
         `allow_urls` and `allow_paths` are those of `__call__`. A block of a sound is of type "audio" or "speech". The
-        rate of a sound given as an array is its block's `sampling_rate`, or else that of `processor_kwargs`.
+        rate of a sound given as an array is its block's `sampling_rate`, or else that of `processor_kwargs`. With an
+        encoder processor, `processor_kwargs={"continue_with": "image"}` is for a picture as the answer, and
+        `think=True` begins the chat with the text that asks for a thought; see `__call__`. A thought before a picture
+        needs `add_generation_prompt=True`.
 
         Raises:
             ValueError: a message or block that the template would leave out in silence.
@@ -115,6 +131,12 @@ class PromptMixin:
         if access:
             processor_kwargs = (processor_kwargs or {}) | access
         conversation = checked_conversation(conversation)
+        if kwargs.pop("think", False):
+            asked = self.thinking_prompt((processor_kwargs or {}).get("continue_with") or "text")
+            system = {"role": "system", "content": asked["text"]}
+            is_one = isinstance(conversation[0], Mapping)
+            chats = [[system, *messages] for messages in ([conversation] if is_one else conversation)]
+            conversation = chats[0] if is_one else chats
         if not isinstance(chat_template, (str, type(None))):
             raise ValueError(f"chat_template={chat_template!r} must be a template of Jinja, or the name of one")
         for name, values in (("tools", tools), ("documents", documents)):
@@ -125,7 +147,8 @@ class PromptMixin:
         masked = kwargs.get("return_assistant_tokens_mask", False)
         sanitizes = kwargs.get("tokenize") and not masked
         if kwargs.get("sanitize_control_tokens") is None:
-            ours = chat_template is None and self.chat_template == CHAT_TEMPLATE
+            own = framed_chat_template(self.tokenizer) if self.frames_texts else CHAT_TEMPLATE
+            ours = chat_template is None and self.chat_template == own
             kwargs["sanitize_control_tokens"] = bool(ours and sanitizes)
 
         # With another model's template, spellings of the tokens that were added here stay text.
@@ -187,7 +210,7 @@ def check_placeholders(prompts: Any, image_token: str, pictures: list, audio_tok
     for prompt in own:
         check_text(prompt)
     for name, token, given in (("images", image_token, pictures), ("audio inputs", audio_token, sounds)):
-        count = sum(prompt.count(token) for prompt in own)
+        count = sum(prompt.count(token) for prompt in own) if token is not None else 0
         if count != len(given):
             raise ValueError(
                 f"the number of {token} tokens in the prompts should be the same as the number of {name} passed; "
@@ -212,7 +235,7 @@ def tokenize_prompts(tokenizer: Any, prompts: list[str], begin: int | None, text
     if begin is not None and "add_special_tokens" not in text_kwargs:
         adds = [not prompt.startswith(tokenizer.convert_ids_to_tokens(begin)) for prompt in prompts]
     is_cut = text_kwargs.get("truncation") not in (None, False, "do_not_truncate")
-    openings = (tokenizer.boi_token, tokenizer.begin_of_speech_token)
+    openings = [tokenizer.convert_ids_to_tokens(token) for token in closings_of(tokenizer)]
     has_spans = any(opening in prompt for prompt in prompts for opening in openings)
     if len(set(adds)) == 1 and not (is_cut and has_spans):
         return dict(tokenizer(prompts, **text_kwargs | ({} if adds[0] else {"add_special_tokens": False})))
@@ -244,17 +267,22 @@ def tokenize_prompts(tokenizer: Any, prompts: list[str], begin: int | None, text
     return dict(tokenizer.pad({name: [row[name] for row in rows] for name in rows[0]}, **padding))
 
 
+def closings_of(tokenizer: Any) -> dict[int, int]:
+    """Return begin token of a picture or sound -> its end token; a vocabulary may have none of sounds."""
+    pairs = [
+        tuple(getattr(tokenizer, f"{name}_token_id", None) for name in names)
+        for names in (("boi", "eoi"), ("begin_of_speech", "end_of_speech"))
+    ]
+    return {begin: end for begin, end in pairs if begin is not None}
+
+
 def places_that_fit(tokenizer: Any, ids: list[int], limit: int, before: int, behind: int) -> list[int]:
     """Return the places of at most `limit` tokens, cut at the tokenizer's `truncation_side`, in no picture or sound.
 
     Args:
         before, behind: how many tokens stay at the beginning and at the end, those that the tokenizer adds to a text.
     """
-    # begin token of a picture or sound -> its end token
-    closings = {
-        tokenizer.boi_token_id: tokenizer.eoi_token_id,
-        tokenizer.begin_of_speech_token_id: tokenizer.end_of_speech_token_id,
-    }
+    closings = closings_of(tokenizer)
 
     # The cut that the tokenizer would make.
     last = len(ids) - behind
@@ -406,6 +434,22 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|turn|>assistant\\n' }}{% endif %}"
 )
+
+
+def framed_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Make the template of a model whose texts stand between the begin and the end token, without names of roles."""
+    template = (
+        "{% for message in messages %}{% set content = message['content'] or [] %}"
+        "{% for part in ([{'type': 'text', 'text': content}] if content is string else content) %}"
+        "{% if part['type'] == 'image' %}{{ 'IMAGE' }}{% else %}{{ 'BEGIN' + part['text'] + 'END' }}{% endif %}"
+        "{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'BEGIN' }}{% endif %}"
+    )
+    tokens = {"IMAGE": tokenizer.image_token, "BEGIN": tokenizer.bos_token, "END": tokenizer.eos_token}
+    for name, token in tokens.items():
+        template = template.replace(name, token)
+    return template
+
 
 # An extended template is the extension, this comment, and the template as it was. The newline ends the comment's line,
 # so that whitespace at the beginning of the template is read as before; it is not part of the output.

@@ -15,6 +15,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .checks_fields import Maybe, OneOf, Several, check_fields
+
 
 # name of the tokenizer attribute -> token
 SPECIAL_TOKENS = {
@@ -31,6 +33,11 @@ SPECIAL_TOKENS = {
     "end_of_turn_token": "<|end_turn|>",
 }
 COMMON_SPECIAL_TOKENS = ("pad_token", "bos_token", "eos_token")
+# The modality of what an encoder sees of a picture. Its placeholder is `vision_token`, which no vocabulary of ours has.
+FEATURES = "vision"
+# What every processor needs; models of other families lack the rest.
+NEEDED_TOKENS = ("pad_token", "eos_token", "boi_token", "eoi_token", "image_token")
+SPEECH_TOKENS = ("begin_of_speech_token", "end_of_speech_token", "audio_token")
 
 
 # ------------------------------------------------------------------------------------------------ making the vocabulary
@@ -193,9 +200,10 @@ def modality_ranges(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """
     vocabulary = tokenizer.get_vocab()
 
-    # Every special token but the begin token, without which models of other families may do.
-    named = [name for name in SPECIAL_TOKENS if getattr(tokenizer, name, None) is not None]
-    missing = [name for name in SPECIAL_TOKENS if name not in (*named, "bos_token")]
+    # Every special token that is needed, and those of speech all or none.
+    named = [name for name in (*SPECIAL_TOKENS, "vision_token") if getattr(tokenizer, name, None) is not None]
+    needed = NEEDED_TOKENS + (SPEECH_TOKENS if any(name in named for name in SPEECH_TOKENS) else ())
+    missing = [name for name in needed if name not in named]
     if missing:
         raise ValueError(f"the tokenizer has no {', '.join(missing)}; extend_tokenizer adds them")
     if len(vocabulary) != max(vocabulary.values()) + 1:
@@ -238,13 +246,13 @@ def stretches(ranges: dict[str, list[int]]) -> tuple[list[int], list[str]]:
     return firsts, names
 
 
-def modality_ids_of(input_ids: Any, firsts: list[int], indices: list[int], placeholder: tuple[int, int] | None) -> Any:
+def modality_ids_of(input_ids: Any, firsts: list[int], indices: list[int], placeholders: dict[int, int]) -> Any:
     """Return the index of each token's modality, in the form (list, array, tensor) of `input_ids`.
 
     Args:
         firsts: first id of each stretch of tokens, ascending from 0; see `stretches`.
         indices: the index of each stretch's modality.
-        placeholder: (token id, index of its modality) of the token that stands for a patch of pixels.
+        placeholders: token id -> index of its modality, of the tokens that stand for patches of pictures.
 
     Raises:
         ValueError: `input_ids` are no token ids.
@@ -253,22 +261,26 @@ def modality_ids_of(input_ids: Any, firsts: list[int], indices: list[int], place
     if isinstance(input_ids, torch.Tensor):
         places = torch.bucketize(input_ids, torch.tensor(firsts[1:], device=input_ids.device), right=True)
         ids = torch.tensor(indices, device=input_ids.device)[places]
-        return ids if placeholder is None else ids.masked_fill(input_ids == placeholder[0], placeholder[1])
+        for token, index in placeholders.items():
+            ids = ids.masked_fill(input_ids == token, index)
+        return ids
 
     # Lists become arrays, row by row where they are nested: rows may differ in length.
     if isinstance(input_ids, np.ndarray):
         if not np.issubdtype(input_ids.dtype, np.number):
             raise ValueError(f"input_ids={shortened(input_ids)} must be token ids")
         ids = np.asarray(indices)[np.digitize(input_ids, firsts[1:])]
-        return ids if placeholder is None else np.where(input_ids == placeholder[0], placeholder[1], ids)
+        for token, index in placeholders.items():
+            ids = np.where(input_ids == token, index, ids)
+        return ids
     nested = (list, tuple, np.ndarray, torch.Tensor)
     if isinstance(input_ids, (list, tuple)) and input_ids and isinstance(input_ids[0], nested):
-        return [modality_ids_of(row, firsts, indices, placeholder) for row in input_ids]
+        return [modality_ids_of(row, firsts, indices, placeholders) for row in input_ids]
     try:
         array = np.asarray(input_ids, dtype=np.int64)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"input_ids={shortened(input_ids)} must be token ids: {error}") from None
-    return modality_ids_of(array, firsts, indices, placeholder).tolist()
+    return modality_ids_of(array, firsts, indices, placeholders).tolist()
 
 
 # ------------------------------------------------------------------------------------------------------------ documents
@@ -277,6 +289,10 @@ def modality_ids_of(input_ids: Any, firsts: list[int], indices: list[int], place
 # may write either.
 SEGMENT_TYPES = ("text", "image", "audio")
 OTHER_NAMES = {"speech": "audio"}
+# The roles in which a picture may stand, one copy after another: noised latents that are learnt, clean latents, and
+# features of an encoder.
+ROLES = ("noised", "latents", "features")
+ROLES_RULE = Maybe(Several(OneOf(ROLES)))
 
 
 def checked_document(document: list[dict], may_be_empty: bool = False) -> list[dict]:
@@ -298,6 +314,10 @@ def _checked_segment(segment: Any, position: int) -> dict:
         raise ValueError(f"segment {position} of type {kind!r} has no {kind!r} entry; it has {sorted(segment)}")
     if kind == "text" and (not isinstance(segment["text"], str) or not segment["text"].strip()):
         raise ValueError(f"segment {position} is an empty text: {segment['text']!r}; leave the segment out instead")
+    if "roles" in segment:
+        check_fields({"roles": segment["roles"]}, {"roles": ROLES_RULE}, f"segment {position}: ")
+        if kind != "image":
+            raise ValueError(f"segment {position} of type {kind!r} has roles={segment['roles']!r}; pictures have roles")
     return segment
 
 

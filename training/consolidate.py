@@ -10,7 +10,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from accelerate import init_empty_weights
 
 from model_cards.card import PICTURES, model_card
 from modeling_mot import MoTPreTrainedModel, MoTProcessor
-from training.config import ConfigError, one_line
-from training.model.building import MODEL_CLASSES, without_bars
-from training.optimization import freeze_towers
+from training.config import ConfigError, build, one_line
+from training.model.adapters import LoraConfig, adapters_of, merge_adapters, save_adapters
+from training.model.building import MODEL_CLASSES, read_weights, without_bars
+from training.optimization import set_trained
 from training.run_files.checkpoints import DamagedError, model_tensors, newest_intact, read_tensors, replacing, verify
 from training.run_files.folder import RunFolder
 from training.world import make_room
@@ -61,20 +62,34 @@ def consolidate(
             raise ConfigError(f"{output} exists; remove it, or name another folder with --output")
 
     # The model, and all that a stranger needs beside it.
-    frozen = manifest.get("config", {}).get("train", {}).get("frozen_towers")
-    model = read_model(checkpoint, average=weights == "average", frozen_towers=frozen)
+    recipe = manifest.get("config", {})
+    trained = trained_parts_of(recipe.get("train", {}))
+    model = read_model(checkpoint, average=weights == "average", **trained)
+    lora, source = trained.get("lora"), recipe.get("model", {}).get("init_from")
+    adapters = adapters_of(model)
+    merge_adapters(model, (lambda name: read_weights(source, name)[""]) if source else None)
     cast_parameters(model, getattr(torch, dtype or manifest.get("dtype") or "float32"))
     processor = MoTProcessor.from_pretrained(checkpoint / "pretrained")
     with replacing(output) as folder, without_bars():
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         model_card(folder, run.path, step=manifest["step"], weights=weights).save(folder / "README.md")
+        if lora is not None:
+            save_adapters(adapters, lora, source, folder / "adapter")
     return output
+
+
+def trained_parts_of(train: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the arguments of `set_trained` from a manifest's train section, which may be an older version's."""
+    names = ("frozen_towers", "frozen_parts", "lora", "frozen_dtype")
+    trained = {name: train[name] for name in names if train.get(name) is not None}
+    return trained | ({"lora": build(LoraConfig, trained["lora"])} if "lora" in trained else {})
 
 
 def cast_parameters(model: MoTPreTrainedModel, dtype: torch.dtype) -> None:
     """Cast parameters to a precision, in place; parts that the model keeps in float32 (a VAE) and buffers stay."""
-    kept = tuple(f"{name}." for name in model._keep_in_fp32_modules_strict or ())
+    lists = (model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict)
+    kept = tuple(f"{name}." for names in lists for name in names or ())
     for name, parameter in model.named_parameters():
         if not name.startswith(kept):
             parameter.data = parameter.data.to(dtype)
@@ -88,8 +103,12 @@ def complete_card(run: RunFolder) -> None:
     model_card(run.final, run.path).save(run.final / "README.md")
 
 
-def read_model(checkpoint: Path, average: bool = False, frozen_towers: list[str] | None = None) -> MoTPreTrainedModel:
-    """Load the model of a verified checkpoint on the CPU, with its weights or their average; frozen ones have none."""
+def read_model(checkpoint: Path, average: bool = False, **trained: Any) -> MoTPreTrainedModel:
+    """Load the model of a verified checkpoint on the CPU, with its weights or their average; frozen ones have none.
+
+    Args:
+        trained: arguments of `set_trained`, with which the model was trained.
+    """
     # A model without weights, with room for them.
     described = checkpoint / "pretrained"
     model_class = MODEL_CLASSES[json.loads((described / "config.json").read_text(encoding="utf-8"))["model_type"]]
@@ -98,10 +117,10 @@ def read_model(checkpoint: Path, average: bool = False, frozen_towers: list[str]
         model = model_class._from_config(config, dtype=torch.float32)
     if (described / "generation_config.json").is_file():
         model.generation_config = model.generation_config.from_pretrained(described)
+    set_trained(model, **trained)
     make_room(model, "cpu")
 
     # The weights, by the names that they were stored under.
-    freeze_towers(model, frozen_towers)
     averaged = {name for name, parameter in model.named_parameters() if average and parameter.requires_grad}
     tensors = model_tensors(model).items()
     read_tensors(checkpoint, {f"{'average' if name in averaged else 'model'}.{name}": value for name, value in tensors})

@@ -20,9 +20,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from modeling_mot import MoTConfig, MoTPreTrainedModel
 from modeling_mot.configuration_mot import SHARED
+from modeling_mot.tower_routing import ModalityRouting
 from training.config import ConfigError, check_options, option
 from training.data.collate import count_noised
 from training.data.documents import is_transfusion
+from training.model.adapters import FrozenDtype, LoraConfig, add_adapters, hold_frozen
 
 
 # B batch, L row length, V vocabulary
@@ -316,6 +318,33 @@ class UpdateGuard:
 # ----------------------------------------------------------------- parameters that are kept, and their moving average
 
 
+def set_trained(
+    model: MoTPreTrainedModel,
+    frozen_towers: list[str] | None = None,
+    frozen_parts: list[str] | None = None,
+    gradient_stops: list[str] | None = None,
+    lora: LoraConfig | None = None,
+    frozen_dtype: FrozenDtype = "float32",
+    seed: int = 0,
+) -> None:
+    """Freeze what a recipe does not train, add its adapters, and hold frozen weights in its precision; in place.
+
+    Call it before the model is sharded. The arguments are fields of `TrainConfig`; `seed` is of the adapters.
+
+    Raises:
+        ConfigError: by the name of the field.
+    """
+    freeze_towers(model, frozen_towers)
+    freeze_parts(model, frozen_parts)
+    if gradient_stops:
+        stop_gradients(model, gradient_stops, frozen_towers or [])
+    if lora is not None:
+        torch.manual_seed(seed)
+        add_adapters(model, lora)
+    if frozen_dtype != "float32":
+        hold_frozen(model, frozen_dtype)
+
+
 def freeze_towers(model: MoTPreTrainedModel, towers: list[str] | None) -> None:
     """Freeze the parameters of these towers, in place. Call it before the model is sharded.
 
@@ -333,6 +362,54 @@ def freeze_towers(model: MoTPreTrainedModel, towers: list[str] | None) -> None:
     for name, parameter in model.named_parameters():
         if not set(name.split(".")).isdisjoint(towers or ()):
             parameter.requires_grad_(False)
+
+
+# Parts beside the towers -> the beginning of their parameters' names. A connector is a part of its encoder.
+_BESIDE = {
+    "embeddings": "model.embed_tokens.",
+    "output_layer": "lm_head.",
+    "patchifier": "patchifier.",
+    "encoders": "encoders.",
+}
+
+
+def freeze_parts(model: MoTPreTrainedModel, parts: list[str] | None) -> None:
+    """Freeze the parameters of parts beside the towers, in place: embeddings, output_layer, patchifier or encoders.
+
+    Raises:
+        ConfigError: no such part in this model.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    there = [part for part, beginnings in _BESIDE.items() if any(name.startswith(beginnings) for name in names)]
+    for part in parts or ():
+        if part not in there:
+            raise ConfigError(f"train.frozen_parts names {part!r}; beside its towers the model has {', '.join(there)}")
+        for name, parameter in model.named_parameters():
+            if name.startswith(_BESIDE[part]):
+                parameter.requires_grad_(False)
+
+
+def stop_gradients(model: MoTPreTrainedModel, towers: list[str], frozen_towers: list[str]) -> None:
+    """Let no gradient pass through the tokens of frozen towers, before and behind each layer, in place.
+
+    The tokens of other towers still read them. What the tokens of these towers predict trains the output layer alone.
+
+    Raises:
+        ConfigError: a tower that is not frozen, which could not learn.
+    """
+    if trained := [tower for tower in towers if tower not in frozen_towers]:
+        raise ConfigError(
+            f"train.gradient_stops names {trained[0]!r}, which could not learn; name it in train.frozen_towers too"
+        )
+
+    def stopped(rows: torch.Tensor, routing: ModalityRouting) -> torch.Tensor:
+        parts = zip(routing.towers, rows.split(routing.counts))
+        return torch.cat([part.detach() if tower in towers else part for tower, part in parts])
+
+    layers = model.model.layers
+    layers[0].register_forward_pre_hook(lambda layer, given: (stopped(*given[:2]), *given[1:]))
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, given, rows: stopped(rows, given[1]))
 
 
 def _parts(model: MoTPreTrainedModel) -> set[str]:

@@ -17,6 +17,7 @@ from training.config import ConfigError, check_options, describe, option
 from training.data.config import DataConfig, Segment, SourceConfig
 from training.data.reading.records import text_of
 from training.data.reading.sources import open_source
+from training.model.adapters import FrozenDtype, LoraConfig
 from training.optimization import OptimizerConfig, warmup_steps
 
 
@@ -205,6 +206,20 @@ class TrainConfig:
     frozen_towers: list[str] | None = option(
         None, "towers that are not trained, such as [text]; shared: what towers have in common"
     )
+    frozen_parts: list[str] | None = option(
+        None, "parts beside the towers that are not trained: embeddings, output_layer, patchifier, encoders"
+    )
+    gradient_stops: list[str] | None = option(
+        None, "frozen towers whose tokens pass no gradient on to what they have read, as BAGEL's freeze_und"
+    )
+    lora: LoraConfig | None = option(
+        None, "adapters that are trained in the place of towers, in a model that each process holds whole; null: none"
+    )
+    frozen_dtype: FrozenDtype = option(
+        "float32",
+        "what frozen weights of linear layers are held in: float32, bfloat16, or int8 with a scale for each output; "
+        "the final model has those of model.init_from in their place",
+    )
     frozen_vocabulary: int | None = option(
         None,
         "first rows of embeddings and output layer that keep their values, such as a text model's; null: none",
@@ -260,6 +275,12 @@ class TrainConfig:
         check_options(self)
         if self.tokens_per_step is None and self.accumulation is None:
             self.accumulation = 1
+
+
+def trained_parts(train: TrainConfig) -> dict[str, Any]:
+    """Return the arguments of `training.model.adapters.set_trained`."""
+    names = ("frozen_towers", "frozen_parts", "gradient_stops", "lora", "frozen_dtype", "seed")
+    return {name: getattr(train, name) for name in names}
 
 
 @dataclass
@@ -336,6 +357,12 @@ class Recipe:
             raise ConfigError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than train.steps={self.train.steps}: "
                 "the peak learning rate would not be reached; set optimizer.warmup_steps=null for a tenth of the run"
+            )
+
+        if self.train.frozen_dtype != "float32" and self.model.init_from is None:
+            raise ConfigError(
+                f"train.frozen_dtype={self.train.frozen_dtype!r} holds weights of a checkpoint, but model.init_from is "
+                "null; name one, or set train.frozen_dtype=float32"
             )
 
     def micro_batches(self, processes: int) -> int:

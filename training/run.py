@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from modeling_mot import MoTPreTrainedModel
-from training.config import dump, flatten, to_tree, without_secrets
+from training.config import ConfigError, dump, flatten, to_tree, without_secrets
 from training.data import collate
 from training.data.collate import TOWER_ROWS
 from training.data.reading.sources import data_cards
@@ -35,8 +35,8 @@ from training.model.building import (
     stored_dtype,
 )
 from training.model.costs import Budget, describe_choice, forward_flops_per_token, leaves_size_open, peak_flops
-from training.optimization import NotFiniteError, freeze_towers
-from training.recipe import Recipe, TrainConfig, check_decoder, check_diffusion, check_subjects
+from training.optimization import NotFiniteError, set_trained
+from training.recipe import Recipe, TrainConfig, check_decoder, check_diffusion, check_subjects, trained_parts
 from training.run_files.checkpoints import Checkpointer, find_checkpoint, refuse_changes
 from training.run_files.folder import RunFolder, RunLock, environment, write_json
 from training.run_files.metrics import Metrics, check_tracker
@@ -109,7 +109,9 @@ class Session:
 
         # What is trained, before the data, which may take long to prepare.
         check_subjects(recipe.data, recipe.samples)
-        initial = load_initial(recipe.model, makes_weights(accelerator, checkpoint))
+        refuse_sharded(recipe.train, accelerator)
+        dtype = "auto" if recipe.train.frozen_dtype != "float32" else torch.float32
+        initial = load_initial(recipe.model, makes_weights(accelerator, checkpoint), dtype)
         self.planned = planned = make_plan(recipe, accelerator, initial, checkpoint)
         check_image_codes(recipe.model, planned.processor)
         check_decoder(planned.processor, recipe.samples)
@@ -211,6 +213,20 @@ def find_last_checkpoint(run: RunFolder, train: TrainConfig, accelerator: Accele
     return checkpoint
 
 
+def refuse_sharded(train: TrainConfig, accelerator: Accelerator) -> None:
+    """Refuse adapters and weights of less precision in a model that processes share.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for name, neutral in (("lora", None), ("frozen_dtype", "float32")):
+        if is_sharding(accelerator) and getattr(train, name) != neutral:
+            raise ConfigError(
+                f"train.{name} is for a model that each process holds whole, but this run shards it; launch it without "
+                f"FSDP, or set train.{name}={'null' if neutral is None else neutral}"
+            )
+
+
 def makes_weights(accelerator: Accelerator, checkpoint: Mapping | None) -> bool:
     """True if this process makes whole weights: no checkpoint brings them, nor the main process of a sharded model."""
     return checkpoint is None and (accelerator.is_main_process or not is_sharding(accelerator))
@@ -272,7 +288,7 @@ def make_model(
     # Whole weights of a sharded model stay on the main process, beside the model that gets its shards.
     whole_here = built is not None and not is_sharding(accelerator)
     model = built if whole_here else empty_model(settings, planned.config, planned.vae)
-    freeze_towers(model, recipe.train.frozen_towers)
+    set_trained(model, **trained_parts(recipe.train))
     checkpointing = settings.gradient_checkpointing or wants_checkpointing()
     set_up_layers(model, checkpointing, settings.compile, settings.tower_products)
     if not is_sharding(accelerator):

@@ -77,6 +77,46 @@ def training_batch(config, row):
     }
 
 
+# ------------------------------------------------------------------------------------------------------- drawn pictures
+
+GUIDED, HALF = (0.0, 1.0), (0.825, 1.0)
+# Name: text scale, image scale, renormalisation, its minimum, interval, forwards of each step.
+TEXT_CASES = {
+    "plain": (1.0, 1.0, "global", 0.0, GUIDED, [1, 1, 1, 1]),
+    "s4_global": (4.0, 1.0, "global", 0.0, GUIDED, [2, 2, 2, 2]),
+    "s4_channel": (4.0, 1.0, "channel", 0.0, GUIDED, [2, 2, 2, 2]),
+    "s4_text_channel": (4.0, 1.0, "text_channel", 0.0, GUIDED, [2, 2, 2, 2]),
+    "s4_global_min08": (4.0, 1.0, "global", 0.8, GUIDED, [2, 2, 2, 2]),
+    "s4_channel_min": (4.0, 1.0, "channel", 0.6, GUIDED, [2, 2, 2, 2]),
+    "s1p1_channel": (1.1, 1.0, "channel", 0.0, GUIDED, [2, 2, 2, 2]),
+    "s4_channel_min1": (4.0, 1.0, "channel", 1.0, GUIDED, [2, 2, 2, 2]),
+    "s4_global_late_off": (4.0, 1.0, "global", 0.0, HALF, [2, 2, 1, 1]),
+    "s4_global_edges": (4.0, 1.0, "global", 0.0, (0.5, 0.75), [1, 1, 2, 1]),
+    "s4_global_early_off": (4.0, 1.0, "global", 0.0, (0.0, 0.95), [1, 2, 2, 2]),
+}
+EDIT_CASES = {
+    "plain": (1.0, 1.0, "global", 0.0, GUIDED, [1, 1, 1, 1]),
+    "s4_i2_global": (4.0, 2.0, "global", 0.0, GUIDED, [3, 3, 3, 3]),
+    "s4_i2_channel": (4.0, 2.0, "channel", 0.0, GUIDED, [3, 3, 3, 3]),
+    "s4_i2_text_channel": (4.0, 2.0, "text_channel", 0.0, GUIDED, [3, 3, 3, 3]),
+    "s4_i1_text_channel": (4.0, 1.0, "text_channel", 0.0, GUIDED, [2, 2, 2, 2]),
+    "s4_i2_text_channel_late_off": (4.0, 2.0, "text_channel", 0.0, HALF, [3, 3, 1, 1]),
+    "s1_i2_global": (1.0, 2.0, "global", 0.0, GUIDED, [1, 1, 1, 1]),  # the original computes a second, and ignores it
+}
+CASES = [("text", name, case) for name, case in TEXT_CASES.items()]
+CASES += [("edit", name, case) for name, case in EDIT_CASES.items()]
+
+
+def drawing_arguments(case):
+    """The arguments of `generate()` of a case."""
+    scale, images, renorm, least, interval, _ = case
+    return {
+        "guidance_scale": scale, "image_guidance_scale": images, "guidance_renorm": renorm,
+        "guidance_renorm_min": least, "guidance_interval": interval, "num_inference_steps": 5,
+        "time_spacing": "points", "timestep_shift": 3.0,
+    }  # fmt: skip
+
+
 # A checkpoint of other sizes: three key heads, another depth of each part, other patches, sides and autoencoder.
 OTHER = {
     "vocab": 90, "width": 48, "ffn": 80, "layers": 3, "heads": 6, "key_heads": 3, "vit_width": 24, "vit_ffn": 40,

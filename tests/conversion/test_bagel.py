@@ -20,9 +20,11 @@ from modeling_mot.decoding_pictures import ImageForward
 from modeling_mot.encoder_pictures import Patches
 from modeling_mot.latent_vae import decode_latents
 from tests.conversion.bagel_sources import (
+    CASES,
     CHECKPOINT,
     FIXTURES,
     TOKEN_IDS,
+    drawing_arguments,
     features_at,
     joined,
     latents_at,
@@ -215,6 +217,69 @@ def test_the_velocity_behind_a_cached_prefix_equals_bagel(model, kind):
     close(velocity[0], joined(want["velocity"], grid, 2))
 
 
+# ---------------------------------------------------------------------------------------- (e) pictures, from noise on
+
+
+def draws(model, monkeypatch, kind, arguments, count=1):
+    """Draw from the recorded noise.  -> latents of each step (5, B, C, h, w), predictions of each step"""
+    want = numbers(f"e_sample_{kind}")
+    grid = want["grid"].tolist()
+    if kind == "text":
+        ids, inputs = want["text_ids"].tolist(), {}
+    else:
+        ids = latents_at(model.config, len(want["initial_noise"])) + features_at(model.config, len(want["vit_patches"]))
+        ids += want["text_ids"].tolist()
+        seen = joined(want["vit_patches"], want["vit_grid"].tolist(), 14)
+        inputs = {"latents": want["vae_latents"].expand(count, -1, -1, -1)}
+        inputs["encoder_pixel_values"] = seen.expand(count, -1, -1, -1)
+    noise = joined(want["initial_noise"], grid, 2)[None]
+    steps, predictions, predict = [noise.expand(count, -1, -1, -1)], [], model.patchifier_latents
+
+    def kept(*args):
+        predictions.append(predict(*args))
+        return predictions[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "randn", lambda *args, **kwargs: noise)
+        patched.setattr(model, "patchifier_latents", kept)
+        output = model.generate(
+            torch.tensor([ids] * count),
+            generation_mode="image",
+            image_size=[side * 2 * model.config.vae_downsampling for side in grid],
+            output_type="latent",
+            callback_on_step_end=lambda model, step, timestep, state: steps.append(state["latents"].clone()),
+            **inputs,
+            **arguments,
+        )
+    for row in range(count):
+        assert torch.equal(output.latents[row][0], steps[-1][row])
+    return torch.stack(steps), predictions[-4:]  # behind those of the prompts
+
+
+@pytest.mark.parametrize(("kind", "name", "case"), CASES, ids=[f"{kind}-{name}" for kind, name, _ in CASES])
+def test_pictures_equal_bagel(model, monkeypatch, kind, name, case):
+    """The latents after each step, and the velocities behind each context."""
+    want = numbers(f"e_sample_{kind}")
+    grid = want["grid"].tolist()
+    latents, predictions = draws(model, monkeypatch, kind, drawing_arguments(case))
+    assert [len(of_step) for of_step in predictions] == case[-1]
+    close(latents[:, 0], torch.stack([joined(step, grid, 2) for step in want[f"{name}.latents"]]))
+    for step, of_step in enumerate(predictions):
+        for context, velocity in zip(("v_full", "v_no_text", "v_no_img"), of_step):
+            if f"{name}.{context}" in want:
+                close(velocity, joined(want[f"{name}.{context}"][step], grid, 2))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("text", "s4_global"), ("edit", "s4_i2_global")])
+def test_pictures_of_a_batch_equal_bagel(model, monkeypatch, kind, name):
+    """Norms are those of each picture, so that every row is the original's for one picture."""
+    want = numbers(f"e_sample_{kind}")
+    cases = {of_kind: case for one, of_kind, case in CASES if one == kind}
+    latents, _ = draws(model, monkeypatch, kind, drawing_arguments(cases[name]), count=2)
+    for row in range(2):
+        close(latents[-1, row], joined(want[f"{name}.latents"][-1], want["grid"].tolist(), 2))
+
+
 # --------------------------------------------------------------------------------------------------------- (f) training
 
 
@@ -400,6 +465,7 @@ def test_a_tokenizer_says_the_ids(tmp_path, knows):
         assert (config["boi_token_id"], config["eos_token_id"]) == (ids("<|vision_start|>"), ids("<|im_end|>"))
         assert config["image_token_id"] == ids("<|image_pad|>") and config["num_placeholder_tokens"] == 0
         assert config["continuous_modalities"]["vision"]["placeholder_token_id"] == ids("<|vision_pad|>")
+        assert config["tokenizer_vocab_size"] == size
     else:
         # BAGEL appends them, in its order.
         assert (config["eos_token_id"], config["boi_token_id"], config["eoi_token_id"]) == (
@@ -407,10 +473,13 @@ def test_a_tokenizer_says_the_ids(tmp_path, knows):
             size + 2,
             size + 3,
         )
-        assert (config["image_token_id"], config["num_placeholder_tokens"]) == (400, 2)
+        assert (config["image_token_id"], config["num_placeholder_tokens"]) == (size + 4, 0)
+        assert config["tokenizer_vocab_size"] == size + 6
     export_bagel(str(tmp_path / "mot"), tmp_path / "out")
     same_tensors(tmp_path / "out", source)
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == (source / "tokenizer.json").read_text()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((tmp_path / "out" / file).read_text()) == json.loads((source / file).read_text())
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
 
 
 def test_an_autoencoder_of_diffusers_takes_the_place(tmp_path, imported, model):

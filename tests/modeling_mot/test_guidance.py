@@ -4,49 +4,19 @@
 velocity of each context at each step, the guided velocity, and the latents after each step.
 """
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from modeling_mot.decoding_pictures import Denoising, DiffusionSettings, contexts_of, guided, kept_tokens
 from modeling_mot.latent_images import NoiseSchedule
 from modeling_mot.modeling_mot_transfusion import join_patches
+from tests.conversion.bagel_sources import CASES, EDIT_CASES, drawing_arguments, numbers
 
 from .naive_transfusion import BOI, BOS, EOS, image, tiny_config, tiny_model
 from .naive_transfusion_generation import NaiveGeneration
 from .test_transfusion_generation import BAGEL, pictures, seeded
-
-
-RECORDED = Path(__file__).parents[1] / "conversion" / "fixtures" / "bagel"
-GUIDED, HALF = (0.0, 1.0), (0.825, 1.0)
-# Name: text scale, image scale, renormalisation, its minimum, interval, forwards of each step.
-TEXT_CASES = {
-    "plain": (1.0, 1.0, "global", 0.0, GUIDED, [1, 1, 1, 1]),
-    "s4_global": (4.0, 1.0, "global", 0.0, GUIDED, [2, 2, 2, 2]),
-    "s4_channel": (4.0, 1.0, "channel", 0.0, GUIDED, [2, 2, 2, 2]),
-    "s4_text_channel": (4.0, 1.0, "text_channel", 0.0, GUIDED, [2, 2, 2, 2]),
-    "s4_global_min08": (4.0, 1.0, "global", 0.8, GUIDED, [2, 2, 2, 2]),
-    "s4_channel_min": (4.0, 1.0, "channel", 0.6, GUIDED, [2, 2, 2, 2]),
-    "s1p1_channel": (1.1, 1.0, "channel", 0.0, GUIDED, [2, 2, 2, 2]),
-    "s4_channel_min1": (4.0, 1.0, "channel", 1.0, GUIDED, [2, 2, 2, 2]),
-    "s4_global_late_off": (4.0, 1.0, "global", 0.0, HALF, [2, 2, 1, 1]),
-    "s4_global_edges": (4.0, 1.0, "global", 0.0, (0.5, 0.75), [1, 1, 2, 1]),
-    "s4_global_early_off": (4.0, 1.0, "global", 0.0, (0.0, 0.95), [1, 2, 2, 2]),
-}
-EDIT_CASES = {
-    "plain": (1.0, 1.0, "global", 0.0, GUIDED, [1, 1, 1, 1]),
-    "s4_i2_global": (4.0, 2.0, "global", 0.0, GUIDED, [3, 3, 3, 3]),
-    "s4_i2_channel": (4.0, 2.0, "channel", 0.0, GUIDED, [3, 3, 3, 3]),
-    "s4_i2_text_channel": (4.0, 2.0, "text_channel", 0.0, GUIDED, [3, 3, 3, 3]),
-    "s4_i1_text_channel": (4.0, 1.0, "text_channel", 0.0, GUIDED, [2, 2, 2, 2]),
-    "s4_i2_text_channel_late_off": (4.0, 2.0, "text_channel", 0.0, HALF, [3, 3, 1, 1]),
-    "s1_i2_global": (1.0, 2.0, "global", 0.0, GUIDED, [1, 1, 1, 1]),  # the original computes a second, and ignores it
-}
-CASES = [("text", name, case) for name, case in TEXT_CASES.items()]
-CASES += [("edit", name, case) for name, case in EDIT_CASES.items()]
 
 
 # --------------------------------------------------------------------------------------------- recorded by BAGEL's code
@@ -54,15 +24,7 @@ CASES += [("edit", name, case) for name, case in EDIT_CASES.items()]
 
 @pytest.fixture(scope="module")
 def recorded():
-    return {kind: load_file(RECORDED / f"e_sample_{kind}.safetensors") for kind in ("text", "edit")}
-
-
-def settings_of(case):
-    scale, images, renorm, least, interval, _ = case
-    return DiffusionSettings(
-        guidance_scale=scale, image_guidance_scale=images, guidance_renorm=renorm, guidance_renorm_min=least,
-        guidance_interval=interval, num_inference_steps=5, time_spacing="points", timestep_shift=3.0,
-    )  # fmt: skip
+    return {kind: numbers(f"e_sample_{kind}") for kind in ("text", "edit")}
 
 
 def as_latents(tensors, patches):
@@ -81,12 +43,13 @@ def behind_contexts(tensors, name, settings, has_images):
 @pytest.mark.parametrize(("kind", "name", "case"), CASES, ids=[f"{kind}-{name}" for kind, name, _ in CASES])
 def test_four_steps_are_bagels(recorded, kind, name, case):
     """Times, the steps that are guided, guided velocities and latents, from the recorded velocities of each context."""
-    tensors, settings = recorded[kind], settings_of(case)
+    tensors, settings = recorded[kind], DiffusionSettings(**drawing_arguments(case))
     latents = as_latents(tensors, tensors[f"{name}.latents"])
     config = tiny_config(prediction_type="flow", latent_channels=16, latent_size=list(latents.shape[-2:]))
     settings.validate(config)
     model = SimpleNamespace(config=config, device=torch.device("cpu"), noise_schedule=NoiseSchedule(config))
-    drawing = Denoising(model, settings, [None], [0], has_images=kind == "edit")
+    size = tuple(latents.shape[-2:])
+    drawing = Denoising(model, settings, [None], [0], has_images=kind == "edit", size=size)
     drawing.latents = latents[:1]
     torch.testing.assert_close(torch.tensor(drawing.shares), tensors["times"][:4], rtol=0, atol=1e-7)
 
@@ -111,7 +74,7 @@ def test_four_steps_are_bagels(recorded, kind, name, case):
 def test_norms_are_those_of_each_sample(recorded, renorm):
     """Four recorded steps as four samples of a batch, each of another size: the original would mix them in "global"."""
     name, sizes = f"s4_i2_{renorm}", torch.tensor([1.0, 100.0, 0.01, 7.0]).view(-1, 1, 1, 1)
-    tensors, settings = recorded["edit"], settings_of(EDIT_CASES[f"s4_i2_{renorm}"])
+    tensors, settings = recorded["edit"], DiffusionSettings(**drawing_arguments(EDIT_CASES[name]))
     velocities = [sizes * velocity for velocity in behind_contexts(tensors, name, settings, has_images=True)]
     expected = as_latents(tensors, tensors[f"{name}.velocity"])
     torch.testing.assert_close(guided(settings, 2, *velocities) / sizes, expected, rtol=0, atol=2e-6)
@@ -281,6 +244,16 @@ def test_a_context_may_be_empty():
     model = model_of(**BAGEL, bos_token_id=None)
     for settings in ({"image_guidance_scale": 1.0}, {}):
         assert_draws(model, [prompt], [{"without_text": ([], [])}], {"guidance_scale": 3.0} | settings)
+
+
+def test_contexts_of_a_batch_may_differ_in_length_and_one_may_be_empty():
+    """What a row does not keep is padding: no placeholder stays in it, and a row of padding alone is no prefix."""
+    edit = ([*image(), 14, 15, 12, 13, BOI], [A])
+    contexts = [{"without_text": ([], [])}, {"without_text": (image(), [A]), "without_images": ([14, 15, 12, 13], [])}]
+    more = ([*image(), 14, BOI], [B]), {"without_text": (image(), [B]), "without_images": ([14], [])}
+    prompts, contexts = [([10, 11, BOI], []), edit, more[0]], [*contexts, more[1]]
+    settings = {"guidance_scale": 3.0, "image_guidance_scale": 2.0}
+    assert_draws(model_of(**BAGEL, bos_token_id=None), prompts, contexts, settings)
 
 
 def test_image_guidance_alone_is_of_the_sum():

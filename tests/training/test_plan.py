@@ -14,7 +14,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_mot import MoTConfig
-from training.model.costs import forward_flops, patchifier_flops, recomputed_flops
+from training.model.adapters import LoraConfig
+from training.model.costs import forward_flops, patchifier_flops, recomputed_flops, training_flops
+from training.optimization import set_trained
+from training.plan.__main__ import changed_flops
 from training.plan.activations import count_kept, loss_bytes, made_up_batch
 from training.plan.cluster import Mesh
 from training.plan.communication import Traffic, plan_traffic, seconds_of_traffic
@@ -122,6 +125,34 @@ def test_checkpointing_recomputes_a_patchifiers_blocks_too():
     assert layers < spent <= planned
 
 
+# Fine-tuning: a tower as it is, adapters in another, and 8 bits for both.
+TUNED = {"frozen_towers": ["text"], "lora": LoraConfig(["image"], rank=4), "frozen_dtype": "int8"}
+
+
+@pytest.mark.parametrize("name", ["mot", "transfusion-mot"])
+@pytest.mark.parametrize(
+    "trained",
+    [
+        TUNED,
+        {"lora": LoraConfig(rank=8)},
+        {"frozen_towers": ["image"]},
+        {"frozen_towers": ["text"], "gradient_stops": ["text"]},
+    ],
+)
+def test_flops_of_frozen_weights_and_adapters_are_what_torch_counts(name, trained):
+    planned = training_flops(config_of(name), TOKENS, LENGTH)
+    changed = changed_flops(meta_model(config_of(name), **trained), TOKENS)
+    whole, tuned = model_of(name).train(), model_of(name).train()
+    set_trained(tuned, **trained)
+    steps = []
+    for model in (whole, tuned):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(**batch_of(model.config), use_cache=False).loss.backward()
+        steps.append(counter.get_total_flops())
+    assert steps[1] - steps[0] == changed
+    assert name != "mot" or steps[0] == planned  # a patchifier's first convolution has no gradient of its input
+
+
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
@@ -159,6 +190,29 @@ def test_checkpoints_are_what_a_real_forward_keeps(name):
     model.gradient_checkpointing_enable()
     planned = count_kept(model.config, TOKENS, ROWS).of_model(3, True)
     assert planned == kept_by_a_real_forward(model, batch_of(model.config))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("trained", [TUNED, {"lora": LoraConfig(rank=8)}, {"frozen_towers": ["image"]}])
+def test_activations_beside_frozen_weights_are_what_a_real_forward_keeps(trained, bf16):
+    model = model_of("mot", num_hidden_layers=3).train()
+    kept = count_kept(model.config, TOKENS, ROWS, bf16=bf16, trained=trained)
+    set_trained(model, **trained)
+    assert kept.of_model(3, False) + kept.copies == kept_by_a_real_forward(model, batch_of(model.config), bf16)
+
+
+def test_frozen_weights_have_no_state_of_training_and_the_bytes_that_they_are_held_in():
+    model = model_of("transfusion-mot")
+    kept = count_kept(model.config, TOKENS, ROWS, trained=TUNED)
+    settings = {"bf16": False, "checkpointing": False, "averaged": True}
+    parts = plan_memory(meta_model(model.config, **TUNED), kept, ROWS * LENGTH, Mesh(), **settings)
+    set_trained(model, **TUNED)
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    assert parts["frozen weights"] == sum(value.nbytes for value in model.parameters() if not value.requires_grad)
+    assert parts["frozen weights"] < 0.4 * sum(4 * p.numel() for p in model.parameters() if not p.requires_grad)
+    for part in ("weights (float32)", "gradients (float32)", "moving average (float32)"):
+        assert parts[part] == trained
+    assert parts["optimizer (AdamW, 2 x float32)"] == 2 * trained
 
 
 def test_eager_attention_keeps_probabilities():

@@ -31,13 +31,15 @@ def collate(
     Rows with continuous images add, in order of appearance over the rows, `latents` (M, C, h, w) or `pixel_values`
     (M, 3, H, W) in [-1, 1], both float32; `image_sizes` (M, 2) where sizes differ, the images then being padded at
     bottom and right with zeros; `clean_images` and `image_first` (M,) bool. A batch without an image has none of these.
+    Rows whose pictures have roles add the pictures of encoders alike: `encoder_pixel_values`, `encoder_image_sizes`.
 
     Args:
         rows: rows of a `RowStream` or of `single_direction_rows`.
         config: the model's configuration. When given, the batch carries the forward's `routing` and, where each token
             sees a range of tokens, its `attention_plan`: the forward itself then has no step that depends on the data.
             Where the images of the model share a position, `position_ids` are left to the model, except for rows with
-            clean copies, which have the positions of the images that they repeat. On a grid they are left to it too.
+            clean copies, which have the positions of the images that they repeat, and for rows whose pictures have
+            roles, which say their positions themselves. On a grid they are left to it too.
         multiple_of: pads each tower's slice, see `ModalityRouting.from_modality_ids`.
         noise_seed: with a Transfusion configuration, adds the `timesteps` (M,) and the `noise` (M, C, h, w) of the
             latents. The noise of a row depends on nothing but this seed and the row's number: not on the other rows of
@@ -62,6 +64,8 @@ def collate(
     images = [image for row in rows for image in row.get("images", ())]
     if images:
         batch |= stack_images(images, config)
+    if pictures := [picture for row in rows for picture in row.get("pictures", ())]:
+        batch |= stack_pictures(pictures)
     # Everything that depends on the data is decided here, in the thread that makes batches.
     if config is not None:
         batch["routing"] = ModalityRouting.from_modality_ids(batch["modality_ids"], config, multiple_of)
@@ -69,7 +73,7 @@ def collate(
         plan = plan_rows(config, ids, documents, clean, batch["modality_ids"])
         if plan is not None:
             batch["attention_plan"] = plan
-        if getattr(config, "image_positions", None) == "shared":
+        if getattr(config, "image_positions", None) == "shared" and "pictures" not in rows[0]:
             share_positions(batch, config)
         elif getattr(config, "image_positions", None) == "grid":
             del batch["position_ids"]
@@ -87,22 +91,37 @@ def collate(
 def stack_images(images: list[dict], config=None) -> dict[str, torch.Tensor]:
     """Stack images for the model. A model without a VAE takes pixels as latents.  M x (C, h, w) -> (M, C, h, w)"""
     values = [image["values"] for image in images]
-    sizes = np.array([value.shape[1:] for value in values], dtype=np.int64)
-    same = bool((sizes == sizes[0]).all())
-    # Smaller images are padded at bottom and right.
-    stacked = np.zeros((len(values), values[0].shape[0], *sizes.max(axis=0)), dtype=np.float32)
     name = "latents"
     if values[0].dtype == np.uint8:
-        values = [value.astype(np.float32) / np.float32(127.5) - 1 for value in values]
         name = "latents" if is_transfusion(config) and config.vae_config is None else "pixel_values"
-    for target, value in zip(stacked, values, strict=True):
-        target[:, : value.shape[1], : value.shape[2]] = value
-    batch = {name: torch.from_numpy(stacked)}
-    if not same:
+    stacked, sizes = _stack(values)
+    batch = {name: stacked}
+    if not bool((sizes == sizes[0]).all()):
         batch["image_sizes"] = torch.from_numpy(sizes)
     for key, field in (("clean_images", "clean"), ("image_first", "first")):
         batch[key] = torch.tensor([image[field] for image in images])
     return batch
+
+
+def stack_pictures(pictures: list[np.ndarray]) -> dict[str, torch.Tensor | list]:
+    """Stack pictures for encoders.  M x (3, H, W) uint8 -> (M, 3, H, W) in [-1, 1], and M sizes"""
+    stacked, sizes = _stack(pictures)
+    # A list: the forward would wait for a tensor on a device.
+    return {"encoder_pixel_values": stacked, "encoder_image_sizes": sizes.tolist()}
+
+
+def _stack(values: list[np.ndarray]) -> tuple[torch.Tensor, np.ndarray]:
+    """Stack images, the smaller ones padded at bottom and right; pixels are scaled to [-1, 1].
+
+    M x (C, h, w) -> (M, C, h, w) float32, and heights and widths, (M, 2)
+    """
+    sizes = np.array([value.shape[1:] for value in values], dtype=np.int64)
+    stacked = np.zeros((len(values), values[0].shape[0], *sizes.max(axis=0)), dtype=np.float32)
+    for target, value in zip(stacked, values, strict=True):
+        if value.dtype == np.uint8:
+            value = value.astype(np.float32) / np.float32(127.5) - 1
+        target[:, : value.shape[1], : value.shape[2]] = value
+    return torch.from_numpy(stacked), sizes
 
 
 def latent_sizes(batch: dict, config) -> list[tuple[int, int]]:

@@ -15,6 +15,8 @@ from training.config import check_options, option
 SEGMENT_TYPES = ("text", "image", "audio", "document")
 TARGETS = ("all", "last")
 LATENTS = ("cached", "on_the_fly")
+# The roles in which a picture may stand in a document, in this order; see training/data/roles.py.
+ROLES = ("noised", "latents", "features")
 FORMATS = ("auto", "dataset", "pictures", "sounds", "jsonl", "parquet", "text", "webdataset")
 # Variants are counted in 16 bits; a row and the documents of a block are held in memory.
 _MOST_VARIANTS, _MOST_LENGTH = 2**15 - 1, 2**24
@@ -195,6 +197,14 @@ class TemplateConfig:
     interleaving: InterleavingConfig | None = field(
         default=None, metadata={"doc": "the text and its sound by turns, at words; null: one after the other"}
     )
+    roles: dict[str, list[str]] | None = option(
+        None,
+        "for models that look at pictures through an encoder and draw them too: column of a picture -> its copies, out "
+        "of noised (learnt), latents and features; null: a learnt one is noised and, if something follows, all three; "
+        "one before is latents and features, or features alone if the last segment is a text",
+    )
+    latents_dropout: float = option(0.0, "with roles: probability of leaving out a copy as latents", ge=0, lt=1)
+    features_dropout: float = option(0.0, "with roles: probability of leaving out a copy as features", ge=0, lt=1)
 
     def __post_init__(self):
         self.validate()
@@ -236,6 +246,17 @@ class TemplateConfig:
                 f"segments={self.segments} interleaves text with pictures or sounds, so caption_first="
                 f"{self.caption_first} has no meaning; set caption_first: null to keep the order as written"
             )
+        for column, roles in (self.roles or {}).items():
+            if Segment("image", column) not in self.parsed:
+                raise ValueError(
+                    f"roles names {column!r}, which is no picture of segments={self.segments}; name the column of an "
+                    "image: segment"
+                )
+            if not roles or len(set(roles)) < len(roles) or not set(roles) <= set(ROLES):
+                raise ValueError(
+                    f"roles.{column}={roles} must be one or more of {', '.join(ROLES)}, each once; leave the segment "
+                    "out for none"
+                )
         if self.interleaving is not None:
             self.interleaving.validate()
             if sorted(kinds) != ["audio", "text"]:

@@ -30,6 +30,8 @@ class Vocabulary:
         begins, ends: the markers that open and close a picture or a sound.
         bos: the token that documents begin with, None for none.
         image_token: the placeholder of continuous images, which have no range of ids; None where pictures are codes.
+        features_token, features_modality: the placeholder of pictures that an encoder reads, and the index of their
+            modality; None where pictures have no roles, see training/data/roles.py.
         stretch_modalities: the modality of each stretch, where text goes on behind other tokens (an imported
             vocabulary); empty where each modality that has tokens has one stretch, in their order.
     """
@@ -43,6 +45,8 @@ class Vocabulary:
     ends: tuple[int, ...] = ()
     image_token: int | None = None
     stretch_modalities: tuple[int, ...] = ()
+    features_token: int | None = None
+    features_modality: int = 0
 
     @classmethod
     def of(cls, processor) -> "Vocabulary":
@@ -66,7 +70,17 @@ class Vocabulary:
         if getattr(processor, "image_processor", None) is not None:
             modalities, image_token = tuple(processor.modalities), processor.image_token_id
         places = tuple(modalities.index(name) for name in stretch_names)
-        return cls(modalities, tuple(bounds), pad, bos, eos, begins, ends, image_token, places)
+        # So have pictures for an encoder.
+        others = {
+            name: token for name, token in getattr(processor, "placeholder_token_ids", {}).items() if name != "image"
+        }
+        if len(others) > 1:
+            raise ValueError(
+                f"the processor has encoders for {', '.join(others)}; training data are made for one alone"
+            )
+        (features, token), *_ = others.items() if others else [("text", None)]
+        found = token, modalities.index(features)
+        return cls(modalities, tuple(bounds), pad, bos, eos, begins, ends, image_token, places, *found)
 
     @classmethod
     def from_dict(cls, values: dict) -> "Vocabulary":
@@ -92,11 +106,26 @@ class Vocabulary:
         return self.ends[0]
 
     @property
+    def image_modality(self) -> int:
+        return self.modalities.index("image")
+
+    @property
+    def has_roles(self) -> bool:
+        """True if a picture may stand in several roles, see training/data/roles.py."""
+        return self.features_token is not None
+
+    @property
+    def placeholders(self) -> dict[int, int]:
+        """Placeholder -> the index of its modality."""
+        found = {self.image_token: self.image_modality} if self.image_token is not None else {}
+        return found | ({self.features_token: self.features_modality} if self.has_roles else {})
+
+    @property
     def token_modalities(self) -> list[int]:
         """The index of the modality of each range of `bounds`."""
         if self.stretch_modalities:
             return list(self.stretch_modalities)
-        continuous = [] if self.image_token is None else [self.modalities.index("image")]
+        continuous = self.placeholders.values()
         return [index for index in range(len(self.modalities)) if index not in continuous]
 
     def modality_ids(self, input_ids: np.ndarray) -> np.ndarray:
@@ -104,10 +133,12 @@ class Vocabulary:
         ranges = np.searchsorted(self.bounds, input_ids, side="right") - 1
         if self.image_token is None and not self.stretch_modalities:
             return ranges
-        ids = np.asarray(self.token_modalities)[ranges]
-        if self.image_token is None:
-            return ids
-        return np.where(input_ids == self.image_token, self.modalities.index("image"), ids)
+        # Placeholders may have ids behind the vocabulary.
+        of_ranges = np.asarray(self.token_modalities)
+        ids = of_ranges[np.minimum(ranges, len(of_ranges) - 1)]
+        for token, modality in self.placeholders.items():
+            ids = np.where(input_ids == token, modality, ids)
+        return ids
 
     def is_text(self, input_ids: np.ndarray) -> np.ndarray:
         """Mark the tokens of text proper: no markers, no begin, end or padding of a document."""
@@ -206,12 +237,14 @@ class Document:
         labels: (n,) ids where a token is a target, else -100.
         position_ids: (n,) from 0; a clean copy has the positions of the image that it repeats.
         images: {"values": (C, h, w), "clean": bool, "first": bool} in order of appearance, see `compose`.
+        pictures: (3, H, W) uint8, for an encoder, in order of appearance, see training/data/roles.py.
     """
 
     ids: np.ndarray
     labels: np.ndarray
     position_ids: np.ndarray
     images: list[dict] = field(default_factory=list)
+    pictures: list[np.ndarray] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -220,7 +253,7 @@ class Document:
         """Cut out tokens `start` to `stop` as a document of its own. Only documents without images are cut."""
         if (start, stop) == (0, len(self)):
             return self
-        assert not self.images
+        assert not (self.images or self.pictures)
         labels = self.labels[start:stop].copy()
         labels[0] = IGNORED  # nothing before it predicts it
         return Document(self.ids[start:stop], labels, np.arange(stop - start))
@@ -384,7 +417,7 @@ def build_row(documents: list[Document], row_length: int, vocabulary: Vocabulary
     """Build one packed row: documents one after another, then padding.  Each array (row_length,) int64
 
     `labels` are -100 and `document_ids` -1 in the padding. Where images are continuous, `images` holds those of the
-    row in order of appearance.
+    row in order of appearance; where pictures have roles, `pictures` holds those for the encoder.
     """
     row = {
         "input_ids": np.full(row_length, vocabulary.pad, dtype=np.int64),
@@ -403,6 +436,8 @@ def build_row(documents: list[Document], row_length: int, vocabulary: Vocabulary
     row["modality_ids"] = vocabulary.modality_ids(row["input_ids"])
     if vocabulary.image_token is not None:
         row["images"] = [image for document in documents for image in document.images]
+    if vocabulary.has_roles:
+        row["pictures"] = [picture for document in documents for picture in document.pictures]
     return row
 
 

@@ -12,6 +12,7 @@ from training.data.config import MODALITY_OF_TYPE, DataConfig, Segment, SourceCo
 from training.data.documents import IGNORED, Document, Vocabulary, build_row, document_lengths, pack
 from training.data.preparing.batch_tokenizer import Preparing
 from training.data.preparing.preparation import TokenizedSource
+from training.data.roles import compose_parts, part_lengths, parts_of
 from training.data.stream import RowStream, check_row_length, compose_record
 
 
@@ -52,10 +53,14 @@ def single_direction_rows(
     """
     # One document for each record; a text may be longer than a row, no other document.
     chosen = _choose(source, direction, segments)
-    columns = [source.columns[segment] for segment in chosen]
     stop = len(source) if limit is None else min(len(source), start + limit)
-    vocabulary = source.vocabulary
-    lengths = sum(column.lengths[start:stop, 0].astype(np.int64) for column in columns) + vocabulary.frame_length
+    vocabulary, parts = source.vocabulary, None
+    if vocabulary.has_roles:
+        parts = parts_of(_template_of(source.config, chosen))
+        lengths = sum(of_part[start:stop, 0] for of_part in part_lengths(source, parts))
+    else:
+        columns = [source.columns[segment] for segment in chosen]
+        lengths = sum(column.lengths[start:stop, 0].astype(np.int64) for column in columns) + vocabulary.frame_length
     if not len(lengths):
         raise ValueError(
             f"start={start} and limit={limit} leave no record of the {len(source)} of {source.config.name!r}"
@@ -69,6 +74,8 @@ def single_direction_rows(
 
     # A picture or a sound that is the target has no labels at its markers.
     def document(record: int) -> Document:
+        if parts is not None:
+            return compose_parts(source, parts, record, 0)
         document = compose_record(source, chosen, record, 0, targets="last")
         if chosen[-1].type != "text":
             document.labels[vocabulary.modality_ids(document.ids) == 0] = IGNORED
@@ -97,6 +104,10 @@ def interleaved_rows(
     """
     check_row_length(source, row_length, clean_copies)
     vocabulary = source.vocabulary
+    if vocabulary.has_roles:
+        parts = parts_of(template)
+        lengths = sum(of_part[:, 0] for of_part in part_lengths(source, parts))
+        return _packed(lambda record: compose_parts(source, parts, record, 0), lengths, row_length, vocabulary)
     segments = template.parsed if template.interleaved is None else [template.interleaved]
     lengths = document_lengths(source.columns, vocabulary, segments, template.targets, clean_copies)[:, 0]
 
@@ -116,6 +127,22 @@ def _packed(
     ]
 
 
+def _template_of(config: SourceConfig, segments: list[Segment]) -> TemplateConfig:
+    """Return the template of these segments, as it is learnt; with roles, no other documents have been prepared.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for template in config.templates:
+        if template.parsed == segments:
+            return template
+    raise ValueError(
+        f"source {config.name!r} has no template of {[str(segment) for segment in segments]} in this order, so its "
+        "pictures have no roles in such documents; the templates are "
+        f"{', '.join(str(template.segments) for template in config.templates)}"
+    )
+
+
 def _choose(source: TokenizedSource, direction: str, segments: tuple[str, ...] | None) -> list[Segment]:
     """Choose the segments of a direction, in its order."""
     given, _, target = direction.rpartition("-to-")
@@ -125,22 +152,23 @@ def _choose(source: TokenizedSource, direction: str, segments: tuple[str, ...] |
             f"direction={direction!r} is not a modality, nor two joined by -to-, of which the first may be several "
             f"joined by +; the modalities are {MODALITIES}"
         )
+    known = source.config.segments if source.vocabulary.has_roles else list(source.columns)
     if segments is not None:
         chosen = [Segment.parse(written) for written in segments]
         kinds = [MODALITY_OF_TYPE.get(segment.type) for segment in chosen]
-        if kinds != wanted or any(segment not in source.columns for segment in chosen):
+        if kinds != wanted or any(segment not in known for segment in chosen):
             raise ValueError(
                 f"segments={segments} do not make {direction!r} of source {source.config.name!r}, "
-                f"which has {[str(segment) for segment in source.columns]}"
+                f"which has {[str(segment) for segment in known]}"
             )
         return chosen
     chosen = []
     for name in wanted:
-        fitting = [segment for segment in source.columns if MODALITY_OF_TYPE.get(segment.type) == name]
+        fitting = [segment for segment in known if MODALITY_OF_TYPE.get(segment.type) == name]
         if not fitting:
             raise ValueError(
                 f"direction={direction!r} needs {name}, but source {source.config.name!r} has "
-                f"{[str(segment) for segment in source.columns]}; add a template with such a segment"
+                f"{[str(segment) for segment in known]}; add a template with such a segment"
             )
         # The first that is not taken yet: an image may be made from another.
         chosen.append(next((segment for segment in fitting if segment not in chosen), fitting[0]))
@@ -219,10 +247,11 @@ def prepare_held_out(
     with _naming_data(data):
         for source in prepare_sources(data, processor, 1, True, vae, progress) if most else []:
             name = source.config.name
-            for direction, segments in directions_of(source.config).items():
+            for direction, segments in directions_of(source.config, source.vocabulary.has_roles).items():
                 rows = single_direction_rows(source, direction, data.row_length, segments)
                 held_out[f"{name}/{direction}"] = rows[:most]
-            if (template := interleaved_template(source.config)) is not None:
+            template = interleaved_template(source.config, source.vocabulary.has_roles)
+            if template is not None:
                 rows = interleaved_rows(source, template, data.row_length, data.clean_copies)
                 held_out[f"{name}/{INTERLEAVED}"] = rows[:most]
     return held_out
@@ -239,12 +268,15 @@ def _naming_data(data: DataConfig) -> Iterator[None]:
         raise ConfigError(f"data: {error}; what is prepared is kept in data.cache_dir={data.cache_path}") from error
 
 
-def directions_of(source: SourceConfig) -> dict[str, tuple[str, ...]]:
+def directions_of(source: SourceConfig, as_written: bool = False) -> dict[str, tuple[str, ...]]:
     """List the directions that a source can be asked for, each with its segments.
 
     A template of one segment gives its modality: `text`, `image` or `speech`. One of a text and another segment gives
     both ways. One that learns only its last segment gives that segment from the others (`image+text-to-image`). One
     with `interleaving` gives none: its documents change direction at every stretch.
+
+    Args:
+        as_written: each template gives its last segment from the others alone.
     """
     directions = {}
     for template in source.templates:
@@ -252,7 +284,8 @@ def directions_of(source: SourceConfig) -> dict[str, tuple[str, ...]]:
             continue
         segments = template.parsed
         kinds = [segment.type for segment in segments]
-        if template.targets == "last" and len(kinds) > 1 and (len(kinds) > 2 or template.caption_first is None):
+        learns_last = template.targets == "last" and (len(kinds) > 2 or template.caption_first is None)
+        if len(kinds) > 1 and (as_written or learns_last):
             *given, target = (MODALITY_OF_TYPE[kind] for kind in kinds)
             directions.setdefault(f"{'+'.join(given)}-to-{target}", tuple(map(str, segments)))
             continue
@@ -266,10 +299,10 @@ def directions_of(source: SourceConfig) -> dict[str, tuple[str, ...]]:
     return directions
 
 
-def interleaved_template(source: SourceConfig) -> TemplateConfig | None:
+def interleaved_template(source: SourceConfig, as_written: bool = False) -> TemplateConfig | None:
     """Find the first template of a source that no direction comes from, see `directions_of`; None without one."""
     alone = (replace(source, templates=[template]) for template in source.templates)
-    return next((one.templates[0] for one in alone if not directions_of(one)), None)
+    return next((one.templates[0] for one in alone if not directions_of(one, as_written)), None)
 
 
 def _fingerprint(data: DataConfig, sources: list[TokenizedSource]) -> str:
@@ -289,5 +322,6 @@ def _fingerprint(data: DataConfig, sources: list[TokenizedSource]) -> str:
 
 
 def _described(template: TemplateConfig) -> dict:
-    """List the settings of a template; `interleaving` only where there is one, since older runs know none."""
-    return {name: value for name, value in asdict(template).items() if (name, value) != ("interleaving", None)}
+    """List the settings of a template, without those that older runs do not know where they change nothing."""
+    later = {"interleaving": None, "roles": None, "latents_dropout": 0.0, "features_dropout": 0.0}
+    return {name: value for name, value in asdict(template).items() if name not in later or value != later[name]}

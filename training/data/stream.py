@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from training.data.config import DataConfig, Segment
+from training.data.config import DataConfig, Segment, TemplateConfig
 from training.data.documents import (
     Document,
     Piece,
@@ -28,12 +28,21 @@ from training.data.documents import (
     ways_of,
 )
 from training.data.preparing.preparation import TokenizedSource
+from training.data.roles import (
+    FEATURES,
+    compose_parts,
+    draw_omitted,
+    is_omitted,
+    mean_tokens,
+    part_lengths,
+    parts_of,
+)
 
 
 # L tokens of a row; G rows of a step
 
 # The purposes of random numbers: each has a sequence of its own.
-_ORDER, _DRAW, _VARIANT, _MIX, _REPLACE = range(5)
+_ORDER, _DRAW, _VARIANT, _MIX, _REPLACE, _OMIT = range(6)
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ class Draws:
         source, record, template: indices.
         text_first: true where texts stand before pictures and sounds, or where the order is as written.
         dropped: true where texts are dropped, see `arrange`.
+        omitted: the parts that are left out, as a bit set, where pictures have roles.
         variant: which changed copy of pictures and sounds.
         length: tokens of the document.
     """
@@ -53,6 +63,7 @@ class Draws:
     template: np.ndarray
     text_first: np.ndarray
     dropped: np.ndarray
+    omitted: np.ndarray
     variant: np.ndarray
     length: np.ndarray
 
@@ -130,6 +141,9 @@ class RowStream:
         self._variants = [source.variants for source in sources]
         self._ways = [[ways_of(template) for template in source.config.templates] for source in sources]
         self._has_both = [[template.has_both for template in source.config.templates] for source in sources]
+        self._parts = None
+        if self.vocabulary.has_roles:
+            self._parts = [[parts_of(template) for template in source.config.templates] for source in sources]
 
         # Caches: documents and rows before each block, orders, first variants, lengths, packed blocks.
         self._counting = threading.RLock()
@@ -137,6 +151,7 @@ class RowStream:
         self._epoch_order = lru_cache(maxsize=2 * len(sources) + 2)(self._shuffle)
         self._offsets = lru_cache(maxsize=None)(self._first_variants)
         self._lengths = lru_cache(maxsize=None)(self._document_lengths)
+        self._lengths_of_parts = lru_cache(maxsize=None)(self._part_lengths)
         # A step's rows of one rank often span a few blocks.
         self._packed = lru_cache(maxsize=4)(self._pack)
 
@@ -185,8 +200,10 @@ class RowStream:
         bounds = np.cumsum([template.weight for template in templates])
         template = np.searchsorted(bounds / bounds[-1], uniform[:, 0], side="right").clip(max=len(templates) - 1)
         text_first, dropped = np.ones(len(record), dtype=bool), np.zeros(len(record), dtype=bool)
-        length = np.zeros(len(record), dtype=np.int64)
-        for number, settings in enumerate(templates):
+        omitted, length = np.zeros((2, len(record)), dtype=np.int64)
+        if self._parts is not None:
+            self._omit(index, block, record, variant, template, omitted, length)
+        for number, settings in enumerate(templates if self._parts is None else ()):
             mine = template == number
             if self._has_both[index][number]:
                 if settings.caption_first is not None:
@@ -196,7 +213,22 @@ class RowStream:
                 chosen = mine & (text_first == way.text_first) & (dropped == way.dropped)
                 lengths = self._lengths(index, number, place)
                 length[chosen] = lengths[record[chosen], variant[chosen] % lengths.shape[1]]
-        return Draws(np.full(len(record), index), record, template, text_first, dropped, variant, length)
+        return Draws(np.full(len(record), index), record, template, text_first, dropped, omitted, variant, length)
+
+    def _omit(self, index: int, block: int, record, variant, template, omitted, length) -> None:
+        """Draw the parts that are left out, and count the tokens of the others, in place."""
+        most = max(map(len, self._parts[index]))
+        uniform = self._random(_OMIT, self._keys[index], block).random((len(record), most))
+        for number, parts in enumerate(self._parts[index]):
+            mine = np.flatnonzero(template == number)
+            omitted[mine] = draw_omitted(parts, uniform[mine])
+            for place, lengths in enumerate(self._lengths_of_parts(index, number)):
+                of_part = lengths[record[mine], variant[mine] % lengths.shape[1]]
+                length[mine] += np.where(is_omitted(omitted[mine], place), 0, of_part)
+
+    def _part_lengths(self, index: int, template: int) -> list[np.ndarray]:
+        lengths = part_lengths(self.sources[index], self._parts[index][template])
+        return [of_part.astype(np.int32) for of_part in lengths]
 
     def _document_lengths(self, index: int, template: int, way: int) -> np.ndarray:
         source = self.sources[index]
@@ -222,6 +254,10 @@ class RowStream:
         """Compose one drawn document: bos, its segments, eos."""
         source = self.sources[draws.source[number]]
         template = source.config.templates[draws.template[number]]
+        if self._parts is not None:
+            parts = self._parts[draws.source[number]][draws.template[number]]
+            drawn = int(draws.record[number]), int(draws.variant[number]), int(draws.omitted[number])
+            return compose_parts(source, parts, *drawn)
         arranged = draws.text_first[number], draws.dropped[number]
         ways = self._ways[draws.source[number]][draws.template[number]]
         segments = next(way.segments for way in ways if way[:2] == arranged)
@@ -372,7 +408,8 @@ def check_sources(sources: list[TokenizedSource]) -> None:
                 f"sources {sources[0].config.name!r} and {source.config.name!r} were tokenised by processors of "
                 "different vocabularies; prepare both with the same one"
             )
-    kinds = {(s.images, c.channels): s.config.name for s in sources for c in s.image_columns.values()}
+    columns = [(source, *column) for source in sources for column in source.image_columns.items()]
+    kinds = {(s.images, c.channels): s.config.name for s, segment, c in columns if segment.type != FEATURES}
     if len(kinds) > 1:
         ((one, channels), name), ((other, others), other_name) = list(kinds.items())[:2]
         raise ValueError(
@@ -387,19 +424,28 @@ def check_row_length(source: TokenizedSource, row_length: int, clean_copies: boo
         segments = template.parsed
         if all(segment.type == "text" for segment in segments):
             continue
+        if source.vocabulary.has_roles:
+            lengths = sum(of_part.max(axis=1) for of_part in part_lengths(source, parts_of(template)))
+            _check_lengths(source, template, lengths, row_length)
+            continue
         for way in ways_of(template):
             table = document_lengths(source.columns, source.vocabulary, way.segments, template.targets, clean_copies)
-            lengths = table.max(axis=1)
-            for record in np.flatnonzero(lengths > row_length):
-                if segments[0].type == "document" and _is_text_alone(source, segments[0], int(record)):
-                    continue
-                longest = int(lengths.max())
-                raise ValueError(
-                    f"row_length={row_length} is shorter than the document of {source.name_of(int(record))} of "
-                    f"source {source.config.name!r}: {template.segments} make {int(lengths[record])} tokens, and a "
-                    f"picture or a sound is never cut; set row_length to {longest} or more, or tokenise into fewer "
-                    "tokens"
-                )
+            _check_lengths(source, template, table.max(axis=1), row_length)
+
+
+def _check_lengths(source: TokenizedSource, template: TemplateConfig, lengths: np.ndarray, row_length: int) -> None:
+    """Refuse documents longer than a row, unless they are text alone.  lengths: (records,)"""
+    segment = template.parsed[0]
+    for record in np.flatnonzero(lengths > row_length):
+        if segment.type == "document" and _is_text_alone(source, segment, int(record)):
+            continue
+        longest = int(lengths.max())
+        raise ValueError(
+            f"row_length={row_length} is shorter than the document of {source.name_of(int(record))} of "
+            f"source {source.config.name!r}: {template.segments} make {int(lengths[record])} tokens, and a "
+            f"picture or a sound is never cut; set row_length to {longest} or more, or tokenise into fewer "
+            "tokens"
+        )
 
 
 def _is_text_alone(source: TokenizedSource, segment: Segment, record: int) -> bool:
@@ -412,6 +458,9 @@ def _is_text_alone(source: TokenizedSource, segment: Segment, record: int) -> bo
 def mean_document_length(source: TokenizedSource, clean_copies: bool = False) -> float:
     """Average the tokens of a document of a source over templates, records, variants, orders and dropped captions."""
     weights = np.array([template.weight for template in source.config.templates])
+    if source.vocabulary.has_roles:
+        means = [mean_tokens(source, parts_of(template)).sum() for template in source.config.templates]
+        return float(np.average(means, weights=weights))
     means = [
         sum(
             way.share
@@ -454,6 +503,9 @@ def tokens_by_modality(sources: list[TokenizedSource], clean_copies: bool = Fals
         records = np.unique(np.linspace(0, len(source) - 1, _COMPOSED).astype(np.int64)).tolist()
         of_templates = sum(template.weight for template in source.config.templates)
         for template in source.config.templates:
+            if source.vocabulary.has_roles:
+                means[index] += template.weight / of_templates * mean_tokens(source, parts_of(template))
+                continue
             for way in ways_of(template):
                 arranged = way.segments, template.targets, clean_copies
                 lengths = document_lengths(source.columns, source.vocabulary, *arranged)

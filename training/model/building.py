@@ -52,8 +52,13 @@ Autoencoder = AutoencoderKL | AutoencoderTiny
 # -------------------------------------------------------------------------------- loading: the checkpoint that is named
 
 
-def load_initial(config: ModelConfig, with_weights: bool = False) -> MoTPreTrainedModel | None:
+def load_initial(
+    config: ModelConfig, with_weights: bool = False, dtype: torch.dtype | str = torch.float32
+) -> MoTPreTrainedModel | None:
     """Load the checkpoint that a recipe starts from, with `load_model` or `load_frame`; None if it starts anew.
+
+    Args:
+        dtype: of the weights; "auto": as they are stored.
 
     Raises:
         ConfigError: naming `model.init_from`.
@@ -62,7 +67,7 @@ def load_initial(config: ModelConfig, with_weights: bool = False) -> MoTPreTrain
     if source is None:
         return None
     try:
-        return load_model(source, config.attn_implementation) if with_weights else load_frame(source)
+        return load_model(source, config.attn_implementation, dtype) if with_weights else load_frame(source)
     except ConfigError as error:
         raise ConfigError(f"model.init_from={source!r}: {error}") from error
     except Exception as error:  # reading and building raise anything for a folder that is no checkpoint
@@ -85,12 +90,12 @@ def load_frame(source: str) -> MoTPreTrainedModel:
     vae = None
     if getattr(config, "vae_config", None) is not None:
         vae = build_vae(config.vae_config)
-        vae.load_state_dict(_read_tensors(source, "vae."))
+        vae.load_state_dict(read_weights(source, "vae."))
         vae = vae.eval().requires_grad_(False)
     return empty_model(ModelConfig(), config, vae)
 
 
-def _read_tensors(source: str, prefix: str) -> dict[str, torch.Tensor]:
+def read_weights(source: str, prefix: str) -> dict[str, torch.Tensor]:
     """Read the tensors of a checkpoint whose names begin with `prefix`, in float32, under names without it."""
     names = ["model.safetensors"]
     if has_file(source, "model.safetensors.index.json"):
@@ -105,8 +110,10 @@ def _read_tensors(source: str, prefix: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_model(source: str, attn_implementation: str | None = None) -> MoTPreTrainedModel:
-    """Load a checkpoint of ours in float32.
+def load_model(
+    source: str, attn_implementation: str | None = None, dtype: torch.dtype | str = torch.float32
+) -> MoTPreTrainedModel:
+    """Load a checkpoint of ours, in float32 unless told otherwise; "auto": as it is stored.
 
     Raises:
         ConfigError: another model type, or tensors that are missing or misshapen, by name.
@@ -115,9 +122,7 @@ def load_model(source: str, attn_implementation: str | None = None) -> MoTPreTra
     try:
         model_class = MODEL_CLASSES[model_type(source)]
         with without_bars():
-            model, info = model_class.from_pretrained(
-                source, dtype=torch.float32, output_loading_info=True, **attention
-            )
+            model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **attention)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         raise ConfigError(f"no model could be loaded from {source!r}: {error}") from error
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -357,7 +362,7 @@ def plan_model(
     # What the data and the model ask of each other.
     if vae is not None:
         config.caption_dropout = max(config.caption_dropout, caption_dropout(data))
-    if not getattr(config, "noised_images_visible", True):
+    if not getattr(config, "noised_images_visible", True) and not getattr(config, "encoders", None):
         data = replace(data, clean_copies=True)
     return Planned(config, processor, vae, model, data)
 
@@ -533,6 +538,20 @@ def check_pictures(config: MoTConfig, processor: MoTProcessor) -> None:
             f"model.processor: a token stands for {pixels.downsampling} pixels a side, but for {wanted} in the model "
             f"(VAE {config.vae_downsampling} x patch_size {config.patch_size}); use one with downsampling={wanted}"
         )
+    # Pictures that the model looks at.
+    given = getattr(processor, "placeholder_token_ids", {"image": processor.image_token_id})
+    if given != config.placeholder_token_ids:
+        raise ConfigError(
+            f"model.processor: its placeholders are {given}, but those of the model {config.placeholder_token_ids}; "
+            "use the model's own processor"
+        )
+    for name, modality in (config.continuous_modalities or {}).items():
+        patch, found = config.encoders[modality["encoder"]]["patch_size"], processor.encoder_processor.downsampling
+        if patch != found:
+            raise ConfigError(
+                f"model.processor: a token of {name} stands for {found} pixels a side, but for {patch} in the model; "
+                "use the model's own processor"
+            )
 
 
 # How to get a processor whose pictures are the paper's: 1,024 codes of 512 pixels.
@@ -578,6 +597,7 @@ def check_fits(config: MoTConfig, processor: MoTProcessor, source: str) -> None:
     for name, expected in processor.config_kwargs().items():
         found = getattr(config, name, None)
         fits = found >= expected if name == "vocab_size" else _plain(found) == _plain(expected)
+        fits |= name == "pad_token_id" and found is None  # any token will do, since padding is never read
         if not fits and name != "image_grid":
             raise ConfigError(f"{source!r} was made with {name}={found}, the processor has {expected}; use its own")
 

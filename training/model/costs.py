@@ -204,6 +204,7 @@ SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 _SIZE_NAMES = ("chameleon-37m", "chameleon-94m", "chameleon-443m", "chameleon-1.5b", "chameleon-7b")
 SIZES = {name: {field: PRESETS[name][field] for field in SIZE_FIELDS} for name in _SIZE_NAMES}
 _STATE_BYTES = 16  # of a parameter in float32: itself, its gradient and AdamW's two moments
+_FROZEN_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}  # of a parameter that is not trained
 _ACTIVATION_BYTES = 80  # of a value of the residual stream in one layer, about
 _BATCH_BYTES = 40  # of a token: five integers
 _STEP_SECONDS = 10.0
@@ -245,7 +246,7 @@ class Budget:
             tokens_of_forward=tokens,
             tokens_of_step=tokens * accumulation,
             tokens_of_run=tokens * accumulation * processes * train.steps,
-            state_bytes=_STATE_BYTES // 4 if train.frozen_towers else _STATE_BYTES,
+            state_bytes=_FROZEN_BYTES[train.frozen_dtype] if train.frozen_towers or train.lora else _STATE_BYTES,
         )
 
     def is_enough_for(self, config: MoTConfig) -> bool:

@@ -34,7 +34,7 @@ from training.plan.communication import Traffic, plan_traffic, seconds_of_traffi
 from training.plan.memory import FLOAT, plan_memory
 from training.plan.parameters import FROZEN, count_parameters, fsdp_units, meta_model
 from training.plan.screen import render
-from training.recipe import Recipe
+from training.recipe import Recipe, trained_parts
 from training.train import load_recipe
 
 
@@ -213,15 +213,19 @@ def _figures(
 ) -> dict[str, Any]:
     # FLOPs of one process in a step.
     train, length = recipe.train, recipe.data.row_length
-    model, bf16 = meta_model(config), device.precision == "bf16"
+    trained = trained_parts(train)
+    model, bf16 = meta_model(config, **trained), device.precision == "bf16"
     per_token = forward_flops_per_token(config, length)
-    flops = training_flops(config, tokens, length) * train.accumulation
+    flops = (
+        training_flops(config, tokens, length) + changed_flops(model, tokens, train.gradient_stops or ())
+    ) * train.accumulation
     recomputed = recomputed_flops(config, tokens, length) * train.accumulation if checkpointing else 0
 
     # Memory, with gradient checkpointing and without it.
     kept = count_kept(
-        config, tokens, train.rows, bf16=bf16, sharded=mesh.world > 1, attention=recipe.model.attn_implementation
-    )
+        config, tokens, train.rows, bf16=bf16, sharded=mesh.world > 1, attention=recipe.model.attn_implementation,
+        trained=trained,
+    )  # fmt: skip
     parts = {
         recompute: plan_memory(
             model, kept, sum(tokens.values()), mesh, bf16=bf16, checkpointing=recompute,
@@ -277,10 +281,27 @@ def _parameters(model: MoTPreTrainedModel) -> dict[str, Any]:
     return {
         "total": sum(by_tower.values()),
         "active": model.config.num_parameters(active=True),
+        "trained": sum(value.numel() for value in model.parameters() if value.requires_grad),
         "frozen": frozen,
         "by_tower": by_tower,
         "by_part": {part: dict(towers) for part, towers in counts.items()},
     }
+
+
+def changed_flops(model: MoTPreTrainedModel, tokens: Mapping[str, int]) -> int:
+    """Count the FLOPs of a micro-batch that adapters add to a training step, less those that frozen weights save.
+
+    A frozen linear layer has no product for the gradient of its weight. An adapter has the three products of any layer.
+    """
+    towers = model.config.towers
+    counts = {name: sum(n for modality, n in tokens.items() if towers[modality] == name) for name in towers.values()}
+    changed = 0
+    for name, value in model.named_parameters():
+        if value.ndim != 2 or not name.startswith(("model.layers.", "lm_head.")) or name.endswith(".scale"):
+            continue
+        used = next((counts[word] for word in name.split(".") if word in counts), sum(tokens.values()))
+        changed += (6 if ".lora_" in name else 0 if value.requires_grad else -2) * used * value.numel()
+    return changed
 
 
 def _traffic(traffic: Traffic) -> dict[str, int]:

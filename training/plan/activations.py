@@ -9,6 +9,7 @@ layers keep less.
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_mot import MoTConfig, MoTPreTrainedModel, MoTTransfusionConfig
 from modeling_mot.tower_routing import ModalityRouting
+from training.model.adapters import FrozenLinear
 from training.model.building import MODEL_CLASSES, set_up_layers
+from training.optimization import set_trained
 
 
 # B rows, L row length, T = B * L tokens, V vocabulary, N images, C latent channels
@@ -66,6 +69,7 @@ def count_kept(
     bf16: bool = False,
     sharded: bool = False,
     attention: str | None = None,
+    trained: Mapping[str, Any] | None = None,
 ) -> Kept:
     """Count the bytes that the model of `config` keeps.
 
@@ -74,6 +78,7 @@ def count_kept(
         bf16: whether products are in bf16; else they are in float32.
         sharded: whether FSDP holds the parameters in the precision of products; else autocast casts them.
         attention: `attn_implementation` of the run.
+        trained: arguments of `set_trained`; None: everything is trained.
     """
     # The copy of the configuration leaves out what the count does not need.
     config, layers = copy.deepcopy(config), config.num_hidden_layers
@@ -87,6 +92,7 @@ def count_kept(
         config.num_hidden_layers = number
         with FakeTensorMode():
             model = MODEL_CLASSES[config.model_type]._from_config(config, dtype=dtype, attn_implementation=attention)
+            set_trained(model, **(trained or {}))
             set_up_layers(model, checkpointing, compiled=False)
             batch = made_up_batch(config, tokens, rows)
             return saved_bytes(model.train(), batch, torch.autocast("cpu", torch.bfloat16, enabled=bf16))
@@ -145,7 +151,11 @@ def saved_bytes(model: MoTPreTrainedModel, batch: dict, autocast: torch.autocast
 
     The first leave out parameters and tensors of the logits' size.
     """
-    casts, saved = _Casts({_storage(parameter) for parameter in model.parameters()}), {}
+    # A weight that is held in 8 bits, with its scales, is restored for each product, and not kept.
+    parameters = {_storage(parameter) for parameter in model.parameters()}
+    held = [module for module in model.modules() if isinstance(module, FrozenLinear)]
+    restored = {_storage(parameter) for module in held for parameter in module.parameters(recurse=False)}
+    casts, saved = _Casts(parameters - restored), {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         saved[_storage(tensor)] = tensor  # held, or another tensor would get the same address
@@ -157,7 +167,7 @@ def saved_bytes(model: MoTPreTrainedModel, batch: dict, autocast: torch.autocast
     own = {
         storage: tensor.untyped_storage().nbytes()
         for storage, tensor in saved.items()
-        if storage not in casts.storages and storage not in casts.casts and tensor.numel() != logits
+        if storage not in parameters and storage not in casts.casts and tensor.numel() != logits
     }
     return sum(own.values()), sum(tensor.untyped_storage().nbytes() for tensor in casts.casts.values())
 

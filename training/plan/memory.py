@@ -24,25 +24,34 @@ def plan_memory(
 ) -> dict[str, int]:
     """Return part -> bytes, of the process that holds most.
 
-    Parameters, gradients, AdamW's two moments and the moving average are float32 and sharded; a frozen VAE is whole
-    everywhere. FSDP2 gathers units (`fsdp_units`): all units that stay, and two others at a time, since one computes
-    while the next arrives. A gradient has the precision of products until it is reduced in float32.
+    Trained parameters, their gradients, AdamW's two moments and the moving average are float32 and sharded; a frozen
+    VAE is whole everywhere. Other frozen weights have no gradient, and the precision that the recipe gives them. FSDP2
+    gathers units (`fsdp_units`): all units that stay, and two others at a time, since one computes while the next
+    arrives. A gradient has the precision of products until it is reduced in float32.
 
     Args:
-        model: the model on the meta device.
+        model: the model on the meta device, as it is trained.
         kept: bytes that the forward of a micro-batch of `tokens` tokens keeps.
         averaged: whether the run keeps a moving average of the weights.
     """
     # The state of training, float32 and sharded.
     config: MoTConfig = model.config
     units = fsdp_units(model, mesh.reshard)
-    own = sum(unit.shard_numel(mesh.shard) for unit in units)
+    own = sum(unit.shard_numel(mesh.shard) for unit in fsdp_units(model, trained=True))
+    frozen = FLOAT * (sum(unit.shard_numel(mesh.shard) for unit in units) - own)
+    if mesh.world == 1:
+        held = [
+            value for name, value in model.named_parameters() if not (value.requires_grad or name.startswith("vae."))
+        ]
+        frozen = sum(value.numel() * value.itemsize for value in held)
     compute = BF16 if bf16 else FLOAT
     parts = {
         "weights (float32)": FLOAT * own,
         "gradients (float32)": FLOAT * own,
         "optimizer (AdamW, 2 x float32)": 2 * FLOAT * own,
     }
+    if frozen:
+        parts["frozen weights"] = frozen
     if averaged:
         parts["moving average (float32)"] = FLOAT * own
     if (vae := getattr(model, "vae", None)) is not None:

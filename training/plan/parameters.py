@@ -4,27 +4,38 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 
 from modeling_mot import MoTConfig, MoTPreTrainedModel
 from modeling_mot.tower_routing import PerTower
 from training.model.building import MODEL_CLASSES
+from training.optimization import set_trained
 
 
 SHARED = "shared"
-PARTS = ("embeddings", "attention", "feed-forward", "norms", "output layer", "patchifier", "encoders")
+PARTS = ("embeddings", "attention", "feed-forward", "norms", "output layer", "patchifier", "encoders", "adapters")
 FROZEN = "VAE (frozen)"
 
 
-def meta_model(config: MoTConfig) -> MoTPreTrainedModel:
-    """Build the model of a configuration on the meta device: all its parts, without memory."""
+def meta_model(config: MoTConfig, **trained: Any) -> MoTPreTrainedModel:
+    """Build the model of a configuration on the meta device: all its parts, without memory.
+
+    Args:
+        trained: arguments of `set_trained`, for a model as a recipe trains it.
+    """
     with torch.device("meta"):
-        return MODEL_CLASSES[config.model_type]._from_config(config, dtype=torch.float32)
+        model = MODEL_CLASSES[config.model_type]._from_config(config, dtype=torch.float32)
+        set_trained(model, **trained)
+        return model
 
 
 def count_parameters(model: MoTPreTrainedModel) -> dict[str, Counter]:
-    """Return part -> tower -> number of parameters. Parameters of all towers stand under `shared`; ties count once."""
+    """Return part -> tower -> number of parameters. Parameters of all towers stand under `shared`; ties count once.
+
+    The scales of weights in 8 bits are no parameters.
+    """
     towers = {
         f"{path}.{tower}": tower
         for path, module in model.named_modules()
@@ -33,6 +44,8 @@ def count_parameters(model: MoTPreTrainedModel) -> dict[str, Counter]:
     }
     counts = {part: Counter() for part in (*PARTS, FROZEN)}
     for name, parameter in model.named_parameters():
+        if name.endswith(".scale"):
+            continue
         prefixes = accumulate(name.split("."), lambda path, word: f"{path}.{word}")
         tower = next((towers[path] for path in prefixes if path in towers), SHARED)
         counts[_part_of(name)][tower] += parameter.numel()
@@ -46,6 +59,8 @@ def _part_of(name: str) -> str:
         return "patchifier"
     if name.startswith("encoders."):
         return "encoders"
+    if ".lora_" in name:
+        return "adapters"
     if name.startswith("lm_head."):
         return "output layer"
     if "embed_tokens." in name:
@@ -81,12 +96,20 @@ class Unit:
         return sum(-(-shape[0] // processes) * math.prod(shape[1:]) for shape in self.shapes)
 
 
-def fsdp_units(model: MoTPreTrainedModel, reshard: bool = True) -> list[Unit]:
+def fsdp_units(model: MoTPreTrainedModel, reshard: bool = True, trained: bool = False) -> list[Unit]:
     """List the units that `training.world.shard_model` makes: each layer, the embeddings, and the rest.
+
+    Args:
+        reshard: whether units are gathered twice, for the forward and for the backward.
+        trained: leave out what is frozen.
 
     The rest stays gathered from the forward to the backward; the output layer belongs to it, and so do tied embeddings.
     """
-    left = {name: value.shape for name, value in model.named_parameters() if not name.startswith("vae.")}
+    left = {
+        name: value.shape
+        for name, value in model.named_parameters()
+        if not name.startswith("vae.") and (value.requires_grad or not trained)
+    }
 
     def take(*prefixes: str) -> tuple[torch.Size, ...]:
         return tuple(left.pop(name) for name in list(left) if name.startswith(prefixes))

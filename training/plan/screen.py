@@ -60,6 +60,8 @@ def _parameters(plan: dict) -> Iterable[str]:
     yield from table(["parameters", *towers, "total"], [[row[0], *map(_grouped, row[1:])] for row in rows])
     if "shared" in towers:
         yield "shared: used by the tokens of every tower"
+    if figures["trained"] < figures["total"]:
+        yield f"trained: {figures['trained']:,}, {figures['trained'] / figures['total']:.2%} of them"
     yield f"active, of one token: {figures['active']:,}" + (
         f"; a frozen VAE of {figures['frozen']:,} beside them" if figures["frozen"] else ""
     )

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from modeling_mot.media_loading import flatten
-from training.data.config import AugmentationConfig, Interleaved, Limits, Segment
+from training.data.config import AugmentationConfig, Interleaved, Limits, Segment, SourceConfig
+from training.data.documents import Vocabulary
 from training.data.preparing.interleaving import Cut, Timed, spans_of, timed, without_runs
 from training.data.reading.records import (
     BadRecord,
@@ -20,6 +21,7 @@ from training.data.reading.records import (
     decode_sound,
     text_of,
 )
+from training.data.roles import CLEAN, DOCUMENT, FEATURES, LATENTS, segments_of_parts
 
 
 # (H, W) a picture in pixels; N samples of a sound
@@ -85,6 +87,8 @@ def generator(config: AugmentationConfig, record: int, variant: int, segment: in
 
 # -------------------------------------------------------------------------------------------------------------- batches
 
+# The types of segments that may hold pictures.
+HOLD_IMAGES = ("image", "document", FEATURES)
 # The decoded pixels that are held at once before they are encoded.
 _GROUP_PIXELS = 2**26
 
@@ -120,11 +124,17 @@ class Preparing:
         return "pixels" if self.vae is None else "latents"
 
 
+def kept_segments(config: SourceConfig, vocabulary: Vocabulary) -> list[Segment]:
+    """List the segments of a source whose tokens are kept."""
+    return segments_of_parts(config) if vocabulary.has_roles else config.prepared_segments
+
+
 class BatchTokenizer:
     """Tokenises batches of numbered records, and counts those left out. It can be sent to other processes.
 
     A column holds the ids of a segment in a list per record and variant. Where the processor keeps pictures as pixels,
     a second column holds them beside the ids: lists of (3, H, W) uint8 arrays in the order of their placeholders.
+    Copies of pictures as features are a segment of their own, see `kept_segments`.
     """
 
     def __init__(self, source: Source, preparing: Preparing):
@@ -136,7 +146,9 @@ class BatchTokenizer:
         self.variants = preparing.augmentation.variants if preparing.augmentation else 1
         self.continuous = preparing.images is not None
         # Sounds are cut before runs of a unit become one: the cuts are times.
-        self.segments = self.config.prepared_segments
+        vocabulary = Vocabulary.of(self.processor)
+        self.has_roles = vocabulary.has_roles
+        self.segments = kept_segments(self.config, vocabulary)
         self.speech = getattr(self.processor, "speech_tokenizer", None)
         is_cut = any(isinstance(segment, Interleaved) for segment in self.segments)
         self.deduplicates_later = is_cut and self.speech is not None and self.speech.config.deduplicate
@@ -166,7 +178,7 @@ class BatchTokenizer:
         return rows, images, left_out
 
     def _holds_images(self, segment: Segment) -> bool:
-        return self.continuous and segment.type in ("image", "document")
+        return self.continuous and segment.type in HOLD_IMAGES
 
     def _encode_records(
         self, usable: list[tuple[int, dict]], rows: dict[str, list], images: dict[str, list], left_out: LeftOut
@@ -201,10 +213,17 @@ class BatchTokenizer:
         texts = {s: text_of(s, record) for s in self.config.segments if s.type == "text"}
         caption = "; ".join(texts.values())
         inputs: dict[Segment, list] = {segment: [text] for segment, text in texts.items()}
-        for place, segment in enumerate(self.segments):
-            if segment.type in ("image", "audio"):
-                where = f"column {segment.column!r}"
-                inputs[segment] = self._media(segment.type, record.get(segment.column), caption, (number, place), where)
+        for segment in self.segments:
+            document = Segment(DOCUMENT, segment.column)
+            if document in inputs:
+                inputs[segment] = inputs[document]  # its pictures for the encoder, or which latents are clean
+            elif segment.type in ("image", "audio", FEATURES):
+                # All copies of a picture are changed alike.
+                medium = Segment("image", segment.column) if segment.type == FEATURES else segment
+                place, where = (number, self.config.segments.index(medium)), f"column {segment.column!r}"
+                inputs[segment] = inputs.get(medium) or self._media(
+                    medium.type, record.get(segment.column), caption, place, where
+                )
             elif segment.type == "document":
                 inputs[segment] = self._document(segment, record, number)
             elif isinstance(segment, Interleaved):
@@ -260,9 +279,22 @@ class BatchTokenizer:
             else:
                 where = f"column {segment.column!r}, segment {place}"
                 values = self._media(kind, part.get(kind), caption, (number, place), where)
+            given = {"roles": part["roles"]} if part.get("roles") is not None else {}
             for document, value in zip(documents, values, strict=True):
-                document.append({"type": kind, kind: value})
+                document.append({"type": kind, kind: value} | given)
+        if self.has_roles:
+            with blaming(f"column {segment.column!r}"):
+                for document in documents:
+                    self._set_roles(document)
         return documents
+
+    def _set_roles(self, document: list[dict]) -> None:
+        """Give each picture of a document its roles and, if it is to be features, its pixels for the encoder."""
+        pictures = [part for part in document if part["type"] == "image"]
+        for part, roles in zip(pictures, self.processor.roles_of(document), strict=True):
+            part["roles"] = roles
+            if FEATURES in roles:
+                ((_, (part["seen"],)),) = self._features([part["image"]])
 
     def _encode(self, segment: Segment, inputs: list[list]) -> tuple[list[list[list[int]]], list[list[list]]]:
         """Encode (records, variants) inputs to the same nesting of lists of ids, and of lists of pixels.
@@ -279,6 +311,12 @@ class BatchTokenizer:
         flat = [value for values in inputs for value in values]
         if segment.type == "document":
             encoded = [self._document_ids(document) for document in flat]
+        elif segment.type == FEATURES and flat and isinstance(flat[0], list):
+            encoded = [([], [part["seen"] for part in document if "seen" in part]) for document in flat]
+        elif segment.type == FEATURES:
+            encoded = self._features(flat)
+        elif segment.type == CLEAN:
+            encoded = [([int(role == LATENTS) for role in _latents(document)], []) for document in flat]
         elif segment.type == "image":
             encoded = [(ids, pixels) for ids, pixels in zip(*self._image_ids(flat), strict=True)]
         else:
@@ -325,7 +363,14 @@ class BatchTokenizer:
         ids = self.processor.encode_images(pictures) if pictures else []
         return [list(of_picture) for of_picture in ids], [[] for _ in pictures]
 
+    def _features(self, pictures: list[np.ndarray]) -> list[tuple[list[int], list[np.ndarray]]]:
+        """Give the ids of each picture that an encoder reads, and its pixels, made of those that become latents."""
+        fitted = self.processor.encoder_processor.fit_pictures([np.moveaxis(pixels, 0, -1) for pixels in pictures])
+        return [(self.processor.features_ids(*pixels.shape[1:]), [pixels]) for pixels in fitted]
+
     def _document_ids(self, document: list[dict]) -> tuple[list[int], list[np.ndarray]]:
+        if self.has_roles:
+            return self._copies_ids(document)
         # Pictures and sounds of the document are encoded together, by their places.
         encoded: dict[int, list[int]] = {}
         places = {kind: [p for p, part in enumerate(document) if part["type"] == kind] for kind in ("image", "audio")}
@@ -340,6 +385,27 @@ class BatchTokenizer:
             for token in (encoded[place] if place in encoded else self._text_ids(part["text"]))
         ]
         return tokens, [values for of_picture in pixels for values in of_picture]
+
+    def _copies_ids(self, document: list[dict]) -> tuple[list[int], list[np.ndarray]]:
+        """Give the ids of a document whose pictures stand in their roles, and the pixels of each copy as latents."""
+        tokens: list[int] = []
+        pixels: list[np.ndarray] = []
+        for part in document:
+            if part["type"] == "text":
+                tokens += self._text_ids(part["text"])
+                continue
+            for role in part["roles"]:
+                if role == FEATURES:
+                    tokens += self.processor.features_ids(*part["seen"].shape[1:])
+                else:
+                    tokens += self.processor.placeholder_ids(*part["image"].shape[1:])
+                    pixels.append(part["image"])
+        return tokens, pixels
+
+
+def _latents(document: list[dict]) -> list[str]:
+    """List the roles of the copies as latents of a document, in order."""
+    return [role for part in document for role in part.get("roles", ()) if role != FEATURES]
 
 
 def _file_name(value) -> str | None:

@@ -33,9 +33,10 @@ from modeling_mot.latent_vae import encode_pixels, vae_fingerprint
 from training.config import digest_of
 from training.data.config import Segment, SourceConfig
 from training.data.documents import ImageColumn, TokenColumn, Vocabulary
-from training.data.preparing.batch_tokenizer import BatchTokenizer, Preparing
+from training.data.preparing.batch_tokenizer import HOLD_IMAGES, BatchTokenizer, Preparing, kept_segments
 from training.data.reading.records import SHARD_RECORDS, BadRecord, LeftOut, Source
 from training.data.reading.sources import file_digest, open_source
+from training.data.roles import FEATURES
 
 
 logger = logging.getLogger(__name__)
@@ -54,8 +55,9 @@ def table_schema(segments: list[Segment], images: str | None) -> pa.Schema:
 
     columns = {"record": pa.int64()} | {str(segment): lists(pa.int32()) for segment in segments}
     for segment in segments if images else []:
-        if segment.type in ("image", "document"):
-            columns[f"{segment}{VALUES}"] = lists(pa.uint8() if images == "pixels" else pa.float16())
+        if segment.type in HOLD_IMAGES:
+            is_pixels = images == "pixels" or segment.type == FEATURES
+            columns[f"{segment}{VALUES}"] = lists(pa.uint8() if is_pixels else pa.float16())
             columns[f"{segment}{SIZES}"] = lists(pa.int32())
     return pa.schema(columns)
 
@@ -67,9 +69,10 @@ def build_table(rows: dict[str, list], pixels: dict[str, list], schema: pa.Schem
         # All images of the batch, one after another.
         versions = [images for variants in records for images in variants]
         flat = [image for images in versions for image in images]
-        if vae is not None:
+        is_pixels = vae is None or name.startswith(f"{FEATURES}:")
+        if not is_pixels:
             flat = encode_latents(vae, flat)
-        dtype = np.uint8 if vae is None else np.float16
+        dtype = np.uint8 if is_pixels else np.float16
         values = np.concatenate([image.ravel() for image in flat]) if flat else np.empty(0, dtype)
         sizes = np.array([image.shape[1:] for image in flat], dtype=np.int32).ravel()
         lengths = np.array([image.size for image in flat], dtype=np.int64)
@@ -218,7 +221,7 @@ class Preparation:
         """
         # Where the part was interrupted.
         source, preparing = self.tokenizer.source, self.tokenizer.preparing
-        schema = table_schema(source.config.prepared_segments, preparing.images)
+        schema = table_schema(self.tokenizer.segments, preparing.images)
         chunks = list(written_chunks(self.folder, part))
         skip, number = sum(chunk["read"] for chunk in chunks), len(chunks)
         report(skip, 0)
@@ -526,14 +529,16 @@ class TokenizedSource:
         # The columns, which stay on the disk.
         self.vocabulary = Vocabulary.from_dict(meta["vocabulary"])
         self.table = table = pa.concat_tables(open_chunk(self.folder / chunk["file"]) for chunk in self._chunks)
-        self.columns = {segment: TokenColumn(table.column(str(segment)).chunks) for segment in config.prepared_segments}
+        segments = kept_segments(config, self.vocabulary)
+        self.columns = {segment: TokenColumn(table.column(str(segment)).chunks) for segment in segments}
         self.records = np.asarray(table.column("record"))
         self.images = meta["images"]
         self.image_columns = {
             segment: ImageColumn(
-                *(TokenColumn(table.column(f"{segment}{part}").chunks) for part in (VALUES, SIZES)), meta["channels"]
+                *(TokenColumn(table.column(f"{segment}{part}").chunks) for part in (VALUES, SIZES)),
+                3 if segment.type == FEATURES else meta["channels"],
             )
-            for segment in config.segments
+            for segment in segments
             if f"{segment}{VALUES}" in table.column_names
         }
 
@@ -618,7 +623,7 @@ def _made_from(source: Source, preparing: Preparing) -> dict:
         "format": FORMAT_VERSION,
         "source": source.fingerprint,
         "processor": preparing.processor.fingerprint(),
-        "segments": [str(segment) for segment in source.config.prepared_segments],
+        "segments": [str(segment) for segment in kept_segments(source.config, Vocabulary.of(preparing.processor))],
         "augmentation": asdict(preparing.augmentation) if preparing.augmentation else None,
         "limits": asdict(preparing.limits),
     }
