@@ -256,8 +256,8 @@ def test_whoever_reads_a_stream_is_told_of_its_end_also_when_the_request_fails(t
 def guilty_forward(forward, is_guilty):
     """A forward that fails wherever a request takes part that is to blame, after all of it was done."""
 
-    def run(self, *args):
-        result = forward(self, *args)
+    def run(self, *args, **kwargs):
+        result = forward(self, *args, **kwargs)
         if is_guilty(self, *args):
             raise RuntimeError("a poisonous forward")
         return result
