@@ -88,7 +88,8 @@ def run(tmp_path_factory):
     return once
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+# Test_bagel_recipe.py runs the one that begins from another project's checkpoint.
+@pytest.mark.parametrize("name", sorted({path.stem for path in CONFIGS.glob("*.yaml")} - {"bagel-finetune"}))
 def test_a_recipe_runs_a_step_to_its_sheet(run, name):
     folder = run(name)
     (step,), _ = read_metrics(folder / "metrics.jsonl")

@@ -67,7 +67,7 @@ def test_a_recipe_is_the_row_of_its_table(name):
 
 def test_every_recipe_of_the_paper_is_here():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} - TABLES.keys() == {
-        "emoji", "smoke", "transfusion-edit", "transfusion-emoji",
+        "bagel-finetune", "emoji", "smoke", "transfusion-edit", "transfusion-emoji",
     }  # fmt: skip
 
 

@@ -216,9 +216,7 @@ def _figures(
     trained = trained_parts(train)
     model, bf16 = meta_model(config, **trained), device.precision == "bf16"
     per_token = forward_flops_per_token(config, length)
-    flops = (
-        training_flops(config, tokens, length) + changed_flops(model, tokens, train.gradient_stops or ())
-    ) * train.accumulation
+    flops = (training_flops(config, tokens, length) + changed_flops(model, tokens)) * train.accumulation
     recomputed = recomputed_flops(config, tokens, length) * train.accumulation if checkpointing else 0
 
     # Memory, with gradient checkpointing and without it.
