@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, Qwen2Tokenizer
 
 from conversion.bagel_processor import (
     MOST_PIXELS,
@@ -15,12 +15,13 @@ from conversion.bagel_processor import (
     THINKING_PROMPTS,
     scaling_of_table,
 )
+from conversion.export_bagel import export_bagel
 from conversion.import_bagel import import_bagel
 from conversion.key_maps import ConversionError
 from modeling_mot import MoTProcessor
 from modeling_mot.image_processing import MoTImageProcessor
 from tests.conversion.bagel_sources import FIXTURES, features_at, latents_at, numbers, write_checkpoint
-from tests.conversion.tokenizer_sources import bytes_backend, plain
+from tests.conversion.tokenizer_sources import CHATML, bytes_backend, of_class
 
 
 NAMES = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>")
@@ -42,7 +43,11 @@ WIDE, SQUARE = picture(50, 30), picture(20, 20, seed=1)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     source = write_checkpoint(tmp_path_factory.mktemp("bagel") / "source", vocab=400)
-    plain(bytes_backend(specials=["<|endoftext|>", *NAMES])).save_pretrained(source)
+    backend = bytes_backend(specials=["<|endoftext|>", *NAMES])
+    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "extra_special_tokens": list(NAMES)}
+    tokenizer = of_class(Qwen2Tokenizer, backend, **names)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(source)
     import_bagel(str(source), source.parent / "mot")
     return source.parent / "mot"
 
@@ -220,6 +225,14 @@ def test_saved_and_loaded_it_is_the_same(processor, tmp_path):
     assert again.fingerprint() == processor.fingerprint() and again.thinking_prompts == THINKING_PROMPTS
     assert again.frames_texts and again.bos_token_id is None
     assert again.encoder_processor == processor.encoder_processor
+
+
+def test_the_tokenizer_goes_out_as_it_came_in(folder, processor, tmp_path):
+    """The processor names other tokens and another template, of which nothing is left."""
+    assert processor.tokenizer.bos_token == "<|im_start|>" and processor.chat_template != CHATML
+    export_bagel(str(folder), tmp_path / "out")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (folder.parent / "source" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(
