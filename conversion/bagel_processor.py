@@ -34,18 +34,10 @@ SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tok
 SHORTEST_LATENTS, SHORTEST_FEATURES = 512, 224
 MOST_PIXELS = 14 * 14 * 9 * 1024
 FLUX_DOWNSAMPLING = 8
-# The texts that ask for a thought. A BAGEL was trained with these words, so they are part of it, as ids of tokens are.
+# The texts that ask for a thought, in words of ours. `--thinking-prompts` gives those that a checkpoint has learnt.
 THINKING_PROMPTS = {
-    "text": (
-        "You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
-        "The reasoning process is enclosed within <think> </think> tags, i.e. <think> reasoning process here </think> "
-        "answer here"
-    ),
-    "image": (
-        "You should first think about the planning process in the mind and then generate the image. \n"
-        "The planning process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> "
-        "image here"
-    ),
+    "text": "Reason before you answer. Write the reasoning between <think> and </think>, and the answer behind it.",
+    "image": "Plan before you draw. Write the plan between <think> and </think>, and draw the image behind it.",
 }
 
 
@@ -68,15 +60,18 @@ def bagel_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase | None, int]:
     return tokenizer, size
 
 
-def bagel_processor(tokenizer: PreTrainedTokenizerBase, config: MoTTransfusionConfig) -> MoTProcessor:
+def bagel_processor(
+    tokenizer: PreTrainedTokenizerBase, config: MoTTransfusionConfig, thinking_prompts: Mapping[str, str]
+) -> MoTProcessor:
     """Make the processor of a BAGEL.
 
     Args:
         tokenizer: of `bagel_tokenizer`; it is changed.
         config: of the model.
+        thinking_prompts: "text" or "image" -> the text that asks for a thought before such an answer.
 
     Raises:
-        ConversionError: a tokenizer that no processor of ours has.
+        ConversionError: a tokenizer or prompts that no processor of ours has.
     """
     tokenizer.bos_token, tokenizer.eos_token = TOKENS["im_start"], TOKENS["im_end"]
     tokenizer.pad_token = tokenizer.pad_token or TOKENS["im_end"]
@@ -93,10 +88,10 @@ def bagel_processor(tokenizer: PreTrainedTokenizerBase, config: MoTTransfusionCo
             image_processor=pictures,
             encoder_processor=seen,
             frames_texts=True,
-            thinking_prompts=THINKING_PROMPTS,
+            thinking_prompts=dict(thinking_prompts),
         )
     except ValueError as error:
-        raise ConversionError(f"the tokenizer of the source: {error}") from error
+        raise ConversionError(f"the processor of the source: {error}") from error
 
 
 def scaling_of_table(unit: int, patches: int, shortest: int) -> MoTImageProcessor:

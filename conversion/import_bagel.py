@@ -25,6 +25,7 @@ from conversion.bagel_layout import LLM_CONFIG, VAE, VIT_CONFIG, bagel_map, chec
 from conversion.bagel_processor import (
     PLACEHOLDERS,
     SETTINGS_FILES,
+    THINKING_PROMPTS,
     TOKENS,
     bagel_generation_config,
     bagel_processor,
@@ -95,6 +96,7 @@ def import_bagel(
     max_shard_size: str = "5GB",
     revision: str | None = None,
     ignored_fields: Sequence[str] = (),
+    thinking_prompts: Mapping[str, str] | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Plan:
@@ -109,6 +111,7 @@ def import_bagel(
         max_shard_size: size of a file of weights.
         revision: branch, tag or commit of a source on the Hub.
         ignored_fields: fields of `llm_config.json` that change nothing, on the user's word.
+        thinking_prompts: "text" and "image" -> the text that asks for a thought; default: texts of ours.
         overwrite: replace a checkpoint at `out`.
         dry_run: check and plan, write nothing.
 
@@ -118,7 +121,8 @@ def import_bagel(
     check_output(out, overwrite)
     folder, commit = fetch(source, revision)
     stored = {name: read_json(folder / name) for name in (LLM_CONFIG, VIT_CONFIG)}
-    plan = _plan(folder, stored, vae, token_ids or {}, dtype, ignored_fields)
+    prompts = THINKING_PROMPTS if thinking_prompts is None else thinking_prompts
+    plan = _plan(folder, stored, vae, token_ids or {}, dtype, ignored_fields, prompts)
     if dry_run:
         return plan
     record = {
@@ -152,6 +156,7 @@ def _plan(
     given_ids: Mapping[str, int],
     dtype: torch.dtype | None,
     ignored_fields: Sequence[str],
+    thinking_prompts: Mapping[str, str],
 ) -> Plan:
     # The autoencoder, and the configuration of the whole.
     reader = checkpoint_reader(folder)
@@ -160,7 +165,7 @@ def _plan(
     tokens = _token_ids(folder, given_ids, reader, tokenizer)
     config = mot_config(reader, stored[LLM_CONFIG], stored[VIT_CONFIG], autoencoder.config, tokens, ignored_fields)
     config.dtype = dtype or reader.dtype("language_model.model.embed_tokens.weight")
-    processor = None if tokenizer is None else bagel_processor(tokenizer, config)
+    processor = None if tokenizer is None else bagel_processor(tokenizer, config, thinking_prompts)
     if tokenizer is not None and len(tokenizer) < config.vocab_size:
         config.tokenizer_vocab_size = len(tokenizer)  # rows behind it stand for no token
 
@@ -293,9 +298,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--token-ids", nargs="+", default=[], metavar="NAME=ID", help=ids)
     ignored = "fields of llm_config.json that change nothing, on your word"
     parser.add_argument("--ignore-fields", nargs="+", default=[], metavar="FIELD", help=ignored)
+    asked = "a JSON file of the texts that ask for a thought before a text and before an image, "
+    asked += '{"text": ..., "image": ...}: those that the checkpoint was trained with (default: texts of ours)'
+    parser.add_argument("--thinking-prompts", type=Path, metavar="FILE", help=asked)
     options = parser.parse_args(arguments)
 
     def work() -> None:
+        prompts = None if options.thinking_prompts is None else read_json(options.thinking_prompts)
         plan = import_bagel(
             options.source,
             options.out,
@@ -305,6 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_shard_size=options.max_shard_size,
             revision=options.revision,
             ignored_fields=options.ignore_fields,
+            thinking_prompts=prompts,
             overwrite=options.overwrite,
             dry_run=options.dry_run,
         )

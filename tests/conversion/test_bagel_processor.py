@@ -16,7 +16,7 @@ from conversion.bagel_processor import (
     scaling_of_table,
 )
 from conversion.export_bagel import export_bagel
-from conversion.import_bagel import import_bagel
+from conversion.import_bagel import import_bagel, main
 from conversion.key_maps import ConversionError
 from modeling_mot import MoTProcessor
 from modeling_mot.image_processing import MoTImageProcessor
@@ -262,6 +262,17 @@ def test_parts_that_do_not_fit_are_refused(processor):
         plainer([WIDE | {"roles": ["features"]}])
     with pytest.raises(ValueError, match="asks for thoughts before nothing"):
         plainer([text("a")], continue_with="text", think=True)
+
+
+def test_prompts_for_thoughts_are_those_of_a_file(folder, tmp_path, capsys):
+    prompts, source = tmp_path / "prompts.json", str(folder.parent / "source")
+    prompts.write_text(json.dumps({"image": "Plan."}))
+    assert main([source, str(tmp_path / "mot"), "--thinking-prompts", str(prompts)]) == 0
+    assert MoTProcessor.from_pretrained(tmp_path / "mot").thinking_prompts == {"image": "Plan."}
+    for content, words in (({"audio": "Hum."}, "thinking_prompts['audio']"), (["Plan."], "prompts.json")):
+        prompts.write_text(json.dumps(content))
+        assert main([source, str(tmp_path / "other"), "--thinking-prompts", str(prompts)]) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 def test_ids_that_contradict_the_tokenizer_are_refused(folder, tmp_path):
