@@ -50,7 +50,7 @@ def test_a_model_with_new_adapters_computes_what_it_did():
 
 def test_adapters_of_one_tower_are_all_that_is_trained_of_it():
     model = tiny_model()
-    set_trained(model, ["text", "speech"], ["embeddings", "output_layer"], LoraConfig(["image"], **LORA))
+    set_trained(model, ["text", "speech"], ["embeddings", "output_layer"], lora=LoraConfig(["image"], **LORA))
     parts = ("lora_A", "lora_B")
     assert set(trained_names(model)) == {f"{name}.{part}.weight" for name in adapters_of(model) for part in parts}
     assert all("image" in name.split(".") for name in adapters_of(model))
@@ -126,7 +126,7 @@ def test_frozen_towers_are_held_in_less_and_trained_ones_are_not(dtype):
     model = tiny_model().eval()
     with torch.no_grad():
         before = model(MIXED).logits
-        set_trained(model, ["text"], None, LoraConfig(["image"], **LORA), dtype)
+        set_trained(model, ["text"], lora=LoraConfig(["image"], **LORA), frozen_dtype=dtype)
         after = model(MIXED).logits
     kinds = {name: module for name, module in model.named_modules() if isinstance(module, (FrozenLinear, LoraLinear))}
     assert isinstance(kinds["model.layers.0.mlp.text.up_proj"], FrozenLinear)
@@ -153,9 +153,12 @@ def test_merging_takes_the_weights_that_were_before():
 
 
 def test_a_run_moves_the_adapters_alone_and_goes_on_from_its_checkpoint(tmp_path):
+    tuned = {"frozen_towers": ["speech"], "frozen_parts": ["embeddings", "output_layer"], "frozen_dtype": "int8"}
+    tuned["lora"] = LoraConfig(["text", "image"], **LORA)
+
     def made():
         model = tiny_model()
-        set_trained(model, ["speech"], ["embeddings", "output_layer"], LoraConfig(["text", "image"], **LORA), "int8")
+        set_trained(model, **tuned)
         return model
 
     model = made()
@@ -178,9 +181,7 @@ def test_a_run_moves_the_adapters_alone_and_goes_on_from_its_checkpoint(tmp_path
     with pytest.raises(Interrupted):
         cut.fit()
     other = tiny_model(seed=3)
-    set_trained(
-        other, ["speech"], ["embeddings", "output_layer"], LoraConfig(["text", "image"], **LORA), "int8", seed=5
-    )
+    set_trained(other, **tuned, seed=5)
     resumed = tiny_trainer(tmp_path / "cut", other, steps=4, save_every=2, ema_decay=0.9, resume=True)
     go_on(resumed)
     assert resumed.step == 2

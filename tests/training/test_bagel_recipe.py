@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from conversion.export_bagel import export_bagel
 from conversion.import_bagel import import_bagel
 from modeling_mot import MoTProcessor, MoTTransfusionModel
 from tests.conversion.bagel_sources import CHECKPOINT, FIXTURES
@@ -128,6 +129,14 @@ def test_the_adapters_alone_make_the_same_model_with_peft(place, final):
     assert not torch.allclose(untrained, expected, atol=0.05)
     # The final folder is in bfloat16, as the checkpoint that it began from.
     torch.testing.assert_close(adapted, expected, atol=0.05, rtol=0.02)
+
+
+def test_what_was_trained_goes_back_into_the_originals_layout(place, final):
+    export_bagel(str(final), place / "exported")
+    before, after = (load_file(folder / "ema.safetensors") for folder in (place / "source", place / "exported"))
+    assert {name: value.shape for name, value in after.items()} == {name: v.shape for name, v in before.items()}
+    name = "language_model.model.embed_tokens.weight"
+    assert torch.equal(after[name], before[name].bfloat16())
 
 
 def test_the_plan_knows_what_is_frozen(place, monkeypatch, capsys):
