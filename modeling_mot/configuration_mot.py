@@ -380,7 +380,7 @@ class MoTConfig(PreTrainedConfig):
     @property
     def widest_hidden_size(self) -> int:
         """The width of hidden states: that of the widest tower."""
-        return max(self.tower_widths.values(), default=self.hidden_size)
+        return max([self.hidden_size, *self.tower_widths.values()])
 
     @property
     def qk_norm_kinds(self) -> set[str]:
