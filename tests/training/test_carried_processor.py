@@ -26,7 +26,7 @@ def test_carried_processor_is_small_and_whole(carried):
 
 
 def test_the_fingerprint_is_that_of_the_data_that_were_prepared_with_it(carried):
-    assert carried.fingerprint() == "b4037ffcfbfc1b864d9fd45f72fd1d25d5a6f67dd1d576898542ea2fbdfdd223"
+    assert carried.fingerprint() == "3d8f55f57d40139147adcfb22541fb6a8d892648f705e6db556d9b77c51c8f79"
 
 
 def test_carried_reconstructions_are_nearest_to_their_held_out_originals(carried):
