@@ -1,6 +1,7 @@
 """BAGEL reads documents, answers, draws, edits and thinks, as its own code puts these together."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -212,6 +213,23 @@ def test_a_chat_asks_for_a_thought_as_documents_do(processor, mode):
     )  # fmt: skip
     ours = processor([[WIDE, text("sat")]], continue_with=mode, think=True)
     assert rendered["input_ids"] == ours["input_ids"]
+
+
+def test_a_chat_with_roles_is_refused(processor):
+    chat = [{"role": "user", "content": [WIDE | {"roles": ["latents"]}, text("sat")]}]
+    with pytest.raises(ValueError, match="block 0 of a message by 'user' has roles=.*pass documents="):
+        processor.apply_chat_template(chat, tokenize=True)
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(folder, tmp_path):
+    """Of settings alone transformers makes a tokenizer of the special tokens, with other ids."""
+    for origin in (folder, folder.parent / "source"):
+        broken = shutil.copytree(origin, tmp_path / origin.name)
+        (broken / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="has no tokens of text: its vocabulary is missing"):
+        MoTProcessor.from_pretrained(tmp_path / "mot")
+    with pytest.raises(ConversionError, match="has no tokens of text"):
+        import_bagel(str(tmp_path / "source"), tmp_path / "out")
 
 
 def test_a_document_comes_back(model, processor):
