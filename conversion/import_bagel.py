@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -256,11 +257,19 @@ def _token_ids(
         )
 
     # A patch needs a token that no text has: an id that has no row in the vocabulary.
-    end = reader.shape("language_model.model.embed_tokens.weight")[0] if _is_bagel(reader) else 0
+    size = reader.shape("language_model.model.embed_tokens.weight")[0] if _is_bagel(reader) else 0
     for name in PLACEHOLDERS:
         if name not in found:
-            found[name] = end
-            end += 1
+            found[name] = next(token for token in count(size) if token not in found.values())
+
+    # The configuration checks the other tokens; it does not hold the one that begins texts.
+    start = found["im_start"]
+    if twins := [name for name, token in found.items() if token == start and name != "im_start"]:
+        raise ConversionError(
+            f"--token-ids im_start={start} and {twins[0]}={start} must differ: a token has one meaning"
+        )
+    if _is_bagel(reader) and start >= size:
+        raise ConversionError(f"--token-ids im_start={start} must be a text token, in [0, {size})")
     return found
 
 

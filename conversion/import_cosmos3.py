@@ -199,7 +199,8 @@ def _tokens(tokenizer: Path | None, given: Mapping[str, int], vocab_size: int, f
     """Find the ids of EOS, of the markers and of the placeholder: as given, or of the tokenizer."""
     found = dict(given)
     if tokenizer is not None:
-        loaded = load_tokenizer(tokenizer)
+        with reading(f"the tokenizer in {tokenizer} cannot be loaded"):
+            loaded = load_tokenizer(tokenizer)
         vocabulary = loaded.get_vocab()
         found = {name: vocabulary[token] for name, token in TOKENS.items() if token in vocabulary} | found
         found.setdefault("eos", loaded.eos_token_id)

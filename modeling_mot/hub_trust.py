@@ -59,17 +59,31 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or the Hub, running none of its code and naming none when it is saved.
 
     Raises:
-        ValueError, OSError: no tokenizer, one that needs code of its own, or settings that name files outside of its
-            folder.
+        ValueError, OSError: no tokenizer, one that needs code of its own or has no tokens of text, or settings that
+            name files outside of its folder.
     """
     check_tokenizer_files(name_or_path)
     with reading(f"the tokenizer of {str(name_or_path)!r:.200} cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    check_vocabulary(tokenizer, name_or_path)
     forget_code(tokenizer)
     for name in ("is_local", "local_files_only"):  # the origin is no property of the tokenizer
         tokenizer.init_kwargs.pop(name, None)
     json.dumps(tokenizer.init_kwargs, ensure_ascii=False, default=str).encode()  # half a character could not be saved
     return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, name_or_path: str | os.PathLike) -> None:
+    """Refuse a tokenizer that transformers made of settings alone, whose special tokens have ids of their own then.
+
+    Raises:
+        ValueError: every token is an added one.
+    """
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        raise ValueError(
+            f"the tokenizer of {str(name_or_path)!r:.200} has no tokens of text: its vocabulary is missing "
+            "(tokenizer.json, or vocab.json and merges.txt)"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

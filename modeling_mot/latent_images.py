@@ -537,7 +537,8 @@ def sizes_of_prompts(config, input_ids: torch.Tensor, latents, pixel_values, ima
         ValueError: images without placeholders or the reverse.
     """
     given, unit = (latents, 1) if latents is not None else (pixel_values, config.vae_downsampling)
-    if given is None or given.dim() != 4:  # what is no batch of images is refused later
+    # What is no batch of images is refused later, and so are pixels without a VAE to encode them.
+    if given is None or given.dim() != 4 or (latents is None and config.vae_config is None):
         return None
     sizes = [(height // unit, width // unit) for height, width in sizes_of(given, image_sizes)]
     places = ImagePlaces.find(config, input_ids, None, None)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
@@ -91,7 +92,8 @@ class MoTTransfusionPipeline(DiffusionPipeline):
             height, width: of the pictures in pixels; or `image_size`: one side or both. Default: the model's.
             negative_prompt: a prompt that guidance leads away from, one for all or one for each prompt; default: none.
             generator: one for all, or one for each picture.
-            output_type: "pil", "np" (N, H, W, 3) and "pt" (N, 3, H, W) in [0, 1], or "latent" (N, C, h, w).
+            output_type: "pil", "np" (N, H, W, 3) and "pt" (N, 3, H, W) in [0, 1], or "latent" (N, C, h, w). Pictures of
+                several sizes are a list of such arrays, each without N.
             callback_on_step_end: called as (pipeline, step, timestep, {"latents", "rows"}).
             num_inference_steps, guidance_scale, image_guidance_scale, scheduler, kwargs: as in
                 `MoTTransfusionModel.generate`, such as `guidance_renorm`. Default: of the model's generation
@@ -155,12 +157,12 @@ class MoTTransfusionPipeline(DiffusionPipeline):
             **kwargs,
         )
 
-        # diffusers' output is one list or one array.
+        # diffusers' output is one list or one array; edited pictures may have sizes of their own, and are a list.
         pictures = [picture for own in (output.images or output.latents) for picture in own]
-        if output_type != "pil":
-            pictures = torch.stack(pictures)
         if output_type == "np":
-            pictures = pictures.permute(0, 2, 3, 1).cpu().numpy()
+            pictures = [picture.permute(1, 2, 0).cpu().numpy() for picture in pictures]
+        if output_type != "pil" and len({picture.shape for picture in pictures}) == 1:
+            pictures = np.stack(pictures) if output_type == "np" else torch.stack(pictures)
         return ImagePipelineOutput(images=pictures) if return_dict else (pictures,)
 
     def _negative(self, negative_prompt: str | list[str] | None, count: int, repeats: int) -> dict:

@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 
 from .checks_fields import Maybe, OneOf, Typed, check_fields
 from .hub_push import PushWithoutCard
-from .hub_trust import check_tokenizer_files, forget_code, reading
+from .hub_trust import check_tokenizer_files, check_vocabulary, forget_code, reading
 from .image_processing import IMAGE_PROCESSOR_CONFIG_NAME, MoTImageProcessor
 from .image_tokenizer import IMAGE_TOKENIZER_CONFIG_NAME, MoTImageTokenizer
 from .processing_documents import DocumentDecoder, token_rows
@@ -775,6 +775,7 @@ class MoTProcessor(PushWithoutCard, PromptMixin, ProcessorMixin):
             f"the tokenizer of {pretrained_model_name_or_path} cannot be read: tokenizer.json or its settings"
         ):
             arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+        check_vocabulary(arguments[0], pretrained_model_name_or_path)
 
         # The other parts: as the caller gives them, or from their folders, where there is one.
         for name in PARTS:

@@ -376,6 +376,11 @@ def _checked_block(block: Any, where: str) -> dict:
         raise ValueError(f"{where} of type {kind!r} has no {kind!r} entry; it has {sorted(block)}")
     if kind == "text" and not isinstance(block["text"], str):
         raise ValueError(f"{where} has text={shortened(block['text'])}, which must be a string")
+    if block.get("roles") is not None:
+        raise ValueError(
+            f"{where} has roles={shortened(block['roles'])}, which segments of documents have; pass documents= to the "
+            "processor or to generate()"
+        )
     return block
 
 

@@ -580,12 +580,21 @@ def test_a_source_that_is_not_whole_is_refused(tmp_path, change, message):
         (["--token-ids", "start=1"], "is not NAME=ID"),
         (["--token-ids", "im_start=1", "im_start=2"], "twice"),
         ([*WORDS, "vision=3", "image=3"], "must differ"),
+        ([*WORDS, "image=150"], "im_start=150 and image=150 must differ"),
+        (["--token-ids", "im_start=160", *WORDS[2:]], "im_start=160 must be a text token, in [0, 160)"),
         ([*WORDS[:-1], "vision_end=500"], "eoi_token_id=500 must be a text token"),
     ],
 )
 def test_ids_that_do_not_fit_are_refused(tmp_path, capsys, words, message):
     assert main([str(CHECKPOINT), str(tmp_path / "mot"), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_placeholder_that_is_given_leaves_another_id_to_the_other():
+    config = import_bagel(
+        str(CHECKPOINT), FIXTURES / "none", token_ids=TOKEN_IDS | {"image": 160}, dry_run=True
+    ).model.config
+    assert config.placeholder_token_ids == {"image": 160, "vision": 161}
 
 
 def test_a_dry_run_writes_nothing(tmp_path, imported, capsys):

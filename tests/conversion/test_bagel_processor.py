@@ -1,6 +1,7 @@
 """BAGEL reads documents, answers, draws, edits and thinks, as its own code puts these together."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from conversion.bagel_processor import (
 from conversion.export_bagel import export_bagel
 from conversion.import_bagel import import_bagel, main
 from conversion.key_maps import ConversionError
-from modeling_mot import MoTProcessor
+from modeling_mot import MoTProcessor, MoTTransfusionModel, MoTTransfusionPipeline
 from modeling_mot.image_processing import MoTImageProcessor
 from tests.conversion.bagel_sources import FIXTURES, features_at, latents_at, numbers, write_checkpoint
 from tests.conversion.tokenizer_sources import CHATML, bytes_backend, of_class
@@ -40,14 +41,20 @@ def text(words):
 WIDE, SQUARE = picture(50, 30), picture(20, 20, seed=1)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    source = write_checkpoint(tmp_path_factory.mktemp("bagel") / "source", vocab=400)
+def write_source(folder, **sizes):
+    """Write a random checkpoint with a tokenizer of its vocabulary."""
+    source = write_checkpoint(folder, vocab=400, **sizes)
     backend = bytes_backend(specials=["<|endoftext|>", *NAMES])
     names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "extra_special_tokens": list(NAMES)}
     tokenizer = of_class(Qwen2Tokenizer, backend, **names)
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    source = write_source(tmp_path_factory.mktemp("bagel") / "source")
     import_bagel(str(source), source.parent / "mot")
     return source.parent / "mot"
 
@@ -208,6 +215,23 @@ def test_a_chat_asks_for_a_thought_as_documents_do(processor, mode):
     assert rendered["input_ids"] == ours["input_ids"]
 
 
+def test_a_chat_with_roles_is_refused(processor):
+    chat = [{"role": "user", "content": [WIDE | {"roles": ["latents"]}, text("sat")]}]
+    with pytest.raises(ValueError, match="block 0 of a message by 'user' has roles=.*pass documents="):
+        processor.apply_chat_template(chat, tokenize=True)
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(folder, tmp_path):
+    """Of settings alone transformers makes a tokenizer of the special tokens, with other ids."""
+    for origin in (folder, folder.parent / "source"):
+        broken = shutil.copytree(origin, tmp_path / origin.name)
+        (broken / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="has no tokens of text: its vocabulary is missing"):
+        MoTProcessor.from_pretrained(tmp_path / "mot")
+    with pytest.raises(ConversionError, match="has no tokens of text"):
+        import_bagel(str(tmp_path / "source"), tmp_path / "out")
+
+
 def test_a_document_comes_back(model, processor):
     document = [WIDE, text("the cat"), SQUARE, text("on the mat")]
     for mode in ("text", "image"):
@@ -321,6 +345,36 @@ def test_documents_of_a_batch_are_drawn_as_each_alone(model, processor):
             generator=[generator],
         )  # fmt: skip
         torch.testing.assert_close(alone.latents[0][0], together[place], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("output_type", "shapes"),
+    [
+        ("pt", [(3, 16, 24), (3, 20, 20)]),
+        ("np", [(16, 24, 3), (20, 20, 3)]),
+        ("latent", [(8, 4, 6), (8, 5, 5)]),
+    ],
+)
+def test_a_pipeline_gives_pictures_of_several_sizes_as_a_list(model, processor, output_type, shapes):
+    pipe = MoTTransfusionPipeline(model, processor)
+    pipe.set_progress_bar_config(disable=True)
+    sources, settings = [WIDE["image"], SQUARE["image"]], {"num_inference_steps": 2, "output_type": output_type}
+    pictures = pipe(["the cat", "sat"], image=sources, **settings).images
+    assert isinstance(pictures, list) and [tuple(picture.shape) for picture in pictures] == shapes
+    assert pipe("the cat", image=sources[0], **settings).images.shape == (1, *shapes[0])
+
+
+def test_without_an_autoencoder_pictures_are_asked_about_and_not_edited(tmp_path):
+    source = write_source(tmp_path / "source", z=16)  # FLUX's number, for lack of a file that says it
+    (source / "ae.safetensors").unlink()
+    import_bagel(str(source), tmp_path / "mot")
+    model = MoTTransfusionModel.from_pretrained(tmp_path / "mot")
+    processor = MoTProcessor.from_pretrained(tmp_path / "mot")
+    document = [WIDE, text("the cat")]
+    answer = model.generate(documents=[document], processor=processor, max_new_tokens=2)
+    assert answer.sequences.shape[1] == len(processor(document, continue_with="text")["input_ids"]) + 2
+    with pytest.raises(ValueError, match="pixel_values came, but this model has no VAE"):
+        drawn(model, processor, [document], num_inference_steps=2)
 
 
 def test_prompts_with_pictures_have_settings_of_their_own(model, processor):

@@ -1,6 +1,7 @@
 """Cosmos 3 in both of its layouts against diffusers' transformer and transformers' reasoner, and back again."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -276,6 +277,26 @@ def test_other_models_are_refused(tmp_path, capsys):
         path.write_text(json.dumps(stored | changed))
         assert message in refused(source, tmp_path / "out", capsys, *TOKEN_IDS)
     assert "is not NAME=ID" in refused(source, tmp_path / "out", capsys, "--token-ids", "eos")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused(tmp_path, capsys):
+    source = save_pipeline(cosmos3_model(**TINY), tmp_path / "source")
+    (source / "text_tokenizer").mkdir()
+    (source / "text_tokenizer" / "tokenizer.json").write_text("{")
+    message = refused(source, tmp_path / "out", capsys, *TOKEN_IDS)
+    assert message.startswith(f"error: the tokenizer in {source / 'text_tokenizer'} cannot be loaded")
+
+
+def test_what_is_not_run_goes_along_with_a_model_that_is_saved_anew(tmp_path):
+    """As the documentation says: with the two files that hold it."""
+    source = save_pipeline(cosmos3_model(**NANO), tmp_path / "source")
+    made, anew = convert(source, tmp_path / "made"), tmp_path / "anew"
+    MoTTransfusionModel.from_pretrained(made).save_pretrained(anew)
+    for name in ("not_run.safetensors", "conversion.json"):
+        shutil.copy(made / name, anew)
+    assert export_cosmos3.main([str(anew), str(tmp_path / "out")]) == 0
+    want, found = tensors_of(source / "transformer"), tensors_of(tmp_path / "out")
+    assert want.keys() == found.keys() and all(torch.equal(want[name], found[name]) for name in want)
 
 
 def test_models_that_cosmos3_does_not_have_are_refused(family, tmp_path, capsys):
