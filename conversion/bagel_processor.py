@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from conversion.commands import reading
 from conversion.key_maps import ConversionError
-from conversion.vocabulary import TOKENIZER_FILES
+from conversion.vocabulary import has_tokenizer
 from modeling_mot import MoTProcessor, MoTTransfusionConfig
 from modeling_mot.hub_trust import load_tokenizer
 from modeling_mot.image_processing import MoTImageProcessor
@@ -50,7 +50,7 @@ def bagel_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase | None, int]:
     Raises:
         ConversionError: it cannot be loaded.
     """
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         return None, 0
     with reading(f"the tokenizer in {folder} cannot be loaded"):
         tokenizer = load_tokenizer(folder)

@@ -169,6 +169,11 @@ class CheckpointReader:
         """Return the bytes of all tensors together."""
         return sum(end - begin for begin, end in (self._headers[name]["data_offsets"] for name in self._files))
 
+    def entry(self, name: str, target: str, dtype: torch.dtype | None = None) -> Entry:
+        """Return the entry that writes a tensor as it is under the name `target`, in `dtype` or in its own."""
+        dtype = dtype or self.dtype(name)
+        return Entry(target, self.shape(name), dtype, lambda: self.read(name).to(dtype))
+
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor. The file is opened for this tensor alone, so its memory is free again with the tensor.
 

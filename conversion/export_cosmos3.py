@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,7 @@ def _plan(folder: Path, source: str, wanted_layout: str | None, dtype: torch.dty
         if name not in reader:
             raise ConversionError(f"{folder} does not hold {name}, which its config.json says")
         reader.check(name, tuple(tensor.shape))
-        entries.append(_entry(reader, name, there, dtype))
+        entries.append(reader.entry(name, there, dtype))
         moves[name] = there
     if surplus := sorted(set(reader.names) - set(moves)):
         raise ConversionError(f"{folder} holds {surplus[0]} and {len(surplus) - 1} more that Cosmos 3 does not have")
@@ -132,18 +131,9 @@ def _plan(folder: Path, source: str, wanted_layout: str | None, dtype: torch.dty
         there = renamed(name, origin, layout)
         if there is None:
             raise ConversionError(f"{name} has no place in the {layout.name} layout; take --layout {origin.name}")
-        entries.append(_entry(kept, name, there, dtype))
+        entries.append(kept.entry(name, there, dtype))
         moves[name] = there
     return Plan(fields, entries, moves, layout, reader)
-
-
-def _entry(reader: CheckpointReader, origin: str, name: str, dtype: torch.dtype | None) -> Entry:
-    target = dtype or reader.dtype(origin)
-    return Entry(name, reader.shape(origin), target, partial(_cast, reader, origin, target))
-
-
-def _cast(reader: CheckpointReader, name: str, dtype: torch.dtype) -> torch.Tensor:
-    return reader.read(name).to(dtype)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

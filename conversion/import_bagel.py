@@ -178,16 +178,11 @@ def _plan(
     entries, moves = [], {}
     for name, (origin, _) in bagel_map().origins(reader.names, [n for n in wanted if not n.startswith(VAE)]).items():
         reader.check(origin, wanted[name])
-        target = dtype or reader.dtype(origin)
-        entries.append(Entry(name, wanted[name], target, partial(_cast, reader, origin, target)))
+        entries.append(reader.entry(origin, name, dtype))
         moves[origin] = name
     own = {name: shape for name, shape in wanted.items() if name.startswith(VAE)}
     entries += autoencoder.entries(own)
     return Plan(model, entries, moves, len(own), reader, autoencoder.reader, tokens, processor, tokenizer_size)
-
-
-def _cast(reader: CheckpointReader, name: str, dtype: torch.dtype) -> torch.Tensor:
-    return reader.read(name).to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------ the autoencoder

@@ -14,7 +14,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ from conversion.cosmos3_layout import (
 from conversion.key_maps import ConversionError
 from conversion.sizes import check_sizes
 from conversion.tokenizer_files import copy_tokenizer
-from conversion.vocabulary import TOKENIZER_FILES
+from conversion.vocabulary import has_tokenizer
 from modeling_mot import MoTTransfusionConfig, MoTTransfusionModel
 from modeling_mot.hub_trust import load_tokenizer
 
@@ -157,7 +156,7 @@ def _plan(folder: Path, token_ids: Mapping[str, int], dtype: torch.dtype | None,
     check_sizes(stored, reader, of_weights / "config.json")
     fields = read_fields(stored, ignored)
     scheduler = _read_if_there(folder / SCHEDULER / "scheduler_config.json")
-    tokenizer = next((place for place in (folder / TOKENIZER, folder) if _has_tokenizer(place)), None)
+    tokenizer = next((place for place in (folder / TOKENIZER, folder) if has_tokenizer(place)), None)
     tokens = _tokens(tokenizer, token_ids, fields["vocab_size"], folder)
     with reading("no model of ours is what config.json says"):
         config = MoTTransfusionConfig(**mot_fields(fields), **tokens, timestep_shift=scheduler.get("flow_shift", 1.0))
@@ -172,27 +171,14 @@ def _plan(folder: Path, token_ids: Mapping[str, int], dtype: torch.dtype | None,
     entries, moves = [], {}
     for name, (origin, _) in layout.key_map.origins(reader.names, wanted).items():
         reader.check(origin, wanted[name])
-        entries.append(_entry(reader, origin, name, dtype))
+        entries.append(reader.entry(origin, name, dtype))
         moves[origin] = name
-    not_run = [_entry(reader, name, name, dtype) for name in not_run_of(layout, reader.names)]
+    not_run = [reader.entry(name, name, dtype) for name in not_run_of(layout, reader.names)]
     return Plan(model, entries, moves, not_run, layout, reader, stored, tokenizer)
-
-
-def _entry(reader: CheckpointReader, origin: str, name: str, dtype: torch.dtype | None) -> Entry:
-    target = dtype or reader.dtype(origin)
-    return Entry(name, reader.shape(origin), target, partial(_cast, reader, origin, target))
-
-
-def _cast(reader: CheckpointReader, name: str, dtype: torch.dtype) -> torch.Tensor:
-    return reader.read(name).to(dtype)
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _tokens(tokenizer: Path | None, given: Mapping[str, int], vocab_size: int, folder: Path) -> dict[str, Any]:

@@ -60,6 +60,11 @@ class Vocabulary:
     processor: MoTProcessor | None
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """True if a folder holds a file of a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def extend_vocabulary(folder: Path, config: PreTrainedConfig, media: Media, use_tokenizer: bool = True) -> Vocabulary:
     """Extend the vocabulary of the checkpoint in `folder` by the tokens of `media`.
 
@@ -72,8 +77,7 @@ def extend_vocabulary(folder: Path, config: PreTrainedConfig, media: Media, use_
     """
     check_range("--image-codes", media.image_codes, 0, MOST_CODES)
     check_range("--speech-units", media.speech_units, 0, MOST_CODES)
-    has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    if not (use_tokenizer and has_tokenizer):
+    if not (use_tokenizer and has_tokenizer(folder)):
         return Vocabulary(laid_out(config, media), None)
 
     # The tokenizer gets a token for every row of the source, then the new tokens.
